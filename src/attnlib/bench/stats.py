@@ -1,0 +1,168 @@
+"""The statistics of a comparison: intervals over seeds, growth exponents and where two cost curves cross."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Interval(NamedTuple):
+    """A mean over seeds with the half-width of its confidence interval.
+
+    ``half`` is ``None`` when one seed leaves no interval to speak of.
+    """
+
+    mean: float
+    half: float | None
+    n: int
+
+    @property
+    def low(self) -> float:
+        return self.mean - (self.half or 0.0)
+
+    @property
+    def high(self) -> float:
+        return self.mean + (self.half or 0.0)
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Student's t-interval of the mean of independent ``values``.
+
+    Args:
+        values: one measurement per seed.
+        confidence: coverage, strictly between 0 and 1.
+
+    Returns:
+        The mean, the half-width (``None`` for a single value) and the number of values.
+
+    Raises:
+        ValueError: when there is no value or ``confidence`` is out of range.
+
+    >>> mean_interval([1.0, 2.0, 3.0]).mean
+    2.0
+    """
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence={confidence} is not possible; it must lie strictly between 0 and 1")
+    data = np.asarray(values, dtype=float)
+    if data.size == 0:
+        raise ValueError("values is empty; an interval needs at least one measurement")
+    if data.size == 1:
+        return Interval(float(data[0]), None, 1)
+    from scipy import stats
+
+    half = float(stats.t.ppf(0.5 + confidence / 2, data.size - 1)) * float(data.std(ddof=1)) / math.sqrt(data.size)
+    return Interval(float(data.mean()), half, int(data.size))
+
+
+def paired_interval(
+    values: Mapping[int, float], reference: Mapping[int, float], confidence: float = 0.95
+) -> Interval | None:
+    """The interval of ``values - reference`` over the seeds both have, or ``None`` when they share none.
+
+    Runs of one seed see the same batches in the same order, so that the difference is tighter than either mean.
+
+    >>> paired_interval({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0})
+    Interval(mean=1.0, half=0.0, n=2)
+    """
+    shared = sorted(set(values) & set(reference))
+    if not shared:
+        return None
+    return mean_interval([values[s] - reference[s] for s in shared], confidence)
+
+
+def growth_exponent(sizes: Sequence[float], costs: Sequence[float], last: int = 3) -> float | None:
+    """Slope of log cost against log size over the ``last`` largest sizes, or ``None`` with fewer than two sizes.
+
+    Small sizes measure call overhead, not growth, and are left out.
+
+    >>> round(growth_exponent([10, 20, 40], [1, 4, 16]), 6)
+    2.0
+    """
+    pairs = sorted((n, c) for n, c in zip(sizes, costs, strict=True) if n > 0 and c > 0)[-last:]
+    if len(pairs) < 2:
+        return None
+    x = np.log([n for n, _ in pairs])
+    y = np.log([c for _, c in pairs])
+    return float(np.polyfit(x, y, 1)[0])
+
+
+class CostCurve(NamedTuple):
+    """``cost(N) = constant + linear * N + quadratic * N**2`` with no negative coefficient."""
+
+    constant: float
+    linear: float
+    quadratic: float
+
+    def __call__(self, n: float) -> float:
+        return self.constant + self.linear * n + self.quadratic * n * n
+
+
+def fit_curve(sizes: Sequence[float], costs: Sequence[float]) -> CostCurve:
+    """Non-negative least squares of a quadratic in relative error.
+
+    Relative error, because the costs span orders of magnitude; non-negative, because no cost falls with N and a
+    negative coefficient would invent a crossing outside the measured range.
+
+    Raises:
+        ValueError: when fewer than two sizes were measured.
+
+    >>> fit = fit_curve([100, 200, 400], [1e4, 4e4, 16e4]); round(fit.quadratic, 6)
+    1.0
+    """
+    n = np.asarray(sizes, dtype=float)
+    c = np.asarray(costs, dtype=float)
+    if n.size < 2:
+        raise ValueError(f"a cost curve needs at least two sizes, got {n.size}")
+    from scipy.optimize import nnls
+
+    top = n.max()
+    basis = np.stack([np.ones_like(n), n / top, (n / top) ** 2], axis=1) / c[:, None]
+    weights, _ = nnls(basis, np.ones_like(c))
+    return CostCurve(float(weights[0]), float(weights[1] / top), float(weights[2] / top**2))
+
+
+def efficiency_length(method: CostCurve, plain: CostCurve) -> float:
+    """The N from which ``method`` stays cheaper than ``plain``.
+
+    Returns:
+        0 when it is cheaper everywhere, ``inf`` when it never stays cheaper, otherwise the last crossing.
+
+    Reference: Zhang et al. 2022, arXiv:2210.07661, efficiency length.
+
+    >>> efficiency_length(CostCurve(0, 10, 0), CostCurve(0, 0, 1))
+    10.0
+    """
+    a = plain.quadratic - method.quadratic
+    b = plain.linear - method.linear
+    c = plain.constant - method.constant
+    lead = next((x for x in (a, b, c) if x != 0), 0.0)
+    if lead <= 0:
+        return math.inf
+    if a == 0:
+        roots = [] if b == 0 else [-c / b]
+    else:
+        disc = b * b - 4 * a * c
+        roots = [] if disc < 0 else [(-b - math.sqrt(disc)) / (2 * a), (-b + math.sqrt(disc)) / (2 * a)]
+    return float(max([0.0, *roots]))
+
+
+def z_scores(values: Mapping[str, float], higher_is_better: bool) -> dict[str, float]:
+    """Each value as standard deviations above the mean of this run, signed so that more is better.
+
+    The compositional index of the Comprehensive Attention Benchmark uses fixed tables of means and deviations; these
+    are those of the run at hand, and so compare only mechanisms that were in it.
+
+    >>> z_scores({"a": 1.0, "b": 3.0}, higher_is_better=True)
+    {'a': -1.0, 'b': 1.0}
+    """
+    if not values:
+        return {}
+    data = np.asarray(list(values.values()), dtype=float)
+    spread = float(data.std())
+    sign = 1.0 if higher_is_better else -1.0
+    if spread == 0.0:
+        return dict.fromkeys(values, 0.0)
+    return {name: float(sign * (v - data.mean()) / spread) for name, v in values.items()}

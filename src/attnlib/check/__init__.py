@@ -1,0 +1,5 @@
+"""Conformance: every claim in the traits, tested."""
+
+from .case import Case
+
+__all__ = ["Case"]

@@ -1,0 +1,216 @@
+"""What every mechanism is: one ``forward``, explicit state, carry and losses, and claims that a machine checks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..grids import Layout
+from ..masks import Mask, as_mask
+from ..types import EXTRAS, Output, Plan, State, Traits, check_rank, check_valid, check_width
+
+Extras = Sequence[str]
+
+
+class Mechanism(nn.Module):
+    """Base of all single-stream mechanisms: ``x (B, *grid, C) -> y (B, *grid, C)``.
+
+    A subclass sets ``class_traits``, builds itself with ``dim`` and its own settings, and implements :meth:`mix`, which
+    receives every argument of :meth:`forward` after they were checked against the traits. Whatever :meth:`mix`
+    returns, tensor or :class:`Output`, invalid tokens of ``y`` come out as zeros.
+    """
+
+    class_traits: ClassVar[Traits] = Traits()
+    slug: ClassVar[str]
+
+    def __init__(self, dim: int, context_dim: int | None = None):
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+        self.dim = dim
+        self.context_dim = dim if context_dim is None else context_dim
+
+    # ---- claims
+
+    @property
+    def traits(self) -> Traits:
+        """What this instance, configured so and in this mode, supports."""
+        return self.class_traits
+
+    # ---- the call
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        layout: Layout | None = None,
+        valid: Tensor | None = None,
+        context_valid: Tensor | None = None,
+        mask: Mask | Tensor | None = None,
+        plan: Plan | None = None,
+        state: State | None = None,
+        carry: Any = None,
+        returns: Extras = (),
+    ) -> Any:
+        """Mix tokens.
+
+        Args:
+            x: (B, *grid, C) tokens, or (B, N, C) with a ``layout``.
+            context: (B, *grid', C') tokens to read instead of ``x``.
+            layout: what the flat tokens are, when some lie beside the grid.
+            valid: (B, *grid) boolean, which tokens exist.
+            context_valid: the same for ``context``.
+            mask: which pairs may meet.
+            plan: discrete choices made earlier by :meth:`plan`.
+            state: what the last call returned, to continue a sequence.
+            carry: what the previous block returned in this same forward.
+            returns: any of ``"state"``, ``"carry"``, ``"weights"``, ``"losses"``.
+
+        Returns:
+            (B, *grid, C), or an :class:`Output` when ``returns`` is not empty.
+
+        Raises:
+            ValueError: shapes that do not fit, or an argument this mechanism does not support (the trait is named).
+        """
+        mask = as_mask(mask)
+        self._check_call(x, context, layout, valid, context_valid, mask, plan, state, carry, returns)
+        result = self.mix(
+            x, context, layout=layout, valid=valid, context_valid=context_valid, mask=mask, plan=plan, state=state,
+            carry=carry, returns=tuple(returns),
+        )  # fmt: skip
+        output = result if isinstance(result, Output) else Output(result)
+        if valid is not None:
+            output = output._replace(y=output.y.masked_fill(~valid.unsqueeze(-1), 0.0))
+        return output if returns else output.y
+
+    def mix(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Tensor | Output:
+        """The mechanism itself; see :meth:`forward` for the arguments."""
+        raise NotImplementedError
+
+    def make_plan(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Plan:
+        """Subclasses with discrete choices implement this; called by :meth:`plan` without gradient."""
+        raise ValueError(f"{self._name()} makes no discrete choices, so it has no plan (trait needs_plan is False)")
+
+    def plan(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Plan:
+        """The choices that ``forward`` would make for these inputs; hand it back as ``plan=`` to freeze them."""
+        with torch.no_grad():
+            return self.make_plan(x, context, **call)
+
+    def step(self, x_t: Tensor, state: State | None = None, **call: Any) -> tuple[Tensor, State]:
+        """Continue a sequence by the tokens ``x_t`` (B, n, C); returns ``(y_t, state)``. ``state=None`` starts one."""
+        if not self.traits.streaming:
+            raise ValueError(f"{self._name()} cannot decode step by step (trait streaming is False)")
+        out = self.forward(x_t, state=state, returns=("state",), **call)
+        assert out.state is not None
+        return out.y, out.state
+
+    # ---- training schedules and deployment
+
+    def set_progress(self, progress: float) -> None:
+        """Advance schedules to ``progress`` in [0, 1]. Nothing else advances them."""
+        if not 0.0 <= progress <= 1.0:
+            raise ValueError(f"progress must lie in [0, 1], got {progress}")
+
+    def deployed(self) -> nn.Module:
+        """The equivalent module for inference (norms folded, branches merged); ``self`` when there is nothing to fold."""
+        return self
+
+    # ---- checks
+
+    def _name(self) -> str:
+        return getattr(self, "slug", type(self).__name__)
+
+    def _check_call(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        layout: Layout | None,
+        valid: Tensor | None,
+        context_valid: Tensor | None,
+        mask: Mask | None,
+        plan: Plan | None,
+        state: State | None,
+        carry: Any,
+        returns: Extras,
+    ) -> None:
+        traits, name = self.traits, self._name()
+        if layout is not None:
+            if not traits.layout:
+                raise ValueError(f"{name} takes no layout (trait layout is False)")
+            check_rank("x", x, 3, "(B, N, C) when a layout is given")
+            layout.check(x.shape[1])
+        else:
+            ranks = [r + 2 for r in sorted(traits.grid_ranks)]
+            shapes = {1: "(B, N, C)", 2: "(B, H, W, C)", 3: "(B, T, H, W, C)"}
+            check_rank("x", x, ranks, " or ".join(shapes[r - 2] for r in ranks))
+        check_width("x", x, self.dim)
+        check_valid("valid", valid, x.shape[:-1])
+        if context is not None:
+            if not any(p.endswith("cross") for p in traits.patterns):
+                raise ValueError(f"{name} takes no context (traits patterns are {sorted(traits.patterns)})")
+            check_width("context", context, self.context_dim, "context_dim")
+            if context.shape[0] != x.shape[0]:
+                raise ValueError(f"context has batch {context.shape[0]}, x has batch {x.shape[0]}; they must agree")
+            check_valid("context_valid", context_valid, context.shape[:-1])
+        elif context_valid is not None:
+            raise ValueError("context_valid was given without a context")
+        elif not any(p.endswith("self") for p in traits.patterns):
+            raise ValueError(f"{name} needs a context (traits patterns are {sorted(traits.patterns)})")
+        for argument, value, trait in (
+            ("mask", mask, "mask"),
+            ("plan", plan, "needs_plan"),
+            ("state", state, "streaming"),
+            ("carry", carry, "carries"),
+        ):
+            if value is not None and not getattr(traits, trait):
+                raise ValueError(f"{name} takes no {argument} (trait {trait} is False)")
+        if isinstance(returns, str):
+            raise TypeError(
+                f"returns must be a tuple of names, got the string {returns!r}; write returns=({returns!r},)"
+            )
+        supported = {
+            "state": traits.streaming,
+            "carry": traits.carries,
+            "weights": traits.weights,
+            "losses": bool(traits.losses),
+        }
+        for extra in returns:
+            if extra not in EXTRAS:
+                raise ValueError(f"returns contains {extra!r}; possible: {list(EXTRAS)}")
+            if not supported[extra]:
+                possible = [e for e in EXTRAS if supported[e]]
+                raise ValueError(f"{name} cannot return {extra!r}; possible: {possible}")
+
+
+class Fusion(nn.Module):
+    """Base of modules with two or more streams: ``forward(*streams, ...) -> tuple`` of tensors of the same shapes."""
+
+    slug: ClassVar[str]
+
+    def forward(self, *streams: Tensor, valid: Sequence[Tensor | None] | None = None) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+
+def deploy(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` for inference in which every mechanism is replaced by its deployed form.
+
+    >>> import attnlib
+    >>> attnlib.deploy(attnlib.create("softmax-attention", dim=8, num_heads=2)).training
+    False
+    """
+    result = copy.deepcopy(module).eval()
+
+    def visit(parent: nn.Module) -> None:
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Mechanism):
+                setattr(parent, name, child.deployed())
+            else:
+                visit(child)
+
+    visit(result)
+    return result.deployed().eval() if isinstance(result, Mechanism) else result

@@ -1,0 +1,180 @@
+"""Multi-head softmax attention with grouped queries: the baseline that everything is compared to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import masks
+from ...normalizers import Normalizer, as_normalizer
+from ...ops import attention
+from ...positions import Bias, rotary_angles, rotate
+from ...types import Output, State, Traits, check_divides
+from ..base import Mechanism
+from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
+from ..registry import register
+
+
+@register("softmax-attention", "mha", "gqa", "mqa")
+class SoftmaxAttention(Mechanism):
+    """Multi-head attention with separate numbers of query and key/value heads.
+
+    ``o_h = softmax(q_h k_g(h)^T / sqrt(D)) v_g(h)``, ``y = [o_1 .. o_H] W_O``, where ``g`` maps neighbouring query heads
+    to one key/value head. Works on sequences, images and videos (all tokens of the grid are flattened), as self- and
+    cross-attention, causal or not, with any mask, and decodes with a key/value cache that keeps the validity of each
+    token, so that left-padded batches decode right.
+
+    Args:
+        dim: width of ``x``.
+        num_heads: query heads.
+        num_kv_heads: key/value heads; must divide ``num_heads``. Defaults to ``num_heads``.
+        head_dim: width of a head; ``dim / num_heads`` by default.
+        context_dim: width of ``context``; ``dim`` by default.
+        qkv_bias: biases of the query, key and value projections.
+        proj_bias: bias of the output projection.
+        causal: every token reads itself and earlier ones. With a context: reads all of it.
+        rotary: rotary positions with this base; ``None`` for none. Positions count valid tokens only.
+        attn_drop: dropout of attention weights in training.
+        normalizer: how scores become weights; see :mod:`attnlib.normalizers`.
+
+    Reference: Vaswani et al., 2017, arXiv 1706.03762; Ainslie et al., 2023, arXiv 2305.13245 (grouped queries).
+
+    >>> import torch
+    >>> SoftmaxAttention(dim=16, num_heads=4, num_kv_heads=2)(torch.randn(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
+    """
+
+    class_traits = Traits(
+        patterns=frozenset({"noncausal-self", "causal-self", "noncausal-cross", "causal-cross"}),
+        grid_ranks=frozenset({1, 2, 3}),
+        mask=True,
+        layout=True,
+        streaming=True,
+        work={"N": 2},
+        memory={"N": 2},
+        permutation_equivariant=True,
+        weights=True,
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        causal: bool = False,
+        rotary: float | None = None,
+        attn_drop: float = 0.0,
+        normalizer: str | Normalizer = "softmax",
+    ):
+        super().__init__(dim, context_dim)
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.head_dim = head_dim_of(dim, num_heads) if head_dim is None else head_dim
+        check_divides("num_kv_heads", self.num_kv_heads, "num_heads", num_heads)
+        self.causal, self.rotary, self.attn_drop = causal, rotary, attn_drop
+        self.normalizer = as_normalizer(normalizer)
+        self.scale = self.head_dim**-0.5
+        self.q = nn.Linear(dim, num_heads * self.head_dim, bias=qkv_bias)
+        self.k = nn.Linear(self.context_dim, self.num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.v = nn.Linear(self.context_dim, self.num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.proj = nn.Linear(num_heads * self.head_dim, dim, bias=proj_bias)
+
+    @property
+    def traits(self) -> Traits:
+        patterns = {"causal-self", "causal-cross"} if self.causal else {"noncausal-self", "noncausal-cross"}
+        if self.rotary is not None:
+            patterns.discard("causal-cross")
+            patterns.discard("noncausal-cross")
+        if self.context_dim != self.dim:
+            patterns = {p for p in patterns if p.endswith("cross")}
+        return self.class_traits.but(
+            patterns=frozenset(patterns),
+            grid_ranks=frozenset({1}) if self.causal else self.class_traits.grid_ranks,
+            streaming=self.causal and "causal-self" in patterns,
+            permutation_equivariant=not self.causal and self.rotary is None,
+        )
+
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
+        """The operator on heads; subclasses change it."""
+        return attention(q, k, v, scale=self.scale, normalizer=self.normalizer, **call)
+
+    def _gate(self, out: Tensor, x: Tensor) -> Tensor:
+        """(B, H, N, D) head outputs before the output projection; subclasses may gate them by ``x`` (B, N, C)."""
+        return out
+
+    def _bias(self, q: Tensor, k: Tensor) -> Bias | None:
+        return None
+
+    def mix(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        context_valid: Tensor | None = None,
+        mask: masks.Mask | None = None,
+        state: State | None = None,
+        returns: tuple[str, ...] = (),
+        **_: Any,
+    ) -> Output:
+        grid, source = x.shape[1:-1], x if context is None else context
+        q, k, v = (
+            split_heads(self.q(x), self.num_heads),
+            split_heads(self.k(source), self.num_kv_heads),
+            split_heads(self.v(source), self.num_kv_heads),
+        )
+        exists = flat_valid(valid if context is None else context_valid)
+        causal_self = self.causal and context is None
+        streaming = causal_self and (state is not None or "state" in returns)
+        q_pos = k_pos = None
+        rotary_pos: Tensor | None = None
+        if self.rotary is not None or streaming:
+            now = torch.ones(x.shape[0], q.shape[2], dtype=torch.bool, device=x.device) if exists is None else exists
+            past = now.new_zeros(now.shape[0]).long() if state is None else state["tokens"]
+            rotary_pos = past[:, None] + now.long().cumsum(1) - 1
+        if self.rotary is not None:
+            assert rotary_pos is not None
+            angles = rotary_angles(rotary_pos, self.head_dim, self.rotary)
+            q, k = rotate(q, angles), rotate(k, angles)
+        new_state = None
+        if streaming:
+            assert rotary_pos is not None
+            exists = now
+            if state is not None:
+                k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
+                exists = torch.cat([state["valid"], now], 1)
+                start = state["k"].shape[2]
+                q_pos = torch.arange(start, start + q.shape[2], device=x.device)
+            new_state = State({"k": k, "v": v, "valid": exists, "tokens": past + now.long().sum(1)})
+        if causal_self:
+            mask = masks.causal() if mask is None else masks.causal() & mask
+        call = dict(
+            mask=mask, valid=exists, q_pos=q_pos, k_pos=k_pos, bias=self._bias(q, k),
+            dropout_p=self.attn_drop if self.training else 0.0,
+        )  # fmt: skip
+        weights = None
+        if "weights" in returns:
+            out, weights = self._mix_heads(q, k, v, return_weights=True, **call)
+        else:
+            out = self._mix_heads(q, k, v, **call)
+        y = self.proj(merge_heads(self._gate(out, x.flatten(1, -2)), grid))
+        return Output(y, state=new_state, weights=weights)
+
+    @staticmethod
+    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From ``torch.nn.MultiheadAttention`` (``in_proj_*``, ``out_proj.*``) or timm's ``Attention`` (``qkv.*``)."""
+        out = {}
+        for key, value in state_dict.items():
+            if key in ("in_proj_weight", "in_proj_bias", "qkv.weight", "qkv.bias"):
+                kind = "weight" if key.endswith("weight") else "bias"
+                for name, part in zip("qkv", value.chunk(3), strict=True):
+                    out[f"{name}.{kind}"] = part
+            else:
+                out[key.replace("out_proj.", "proj.")] = value
+        return out

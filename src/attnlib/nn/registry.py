@@ -1,0 +1,104 @@
+"""Names of mechanisms. A file under ``attnlib/nn`` registers itself; nothing else has to know about it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T", bound=type)
+
+_ENTRIES: dict[str, dict[str, type]] = {"mechanism": {}, "fusion": {}}
+_ALIASES: dict[str, list[str]] = {}
+_discovered = False
+
+
+def register(slug: str, *aliases: str, kind: str = "mechanism") -> Callable[[T], T]:
+    """Class decorator: make the class known as ``slug`` (its card's name) and under ``aliases``."""
+    if kind not in _ENTRIES:
+        raise ValueError(f"kind={kind!r} is not possible; choose one of {list(_ENTRIES)}")
+
+    def add(cls: T) -> T:
+        known = _ENTRIES[kind].get(slug)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"{slug!r} is registered already, by {known.__module__}.{known.__qualname__}")
+        _ENTRIES[kind][slug] = cls
+        cls.slug = slug  # type: ignore[attr-defined]
+        for alias in aliases:
+            owners = _ALIASES.setdefault(alias.lower(), [])
+            if slug not in owners:
+                owners.append(slug)
+        return cls
+
+    return add
+
+
+def discover() -> None:
+    """Import every module under ``attnlib.nn`` once, so that all registrations have run."""
+    global _discovered
+    if _discovered:
+        return
+    package = importlib.import_module("attnlib.nn")
+    for module in pkgutil.walk_packages(package.__path__, prefix="attnlib.nn."):
+        importlib.import_module(module.name)
+    _discovered = True
+
+
+def list_mechanisms(kind: str = "mechanism") -> list[str]:
+    """All registered names of one kind, sorted."""
+    discover()
+    return sorted(_ENTRIES[kind])
+
+
+def find(name: str) -> type:
+    """The class registered under a slug or an unambiguous alias.
+
+    Raises:
+        ValueError: unknown name (the nearest are suggested) or ambiguous alias (its candidates are listed).
+    """
+    discover()
+    key = name.lower()
+    for entries in _ENTRIES.values():
+        if key in entries:
+            return entries[key]
+    owners = _ALIASES.get(key, [])
+    if len(owners) > 1:
+        raise ValueError(f"{name!r} is ambiguous; it may mean one of {sorted(owners)}")
+    if owners:
+        return find(owners[0])
+    known = [*list_mechanisms(), *list_mechanisms("fusion"), *_ALIASES]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else "`attnlib list` shows all"
+    raise ValueError(f"unknown mechanism {name!r}; {hint}")
+
+
+def create(name: str, **config: Any) -> Any:
+    """Build a mechanism by name.
+
+    >>> sorted(create("softmax-attention", dim=32, num_heads=4).traits.patterns)
+    ['noncausal-cross', 'noncausal-self']
+    """
+    cls = find(name)
+    try:
+        return cls(**config)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        import inspect
+
+        raise TypeError(f"{error}; {name!r} takes {inspect.signature(cls)}") from None
+
+
+def convert_state_dict(name: str, state_dict: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """The authors' state dict in the names and layouts of our module.
+
+    Raises:
+        ValueError: when the mechanism has no released counterpart.
+    """
+    cls = find(name)
+    convert = getattr(cls, "convert_state_dict", None)
+    if convert is None:
+        raise ValueError(f"{name!r} has no released state dict to convert")
+    return convert(state_dict, **options)

@@ -1,0 +1,207 @@
+"""How a row of scores becomes a row of weights.
+
+A normalizer says which activation it applies, which row statistics it needs, and how many passes over the scores that
+costs: one that needs the *final* statistic of the row before it acts (clipping a softmax) takes two. It gives its own
+derivative so that the tiled engine can recompute weights in a hand-written backward.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .types import check_choice
+
+_KINDS: dict[str, type[Normalizer]] = {}
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Base of all normalizers.
+
+    ``scores`` (..., N, M) are already scaled, biased and in the statistics dtype; pairs that may not meet are ``-inf``.
+    """
+
+    name: ClassVar[str] = ""
+    activation: ClassVar[str] = "exp"
+    stats: ClassVar[tuple[str, ...]] = ()
+    passes: ClassVar[int] = 1
+    axis: ClassVar[str] = "keys"
+    empty: ClassVar[float] = 0.0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__dict__.get("name"):
+            _KINDS[cls.name] = cls
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """(..., N, M) weights; zero wherever the score is ``-inf`` and in rows that see nothing."""
+        raise NotImplementedError
+
+    def backward(self, scores: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+        """Gradient with respect to the scores, given the gradient with respect to the weights."""
+        raise NotImplementedError
+
+    def lower(self) -> str:
+        """A string from which :func:`raise_normalizer` rebuilds this normalizer."""
+        return json.dumps({"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}})
+
+
+def softmax_rows(scores: Tensor) -> Tensor:
+    """Softmax over the last axis in which a row of ``-inf`` gives zeros with zero gradients."""
+    top = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.detach().sum(-1, keepdim=True)
+    top = torch.where(torch.isinf(top), torch.zeros_like(top), top)
+    e = torch.exp(scores - top)
+    total = e.sum(-1, keepdim=True)
+    return e / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def _softmax_backward(weights: Tensor, grad: Tensor) -> Tensor:
+    return weights * (grad - (weights * grad).sum(-1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class Softmax(Normalizer):
+    """``exp(s) / sum exp(s)``."""
+
+    name: ClassVar[str] = "softmax"
+    stats: ClassVar[tuple[str, ...]] = ("max", "sum")
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return softmax_rows(scores)
+
+    def backward(self, scores: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+        return _softmax_backward(weights, grad)
+
+
+@dataclass(frozen=True)
+class Sigmoid(Normalizer):
+    """``sigmoid(s + bias)``, element by element; no statistic of the row. ``bias = -log(n)`` matches softmax's size."""
+
+    bias: float = 0.0
+    name: ClassVar[str] = "sigmoid"
+    activation: ClassVar[str] = "sigmoid"
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return torch.sigmoid(scores + self.bias)
+
+    def backward(self, scores: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+        return grad * weights * (1 - weights)
+
+
+@dataclass(frozen=True)
+class ClippedSoftmax(Normalizer):
+    """``clip((zeta - gamma) softmax(s) + gamma, 0, 1)``: exact zeros at finite scores. Pairs that may not meet stay 0."""
+
+    gamma: float = -0.03
+    zeta: float = 1.0
+    name: ClassVar[str] = "clipped_softmax"
+    stats: ClassVar[tuple[str, ...]] = ("max", "sum")
+    passes: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        if self.gamma > 0 or self.zeta < 1:
+            raise ValueError(
+                f"clipped softmax needs gamma <= 0 and zeta >= 1, got gamma={self.gamma}, zeta={self.zeta}"
+            )
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return (softmax_rows(scores) * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)
+
+    def backward(self, scores: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+        stretch = self.zeta - self.gamma
+        soft = softmax_rows(scores)
+        raw = soft * stretch + self.gamma
+        return _softmax_backward(soft, grad * ((raw >= 0) & (raw <= 1)) * stretch)
+
+
+@dataclass(frozen=True)
+class Relu(Normalizer):
+    """``relu(s) / divisor``; no statistic of the row."""
+
+    divisor: float = 1.0
+    name: ClassVar[str] = "relu"
+    activation: ClassVar[str] = "relu"
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return torch.relu(scores) / self.divisor
+
+    def backward(self, scores: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+        return grad * (scores > 0) / self.divisor
+
+
+@dataclass(frozen=True)
+class SoftplusL1(Normalizer):
+    """``softplus(s) / sum softplus(s)``."""
+
+    name: ClassVar[str] = "softplus_l1"
+    activation: ClassVar[str] = "softplus"
+    stats: ClassVar[tuple[str, ...]] = ("sum",)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        a = torch.nn.functional.softplus(scores)
+        total = a.sum(-1, keepdim=True)
+        return a / torch.where(total == 0, torch.ones_like(total), total)
+
+    def backward(self, scores: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+        total = torch.nn.functional.softplus(scores).sum(-1, keepdim=True)
+        total = torch.where(total == 0, torch.ones_like(total), total)
+        return torch.sigmoid(scores) * (grad - (weights * grad).sum(-1, keepdim=True)) / total
+
+
+@dataclass(frozen=True)
+class Uniform(Normalizer):
+    """A mixture ``(1 - u) softmax + u / visible``; ``u = 1`` ignores the scores."""
+
+    u: float = 1.0
+    name: ClassVar[str] = "uniform"
+    stats: ClassVar[tuple[str, ...]] = ("max", "sum", "count")
+    passes: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.u <= 1:
+            raise ValueError(f"u must lie in [0, 1], got {self.u}")
+
+    def weights(self, scores: Tensor) -> Tensor:
+        seen = ~torch.isinf(scores)
+        count = seen.sum(-1, keepdim=True).clamp(min=1)
+        return softmax_rows(scores) * (1 - self.u) + seen * (self.u / count)
+
+    def backward(self, scores: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+        return _softmax_backward(softmax_rows(scores), grad * (1 - self.u))
+
+
+def raise_normalizer(spec: str) -> Normalizer:
+    """The normalizer that :meth:`Normalizer.lower` described."""
+    settings = json.loads(spec)
+    return _KINDS[settings.pop("name")](**settings)
+
+
+def as_normalizer(normalizer: str | Normalizer) -> Normalizer:
+    """Accept a name where a normalizer is meant.
+
+    >>> as_normalizer("sigmoid")
+    Sigmoid(bias=0.0)
+    """
+    if isinstance(normalizer, Normalizer):
+        return normalizer
+    check_choice("normalizer", normalizer, list(_KINDS))
+    return _KINDS[normalizer]()
+
+
+def sigmoid_bias(n: int) -> float:
+    """``-log(n)``: with it, sigmoid attention over ``n`` keys starts at the output norm of softmax."""
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    return -math.log(n)
+
+
+def normalizer_names() -> Sequence[str]:
+    """Names that ``as_normalizer`` knows."""
+    return tuple(_KINDS)

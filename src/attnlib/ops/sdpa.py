@@ -1,0 +1,48 @@
+"""Plain softmax through ``torch.nn.functional.scaled_dot_product_attention``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._call import AttentionCall, expand_heads
+
+NAME = "sdpa"
+
+
+def supports(call: AttentionCall) -> str | None:
+    """Why SDPA cannot serve the call; ``None`` when it can."""
+    if not call.plain_softmax:
+        return f"its normalizer is {call.normalizer.name}, SDPA only knows softmax"
+    if call.want == "weights":
+        return "SDPA does not return weights"
+    if call.want == "partial":
+        return "SDPA does not return the row statistics with gradients"
+    return None
+
+
+def run(call: AttentionCall) -> Tensor:
+    """(B, H, N, Dv). Rows that may attend to nothing give zeros."""
+    q, k, v = call.q, call.k, call.v
+    grouped = k.shape[1] == v.shape[1] != q.shape[1]
+    if not grouped:
+        k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
+    if call.is_causal and call.bias is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=call.dropout_p, is_causal=True, scale=call.scale, enable_gqa=grouped
+        )
+    allowed = call.allowed()
+    empty = None
+    bias: Tensor | None = None if call.bias is None else call.bias.dense().to(q.dtype)
+    if allowed is not None:
+        empty = ~allowed.any(-1, keepdim=True)
+        # An empty row attends everywhere and is zeroed below: no NaN enters, and its gradient is exactly zero.
+        allowed = allowed | empty
+        bias = allowed if bias is None else bias.masked_fill(~allowed, float("-inf"))
+    if bias is not None:
+        bias = bias.expand(torch.broadcast_shapes(bias.shape, (1, 1, q.shape[2], k.shape[2])))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, dropout_p=call.dropout_p, scale=call.scale, enable_gqa=grouped
+    )
+    return out if empty is None else out.masked_fill(empty, 0.0)

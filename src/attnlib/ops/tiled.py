@@ -1,0 +1,12 @@
+"""Backend under construction: serves nothing yet."""
+
+from __future__ import annotations
+
+from ._call import AttentionCall
+
+NAME = "tiled"
+
+
+def supports(call: AttentionCall) -> str | None:
+    """Why this backend cannot serve the call."""
+    return "not built yet"

@@ -1,0 +1,313 @@
+"""Position information: biases in three forms, rotary embedding, fixed encodings.
+
+Every bias lowers to one of three forms, with gradients: a dense tensor, a relative table with an index rule, or
+per-query factors along each axis of the key grid. All three answer :meth:`Bias.block` for a block of rows and columns,
+so an engine never needs the whole (N, M) map.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .grids import coordinates
+from .types import register_pytree
+
+_KINDS: dict[str, type[Bias]] = {}
+
+
+class Bias:
+    """Base of the three forms. ``tensors()`` are the differentiable and index tensors; ``settings()`` plain numbers."""
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _KINDS[cls.name] = cls
+        register_pytree(cls, lambda v: (v.tensors(), v.settings()), lambda t, s: cls.rebuild(list(t), s))
+
+    def block(self, rows: slice, cols: slice | Tensor) -> Tensor:
+        """(B or 1, H or 1, n, m): the bias of query rows ``rows`` and key columns ``cols`` (slice or indices)."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """(B or 1, H or 1, N, M)."""
+        return self.block(slice(None), slice(None))
+
+    def shape(self) -> tuple[int, int]:
+        """(N, M)."""
+        raise NotImplementedError
+
+    def tensors(self) -> list[Tensor]:
+        raise NotImplementedError
+
+    def settings(self) -> list[Any]:
+        return []
+
+    @classmethod
+    def rebuild(cls, tensors: list[Tensor], settings: list[Any]) -> Bias:
+        """Inverse of ``(tensors(), settings())``, without checks, so that it works on fake tensors too."""
+        raise NotImplementedError
+
+    def lower(self) -> tuple[str, list[Tensor]]:
+        """``(spec, tensors)``, from which :func:`raise_bias` rebuilds the bias."""
+        return json.dumps([self.name, self.settings()]), self.tensors()
+
+
+def raise_bias(spec: str, tensors: Sequence[Tensor]) -> Bias:
+    """The bias that :meth:`Bias.lower` described."""
+    name, settings = json.loads(spec)
+    return _KINDS[name].rebuild(list(tensors), settings)
+
+
+class DenseBias(Bias):
+    """A tensor (N, M), (H, N, M) or (B or 1, H or 1, N, M), added to the scaled scores."""
+
+    name = "dense"
+
+    def __init__(self, bias: Tensor):
+        if not isinstance(bias, Tensor) or not bias.is_floating_point() or bias.dim() not in (2, 3, 4):
+            given = f"{bias.dtype} {tuple(bias.shape)}" if isinstance(bias, Tensor) else type(bias).__name__
+            raise ValueError(f"bias must be a float tensor (N, M), (H, N, M) or (B, H, N, M), got {given}")
+        self.bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
+
+    def block(self, rows: slice, cols: slice | Tensor) -> Tensor:
+        return self.bias[:, :, rows][..., cols]
+
+    def shape(self) -> tuple[int, int]:
+        return self.bias.shape[-2], self.bias.shape[-1]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.bias]
+
+    @classmethod
+    def rebuild(cls, tensors: list[Tensor], settings: list[Any]) -> Bias:
+        out = object.__new__(cls)
+        out.bias = tensors[0]
+        return out
+
+
+class RelativeBias(Bias):
+    """A table looked up at ``sum_axis clamp(k - q + offset) * stride``: one entry per relative displacement.
+
+    Args:
+        table: (H, T) with ``T = prod(extent)``.
+        q_coords: (N, r) integer coordinates of queries.
+        k_coords: (M, r) of keys; may belong to a grid of another size.
+        offset: per axis, what is added to ``k - q`` to start at 0; usually ``extent // 2``.
+        extent: per axis, number of displacements.
+
+    >>> b = RelativeBias(torch.zeros(2, 9), coordinates((2, 2)), coordinates((2, 2)), (1, 1), (3, 3))
+    >>> b.dense().shape
+    torch.Size([1, 2, 4, 4])
+    """
+
+    name = "relative"
+
+    def __init__(self, table: Tensor, q_coords: Tensor, k_coords: Tensor, offset: Sequence[int], extent: Sequence[int]):
+        if table.dim() != 2 or table.shape[1] != math.prod(extent):
+            raise ValueError(
+                f"table must be (H, {math.prod(extent)}) for extent={tuple(extent)}, got {tuple(table.shape)}"
+            )
+        self.table, self.q_coords, self.k_coords = table, q_coords, k_coords
+        self.offset, self.extent = tuple(offset), tuple(extent)
+
+    def index(self, rows: slice, cols: slice | Tensor) -> Tensor:
+        """(n, m) int64 positions in the table."""
+        q, k = self.q_coords[rows], self.k_coords[cols]
+        total: Tensor | int = 0
+        for axis, (off, ext) in enumerate(zip(self.offset, self.extent, strict=True)):
+            step = (k[None, :, axis] - q[:, None, axis] + off).clamp(0, ext - 1)
+            total = total * ext + step
+        assert isinstance(total, Tensor)
+        return total
+
+    def block(self, rows: slice, cols: slice | Tensor) -> Tensor:
+        index = self.index(rows, cols)
+        return self.table.index_select(1, index.reshape(-1)).reshape(1, -1, *index.shape)
+
+    def shape(self) -> tuple[int, int]:
+        return self.q_coords.shape[0], self.k_coords.shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.table, self.q_coords, self.k_coords]
+
+    def settings(self) -> list[Any]:
+        return [list(self.offset), list(self.extent)]
+
+    @classmethod
+    def rebuild(cls, tensors: list[Tensor], settings: list[Any]) -> Bias:
+        out = object.__new__(cls)
+        out.table, out.q_coords, out.k_coords = tensors
+        out.offset, out.extent = (tuple(s) for s in settings)
+        return out
+
+
+class AxisBias(Bias):
+    """Per-query factors along each axis of the key grid: ``bias[q, k] = sum_axis factor_axis[q, coordinate_axis(k)]``.
+
+    Serves ``q . R_h + q . R_w`` and box-to-pixel bias alike.
+
+    Args:
+        factors: one (B or 1, H or 1, N, K_axis) per axis of the key grid.
+        k_coords: (M, r) int64 coordinates of keys; by default the row-major grid of the factors' sizes.
+
+    >>> AxisBias([torch.zeros(1, 2, 5, 3), torch.zeros(1, 2, 5, 4)]).dense().shape
+    torch.Size([1, 2, 5, 12])
+    """
+
+    name = "axis"
+
+    def __init__(self, factors: Sequence[Tensor], k_coords: Tensor | None = None):
+        if not factors or any(f.dim() != 4 for f in factors):
+            raise ValueError(f"factors must be (B, H, N, K) each, got {[tuple(f.shape) for f in factors]}")
+        if k_coords is None:
+            k_coords = coordinates([f.shape[-1] for f in factors], factors[0].device)
+        if k_coords.shape[1] != len(factors):
+            raise ValueError(f"k_coords has {k_coords.shape[1]} axes, but there are {len(factors)} factors")
+        self.factors, self.k_coords = list(factors), k_coords
+
+    def block(self, rows: slice, cols: slice | Tensor) -> Tensor:
+        k = self.k_coords[cols]
+        total: Tensor | None = None
+        for axis, factor in enumerate(self.factors):
+            part = factor[:, :, rows].index_select(-1, k[:, axis])
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def shape(self) -> tuple[int, int]:
+        return self.factors[0].shape[2], self.k_coords.shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.factors, self.k_coords]
+
+    @classmethod
+    def rebuild(cls, tensors: list[Tensor], settings: list[Any]) -> Bias:
+        out = object.__new__(cls)
+        out.factors, out.k_coords = list(tensors[:-1]), tensors[-1]
+        return out
+
+
+def as_bias(bias: Bias | Tensor | None) -> Bias | None:
+    """Accept a float tensor where a bias is meant."""
+    return DenseBias(bias) if isinstance(bias, Tensor) else bias
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Ready-made biases
+
+
+def window_bias(table: Tensor, window: Sequence[int]) -> RelativeBias:
+    """Relative bias inside one window, indexed ``key - query + window - 1`` per axis.
+
+    Args:
+        table: (H, prod(2 * window - 1)).
+        window: sides of the window.
+    """
+    coords = coordinates(window, table.device)
+    return RelativeBias(table, coords, coords, [w - 1 for w in window], [2 * w - 1 for w in window])
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """(H,) slopes ``2 ** (-8 (h + 1) / H)``, with the authors' interpolation when H is no power of two.
+
+    Reference: Press, Smith, Lewis, 2022, arXiv 2108.12409.
+    """
+
+    def power_of_two(n: int) -> list[float]:
+        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
+        return [start ** (i + 1) for i in range(n)]
+
+    closest = 2 ** math.floor(math.log2(num_heads))
+    slopes = power_of_two(closest)
+    if closest < num_heads:
+        slopes += power_of_two(2 * closest)[0::2][: num_heads - closest]
+    return torch.tensor(slopes)
+
+
+def alibi(num_heads: int, q_pos: Tensor, k_pos: Tensor, slopes: Tensor | None = None) -> RelativeBias:
+    """``-slope_h |q - k|`` as a relative table. ``q_pos`` (N,) and ``k_pos`` (M,) are integer positions.
+
+    >>> alibi(2, torch.arange(3), torch.arange(3)).dense()[0, 0, 2].tolist()
+    [-0.125, -0.0625, -0.0]
+    """
+    slopes = alibi_slopes(num_heads).to(q_pos.device) if slopes is None else slopes
+    low, high = int(k_pos.min() - q_pos.max()), int(k_pos.max() - q_pos.min())
+    reach = torch.arange(low, high + 1, device=q_pos.device).abs()
+    return RelativeBias(-slopes[:, None] * reach, q_pos[:, None], k_pos[:, None], (-low,), (high - low + 1,))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rotary
+
+
+def rotary_angles(pos: Tensor, head_dim: int, base: float = 10000.0, grid: Sequence[int] | None = None) -> Tensor:
+    """Angles of rotary embedding in one, two or three dimensions.
+
+    Args:
+        pos: (..., N) integer positions, or (..., N, r) coordinates when ``grid`` rotary is wanted.
+        head_dim: width of a head; ``head_dim / 2`` angles are split evenly over the axes.
+        base: wavelength base.
+        grid: pass any r-tuple to read ``pos`` as coordinates.
+
+    Returns:
+        (..., N, head_dim / 2) float32 angles.
+
+    Reference: Su et al., 2021, arXiv 2104.09864.
+    """
+    axes = 1 if grid is None else len(grid)
+    if head_dim % (2 * axes):
+        raise ValueError(f"head_dim={head_dim} must be a multiple of {2 * axes} for rotary positions on {axes} axes")
+    half = head_dim // (2 * axes)
+    frequency = base ** (-torch.arange(half, device=pos.device, dtype=torch.float32) / half)
+    if grid is None:
+        return pos.to(torch.float32).unsqueeze(-1) * frequency
+    return (pos.to(torch.float32).unsqueeze(-1) * frequency).flatten(-2)
+
+
+def rotate(x: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
+    """Turn pairs of channels of ``x`` (B, H, N, D) by ``angles`` (N, D/2), (B, N, D/2) or (B, H, N, D/2).
+
+    Pairs are ``(i, i + D/2)`` as in Llama, or neighbours when ``interleaved``. Computed in float32 at least.
+    """
+    if angles.dim() == 3:
+        angles = angles[:, None]
+    work = x.to(torch.promote_types(x.dtype, torch.float32))
+    cos, sin = angles.cos().to(work.dtype), angles.sin().to(work.dtype)
+    if interleaved:
+        a, b = work[..., 0::2], work[..., 1::2]
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+    a, b = work.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Fixed encodings
+
+
+def sincos(coords: Tensor, dim: int, base: float = 10000.0) -> Tensor:
+    """Fixed sine-cosine encoding of coordinates on any number of axes.
+
+    Args:
+        coords: (N, r) coordinates.
+        dim: width; must be a multiple of ``2 r``.
+
+    Returns:
+        (N, dim) float32: per axis ``sin`` of all frequencies, then ``cos``.
+    """
+    axes = coords.shape[1]
+    if dim % (2 * axes):
+        raise ValueError(f"dim={dim} must be a multiple of {2 * axes} for a sine-cosine encoding on {axes} axes")
+    half = dim // (2 * axes)
+    frequency = base ** (-torch.arange(half, device=coords.device, dtype=torch.float32) / half)
+    parts = []
+    for axis in range(axes):
+        angle = coords[:, axis, None].to(torch.float32) * frequency
+        parts += [angle.sin(), angle.cos()]
+    return torch.cat(parts, -1)

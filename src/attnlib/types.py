@@ -1,0 +1,363 @@
+"""The values that travel between floors: what a mechanism returns, keeps, plans and claims.
+
+Everything here is a plain frozen value, registered as a pytree so that it passes through ``torch.compile``,
+``torch.export`` and ``torch.utils.checkpoint``. Nothing here has parameters or knows a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+PATTERNS = ("noncausal-self", "causal-self", "noncausal-cross", "causal-cross")
+
+
+def register_pytree(cls: type, flatten: Callable, unflatten: Callable) -> None:
+    """Register ``cls`` as a pytree node that ``torch.export`` can name."""
+    pytree.register_pytree_node(cls, flatten, unflatten, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of softmax statistics and recurrent states: float32, except that float64 stays float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checks at the door. Each names the argument, what was given and what is possible.
+
+
+def check_rank(name: str, value: Tensor, ranks: int | Sequence[int], layout: str) -> None:
+    """Raise ``ValueError`` unless ``value`` has one of ``ranks`` dimensions; ``layout`` spells the expected shape."""
+    allowed = (ranks,) if isinstance(ranks, int) else tuple(ranks)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of shape {layout}, got {type(value).__name__}")
+    if value.dim() not in allowed:
+        raise ValueError(f"{name} must have shape {layout}, got a tensor of shape {tuple(value.shape)}")
+
+
+def check_width(name: str, value: Tensor, width: int, what: str = "dim") -> None:
+    """Raise ``ValueError`` unless the last axis of ``value`` is ``width`` long."""
+    if value.shape[-1] != width:
+        raise ValueError(
+            f"{name} has {value.shape[-1]} channels in its last axis (shape {tuple(value.shape)}), "
+            f"but this module was built with {what}={width}"
+        )
+
+
+def check_divides(name: str, divisor: int, whole_name: str, whole: int) -> None:
+    """Raise ``ValueError`` unless ``divisor`` divides ``whole``; says which divisors would do."""
+    if divisor <= 0 or whole % divisor:
+        possible = [n for n in range(1, whole + 1) if whole % n == 0]
+        shown = possible if len(possible) <= 12 else [*possible[:6], "...", *possible[-5:]]
+        raise ValueError(f"{name}={divisor} does not divide {whole_name}={whole}; possible: {shown}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
+    options = list(choices)
+    if value not in options:
+        raise ValueError(f"{name}={value!r} is not possible; choose one of {options}")
+
+
+def check_valid(name: str, valid: Tensor | None, shape: Sequence[int]) -> None:
+    """Raise unless ``valid`` is ``None`` or a boolean tensor of exactly ``shape``."""
+    if valid is None:
+        return
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+        given = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
+        raise TypeError(f"{name} must be a boolean tensor (True: the token exists), got {given}")
+    if tuple(valid.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(valid.shape)}")
+
+
+def to_tuple(name: str, value: int | bool | Sequence[Any], rank: int) -> tuple[Any, ...]:
+    """``value`` for each of ``rank`` axes; raises ``ValueError`` when a sequence has another length."""
+    if isinstance(value, (int, bool, float)):
+        return (value,) * rank
+    if len(value) != rank:
+        raise ValueError(f"{name}={tuple(value)} names {len(value)} axes, but the grid has {rank}")
+    return tuple(value)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Partial: attention over part of the keys
+
+
+class Partial(NamedTuple):
+    """Attention over part of the keys, mergeable with the other parts.
+
+    It stands for the sums ``exp(log_scale) * den`` (of the weights) and ``exp(log_scale) * num`` (of weighted values).
+    A flash kernel gives ``(lse, 1, out)``; an unnormalised or linear part gives ``(0, den, num)``; the identity is
+    ``(-inf, 0, 0)``. ``merge`` is associative and commutative, and gradients flow through all three fields: the
+    reference scale inside ``merge`` is a constant because the value represented does not depend on it.
+
+    Args:
+        log_scale: (B, H, N) logarithm of the common scale, ``-inf`` for "nothing seen".
+        den: (B, H, N) sum of weights, in units of ``exp(log_scale)``.
+        num: (B, H, N, Dv) weighted sum of values, in the same units.
+
+    >>> import torch
+    >>> a = Partial(torch.zeros(1, 1, 2), torch.ones(1, 1, 2), torch.ones(1, 1, 2, 3))
+    >>> a.merge(Partial.identity_like(a)).finish().shape
+    torch.Size([1, 1, 2, 3])
+    """
+
+    log_scale: Tensor
+    den: Tensor
+    num: Tensor
+
+    @classmethod
+    def identity_like(cls, other: Partial) -> Partial:
+        """The part that has seen no key."""
+        return cls(
+            torch.full_like(other.log_scale, float("-inf")), torch.zeros_like(other.den), torch.zeros_like(other.num)
+        )
+
+    def merge(self, *others: Partial) -> Partial:
+        """The attention over the union of disjoint sets of keys."""
+        parts = (self, *others)
+        top = parts[0].log_scale.detach()
+        for part in parts[1:]:
+            top = torch.maximum(top, part.log_scale.detach())
+        reference = torch.where(torch.isinf(top), torch.zeros_like(top), top)
+        den: Tensor | float = 0.0
+        num: Tensor | float = 0.0
+        for part in parts:
+            weight = torch.exp(part.log_scale - reference)
+            den = den + weight * part.den
+            num = num + weight.unsqueeze(-1) * part.num
+        assert isinstance(den, Tensor) and isinstance(num, Tensor)
+        return Partial(top, den, num)
+
+    def shift(self, log_weight: Tensor | float) -> Partial:
+        """Multiply every weight of this part by ``exp(log_weight)``."""
+        return Partial(self.log_scale + log_weight, self.den, self.num)
+
+    def finish(self) -> Tensor:
+        """(B, H, N, Dv): the normalised output; rows that saw nothing give zeros with zero gradients."""
+        empty = self.den == 0
+        den = torch.where(empty, torch.ones_like(self.den), self.den)
+        return torch.where(empty.unsqueeze(-1), torch.zeros_like(self.num), self.num / den.unsqueeze(-1))
+
+    def lse(self) -> Tensor:
+        """(B, H, N): logarithm of the sum of weights, ``-inf`` where nothing was seen."""
+        empty = (self.den <= 0) | torch.isinf(self.log_scale)
+        den = torch.where(empty, torch.ones_like(self.den), self.den)
+        scale = torch.where(empty, torch.zeros_like(self.log_scale), self.log_scale)
+        return torch.where(empty, torch.full_like(self.den, float("-inf")), scale + torch.log(den))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Plan and State
+
+
+class _TensorDict:
+    """Shared shape of Plan and State: named tensors (or nested values of the same kind)."""
+
+    tensors: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise KeyError(f"{type(self).__name__} holds {sorted(self.tensors)}, not {name!r}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.tensors.get(name, default)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(_TensorDict):
+    """Discrete, data-dependent choices of a mechanism: which regions, buckets, heads or tokens.
+
+    Args:
+        kind: what the plan is for, for example ``"region-topk"``.
+        tensors: integer or boolean tensors without gradient.
+        shape: the shape of problem it was made for, as ``(name, size)`` pairs; ``expect`` checks it.
+
+    >>> import torch
+    >>> Plan("topk", {"index": torch.zeros(2, 3, dtype=torch.long)}, (("N", 3),)).expect("topk", N=3)["index"].shape
+    torch.Size([2, 3])
+    """
+
+    kind: str
+    tensors: dict[str, Any]
+    shape: tuple[tuple[str, Any], ...] = ()
+
+    def expect(self, kind: str, **shape: Any) -> Plan:
+        """This plan, or ``ValueError`` when it was made for something else."""
+        if self.kind != kind:
+            raise ValueError(f"plan is of kind {self.kind!r}, this mechanism executes plans of kind {kind!r}")
+        made = dict(self.shape)
+        for name, size in shape.items():
+            if made.get(name, size) != size:
+                raise ValueError(
+                    f"plan was made for {name}={made[name]}, but the input has {name}={size}; "
+                    "make a new one with m.plan(x, ...)"
+                )
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class State(_TensorDict):
+    """What a mechanism keeps from call to call; every tensor has the batch as its first axis.
+
+    >>> import torch
+    >>> State({"S": torch.zeros(2, 4)}).repeat(3)["S"].shape
+    torch.Size([6, 4])
+    """
+
+    tensors: dict[str, Any]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> State:
+        """Apply ``fn`` to every tensor."""
+        return State({k: v.map(fn) if isinstance(v, State) else fn(v) for k, v in self.tensors.items()})
+
+    def select(self, index: Tensor) -> State:
+        """Keep the samples ``index`` (B',), in that order."""
+        return self.map(lambda t: t.index_select(0, index))
+
+    reorder = select
+
+    def repeat(self, times: int) -> State:
+        """Repeat every sample ``times`` times, copies adjacent (as beam search needs)."""
+        return self.map(lambda t: t.repeat_interleave(times, dim=0))
+
+    def detach(self) -> State:
+        """The same state cut from the graph."""
+        return self.map(Tensor.detach)
+
+    def replace(self, **tensors: Any) -> State:
+        """A copy with some tensors exchanged."""
+        return State({**self.tensors, **tensors})
+
+    def numel(self) -> int:
+        """Number of elements held, for memory accounts."""
+        return sum(v.numel() for v in self.tensors.values())
+
+
+def _flatten_named(value: Plan | State) -> tuple[list[Any], Any]:
+    keys = tuple(value.tensors)
+    extra = (value.kind, value.shape) if isinstance(value, Plan) else ()
+    return [value.tensors[k] for k in keys], (keys, extra)
+
+
+register_pytree(
+    Plan, _flatten_named, lambda leaves, ctx: Plan(ctx[1][0], dict(zip(ctx[0], leaves, strict=True)), ctx[1][1])
+)
+register_pytree(State, _flatten_named, lambda leaves, ctx: State(dict(zip(ctx[0], leaves, strict=True))))
+
+
+class Output(NamedTuple):
+    """What a mechanism returns when extras were asked for with ``returns=(...)``.
+
+    Args:
+        y: (B, *grid, C) the tokens.
+        state: what to hand to the next call, for streaming.
+        carry: what to hand to the next block of the same forward.
+        weights: (B, H, N, M) attention weights.
+        losses: named scalar losses, already averaged, not weighted.
+    """
+
+    y: Tensor
+    state: State | None = None
+    carry: Any = None
+    weights: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+
+
+EXTRAS = ("state", "carry", "weights", "losses")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Traits
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a mechanism claims; ``attnlib.check`` tests every field.
+
+    Args:
+        patterns: of :data:`PATTERNS`. Causal cross means: the output at t reads queries up to t and the whole context.
+        grid_ranks: ranks of ``x`` between batch and channels: 1 sequence, 2 image, 3 video.
+        mask: takes a pairwise ``mask``.
+        valid: takes ``valid`` (which tokens exist). Every finished mechanism does.
+        layout: takes tokens beside the grid through ``layout``.
+        streaming: ``step`` equals ``forward``.
+        work: growth exponents of arithmetic per symbol, projections subtracted, e.g. ``{"N": 2}``.
+        memory: growth exponents of written elements beyond inputs and outputs, per symbol.
+        gradient: ``"exact"``, ``"surrogate"`` (not the derivative of the forward) or ``"stopped"`` (choices detached).
+        batch_independent: a sample's output does not depend on the others.
+        permutation_equivariant: permuting tokens permutes outputs.
+        resolution_free: one instance takes inputs of any size.
+        needs_plan: makes discrete choices, so it has ``plan``.
+        carries: passes a ``carry`` from block to block.
+        losses: names of the losses it can return.
+        weights: can return attention weights.
+        traceable: ``torch.compile(fullgraph=True)`` and ``torch.export`` succeed.
+        grid_multiple: every grid side must be a multiple of this (1: any size).
+    """
+
+    patterns: frozenset[str] = frozenset({"noncausal-self"})
+    grid_ranks: frozenset[int] = frozenset({1})
+    mask: bool = False
+    valid: bool = True
+    layout: bool = False
+    streaming: bool = False
+    work: Mapping[str, float] = field(default_factory=lambda: {"N": 2})
+    memory: Mapping[str, float] = field(default_factory=lambda: {"N": 2})
+    gradient: str = "exact"
+    batch_independent: bool = True
+    permutation_equivariant: bool = False
+    resolution_free: bool = True
+    needs_plan: bool = False
+    carries: bool = False
+    losses: tuple[str, ...] = ()
+    weights: bool = False
+    traceable: bool = True
+    grid_multiple: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patterns", frozenset(self.patterns))
+        object.__setattr__(self, "grid_ranks", frozenset(self.grid_ranks))
+        for pattern in self.patterns:
+            check_choice("patterns", pattern, PATTERNS)
+        check_choice("gradient", self.gradient, ("exact", "surrogate", "stopped"))
+
+    def but(self, **changes: Any) -> Traits:
+        """A copy with some claims changed."""
+        return replace(self, **changes)
+
+    def within(self, bound: Traits) -> list[str]:
+        """Claims of this instance that exceed the class's upper ``bound``; empty when it keeps its word."""
+        excess = []
+        for f in fields(self):
+            mine, most = getattr(self, f.name), getattr(bound, f.name)
+            if isinstance(mine, frozenset) and not mine <= most:
+                excess.append(f.name)
+            elif f.name in ("mask", "valid", "layout", "streaming", "weights", "traceable") and mine and not most:
+                excess.append(f.name)
+        return excess
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        out: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, frozenset):
+                value = sorted(value)
+            elif isinstance(value, Mapping):
+                value = dict(value)
+            out[f.name] = list(value) if isinstance(value, tuple) else value
+        return out
