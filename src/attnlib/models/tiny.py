@@ -175,6 +175,26 @@ def _zero(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
+class DetailStem(nn.Module):
+    """Pixels (B, H, W, C) to tokens (B, H, W, dim): a convolution over the colours and their deviation from the mean of
+    the neighbourhood. The deviation is amplified: without it a norm sees little but the colour of the whole patch.
+
+    Args:
+        channels: channels of the picture.
+        dim: width of the tokens.
+        kernel_size: extent of the convolution.
+    """
+
+    def __init__(self, channels: int, dim: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2 * channels, dim, kernel_size, padding=kernel_size // 2, padding_mode="replicate")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2)
+        mean = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        return self.conv(torch.cat([2 * x - 1, 8 * (x - mean)], 1)).permute(0, 2, 3, 1)
+
+
 class TinyLM(TinyModel):
     """Byte-level language model (causal self).
 
@@ -223,14 +243,15 @@ class TinyClassifier(TinyModel):
         classes: int = 10,
     ) -> None:
         super().__init__()
-        self.embed = nn.Linear(channels, dim)
+        self.stem = nn.Conv2d(channels, dim, 3, padding=1)
         self.positions = _positions(*grid, dim)
         self.backbone = TinyBackbone(dim, depth, make)
         self.head = nn.Linear(dim, classes)
 
     def forward(self, images: Tensor) -> Prediction:
         """Class scores (B, classes) of ``images`` (B, H, W, channels)."""
-        out = self.backbone(self.embed(images) + self.positions)
+        x = self.stem(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        out = self.backbone(x + self.positions)
         return Prediction(self.head(out.y.mean((1, 2))), out.losses)
 
 
@@ -252,15 +273,14 @@ class TinySuperResolution(TinyModel):
     ) -> None:
         super().__init__()
         self.factor = factor
-        self.stem = nn.Conv2d(3, dim, 3, padding=1)
+        self.stem = DetailStem(3, dim)
         self.positions = _positions(*grid, dim)
         self.backbone = TinyBackbone(dim, depth, make)
         self.head = _zero(nn.Linear(dim, 3 * factor * factor))
 
     def forward(self, low: Tensor, bicubic: Tensor) -> Prediction:
         """(B, h·factor, w·factor, 3) from ``low`` (B, h, w, 3) and its ``bicubic`` enlargement."""
-        x = self.stem(low.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        out = self.backbone(x + self.positions)
+        out = self.backbone(self.stem(low) + self.positions)
         residual = F.pixel_shuffle(self.head(out.y).permute(0, 3, 1, 2), self.factor).permute(0, 2, 3, 1)
         return Prediction(bicubic + residual, out.losses)
 
@@ -268,7 +288,7 @@ class TinySuperResolution(TinyModel):
 class TinyCrossUpsampler(TinyModel):
     """High-resolution positions that read a low-resolution context (noncausal cross).
 
-    Queries know where they are and the bicubic colour there; everything else they must read from the context, whose
+    Queries know where they are and the bicubic picture there; everything else they must read from the context, whose
     tokens are low-resolution pixels with the same Fourier features of their coordinates.
 
     Args:
@@ -283,8 +303,8 @@ class TinyCrossUpsampler(TinyModel):
         self, make: MakeMixer, dim: int = 64, depth: int = 2, grid: tuple[int, int] = (12, 12), factor: int = 2
     ) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, dim, 3, padding=1)
-        self.color = nn.Linear(3, dim)
+        self.stem = DetailStem(3, dim)
+        self.query = DetailStem(3, dim, kernel_size=1)
         low, high = (_fourier_grid(grid, 1), _fourier_grid(grid, factor))
         self.where = nn.Linear(low.shape[-1], dim)
         self.register_buffer("low", low, persistent=False)
@@ -297,8 +317,8 @@ class TinyCrossUpsampler(TinyModel):
 
     def forward(self, low: Tensor, bicubic: Tensor) -> Prediction:
         """(B, h·factor, w·factor, 3) from ``low`` (B, h, w, 3) and its ``bicubic`` enlargement."""
-        context = self.stem(low.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) + self.where(self.low)
-        out = self.backbone(self.color(bicubic) + self.where(self.high), context)
+        context = self.stem(low) + self.where(self.low)
+        out = self.backbone(self.query(bicubic) + self.where(self.high), context)
         return Prediction(bicubic + self.head(out.y), out.losses)
 
 
@@ -371,6 +391,7 @@ class TinyForecaster(TinyModel):
 
 
 __all__: Sequence[str] = (
+    "DetailStem",
     "Prediction",
     "TinyBackbone",
     "TinyBlock",

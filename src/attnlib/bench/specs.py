@@ -1,0 +1,144 @@
+"""What takes part in a comparison: a mechanism, its settings, and whether its traits let it into a task."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from attnlib.types import Traits
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One contestant: a registered name or ``module:Class``, and settings beyond ``dim``, ``num_heads``, ``causal``.
+
+    Args:
+        name: registry name, or ``package.module:Class`` of a user's own mechanism.
+        config: keyword arguments for its constructor.
+
+    >>> Spec.parse("softmax-attention,num_kv_heads=2").config
+    {'num_kv_heads': 2}
+    """
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, given: str | Spec | tuple[str, Mapping[str, Any]]) -> Spec:
+        """Read ``"name"``, ``"name,key=value,key=value"`` or ``("name", {...})``.
+
+        Raises:
+            ValueError: when a setting is not ``key=value``.
+        """
+        if isinstance(given, Spec):
+            return given
+        if not isinstance(given, str):
+            name, config = given
+            return cls(name, dict(config))
+        name, *pairs = _split(given)
+        config = {}
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if not equals or not key.strip().isidentifier():
+                raise ValueError(f"mechanisms: {given!r} has the setting {pair!r}; write NAME,key=value,key=value")
+            try:
+                config[key.strip()] = ast.literal_eval(value.strip())
+            except (ValueError, SyntaxError):
+                config[key.strip()] = value.strip()
+        return cls(name.strip(), config)
+
+    @property
+    def label(self) -> str:
+        """What the report calls it."""
+        own = ", ".join(f"{k}={v}" for k, v in self.config.items())
+        return f"{self.name.rpartition(':')[2]} ({own})" if own else self.name.rpartition(":")[2]
+
+    def find(self) -> type:
+        """The class; raises ``ValueError`` for a name that does not exist (the nearest is suggested)."""
+        if ":" in self.name:
+            module, _, attribute = self.name.partition(":")
+            try:
+                return getattr(importlib.import_module(module), attribute)
+            except (ImportError, AttributeError) as error:
+                raise ValueError(f"mechanisms: {self.name!r} cannot be imported ({error})") from error
+        from attnlib.nn.registry import find
+
+        return find(self.name)
+
+    def make(self, causal: bool, dim: int, num_heads: int) -> nn.Module:
+        """Build it for a task."""
+        config: dict[str, Any] = {"dim": dim, "num_heads": num_heads, **self.config}
+        if causal:
+            config["causal"] = True
+        cls = self.find()
+        if "num_heads" not in self.config and not _takes(cls, "num_heads"):
+            del config["num_heads"]
+        return cls(**config)
+
+    def why_not(
+        self, pattern: str, grid: Sequence[int], dim: int, num_heads: int, context: Sequence[int] | None = None
+    ) -> str | None:
+        """The trait that keeps it out of a task of this pattern and grid, or ``None`` when it may take part."""
+        cls = self.find()
+        upper = getattr(cls, "class_traits", None)
+        if not isinstance(upper, Traits):
+            return f"{cls.__name__} is not a Mechanism: it has no class_traits to say what it supports"
+        if pattern not in upper.patterns:
+            return f"trait patterns = {{{', '.join(sorted(upper.patterns))}}}: {pattern} is not among them"
+        rank = len(grid)
+        ranks = upper.grid_ranks
+        if rank not in ranks and 1 not in ranks:
+            return f"trait grid_ranks = {sorted(ranks)}: this task has a grid of rank {rank}"
+        try:
+            traits = self.make(pattern.startswith("causal"), dim, num_heads).traits
+        except (TypeError, ValueError) as error:
+            return f"cannot be built for this task: {error}"
+        if pattern not in traits.patterns:
+            return f"trait patterns, configured so, = {{{', '.join(sorted(traits.patterns))}}}: no {pattern}"
+        if rank not in traits.grid_ranks and 1 not in traits.grid_ranks:
+            return f"trait grid_ranks, configured so, = {sorted(traits.grid_ranks)}: this task has rank {rank}"
+        sides = [*grid, *(context or ())] if rank in traits.grid_ranks else [_product(grid), _product(context or (1,))]
+        if any(s % traits.grid_multiple for s in sides if s > 1):
+            return f"trait grid_multiple = {traits.grid_multiple}: the grid here is {' × '.join(map(str, grid))}"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"name": self.name, "config": dict(self.config), "label": self.label}
+
+
+def _split(text: str) -> list[str]:
+    """Split at commas outside brackets and quotes."""
+    parts, depth, quote, start = [], 0, "", 0
+    for i, c in enumerate(text):
+        if quote:
+            quote = "" if c == quote else quote
+        elif c in "'\"":
+            quote = c
+        elif c in "([{":
+            depth += 1
+        elif c in ")]}":
+            depth -= 1
+        elif c == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [*parts, text[start:]]
+
+
+def _takes(cls: type, argument: str) -> bool:
+    import inspect
+
+    parameters = inspect.signature(cls).parameters.values()
+    return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _product(values: Sequence[int]) -> int:
+    out = 1
+    for v in values:
+        out *= v
+    return out
