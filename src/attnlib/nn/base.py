@@ -117,7 +117,7 @@ class Mechanism(nn.Module):
             raise ValueError(f"progress must lie in [0, 1], got {progress}")
 
     def deployed(self) -> nn.Module:
-        """The equivalent module for inference (norms folded, branches merged); ``self`` when there is nothing to fold."""
+        """The equivalent module for inference, norms folded and branches merged; ``self`` when nothing folds."""
         return self
 
     # ---- checks

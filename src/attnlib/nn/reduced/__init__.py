@@ -1,0 +1,1 @@
+"""Reduced keys: queries read a short summary of the tokens."""
