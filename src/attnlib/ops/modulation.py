@@ -1,0 +1,317 @@
+"""Modulation: aggregate a context, gate it, multiply it onto the query; and attention whose tokens are features.
+
+``y = q * h(sum_l gate_l * context_l)``. The contexts are what a mechanism wants them to be: a pyramid of depthwise
+convolutions, parallel convolutions of several sizes, a pool over the grid or over strips of it. All operators take
+channels-last tensors (B, *grid, C) with a grid of rank 1 to 3 and a ``valid`` (B, *grid) of the tokens that exist:
+tokens that do not exist are zero before every convolution, exactly as tokens beyond the border are, and take no part
+in a pool. Everything costs a constant number of operations per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..normalizers import Normalizer
+from ..types import check_rank, check_valid, stats_dtype
+from .attention import attention
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def _check_grid(x: Tensor, valid: Tensor | None, name: str = "x") -> int:
+    check_rank(name, x, (3, 4, 5), "(B, *grid, C) with a grid of rank 1, 2 or 3")
+    check_valid("valid", valid, x.shape[:-1])
+    return x.dim() - 2
+
+
+def _zero_invalid(x: Tensor, valid: Tensor | None) -> Tensor:
+    return x if valid is None else x.masked_fill(~valid.unsqueeze(-1), 0.0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Aggregation
+
+
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int = 1, valid: Tensor | None = None
+) -> Tensor:
+    """Depthwise convolution that keeps the size of the grid.
+
+    Args:
+        x: (B, *grid, C).
+        weight: (C, 1, *kernel), odd kernel sizes.
+        bias: (C,).
+        dilation: distance between taps.
+        valid: (B, *grid) boolean; the others are zero, as if they lay beyond the border.
+
+    Returns:
+        (B, *grid, C).
+
+    Raises:
+        ValueError: a weight of another rank or width, or an even kernel, which would not keep the size.
+
+    >>> depthwise(torch.ones(1, 4, 4, 2), torch.ones(2, 1, 3, 3))[0, 1, 1].tolist()
+    [9.0, 9.0]
+    """
+    rank = _check_grid(x, valid)
+    kernel = tuple(weight.shape[2:])
+    if weight.dim() != rank + 2 or weight.shape[0] != x.shape[-1] or weight.shape[1] != 1:
+        raise ValueError(
+            f"weight must have shape (C, 1, *kernel) with C={x.shape[-1]} and {rank} kernel axes, "
+            f"got {tuple(weight.shape)}"
+        )
+    if any(k % 2 == 0 for k in kernel):
+        raise ValueError(f"weight has kernel {kernel}; only odd sizes keep the grid as it is")
+    x = _zero_invalid(x, valid)
+    if rank == 1:  # there is no channels-last 1-D convolution; a 2-D one of height 1 is
+        x, weight, kernel = x.unsqueeze(1), weight.unsqueeze(2), (1, *kernel)
+    conv: Callable[..., Tensor] = F.conv3d if rank == 3 else F.conv2d
+    padding = tuple(dilation * (k // 2) for k in kernel)
+    # The view below has channels-last strides, which convolutions keep and run fastest on.
+    out = conv(
+        x.contiguous().movedim(-1, 1), weight, bias, padding=padding, dilation=dilation, groups=weight.shape[0]
+    ).movedim(1, -1)  # fmt: skip
+    return out.squeeze(1) if rank == 1 else out
+
+
+def pyramid(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    biases: Sequence[Tensor | None] | None = None,
+    dilations: Sequence[int] | None = None,
+    activation: Activation | None = None,
+    valid: Tensor | None = None,
+) -> list[Tensor]:
+    """Chained depthwise convolutions, each reading the one before: contexts of growing reach.
+
+    ``z_0 = x``, ``z_l = activation(depthwise(z_(l-1), weights[l]))``. The reach of level l is ``1 + sum d_i (k_i - 1)``.
+
+    Args:
+        x: (B, *grid, C).
+        weights: one (C, 1, *kernel) per level.
+        biases: one (C,) or ``None`` per level.
+        dilations: one per level, 1 by default.
+        activation: applied after every level.
+        valid: (B, *grid) boolean.
+
+    Returns:
+        The levels ``[z_1, ..., z_L]``, each (B, *grid, C).
+
+    Raises:
+        ValueError: when biases or dilations are not one per level.
+
+    >>> [z.shape[-1] for z in pyramid(torch.ones(1, 4, 2), [torch.ones(2, 1, 3), torch.ones(2, 1, 5)])]
+    [2, 2]
+    """
+    for name, given in (("biases", biases), ("dilations", dilations)):
+        if given is not None and len(given) != len(weights):
+            raise ValueError(f"{name} must have one entry per level ({len(weights)}), got {len(given)}")
+    levels = []
+    for i, weight in enumerate(weights):
+        x = depthwise(
+            x, weight, None if biases is None else biases[i], dilation=1 if dilations is None else dilations[i],
+            valid=valid,
+        )  # fmt: skip
+        if activation is not None:
+            x = activation(x)
+        levels.append(x)
+    return levels
+
+
+def mixed_depthwise(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    biases: Sequence[Tensor | None] | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Side by side depthwise convolutions: equal runs of channels, each with its own kernel size.
+
+    Args:
+        x: (B, *grid, C).
+        weights: G weights (C / G, 1, *kernel_g).
+        biases: G biases (C / G,) or ``None``.
+        valid: (B, *grid) boolean.
+
+    Returns:
+        (B, *grid, C), runs in the same order.
+
+    Raises:
+        ValueError: when the runs do not add up to C.
+
+    >>> mixed_depthwise(torch.ones(1, 5, 4), [torch.ones(2, 1, 1), torch.ones(2, 1, 3)])[0, 2].tolist()
+    [1.0, 1.0, 3.0, 3.0]
+    """
+    _check_grid(x, valid)
+    widths = [w.shape[0] for w in weights]
+    if sum(widths) != x.shape[-1]:
+        raise ValueError(f"weights cover {widths} channels, but x has {x.shape[-1]}")
+    if biases is not None and len(biases) != len(weights):
+        raise ValueError(f"biases must have one entry per weight ({len(weights)}), got {len(biases)}")
+    parts = _zero_invalid(x, valid).split(widths, -1)
+    return torch.cat(
+        [depthwise(p, w, None if biases is None else biases[i]) for i, (p, w) in enumerate(zip(parts, weights, strict=True))],
+        -1,
+    )  # fmt: skip
+
+
+def pool(x: Tensor, *, keep: int | None = None, valid: Tensor | None = None) -> Tensor:
+    """Mean over the tokens that exist: of the whole grid, or of every strip across one axis.
+
+    Args:
+        x: (B, *grid, C).
+        keep: the grid axis to keep (0 is the first after the batch): means over all others. ``None``: the whole grid.
+        valid: (B, *grid) boolean; a strip where nothing exists gives zeros.
+
+    Returns:
+        (B, *ones, C), the kept axis at its size, so that it broadcasts against ``x``.
+
+    Raises:
+        ValueError: when the axis does not exist.
+
+    >>> pool(torch.arange(6.0).reshape(1, 2, 3, 1), keep=0).flatten().tolist()
+    [1.0, 4.0]
+    """
+    rank = _check_grid(x, valid)
+    if keep is not None and not 0 <= keep < rank:
+        raise ValueError(f"keep={keep} is not an axis of a grid of rank {rank}; choose one of {list(range(rank))}")
+    axes = tuple(a + 1 for a in range(rank) if a != keep)
+    if not axes:
+        return _zero_invalid(x, valid)
+    high = stats_dtype(x.dtype)
+    if valid is None:
+        size = math.prod(x.shape[a] for a in axes)
+        return (x.sum(axes, keepdim=True, dtype=high) / max(size, 1)).to(x.dtype)
+    count = valid.sum(axes, keepdim=True).clamp(min=1).unsqueeze(-1)
+    return (_zero_invalid(x, valid).sum(axes, keepdim=True, dtype=high) / count).to(x.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Gate and multiply
+
+
+def gated_sum(contexts: Sequence[Tensor], gates: Tensor) -> Tensor:
+    """``sum_l gate_l * context_l``, one scalar gate per token and context.
+
+    Args:
+        contexts: L tensors, each (B, *grid, C) or broadcastable to it (a pool).
+        gates: (B, *grid, L), any real numbers.
+
+    Returns:
+        (B, *grid, C).
+
+    Raises:
+        ValueError: when gates and contexts differ in number.
+
+    >>> gated_sum([torch.ones(1, 3, 2), torch.ones(1, 1, 2)], torch.tensor([[[1.0, 2.0]] * 3]))[0, 0].tolist()
+    [3.0, 3.0]
+    """
+    if not contexts or gates.shape[-1] != len(contexts):
+        raise ValueError(f"gates must have one channel per context ({len(contexts)}), got {tuple(gates.shape)}")
+    parts = gates.split(1, -1)
+    out = contexts[0] * parts[0]
+    for context, gate in zip(contexts[1:], parts[1:], strict=True):
+        out = torch.addcmul(out, context, gate) if context.dtype == gate.dtype == out.dtype else out + context * gate
+    return out
+
+
+def modulate(query: Tensor, *factors: Tensor, activation: Activation | None = None) -> Tensor:
+    """``query * activation(factor_1) * activation(factor_2) ...``, each factor broadcast to the query.
+
+    Args:
+        query: (B, *grid, C).
+        factors: (B, *grid or ones, C or 1) modulators.
+        activation: applied to every factor, for example ``torch.sigmoid``; none by default, so that factors are
+            unbounded.
+
+    Returns:
+        (B, *grid, C).
+
+    >>> modulate(torch.ones(1, 2, 3), torch.full((1, 1, 3), 2.0), torch.full((1, 2, 1), 3.0))[0, 0].tolist()
+    [6.0, 6.0, 6.0]
+    """
+    for factor in factors:
+        if factor.dim() != query.dim() or torch.broadcast_shapes(factor.shape, query.shape) != query.shape:
+            raise ValueError(
+                f"a factor of shape {tuple(factor.shape)} does not broadcast to the query {tuple(query.shape)}"
+            )
+        query = query * (factor if activation is None else activation(factor))
+    return query
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tokens are features
+
+
+def channel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | Tensor | None = None,
+    l2: bool = False,
+    valid: Tensor | None = None,
+    normalizer: str | Normalizer = "softmax",
+    return_weights: bool = False,
+) -> Any:
+    """Attention between features: every feature is a token whose vector are its values over the grid.
+
+    ``A = normalizer(scale * q^T k)`` of shape D x D, ``out = v A^T``: linear in the number of tokens.
+
+    Args:
+        q: (B, H, N, D) queries.
+        k: (B, H, N, D) keys.
+        v: (B, H, N, D) values.
+        scale: a number, or a tensor that broadcasts to (B, H, 1, 1), such as a learned temperature per head. Defaults
+            to ``N ** -0.5`` with N the tokens that exist (the length of the vectors compared), and to 1 with ``l2``.
+        l2: bring every feature of q and k to unit length over the tokens first.
+        valid: (B, N) boolean; other tokens take no part in the comparison and come out as zeros.
+        normalizer: how scores become weights.
+        return_weights: also return A (B, H, D, D).
+
+    Returns:
+        (B, H, N, D), or a pair of it and the weights.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Reference: El-Nouby et al., 2021, arXiv 2106.09681, eq. 2; Ding et al., 2022, arXiv 2204.03645, eq. 5.
+
+    >>> channel_attention(*torch.randn(3, 2, 4, 9, 6)).shape
+    torch.Size([2, 4, 9, 6])
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_rank(name, tensor, 4, "(B, H, N, D)")
+    if not (q.shape[2] == k.shape[2] == v.shape[2]):
+        raise ValueError(f"q, k and v must share their tokens, got N={q.shape[2]}, {k.shape[2]} and {v.shape[2]}")
+    if k.shape[3] != v.shape[3]:
+        raise ValueError(f"k and v must share their features, got D={k.shape[3]} and {v.shape[3]}")
+    check_valid("valid", valid, (q.shape[0], q.shape[2]))
+    if valid is not None:
+        dead = ~valid[:, None, :, None]
+        q, k, v = (t.masked_fill(dead, 0.0) for t in (q, k, v))
+    if l2:
+        q, k = (F.normalize(t, dim=2, eps=1e-12) for t in (q, k))
+    if scale is None and l2:
+        scale = 1.0
+    elif scale is None:
+        scale = max(q.shape[2], 1) ** -0.5
+        if valid is not None:
+            scale = valid.sum(1).clamp(min=1).to(stats_dtype(q.dtype)).rsqrt()[:, None, None, None]
+    if isinstance(scale, Tensor):
+        q, scale = (q * scale).to(q.dtype), 1.0
+    # The map is D x D, so that the eager backend is the right one at any N.
+    result = attention(
+        q.transpose(-2, -1), k.transpose(-2, -1), v.transpose(-2, -1), scale=scale, normalizer=normalizer,
+        backend="eager", return_weights=return_weights,
+    )  # fmt: skip
+    if return_weights:
+        return result[0].transpose(-2, -1), result[1]
+    return result.transpose(-2, -1)
