@@ -1,0 +1,94 @@
+"""Feature maps of linear attention, plain functions on the last axis: ``phi(q) . phi(k)`` replaces a score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..types import check_choice
+
+FeatureMap = Callable[[Tensor], Tensor]
+
+
+def identity(x: Tensor) -> Tensor:
+    """``x`` itself."""
+    return x
+
+
+def elu1(x: Tensor) -> Tensor:
+    """``1 + elu(x)``, positive everywhere.
+
+    Reference: Katharopoulos et al., 2020, arXiv 2006.16236, equation 7.
+    """
+    return F.elu(x) + 1.0
+
+
+def exp_features(z: Tensor, fullspace: bool = True, stable: bool = True, eps: float = 1e-12) -> Tensor:
+    """``[exp(z), exp(-z)]``, the paper's form of Hedgehog features.
+
+    Args:
+        z: (..., F) projected queries or keys.
+        fullspace: append the features of ``-z``, which doubles the width.
+        stable: subtract each token's maximum before the exponential. On queries the normaliser cancels it; on keys it
+            does not, so this is another function than ``stable=False``, which overflows in half precision.
+        eps: lower bound of every feature.
+
+    Reference: Zhang et al., 2024, arXiv 2402.04347; the stable form is that of LoLCATs, arXiv 2410.10254.
+
+    >>> exp_features(torch.zeros(2, 3)).shape
+    torch.Size([2, 6])
+    """
+    top = z.amax(-1, keepdim=True) if stable else 0.0
+    parts = [torch.exp(z - top)]
+    if fullspace:
+        bottom = z.amin(-1, keepdim=True) if stable else 0.0
+        parts.append(torch.exp(bottom - z))
+    return torch.cat(parts, -1).clamp(min=eps)
+
+
+def softmax_features(z: Tensor, fullspace: bool = True, eps: float = 1e-12) -> Tensor:
+    """``[softmax(z), softmax(-z)]`` over the feature axis, the stable form of Hedgehog features.
+
+    Args:
+        z: (..., F) projected queries or keys.
+        fullspace: append the features of ``-z``, which doubles the width.
+        eps: lower bound of every feature.
+
+    Reference: Zhang et al., 2024, arXiv 2402.04347; LoLCATs, arXiv 2410.10254.
+
+    >>> softmax_features(torch.randn(2, 3)).sum(-1).tolist()
+    [2.0, 2.0]
+    """
+    parts = [torch.softmax(z, -1)]
+    if fullspace:
+        parts.append(torch.softmax(-z, -1))
+    return torch.cat(parts, -1).clamp(min=eps)
+
+
+def joint_softmax_features(z: Tensor) -> Tensor:
+    """``softmax([2 z, -2 z])`` over both halves together, the form Hedgehog has in flash-linear-attention."""
+    return torch.softmax(torch.cat([2.0 * z, -2.0 * z], -1), -1)
+
+
+FEATURE_MAPS: dict[str, FeatureMap] = {
+    "identity": identity,
+    "relu": F.relu,
+    "elu1": elu1,
+    "silu": F.silu,
+    "exp": exp_features,
+    "softmax": softmax_features,
+    "joint-softmax": joint_softmax_features,
+}
+
+
+def feature_map(name: str) -> FeatureMap:
+    """The feature map of that name.
+
+    >>> feature_map("relu")(torch.tensor([-1.0, 2.0])).tolist()
+    [0.0, 2.0]
+    """
+    check_choice("feature_map", name, FEATURE_MAPS)
+    return FEATURE_MAPS[name]

@@ -1,0 +1,648 @@
+"""Linear attention with decay: one operator, three forms.
+
+``o_t = sum_{j <= t} exp(g_{j+1} + .. + g_t) w_j (q_t . k_j) v_j`` with log-decays ``g <= 0``, optionally divided by the
+sum of its own weights. The *parallel* form builds the whole (N, N) map and is the specification; the *chunkwise* form
+is the fast one, quadratic only inside a chunk, with a float32 state of shape (D, Dv) between chunks; the *recurrent*
+form is one token after the other. Decays enter only as ``exp`` of sums that are never positive: nothing is inverted,
+so a decay that underflows gives zeros and not infinities.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..types import Partial, State, check_choice, check_rank, check_valid, stats_dtype
+from ._call import expand_heads
+
+FORMS = ("parallel", "chunkwise", "recurrent")
+NORMALIZERS = ("none", "sum")
+
+#: Chunk lengths measured on the CPU: 128 with a decay per head or token, 16 with one per channel (its chunks hold
+#: chunk x chunk x D elements).
+DEFAULT_CHUNK, DEFAULT_CHANNEL_CHUNK = 128, 16
+
+
+class LinearOutput(NamedTuple):
+    """Output (B, H, N, Dv) and the state after the last token."""
+
+    out: Tensor
+    state: State
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A checked problem: everything in the statistics dtype, heads repeated, weights and validity folded into ``k``."""
+
+    q: Tensor  # (B, H, N, D)
+    k: Tensor  # (B, H, M, D)
+    v: Tensor  # (B, H, M, Dv), with a column of ones appended when the denominator is wanted
+    decay: Tensor | None  # (1, H, 1) constant, (B, H, N) per token, (B, H, N, D) per channel
+    segment: Tensor | None  # (N,) segment number of each token
+    state: Tensor | None  # (B, H, D, Dv)
+    causal: bool
+    chunk: int
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The door
+
+
+def _exactly(x: Tensor) -> Any:
+    """States keep their precision under autocast (which not every device has)."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _check_decay(decay: Tensor, q: Tensor, dtype: torch.dtype) -> Tensor:
+    batch, heads, n, d = q.shape
+    if not isinstance(decay, Tensor) or not decay.is_floating_point():
+        given = decay.dtype if isinstance(decay, Tensor) else type(decay).__name__
+        raise TypeError(f"decay must be a floating tensor of log-decays, got {given}")
+    if tuple(decay.shape) not in ((heads,), (batch, heads, n), (batch, heads, n, d)):
+        raise ValueError(
+            f"decay must be (H,)={(heads,)}, (B, H, N)={(batch, heads, n)} or (B, H, N, D)={(batch, heads, n, d)}, "
+            f"got {tuple(decay.shape)}"
+        )
+    return decay.to(dtype).view(1, heads, 1) if decay.dim() == 1 else decay.to(dtype)
+
+
+def _segments(cu_seqlens: Tensor | Sequence[int], n: int, device: torch.device) -> Tensor:
+    """(N,) segment numbers from cumulative lengths ``[0, .., N]``."""
+    if not isinstance(cu_seqlens, Tensor):
+        cu_seqlens = torch.tensor(list(cu_seqlens), device=device)
+    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
+        raise ValueError(
+            f"cu_seqlens must be a 1-D integer tensor [0, .., N], got {cu_seqlens.dtype} of shape "
+            f"{tuple(cu_seqlens.shape)}"
+        )
+    checkable = not torch.compiler.is_compiling() and cu_seqlens.device.type != "meta"
+    if checkable and (cu_seqlens.numel() == 0 or cu_seqlens[0] != 0 or cu_seqlens[-1] != n):
+        raise ValueError(f"cu_seqlens must run from 0 to N={n}, got {cu_seqlens.tolist()}")
+    if checkable and bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()}")
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(n, device=device), right=True)
+
+
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    key_weights: Tensor | None,
+    denominator: bool,
+    causal: bool,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    valid: Tensor | None,
+    state: State | None,
+    chunk: int | None,
+) -> _Call:
+    check_rank("q", q, 4, "(B, H, N, D)")
+    check_rank("k", k, 4, "(B, Hk, M, D)")
+    check_rank("v", v, 4, "(B, Hv, M, Dv)")
+    if not (q.shape[0] == k.shape[0] == v.shape[0]):
+        raise ValueError(f"q, k and v must share the batch, got {q.shape[0]}, {k.shape[0]} and {v.shape[0]}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q has {q.shape[3]} features, k has {k.shape[3]}; they must agree")
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"k has {k.shape[2]} tokens, v has {v.shape[2]}; they must agree")
+    for name, other in (("k", k), ("v", v)):
+        if other.shape[1] == 0 or q.shape[1] % other.shape[1]:
+            raise ValueError(f"{name} has {other.shape[1]} heads, which do not divide the {q.shape[1]} heads of q")
+    if not q.is_floating_point():
+        raise TypeError(f"q must be floating, got {q.dtype}")
+    batch, heads, n, d = q.shape
+    m = k.shape[2]
+    aligned = causal or decay is not None or cu_seqlens is not None
+    if aligned and n != m:
+        why = "causal=True" if causal else "decay" if decay is not None else "cu_seqlens"
+        raise ValueError(f"{why} needs as many queries as keys, got N={n} and M={m}")
+    if not causal and state is not None and (decay is not None or cu_seqlens is not None):
+        raise ValueError("state cannot continue a bidirectional call with decay or cu_seqlens; use causal=True")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    check_valid("valid", valid, (batch, m))
+    dtype = stats_dtype(q.dtype)
+    q = q.to(dtype)
+    k, v = expand_heads(k.to(dtype), heads), expand_heads(v.to(dtype), heads)
+    if key_weights is not None:
+        if tuple(key_weights.shape) not in ((batch, m), (batch, heads, m)):
+            raise ValueError(
+                f"key_weights must be (B, M)={(batch, m)} or (B, H, M)={(batch, heads, m)}, "
+                f"got {tuple(key_weights.shape)}"
+            )
+        weights = key_weights.to(dtype)
+        k = k * (weights if weights.dim() == 3 else weights[:, None]).unsqueeze(-1)
+    if decay is not None:
+        decay = _check_decay(decay, q, dtype)
+    if valid is not None:
+        # Both factors, so that a NaN in a token that does not exist stays there.
+        k, v = (t.masked_fill(~valid[:, None, :, None], 0.0) for t in (k, v))
+        if decay is not None:
+            # A token that does not exist takes no step: the state neither reads it nor fades because of it.
+            steps = valid[:, None] if decay.dim() == 3 else valid[:, None, :, None]
+            decay = torch.where(steps, decay, torch.zeros_like(decay))
+    if denominator:
+        v = torch.cat([v, v.new_ones(batch, heads, m, 1)], -1)
+    start = None
+    if state is not None:
+        width = v.shape[-1] - denominator
+        start = state["S"]
+        if tuple(start.shape) != (batch, heads, d, width):
+            raise ValueError(f"state S must be (B, H, D, Dv)={(batch, heads, d, width)}, got {tuple(start.shape)}")
+        start = start.to(dtype)
+        if denominator:
+            if "z" not in state:
+                raise ValueError("state has no z, which the denominator needs; it was made without one")
+            start = torch.cat([start, state["z"].to(dtype).unsqueeze(-1)], -1)
+    segment = None if cu_seqlens is None else _segments(cu_seqlens, n, q.device)
+    per_channel = decay is not None and decay.dim() == 4
+    default = DEFAULT_CHANNEL_CHUNK if per_channel else DEFAULT_CHUNK
+    return _Call(q, k, v, decay, segment, start, causal, default if chunk is None else chunk)
+
+
+def _run(call: _Call, form: str) -> tuple[Tensor, Tensor]:
+    """Numerator (and denominator, as last column) (B, H, N, Dv) and the state (B, H, D, Dv) after the last token."""
+    check_choice("form", form, FORMS)
+    if form == "parallel":
+        return _parallel(call)
+    if not call.causal and call.decay is None and call.segment is None:
+        return _plain_sums(call)
+    forward = {"chunkwise": _chunkwise, "recurrent": _recurrent}[form]
+    if call.causal:
+        return forward(call, strict=False)
+    # Bidirectional: what came before, and strictly what comes after, which is what came before in reverse.
+    out, final = forward(call, strict=False)
+    decay = call.decay
+    if decay is not None:
+        decay = decay.expand(-1, -1, call.q.shape[2], *decay.shape[3:])
+        # |t - j| steps lie between two tokens whichever comes first, so the reversed decays move on by one token.
+        decay = F.pad(decay.flip(2), (0, 0, 1, 0) if decay.dim() == 4 else (1, 0))[:, :, : call.q.shape[2]]
+    segment = None if call.segment is None else call.segment.flip(0)
+    back = _Call(
+        call.q.flip(2), call.k.flip(2), call.v.flip(2), decay, segment, None, True, call.chunk
+    )  # fmt: skip
+    after, _ = forward(back, strict=True)
+    return out + after.flip(2), final
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    decay: Tensor | None = None,
+    key_weights: Tensor | None = None,
+    normalizer: str = "none",
+    causal: bool = True,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    valid: Tensor | None = None,
+    state: State | None = None,
+    chunk: int | None = None,
+    form: str = "chunkwise",
+    eps: float = 0.0,
+    return_state: bool = False,
+) -> Any:
+    """``o_t = sum_j exp(g_{j+1} + .. + g_t) w_j (q_t . k_j) v_j``, over ``j <= t`` when causal.
+
+    Bidirectional calls weigh a pair by the decay between the two tokens, whichever comes first. Without decay and
+    without segments they also serve cross-attention (N != M).
+
+    Args:
+        q: (B, H, N, D) queries, already mapped to features.
+        k: (B, Hk, M, D) keys, already mapped; ``H % Hk == 0``.
+        v: (B, Hv, M, Dv) values; ``H % Hv == 0``.
+        decay: log-decays ``g``, at most 0: (H,) constant per head, (B, H, N) per token, (B, H, N, D) per channel.
+        key_weights: (B, M) or (B, H, M) weights ``w`` of the keys.
+        normalizer: ``"none"``, or ``"sum"`` to divide by the sum of weights; a row without weight gives zeros.
+        causal: a token reads itself and earlier ones.
+        cu_seqlens: (S + 1,) cumulative lengths ``[0, .., N]`` of independent segments packed into one sequence.
+        valid: (B, M) boolean, which tokens exist. Others add nothing and let no time pass: decay counts valid tokens.
+        state: what ``return_state`` gave for the tokens before these: ``S`` (B, H, D, Dv) and, with a normalizer,
+            ``z`` (B, H, D).
+        chunk: tokens per chunk; changes speed and memory, not the result.
+        form: ``"chunkwise"``, ``"recurrent"`` or ``"parallel"`` (the quadratic specification).
+        eps: added to the denominator.
+        return_state: also return the state after the last token (of the last segment); always float32 (or float64).
+
+    Returns:
+        (B, H, N, Dv), or a :class:`LinearOutput` of it and the state.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown form or normalizer.
+        TypeError: integer inputs.
+
+    Reference: Katharopoulos et al., 2020, arXiv 2006.16236; Qin et al., 2024, arXiv 2401.04658 (tiles, backward);
+    Yang et al., 2023, arXiv 2312.06635 (decay per channel, gradient of the decay).
+
+    >>> import torch
+    >>> q, k, v = torch.randn(3, 1, 2, 10, 4)
+    >>> first = linear_attention(q[:, :, :6], k[:, :, :6], v[:, :, :6], return_state=True)
+    >>> rest = linear_attention(q[:, :, 6:], k[:, :, 6:], v[:, :, 6:], state=first.state)
+    >>> torch.allclose(torch.cat([first.out, rest], 2), linear_attention(q, k, v), atol=1e-5)
+    True
+    """
+    check_choice("normalizer", normalizer, NORMALIZERS)
+    norm = normalizer == "sum"
+    with _exactly(q):
+        call = _prepare(q, k, v, decay, key_weights, norm, causal, cu_seqlens, valid, state, chunk)
+        out, final = _run(call, form)
+        if norm:
+            num, den = out[..., :-1], out[..., -1]
+            out = Partial(torch.zeros_like(den), den + eps if eps else den, num).finish()
+    out = out.to(q.dtype)
+    return LinearOutput(out, _pack(final, norm)) if return_state else out
+
+
+def linear_partial(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    decay: Tensor | None = None,
+    key_weights: Tensor | None = None,
+    causal: bool = True,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    valid: Tensor | None = None,
+    state: State | None = None,
+    chunk: int | None = None,
+    form: str = "chunkwise",
+    return_state: bool = False,
+) -> Any:
+    """:func:`linear_attention` as a mergeable part ``(0, den, num)``, to share one denominator with a softmax part.
+
+    Arguments as in :func:`linear_attention`.
+
+    Returns:
+        A :class:`attnlib.types.Partial` in the statistics dtype, or a pair of it and the state.
+
+    >>> import torch
+    >>> q, k, v = torch.rand(3, 1, 2, 10, 4)
+    >>> torch.allclose(linear_partial(q, k, v).finish(), linear_attention(q, k, v, normalizer="sum"), atol=1e-6)
+    True
+    """
+    with _exactly(q):
+        call = _prepare(q, k, v, decay, key_weights, True, causal, cu_seqlens, valid, state, chunk)
+        out, final = _run(call, form)
+        part = Partial(torch.zeros_like(out[..., -1]), out[..., -1], out[..., :-1])
+    return (part, _pack(final, True)) if return_state else part
+
+
+def _pack(final: Tensor, denominator: bool) -> State:
+    return State({"S": final[..., :-1], "z": final[..., -1]}) if denominator else State({"S": final})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Parallel: the specification
+
+
+def _parallel(call: _Call) -> tuple[Tensor, Tensor]:
+    n, m = call.q.shape[2], call.k.shape[2]
+    device = call.q.device
+    allowed = torch.ones(n, m, dtype=torch.bool, device=device)
+    if call.causal:
+        allowed = allowed.tril()
+    if call.segment is not None:
+        allowed = allowed & (call.segment[:, None] == call.segment[None, :])
+    q, k, v, state = call.q, call.k, call.v, call.state
+    if call.decay is None:
+        scores = (q @ k.transpose(-2, -1)).masked_fill(~allowed, 0.0)
+        out, final = scores @ v, k
+        if state is not None:
+            first = torch.ones(n, device=device) if call.segment is None else (call.segment == call.segment[:1])
+            out = out + (q * first.to(q.dtype)[:, None]) @ state
+    else:
+        per_channel = call.decay.dim() == 4
+        g = call.decay.expand(q.shape[0], -1, n, *call.decay.shape[3:])
+        g = g if per_channel else g.unsqueeze(-1)
+        c = g.cumsum(2)
+        between = -(c.unsqueeze(3) - c.unsqueeze(2)).abs()
+        # exp(0) where a pair may not meet, so that no gradient flows through an exponent that is not used
+        between = torch.where(allowed[..., None], between, torch.zeros_like(between)).exp()
+        if per_channel:
+            scores = torch.einsum("bhnd,bhmd,bhnmd->bhnm", q, k, between)
+        else:
+            scores = (q @ k.transpose(-2, -1)) * between.squeeze(-1)
+        out = scores.masked_fill(~allowed, 0.0) @ v
+        last = c[:, :, -1:] if n else c.new_zeros(*c.shape[:2], 1, c.shape[3])
+        final = k * (last - c).exp()
+        if state is not None:
+            reach = c.exp()
+            if call.segment is not None:
+                reach = reach * (call.segment == call.segment[:1]).to(reach.dtype)[:, None]
+            out = out + (q * reach) @ state
+            state = state * last.exp().transpose(-2, -1)
+    if call.segment is not None and n:
+        final = final * (call.segment == call.segment[-1:]).to(final.dtype)[:, None]
+        if state is not None:
+            state = state * (call.segment[0] == call.segment[-1]).to(state.dtype)
+    final = final.transpose(-2, -1) @ v
+    return out, final if state is None else final + state
+
+
+def _plain_sums(call: _Call) -> tuple[Tensor, Tensor]:
+    """Bidirectional without decay or segments: two products, also for N != M."""
+    final = call.k.transpose(-2, -1) @ call.v
+    if call.state is not None:
+        final = final + call.state
+    return call.q @ final, final
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Recurrent
+
+
+def _start(call: _Call) -> Tensor:
+    if call.state is not None:
+        return call.state
+    batch, heads, _, d = call.q.shape
+    return call.q.new_zeros(batch, heads, d, call.v.shape[-1])
+
+
+def _recurrent(call: _Call, strict: bool) -> tuple[Tensor, Tensor]:
+    s, outs = _start(call), []
+    n = call.q.shape[2]
+    for t in range(n):
+        if call.segment is not None and t:
+            s = torch.where(call.segment[t] == call.segment[t - 1], s, torch.zeros_like(s))
+        if call.decay is not None:
+            g = call.decay[:, :, t if call.decay.shape[2] > 1 else 0].exp()
+            s = s * (g.unsqueeze(-1) if g.dim() == 3 else g[..., None, None])
+        update = call.k[:, :, t].unsqueeze(-1) * call.v[:, :, t].unsqueeze(-2)
+        read = s if strict else s + update
+        outs.append((call.q[:, :, t].unsqueeze(-2) @ read).squeeze(-2))
+        s = s + update
+    out = torch.stack(outs, 2) if outs else call.v.new_zeros(*call.q.shape[:3], call.v.shape[-1])
+    return out, s
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Chunkwise
+
+
+def _factors(decay: Tensor | None, segment: Tensor | None, before: Tensor | None, like: Tensor, strict: bool) -> Any:
+    """Weights inside one chunk of m tokens.
+
+    Args:
+        decay: (.., m) log-decays of the chunk, or ``None``.
+        segment: (m,) segment numbers, or ``None``.
+        before: () segment number that the incoming state belongs to.
+        like: gives dtype and device; its second last axis is m.
+
+    Returns:
+        ``inside`` (.., m, m) of token pairs, ``reach`` (.., m, 1) of the incoming state at each query, ``stay``
+        (.., m, 1) of each key in the outgoing state, ``keep`` (.., 1, 1) of the incoming in the outgoing state.
+    """
+    m = like.shape[-2]
+    allowed = torch.ones(m, m, dtype=torch.bool, device=like.device).tril(-1 if strict else 0)
+    if segment is not None:
+        allowed = allowed & (segment[:, None] == segment[None, :])
+    if decay is None:
+        inside = allowed.to(like.dtype)
+        reach = stay = inside.new_ones(m, 1)
+        keep = inside.new_ones(1, 1)
+    else:
+        c = decay.cumsum(-1)
+        last = c[..., -1:]
+        inside = torch.where(allowed, c.unsqueeze(-1) - c.unsqueeze(-2), float("-inf")).exp()
+        reach, stay, keep = c.exp().unsqueeze(-1), (last - c).exp().unsqueeze(-1), last.exp().unsqueeze(-1)
+    if segment is not None:
+        assert before is not None
+        dtype = like.dtype
+        reach = reach * (segment == before).to(dtype)[:, None]
+        stay = stay * (segment == segment[-1]).to(dtype)[:, None]
+        keep = keep * (segment[-1] == before).to(dtype)
+    return inside, reach, stay, keep
+
+
+class _Tiles:
+    """Chunk boundaries and the weights inside each chunk, shared by forward and backward."""
+
+    def __init__(self, decay: Tensor | None, segment: Tensor | None, like: Tensor, chunk: int, strict: bool):
+        self.decay, self.segment, self.like, self.strict = decay, segment, like, strict
+        n = like.shape[2]
+        self.spans = [(a, min(a + chunk, n)) for a in range(0, n, chunk)]
+        self.shared = segment is None and (decay is None or decay.shape[2] == 1)
+        self._known: dict[int, Any] = {}
+
+    def __getitem__(self, span: tuple[int, int]) -> Any:
+        a, b = span
+        if self.shared and b - a in self._known:
+            return self._known[b - a]
+        decay = self.decay
+        if decay is not None:
+            decay = decay.expand(-1, -1, b - a) if decay.shape[2] == 1 else decay[:, :, a:b]
+        segment = before = None
+        if self.segment is not None:
+            segment, before = self.segment[a:b], self.segment[max(a - 1, 0)]
+        out = _factors(decay, segment, before, self.like[:, :, a:b], self.strict)
+        if self.shared:
+            self._known[b - a] = out
+        return out
+
+
+# The decay may be (1, H, 1), the same at every token, or (B, H, N).
+
+
+def _forward_tiles(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, segment: Tensor | None, start: Tensor, chunk: int,
+    strict: bool, keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Tile after tile with a running state: output, final state and the state before each tile (T, B, H, D, Dv)."""
+    tiles = _Tiles(decay, segment, q, chunk, strict)
+    out = torch.empty(*q.shape[:3], v.shape[-1], dtype=v.dtype, device=v.device)
+    states = start.new_empty(len(tiles.spans) if keep_states else 0, *start.shape)
+    s = start.clone()
+    for i, (a, b) in enumerate(tiles.spans):
+        inside, reach, stay, keep = tiles[a, b]
+        qc, kc, vc = q[:, :, a:b], k[:, :, a:b], v[:, :, a:b]
+        if keep_states:
+            states[i] = s
+        scores = (qc @ kc.transpose(-2, -1)).mul_(inside)
+        out[:, :, a:b] = (scores @ vc).add_((qc * reach) @ s)
+        s = s.mul_(keep).add_((kc * stay).transpose(-2, -1) @ vc)
+    return out, s, states
+
+
+def _backward_tiles(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, segment: Tensor | None, states: Tensor, d_out: Tensor,
+    d_final: Tensor, chunk: int, strict: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of queries, keys, values and start state, in one walk from the right.
+
+    Lightning Attention-2 walks left to right for the queries and right to left for keys and values, making the states
+    again. The forward kept them here (N D Dv / chunk numbers, no more than the values while a head is no wider than a
+    chunk), so that one walk serves all.
+    """
+    tiles = _Tiles(decay, segment, q, chunk, strict)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    ds = d_final.clone()
+    for i in range(len(tiles.spans) - 1, -1, -1):
+        a, b = tiles.spans[i]
+        inside, reach, stay, keep = tiles[a, b]
+        qc, kc, vc, oc = q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], d_out[:, :, a:b]
+        scores = (qc @ kc.transpose(-2, -1)).mul_(inside)
+        grads = (oc @ vc.transpose(-2, -1)).mul_(inside)
+        dq[:, :, a:b] = (grads @ kc).add_((oc @ states[i].transpose(-2, -1)).mul_(reach))
+        dk[:, :, a:b] = (grads.transpose(-2, -1) @ qc).add_((vc @ ds.transpose(-2, -1)).mul_(stay))
+        dv[:, :, a:b] = (scores.transpose(-2, -1) @ oc).add_((kc * stay) @ ds)
+        ds = ds.mul_(keep).add_((qc * reach).transpose(-2, -1) @ oc)
+    return dq, dk, dv, ds
+
+
+def _decay_gradient(
+    q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, final: Tensor, d_final: Tensor, decay: Tensor, segment: Tensor | None
+) -> Tensor:
+    """With C the running sum of log-decays, ``dL/dC_t = q_t . dq_t - k_t . dk_t``: no further product is needed."""
+    at = (q * dq).sum(-1) - (k * dk).sum(-1)
+    # The final state depends on the running sum at the last token, too.
+    grad = at.flip(2).cumsum(2).flip(2) + (final * d_final).sum((-2, -1)).unsqueeze(-1)
+    if segment is not None:
+        # The decay at the first token of a segment is never used.
+        grad = grad.masked_fill(F.pad(segment.diff() != 0, (1, 0)), 0.0)
+    return grad.sum_to_size(decay.shape)
+
+
+class _Chunkwise(torch.autograd.Function):
+    """:func:`_forward_tiles` and :func:`_backward_tiles` for eager execution."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, segment: Tensor | None, start: Tensor,
+        chunk: int, strict: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out, final, states = _forward_tiles(q, k, v, decay, segment, start, chunk, strict, any(ctx.needs_input_grad))
+        ctx.save_for_backward(q, k, v, decay, segment, final, states)
+        ctx.chunk, ctx.strict = chunk, strict
+        return out, final
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> Any:  # type: ignore[override]
+        q, k, v, decay, segment, final, states = ctx.saved_tensors
+        dq, dk, dv, ds = _backward_tiles(q, k, v, decay, segment, states, d_out, d_final, ctx.chunk, ctx.strict)
+        d_decay = None
+        if ctx.needs_input_grad[3]:
+            d_decay = _decay_gradient(q, dq, k, dk, final, d_final, decay, segment)
+        return dq, dk, dv, d_decay, None, ds, None, None
+
+
+# The same two functions as custom operators, one node each in a traced graph whatever N is.
+
+_SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? segment, Tensor start, int chunk, bool strict, "
+_forward_op = torch.library.custom_op(
+    "attnlib::linear_chunkwise",
+    _forward_tiles,
+    mutates_args=(),
+    schema=_SCHEMA + "bool keep_states) -> (Tensor, Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    "attnlib::linear_chunkwise_backward",
+    _backward_tiles,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? segment, Tensor states, Tensor d_out, "
+    "Tensor d_final, int chunk, bool strict) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_forward_op.register_fake
+def _(q, k, v, decay, segment, start, chunk, strict, keep_states):  # type: ignore[no-untyped-def]
+    count = (q.shape[2] + chunk - 1) // chunk if keep_states else 0
+    return v.new_empty(*q.shape[:3], v.shape[3]), torch.empty_like(start), start.new_empty(count, *start.shape)
+
+
+@_backward_op.register_fake
+def _(q, k, v, decay, segment, states, d_out, d_final, chunk, strict):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(d_final)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, decay, segment, _, chunk, strict, _ = inputs
+    ctx.save_for_backward(q, k, v, decay, segment, *output[1:])
+    ctx.chunk, ctx.strict = chunk, strict
+
+
+def _backward(ctx: Any, d_out: Tensor, d_final: Tensor, _: Tensor) -> Any:
+    q, k, v, decay, segment, final, states = ctx.saved_tensors
+    dq, dk, dv, ds = _backward_op(q, k, v, decay, segment, states, d_out, d_final, ctx.chunk, ctx.strict)
+    d_decay = None
+    if ctx.needs_input_grad[3]:
+        d_decay = _decay_gradient(q, dq, k, dk, final, d_final, decay, segment)
+    return dq, dk, dv, d_decay, None, ds, None, None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _tile_flops(n: int, d: int, dv: int, chunk: int, inside: int, across: int) -> int:
+    """Two operations per multiplication: ``inside`` products of tokens with tokens, ``across`` with the state."""
+    chunk = min(chunk, n)
+    return 2 * n * (inside * chunk * (d + dv) // 2 + across * d * dv)
+
+
+@register_flop_formula(torch.ops.attnlib.linear_chunkwise)
+def _(q, k, v, decay, segment, start, chunk, strict, keep_states, out_shape=None, **_):  # type: ignore[no-untyped-def]
+    return math.prod(q[:2]) * _tile_flops(q[2], q[3], v[3], chunk, 2, 2)
+
+
+@register_flop_formula(torch.ops.attnlib.linear_chunkwise_backward)
+def _(q, k, v, decay, segment, states, d_out, d_final, chunk, strict, out_shape=None, **_):  # type: ignore[no-untyped-def]
+    return math.prod(q[:2]) * _tile_flops(q[2], q[3], v[3], chunk, 5, 4)
+
+
+def _chunkwise(call: _Call, strict: bool) -> tuple[Tensor, Tensor]:
+    if call.decay is not None and call.decay.dim() == 4:
+        return _chunkwise_channels(call, strict)
+    q, k, v, start = call.q, call.k, call.v, _start(call)
+    if torch.compiler.is_compiling():
+        tensors = (q, k, v, call.decay, start)
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
+        return _forward_op(q, k, v, call.decay, call.segment, start, call.chunk, strict, keep)[:2]
+    return _Chunkwise.apply(q, k, v, call.decay, call.segment, start, call.chunk, strict)
+
+
+def _chunkwise_channels(call: _Call, strict: bool) -> tuple[Tensor, Tensor]:
+    """Decays per channel: all chunks at once, differentiated by autograd."""
+    q, k, v, s, size = call.q, call.k, call.v, _start(call), call.chunk
+    assert call.decay is not None
+    batch, heads, n, _ = q.shape
+    if n == 0:
+        return v.new_zeros(batch, heads, 0, v.shape[-1]), s
+    count = -(-n // size)
+
+    def tile(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, count * size - n)).unflatten(2, (count, size))
+
+    qc, kc, vc = tile(q), tile(k), tile(v)
+    allowed = torch.ones(size, size, dtype=torch.bool, device=q.device).tril(-1 if strict else 0)
+    segment = None
+    if call.segment is not None:
+        # Padded tokens belong to the last segment, so that the last chunk hands on that segment's state.
+        number = torch.arange(count * size, device=q.device).clamp(max=n - 1)
+        segment = call.segment[number].unflatten(0, (count, size))
+        allowed = allowed & (segment.unsqueeze(-1) == segment.unsqueeze(-2))
+    c = tile(call.decay).cumsum(3)  # (B, H, T, C, D)
+    last = c[:, :, :, -1:]
+    inside = torch.where(allowed.unsqueeze(-1), c.unsqueeze(4) - c.unsqueeze(3), float("-inf")).exp()
+    scores = torch.einsum("bhtad,bhtxd,bhtaxd->bhtax", qc, kc, inside)
+    reach, stay, keep = c.exp(), (last - c).exp(), last.squeeze(3).exp()
+    if segment is not None:
+        before = torch.cat([segment[:1, 0], segment[:-1, -1]])
+        reach = reach * (segment == before[:, None]).to(q.dtype).unsqueeze(-1)
+        stay = stay * (segment == segment[:, -1:]).to(q.dtype).unsqueeze(-1)
+        keep = keep * (segment[:, -1] == before).to(q.dtype)[:, None]
+    update = (kc * stay).transpose(-2, -1) @ vc  # (B, H, T, D, Dv)
+    states = []
+    for t in range(count):
+        states.append(s)
+        s = s * keep[:, :, t].unsqueeze(-1) + update[:, :, t]
+    out = scores @ vc + (qc * reach) @ torch.stack(states, 2)
+    return out.flatten(2, 3)[:, :, :n], s

@@ -1,0 +1,313 @@
+"""Linear attention: every form against the definition, and against each other."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from attnlib import State
+from attnlib.ops.feature_maps import FEATURE_MAPS, feature_map
+from attnlib.ops.linear import linear_attention, linear_partial
+
+DECAYS = ("none", "head", "token", "channel")
+
+
+def problem(n=23, m=None, batch=2, heads=3, d=4, dv=5, seed=0, decay="none", dtype=torch.float64):
+    gen = torch.Generator().manual_seed(seed)
+    m = n if m is None else m
+    q, k, v = (
+        torch.randn(batch, heads, *shape, generator=gen, dtype=dtype, requires_grad=True)
+        for shape in ((n, d), (m, d), (m, dv))
+    )
+    shape = {"none": None, "head": (heads,), "token": (batch, heads, n), "channel": (batch, heads, n, d)}[decay]
+    g = None if shape is None else -torch.rand(shape, generator=gen, dtype=dtype)
+    return q, k, v, None if g is None else g.requires_grad_()
+
+
+def by_definition(q, k, v, decay=None, causal=True, cu=None, weights=None, state=None):
+    """Sums over pairs, one by one."""
+    batch, heads, n, d = q.shape
+    out = q.new_zeros(batch, heads, n, v.shape[-1])
+    den = q.new_zeros(batch, heads, n)
+    bounds = [0, n] if cu is None else cu
+    for b, h, t in itertools.product(range(batch), range(heads), range(n)):
+        s = max(i for i in range(len(bounds) - 1) if bounds[i] <= t and bounds[i] < bounds[i + 1])
+        for j in range(bounds[s], t + 1 if causal else bounds[s + 1]):
+            lo, hi = min(j, t), max(j, t)
+            factor = q.new_ones(d)
+            if decay is not None:
+                g = decay[h] * (hi - lo) if decay.dim() == 1 else decay[b, h, lo + 1 : hi + 1].sum(0)
+                factor = g.exp() * q.new_ones(d)
+            w = (q[b, h, t] * k[b, h, j] * factor).sum() * (1 if weights is None else weights[b, h, j])
+            out[b, h, t] += w * v[b, h, j]
+            den[b, h, t] += w
+        if state is not None and s == 0:
+            g = q.new_zeros(())
+            if decay is not None:
+                g = decay[h] * (t + 1) if decay.dim() == 1 else decay[b, h, : t + 1].sum(0)
+            out[b, h, t] += (q[b, h, t] * g.exp()) @ state[b, h]
+    return out, den
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("cu", [None, [0, 1, 1, 6, 9]])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_parallel_form_is_the_definition(decay, cu, causal):
+    q, k, v, g = problem(n=9, batch=1, heads=2, decay=decay)
+    weights = torch.rand(1, 2, 9, dtype=torch.float64)
+    want, den = by_definition(q, k, v, g, causal, cu, weights)
+    call = dict(decay=g, causal=causal, cu_seqlens=cu, key_weights=weights, form="parallel")
+    torch.testing.assert_close(linear_attention(q, k, v, **call), want)
+    torch.testing.assert_close(linear_attention(q, k, v, normalizer="sum", **call), want / den.unsqueeze(-1))
+
+
+@pytest.mark.parametrize("form", ["chunkwise", "recurrent"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("cu", [None, [0, 3, 3, 4, 17, 23]])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_forms_agree_forward_and_backward(decay, cu, causal, form):
+    q, k, v, g = problem(decay=decay)
+    leaves = [t for t in (q, k, v, g) if t is not None]
+    valid = torch.rand(2, 23) > 0.3
+    with_state = causal
+    state = State({"S": torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)}) if with_state else None
+    if state is not None:
+        leaves.append(state["S"])
+    results = []
+    for which, chunk in (("parallel", None), (form, 5)):
+        out, final = linear_attention(
+            q, k, v, decay=g, causal=causal, cu_seqlens=cu, valid=valid, state=state, form=which, chunk=chunk,
+            return_state=True,
+        )  # fmt: skip
+        loss = (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum()
+        if causal:
+            loss = loss + (final["S"] * torch.linspace(-1, 2, 20 * 6, dtype=out.dtype).view(2, 3, 4, 5)).sum()
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        results.append((out, final["S"] if causal else None, *grads))
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("normalizer", ["none", "sum"])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_compiled_equals_eager(decay, normalizer):
+    q, k, v, g = problem(decay=decay)
+    q, k = q.detach().abs(), k.detach().abs()
+    cu = torch.tensor([0, 7, 8, 23])
+    torch.compiler.reset()
+    compiled = torch.compile(linear_attention, fullgraph=True, backend="eager")
+    for extra in ({}, {"cu_seqlens": cu}, {"cu_seqlens": cu, "causal": False}):
+        call = dict(decay=g, normalizer=normalizer, chunk=4, **extra)
+        want, got = linear_attention(q, k, v, **call), compiled(q, k, v, **call)
+        torch.testing.assert_close(got, want)
+        leaves = [v] if g is None else [v, g]
+        grads = [torch.autograd.grad(out.square().sum(), leaves) for out in (want, got)]
+        torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "token"])
+def test_custom_operator_is_well_formed(decay):
+    q, k, v, g = problem(n=9, dtype=torch.float32, decay=decay)
+    g = g.detach().view(1, 3, 1).requires_grad_() if decay == "head" else g
+    start = torch.randn(2, 3, 4, 5, requires_grad=True)
+    torch.library.opcheck(torch.ops.attnlib.linear_chunkwise, (q, k, v, g, None, start, 4, False, True))
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "token"])
+def test_export_with_a_dynamic_length(decay):
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v, g):
+            if decay == "none":
+                g = None
+            elif decay == "head":
+                g = g[0, :, 0]
+            return linear_attention(q, k, v, decay=g, normalizer="sum", chunk=8)
+
+    def inputs(n):
+        q, k, v, g = problem(n=n, decay="token")
+        return q.detach().abs(), k.detach().abs(), v.detach(), g.detach()
+
+    n = torch.export.Dim("n", min=2, max=4096)
+    dims = ({2: n}, {2: n}, {2: n}, {2: n})
+    program = torch.export.export(Model(), inputs(24), dynamic_shapes=dims).module()
+    for size in (24, 61, 5):
+        torch.testing.assert_close(program(*inputs(size)), Model()(*inputs(size)))
+
+
+@pytest.mark.parametrize("decay", ["head", "token", "channel"])
+def test_gradients_against_finite_differences(decay):
+    q, k, v, g = problem(n=7, batch=1, heads=2, d=2, dv=2, decay=decay)
+    s = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def run(q, k, v, g, s):
+        out, state = linear_attention(q, k, v, decay=g, state=State({"S": s}), chunk=3, return_state=True)
+        return out, state["S"]
+
+    assert torch.autograd.gradcheck(run, (q, k, v, g, s))
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 16, 37])
+@pytest.mark.parametrize("form", ["parallel", "chunkwise", "recurrent"])
+def test_any_length_and_the_state_closes_the_gap(n, form):
+    q, k, v, g = problem(n=n + 11, decay="token")
+    whole, final = linear_attention(q, k, v, decay=g, normalizer="sum", form="parallel", return_state=True)
+    first = linear_attention(
+        q[:, :, :n], k[:, :, :n], v[:, :, :n], decay=g[:, :, :n], normalizer="sum", form=form, chunk=16,
+        return_state=True,
+    )  # fmt: skip
+    rest = linear_attention(
+        q[:, :, n:], k[:, :, n:], v[:, :, n:], decay=g[:, :, n:], normalizer="sum", form=form, chunk=16,
+        state=first.state, return_state=True,
+    )  # fmt: skip
+    torch.testing.assert_close(torch.cat([first.out, rest.out], 2), whole)
+    torch.testing.assert_close(rest.state["S"], final["S"])
+    torch.testing.assert_close(rest.state["z"], final["z"])
+
+
+def test_final_state_is_the_decayed_sum():
+    q, k, v, g = problem(decay="head")
+    age = torch.arange(22, -1, -1, dtype=torch.float64)
+    want = torch.einsum("hn,bhnd,bhne->bhde", (g[:, None] * age).exp(), k, v)
+    torch.testing.assert_close(linear_attention(q, k, v, decay=g, return_state=True, chunk=4).state["S"], want)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_empty_batch(causal):
+    q, k, v, g = problem(batch=0, decay="token")
+    out, state = linear_attention(q, k, v, decay=g, causal=causal, return_state=True)
+    assert out.shape == (0, 3, 23, 5) and state["S"].shape == (0, 3, 4, 5)
+    out.sum().backward()
+
+
+def test_tokens_that_do_not_exist_change_nothing():
+    q, k, v, g = problem(decay="head")
+    valid = torch.rand(2, 23) > 0.4
+    out, state = linear_attention(q, k, v, decay=g, valid=valid, chunk=4, return_state=True)
+    for b in range(2):
+        kept = valid[b]
+        want = linear_attention(*(t[b : b + 1, :, kept] for t in (q, k, v)), decay=g, return_state=True)
+        torch.testing.assert_close(out[b : b + 1, :, kept], want.out)
+        torch.testing.assert_close(state["S"][b : b + 1], want.state["S"])
+    poisoned = [torch.where(valid[:, None, :, None], t, float("nan")) for t in (k, v)]
+    torch.testing.assert_close(linear_attention(q, *poisoned, decay=g, valid=valid, chunk=4), out)
+
+
+@pytest.mark.parametrize("slope", [0.0, 1e4])
+def test_extreme_decays(slope):
+    q, k, v, _ = problem(dtype=torch.float32)
+    g = torch.full((3,), -slope, requires_grad=True)
+    out = linear_attention(q, k, v, decay=g, chunk=4)
+    if slope:
+        want = (q * k).sum(-1, keepdim=True) * v
+    else:
+        want = linear_attention(q, k, v)
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+    grads = torch.autograd.grad(out.sum(), (q, k, v, g))
+    assert all(bool(t.isfinite().all()) for t in grads)
+
+
+def test_half_precision_keeps_a_float32_state():
+    q, k, v, g = problem(n=200, decay="head", dtype=torch.float32)
+    want, exact = linear_attention(q, k, v, decay=g, return_state=True)
+    half = [t.detach().bfloat16() for t in (q, k, v)]
+    out, state = linear_attention(*half, decay=g.detach(), return_state=True)
+    assert out.dtype == torch.bfloat16 and state["S"].dtype == torch.float32
+    assert (out - want).abs().max() < 0.02 * want.abs().max()
+    assert (state["S"] - exact["S"]).abs().max() < 0.02 * exact["S"].abs().max()
+
+
+def test_cross_attention_and_grouped_heads():
+    q, k, v, _ = problem(n=5, m=9, heads=4)
+    k, v = k[:, :2], v[:, :1]
+    want = (q @ k.repeat_interleave(2, 1).transpose(-2, -1)) @ v
+    torch.testing.assert_close(linear_attention(q, k, v, causal=False), want)
+
+
+def test_segments_are_windows_computed_alone():
+    q, k, v, _ = problem(n=1100, batch=1, dtype=torch.float32)
+    q, k = q.detach().relu(), k.detach().relu()
+    cu = [0, 1, 2, 3, 3, 1003, 1100]
+    out = linear_attention(q, k, v, causal=False, cu_seqlens=cu, normalizer="sum", eps=1e-6)
+    for a, b in itertools.pairwise(cu):
+        w = q[:, :, a:b] @ k[:, :, a:b].transpose(-2, -1)
+        want = (w @ v[:, :, a:b]) / (w.sum(-1, keepdim=True) + 1e-6)
+        torch.testing.assert_close(out[:, :, a:b], want, rtol=1e-4, atol=1e-5)
+
+
+def test_partial_shares_a_denominator_with_softmax():
+    from attnlib import attention_partial
+
+    q, k, v, _ = problem(n=10)
+    fq, fk = q.exp(), k.exp()
+    part, state = linear_partial(fq, fk, v, causal=False, return_state=True)
+    both = attention_partial(q, k, v).merge(part).finish()
+    weights = (q @ k.transpose(-2, -1) * 0.5).exp() + fq @ fk.transpose(-2, -1)
+    torch.testing.assert_close(both, weights @ v / weights.sum(-1, keepdim=True))
+    torch.testing.assert_close(state["z"], fk.sum(2))
+
+
+def test_a_row_without_weight_gives_zeros():
+    q, k, v, _ = problem()
+    q = torch.zeros_like(q).requires_grad_()
+    out = linear_attention(q, k, v, normalizer="sum")
+    assert bool((out == 0).all())
+    assert bool((torch.autograd.grad(out.sum(), v)[0] == 0).all())
+
+
+def test_memory_is_linear():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, torch.Tensor):
+                    self.size = max(self.size, t.numel())
+            return out
+
+    sizes = []
+    for n in (2048, 8192):
+        q, k, v = (torch.zeros(1, 1, n, 8, device="meta", requires_grad=True) for _ in range(3))
+        with Largest() as seen:
+            linear_attention(q, k, v, decay=torch.zeros(1, device="meta"), normalizer="sum").sum().backward()
+        sizes.append(seen.size)
+    assert sizes[1] <= 4 * sizes[0] and sizes[1] < 8192 * 64
+
+
+@pytest.mark.parametrize("name", sorted(FEATURE_MAPS))
+def test_feature_maps(name):
+    x = torch.randn(2, 3, 5, 4)
+    out = feature_map(name)(x)
+    assert out.shape[-1] in (4, 8) and bool(out.isfinite().all())
+    if name not in ("identity", "silu"):
+        assert bool((out >= 0).all())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(decay=torch.zeros(4)), ValueError, r"decay must be \(H,\)"),
+        (dict(decay=torch.zeros(3, dtype=torch.long)), TypeError, "decay must be a floating"),
+        (dict(cu_seqlens=[0, 5]), ValueError, "cu_seqlens must run from 0 to N=23"),
+        (dict(cu_seqlens=[0, 9, 4, 23]), ValueError, "cu_seqlens must not decrease"),
+        (dict(normalizer="l2"), ValueError, "normalizer='l2'"),
+        (dict(form="fast"), ValueError, "form='fast'"),
+        (dict(chunk=0), ValueError, "chunk must be at least 1"),
+        (dict(valid=torch.ones(2, 22, dtype=torch.bool)), ValueError, "valid must have shape"),
+        (dict(key_weights=torch.ones(2, 22)), ValueError, "key_weights must be"),
+        (dict(state=State({"S": torch.zeros(2, 3, 4, 4)})), ValueError, "state S must be"),
+        (dict(state=State({"S": torch.zeros(2, 3, 4, 5)}), normalizer="sum"), ValueError, "state has no z"),
+        (dict(k=torch.zeros(2, 3, 22, 4), v=torch.zeros(2, 3, 22, 5)), ValueError, "as many queries as keys"),
+        (dict(k=torch.zeros(2, 2, 23, 4)), ValueError, "k has 2 heads"),
+        (dict(q=torch.zeros(2, 3, 23)), ValueError, "q must have shape"),
+    ],
+)
+def test_bad_input(change, error, message):
+    q, k, v, _ = problem(dtype=torch.float32)
+    call = {"q": q, "k": k, "v": v, **change}
+    with pytest.raises(error, match=message):
+        linear_attention(**call)
