@@ -91,7 +91,7 @@ def pyramid(
 ) -> list[Tensor]:
     """Chained depthwise convolutions, each reading the one before: contexts of growing reach.
 
-    ``z_0 = x``, ``z_l = activation(depthwise(z_(l-1), weights[l]))``. The reach of level l is ``1 + sum d_i (k_i - 1)``.
+    ``z_0 = x``, ``z_l = activation(depthwise(z_(l-1), weights[l]))``; level l reaches ``1 + sum d_i (k_i - 1)``.
 
     Args:
         x: (B, *grid, C).
@@ -156,10 +156,8 @@ def mixed_depthwise(
     if biases is not None and len(biases) != len(weights):
         raise ValueError(f"biases must have one entry per weight ({len(weights)}), got {len(biases)}")
     parts = _zero_invalid(x, valid).split(widths, -1)
-    return torch.cat(
-        [depthwise(p, w, None if biases is None else biases[i]) for i, (p, w) in enumerate(zip(parts, weights, strict=True))],
-        -1,
-    )  # fmt: skip
+    offsets = [None] * len(weights) if biases is None else biases
+    return torch.cat([depthwise(p, w, b) for p, w, b in zip(parts, weights, offsets, strict=True)], -1)
 
 
 def pool(x: Tensor, *, keep: int | None = None, valid: Tensor | None = None) -> Tensor:
@@ -234,11 +232,14 @@ def modulate(query: Tensor, *factors: Tensor, activation: Activation | None = No
     Returns:
         (B, *grid, C).
 
+    Raises:
+        ValueError: a factor that does not broadcast to the query.
+
     >>> modulate(torch.ones(1, 2, 3), torch.full((1, 1, 3), 2.0), torch.full((1, 2, 1), 3.0))[0, 0].tolist()
     [6.0, 6.0, 6.0]
     """
     for factor in factors:
-        if factor.dim() != query.dim() or torch.broadcast_shapes(factor.shape, query.shape) != query.shape:
+        if factor.dim() != query.dim() or any(f not in (1, n) for f, n in zip(factor.shape, query.shape, strict=True)):
             raise ValueError(
                 f"a factor of shape {tuple(factor.shape)} does not broadcast to the query {tuple(query.shape)}"
             )

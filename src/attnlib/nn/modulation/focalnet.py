@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,9 +20,9 @@ class FocalModulation(Mechanism):
     """Focal modulation: aggregate, then interact.
 
     ``[q, z_0, g] = W_f x`` of widths C, C and L + 1. The context grows level by level,
-    ``z_l = GELU(DW_(k_l) z_(l-1))`` with ``k_l = focal_window + focal_factor (l - 1)`` for l = 1..L, and once more by the
-    mean over the grid, ``z_(L+1) = GELU(mean z_L)``. Each pixel weighs the levels by one raw scalar each (no activation),
-    ``m = sum_l g_l z_l``, optionally divided by L + 1, and
+    ``z_l = GELU(DW_(k_l) z_(l-1))`` with ``k_l = focal_window + focal_factor (l - 1)`` for l = 1..L, and once more by
+    the mean over the grid, ``z_(L+1) = GELU(mean z_L)``. Each pixel weighs the levels by one raw scalar each (no
+    activation), ``m = sum_l g_l z_l``, optionally divided by L + 1, and
 
     ``y = W_o (q * (W_h m))``, with an optional LayerNorm before ``W_o``.
 
@@ -30,9 +30,9 @@ class FocalModulation(Mechanism):
     With ``focal_level=0`` only the global mean of ``z_0`` remains, and pixels may be permuted.
 
     Differs from the authors' code: tokens outside ``valid`` are zero before every convolution and take no part in the
-    mean, whereas theirs has no such argument and averages over padding too (identical without ``valid``). Theirs keeps the
-    last gates and modulator on the module; here :meth:`modulator` returns them. Even kernels, which break theirs, are
-    refused. Grids of rank 1 and 3 follow from the same equations.
+    mean, whereas theirs has no such argument and averages over padding too (identical without ``valid``). Theirs keeps
+    the last gates and modulator on the module; here :meth:`modulator` returns them. Even kernels, which break theirs,
+    are refused. Grids of rank 1 and 3 follow from the same equations.
 
     Args:
         dim: width C.
@@ -101,10 +101,13 @@ class FocalModulation(Mechanism):
         """Reach of each convolution level, ``1 + sum (k_i - 1)``; the level after the last sees everything."""
         return tuple(1 + sum(k - 1 for k in self.kernel_sizes[: i + 1]) for i in range(self.focal_level))
 
+    def _kernels(self) -> list[Tensor]:
+        return [cast(Tensor, layer.weight) for layer in self.focal_layers]
+
     def _parts(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Query, modulator and gates."""
         query, context, gates = self.f(x).split([self.dim, self.dim, self.focal_level + 1], -1)
-        levels = pyramid(context, [layer.weight for layer in self.focal_layers], activation=F.gelu, valid=valid)
+        levels = pyramid(context, self._kernels(), activation=F.gelu, valid=valid)
         last = levels[-1] if levels else context
         mixed = gated_sum([*levels, F.gelu(pool(last, valid=valid))], gates)
         if self.normalize_modulator:
@@ -127,7 +130,7 @@ class FocalModulation(Mechanism):
 
     @staticmethod
     def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the authors' ``FocalModulation``: ``h`` is a 1x1 convolution there, and the LayerNorm is called ``ln``."""
+        """From the authors' ``FocalModulation``: ``h`` is a 1x1 convolution there, the LayerNorm is called ``ln``."""
         out = {}
         for key, value in state_dict.items():
             if key.startswith("focal_layers."):

@@ -1,0 +1,8 @@
+from attnlib.check import Case
+
+ROWS = [
+    Case("focalnet", dict(dim=8), (6, 6)),
+    Case("focalnet", dict(dim=8, grid_rank=1, use_postln_in_modulation=True), (12,), "sequence"),
+    Case("focalnet", dict(dim=8, grid_rank=3, focal_level=1, normalize_modulator=True), (3, 4, 4), "video"),
+    Case("focalnet", dict(dim=8, focal_level=0), (6, 6), "global"),
+]
