@@ -7,3 +7,17 @@ ROWS = [
     Case("softmax-attention", dict(dim=16, num_heads=2), (4, 5), "image"),
     Case("softmax-attention", dict(dim=16, num_heads=2, context_dim=8), (12,), "cross", context_grid=(7,)),
 ]
+
+ROWS += [
+    Case("sigmoid-attention", dict(dim=16, num_heads=2), (12,), layout=Layout.image(3, 3, cls=1)),
+    Case("sigmoid-attention", dict(dim=16, num_heads=2, causal=True, alibi=True), (12,), "causal"),
+    Case("sigmoid-attention", dict(dim=16, num_heads=2, context_length=16, row_norm="sqrt"), (3, 4), "image"),
+    Case("quantizable-transformers", dict(dim=16, num_heads=2, gamma=-0.03), (12,), "clipped"),
+    Case(
+        "quantizable-transformers",
+        dict(dim=16, num_heads=2, causal=True, gate="conditional_per_token", gate_hidden=4),
+        (12,),
+        "gated-causal",
+    ),
+    Case("quantizable-transformers", dict(dim=16, num_heads=2, gate="conditional_per_head"), (3, 4), "gated-head"),
+]

@@ -23,9 +23,9 @@ class SoftmaxAttention(Mechanism):
     """Multi-head attention with separate numbers of query and key/value heads.
 
     ``o_h = softmax(q_h k_g(h)^T / sqrt(D)) v_g(h)``, ``y = [o_1 .. o_H] W_O``, where ``g`` maps neighbouring query
-    heads to one key/value head. Works on sequences, images and videos (all tokens of the grid are flattened), as self- and
-    cross-attention, causal or not, with any mask, and decodes with a key/value cache that keeps the validity of each
-    token, so that left-padded batches decode right.
+    heads to one key/value head. Works on sequences, images and videos (all tokens of the grid are flattened), as
+    self- and cross-attention, causal or not, with any mask, and decodes with a key/value cache that keeps the validity
+    of each token, so that left-padded batches decode right.
 
     Args:
         dim: width of ``x``.

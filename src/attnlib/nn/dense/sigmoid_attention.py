@@ -1,0 +1,126 @@
+"""Sigmoid self-attention (Ramapuram et al., 2024)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import masks
+from ...normalizers import Sigmoid
+from ...ops import attention
+from ...types import Traits, check_choice
+from ..registry import register
+from .softmax_attention import SoftmaxAttention
+
+
+@register("sigmoid-attention", "flash-sigmoid")
+class SigmoidAttention(SoftmaxAttention):
+    """``A = sigmoid(q k^T e^t / sqrt(D) + b)``, ``o = A v``: no row depends on another score.
+
+    With ``b = -log(n)`` for ``n`` visible keys the weights start near ``1 / n``, so outputs start at softmax's norm.
+    ``b`` belongs to the length seen in training: fix it with ``context_length`` (or ``attn_bias``), or let every row
+    count its own visible keys, which is the paper's ``-log(i)`` in causal attention and the default here.
+
+    Args:
+        dim, num_heads, num_kv_heads, head_dim, context_dim, causal, rotary, alibi, attn_drop: as in
+            :class:`SoftmaxAttention`.
+        qkv_bias, proj_bias: biases of projections, off as in the authors' code.
+        qk_norm: LayerNorm of every head of queries and keys; on, as the authors advise.
+        v_norm: LayerNorm of every head of values (their cross-attention has it).
+        attn_bias: a fixed ``b``.
+        context_length: sets ``b = -log(context_length)``.
+        temperature: ``t``; scores are multiplied by ``e^t``.
+        row_norm: also divide row ``i`` (from 1) by ``"sqrt"``: ``sqrt(i)``, or ``"length"``: ``i``; their ablations.
+
+    What differs from the authors' code: pairs that may not meet have weight exactly zero, where they set the most
+    negative finite logit (equal in float32); ``alibi`` penalises ``|i - j|``, theirs rewards future keys, which only
+    matters without a causal mask; ``attn_bias`` and ``temperature`` are settings, where they keep constant buffers.
+
+    Reference: Ramapuram et al., 2024, arXiv 2409.04431.
+
+    >>> SigmoidAttention(dim=16, num_heads=4, context_length=64)(torch.randn(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        qkv_bias: bool = False,
+        proj_bias: bool = False,
+        qk_norm: bool = True,
+        v_norm: bool = False,
+        attn_bias: float | None = None,
+        context_length: int | None = None,
+        temperature: float = 0.0,
+        row_norm: str = "none",
+        **settings: Any,
+    ):
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, qk_norm=qk_norm, **settings)
+        check_choice("row_norm", row_norm, ("none", "sqrt", "length"))
+        if attn_bias is not None and context_length is not None:
+            raise ValueError(f"give attn_bias={attn_bias} or context_length={context_length}, not both")
+        if context_length is not None and context_length < 1:
+            raise ValueError(f"context_length must be at least 1, got {context_length}")
+        self.attn_bias = -math.log(context_length) if context_length is not None else attn_bias
+        self.row_norm = row_norm
+        self.scale *= math.exp(temperature)
+        self.v_norm = nn.LayerNorm(self.head_dim) if v_norm else nn.Identity()
+
+    @property
+    def traits(self) -> Traits:
+        traits = super().traits
+        if self.row_norm == "none":
+            return traits
+        return traits.but(permutation_equivariant=False)
+
+    def _visible(self, q: Tensor, k: Tensor, mask: Any, valid: Tensor | None, q_pos: Tensor | None) -> Tensor:
+        """(B or 1, H or 1, N, 1): how many keys each row sees, at least 1."""
+        n, m = q.shape[2], k.shape[2]
+        if mask is None:
+            count = torch.full((1, 1), m, device=q.device) if valid is None else valid.sum(1, keepdim=True)
+            return count[:, None, None].clamp(min=1)
+        at = torch.arange(n, device=q.device) if q_pos is None else q_pos
+        if isinstance(mask, masks.Causal):
+            if valid is None:
+                return (at + 1).clamp(1, m)[:, None]
+            return valid.cumsum(1)[:, at][:, None, :, None].clamp(min=1)
+        seen = mask.at(at, torch.arange(m, device=q.device))
+        if valid is not None:
+            seen = seen.reshape((1,) * (4 - seen.dim()) + seen.shape) & valid[:, None, None]
+        return seen.sum(-1, keepdim=True).clamp(min=1)
+
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
+        v = self.v_norm(v)
+        bias = 0.0 if self.attn_bias is None else self.attn_bias
+        if self.attn_bias is None:
+            rows = -torch.log(self._visible(q, k, call["mask"], call["valid"], call["q_pos"]).to(torch.float32))
+            rows = rows.reshape((1,) * (4 - rows.dim()) + rows.shape).expand(-1, -1, q.shape[2], k.shape[2])
+            call["bias"] = rows if call["bias"] is None else call["bias"].dense() + rows
+        result = attention(q, k, v, scale=self.scale, normalizer=Sigmoid(bias), **call)
+        if self.row_norm == "none":
+            return result
+        out, *rest = result if isinstance(result, tuple) else (result,)
+        at = torch.arange(q.shape[2], device=q.device) if call["q_pos"] is None else call["q_pos"]
+        factor = (at + 1.0) ** (-0.5 if self.row_norm == "sqrt" else -1.0)
+        out = out * factor.to(out.dtype)[:, None]
+        return (out, rest[0] * factor[:, None]) if rest else out
+
+    @staticmethod
+    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the authors' ``Attention`` and ``CrossAttention``; their constant buffers become settings here."""
+        out = {}
+        for key, value in state_dict.items():
+            module, _, kind = key.rpartition(".")
+            if key in ("attn_bias", "attn_temp"):
+                continue
+            if module in ("qkv", "kv_proj"):
+                names = "qkv" if module == "qkv" else "kv"
+                out.update({f"{n}.{kind}": p for n, p in zip(names, value.chunk(len(names)), strict=True)})
+            else:
+                out[("q." + kind) if module == "q_proj" else key] = value
+        return out

@@ -1,0 +1,1 @@
+"""How heads share the work: routing and mapping of heads."""

@@ -1,0 +1,11 @@
+from attnlib.check import Case
+
+ROWS = [
+    Case("moh-mixture-of-heads", dict(dim=32, num_heads=4, shared_heads=1, active_heads=2), (12,)),
+    Case(
+        "moh-mixture-of-heads", dict(dim=32, num_heads=4, shared_heads=2, active_heads=1, causal=True), (12,), "causal"
+    ),
+    Case(
+        "moh-mixture-of-heads", dict(dim=32, num_heads=4, shared_heads=2, active_heads=1, router="norm"), (3, 4), "norm"
+    ),
+]
