@@ -1,0 +1,201 @@
+"""One run of a comparison: the same optimiser, batches and number of steps for every mechanism."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnlib.models.tiny import TinyModel
+
+from .specs import Spec
+from .tasks import Task
+
+CURVE_POINTS = 60
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a comparison share.
+
+    Args:
+        dim: width of the backbone.
+        depth: blocks.
+        num_heads: heads of every mechanism that has heads.
+        weight_decay: of AdamW.
+        warmup: share of the steps over which the learning rate rises.
+        clip: largest gradient norm.
+        loss_weight: weight of the losses that mechanisms return themselves.
+    """
+
+    dim: int = 64
+    depth: int = 2
+    num_heads: int = 4
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    clip: float = 1.0
+    loss_weight: float = 0.01
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def build(task: Task, spec: Spec, seed: int, settings: Settings) -> TinyModel:
+    """The model of one run, initialised from ``seed``; shared weights do not depend on the mechanism."""
+    causal = task.pattern.startswith("causal")
+
+    def make() -> nn.Module:
+        return spec.make(causal, settings.dim, settings.num_heads)
+
+    def plain(causal: bool) -> nn.Module:
+        return Spec("softmax-attention").make(causal, settings.dim, settings.num_heads)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return task.build(make, plain, settings.dim, settings.depth)
+
+
+class Trainer:
+    """Takes optimiser steps; used by runs and by the measurement that sizes them.
+
+    Args:
+        task: data and loss.
+        model: what to train.
+        steps: length of the schedule.
+        seed: of the batches.
+        settings: shared settings.
+    """
+
+    def __init__(self, task: Task, model: TinyModel, steps: int, seed: int, settings: Settings) -> None:
+        self.task, self.model, self.steps, self.settings = task, model, steps, settings
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=task.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.taken = 0
+
+    def _rate(self, step: int) -> float:
+        rise = min(1.0, (step + 1) / max(1.0, self.settings.warmup * self.steps))
+        return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+
+    def step(self) -> tuple[float, float]:
+        """One step; returns the task's loss and the seconds that forward, backward and update took."""
+        batch = self.task.batch(self.generator)
+        self.model.set_progress(min(1.0, self.taken / self.steps))
+        start = time.perf_counter()
+        loss, extra = self.task.loss(self.model, batch)
+        total: Tensor = loss
+        for own in extra.values():
+            total = total + self.settings.loss_weight * own
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.optimizer.step()
+        value = float(loss.detach())
+        seconds = time.perf_counter() - start
+        self.schedule.step()
+        self.taken += 1
+        return value, seconds
+
+
+def run(
+    task: Task,
+    spec: Spec,
+    seed: int,
+    steps: int,
+    settings: Settings,
+    sample: bool = False,
+    progress: Callable[[int, float], None] | None = None,
+) -> dict[str, Any]:
+    """Train and evaluate one mechanism on one task with one seed.
+
+    Args:
+        task: what to train on.
+        spec: the mechanism.
+        seed: of initial weights and batches.
+        steps: optimiser steps.
+        settings: shared settings.
+        sample: also keep something to look at.
+        progress: called with the steps taken and the latest loss.
+
+    Returns:
+        Plain values, for JSON: ``status`` is ``"ok"`` or ``"diverged"``.
+    """
+    model = build(task, spec, seed, settings).train()
+    trainer = Trainer(task, model, steps, seed, settings)
+    losses: list[float] = []
+    seconds: list[float] = []
+    status = "ok"
+    began = time.perf_counter()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        for taken in range(1, steps + 1):
+            loss, elapsed = trainer.step()
+            losses.append(loss)
+            seconds.append(elapsed)
+            if not math.isfinite(loss):
+                status = "diverged"
+                break
+            if progress is not None:
+                progress(taken, loss)
+    trained = time.perf_counter() - began
+    record: dict[str, Any] = {
+        "status": status,
+        "steps_taken": len(losses),
+        "loss_curve": curve(losses),
+        "train_seconds": trained,
+        "step_seconds": statistics.median(seconds),
+        "parameters": model.parameter_counts(),
+        "metrics": {},
+    }
+    if status == "ok":
+        model.set_progress(1.0)
+        model.eval()
+        began = time.perf_counter()
+        with torch.no_grad():
+            record["metrics"] = task.evaluate(model)
+            record["evaluate_seconds"] = time.perf_counter() - began
+            if sample:
+                record["sample"] = task.sample(model)
+        if not math.isfinite(record["metrics"][task.metric]):
+            record["status"], record["metrics"] = "diverged", {}
+    return record
+
+
+def curve(losses: list[float], points: int = CURVE_POINTS) -> list[list[float]]:
+    """``[step, loss]`` averaged over at most ``points`` equal stretches.
+
+    >>> curve([3.0, 1.0], points=1)
+    [[1.5, 2.0]]
+    """
+    count = min(points, len(losses))
+    out = []
+    for i in range(count):
+        a, b = i * len(losses) // count, (i + 1) * len(losses) // count
+        out.append([(a + 1 + b) / 2, sum(losses[a:b]) / (b - a)])
+    return [[s, x if math.isfinite(x) else None] for s, x in out]  # type: ignore[misc]
+
+
+def measure(task: Task, spec: Spec, settings: Settings, steps: int = 4) -> tuple[float, float]:
+    """Seconds of one step and of one evaluation, measured, to size a run; also proves that the run can start."""
+    model = build(task, spec, 0, settings).train()
+    trainer = Trainer(task, model, 100, 0, settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        trainer.step()
+        began = time.perf_counter()
+        for _ in range(steps):
+            trainer.step()
+        step_seconds = (time.perf_counter() - began) / steps
+    model.eval()
+    began = time.perf_counter()
+    with torch.no_grad():
+        task.evaluate(model)
+    return step_seconds, time.perf_counter() - began
