@@ -1,0 +1,332 @@
+"""Engine B: dense attention inside groups of tokens, and the executor that engine A shares with it.
+
+A :class:`attnlib.grids.Partition` says which queries and which keys form a group; groups are folded into the batch and
+handed to :func:`attnlib.ops.attention`. Windows of a grid need no index: they are a reshape.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..grids import Partition, block_windows, check_windows, coordinates, grid_windows, unblock_windows, ungrid_windows
+from ..masks import Mask, as_mask
+from ..types import Partial, check_choice, check_rank, check_valid, to_tuple
+from .attention import attention, attention_partial
+
+KINDS = ("block", "grid")
+
+# The package exports the function under the module's own name; the module itself holds the forced backend.
+_dispatch: Any = sys.modules[attention.__module__]
+
+
+def forced_eager(backend: str | None) -> bool:
+    """Whether the caller, or an enclosing ``use_backend``, asks for the specification."""
+    return (backend or _dispatch._forced) == "eager"
+
+
+def pair_mask(mask: Mask, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    """``mask`` inside each group: (B or 1, G, H or 1, Sq, Sk).
+
+    Args:
+        q_pos: (G, Sq), or (B or 1, H or 1, G, Sq), positions of queries.
+        k_pos: the same for keys.
+    """
+    q, k = (p if p.dim() == 4 else p[None, None] for p in (q_pos, k_pos))
+    q, k = q.transpose(1, 2).unsqueeze(-1), k.transpose(1, 2).unsqueeze(-2)
+    zero = torch.zeros((), dtype=torch.long, device=q.device)
+    batch, heads = mask.batch(), mask.heads()
+    b = torch.arange(batch, device=q.device).view(-1, 1, 1, 1, 1) if batch > 1 else zero
+    h = torch.arange(heads, device=q.device).view(1, 1, -1, 1, 1) if heads > 1 else zero
+    out = mask.pair(b, h, q, k)
+    return out.expand(torch.broadcast_shapes(out.shape, q.shape, k.shape))
+
+
+def _fold(t: Tensor, batch: int, groups: int) -> Tensor:
+    """(B or 1, G or 1, ...) -> (B * G, ...), or (1, ...) when nothing depends on sample or group."""
+    if t.shape[0] == t.shape[1] == 1:
+        return t[0]
+    return t.expand(batch, groups, *t.shape[2:]).flatten(0, 1)
+
+
+def grouped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    allowed: Tensor | None = None,
+    valid: Tensor | None = None,
+    bias: Tensor | None = None,
+    partial: bool = False,
+    **options: Any,
+) -> Tensor | Partial:
+    """Attention within each group: the executor of engines A and B.
+
+    Args:
+        q: (B, G, H, Sq, D) queries.
+        k: (B, G, Hk, Sk, D) keys.
+        v: (B, G, Hv, Sk, Dv) values.
+        allowed: boolean (B or 1, G or 1, H or 1, Sq, Sk), which pairs may meet.
+        valid: boolean (B, G, Sk), which keys exist.
+        bias: float (B or 1, G or 1, H or 1, Sq, Sk), added to the scaled scores.
+        partial: return a :class:`attnlib.types.Partial` instead of the output.
+        options: ``scale``, ``dropout_p`` and ``backend`` of :func:`attnlib.ops.attention`.
+
+    Returns:
+        (B, G, H, Sq, Dv), or a Partial of the same leading shape.
+
+    >>> x = torch.randn(2, 3, 4, 5, 8)
+    >>> grouped_attention(x, x, x).shape
+    torch.Size([2, 3, 4, 5, 8])
+    """
+    lead = tuple(q.shape[:2])
+    call = dict(
+        mask=None if allowed is None else _fold(allowed, *lead),
+        valid=None if valid is None else valid.expand(*lead, -1).flatten(0, 1),
+        bias=None if bias is None else _fold(bias, *lead),
+        **options,
+    )
+    flat = [t.flatten(0, 1) for t in (q, k, v)]
+    if partial:
+        call.pop("dropout_p", None)
+        return Partial(*(t.unflatten(0, lead) for t in attention_partial(*flat, **call)))
+    return attention(*flat, **call).unflatten(0, lead)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Any partition, by index
+
+
+def _expand_index(index: Tensor, batch: int, heads: int) -> Tensor:
+    """(G, S), (H, G, S) or (B, H, G, S) -> (B or 1, H or 1, G, S), checked."""
+    index = index.reshape((1,) * (4 - index.dim()) + tuple(index.shape))
+    if index.shape[0] not in (1, batch) or index.shape[1] not in (1, heads):
+        raise ValueError(
+            f"partition index has {index.shape[0]} samples and {index.shape[1]} heads, "
+            f"but q has batch {batch} and {heads} heads"
+        )
+    return index
+
+
+def _take(x: Tensor, index: Tensor, heads: int) -> Tensor:
+    """(B, H, N, D) at (B or 1, H or 1, G, S) -> (B, G, H, S, D); holes read token 0."""
+    index = index.clamp(min=0)
+    groups, size = index.shape[2:]
+    if index.shape[0] == index.shape[1] == 1:
+        taken = x.transpose(1, 2).index_select(1, index.flatten())
+        return taken.unflatten(1, (groups, size)).transpose(2, 3)
+    if index.shape[1] > 1 and x.shape[1] != heads:
+        x = x.repeat_interleave(heads // x.shape[1], 1)
+    index = index.expand(x.shape[0], x.shape[1], groups, size).flatten(2).unsqueeze(-1)
+    taken = x.gather(2, index.expand(-1, -1, -1, x.shape[-1]))
+    return taken.unflatten(2, (groups, size)).transpose(1, 2)
+
+
+def partition_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    partition: Partition,
+    *,
+    valid: Tensor | None = None,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Dense attention inside each group of ``partition``.
+
+    Args:
+        q: (B, H, N, D) queries.
+        k: (B, Hk, M, D) keys.
+        v: (B, Hv, M, Dv) values.
+        partition: groups of queries and of the keys they read; per head or per sample if its indices say so. Every
+            token stands in one query group; tokens in none give zeros. A key may stand in many groups, once in each.
+        valid: (B, M) boolean, which keys exist.
+        mask: which pairs may meet besides, on token numbers.
+        bias: (..., Sq, Sk) added inside every group, (..., G, Sq, Sk) per group, with heads and samples before:
+            (H, Sq, Sk) is per head; for one per group write (1 or B, H or 1, G, Sq, Sk).
+        scale: defaults to ``D ** -0.5``.
+        dropout_p: dropout of weights.
+        backend: ``"eager"`` builds the whole (N, M) map (the specification); others run inside the groups.
+
+    Returns:
+        (B, H, N, Dv).
+
+    Raises:
+        ValueError: shapes that do not fit, or indices beyond the tokens.
+
+    >>> from attnlib.grids import window_partition
+    >>> x = torch.randn(1, 2, 16, 8)
+    >>> partition_attention(x, x, x, window_partition((4, 4), 2)).shape
+    torch.Size([1, 2, 16, 8])
+    """
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_rank(name, t, 4, "(B, H, N, D)")
+    batch, heads, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    check_valid("valid", valid, (batch, m))
+    q_index = _expand_index(partition.q_index.to(q.device), batch, heads)
+    k_index = q_index if partition.k_index is None else _expand_index(partition.k_index.to(q.device), batch, heads)
+    mask = as_mask(mask)
+    if bias is not None:
+        if bias.dim() not in (2, 3, 4, 5) or tuple(bias.shape[-2:]) != (q_index.shape[3], k_index.shape[3]):
+            raise ValueError(
+                f"bias must end in (Sq, Sk) = {(q_index.shape[3], k_index.shape[3])}, got {tuple(bias.shape)}"
+            )
+        if bias.dim() < 5:  # no group axis: the same in every group
+            bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape)).unsqueeze(2)
+    options: dict[str, Any] = dict(scale=scale, dropout_p=dropout_p, backend=backend)
+    if forced_eager(backend):
+        return _partition_eager(q, k, v, q_index, k_index, mask, valid, bias, options)
+    allowed = None
+    if mask is not None:
+        allowed = pair_mask(mask, q_index.clamp(min=0), k_index.clamp(min=0))
+    here = (k_index >= 0).transpose(1, 2)  # (B or 1, G, H or 1, Sk)
+    exists = None
+    if here.shape[2] == 1:
+        exists = here[:, :, 0]
+        if valid is not None:
+            exists = exists & _take(valid[:, None, :, None], k_index, 1)[:, :, 0, :, 0]
+    else:
+        if valid is not None:
+            here = here & _take(valid[:, None, :, None].expand(-1, heads, -1, -1), k_index, heads)[..., 0]
+        here = here.unsqueeze(-2)
+        allowed = here if allowed is None else allowed & here
+    out = grouped_attention(
+        _take(q, q_index, heads), _take(k, k_index, heads), _take(v, k_index, heads), allowed=allowed, valid=exists,
+        bias=None if bias is None else bias.transpose(1, 2), **options,
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    # Scatter into a buffer with one slot more, where holes land.
+    out = out.transpose(1, 2).flatten(2, 3)
+    target = torch.where(q_index < 0, n, q_index).flatten(2).unsqueeze(-1).expand(batch, heads, -1, out.shape[-1])
+    return out.new_zeros(batch, heads, n + 1, out.shape[-1]).scatter(2, target, out)[:, :, :n]
+
+
+def _partition_eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_index: Tensor,
+    k_index: Tensor,
+    mask: Mask | None,
+    valid: Tensor | None,
+    bias: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    batch, heads, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    shape = torch.broadcast_shapes(q_index.shape[:2], k_index.shape[:2])
+    groups, sq, sk = q_index.shape[2], q_index.shape[3], k_index.shape[3]
+    # One flat slot per pair of tokens, and one where the holes land.
+    pair = q_index.unsqueeze(-1) * m + k_index.unsqueeze(-2)
+    hole = (q_index < 0).unsqueeze(-1) | (k_index < 0).unsqueeze(-2)
+    slot = torch.where(hole, n * m, pair)
+
+    def spread(values: Tensor, fill: Any) -> Tensor:
+        lead = torch.broadcast_shapes(values.shape[:2], shape)
+        values = values.expand(*lead, groups, sq, sk).flatten(2)
+        flat = values.new_full((*lead, n * m + 1), fill)
+        return flat.scatter(2, slot.expand(*lead, -1, -1, -1).flatten(2), values)[..., : n * m].unflatten(2, (n, m))
+
+    allowed = spread(torch.ones(1, 1, 1, 1, 1, dtype=torch.bool, device=q.device), False)
+    if mask is not None:
+        allowed = allowed & mask.dense(n, m, q.device)
+    dense_bias = None if bias is None else spread(bias, 0.0)
+    options = {**options, "backend": "eager"}
+    return attention(q, k, v, mask=allowed, valid=valid, bias=dense_bias, **options)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Windows of a grid, by reshape
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Sequence[int],
+    window_size: int | Sequence[int],
+    kind: str = "block",
+    *,
+    valid: Tensor | None = None,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`partition_attention` for block or grid windows of a row-major grid, without any gather.
+
+    Args:
+        q: (B, H, N, D) queries of ``grid``.
+        k: (B, Hk, N, D) keys.
+        v: (B, Hv, N, Dv) values.
+        grid: the grid, ``prod(grid) == N``.
+        window_size: sides of a window; must divide the grid.
+        kind: ``"block"``: windows of consecutive tokens; ``"grid"``: windows of tokens spread evenly over the map.
+        valid: (B, N) boolean, which tokens exist.
+        mask: which pairs may meet besides, on token numbers.
+        bias: (S, S) or (H, S, S), the same in every window of S tokens.
+        scale: defaults to ``D ** -0.5``.
+        dropout_p: dropout of weights.
+        backend: ``"eager"`` builds the whole (N, N) map (the specification); others run inside the windows.
+
+    Returns:
+        (B, H, N, Dv).
+
+    Raises:
+        ValueError: a window that does not divide the grid, or a grid that is not N tokens.
+
+    >>> x = torch.randn(1, 2, 16, 8)
+    >>> window_attention(x, x, x, (4, 4), 2, "grid").shape
+    torch.Size([1, 2, 16, 8])
+    """
+    check_rank("q", q, 4, "(B, H, N, D)")
+    check_choice("kind", kind, KINDS)
+    grid = tuple(grid)
+    window = to_tuple("window_size", window_size, len(grid))
+    if math.prod(grid) != q.shape[2]:
+        raise ValueError(f"grid={grid} holds {math.prod(grid)} tokens, but q has {q.shape[2]}")
+    check_windows(grid, window)
+    check_valid("valid", valid, (q.shape[0], q.shape[2]))
+    mask = as_mask(mask)
+    split, join = (block_windows, unblock_windows) if kind == "block" else (grid_windows, ungrid_windows)
+    rank = len(grid)
+
+    def windows(t: Tensor) -> Tensor:
+        """(B, N, C) -> (B, G, S, C)."""
+        t = split(t.reshape(t.shape[0], *grid, t.shape[-1]), window)
+        return t.reshape(t.shape[0], math.prod(t.shape[1 : 1 + rank]), math.prod(window), t.shape[-1])
+
+    def numbers() -> Tensor:
+        place = coordinates(grid, q.device)
+        return windows((place * place.new_tensor([math.prod(grid[a + 1 :]) for a in range(rank)])).sum(-1)[None, :, None])
+
+    if forced_eager(backend):
+        index = numbers()[0, :, :, 0]
+        return partition_attention(
+            q, k, v, Partition(index), valid=valid, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p,
+            backend="eager",
+        )  # fmt: skip
+    heads_of = [windows(t.transpose(1, 2).flatten(2)).unflatten(-1, (t.shape[1], -1)).transpose(2, 3) for t in (q, k, v)]
+    allowed = None
+    if mask is not None:
+        index = numbers()[0, :, :, 0]
+        allowed = pair_mask(mask, index, index)
+    exists = None if valid is None else windows(valid.unsqueeze(-1))[..., 0]
+    if bias is not None:
+        bias = bias.reshape((1,) * (5 - bias.dim()) + tuple(bias.shape))
+    out = grouped_attention(
+        *heads_of, allowed=allowed, valid=exists, bias=bias, scale=scale, dropout_p=dropout_p, backend=backend
+    )
+    assert isinstance(out, Tensor)
+    heads, width = out.shape[2], out.shape[4]
+    counts = [g // w for g, w in zip(grid, window, strict=True)]
+    out = out.transpose(2, 3).reshape(q.shape[0], *counts, *window, heads * width)
+    return join(out).reshape(q.shape[0], -1, heads, width).transpose(1, 2)
