@@ -27,7 +27,6 @@ _LAZY = {
     "State": "attnlib.types",
     "Traits": "attnlib.types",
     "attach": "attnlib.hooks",
-    "check": "attnlib.check",
 }
 _MODULES = frozenset(
     "bench cache catalog check grids hooks masks models nn normalizers ops positions steer types".split()

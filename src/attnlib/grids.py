@@ -47,7 +47,7 @@ class Layout:
             raise ValueError(f"layout repeats a segment name: {names}")
 
     @classmethod
-    def image(cls, height: int, width: int, **extra: int) -> Layout:
+    def image(cls, height: int, width: int, /, **extra: int) -> Layout:
         """Extra tokens first, then an image: ``Layout.image(14, 14, cls=1)``."""
         return cls((*extra.items(), ("image", (height, width))))
 
