@@ -154,7 +154,7 @@ class QuantizableAttention(SoftmaxAttention):
 
     @staticmethod
     def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From ``BertSelfAttentionWithExtras``: ``query``, ``key``, ``value``, ``alpha``; ``output.dense`` is ``proj``."""
+        """From ``BertSelfAttentionWithExtras`` (``query`` .. ``alpha``); ``output.dense`` becomes ``proj``."""
         names = {"query": "q", "key": "k", "value": "v", "output.dense": "proj", "dense": "proj"}
         out: dict[str, Tensor] = {}
         heads: dict[str, dict[int, Tensor]] = {}

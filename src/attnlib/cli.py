@@ -1,0 +1,291 @@
+"""The ``attnlib`` command: thin layers over the library."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Every attention mechanism under one interface.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A setting of the mechanism, as name=value; repeatable.", metavar="NAME=VALUE"),
+]
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
+    """``["dim=32", "causal=true"]`` -> ``{"dim": 32, "causal": True}``."""
+    settings = {}
+    for pair in pairs or []:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--set {pair!r} must read name=value, for example --set dim=32")
+        settings[name.replace("-", "_")] = _value(text)
+    return settings
+
+
+def parse_grid(text: str) -> tuple[int, ...]:
+    """``"8,8"`` or ``"8x8"`` -> ``(8, 8)``."""
+    try:
+        grid = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        raise ValueError(f"grid {text!r} must be one to three whole numbers, for example 128 or 14,14") from None
+    if not 1 <= len(grid) <= 3 or min(grid) < 1:
+        raise ValueError(f"grid {text!r} must be one to three positive numbers")
+    return grid
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+@app.command("list")
+def list_(
+    text: Annotated[str, typer.Argument(help="Only names containing this.")] = "",
+    pattern: Annotated[str | None, typer.Option(help="Only mechanisms with this pattern, e.g. causal-self.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """List the mechanisms.
+
+    [dim]attnlib list[/]  ·  [dim]attnlib list --pattern causal-self[/]  ·  [dim]attnlib list agent --json[/]
+    """
+    from .nn.registry import find, list_mechanisms
+    from .types import PATTERNS, check_choice
+
+    if pattern is not None:
+        check_choice("pattern", pattern, PATTERNS)
+    rows = []
+    for name in list_mechanisms():
+        cls = find(name)
+        traits = cls.class_traits  # type: ignore[attr-defined]
+        if text.lower() in name and (pattern is None or pattern in traits.patterns):
+            rows.append({"name": name, "summary": (cls.__doc__ or "").strip().splitlines()[0], **traits.to_dict()})
+    fusions = [{"name": n, "summary": (find(n).__doc__ or "").splitlines()[0]} for n in list_mechanisms("fusion")]
+    if as_json:
+        _print_json({"mechanisms": rows, "fusions": fusions})
+        return
+    table = Table("name", "patterns", "grids", "work", "streams", "mask", box=None)
+    for row in rows:
+        table.add_row(
+            row["name"], " ".join(_short(p) for p in row["patterns"]), " ".join(f"{r}D" for r in row["grid_ranks"]),
+            _cost(row["work"]), "yes" if row["streaming"] else "", "yes" if row["mask"] else "",
+        )  # fmt: skip
+    console.print(table)
+    console.print("[dim]NS noncausal self, CS causal self, NC noncausal cross, CC causal cross[/]")
+
+
+def _short(pattern: str) -> str:
+    return {"noncausal-self": "NS", "causal-self": "CS", "noncausal-cross": "NC", "causal-cross": "CC"}[pattern]
+
+
+def _cost(exponents: dict[str, float]) -> str:
+    return " ".join(symbol if e == 1 else f"{symbol}^{e:g}" for symbol, e in exponents.items() if e)
+
+
+@app.command()
+def info(
+    name: Annotated[str, typer.Argument(help="A mechanism, alias or paper.")],
+    settings: Settings = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """What a mechanism is, takes and claims.
+
+    [dim]attnlib info biformer[/]  ·  [dim]attnlib info softmax-attention --set dim=64 --set causal=true[/]
+    """
+    import inspect
+
+    from .catalog import papers
+    from .nn.registry import find
+
+    cls = find(name)
+    config = parse_settings(settings)
+    traits = (cls(**config).traits if config else cls.class_traits).to_dict()  # type: ignore[attr-defined]
+    slug = cls.slug  # type: ignore[attr-defined]
+    entries = [p.to_dict() for p in papers() if slug in p.mechanisms]
+    if as_json:
+        _print_json(
+            {"name": slug, "doc": inspect.getdoc(cls), "signature": str(inspect.signature(cls)), "traits": traits,
+             "papers": entries}
+        )  # fmt: skip
+        return
+    console.print(f"[bold]{slug}[/]  [dim]{cls.__module__}.{cls.__qualname__}[/]\n")
+    console.print(inspect.getdoc(cls), markup=False, highlight=False)
+    table = Table("claim", "value", box=None, title="this instance" if config else "upper bound of claims")
+    for key, value in traits.items():
+        table.add_row(key, json.dumps(value))
+    console.print(table)
+    for entry in entries:
+        console.print(f"[bold]{entry['title']}[/] ({entry['authors']}, {entry['year']})  {entry['link']}")
+        for line in entry["verified"]:
+            console.print(f"  [green]verified[/] {line}", highlight=False)
+        for line in entry["differs"]:
+            console.print(f"  [yellow]differs[/]  {line}", highlight=False)
+        for line in entry["not_shown"]:
+            console.print(f"  [dim]not shown {line}[/]", highlight=False)
+
+
+@app.command()
+def papers(
+    text: Annotated[str, typer.Argument(help="Only papers containing this.")] = "", as_json: JsonFlag = False
+) -> None:
+    """The papers that work here.
+
+    [dim]attnlib papers[/]  ·  [dim]attnlib papers "linear attention" --json[/]
+    """
+    from .catalog import papers as find_papers
+
+    found = find_papers(text)
+    if as_json:
+        _print_json([p.to_dict() for p in found])
+        return
+    table = Table("paper", "year", "title", "held to", box=None)
+    for p in found:
+        table.add_row(p.slug, str(p.year), p.title, p.parity)
+    console.print(table)
+
+
+@app.command()
+def explain(
+    shape: Annotated[str, typer.Option(help="B,H,N,D of the queries.")] = "1,8,1024,64",
+    kv_shape: Annotated[
+        str | None, typer.Option(help="B,H,M,D of keys and values; like the queries by default.")
+    ] = None,
+    normalizer: Annotated[str, typer.Option(help="softmax, sigmoid, clipped_softmax, ...")] = "softmax",
+    causal: Annotated[bool, typer.Option(help="Causal mask.")] = False,
+    window: Annotated[int | None, typer.Option(help="Sliding window of this width.")] = None,
+    weights: Annotated[bool, typer.Option(help="The weights are wanted too.")] = False,
+    grad: Annotated[bool, typer.Option(help="Gradients are wanted.")] = False,
+    backend: Annotated[str | None, typer.Option(help="Force one backend.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Which backend runs for a call, and why each other is passed over.
+
+    [dim]attnlib explain --shape 1,8,4096,64 --window 513[/]  ·  [dim]attnlib explain --normalizer sigmoid --grad[/]
+    """
+    import torch
+
+    from . import masks
+    from .ops import explain as explain_call
+
+    def parse(text: str) -> tuple[int, ...]:
+        sizes = tuple(int(part) for part in text.split(",") if part.strip().isdigit())
+        if len(sizes) != 4:
+            raise ValueError(f"shape {text!r} must be four numbers B,H,N,D")
+        return sizes
+
+    q = torch.empty(parse(shape), requires_grad=grad)
+    k = torch.empty(parse(kv_shape or shape), requires_grad=grad)
+    mask: masks.Mask | None = masks.causal() if causal else None
+    if window is not None:
+        mask = masks.sliding_window(window) if mask is None else mask & masks.sliding_window(window)
+    text = explain_call(q, k, k, mask=mask, normalizer=normalizer, return_weights=weights, backend=backend)
+    if as_json:
+        runs, *rest = text.splitlines()
+        passed = dict(line.removeprefix("passed over: ").split(": ", 1) for line in rest)
+        _print_json({"runs": runs.removeprefix("runs: "), "passed_over": passed})
+    else:
+        console.print(text, highlight=False, markup=False)
+
+
+@app.command()
+def check(
+    target: Annotated[str, typer.Argument(help="A mechanism's name, or module:Class of your own.")],
+    settings: Settings = None,
+    grid: Annotated[str | None, typer.Option(help="Grid of the inputs to try, e.g. 12 or 8,8.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Test every claim of a mechanism, claim by claim. Exit code 1 when one fails.
+
+    [dim]attnlib check biformer[/]  ·  [dim]attnlib check my.module:MyAttention --set dim=32 --grid 16[/]
+    """
+    from .check import run_cli
+
+    report = run_cli(target, parse_settings(settings), None if grid is None else parse_grid(grid))
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        console.print(report)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Mechanisms to time; none: operator suites.")] = None,
+    suite: Annotated[str, typer.Option(help="Operator suite, or 'all'.")] = "all",
+    grid: Annotated[str, typer.Option(help="Grid of the inputs.")] = "1024",
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the JSON results.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Time operators and mechanisms: medians of interleaved runs, as ratios to softmax attention.
+
+    [dim]attnlib bench sigmoid-attention --grid 1024 --set dim=256 --set num_heads=4[/]  ·
+    [dim]attnlib bench --suite normalizers --out results[/]
+    """
+    from .bench import run_bench
+
+    results = run_bench(list(names or []), suite, parse_grid(grid), parse_settings(settings), out, console)
+    if as_json:
+        _print_json(results)
+
+
+@app.command()
+def compare(
+    mechanisms: Annotated[list[str] | None, typer.Argument(help="Mechanisms to compare; none: the preset's.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated tasks; all by default.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Minutes for the whole comparison.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results and the report.")] = Path("attnlib-report"),
+    data: Annotated[Path | None, typer.Option(help="Your own text file, image folder or CSV.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Seeds per mechanism and task.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A named selection, e.g. demo.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train and time mechanisms side by side on real data and write a report.
+
+    [dim]attnlib compare softmax-attention sigmoid-attention --budget 5 --out report[/]  ·
+    [dim]attnlib compare lightning-attention-2 --tasks language --data book.txt[/]
+
+    Run it again with the same --out to resume: finished runs are kept.
+    """
+    from .bench.compare import compare as run
+
+    result = run(
+        list(mechanisms or []), tasks=tasks.split(",") if tasks else None, budget_minutes=budget, out=out, data=data,
+        seeds=seeds, preset=preset,
+    )  # fmt: skip
+    if as_json:
+        _print_json(result)
+
+
+def main() -> None:
+    """Entry point: errors of use are one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        Console(stderr=True).print(f"[bold red]error[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
