@@ -1,0 +1,1 @@
+"""Linear attention: the order of products changed, so that cost grows with N."""

@@ -1,0 +1,202 @@
+"""Lightning Attention-2 (Qin et al., 2024): causal linear attention with a constant decay per head, tile by tile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ops.feature_maps import feature_map
+from ...ops.linear import linear_attention
+from ...positions import alibi_slopes
+from ...types import Output, State, Traits, check_choice
+from ..base import Mechanism
+from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
+from ..registry import register
+
+
+def decay_slopes(num_heads: int, layer: int = 0, num_layers: int | None = None) -> Tensor:
+    """(H,) slopes ``s`` of the decay ``exp(-s)`` per token.
+
+    ``s_h = 2^(-8 h / H)`` as in ALiBi, times ``1 - layer / (num_layers - 1) + 1e-5`` when the number of layers is
+    known: the first layer forgets fast, the last one hardly at all.
+
+    >>> decay_slopes(8)[:3].tolist()
+    [0.5, 0.25, 0.125]
+    """
+    slopes = alibi_slopes(num_heads).float()
+    if num_layers is None:
+        return slopes
+    if not 0 <= layer < num_layers:
+        raise ValueError(f"layer={layer} is not possible with num_layers={num_layers}; choose 0 to {num_layers - 1}")
+    return slopes * (1 - layer / max(num_layers - 1, 1) + 1e-5)
+
+
+class LinearizedRotary(nn.Module):
+    """``x -> [x cos(theta t), x sin(theta t)]`` with learned ``theta``: positions that survive a linear product.
+
+    Args:
+        num_heads: heads.
+        head_dim: width of a head; the output is twice as wide.
+
+    Reference: Qin et al., 2023, "Linearized relative positional encoding", arXiv 2307.09270.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int):
+        super().__init__()
+        dim = num_heads * head_dim
+        self.theta = nn.Parameter(10000 ** (-2 / dim * torch.arange(dim)).reshape(num_heads, 1, head_dim))
+
+    def forward(self, x: Tensor, pos: Tensor) -> Tensor:
+        """(B, H, N, D) and positions (B, N) to (B, H, N, 2 D)."""
+        angle = self.theta.float() * pos[:, None, :, None].float()
+        return torch.cat([x * angle.cos().to(x.dtype), x * angle.sin().to(x.dtype)], -1)
+
+
+@register("lightning-attention-2", "lightning-attention", "tnl")
+class LightningAttention2(Mechanism):
+    """Causal linear attention with decay, in the layer of TransNormerLLM.
+
+    ``o_t = sum_{j <= t} lambda^(t - j) (q_t . k_j) v_j`` with ``lambda = exp(-s_h)``, ``q = silu(x W_q)``,
+    ``k = silu(x W_k)``: no denominator and no ``1 / sqrt(D)``. Then ``y = W_o (gate(x) * norm([o_1 .. o_H]))``. Inside
+    a tile the map is computed as such, between tiles a (D, Dv) state in float32 carries on, in forward and backward
+    (:func:`attnlib.ops.linear.linear_attention`); that state is also what decoding keeps, whatever the length.
+
+    Defaults are the released TransNormerLLM (``gate="full"``: ``u = x W_u``, no activation; ``norm="rms"`` without
+    gain). The authors' later example layer is ``value_activation="silu", norm="layer", gate="low-rank"``.
+
+    Differs from the authors' code: any length and any head width; a token that does not exist takes no step of the
+    decay (they zero its value only); the position of ``lrpe`` lives in the state, not on the module.
+
+    Args:
+        dim: width of ``x``.
+        num_heads: heads.
+        layer: number of this layer, from 0, for the slopes.
+        num_layers: layers of the model; ``None`` uses the slopes of ALiBi unchanged (see :func:`decay_slopes`).
+        slopes: (H,) slopes instead of those; 0 for a head that never forgets.
+        activation: of queries and keys, ``"silu"``, ``"relu"``, ``"elu1"`` or ``"identity"``.
+        value_activation: of values, one of the same.
+        norm: ``"rms"`` (no gain), ``"layer"`` (LayerNorm) or ``"none"``, over the concatenated heads.
+        gate: ``"full"``, ``"low-rank"`` (sigmoid, through one head's width) or ``"none"``.
+        lrpe: linearized rotary positions on queries and keys; TransNormerLLM has them in its first layers.
+        qkv_bias: biases of the query, key, value and gate projections.
+        proj_bias: bias of the output projection.
+        chunk: tokens per tile; changes speed, not the result.
+        causal: must be True; the operator has a direction.
+
+    Reference: Qin et al., 2024, arXiv 2401.04658, algorithms 1 and 2; the layer: Qin et al., 2024, arXiv 2405.17381.
+
+    >>> import torch
+    >>> LightningAttention2(dim=16, num_heads=4)(torch.randn(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
+    """
+
+    class_traits = Traits(
+        patterns=frozenset({"causal-self"}),
+        grid_ranks=frozenset({1}),
+        streaming=True,
+        work={"N": 1},
+        memory={"N": 1},
+    )
+
+    slopes: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        layer: int = 0,
+        num_layers: int | None = None,
+        slopes: Tensor | None = None,
+        activation: str = "silu",
+        value_activation: str = "identity",
+        norm: str = "rms",
+        gate: str = "full",
+        lrpe: bool = False,
+        qkv_bias: bool = False,
+        proj_bias: bool = False,
+        chunk: int = 128,
+        causal: bool = True,
+    ):
+        super().__init__(dim)
+        if not causal:
+            raise ValueError("causal=False is not possible: lightning attention is causal; pass causal=True")
+        for name, choice in (("activation", activation), ("value_activation", value_activation)):
+            check_choice(name, choice, ("silu", "relu", "elu1", "identity"))
+        check_choice("norm", norm, ("rms", "layer", "none"))
+        check_choice("gate", gate, ("full", "low-rank", "none"))
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        self.num_heads, self.head_dim = num_heads, head_dim_of(dim, num_heads)
+        self.activation, self.value_activation, self.chunk = activation, value_activation, chunk
+        if slopes is None:
+            slopes = decay_slopes(num_heads, layer, num_layers)
+        elif tuple(slopes.shape) != (num_heads,) or bool((slopes < 0).any()):
+            raise ValueError(f"slopes must be ({num_heads},) and at least 0, got {slopes.tolist()}")
+        self.register_buffer("slopes", slopes.float(), persistent=False)
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.k = nn.Linear(dim, dim, bias=qkv_bias)
+        self.v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.gate: nn.Module | None = None
+        if gate == "full":
+            self.gate = nn.Linear(dim, dim, bias=qkv_bias)
+        elif gate == "low-rank":
+            self.gate = nn.Sequential(
+                nn.Linear(dim, self.head_dim, bias=qkv_bias),
+                nn.Linear(self.head_dim, dim, bias=qkv_bias),
+                nn.Sigmoid(),
+            )
+        norms: dict[str, Any] = {
+            "rms": lambda: nn.RMSNorm(dim, eps=1e-6, elementwise_affine=False),
+            "layer": lambda: nn.LayerNorm(dim),
+            "none": nn.Identity,
+        }
+        self.norm = norms[norm]()
+        self.lrpe = LinearizedRotary(num_heads, self.head_dim) if lrpe else None
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+
+    def mix(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        state: State | None = None,
+        returns: tuple[str, ...] = (),
+        **_: Any,
+    ) -> Output:
+        act, act_v = feature_map(self.activation), feature_map(self.value_activation)
+        q, k, v = (split_heads(t, self.num_heads) for t in (act(self.q(x)), act(self.k(x)), act_v(self.v(x))))
+        exists = flat_valid(valid)
+        tokens = None
+        if self.lrpe is not None or "state" in returns:
+            now = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if exists is None else exists.long()
+            past = now.new_zeros(x.shape[0]) if state is None else state["tokens"]
+            tokens = past + now.sum(1)
+            if self.lrpe is not None:
+                pos = past[:, None] + now.cumsum(1) - 1
+                q, k = self.lrpe(q, pos), self.lrpe(k, pos)
+        out, final = linear_attention(
+            q, k, v, decay=-self.slopes, valid=exists, state=state, chunk=self.chunk, return_state=True
+        )
+        y = self.norm(merge_heads(out))
+        if self.gate is not None:
+            y = self.gate(x) * y
+        new_state = final.replace(tokens=tokens) if "state" in returns else None
+        return Output(self.proj(y), state=new_state)
+
+    @staticmethod
+    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From ``NormLinearAttention`` of TransNormerLLM (with ``qkvu_proj``) or ``TnlAttention`` (with ``q_proj``)."""
+        names = {"out_proj.": "proj.", "o_proj.": "proj.", "output_gate.": "gate."}
+        out: dict[str, Tensor] = {}
+        for key, value in state_dict.items():
+            if key.startswith("qkvu_proj."):
+                for name, part in zip(("q", "k", "v", "gate"), value.chunk(4), strict=True):
+                    out[f"{name}.{key.removeprefix('qkvu_proj.')}"] = part
+                continue
+            for theirs, ours in names.items():
+                key = key.replace(theirs, ours)
+            out[key.replace("q_proj.", "q.").replace("k_proj.", "k.").replace("v_proj.", "v.")] = value
+        return out

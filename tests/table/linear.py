@@ -1,0 +1,17 @@
+from attnlib.check import Case
+
+_LONG = ((32,), (64,), (128,))  # growth shows once N is beyond a few chunks
+
+ROWS = [
+    Case("lightning-attention-2", dict(dim=16, num_heads=4, chunk=8), (12,), growth=_LONG),
+    Case(
+        "lightning-attention-2",
+        dict(
+            dim=16, num_heads=2, layer=1, num_layers=4, lrpe=True, value_activation="silu", norm="layer",
+            gate="low-rank", chunk=8,
+        ),
+        (12,),
+        "tnl",
+        growth=_LONG,
+    ),
+]  # fmt: skip
