@@ -59,7 +59,12 @@ class Mask:
         May be cautious: ``(True, False)`` is always right.
         """
         shape = torch.broadcast_shapes(q_lo.shape, k_lo.shape)
-        return torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+        some = torch.ones(shape, dtype=torch.bool, device=q_lo.device)
+        return some, torch.zeros_like(some)
+
+    def q_tile(self) -> int | None:
+        """The number of query rows that this mask treats alike, where it has such a grain."""
+        return next((g for a in self._args() if isinstance(a, Mask) and (g := a.q_tile()) is not None), None)
 
     # ---- shape of the mask
 
@@ -73,6 +78,12 @@ class Mask:
 
     def _args(self) -> list[Any]:
         return [getattr(self, f) for f in self.fields]
+
+    def plane(self, b: int, h: int) -> Mask:
+        """The mask of sample ``b`` and head ``h`` alone."""
+        if self.batch() == 1 and self.heads() == 1:
+            return self
+        return _build(type(self), [a.plane(b, h) if isinstance(a, Mask) else a for a in self._args()])
 
     # ---- realisations
 
@@ -104,12 +115,16 @@ class Mask:
 
     def dense(self, n: int, m: int | None = None, device: torch.device | str | None = None) -> Tensor:
         """:meth:`at` for queries ``0..n-1`` and keys ``0..m-1``."""
-        return self.at(torch.arange(n, device=device), torch.arange(n if m is None else m, device=device))
+        return self.block((0, n), (0, n if m is None else m), device)
+
+    def block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
+        """:meth:`at` for the queries ``rows[0]..rows[1]-1`` and the keys ``cols[0]..cols[1]-1``."""
+        return self.at(torch.arange(*rows, device=device), torch.arange(*cols, device=device))
 
     def count(self, n: int, m: int | None = None, chunk: int = 1024) -> Tensor:
         """Visible keys of each row: (n,) or (B or 1, H or 1, n). Never assume it is ``m``."""
-        keys = torch.arange(n if m is None else m)
-        rows = [self.at(torch.arange(i, min(i + chunk, n)), keys).sum(-1) for i in range(0, n, chunk)]
+        keys = (0, n if m is None else m)
+        rows = [self.block((i, min(i + chunk, n)), keys).sum(-1) for i in range(0, n, chunk)]
         return torch.cat(rows, -1) if rows else torch.zeros(0, dtype=torch.long)
 
     def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -121,7 +136,7 @@ class Mask:
     def lower(self) -> tuple[str, list[Tensor]]:
         """``(spec, tensors)``, from which :func:`raise_mask` rebuilds the mask."""
         tensors: list[Tensor] = []
-        return json.dumps(_encode(self, tensors), separators=(",", ":")), tensors
+        return _encode(self, tensors), tensors
 
     # ---- algebra
 
@@ -178,24 +193,38 @@ def _flatten(mask: Mask) -> tuple[list[Any], Any]:
     return [a for a, is_leaf in zip(args, leaf, strict=True) if is_leaf], context
 
 
-def _unflatten(leaves: Any, context: Any) -> Mask:
-    name, args, leaf = context
-    rest = iter(leaves)
-    mask = object.__new__(_KINDS[name])
-    for f, a, is_leaf in zip(_KINDS[name].fields, args, leaf, strict=True):
-        setattr(mask, f, next(rest) if is_leaf else a)
+def _build(cls: type[Mask], args: Sequence[Any]) -> Any:
+    """A mask from its arguments, without the checks of its constructor."""
+    mask = object.__new__(cls)
+    for f, a in zip(cls.fields, args, strict=True):
+        setattr(mask, f, a)
     return mask
 
 
-def _encode(value: Any, tensors: list[Tensor]) -> Any:
+def _unflatten(leaves: Any, context: Any) -> Mask:
+    name, args, leaf = context
+    rest = iter(leaves)
+    return _build(_KINDS[name], [next(rest) if is_leaf else a for a, is_leaf in zip(args, leaf, strict=True)])
+
+
+def _encode(value: Any, tensors: list[Tensor]) -> str:
+    # Written out by hand because torch.compile traces this and cannot trace the json package. ``int`` also makes a
+    # size that export holds symbolic concrete: the grid of a mask is static.
     if isinstance(value, Mask):
-        return {"mask": value.name, "args": [_encode(a, tensors) for a in value._args()]}
+        args = ",".join([_encode(a, tensors) for a in value._args()])
+        return f'{{"mask":"{value.name}","args":[{args}]}}'
     if isinstance(value, Tensor):
         tensors.append(value)
-        return {"tensor": len(tensors) - 1}
+        return f'{{"tensor":{len(tensors) - 1}}}'
     if isinstance(value, (tuple, list)):
-        return {"tuple": [_encode(v, tensors) for v in value]}
-    return value
+        return f'{{"tuple":[{",".join([_encode(v, tensors) for v in value])}]}}'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, torch.SymInt)):
+        return str(int(value))
+    if isinstance(value, float):
+        return repr(value)
+    raise TypeError(f"a mask can be lowered when it holds masks, tensors and numbers, not {type(value).__name__}")
 
 
 def _decode(value: Any, tensors: Sequence[Tensor]) -> Any:
@@ -205,11 +234,7 @@ def _decode(value: Any, tensors: Sequence[Tensor]) -> Any:
         return tensors[value["tensor"]]
     if "tuple" in value:
         return tuple(_decode(v, tensors) for v in value["tuple"])
-    cls = _KINDS[value["mask"]]
-    mask = object.__new__(cls)
-    for f, a in zip(cls.fields, value["args"], strict=True):
-        setattr(mask, f, _decode(a, tensors))
-    return mask
+    return _build(_KINDS[value["mask"]], [_decode(a, tensors) for a in value["args"]])
 
 
 def raise_mask(spec: str, tensors: Sequence[Tensor] = ()) -> Mask:
@@ -230,6 +255,9 @@ class And(Mask):
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.left.pair(b, h, q, k) & self.right.pair(b, h, q, k)
 
+    def block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
+        return self.left.block(rows, cols, device) & self.right.block(rows, cols, device)
+
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
         (some, all_), (some2, all2) = self.left.tile(q_lo, q_hi, k_lo, k_hi), self.right.tile(q_lo, q_hi, k_lo, k_hi)
         return some & some2, all_ & all2
@@ -247,6 +275,9 @@ class Or(Mask):
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.left.pair(b, h, q, k) | self.right.pair(b, h, q, k)
 
+    def block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
+        return self.left.block(rows, cols, device) | self.right.block(rows, cols, device)
+
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
         (some, all_), (some2, all2) = self.left.tile(q_lo, q_hi, k_lo, k_hi), self.right.tile(q_lo, q_hi, k_lo, k_hi)
         return some | some2, all_ | all2
@@ -263,6 +294,9 @@ class Not(Mask):
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return ~self.inner.pair(b, h, q, k)
+
+    def block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
+        return ~self.inner.block(rows, cols, device)
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
         some, all_ = self.inner.tile(q_lo, q_hi, k_lo, k_hi)
@@ -361,8 +395,11 @@ class PrefixLM(Mask):
         return self.prefix.shape[0] if isinstance(self.prefix, Tensor) else 1
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        prefix = self.prefix[b] if isinstance(self.prefix, Tensor) else self.prefix
+        prefix = _of_sample(self.prefix, b) if isinstance(self.prefix, Tensor) else self.prefix
         return (q >= k) | (k < prefix)
+
+    def plane(self, b: int, h: int) -> Mask:
+        return PrefixLM(self.prefix[b : b + 1]) if self.batch() > 1 else self  # type: ignore[index]
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
         if isinstance(self.prefix, Tensor):
@@ -370,6 +407,38 @@ class PrefixLM(Mask):
         else:
             low = high = self.prefix
         return (q_hi >= k_lo) | (k_lo < high), (q_lo >= k_hi) | (k_hi < low)
+
+
+def _of_sample(values: Tensor, b: Tensor) -> Tensor:
+    """``values`` (B,) of sample ``b``; a single one serves every sample."""
+    return values[b] if values.shape[0] > 1 else values[0]
+
+
+def _of_token(values: Tensor, b: Tensor, pos: Tensor) -> Tensor:
+    """``values`` (N,) or (B, N) at position ``pos`` of sample ``b``."""
+    if values.dim() == 2 and values.shape[0] > 1:
+        return values[b, pos]
+    return values.reshape(-1)[pos]
+
+
+def _extremes(values: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest of ``values`` (B, N) over the positions ``lo..hi``, each (B, *lo.shape)."""
+    low, high = [values], [values]  # level j holds the extremes of 2**j neighbours
+    while 2 ** len(low) <= values.shape[1]:
+        step = 2 ** (len(low) - 1)
+        low.append(torch.minimum(low[-1][:, :-step], low[-1][:, step:]))
+        high.append(torch.maximum(high[-1][:, :-step], high[-1][:, step:]))
+    level = torch.zeros_like(lo)
+    for j in range(1, len(low)):
+        level = torch.where(hi - lo + 1 >= 2**j, torch.full_like(level, j), level)
+    least, most = None, None
+    for j, (a, z) in enumerate(zip(low, high, strict=True)):
+        start, end = lo.clamp(max=a.shape[1] - 1), (hi - 2**j + 1).clamp(0, a.shape[1] - 1)
+        here_least, here_most = torch.minimum(a[:, start], a[:, end]), torch.maximum(z[:, start], z[:, end])
+        least = here_least if least is None else torch.where(level == j, here_least, least)
+        most = here_most if most is None else torch.where(level == j, here_most, most)
+    assert least is not None and most is not None
+    return least, most
 
 
 class Document(Mask):
@@ -385,11 +454,18 @@ class Document(Mask):
     def batch(self) -> int:
         return self.ids.shape[0] if self.ids.dim() == 2 else 1
 
-    def _look(self, b: Tensor, pos: Tensor) -> Tensor:
-        return self.ids[pos] if self.ids.dim() == 1 else self.ids[b, pos]
+    def plane(self, b: int, h: int) -> Mask:
+        return Document(self.ids[b]) if self.batch() > 1 else self
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return self._look(b, q) == self._look(b, k)
+        return _of_token(self.ids, b, q) == _of_token(self.ids, b, k)
+
+    def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
+        ids = self.ids.reshape(-1, self.ids.shape[-1])
+        (q_min, q_max), (k_min, k_max) = _extremes(ids, q_lo, q_hi), _extremes(ids, k_lo, k_hi)
+        some = (q_min <= k_max) & (k_min <= q_max)
+        every = (q_min == q_max) & (k_min == k_max) & (q_min == k_min)
+        return some.any(0), every.all(0)
 
 
 class Strided(Mask):
@@ -412,6 +488,18 @@ class Strided(Mask):
         on_stride = k % self.stride == (self.offset + h * self.per_head) % self.stride
         return on_stride | ((q - k).abs() < self.local)
 
+    def plane(self, b: int, h: int) -> Mask:
+        offset = (self.offset + h * self.per_head) % self.stride
+        return Strided(self.stride, offset, self.local) if self.heads() > 1 else self
+
+    def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
+        gap = torch.maximum(k_lo - q_hi, q_lo - k_hi).clamp(min=0)
+        reach = torch.maximum(k_hi - q_lo, q_hi - k_lo)
+        some, every = gap < self.local, (reach < self.local) | (self.stride == 1)
+        if self.heads() > 1:
+            return torch.ones_like(some), every
+        return some | ((self.offset - k_lo) % self.stride <= k_hi - k_lo), every
+
 
 class Everything(Mask):
     """Every pair may meet."""
@@ -423,7 +511,8 @@ class Everything(Mask):
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
         shape = torch.broadcast_shapes(q_lo.shape, k_lo.shape)
-        return torch.ones(shape, dtype=torch.bool), torch.ones(shape, dtype=torch.bool)
+        every = torch.ones(shape, dtype=torch.bool, device=q_lo.device)
+        return every, every
 
 
 class Explicit(Mask):
@@ -453,6 +542,22 @@ class Explicit(Mask):
         h = h if self.allowed.shape[1] > 1 else torch.zeros_like(h)
         return self.allowed[b, h, q, k]
 
+    def block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
+        n, m = self.allowed.shape[-2:]
+        if rows[1] > n or cols[1] > m:
+            raise ValueError(f"mask tensor {tuple(self.allowed.shape)} has no rows {rows} and columns {cols}")
+        return self.allowed[..., slice(*rows), slice(*cols)]
+
+    def plane(self, b: int, h: int) -> Mask:
+        return Explicit(_plane_of(self.allowed, b, h))
+
+
+def _plane_of(grid: Tensor, b: int, h: int) -> Tensor:
+    """(N, M) of sample ``b`` and head ``h`` in a tensor (N, M) or (B or 1, H or 1, N, M)."""
+    if grid.dim() == 2:
+        return grid
+    return grid[b if grid.shape[0] > 1 else 0, h if grid.shape[1] > 1 else 0]
+
 
 class Blocks(Mask):
     """Chosen (query block, key block) pairs: ``chosen`` is boolean (nq, nk), (B, nq, nk) or (B, H, nq, nk)."""
@@ -476,6 +581,12 @@ class Blocks(Mask):
         b = b if self.chosen.shape[0] > 1 else torch.zeros_like(b)
         h = h if self.chosen.shape[1] > 1 else torch.zeros_like(h)
         return self.chosen[b, h, q, k]
+
+    def plane(self, b: int, h: int) -> Mask:
+        return Blocks(_plane_of(self.chosen, b, h), self.q_block, self.k_block)
+
+    def q_tile(self) -> int | None:
+        return self.q_block
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
         chosen = self.chosen if self.chosen.dim() == 2 else self.chosen.flatten(0, 1)
@@ -502,6 +613,19 @@ def _unravel(pos: Tensor, grid: Sequence[int]) -> list[Tensor]:
         out.append(pos % size)
         pos = pos // size
     return out[::-1]
+
+
+def _ranges(lo: Tensor, hi: Tensor, grid: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Per axis, bounds of the coordinates of the flat positions ``lo..hi``; whole where the run wraps around."""
+    out = []
+    outer_same = torch.ones_like(lo, dtype=torch.bool)
+    inner = math.prod(grid)
+    for size in grid:
+        inner //= size
+        low, high = lo // inner % size, hi // inner % size
+        out.append((torch.where(outer_same, low, 0), torch.where(outer_same, high, size - 1)))
+        outer_same = outer_same & (lo // inner == hi // inner)
+    return out
 
 
 class Neighborhood(Mask):
@@ -535,8 +659,8 @@ class Neighborhood(Mask):
                 raise ValueError(f"kernel_size={w} on axis {axis} is too small; at least 2 is needed")
             if d < 1 or w * d > x:
                 raise ValueError(
-                    f"kernel_size={w} with dilation={d} spans {w * d} tokens on axis {axis}, but the grid {grid} has {x}; "
-                    f"possible: dilation from 1 to {x // w}"
+                    f"kernel_size={w} with dilation={d} spans {w * d} tokens, but axis {axis} of the grid {grid} "
+                    f"has {x}; possible: dilation from 1 to {x // w}"
                     if w <= x
                     else f"kernel_size={w} is larger than the grid {grid} on axis {axis}"
                 )
@@ -568,6 +692,15 @@ class Neighborhood(Mask):
         assert out is not None
         return out
 
+    def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
+        # A window always holds its query, so that no key is further than the window is wide.
+        some = torch.ones(torch.broadcast_shapes(q_lo.shape, k_lo.shape), dtype=torch.bool, device=q_lo.device)
+        axes = zip(_ranges(q_lo, q_hi, self.grid), _ranges(k_lo, k_hi, self.grid), strict=True)
+        for axis, ((q0, q1), (k0, k1)) in enumerate(axes):
+            reach = (self.kernel[axis] - 1) * self.dilation[axis]
+            some = some & (k1 >= q0 - reach) & (k0 <= (q1 if self.causal[axis] else q1 + reach))
+        return some, torch.zeros_like(some)
+
 
 class CircularWindow(Mask):
     """Keys inside a circle: squared distance on the grid strictly below ``radius ** 2``."""
@@ -586,6 +719,16 @@ class CircularWindow(Mask):
             total = here if total is None else total + here
         assert total is not None
         return total < self.radius**2
+
+    def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
+        near: Tensor | int = 0
+        far: Tensor | int = 0
+        axes = zip(_ranges(q_lo, q_hi, self.grid), _ranges(k_lo, k_hi, self.grid), strict=True)
+        for (q0, q1), (k0, k1) in axes:
+            near = near + torch.maximum(k0 - q1, q0 - k1).clamp(min=0) ** 2
+            far = far + torch.maximum(k1 - q0, q1 - k0) ** 2
+        assert isinstance(near, Tensor) and isinstance(far, Tensor)
+        return near < self.radius**2, far < self.radius**2
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -610,9 +753,21 @@ class Modality(Mask):
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         table = torch.tensor(self.rule, device=self.types.device)
-        if self.types.dim() == 1:
-            return table[self.types[q], self.types[k]]
-        return table[self.types[b, q], self.types[b, k]]
+        return table[_of_token(self.types, b, q), _of_token(self.types, b, k)]
+
+    def plane(self, b: int, h: int) -> Mask:
+        return _build(Modality, [self.types[b], self.rule]) if self.batch() > 1 else self
+
+    def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
+        types = self.types.reshape(-1, self.types.shape[-1])
+        some = torch.zeros(torch.broadcast_shapes(q_lo.shape, k_lo.shape), dtype=torch.bool, device=types.device)
+        every = ~some
+        for i, row in enumerate(self.rule):
+            q_has = _extremes((types == i).long(), q_lo, q_hi)[1] > 0
+            for j, allowed in enumerate(row):
+                meet = (q_has & (_extremes((types == j).long(), k_lo, k_hi)[1] > 0)).any(0)
+                some, every = (some | meet, every) if allowed else (some, every & ~meet)
+        return some, every
 
 
 class Within(Mask):
@@ -628,6 +783,14 @@ class Within(Mask):
         q_in, k_in = (q >= self.start) & (q < self.stop), (k >= self.start) & (k < self.stop)
         inner = self.inner.pair(b, h, (q - self.start).clamp(0, top), (k - self.start).clamp(0, top))
         return ~q_in | ~k_in | inner
+
+    def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
+        last = self.stop - 1
+        q_out, k_out = (q_hi < self.start) | (q_lo > last), (k_hi < self.start) | (k_lo > last)
+        sticks_out = (q_lo < self.start) | (q_hi > last) | (k_lo < self.start) | (k_hi > last)
+        inside = [(p.clamp(self.start, max(self.start, last)) - self.start) for p in (q_lo, q_hi, k_lo, k_hi)]
+        some, every = self.inner.tile(*inside)
+        return some | sticks_out, every | q_out | k_out
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -48,9 +48,19 @@ class Normalizer:
         """Gradient with respect to the scores, given the gradient with respect to the weights."""
         raise NotImplementedError
 
+    def weights_(self, scores: Tensor) -> Tensor:
+        """:meth:`weights`, free to overwrite ``scores``; the caller vouches that every row sees some key."""
+        return self.weights(scores)
+
+    def adjoint_(self, scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """``(weights, gradient of the scores)``, free to overwrite both arguments; every row must see some key."""
+        weights = self.weights(scores)
+        return weights, self.backward(scores, weights, grad)
+
     def lower(self) -> str:
         """A string from which :func:`raise_normalizer` rebuilds this normalizer."""
-        return json.dumps({"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}})
+        # Written out by hand because torch.compile traces this and cannot trace the json package.
+        return "{" + ",".join([f'"name":"{self.name}"', *(f'"{k}":{v!r}' for k, v in vars(self).items())]) + "}"
 
 
 def softmax_rows(scores: Tensor) -> Tensor:
@@ -66,6 +76,14 @@ def _softmax_backward(weights: Tensor, grad: Tensor) -> Tensor:
     return weights * (grad - (weights * grad).sum(-1, keepdim=True))
 
 
+def _softmax_(scores: Tensor) -> Tensor:
+    return torch.softmax(scores, -1, out=scores)
+
+
+def _softmax_backward_(weights: Tensor, grad: Tensor) -> Tensor:
+    return torch.ops.aten._softmax_backward_data.out(grad, weights, -1, grad.dtype, grad_input=grad)
+
+
 @dataclass(frozen=True)
 class Softmax(Normalizer):
     """``exp(s) / sum exp(s)``."""
@@ -78,6 +96,13 @@ class Softmax(Normalizer):
 
     def backward(self, scores: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
         return _softmax_backward(weights, grad)
+
+    def weights_(self, scores: Tensor) -> Tensor:
+        return _softmax_(scores)
+
+    def adjoint_(self, scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        weights = _softmax_(scores)
+        return weights, _softmax_backward_(weights, grad)
 
 
 @dataclass(frozen=True)
@@ -94,10 +119,17 @@ class Sigmoid(Normalizer):
     def backward(self, scores: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
         return grad * weights * (1 - weights)
 
+    def weights_(self, scores: Tensor) -> Tensor:
+        return (scores.add_(self.bias) if self.bias else scores).sigmoid_()
+
+    def adjoint_(self, scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        weights = self.weights_(scores)
+        return weights, torch.ops.aten.sigmoid_backward.grad_input(grad, weights, grad_input=grad)
+
 
 @dataclass(frozen=True)
 class ClippedSoftmax(Normalizer):
-    """``clip((zeta - gamma) softmax(s) + gamma, 0, 1)``: exact zeros at finite scores. Pairs that may not meet stay 0."""
+    """``clip((zeta - gamma) softmax(s) + gamma, 0, 1)``: exact zeros at finite scores; forbidden pairs stay 0."""
 
     gamma: float = -0.03
     zeta: float = 1.0
@@ -120,6 +152,22 @@ class ClippedSoftmax(Normalizer):
         raw = soft * stretch + self.gamma
         return _softmax_backward(soft, grad * ((raw >= 0) & (raw <= 1)) * stretch)
 
+    def _stretch_(self, soft: Tensor) -> Tensor:
+        return soft.mul_(self.zeta - self.gamma).add_(self.gamma).clamp_(0, 1)
+
+    def weights_(self, scores: Tensor) -> Tensor:
+        return self._stretch_(_softmax_(scores))
+
+    def adjoint_(self, scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        # The clip passes gradients for softmax values strictly between these bounds; where an end does not clip at
+        # all the bound lies outside [0, 1].
+        stretch, soft = self.zeta - self.gamma, _softmax_(scores)
+        low = -self.gamma / stretch if self.gamma < 0 else -1.0
+        high = (1 - self.gamma) / stretch if self.zeta > 1 else 2.0
+        torch.ops.aten.hardtanh_backward.grad_input(grad, soft, low, high, grad_input=grad)
+        grad = _softmax_backward_(soft, grad).mul_(stretch)
+        return self._stretch_(soft), grad
+
 
 @dataclass(frozen=True)
 class Relu(Normalizer):
@@ -134,6 +182,14 @@ class Relu(Normalizer):
 
     def backward(self, scores: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
         return grad * (scores > 0) / self.divisor
+
+    def weights_(self, scores: Tensor) -> Tensor:
+        scores.relu_()
+        return scores.div_(self.divisor) if self.divisor != 1 else scores
+
+    def adjoint_(self, scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        torch.ops.aten.threshold_backward.grad_input(grad, scores, 0, grad_input=grad)
+        return self.weights_(scores), grad.div_(self.divisor) if self.divisor != 1 else grad
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,33 @@ class Bias:
         """Inverse of ``(tensors(), settings())``, without checks, so that it works on fake tensors too."""
         raise NotImplementedError
 
+    def part(self, batch: slice, heads: slice) -> Bias:
+        """The bias of some samples and heads, on views of the same tensors; an axis of size 1 serves all."""
+        raise NotImplementedError
+
+    def add_grad(self, grads: Sequence[Tensor | None], rows: slice, cols: slice | Tensor, grad: Tensor) -> None:
+        """Add what ``grad`` (B, H, n, m) with respect to :meth:`block` means for ``tensors()``.
+
+        Args:
+            grads: one accumulator per tensor of ``tensors()``, ``None`` where no gradient is wanted.
+        """
+        raise NotImplementedError
+
     def lower(self) -> tuple[str, list[Tensor]]:
         """``(spec, tensors)``, from which :func:`raise_bias` rebuilds the bias."""
-        return json.dumps([self.name, self.settings()]), self.tensors()
+        # Written out by hand because torch.compile traces this and cannot trace the json package.
+        return f'["{self.name}",{_text(self.settings())}]', self.tensors()
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join([_text(v) for v in value])}]"
+    return str(int(value)) if isinstance(value, (int, torch.SymInt)) else repr(value)
+
+
+def _some(x: Tensor, batch: slice, heads: slice) -> Tensor:
+    """Samples and heads of (B or 1, H or 1, ...)."""
+    return x[batch if x.shape[0] > 1 else slice(None), heads if x.shape[1] > 1 else slice(None)]
 
 
 def raise_bias(spec: str, tensors: Sequence[Tensor]) -> Bias:
@@ -84,6 +108,19 @@ class DenseBias(Bias):
 
     def tensors(self) -> list[Tensor]:
         return [self.bias]
+
+    def part(self, batch: slice, heads: slice) -> Bias:
+        return DenseBias.rebuild([_some(self.bias, batch, heads)], [])
+
+    def add_grad(self, grads: Sequence[Tensor | None], rows: slice, cols: slice | Tensor, grad: Tensor) -> None:
+        into = grads[0]
+        if into is None:
+            return
+        grad = grad.sum_to_size(*into.shape[:2], *grad.shape[2:])
+        if isinstance(cols, Tensor):
+            into[:, :, rows].index_add_(-1, cols, grad)
+        else:
+            into[:, :, rows, cols] += grad
 
     @classmethod
     def rebuild(cls, tensors: list[Tensor], settings: list[Any]) -> Bias:
@@ -137,6 +174,16 @@ class RelativeBias(Bias):
     def tensors(self) -> list[Tensor]:
         return [self.table, self.q_coords, self.k_coords]
 
+    def part(self, batch: slice, heads: slice) -> Bias:
+        table = self.table[heads] if self.table.shape[0] > 1 else self.table
+        return RelativeBias.rebuild([table, self.q_coords, self.k_coords], self.settings())
+
+    def add_grad(self, grads: Sequence[Tensor | None], rows: slice, cols: slice | Tensor, grad: Tensor) -> None:
+        into = grads[0]
+        if into is not None:
+            grad = grad.sum_to_size(1, into.shape[0], *grad.shape[2:])
+            into.index_add_(1, self.index(rows, cols).reshape(-1), grad.reshape(into.shape[0], -1))
+
     def settings(self) -> list[Any]:
         return [list(self.offset), list(self.extent)]
 
@@ -186,6 +233,15 @@ class AxisBias(Bias):
 
     def tensors(self) -> list[Tensor]:
         return [*self.factors, self.k_coords]
+
+    def part(self, batch: slice, heads: slice) -> Bias:
+        return AxisBias.rebuild([*(_some(f, batch, heads) for f in self.factors), self.k_coords], [])
+
+    def add_grad(self, grads: Sequence[Tensor | None], rows: slice, cols: slice | Tensor, grad: Tensor) -> None:
+        k = self.k_coords[cols]
+        for axis, into in enumerate(grads[:-1]):
+            if into is not None:
+                into[:, :, rows].index_add_(-1, k[:, axis], grad.sum_to_size(*into.shape[:2], *grad.shape[2:]))
 
     @classmethod
     def rebuild(cls, tensors: list[Tensor], settings: list[Any]) -> Bias:

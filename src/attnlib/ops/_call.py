@@ -46,8 +46,9 @@ class AttentionCall:
     @property
     def is_causal(self) -> bool:
         """Causal and nothing else, from position 0, on a square problem: what fused kernels call ``is_causal``."""
-        square = self.q.shape[2] == self.k.shape[2]
-        return isinstance(self.mask, Causal) and self.standard_positions and self.valid is None and square
+        if not isinstance(self.mask, Causal) or not self.standard_positions or self.valid is not None:
+            return False
+        return self.q.shape[2] == self.k.shape[2]
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Positions of queries and keys, defaulting to ``0..N-1`` and ``0..M-1``."""
@@ -62,7 +63,10 @@ class AttentionCall:
         """Boolean (B or 1, H or 1, N, M) of pairs that may meet, or ``None`` when all may."""
         out = None
         if self.mask is not None:
-            out = self.mask.at(*self.positions())
+            if self.standard_positions:
+                out = self.mask.dense(self.q.shape[2], self.k.shape[2], self.q.device)
+            else:
+                out = self.mask.at(*self.positions())
             out = out.reshape((1,) * (4 - out.dim()) + tuple(out.shape))
         if self.valid is not None:
             valid = self.valid[:, None, None, :]

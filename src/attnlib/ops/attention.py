@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -14,11 +13,13 @@ from ..masks import Mask
 from ..normalizers import Normalizer
 from ..positions import Bias
 from ..types import Partial
+from . import eager, flex, sdpa, tiled
 from ._call import AttentionCall, prepare
 
 #: Backends in the order in which ``backend=None`` tries them.
 BACKENDS: tuple[str, ...] = ("sdpa", "tiled", "flex", "eager")
 
+_MODULES: dict[str, ModuleType] = {"sdpa": sdpa, "tiled": tiled, "flex": flex, "eager": eager}
 _forced: str | None = None
 
 
@@ -27,7 +28,7 @@ def _backend(name: str) -> ModuleType:
         raise ValueError(
             f"backend={name!r} is unknown; choose one of {list(BACKENDS)} or None for the automatic choice"
         )
-    return importlib.import_module(f"attnlib.ops.{name}")
+    return _MODULES[name]
 
 
 @contextmanager

@@ -1,12 +1,428 @@
-"""Backend under construction: serves nothing yet."""
+"""Attention by tiles of queries, each against only the keys that the mask admits; memory grows with N, not N * M.
+
+For one tile of queries the scores of all admitted keys sit in one reused buffer, so that any normalizer, of one pass or
+two, is simply applied to whole rows. The backward pass computes the scores again. Everything is ``torch.bmm`` on slices
+of keys and values: no key or value is copied for grouped queries or for masks that admit a contiguous range.
+
+It stands behind one custom operator that takes tensors, numbers and strings only: masks, biases and normalizers travel
+in their text form. That is what lets ``torch.compile(fullgraph=True)``, ``torch.export`` with dynamic N and FLOP
+counting see it as one node.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..normalizers import raise_normalizer
+from ..positions import Bias, raise_bias
+from ..types import Partial, stats_dtype
+from . import _tiles
 from ._call import AttentionCall
 
 NAME = "tiled"
 
+#: Rows of queries in one tile, and the bytes that one buffer of scores should not exceed, on the CPU and elsewhere.
+Q_TILE = 128
+CPU_BUFFER, OTHER_BUFFER = 4 << 20, 128 << 20
+
 
 def supports(call: AttentionCall) -> str | None:
-    """Why this backend cannot serve the call."""
-    return "not built yet"
+    """Why this backend cannot serve the call; ``None`` when it can."""
+    if call.dropout_p:
+        return "it has no dropout"
+    if call.want == "weights":
+        return "it never holds the whole map of weights, so it cannot return them"
+    return None
+
+
+def prefers(call: AttentionCall) -> str | None:
+    """Why the automatic choice passes over this backend; ``None`` when it is the right one.
+
+    Sizes decide only where they are numbers: while ``torch.compile`` or ``torch.export`` trace, sizes may be symbols,
+    and a choice by size would tie the graph to one of them.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    pairs = call.q.shape[2] * call.k.shape[2]
+    if pairs < 1 << 16:
+        return f"N * M = {pairs} is so small that the whole map costs less than a loop over tiles (from {1 << 16} on)"
+    return None
+
+
+def run(call: AttentionCall) -> Tensor | Partial:
+    """Output (B, H, N, Dv), or a :class:`Partial` with gradients through its logarithmic scale."""
+    partial = call.want == "partial"
+    mask, mask_tensors = ("", []) if call.mask is None else call.mask.lower()
+    bias, bias_tensors = ("", []) if call.bias is None else call.bias.lower()
+    out, lse = torch.ops.attnlib.tiled_attention(
+        call.q, call.k, call.v, call.valid, call.q_pos, call.k_pos, mask_tensors, bias_tensors,
+        mask, bias, call.normalizer.lower(), call.scale, partial,
+    )  # fmt: skip
+    if not partial:
+        return out
+    return Partial(lse, (~torch.isinf(lse)).to(lse.dtype).detach(), out)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The loop over tiles, shared by forward and backward
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A slice of samples and heads that one batched product handles: whole groups, or heads of one group."""
+
+    b: slice
+    h: slice
+    k: slice  # rows of the keys flattened to (B * Hk, M, D)
+    v: slice
+
+    @property
+    def size(self) -> int:
+        return (self.b.stop - self.b.start) * (self.h.stop - self.h.start)
+
+
+class _Problem:
+    """One problem brought to the statistics dtype, with its tiles."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, q_pos: Tensor | None, k_pos: Tensor | None,
+        mask_tensors: list[Tensor], bias_tensors: list[Tensor], mask: str, bias: str, normalizer: str, scale: float,
+    ):  # fmt: skip
+        self.dtype = stats_dtype(q.dtype)
+        self.batch, self.heads, self.n, self.dim = q.shape
+        self.k_heads, self.m, self.v_heads, self.v_dim = k.shape[1], k.shape[2], v.shape[1], v.shape[3]
+        self.q, self.scale, self.device = q, scale, q.device
+        self.k = k.to(self.dtype).reshape(self.batch * self.k_heads, self.m, self.dim)
+        self.v = v.to(self.dtype).reshape(self.batch * self.v_heads, self.m, self.v_dim)
+        self.normalizer = raise_normalizer(normalizer)
+        self.bias: Bias | None = raise_bias(bias, bias_tensors) if bias else None
+        # A bias may hold -inf, so that rows which the mask leaves open see nothing after all.
+        self.careful = self.bias is not None and not all(
+            bool(torch.isfinite(t).all()) for t in bias_tensors if t.is_floating_point()
+        )
+        self._lower = (mask, mask_tensors, valid, q_pos, k_pos)
+        self.buffer_bytes = CPU_BUFFER if self.device.type == "cpu" else OTHER_BUFFER
+        self.q_tile = self._choose_q_tile()
+
+    # ---- tiles
+
+    def _tiles(self, q_tile: int, plane: tuple[int, int] | None = None) -> _tiles.TileList:
+        mask, tensors, valid, q_pos, k_pos = self._lower
+        return _tiles.lowered(mask, tensors, self.n, self.m, q_tile, self.device, valid, q_pos, k_pos, plane)
+
+    def _choose_q_tile(self) -> int:
+        return q_tile_of(*self._lower[:2], self.m)
+
+    def planes(self) -> Iterator[tuple[_tiles.TileList, list[_Chunk]]]:
+        """Tile lists, each with the samples and heads it holds for."""
+        mask, tensors, valid, q_pos, k_pos = self._lower
+        planes = _tiles.planes(mask, tensors, valid, q_pos, k_pos)
+        if planes == (1, 1) or self.n * self.m < PLANE_PAIRS:
+            tiles = self._tiles(self.q_tile)
+            yield tiles, self._chunks(range(self.batch), None, tiles.width)
+            return
+        for b in range(self.batch) if planes[0] > 1 else [None]:
+            for h in range(self.heads) if planes[1] > 1 else [None]:
+                tiles = self._tiles(self.q_tile, (b or 0, h or 0))
+                yield tiles, self._chunks(range(self.batch) if b is None else [b], h, tiles.width)
+
+    def _chunks(self, samples: range | list[int], head: int | None, width: int) -> list[_Chunk]:
+        """Cut samples and heads so that the scores of one chunk fit the buffer."""
+        gk, gv = self.heads // self.k_heads, self.heads // self.v_heads
+        fit = max(1, self.buffer_bytes // max(1, self.q_tile * width * self.dtype.itemsize))
+        if head is not None:
+            return [self._chunk(b, b + 1, head, head + 1) for b in samples]
+        if fit >= 2 * self.heads:
+            step = fit // self.heads
+            return [
+                self._chunk(b, min(b + step, samples[-1] + 1), 0, self.heads)
+                for b in range(samples[0], samples[-1] + 1, step)
+            ]
+        # Heads of a chunk fill whole groups of keys and of values, or lie inside one.
+        legal = [
+            c for c in range(1, self.heads + 1)
+            if self.heads % c == 0 and all(c % g == 0 or g % c == 0 for g in (gk, gv))
+        ]  # fmt: skip
+        step = max(c for c in legal if c <= fit)
+        return [self._chunk(b, b + 1, h, h + step) for b in samples for h in range(0, self.heads, step)]
+
+    def _chunk(self, b0: int, b1: int, h0: int, h1: int) -> _Chunk:
+        def span(heads: int) -> slice:
+            group = self.heads // heads
+            return slice(b0 * heads + h0 // group, (b1 - 1) * heads + max(h0 // group + 1, h1 // group))
+
+        return _Chunk(slice(b0, b1), slice(h0, h1), span(self.k_heads), span(self.v_heads))
+
+    # ---- scores
+
+    def buffer(self) -> _Buffer:
+        return _Buffer(self.dtype, self.device)
+
+    def rows(self, x: Tensor, chunk: _Chunk, tile: _tiles.Tile, groups: slice, scale: float | None = None) -> Tensor:
+        """(groups, heads of a group * rows, D): the tile's rows of ``x`` (B, H, N, D), contiguous."""
+        part = x[chunk.b, chunk.h, slice(*tile.rows)]
+        part = part.to(self.dtype) if scale is None else part.to(self.dtype) * scale
+        return part.reshape(groups.stop - groups.start, -1, x.shape[3])
+
+    def keys(self, x: Tensor, groups: slice, tile: _tiles.Tile) -> Tensor:
+        """(groups, width, D): the tile's keys or values."""
+        part = x[groups]
+        return part[:, tile.cols] if isinstance(tile.cols, slice) else part.index_select(1, tile.cols)
+
+    def scores(
+        self, buffer: Tensor, chunk: _Chunk, tile: _tiles.Tile, q: Tensor, k: Tensor, bad: list[tuple[int, int, Tensor]]
+    ) -> Tensor:
+        """(b, h, rows, width) in ``buffer``: scaled, biased, ``-inf`` where a pair may not meet."""
+        torch.bmm(q, k.transpose(1, 2), out=buffer.view(q.shape[0], q.shape[1], tile.width))
+        s = buffer.view(chunk.b.stop - chunk.b.start, -1, tile.rows[1] - tile.rows[0], tile.width)
+        if self.bias is not None:
+            s += self.bias.part(chunk.b, chunk.h).block(slice(*tile.rows), tile.cols)
+        for start, stop, pairs in bad:
+            b = chunk.b if pairs.shape[0] > 1 else slice(None)
+            h = chunk.h if pairs.shape[1] > 1 else slice(None)
+            s[..., start:stop].masked_fill_(pairs[b, h], float("-inf"))
+        return s
+
+
+class _Buffer:
+    """Memory that is used again for every tile."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device = dtype, device
+        self.memory = torch.empty(0, dtype=dtype, device=device)
+
+    def __call__(self, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if self.memory.numel() < size:
+            self.memory = torch.empty(size, dtype=self.dtype, device=self.device)
+        return self.memory[:size].view(shape)
+
+
+#: From this many pairs per map on, samples and heads with masks of their own get tile lists of their own.
+PLANE_PAIRS = 1 << 18
+
+
+def q_tile_of(mask: str, tensors: list[Tensor], row: int) -> int:
+    """Rows of queries in one tile: the grain of the mask where it has one, fewer where a row of scores is long."""
+    tile = Q_TILE
+    grain = _tiles.grain(mask, tensors)
+    if grain is not None:
+        tile = max(32, min(Q_TILE, grain))
+    while tile > 32 and tile * row > 1 << 22:
+        tile //= 2
+    return tile
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The operators
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? valid, Tensor? q_pos, Tensor? k_pos, Tensor[] mask_tensors, "
+    "Tensor[] bias_tensors, str mask, str bias, str normalizer, float scale, bool partial"
+)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, q_pos: Tensor | None, k_pos: Tensor | None,
+    mask_tensors: list[Tensor], bias_tensors: list[Tensor], mask: str, bias: str, normalizer: str, scale: float,
+    partial: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output (B, H, N, Dv) and, for ``partial``, the logarithm of the sum of weights (B, H, N)."""
+    out, lse = _empty_outputs(q, v, partial)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        p = _Problem(q, k, v, valid, q_pos, k_pos, mask_tensors, bias_tensors, mask, bias, normalizer, scale)
+        score_buffer, out_buffer = p.buffer(), p.buffer()
+        for tiles, chunks in p.planes():
+            for tile in tiles.tiles:
+                rows = slice(*tile.rows)
+                bad = tiles.forbidden(tile)
+                for chunk in chunks:
+                    if tile.width == 0:
+                        out[chunk.b, chunk.h, rows] = 0
+                        if partial:
+                            lse[chunk.b, chunk.h, rows] = float("-inf")
+                        continue
+                    qs, ks = p.rows(q, chunk, tile, chunk.k, scale), p.keys(p.k, chunk.k, tile)
+                    memory = score_buffer(chunk.size * (tile.rows[1] - tile.rows[0]) * tile.width)
+                    s = p.scores(memory, chunk, tile, qs, ks, bad)
+                    if partial:
+                        lse[chunk.b, chunk.h, rows] = torch.logsumexp(s, -1)
+                    weights = p.normalizer.weights(s) if tile.empty or p.careful else p.normalizer.weights_(s)
+                    groups = chunk.v.stop - chunk.v.start
+                    weights = weights.reshape(groups, -1, tile.width)
+                    o = out_buffer(groups, weights.shape[1], p.v_dim)
+                    torch.bmm(weights, p.keys(p.v, chunk.v, tile), out=o)
+                    out[chunk.b, chunk.h, rows] = o.view(*s.shape[:3], p.v_dim)
+    return out, lse
+
+
+def _empty_outputs(q: Tensor, v: Tensor, partial: bool) -> tuple[Tensor, Tensor]:
+    high = stats_dtype(q.dtype)
+    batch, heads, n = q.shape[:3]
+    # Heads next to channels in memory: merging them afterwards copies nothing.
+    out = q.new_empty((batch, n, heads, v.shape[3]), dtype=high if partial else q.dtype).transpose(1, 2)
+    return out, q.new_empty((batch, heads, n) if partial else (0,), dtype=high)
+
+
+def _backward(
+    grad: Tensor, lse_grad: Tensor | None, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None,
+    q_pos: Tensor | None, k_pos: Tensor | None, mask_tensors: list[Tensor], bias_tensors: list[Tensor], mask: str,
+    bias: str, normalizer: str, scale: float, partial: bool, wanted: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of q, k and v, then one per bias tensor (empty where ``wanted`` says so)."""
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        p = _Problem(q, k, v, valid, q_pos, k_pos, mask_tensors, bias_tensors, mask, bias, normalizer, scale)
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dk, dv = torch.zeros_like(p.k), torch.zeros_like(p.v)
+        bias_grads = [
+            torch.zeros_like(t, dtype=p.dtype) if w else None for t, w in zip(bias_tensors, wanted, strict=True)
+        ]
+        score_buffer, grad_buffer, row_buffer = p.buffer(), p.buffer(), p.buffer()
+        for tiles, chunks in p.planes():
+            for tile in tiles.tiles:
+                rows = slice(*tile.rows)
+                bad = tiles.forbidden(tile)
+                for chunk in chunks:
+                    if tile.width == 0:
+                        dq[chunk.b, chunk.h, rows] = 0
+                        continue
+                    qs, ks = p.rows(q, chunk, tile, chunk.k, scale), p.keys(p.k, chunk.k, tile)
+                    size = chunk.size * (tile.rows[1] - tile.rows[0]) * tile.width
+                    s = p.scores(score_buffer(size), chunk, tile, qs, ks, bad)
+                    go, vs = p.rows(grad, chunk, tile, chunk.v), p.keys(p.v, chunk.v, tile)
+                    dw = grad_buffer(go.shape[0], go.shape[1], tile.width)
+                    torch.bmm(go, vs.transpose(1, 2), out=dw)
+                    if tile.empty or p.careful:
+                        weights = p.normalizer.weights(s)
+                        ds = p.normalizer.backward(s, weights, dw.view(s.shape))
+                    else:
+                        weights, ds = p.normalizer.adjoint_(s, dw.view(s.shape))
+                    if lse_grad is not None:
+                        ds.addcmul_(weights, lse_grad[chunk.b, chunk.h, rows].unsqueeze(-1))
+                    _add_keys(dv, chunk.v, tile, weights.view(go.shape[0], -1, tile.width), go)
+                    if p.bias is not None and any(wanted):
+                        parts = _grad_parts(p.bias, bias_grads, chunk)
+                        p.bias.part(chunk.b, chunk.h).add_grad(parts, rows, tile.cols, ds)
+                    ds = ds.view(qs.shape[0], -1, tile.width)
+                    row = row_buffer(*qs.shape)
+                    torch.bmm(ds, ks, out=row)
+                    torch.mul(row.view(*s.shape[:3], p.dim), scale, out=dq[chunk.b, chunk.h, rows])
+                    _add_keys(dk, chunk.k, tile, ds, qs)
+        return [
+            dq, dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype),
+            *(t.new_empty(0) if g is None else g.to(t.dtype) for t, g in zip(bias_tensors, bias_grads, strict=True)),
+        ]  # fmt: skip
+
+
+def _add_keys(into: Tensor, groups: slice, tile: _tiles.Tile, weights: Tensor, rows: Tensor) -> None:
+    """``into[groups, keys of the tile] += weights^T rows``."""
+    if isinstance(tile.cols, slice):
+        into[groups, tile.cols].baddbmm_(weights.transpose(1, 2), rows)
+    else:
+        into[groups].index_add_(1, tile.cols, torch.bmm(weights.transpose(1, 2), rows))
+
+
+def _grad_parts(bias: Bias, grads: list[Tensor | None], chunk: _Chunk) -> list[Tensor | None]:
+    """Accumulators of a part of a bias: views of the whole ones, cut as the bias itself is."""
+    floats = [t if g is None else g for t, g in zip(bias.tensors(), grads, strict=True)]
+    views = type(bias).rebuild(floats, bias.settings()).part(chunk.b, chunk.h).tensors()
+    return [None if g is None else view for g, view in zip(grads, views, strict=True)]
+
+
+tiled_attention = torch.library.custom_op(
+    "attnlib::tiled_attention", _forward, mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
+)
+tiled_attention_backward = torch.library.custom_op(
+    "attnlib::tiled_attention_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor? lse_grad, {_ARGUMENTS}, bool[] wanted) -> Tensor[]",
+)
+
+
+@tiled_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(q, v, rest[-1])
+
+
+@tiled_attention_backward.register_fake
+def _(grad: Tensor, lse_grad: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+    bias_tensors, wanted = rest[4], rest[-1]
+    return [
+        *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)),
+        *(torch.empty_like(t) if w else t.new_empty(0) for t, w in zip(bias_tensors, wanted, strict=True)),
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, v, valid, q_pos, k_pos, mask_tensors, bias_tensors, *rest = inputs
+    ctx.save_for_backward(q, k, v, valid, q_pos, k_pos, *mask_tensors, *bias_tensors)
+    ctx.counts, ctx.rest = (len(mask_tensors), len(bias_tensors)), rest
+    ctx.wanted = [t.requires_grad for t in bias_tensors]
+
+
+def _autograd(ctx: Any, grad: Tensor | None, lse_grad: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, valid, q_pos, k_pos, *tensors = ctx.saved_tensors
+    masks, biases = ctx.counts
+    partial = ctx.rest[-1]
+    if grad is None:
+        grad = q.new_zeros((*q.shape[:3], v.shape[3]))
+    dq, dk, dv, *dbias = torch.ops.attnlib.tiled_attention_backward(
+        grad, lse_grad if partial else None, q, k, v, valid, q_pos, k_pos, tensors[:masks], tensors[masks:],
+        *ctx.rest, ctx.wanted,
+    )  # fmt: skip
+    dbias = [g if w else None for g, w in zip(dbias, ctx.wanted, strict=True)]
+    return dq, dk, dv, None, None, None, [None] * masks, dbias, None, None, None, None, None
+
+
+tiled_attention.register_autograd(_autograd, setup_context=_setup_context)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Counting
+
+
+def _area(q: Any, k: Any, valid: Any, q_pos: Any, k_pos: Any, tensors: list[Any], mask: str) -> int:
+    """Pairs computed over all samples and heads; all of them where a mask's contents are not known."""
+    batch, heads, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    known = [t for t in (valid, q_pos, k_pos, *tensors) if t is not None]
+    if (not mask and not known) or any(type(t) is not Tensor or t.device.type == "meta" for t in known):
+        return batch * heads * n * m
+    device = known[0].device if known else torch.device("cpu")
+    tile = q_tile_of(mask, tensors, m)
+    planes = _tiles.planes(mask, tensors, valid, q_pos, k_pos)
+    if planes == (1, 1) or n * m < PLANE_PAIRS:
+        return batch * heads * _tiles.lowered(mask, tensors, n, m, tile, device, valid, q_pos, k_pos).area()
+    total = sum(
+        _tiles.lowered(mask, tensors, n, m, tile, device, valid, q_pos, k_pos, (b, h)).area()
+        for b in range(planes[0])
+        for h in range(planes[1])
+    )
+    return total * (batch // planes[0]) * (heads // planes[1])
+
+
+@register_flop_formula(torch.ops.attnlib.tiled_attention, get_raw=True)
+def _forward_flops(
+    q: Any, k: Any, v: Any, valid: Any, q_pos: Any, k_pos: Any, mask_tensors: Any, bias_tensors: Any, mask: str,
+    *rest: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    with torch.utils._python_dispatch._disable_current_modes():
+        area = _area(q, k, valid, q_pos, k_pos, mask_tensors, mask)
+    return 2 * area * (q.shape[3] + v.shape[3])
+
+
+@register_flop_formula(torch.ops.attnlib.tiled_attention_backward, get_raw=True)
+def _backward_flops(
+    grad: Any, lse_grad: Any, q: Any, k: Any, v: Any, valid: Any, q_pos: Any, k_pos: Any, mask_tensors: Any,
+    bias_tensors: Any, mask: str, *rest: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    with torch.utils._python_dispatch._disable_current_modes():
+        area = _area(q, k, valid, q_pos, k_pos, mask_tensors, mask)
+    return 2 * area * (3 * q.shape[3] + 2 * v.shape[3])
