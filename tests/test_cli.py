@@ -1,0 +1,70 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import attnlib
+from attnlib.cli import app, parse_grid, parse_settings
+
+RUN = CliRunner()
+
+
+def invoke(*args):
+    return RUN.invoke(app, list(args))
+
+
+def test_list_names_every_mechanism():
+    result = invoke("list", "--json")
+    data = json.loads(result.stdout)
+    assert [row["name"] for row in data["mechanisms"]] == attnlib.list_mechanisms()
+    assert all(row["summary"] for row in data["mechanisms"])
+    causal = json.loads(invoke("list", "--pattern", "causal-self", "--json").stdout)["mechanisms"]
+    assert 0 < len(causal) < len(data["mechanisms"])
+    assert "softmax-attention" in invoke("list").stdout
+
+
+def test_info_narrows_claims_to_the_instance():
+    loose = json.loads(invoke("info", "softmax-attention", "--json").stdout)
+    tight = json.loads(
+        invoke("info", "mha", "--set", "dim=8", "--set", "num_heads=2", "--set", "causal=true", "--json").stdout
+    )
+    assert tight["name"] == "softmax-attention"
+    assert set(tight["traits"]["patterns"]) < set(loose["traits"]["patterns"])
+    assert "verified" in invoke("info", "sigmoid-attention").stdout
+
+
+def test_papers_and_explain():
+    assert json.loads(invoke("papers", "sigmoid", "--json").stdout)[0]["arxiv"] == "2409.04431"
+    told = json.loads(invoke("explain", "--shape", "1,2,16,8", "--normalizer", "sigmoid", "--json").stdout)
+    assert "sdpa" in told["passed_over"] and told["runs"] in ("eager", "tiled")
+
+
+@pytest.mark.parametrize("command", ["list", "info", "papers", "explain", "check", "bench", "compare"])
+def test_help_shows_an_example(command):
+    assert f"attnlib {command}" in invoke(command, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (("info", "sofmax-attention"), "did you mean 'softmax-attention'"),
+        (("explain", "--shape", "1,2"), "four numbers"),
+        (("explain", "--backend", "cuda"), "choose one of"),
+        (("info", "mha", "--set", "dim"), "name=value"),
+        (("info", "mha", "--set", "dim=10", "--set", "num_heads=4"), "does not divide"),
+        (("list", "--pattern", "sideways"), "choose one of"),
+    ],
+)
+def test_bad_use_is_told(args, words):
+    result = invoke(*args)
+    assert result.exit_code != 0 and words in str(result.exception)
+
+
+def test_parsing():
+    assert parse_settings(["dim=3", "gate=none", "causal=True", "rotary=1e4"]) == {
+        "dim": 3, "gate": "none", "causal": True, "rotary": 1e4,
+    }  # fmt: skip
+    assert parse_grid("4x5") == (4, 5) and parse_grid("7") == (7,)
+    for bad in ("a", "1,2,3,4", "0"):
+        with pytest.raises(ValueError, match="grid"):
+            parse_grid(bad)

@@ -1,0 +1,79 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnlib import Layout
+from attnlib.grids import (
+    block_windows,
+    coordinates,
+    crop_grid,
+    grid_windows,
+    inverse_permutation,
+    pad_to_multiple,
+    unblock_windows,
+    ungrid_windows,
+    window_partition,
+)
+
+
+@pytest.mark.parametrize("cut, join", [(block_windows, unblock_windows), (grid_windows, ungrid_windows)])
+@pytest.mark.parametrize("grid, window", [((8,), 4), ((6, 8), (3, 2)), ((4, 6, 2), (2, 3, 1))])
+def test_windows_and_back(cut, join, grid, window):
+    x = torch.randn(2, *grid, 3)
+    assert torch.equal(join(cut(x, window)), x)
+
+
+def test_block_windows_are_neighbours_and_grid_windows_are_spread():
+    x = torch.arange(16).reshape(1, 4, 4, 1)
+    assert block_windows(x, 2)[0, 0, 0, ..., 0].tolist() == [[0, 1], [4, 5]]
+    assert grid_windows(x, 2)[0, 0, 0, ..., 0].tolist() == [[0, 2], [8, 10]]
+    assert window_partition((4, 4), 2, "grid").q_index[0].tolist() == [0, 2, 8, 10]
+
+
+@pytest.mark.parametrize("window, words", [((3, 4), "divide"), ((16, 4), "fit"), ((4,), "2")])
+def test_windows_that_do_not_fit(window, words):
+    with pytest.raises(ValueError, match=words):
+        block_windows(torch.zeros(1, 8, 8, 1), window)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_padding_is_undone_by_cropping(h, w, multiple):
+    x = torch.randn(1, h, w, 2)
+    padded = pad_to_multiple(x, multiple)
+    assert padded.shape[1] % multiple == padded.shape[2] % multiple == 0
+    assert torch.equal(crop_grid(padded, (h, w)), x)
+    assert float(padded.abs().sum()) == pytest.approx(float(x.abs().sum()), rel=1e-5)
+
+
+def test_inverse_permutation():
+    p = torch.stack([torch.randperm(7) for _ in range(3)])
+    assert torch.equal(p.gather(1, inverse_permutation(p)), torch.arange(7).expand(3, 7))
+
+
+def test_layout_reads_and_joins():
+    layout = Layout((("text", 3), ("image", (2, 2)), ("cls", 1)))
+    x = torch.randn(2, 8, 4)
+    parts = layout.split(x)
+    assert {k: v.shape[1] for k, v in parts.items()} == {"text": 3, "image": 4, "cls": 1}
+    assert torch.equal(layout.join(parts), x)
+    assert layout.types().tolist() == [0, 0, 0, 1, 1, 1, 1, 2]
+    assert layout.span("cls") == (7, 8) and layout.grid() == (2, 2) and hash(layout) == hash(Layout(layout.segments))
+    assert coordinates((2, 2)).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: Layout((("a", 1), ("a", 2))), "repeats"),
+        (lambda: Layout((("a", -1),)), "negative"),
+        (lambda: Layout((("a", 3),)).check(4), "adds up to 3"),
+        (lambda: Layout((("a", 3),)).span("b"), "no segment 'b'"),
+        (lambda: Layout((("a", 3),)).grid(), "0 grid segments"),
+        (lambda: window_partition((4,), 2, "diagonal"), "diagonal"),
+    ],
+)
+def test_bad_layouts(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
