@@ -1,1 +1,1 @@
-"""Reduced keys: queries read a short summary of the tokens."""
+"""Mechanisms whose queries read a few summaries of the tokens: engine D."""

@@ -1,0 +1,1 @@
+"""Mechanisms that read chosen keys: engine C."""
