@@ -292,7 +292,7 @@ def _run_class(problem: _Problem, chosen: list[TileClass], queries: list[Tensor]
     out = grouped_attention(
         q, k, v, allowed=allowed, valid=valid, bias=bias, partial=problem.partial, **problem.options
     )
-    fields = [out] if isinstance(out, Tensor) else [out.log_scale.unsqueeze(-1), out.den.unsqueeze(-1), out.num]
+    fields = [out.log_scale.unsqueeze(-1), out.den.unsqueeze(-1), out.num] if isinstance(out, Partial) else [out]
     return [_unfold_tiles(t, tiles, q_sizes) for t in fields]
 
 
@@ -354,7 +354,7 @@ def _tiles(
 def _spec_keys(
     k: Tensor, v: Tensor, rules: tuple[AxisRule, ...], valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, tuple[int, ...]]:
-    """Keys of the specification, their coordinates, and which queries may see them as an (N, K) tensor is built from."""
+    """Flat keys and values of the specification (with a halo of zeros if need be), validity, coordinates, grid."""
     grid = tuple(r.length for r in rules)
     if rules[0].border != "zero":
         return k.flatten(2, -2), v.flatten(2, -2), valid, coordinates(grid, k.device), grid
@@ -368,7 +368,7 @@ def _spec_keys(
 
 
 def _spec_allowed(rules: tuple[AxisRule, ...], places: Tensor, device: torch.device) -> Tensor:
-    """(N, K): the rule written out for every pair; ``places`` (K, r) are coordinates of keys, maybe outside the grid."""
+    """(N, K): the rule for every pair; ``places`` (K, r) are coordinates of keys, which may lie outside the grid."""
     grid = tuple(r.length for r in rules)
     if rules[0].border == "clamp":
         columns = [[getattr(r, name) for r in rules] for name in ("kernel", "dilation", "stride", "causal")]
@@ -419,7 +419,11 @@ def _eager(
         step = places[None, :, axis] // r.dilation - here[:, None, axis] // r.dilation + r.kernel - 1
         steps.append(step.clamp(0, 2 * r.kernel - 2))
     if table is not None:
-        bias = table[(slice(None), *steps)][None]
+        extents = [2 * r.kernel - 1 for r in rules]
+        index = torch.zeros_like(steps[0])
+        for step, extent in zip(steps, extents, strict=True):
+            index = index * extent + step
+        bias = table.flatten(1)[:, index][None]
     for step, factor in zip(steps, axis_bias or (), strict=False):
         flat = factor.flatten(2, -2)
         part = flat.gather(-1, step.expand(*flat.shape[:3], -1))
@@ -438,10 +442,10 @@ def _eager(
             valid = torch.cat([ones if valid is None else valid, others if extra_valid is None else extra_valid], 1)
         k, v = torch.cat([k, extra_k], 2), torch.cat([v, extra_v], 2)
         bias = None if bias is None else F.pad(bias, (0, more))
-    call = dict(mask=allowed, valid=valid, bias=bias, scale=options["scale"], backend="eager")
+    call: dict[str, Any] = dict(mask=allowed, valid=valid, bias=bias, scale=options["scale"], backend="eager")
     if partial:
-        part = attention_partial(q.flatten(2, -2), k, v, **call)
-        fields = [part.log_scale.unsqueeze(-1), part.den.unsqueeze(-1), part.num]
+        seen_part = attention_partial(q.flatten(2, -2), k, v, **call)
+        fields = [seen_part.log_scale.unsqueeze(-1), seen_part.den.unsqueeze(-1), seen_part.num]
     else:
         fields = [attention(q.flatten(2, -2), k, v, dropout_p=options["dropout_p"], **call)]
     return [t.unflatten(2, lead) for t in fields]
@@ -646,7 +650,8 @@ def neighborhood_attention(
     Reference: Hassani et al., 2024, arXiv 2403.04690; Hassani et al., 2025, arXiv 2504.16922 (stride).
 
     >>> x = torch.randn(1, 2, 8, 8, 4)
-    >>> torch.allclose(neighborhood_attention(x, x, x, kernel_size=8), attention(*[x.flatten(2, 3)] * 3).unflatten(2, (8, 8)))
+    >>> whole = attention(*[x.flatten(2, 3)] * 3).unflatten(2, (8, 8))
+    >>> torch.allclose(neighborhood_attention(x, x, x, kernel_size=8), whole, atol=1e-6)
     True
     """
     return _call(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grids import Partition, block_windows, check_windows, coordinates, grid_windows, unblock_windows, ungrid_windows
+from ..grids import Partition, block_windows, check_windows, grid_windows, unblock_windows, ungrid_windows
 from ..masks import Mask, as_mask
 from ..types import Partial, check_choice, check_rank, check_valid, to_tuple
 from .attention import attention, attention_partial
@@ -220,7 +220,7 @@ def _partition_eager(
     bias: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
-    batch, heads, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    n, m = q.shape[2], k.shape[2]
     shape = torch.broadcast_shapes(q_index.shape[:2], k_index.shape[:2])
     groups, sq, sk = q_index.shape[2], q_index.shape[3], k_index.shape[3]
     # One flat slot per pair of tokens, and one where the holes land.
@@ -305,25 +305,24 @@ def window_attention(
         return t.reshape(t.shape[0], math.prod(t.shape[1 : 1 + rank]), math.prod(window), t.shape[-1])
 
     def numbers() -> Tensor:
-        place = coordinates(grid, q.device)
-        return windows((place * place.new_tensor([math.prod(grid[a + 1 :]) for a in range(rank)])).sum(-1)[None, :, None])
+        return windows(torch.arange(q.shape[2], device=q.device)[None, :, None])[0, :, :, 0]
 
     if forced_eager(backend):
-        index = numbers()[0, :, :, 0]
+        index = numbers()
         return partition_attention(
             q, k, v, Partition(index), valid=valid, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p,
             backend="eager",
         )  # fmt: skip
-    heads_of = [windows(t.transpose(1, 2).flatten(2)).unflatten(-1, (t.shape[1], -1)).transpose(2, 3) for t in (q, k, v)]
+    cut = [windows(t.transpose(1, 2).flatten(2)).unflatten(-1, (t.shape[1], -1)).transpose(2, 3) for t in (q, k, v)]
     allowed = None
     if mask is not None:
-        index = numbers()[0, :, :, 0]
+        index = numbers()
         allowed = pair_mask(mask, index, index)
     exists = None if valid is None else windows(valid.unsqueeze(-1))[..., 0]
     if bias is not None:
         bias = bias.reshape((1,) * (5 - bias.dim()) + tuple(bias.shape))
     out = grouped_attention(
-        *heads_of, allowed=allowed, valid=exists, bias=bias, scale=scale, dropout_p=dropout_p, backend=backend
+        *cut, allowed=allowed, valid=exists, bias=bias, scale=scale, dropout_p=dropout_p, backend=backend
     )
     assert isinstance(out, Tensor)
     heads, width = out.shape[2], out.shape[4]

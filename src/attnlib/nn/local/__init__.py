@@ -1,0 +1,1 @@
+"""Grid-local attention: a window around every token (engine A)."""

@@ -1,0 +1,56 @@
+"""The attention of the Dilated Neighborhood Attention Transformer (and of NAT, its undilated case).
+
+Hassani, Shi, 2022, "Dilated Neighborhood Attention Transformer", arXiv 2209.15001: neighborhood attention with
+``kernel_size`` keys ``dilation`` tokens apart and a learned relative bias
+``softmax(q k^T D^-1/2 + rpb[h, key - query + w - 1]) v``, keys and queries counted in units of dilation. The table is
+indexed *key minus query*, opposite to Swin's. ``dilation = 1`` is local, ``dilation = floor(X / w)`` sparse and global;
+the transformer alternates both. Parameters carry the authors' names: ``qkv``, ``proj``, ``rpb``.
+
+Differs from the authors' code: a map smaller than ``kernel_size * dilation`` is refused, where their detection models
+pad it; odd and even kernels are both possible.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..registry import register
+from .fused_neighborhood_attention import FusedNeighborhoodAttention, PerAxis
+
+
+@register("dinat", "nat")
+class DilatedNeighborhoodAttention(FusedNeighborhoodAttention):
+    """Dilated neighborhood attention with a relative bias.
+
+    Args:
+        dim: width of ``x``.
+        num_heads: heads; must divide ``dim``. The authors' models have ``dim / 32``.
+        kernel_size: keys per axis.
+        dilation: tokens between neighbouring keys, per axis.
+        rank: axes of the grid; 2, unless a tuple among the settings says otherwise.
+        options: as in :class:`attnlib.nn.local.fused_neighborhood_attention.FusedNeighborhoodAttention`.
+
+    Reference: Hassani, Shi, 2022, arXiv 2209.15001, section 3.
+
+    >>> import torch
+    >>> DilatedNeighborhoodAttention(dim=16, num_heads=4, kernel_size=3, dilation=2)(torch.randn(2, 8, 8, 16)).shape
+    torch.Size([2, 8, 8, 16])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        kernel_size: PerAxis = 7,
+        dilation: PerAxis = 1,
+        rank: int | None = None,
+        **options: Any,
+    ):
+        causal = options.get("causal", False)
+        if (
+            rank is None
+            and causal is not True
+            and all(isinstance(s, (int, bool)) for s in (kernel_size, dilation, causal))
+        ):
+            rank = 2
+        super().__init__(dim, num_heads, kernel_size, dilation, rank=rank, rel_bias=True, **options)

@@ -1,0 +1,1 @@
+"""Attention inside groups of tokens (engine B)."""
