@@ -66,7 +66,7 @@ def imports_of(path: Path) -> set[str]:
 
 FLOORS = [
     {"types", "grids", "masks", "positions", "normalizers"},
-    {"ops"},
+    {"ops", "optim"},
     {"nn"},
     {"models", "hooks"},
     {"cache", "steer", "reduce", "convert", "look", "theory", "parallel"},

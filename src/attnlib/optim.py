@@ -1,0 +1,228 @@
+"""AdamP and SGDP: momentum optimizers that do not let scale-invariant weights grow (Heo et al., 2021).
+
+A weight before a normalisation is scale-invariant: its gradient is orthogonal to it, so every step adds to its norm,
+and momentum adds up to nineteen times as much (at beta = 0.9), which shrinks the effective step. Both optimizers remove
+the radial part of the update wherever gradient and weight are almost orthogonal, and reduce weight decay there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+__all__ = ["SGDP", "AdamP"]
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]]
+
+
+def _project(
+    p: Tensor, grad: Tensor, update: Tensor, delta: float, wd_ratio: float, eps: float
+) -> tuple[Tensor, float]:
+    """The update without its radial part, and the factor of weight decay.
+
+    Rows of the weight are tried first, then the weight as a whole: the first view in which every row of the gradient is
+    almost orthogonal to the weight decides. Vectors and scalars are left alone.
+    """
+    if p.dim() <= 1:
+        return update, 1.0
+    for rows in (p.shape[0], 1):
+        weight = p.reshape(rows, -1)
+        # cosine in float32 at least: the threshold is far below what half precision resolves
+        high = torch.promote_types(p.dtype, torch.float32)
+        cosine = F.cosine_similarity(grad.reshape(rows, -1).to(high), weight.to(high), dim=1, eps=eps).abs()
+        if bool(cosine.max() < delta / math.sqrt(weight.shape[1])):
+            unit = weight / weight.norm(dim=1, keepdim=True).add_(eps)
+            flat = update.reshape(rows, -1)
+            return (flat - unit * (unit * flat).sum(1, keepdim=True)).view_as(p), wd_ratio
+    return update, 1.0
+
+
+def _check(name: str, value: float, low: float, high: float = math.inf) -> None:
+    if not low <= value < high:
+        raise ValueError(f"{name}={value} must lie in [{low}, {high})")
+
+
+class _Projected(Optimizer):
+    """The shared part: gather, advance the moments with foreach kernels, project, decay, step."""
+
+    def _moments(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], float]:
+        """Updates (new tensors) and the learning rate's share of one step; advances the state."""
+        raise NotImplementedError
+
+    def _decay(self, group: dict[str, Any]) -> float:
+        return group["lr"] * group["weight_decay"]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. ``closure`` evaluates the model again and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if any(p.grad.is_sparse for p in params):
+                raise ValueError(f"{type(self).__name__} takes dense gradients only; a parameter has a sparse one")
+            # Tensors that start at different times (frozen layers) keep steps of their own.
+            for bucket in self._buckets(params):
+                grads = [p.grad for p in bucket]
+                updates, rates = self._moments(group, bucket, grads)
+                for i, (p, g) in enumerate(zip(bucket, grads, strict=True)):
+                    updates[i], ratio = _project(p, g, updates[i], group["delta"], group["wd_ratio"], group["eps"])
+                    if group["weight_decay"] > 0:
+                        p.mul_(1 - self._decay(group) * ratio)
+                torch._foreach_add_(bucket, updates, alpha=-rates)
+        return loss
+
+    def _buckets(self, params: list[Tensor]) -> list[list[Tensor]]:
+        found: dict[Any, list[Tensor]] = {}
+        for p in params:
+            found.setdefault((self.state[p].get("step", 0), p.device, p.dtype), []).append(p)
+        return list(found.values())
+
+
+class AdamP(_Projected):
+    """Adam with the projection, and weight decay decoupled as in AdamW.
+
+    Args:
+        params, lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
+        delta: a row counts as scale-invariant when ``|cos(gradient, weight)| < delta / sqrt(width)``.
+        wd_ratio: weight decay of scale-invariant weights, as a fraction.
+        nesterov: look ahead along the gradient.
+
+    Its state dict is the authors' own: ``step``, ``exp_avg``, ``exp_avg_sq``.
+
+    Reference: Heo et al., 2021, arXiv 2006.08217, algorithm 2.
+
+    >>> w = torch.nn.Parameter(torch.ones(2, 2))
+    >>> w.grad = torch.eye(2)
+    >>> AdamP([w], lr=0.1).step()
+    >>> w.shape
+    torch.Size([2, 2])
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        nesterov: bool = False,
+    ):
+        for name, value, high in (
+            ("lr", lr, math.inf), ("beta1", betas[0], 1.0), ("beta2", betas[1], 1.0), ("eps", eps, math.inf),
+            ("weight_decay", weight_decay, math.inf), ("delta", delta, math.inf), ("wd_ratio", wd_ratio, math.inf),
+        ):  # fmt: skip
+            _check(name, value, 0.0, high)
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                delta=delta,
+                wd_ratio=wd_ratio,
+                nesterov=nesterov,
+            ),
+        )
+
+    def _moments(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], float]:
+        beta1, beta2 = group["betas"]
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            self.state[p]["step"] += 1
+        step = self.state[params[0]]["step"]
+        first, second = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq"))
+        torch._foreach_mul_(first, beta1)
+        torch._foreach_add_(first, grads, alpha=1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, grads, grads, value=1 - beta2)
+        denom = torch._foreach_sqrt(second)
+        torch._foreach_div_(denom, math.sqrt(1 - beta2**step))
+        torch._foreach_add_(denom, group["eps"])
+        if group["nesterov"]:
+            ahead = torch._foreach_mul(first, beta1)
+            torch._foreach_add_(ahead, grads, alpha=1 - beta1)
+            updates = torch._foreach_div(ahead, denom)
+        else:
+            updates = torch._foreach_div(first, denom)
+        return list(updates), group["lr"] / (1 - beta1**step)
+
+
+class SGDP(_Projected):
+    """SGD with momentum and the projection.
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov: as in ``torch.optim.SGD``, except that weight decay is
+            decoupled and divided by ``1 - momentum``.
+        eps, delta, wd_ratio: as in :class:`AdamP`.
+        compat: ``"authors"`` projects the momentum buffer itself, as their release does without ``nesterov``; by
+            default the buffer keeps the raw momentum.
+
+    Reference: Heo et al., 2021, arXiv 2006.08217, algorithm 1.
+
+    >>> w = torch.nn.Parameter(torch.ones(2, 2))
+    >>> w.grad = torch.eye(2)
+    >>> SGDP([w], lr=0.1, momentum=0.9).step()
+    >>> w.shape
+    torch.Size([2, 2])
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        eps: float = 1e-8,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        compat: str | None = None,
+    ):
+        for name, value, high in (
+            ("lr", lr, math.inf), ("momentum", momentum, 1.0), ("weight_decay", weight_decay, math.inf),
+            ("eps", eps, math.inf), ("delta", delta, math.inf), ("wd_ratio", wd_ratio, math.inf),
+        ):  # fmt: skip
+            _check(name, value, 0.0, high)
+        if compat not in (None, "authors"):
+            raise ValueError(f"compat={compat!r} is not possible; choose None or 'authors'")
+        self.compat = compat
+        super().__init__(
+            params,
+            dict(
+                lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, eps=eps,
+                delta=delta, wd_ratio=wd_ratio,
+            ),
+        )  # fmt: skip
+
+    def _decay(self, group: dict[str, Any]) -> float:
+        return group["lr"] * group["weight_decay"] / (1 - group["momentum"])
+
+    def _moments(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], float]:
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum"] for p in params]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, grads, alpha=1 - group["dampening"])
+        if group["nesterov"]:
+            updates = torch._foreach_mul(buffers, group["momentum"])
+            torch._foreach_add_(updates, grads)
+            return list(updates), group["lr"]
+        if self.compat == "authors":
+            for p, g, buffer in zip(params, grads, buffers, strict=True):
+                buffer.copy_(_project(p, g, buffer, group["delta"], group["wd_ratio"], group["eps"])[0])
+        return list(buffers), group["lr"]
