@@ -14,4 +14,13 @@ ROWS = [
         "tnl",
         growth=_LONG,
     ),
+    Case("lolcats", dict(dim=16, num_heads=4, num_kv_heads=2, window_size=4, chunk=8), (12,), growth=_LONG),
+    Case(
+        "lolcats",
+        dict(dim=16, num_heads=2, window_size=0, rotary=None, features="exp", affine=True, chunk=8),
+        (12,),
+        "linear",
+        growth=_LONG,
+    ),
+    Case("lolcats", dict(dim=16, num_heads=2, window_size=4, attention_transfer=True), (12,), "transfer"),
 ]  # fmt: skip

@@ -1,0 +1,205 @@
+import pytest
+import torch
+from parity import Fixture
+from torch import nn
+
+import attnlib
+from attnlib import masks
+from attnlib.nn.linear.feature_maps import HedgehogFeatures
+from attnlib.ops.linear import linear_attention
+
+FIXTURE = Fixture("lolcats")
+
+
+def make(**config):
+    torch.manual_seed(0)
+    return attnlib.create("lolcats", **{"dim": 16, "num_heads": 4, "window_size": 4, "chunk": 4, **config})
+
+
+@pytest.mark.parametrize("case", FIXTURE.config)
+def test_equals_the_authors(case):
+    module, missing = FIXTURE.build(case)
+    assert not missing
+    FIXTURE.holds(case, module, lambda m, xs: m(xs["x"]))
+
+
+@pytest.mark.parametrize("case", FIXTURE.config)
+def test_attention_transfer_equals_the_authors(case):
+    module, _ = FIXTURE.build(case, attention_transfer=True)
+    want = FIXTURE.under(f"{case}/transfer")
+    losses = module(FIXTURE.under(f"{case}/x")["x"], returns=("losses",)).losses
+    torch.testing.assert_close(losses["transfer_mse"], want["mse"][0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(losses["transfer_xent"], want["xent"][0], atol=1e-6, rtol=1e-5)
+    losses["transfer_mse"].backward()
+    torch.testing.assert_close(module.phi_q.weight.grad, want["dq"], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(module.phi_k.weight.grad, want["dk"], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(module.window_factor.grad, want["dg"], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [-5.0, 0.0, 5.0])
+@pytest.mark.parametrize("consistent", [False, True])
+def test_short_sequences_are_exact_softmax(factor, consistent):
+    m = make(window_size=9, window_factor=factor, consistent=consistent)
+    plain = attnlib.create(
+        "softmax-attention", dim=16, num_heads=4, qkv_bias=False, proj_bias=False, causal=True, rotary=10000.0
+    )
+    plain.load_state_dict({k: v for k, v in m.state_dict().items() if k.split(".")[0] in ("q", "k", "v", "proj")})
+    x = torch.randn(2, 9, 16)
+    torch.testing.assert_close(m(x), plain(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [5, 40, 200])
+def test_without_linear_part_it_is_sliding_window_softmax(n):
+    m = make(affine=True, window_factor=200.0, rotary=None, window_size=5)
+    x = torch.randn(2, n, 16)
+    q, k, v = (proj(x).unflatten(-1, (4, 4)).transpose(1, 2) for proj in (m.q, m.k, m.v))
+    want = attnlib.attention(q, k, v, mask=masks.Recent(5)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(m(x), m.proj(want), atol=1e-5, rtol=1e-5)
+
+
+def test_window_of_nothing_is_linear_attention():
+    m = make(window_size=0, rotary=None)
+    x = torch.randn(2, 13, 16)
+    q, k, v = (proj(x).unflatten(-1, (4, 4)).transpose(1, 2) for proj in (m.q, m.k, m.v))
+    want = linear_attention(m.phi_q(q), m.phi_k(k), v, normalizer="sum", form="parallel").transpose(1, 2).flatten(2)
+    torch.testing.assert_close(m(x), m.proj(want), atol=1e-5, rtol=1e-5)
+
+
+def test_consistent_units_do_not_depend_on_the_largest_score():
+    # Subtracting the largest score is a change of units: in consistent units, plain exponentials give the same.
+    m = make(consistent=True, rotary=None)
+    x = torch.randn(1, 12, 16)
+    q, k, v = (proj(x).unflatten(-1, (4, 4)).transpose(1, 2) for proj in (m.q, m.k, m.v))
+    age = torch.arange(12)[:, None] - torch.arange(12)
+    gamma = torch.sigmoid(m.window_factor).view(1, 4, 1, 1)
+    soft = gamma * torch.exp(q @ k.transpose(-2, -1) * 0.5) * ((age >= 0) & (age < 4))
+    w = soft + (m.phi_q(q) @ m.phi_k(k).transpose(-2, -1)) * (age >= 4)
+    want = (w @ v / w.sum(-1, keepdim=True)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(m(x), m.proj(want), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [0, 1, 4, 30])
+@pytest.mark.parametrize("first", [1, 3, 6])
+def test_decoding_token_by_token_equals_at_once(window, first):
+    m = make(window_size=window, num_kv_heads=2)
+    x, pieces = torch.randn(2, 17, 16), []
+    y, state = m.step(x[:, :first])
+    assert state["k"].shape == (2, 2, window, 4)
+    if first <= window:
+        assert bool((state["S"] == 0).all())
+    pieces.append(y)
+    for t in range(first, 17):
+        y, state = m.step(x[:, t : t + 1], state)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 1), m(x), atol=1e-5, rtol=1e-4)
+
+
+def test_left_padding_and_holes_change_nothing():
+    m = make()
+    x = torch.randn(3, 15, 16)
+    valid = torch.ones(3, 15, dtype=torch.bool)
+    valid[0, :6] = False
+    valid[1, [2, 3, 7, 14]] = False
+    whole = m(x.masked_fill(~valid[..., None], 9.0), valid=valid)
+    pieces, state = [], None
+    for part, there in zip(x.split([4, 5, 6], 1), valid.split([4, 5, 6], 1), strict=True):
+        y, state = m.step(part, state, valid=there)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-4)
+    for b in range(3):
+        torch.testing.assert_close(whole[b, valid[b]], m(x[b : b + 1, valid[b]])[0], atol=1e-5, rtol=1e-4)
+    assert bool((whole[~valid] == 0).all())
+
+
+def test_attention_transfer_learns_the_teacher_and_leaves_it_alone():
+    torch.manual_seed(0)
+    m = make(dim=32, num_heads=2, window_size=4, attention_transfer=True)
+    with torch.no_grad():
+        m.q.weight.mul_(4)
+        m.k.weight.mul_(4)
+    x = torch.randn(4, 48, 32)
+    optimizer = torch.optim.AdamW(m.feature_parameters(), lr=1e-2, weight_decay=0.0)
+    teacher = m(x).detach()
+    curve = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = m(x, returns=("losses",)).losses["transfer_mse"]
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.item())
+    assert all(p.grad is None for part in (m.q, m.k, m.v, m.proj) for p in part.parameters())
+    torch.testing.assert_close(m(x), teacher)  # hidden states follow the teacher, which did not move
+    assert curve[-1] < 0.7 * curve[0]
+    m.attention_transfer = False
+    learned = (m(x) - teacher).square().mean()
+    q, k, v = (proj(x).unflatten(-1, (2, 16)).transpose(1, 2) for proj in (m.q, m.k, m.v))
+    from attnlib.ops.feature_maps import elu1
+
+    fixed = linear_attention(elu1(q), elu1(k), v, normalizer="sum").transpose(1, 2).flatten(2)
+    assert learned < 0.5 * (m.proj(fixed) - teacher).square().mean()
+
+
+def test_traits_follow_the_mode():
+    m = make()
+    assert m.traits.work == {"N": 1} and m.traits.streaming and not m.traits.losses
+    m.attention_transfer = True
+    assert m.traits.work == {"N": 2} and not m.traits.streaming
+    with pytest.raises(ValueError, match="streaming"):
+        m.step(torch.randn(1, 3, 16))
+
+
+def test_only_adapters_train_with_lora():
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential()
+    model.add_module("attention", make())
+    config = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q", "k", "v", "proj"])
+    adapted = peft.get_peft_model(model, config)
+    trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert len(trained) == 8 and all("lora_" in n for n in trained)
+    x = torch.randn(1, 11, 16)
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p)
+    before = adapted(x)
+    torch.testing.assert_close(adapted.merge_and_unload()(x), before, atol=1e-4, rtol=1e-4)
+
+
+def test_hedgehog_features():
+    x = torch.randn(2, 3, 5, 4)
+    paper = HedgehogFeatures(3, 4, kind="exp-unstable", fullspace=False, identity=True)
+    torch.testing.assert_close(paper(x), x.exp())
+    for kind in ("softmax", "exp", "exp-unstable", "joint-softmax"):
+        assert HedgehogFeatures(3, 4, 6, kind=kind)(x).shape == (2, 3, 5, 12)
+        assert bool((HedgehogFeatures(3, 4, 6, kind=kind)(x) > 0).all())
+    torch.testing.assert_close(HedgehogFeatures(3, 4, skip=True)(x)[..., :4], torch.softmax(x, -1))
+    with pytest.raises(ValueError, match="skip needs feature_dim == head_dim"):
+        HedgehogFeatures(3, 4, 6, skip=True)
+    with pytest.raises(ValueError, match="fullspace=False is not possible"):
+        HedgehogFeatures(3, 4, kind="joint-softmax", fullspace=False)
+
+
+def test_empty_inputs():
+    m = make()
+    assert m(torch.zeros(0, 5, 16)).shape == (0, 5, 16)
+    assert m(torch.zeros(2, 0, 16)).shape == (2, 0, 16)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(causal=False), "causal=False is not possible"),
+        (dict(window_size=-1), "window_size must be at least 0"),
+        (dict(num_kv_heads=3), "num_kv_heads=3 does not divide num_heads=4"),
+        (dict(features="relu"), "kind='relu'"),
+        (dict(chunk=0), "chunk must be at least 1"),
+    ],
+)
+def test_bad_settings(config, message):
+    with pytest.raises(ValueError, match=message):
+        make(**config)
+
+
+def test_a_state_of_another_window_is_refused():
+    _, state = make(window_size=3).step(torch.randn(1, 5, 16))
+    with pytest.raises(ValueError, match="state k must be"):
+        make().step(torch.randn(1, 1, 16), state)
