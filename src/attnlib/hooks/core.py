@@ -1,0 +1,872 @@
+"""One protocol for acting on attention inside models that exist.
+
+An :class:`Intervention` says *what* to do at a :class:`Site`; an adapter says *where* sites are in one family of models
+and hands over ``(q, k, v)``. Neither knows the other, so N techniques and M families cost N + M pieces of code.
+
+A layer at which no intervention does anything is not touched at all. At the others the model's own kernel keeps running:
+score and weight edits are computed beside it, a block of query rows at a time, and only rows that an edit really changed
+replace the kernel's. An edit that changes nothing therefore gives the untouched output, bit for bit.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..grids import Layout
+from ..masks import Mask
+from ..normalizers import softmax_rows
+from ..ops import attention
+from ..types import check_choice, stats_dtype
+from .tokens import TypeTracker
+
+KINDS = ("self", "cross", "joint")
+
+#: Every stage of the protocol. An adapter says which of them it serves; ``attach`` refuses the rest by name.
+STAGES = (
+    "on_block_input",
+    "around_sublayer",
+    "on_context",
+    "on_qkv",
+    "on_kv_read",
+    "around_attention",
+    "on_scores",
+    "on_weights",
+    "on_output",
+    "on_cache",
+    "on_logits",
+    "on_step",
+)
+
+#: Elements of the weight map that score edits, weight edits and probes hold at a time.
+BLOCK_ELEMENTS = 1 << 22
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Where
+
+
+@dataclass(frozen=True, eq=False)
+class PairMask:
+    """Which query may read which key at a site, as the model said it; realised only for the rows asked.
+
+    Args:
+        n_queries: N.
+        n_keys: M.
+        allowed: (B or 1, H or 1, N, M) boolean, ``None`` when every pair may meet (up to ``causal``).
+        bias: (B or 1, H or 1, N, M) what the model adds to the scaled scores.
+        causal: key ``j`` is visible to query ``i`` only if ``j <= i``, counted from the first query and the first key.
+        opaque: why the pairs cannot be known, when they cannot; asking for rows then raises.
+    """
+
+    n_queries: int
+    n_keys: int
+    allowed: Tensor | None = None
+    bias: Tensor | None = None
+    causal: bool = False
+    opaque: str | None = None
+
+    def rows(self, index: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """``(allowed, bias)`` of the query rows ``index`` (r,), each ``None`` or broadcastable to (B, H, r, M)."""
+        if self.opaque:
+            raise ValueError(self.opaque)
+        allowed = None if self.allowed is None else self.allowed[:, :, index]
+        if self.causal:
+            keys = torch.arange(self.n_keys, device=index.device)
+            below = (keys <= index.unsqueeze(-1))[None, None]
+            allowed = below if allowed is None else allowed & below
+        return allowed, None if self.bias is None else self.bias[:, :, index]
+
+    def dense(self, device: torch.device | str | None = None) -> Tensor:
+        """(B or 1, H or 1, N, M) boolean: all rows."""
+        allowed, _ = self.rows(torch.arange(self.n_queries, device=device))
+        if allowed is None:
+            return torch.ones(1, 1, self.n_queries, self.n_keys, dtype=torch.bool, device=device)
+        return allowed
+
+    def first_keys(self, count: int) -> PairMask:
+        """The mask without the keys from ``count`` on."""
+        return replace(
+            self,
+            n_keys=count,
+            allowed=None if self.allowed is None else self.allowed[..., :count],
+            bias=None if self.bias is None else self.bias[..., :count],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where in a model, and in which call of it, an intervention acts.
+
+    Nothing here is guessed from a batch size or from how often something was called: what the model or the user did not
+    say is ``None``.
+
+    Args:
+        layer: number of the layer, as the model counts.
+        name: dotted path of the attention module.
+        module: the attention module.
+        kind: ``"self"``, ``"cross"`` or ``"joint"`` (two streams concatenated).
+        heads: query heads.
+        kv_heads: key/value heads.
+        head_dim: width of a head.
+        scale: what scores are multiplied by.
+        n_queries: N of this call.
+        n_keys: M of this call.
+        mask: which pairs may meet.
+        q_pos: (N,) slots of the queries in the sequence.
+        k_pos: (M,), or (B, kv_heads, M) in an evicted cache, slots of the keys.
+        q_types: (B, N) token types, see :mod:`attnlib.hooks.tokens`.
+        k_types: (B, M), or (B, kv_heads, M) in an evicted cache.
+        q_layout: what the queries are.
+        k_layout: what the keys are.
+        rows: name of each row of the batch ("cond", "uncond", "source", ...), as the user gave them.
+        pass_name: name of this forward pass of the model, as the user or the pipeline gave it.
+        branch: name of the decoding branch, as the user gave it.
+        phase: ``"prefill"`` when no token was cached before this call, ``"decode"`` afterwards, ``None`` without a cache
+            protocol.
+        step: denoising step, as the user or the pipeline gave it.
+        offset: tokens of the sequence before the first query, counted by the cache.
+        rotary: whether q and k carry rotary positions already; ``None`` when the model has none or it is not known.
+        training: the model is in training mode.
+    """
+
+    layer: int
+    name: str
+    module: nn.Module
+    kind: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float = 1.0
+    n_queries: int = 0
+    n_keys: int = 0
+    mask: PairMask | None = None
+    q_pos: Tensor | None = None
+    k_pos: Tensor | None = None
+    q_types: Tensor | None = None
+    k_types: Tensor | None = None
+    q_layout: Layout | None = None
+    k_layout: Layout | None = None
+    rows: tuple[str, ...] | None = None
+    pass_name: str | None = None
+    branch: str | None = None
+    phase: str | None = None
+    step: int | None = None
+    offset: int = 0
+    rotary: bool | None = None
+    training: bool = False
+
+    def but(self, **changes: Any) -> Site:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def rows_named(self, names: Sequence[str], device: torch.device | str | None = None) -> Tensor:
+        """(B,) boolean: rows of the batch that carry one of ``names``."""
+        if self.rows is None:
+            raise ValueError(
+                f"layer {self.layer} ({self.name}): rows of the batch have no names, but {list(names)} were asked for; "
+                'say what they are: attach(..., rows=("uncond", "cond"))'
+            )
+        return torch.tensor([row in names for row in self.rows], device=device)
+
+    def per_key(self, values: Tensor) -> Tensor:
+        """Values by slot of the sequence (B, L) as values by key: (B, 1, M), or (B, heads, M) in an evicted cache."""
+        if self.k_pos is None:
+            raise ValueError(f"layer {self.layer} ({self.name}): positions of the keys are not known")
+        if self.k_pos.dim() == 1:
+            return values.index_select(-1, self.k_pos)[:, None]
+        picked = values[:, None].expand(-1, self.k_pos.shape[1], -1).gather(-1, self.k_pos)
+        return picked.repeat_interleave(self.heads // self.kv_heads, 1)
+
+    def key_types(self) -> Tensor:
+        """Types of the keys, (B, 1, M) or (B, heads, M)."""
+        if self.k_types is None:
+            raise ValueError(f"layer {self.layer} ({self.name}): no token types; give attach(..., token_types=...)")
+        if self.k_types.dim() == 2:
+            return self.k_types[:, None]
+        return self.k_types.repeat_interleave(self.heads // self.kv_heads, 1)
+
+    def __repr__(self) -> str:
+        return f"Site(layer={self.layer}, {self.kind}, {self.name!r}, heads={self.heads}/{self.kv_heads})"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What
+
+
+class Intervention:
+    """Something that acts on attention. A subclass overrides the stages it needs; the others cost nothing.
+
+    ``around_attention(site, q, k, v, call)``
+        returns (B, H, N, Dv); ``call(q, k, v, mask=None)`` is the rest, to be called zero, one or several times, with
+        ``mask`` (an :class:`attnlib.masks.Mask` on ``site.q_pos``/``site.k_pos``, or a boolean tensor) replacing the
+        model's. The first intervention of ``attach`` is the outermost.
+    ``on_qkv(site, q, k, v)``
+        new tokens before they are cached, (B, H, N, D) and twice (B, Hk, N, D); ``site.rotary`` says whether rotary
+        positions are applied. Returns the three.
+    ``on_kv_read(site, k, v)``
+        all keys and values as read, same length out.
+    ``on_context(site, k_source, v_source)``
+        what keys and values are projected from, (B, M, C) each.
+    ``on_scores(site, scores, rows)``, ``on_weights(site, weights, rows)``
+        (B, H, r, M) scores (scaled, ``-inf`` where a pair may not meet) or weights of the query rows ``rows`` (r,), in
+        the statistics dtype. Return a new tensor or the same one, untouched. ``edit_rows(site)`` may name the rows
+        worth looking at; ``whole_map = True`` asks for all rows at once.
+    ``on_output(site, out)``
+        (B, H, N, Dv) before the output projection.
+    ``on_cache(site, q, k, v)``
+        after prefill: (B, Hk, K) ascending indices of the keys to keep, or ``None`` for all.
+    ``on_block_input(site, hidden)``
+        (B, N, C) residual stream entering the block of this attention; return ``None`` to leave it.
+
+    Attributes:
+        name: key of ``session.results``.
+        kinds: kinds of attention it acts on.
+        layers: numbers (negative from the end) or name patterns of layers, ``None`` for all of ``kinds``.
+        whole_map: score and weight edits need all query rows at once.
+        needs_types: it reads ``site.k_types``.
+    """
+
+    name: ClassVar[str] = "intervention"
+    kinds: ClassVar[tuple[str, ...]] = KINDS
+    whole_map: ClassVar[bool] = False
+    needs_types: ClassVar[bool] = False
+    layers: Sequence[int | str] | None = None
+    _owner: Session | None = None
+
+    @property
+    def identity(self) -> bool:
+        """Configured so that it can do nothing; no layer is touched for it then."""
+        return False
+
+    def wants(self, site: Site) -> bool:
+        """Whether to act at this site at all, decided once, when attached (the site knows its layer, kind and heads)."""
+        return True
+
+    def conflicts(self, other: Intervention) -> str | None:
+        """Why this cannot act at the same layer as ``other``; ``None`` when they compose."""
+        return None
+
+    def prepare(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        """Called once before anything is attached, with the sites this intervention will act on."""
+
+    def edit_rows(self, site: Site) -> Tensor | None:
+        """(r,) query rows that ``on_scores`` and ``on_weights`` may change; ``None`` for all."""
+        return None
+
+    def reset(self) -> None:
+        """Forget what earlier calls left behind."""
+
+    def results(self) -> Any:
+        """What ``session.results[name]`` shows."""
+        return None
+
+    # ---- stages
+
+    def around_attention(self, site: Site, q: Tensor, k: Tensor, v: Tensor, call: Callable[..., Tensor]) -> Tensor:
+        return call(q, k, v)
+
+    def around_sublayer(self, site: Site, hidden: Tensor, call: Callable[[Tensor], Any]) -> Any:
+        return call(hidden)
+
+    def on_qkv(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return q, k, v
+
+    def on_kv_read(self, site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return k, v
+
+    def on_context(self, site: Site, k_source: Tensor, v_source: Tensor) -> tuple[Tensor, Tensor]:
+        return k_source, v_source
+
+    def on_scores(self, site: Site, scores: Tensor, rows: Tensor) -> Tensor:
+        return scores
+
+    def on_weights(self, site: Site, weights: Tensor, rows: Tensor) -> Tensor:
+        return weights
+
+    def on_output(self, site: Site, out: Tensor) -> Tensor:
+        return out
+
+    def on_cache(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        return None
+
+    def on_block_input(self, site: Site, hidden: Tensor) -> Tensor | None:
+        return None
+
+    def on_logits(self, ids: Tensor, logits: Tensor) -> Tensor:
+        return logits
+
+    def on_step(self, step: int) -> None:
+        return None
+
+
+class Probe(Intervention):
+    """Looks without changing anything: a few rows are computed beside the fast kernel, which stays.
+
+    It sees the weights as edited by interventions listed before it.
+    """
+
+    name = "probe"
+
+    def probe(self, site: Site) -> tuple[Tensor, Sequence[int] | None] | None:
+        """``(query rows (r,), heads or None for all)`` to look at in this call; ``None`` to skip it."""
+        raise NotImplementedError
+
+    def observe(self, site: Site, weights: Tensor, rows: Tensor, allowed: Tensor | None) -> None:
+        """Take a block: weights (B, h, r, M) of the query rows ``rows`` and which pairs may meet."""
+        raise NotImplementedError
+
+
+def implements(intervention: Intervention, stage: str) -> bool:
+    """Whether the class of ``intervention`` overrides ``stage``."""
+    return getattr(type(intervention), stage) is not getattr(Intervention, stage)
+
+
+class Stages:
+    """The interventions of one layer, sorted by stage."""
+
+    def __init__(self, interventions: Sequence[Intervention]):
+        self.all = tuple(interventions)
+        self._by_stage = {stage: [i for i in self.all if implements(i, stage)] for stage in STAGES}
+        self.probes = [i for i in self.all if isinstance(i, Probe)]
+        self.edits = [i for i in self.all if implements(i, "on_scores") or implements(i, "on_weights")]
+
+    def __getitem__(self, stage: str) -> list[Intervention]:
+        return self._by_stage[stage]
+
+    @property
+    def used(self) -> list[str]:
+        """Stages that somebody implements."""
+        return [stage for stage in STAGES if self._by_stage[stage]]
+
+    @property
+    def reads_map(self) -> bool:
+        """Somebody needs scores or weights."""
+        return bool(self.edits or self.probes)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# How: one attention call through the stages
+
+
+def _grouped(a: Tensor, heads: int) -> Tensor:
+    """(B, H, r, D) -> (B, heads, H / heads * r, D), so that grouped queries need no copies of keys."""
+    return a.reshape(a.shape[0], heads, -1, a.shape[-1])
+
+
+def score_rows(site: Site, q: Tensor, k: Tensor, rows: Tensor, pair: PairMask) -> tuple[Tensor, Tensor | None]:
+    """(B, H, r, M) scores of some query rows in the statistics dtype, ``-inf`` where a pair may not meet; and which may."""
+    dtype = stats_dtype(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        some = _grouped(q.index_select(2, rows).to(dtype), k.shape[1])
+        scores = (some @ k.to(dtype).transpose(-2, -1)).reshape(q.shape[0], q.shape[1], len(rows), k.shape[2])
+    scores = scores * site.scale
+    allowed, bias = pair.rows(rows)
+    if bias is not None:
+        scores = scores + bias.to(dtype)
+    return (scores if allowed is None else scores.masked_fill(~allowed, float("-inf"))), allowed
+
+
+def mix_rows(weights: Tensor, v: Tensor) -> Tensor:
+    """(B, H, r, Dv): weights (B, H, r, M) times values (B, Hv, M, Dv)."""
+    with torch.autocast(v.device.type, enabled=False):
+        out = _grouped(weights, v.shape[1]) @ v.to(weights.dtype)
+    return out.reshape(*weights.shape[:-1], v.shape[-1])
+
+
+def row_blocks(rows: Tensor, per_row: int, whole: bool = False) -> Iterator[Tensor]:
+    """Split query rows so that a block's map stays within :data:`BLOCK_ELEMENTS`."""
+    yield from rows.split(max(1, len(rows) if whole else BLOCK_ELEMENTS // max(1, per_row)))
+
+
+def _edited(edit: Intervention, stage: str, site: Site, before: Tensor, rows: Tensor) -> Tensor:
+    version = before._version
+    after = getattr(edit, stage)(site, before, rows)
+    if before._version != version:
+        raise ValueError(f"{type(edit).__name__}.{stage} wrote into its input; return a new tensor instead")
+    if after.shape != before.shape:
+        raise ValueError(
+            f"{type(edit).__name__}.{stage} returned shape {tuple(after.shape)}, it was given {tuple(before.shape)}"
+        )
+    return after
+
+
+def weight_rows(
+    site: Site, q: Tensor, k: Tensor, rows: Tensor, pair: PairMask, edits: Sequence[Intervention]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weights of some query rows after ``edits``: ``(weights (B, H, r, M), changed (B, H, r) or None, allowed)``."""
+    plain, allowed = score_rows(site, q, k, rows, pair)
+    scores = plain
+    for edit in edits:
+        if implements(edit, "on_scores"):
+            scores = _edited(edit, "on_scores", site, scores, rows)
+    changed = None if scores is plain else (scores != plain).any(-1)
+    before = weights = softmax_rows(scores)
+    for edit in edits:
+        if implements(edit, "on_weights"):
+            weights = _edited(edit, "on_weights", site, weights, rows)
+    if weights is not before:
+        differ = (weights != before).any(-1)
+        changed = differ if changed is None else changed | differ
+    return weights, changed, allowed
+
+
+def _apply_edits(
+    site: Site, q: Tensor, k: Tensor, v: Tensor, pair: PairMask, out: Tensor, edits: Sequence[Intervention]
+) -> Tensor:
+    n = q.shape[2]
+    wanted = [edit.edit_rows(site) for edit in edits]
+    if any(rows is None for rows in wanted):
+        rows = torch.arange(n, device=q.device)
+    else:
+        rows = torch.cat([r for r in wanted if r is not None]).unique()
+    if not len(rows):
+        return out
+    pieces: list[tuple[Tensor, Tensor]] = []
+    whole = any(edit.whole_map for edit in edits)
+    for block in row_blocks(rows, q.shape[0] * q.shape[1] * k.shape[2], whole):
+        weights, changed, _ = weight_rows(site, q, k, block, pair, edits)
+        if changed is not None and bool(changed.any()):
+            new = mix_rows(weights, v).to(out.dtype)
+            pieces.append((block, torch.where(changed.unsqueeze(-1), new, out.index_select(2, block))))
+    if not pieces:
+        return out
+    return out.index_copy(2, torch.cat([b for b, _ in pieces]), torch.cat([p for _, p in pieces], 2))
+
+
+def _run_probes(site: Site, q: Tensor, k: Tensor, pair: PairMask, stages: Stages) -> None:
+    with torch.no_grad():
+        for i, probe in enumerate(stages.all):
+            if not isinstance(probe, Probe):
+                continue
+            wanted = probe.probe(site)
+            if wanted is None:
+                continue
+            rows, heads = wanted
+            edits = [e for e in stages.all[:i] if e in stages.edits]
+            some_q, some_k, mask = q, k, pair
+            if heads is not None and not edits:
+                # Without edits only the chosen heads need to be computed.
+                index = torch.as_tensor(list(heads), device=q.device)
+                some_q = q.index_select(1, index)
+                some_k = k.index_select(1, index // (q.shape[1] // k.shape[1]))
+                pick = [None if t is None else t if t.shape[1] == 1 else t[:, index] for t in (pair.allowed, pair.bias)]
+                mask = replace(pair, allowed=pick[0], bias=pick[1])
+            for block in row_blocks(rows, some_q.shape[0] * some_q.shape[1] * k.shape[2]):
+                weights, _, allowed = weight_rows(site, some_q, some_k, block, mask, edits)
+                if heads is not None and edits:
+                    weights = weights[:, list(heads)]
+                    allowed = allowed if allowed is None or allowed.shape[1] == 1 else allowed[:, list(heads)]
+                probe.observe(site, weights, block, allowed)
+
+
+def realise_mask(site: Site, mask: Mask | Tensor) -> Tensor:
+    """A replacing mask as a boolean tensor broadcastable to (B, H, N, M)."""
+    if isinstance(mask, Tensor):
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be boolean (True: may attend), got {mask.dtype}")
+        return mask if mask.dim() == 4 else mask[None, None] if mask.dim() == 2 else mask[:, None]
+    if site.q_pos is None or site.k_pos is None:
+        raise ValueError(f"layer {site.layer} ({site.name}): positions are not known; give the mask as a tensor")
+    k_pos = site.k_pos
+    if k_pos.dim() == 3:
+        k_pos = k_pos.repeat_interleave(site.heads // site.kv_heads, 1)
+    allowed = mask.at(site.q_pos.to(k_pos.device), k_pos)
+    return allowed if allowed.dim() == 4 else allowed[None, None]
+
+
+def run_attention(
+    site: Site, q: Tensor, k: Tensor, v: Tensor, stages: Stages, kernel: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """One attention call through the stages of a layer.
+
+    Args:
+        site: where, with this call's mask.
+        q: (B, H, N, D).
+        k: (B, Hk, M, D), as read.
+        v: (B, Hk, M, Dv).
+        stages: the interventions of this layer.
+        kernel: the model's own attention under its own mask, (q, k, v) -> (B, H, N, Dv).
+
+    Returns:
+        (B, H, N, Dv) before the output projection.
+    """
+    assert site.mask is not None
+    given = site.mask
+    for i in stages["on_kv_read"]:
+        k, v = i.on_kv_read(site, k, v)
+
+    def innermost(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = None) -> Tensor:
+        if k.shape[2] != v.shape[2] or (mask is None and k.shape[2] != given.n_keys):
+            raise ValueError(
+                f"layer {site.layer} ({site.name}): keys and values have lengths {k.shape[2]} and {v.shape[2]}, the "
+                f"model's mask is for {given.n_keys}; give call(q, k, v, mask=...) when you change their number"
+            )
+        if mask is None:
+            pair = given
+            out = kernel(q, k, v)
+        else:
+            allowed = realise_mask(site, mask)
+            pair = PairMask(q.shape[2], k.shape[2], allowed)
+            full = allowed.expand(*torch.broadcast_shapes(allowed.shape, (1, 1, q.shape[2], k.shape[2])))
+            out = attention(q, k, v, mask=full, scale=site.scale)
+        if stages.edits:
+            out = _apply_edits(site, q, k, v, pair, out, stages.edits)
+        if stages.probes:
+            _run_probes(site, q, k, pair, stages)
+        return out
+
+    call: Callable[..., Tensor] = innermost
+    for i in reversed(stages["around_attention"]):
+        call = _wrap(i, site, call)
+    out = call(q, k, v)
+    for i in stages["on_output"]:
+        out = i.on_output(site, out)
+    return out
+
+
+def _wrap(intervention: Intervention, site: Site, inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wrapped(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = None) -> Tensor:
+        if mask is None:
+            return intervention.around_attention(site, q, k, v, inner)
+
+        def masked(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor = mask) -> Tensor:
+            return inner(q, k, v, mask=mask)
+
+        return intervention.around_attention(site, q, k, v, masked)
+
+    return wrapped
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Attaching
+
+
+class Adapter:
+    """Call interception and site description for one family of models."""
+
+    name: ClassVar[str]
+    stages: ClassVar[frozenset[str]] = frozenset()
+
+    def sites(self, model: nn.Module, part: str | None) -> list[Site]:
+        """Every attention of ``model`` (or of its submodule ``part``) that can be acted on; raises when there is none."""
+        raise NotImplementedError
+
+    def install(self, session: Session, plan: list[tuple[Site, Stages]]) -> None:
+        """Intercept the sites of ``plan``; every change goes through ``session.undo`` at once."""
+        raise NotImplementedError
+
+
+_sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+_MISSING: Any = object()
+
+
+class Session:
+    """Interventions attached to a model. A context manager: leaving it restores the model, also after an exception.
+
+    Args of :meth:`at` describe calls of the model; what is not said there or in ``attach`` stays ``None`` in the site.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        interventions: Sequence[Intervention],
+        rows: Sequence[str] | None = None,
+        tracker: TypeTracker | None = None,
+    ):
+        self.model = model
+        self.interventions = tuple(interventions)
+        self.tracker = tracker
+        self.rows = _row_names(rows)
+        self.pass_name: str | None = None
+        self.branch: str | None = None
+        self.step: int | None = None
+        self.active = False
+        self.sites: list[Site] = []
+        self.attached: list[Site] = []
+        self._undo: list[Callable[[], None]] = []
+
+    # ---- bookkeeping for adapters
+
+    def undo(self, action: Callable[[], None]) -> None:
+        """Run ``action`` when the session is detached; the last one given runs first."""
+        self._undo.append(action)
+
+    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
+        """Set an instance attribute and remember to put back exactly what was there, or nothing."""
+        before = owner.__dict__.get(name, _MISSING)
+        owner.__dict__[name] = value
+
+        def restore() -> None:
+            if before is _MISSING:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = before
+
+        self.undo(restore)
+
+    def hook(self, handle: Any) -> None:
+        """Remember a hook handle to remove."""
+        self.undo(handle.remove)
+
+    def described(self, site: Site, batch: int, **fields: Any) -> Site:
+        """A template site with what the user said about this call."""
+        if self.rows is not None and len(self.rows) != batch:
+            raise ValueError(
+                f"rows names {len(self.rows)} rows of the batch ({list(self.rows)}), but layer {site.layer} ({site.name}) "
+                f"got a batch of {batch}; give one name per row"
+            )
+        return site.but(
+            rows=self.rows,
+            pass_name=self.pass_name,
+            branch=self.branch,
+            **{"step": self.step, "training": site.module.training, **fields},
+        )
+
+    # ---- for the user
+
+    @contextmanager
+    def at(
+        self,
+        *,
+        step: int | None = None,
+        pass_name: str | None = None,
+        branch: str | None = None,
+        rows: Sequence[str] | None = None,
+    ) -> Iterator[Session]:
+        """Say which step, pass, branch or rows the calls of the model inside this block are."""
+        before = self.step, self.pass_name, self.branch, self.rows
+        self.step = self.step if step is None else step
+        self.pass_name = self.pass_name if pass_name is None else pass_name
+        self.branch = self.branch if branch is None else branch
+        self.rows = self.rows if rows is None else _row_names(rows)
+        try:
+            yield self
+        finally:
+            self.step, self.pass_name, self.branch, self.rows = before
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What each intervention has to show, by its name; a second one of the same name gets ``-2`` and so on."""
+        shown: dict[str, Any] = {}
+        for i in self.interventions:
+            name, count = i.name, 1
+            while name in shown:
+                count += 1
+                name = f"{i.name}-{count}"
+            shown[name] = i.results()
+        return shown
+
+    def detach(self) -> None:
+        """Restore the model; calling it again does nothing."""
+        if not self.active:
+            return
+        self.active = False
+        errors = []
+        while self._undo:
+            try:
+                self._undo.pop()()
+            except Exception as error:  # noqa: BLE001 - every other change must still be undone
+                errors.append(error)
+        _sessions.pop(self.model, None)
+        for i in self.interventions:
+            i._owner = None
+        if errors:
+            raise errors[0]
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        layers = sorted({s.layer for s in self.attached})
+        state = "attached" if self.active else "detached"
+        return f"Session({state}, layers {layers}, {', '.join(type(i).__name__ for i in self.interventions)})"
+
+
+def _row_names(rows: Sequence[str] | None) -> tuple[str, ...] | None:
+    if rows is None:
+        return None
+    if isinstance(rows, str) or not all(isinstance(r, str) for r in rows):
+        raise TypeError(
+            f'rows must be a sequence of names, one per row of the batch, e.g. ("uncond", "cond"); got {rows!r}'
+        )
+    return tuple(rows)
+
+
+def _adapter(model: Any) -> Adapter:
+    families = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
+    if not isinstance(model, nn.Module):
+        hint = "; attach to the denoiser itself, pipe.unet or pipe.transformer" if "diffusers" in families else ""
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hint}")
+    if "transformers" in families:
+        from .transformers_adapter import TransformersAdapter
+
+        return TransformersAdapter()
+    if "diffusers" in families:
+        from .diffusers_adapter import DiffusersAdapter
+
+        return DiffusersAdapter()
+    raise TypeError(
+        f"{type(model).__name__} is neither a transformers nor a diffusers model; its attention cannot be reached: "
+        "an adapter that describes its sites is missing"
+    )
+
+
+def _matches(chosen: Sequence[int | str], site: Site, last: int) -> bool:
+    for layer in chosen:
+        if isinstance(layer, str):
+            if fnmatch.fnmatchcase(site.name, layer):
+                return True
+        elif site.layer == (layer if layer >= 0 else last + 1 + layer):
+            return True
+    return False
+
+
+def check_layers(intervention: Intervention, sites: Sequence[Site]) -> list[Site]:
+    """The sites an intervention acts on; raises when a layer it names does not exist or nothing is left."""
+    name = type(intervention).__name__
+    fitting = [s for s in sites if s.kind in intervention.kinds]
+    if intervention.layers is not None:
+        if isinstance(intervention.layers, (int, str)):
+            raise TypeError(f"{name}: layers must be a sequence, got {intervention.layers!r}")
+        last = max((s.layer for s in sites), default=-1)
+        numbers = sorted({s.layer for s in fitting})
+        for layer in intervention.layers:
+            if not any(_matches([layer], s, last) for s in fitting):
+                what = numbers if isinstance(layer, int) else [s.name for s in fitting]
+                raise ValueError(
+                    f"{name}: layer {layer!r} does not exist among {'/'.join(intervention.kinds)} attention; possible: {what}"
+                )
+        fitting = [s for s in fitting if _matches(intervention.layers, s, last)]
+    chosen = [s for s in fitting if intervention.wants(s)]
+    if not chosen:
+        kinds = sorted({s.kind for s in sites})
+        raise ValueError(
+            f"{name} acts on {'/'.join(intervention.kinds)} attention, but nothing of this model fits; "
+            f"its {len(sites)} attention layers are of kind {kinds}"
+        )
+    return chosen
+
+
+def check_heads(intervention: Intervention, heads: Sequence[int], site: Site) -> None:
+    """Raise ``ValueError`` unless every head exists at the site."""
+    for head in heads:
+        if not 0 <= head < site.heads:
+            raise ValueError(
+                f"{type(intervention).__name__}: head {head} does not exist in layer {site.layer} ({site.name}); "
+                f"possible: 0 to {site.heads - 1}"
+            )
+
+
+def _check_pair(site: Site, a: Intervention, b: Intervention) -> None:
+    reason = a.conflicts(b) or b.conflicts(a)
+    if reason is None and implements(a, "on_cache") and implements(b, "on_cache"):
+        reason = "both evict from the same cache; combine their scores in one"
+    if reason:
+        raise ValueError(
+            f"{type(a).__name__} and {type(b).__name__} cannot both act on layer {site.layer} ({site.name}): {reason}"
+        )
+
+
+def attach(
+    model: nn.Module,
+    *interventions: Intervention,
+    rows: Sequence[str] | None = None,
+    token_types: Tensor | Callable[[Tensor], Tensor] | None = None,
+    part: str | None = None,
+) -> Session:
+    """Attach interventions to a model that exists; leaving the session restores it bit for bit.
+
+    Args:
+        model: a transformers or diffusers model.
+        interventions: what to do, in order: inputs pass through the first one first.
+        rows: name of each row of the batch, for example ``("uncond", "cond")``.
+        token_types: (B, N) integer types of the prompt's tokens, or a rule from token ids to types such as
+            :class:`attnlib.hooks.TokenTypes`; extended while decoding.
+        part: dotted path of the submodule to act on; by default the text decoder of a transformers model.
+
+    Returns:
+        The :class:`Session`, active at once.
+
+    Raises:
+        TypeError: a model whose family is not known, or something that is no intervention.
+        ValueError: attaching twice, unknown layers or heads, interventions that do not compose, a stage that this
+            family does not serve.
+        ImportError: the extra of that family is not installed.
+    """
+    if not interventions:
+        raise ValueError("attach needs at least one intervention")
+    for i in interventions:
+        if not isinstance(i, Intervention):
+            hint = f"; make one: {i.__name__}(...)" if isinstance(i, type) and issubclass(i, Intervention) else ""
+            raise TypeError(f"{i!r} is not an intervention{hint}")
+        if i._owner is not None:
+            raise ValueError(f"this {type(i).__name__} is attached already, to {type(i._owner.model).__name__}")
+    if len({id(i) for i in interventions}) != len(interventions):
+        raise ValueError("the same intervention object is given twice")
+    adapter = _adapter(model)
+    mine = set(model.modules())
+    for other, session in list(_sessions.items()):
+        if other in mine or model in set(other.modules()):
+            raise ValueError(
+                f"{type(model).__name__} has a session already ({session}); detach it first, or give all interventions to "
+                "one attach"
+            )
+    sites = adapter.sites(model, part)
+    plan: dict[int, list[Intervention]] = {}
+    for i in interventions:
+        for kind in i.kinds:
+            check_choice("kinds", kind, KINDS)
+        served = [stage for stage in STAGES if implements(i, stage) and stage not in adapter.stages]
+        if served:
+            raise ValueError(
+                f"{type(i).__name__} needs the stage {served[0]}, which is missing for {adapter.name} models; "
+                f"they serve {sorted(adapter.stages)}"
+            )
+        chosen = check_layers(i, sites)
+        if i.identity:
+            continue
+        if i.needs_types and token_types is None:
+            raise ValueError(
+                f"{type(i).__name__} has to know which tokens are image tokens: give attach(..., token_types=...), "
+                "a (B, N) tensor or attnlib.hooks.TokenTypes(image=IMAGE_TOKEN_ID)"
+            )
+        for site in chosen:
+            plan.setdefault(sites.index(site), []).append(i)
+    for index, members in plan.items():
+        for a in range(len(members)):
+            for b in range(a + 1, len(members)):
+                _check_pair(sites[index], members[a], members[b])
+    for i in interventions:
+        i.reset()
+        if not i.identity:
+            i.prepare(model, [sites[n] for n, members in plan.items() if i in members])
+    tracker = None if token_types is None else TypeTracker(token_types)
+    session = Session(model, interventions, rows, tracker)
+    session.sites = sites
+    session.active = True
+    try:
+        if plan:
+            session.attached = [sites[n] for n in sorted(plan)]
+            adapter.install(session, [(sites[n], Stages(plan[n])) for n in sorted(plan)])
+    except BaseException:
+        session.detach()
+        raise
+    _sessions[model] = session
+    for i in interventions:
+        i._owner = session
+    return session

@@ -1,0 +1,600 @@
+"""Sites of transformers models.
+
+Attention modules of transformers look their function up by name in ``AttentionInterface`` at every call. A layer with
+stages gets a copy of its config under the name ``attnlib_<implementation>``; the others keep config and function. The
+same name is registered in ``AttentionMaskInterface`` with the mask function of the implementation it stands for: a name
+that is registered only in the first gets no mask at all, and attention silently turns non-causal. The masks of a model
+are built by the model, before its layers, so unattached layers see exactly the mask they always saw.
+
+A cache layer that lost keys (:func:`evicted_layer_class`) goes on counting every token it ever saw, so positions and
+masks keep the true length; the mask of an attached layer is then read at the slots of the keys that are left.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .core import Adapter, Intervention, PairMask, Session, Site, Stages, run_attention
+
+PREFIX = "attnlib_"
+
+#: Implementations whose masks can be read pair by pair.
+READABLE = ("sdpa", "eager")
+
+#: Extra arguments that change the softmax itself; where one is in use only the model's own kernel is right.
+SPECIAL = ("softcap", "s_aux", "position_bias", "sinks", "block_indices")
+
+
+@functools.cache
+def _need() -> types.SimpleNamespace:
+    """The parts of transformers used here; ``ImportError`` says what to install."""
+    try:
+        from transformers import cache_utils, masking_utils, modeling_utils
+
+        return types.SimpleNamespace(
+            cache=cache_utils,
+            attention=modeling_utils.AttentionInterface,
+            functions=modeling_utils.ALL_ATTENTION_FUNCTIONS,
+            masks=masking_utils.ALL_MASK_ATTENTION_FUNCTIONS,
+            mask_interface=masking_utils.AttentionMaskInterface,
+            model=modeling_utils.PreTrainedModel,
+        )
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            "acting on transformers models needs transformers 5 or newer with its AttentionInterface and "
+            "AttentionMaskInterface: pip install 'attnlib[hf]'"
+        ) from error
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The function that attached layers call
+
+_runtimes: weakref.WeakKeyDictionary[nn.Module, LayerRuntime] = weakref.WeakKeyDictionary()
+
+
+def _forward_of(module: nn.Module) -> Any:
+    return inspect.unwrap(type(module).forward)
+
+
+def reachable(module: nn.Module) -> bool:
+    """Whether a module looks its attention function up in transformers' interface."""
+    code = getattr(_forward_of(module), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
+
+
+def kernel_of(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    """The function that the module would call under ``implementation``; the same object it would look up itself."""
+    scope = _forward_of(module).__globals__
+    interface = scope.get("ALL_ATTENTION_FUNCTIONS")
+    eager = scope.get("eager_attention_forward")
+    function = interface.get(implementation, eager if implementation == "eager" else None)
+    if function is None:
+        raise ValueError(
+            f"{type(module).__name__} has no attention function for attn_implementation={implementation!r} that can be "
+            f"reached; possible: {sorted(interface.keys())}"
+        )
+    return function
+
+
+def _dispatch(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The registered function: through the stages of an attached layer, straight to the kernel elsewhere."""
+    runtime = _runtimes.get(module)
+    if runtime is None:
+        implementation = module.config._attn_implementation.removeprefix(PREFIX)  # type: ignore[union-attr, operator]
+        return kernel_of(module, implementation)(module, query, key, value, attention_mask, *args, **kwargs)
+    return runtime.run(query, key, value, attention_mask, args, kwargs)
+
+
+def register(implementation: str) -> str:
+    """Register the name that stands for ``implementation`` in both interfaces; returns it."""
+    hf = _need()
+    name = PREFIX + implementation
+    if implementation not in hf.masks:
+        raise ValueError(
+            f"attn_implementation={implementation!r} has no mask function in AttentionMaskInterface; "
+            f"use one of {sorted(hf.masks.keys())}"
+        )
+    hf.attention.register(name, _dispatch)
+    hf.mask_interface.register(name, hf.masks[implementation])
+    return name
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Caches
+
+
+@functools.cache
+def evicted_layer_class() -> type:
+    """The cache layer of a compressed layer (a class made on first use, since transformers is imported only then)."""
+    hf = _need()
+
+    class EvictedLayer(hf.cache.DynamicLayer):  # type: ignore[name-defined, misc]
+        """Keys and values that are left, the slots they came from, and the count of all tokens seen.
+
+        ``keys``, ``values``: (B, Hk, K, D); ``positions``: (B, Hk, K) slots in the sequence, new tokens appended.
+        """
+
+        is_croppable = True
+
+        def __init__(self, session: Session, keys: Tensor, values: Tensor, positions: Tensor, seen: int, capacity: int):
+            super().__init__()
+            self.lazy_initialization(keys, values)
+            self.keys, self.values, self.positions = keys, values, positions
+            self.seen, self.capacity, self.session = seen, capacity, weakref.ref(session)
+            self.evicted_from = seen
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            session = self.session()
+            if session is None or not session.active:
+                raise RuntimeError(
+                    "this cache lost keys inside an attnlib session that is over, and nothing adapts its masks any more; "
+                    "decode inside the session, or start from the prompt"
+                )
+            count = key_states.shape[-2]
+            new = torch.arange(self.seen, self.seen + count, device=self.positions.device)
+            self.positions = torch.cat([self.positions, new.expand(*self.positions.shape[:2], count)], -1)
+            self.seen += count
+            return super().update(key_states, value_states)
+
+        def get_seq_length(self) -> int:
+            return self.seen
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            return (self.capacity, 0) if self.capacity > 0 else (self.seen + query_length, 0)
+
+        def crop(self, tokens_to_remove: int) -> None:
+            remove = abs(tokens_to_remove)
+            if remove > self.seen - self.evicted_from:
+                raise ValueError(
+                    f"cannot remove {remove} tokens: only {self.seen - self.evicted_from} came after the keys were evicted"
+                )
+            if remove:
+                self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
+                self.positions, self.seen = self.positions[..., :-remove], self.seen - remove
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            self.positions = self.positions.repeat_interleave(repeats, 0)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            self.positions = self.positions[indices]
+
+        def reset(self) -> None:
+            raise RuntimeError("a cache that lost keys cannot be reset; make a new one")
+
+    return EvictedLayer
+
+
+class _DeferredCache:
+    """Stands for a cache during one attention call, so that new keys can be edited before they are stored."""
+
+    def __init__(self, cache: Any):
+        self._cache = cache
+        self.arguments: tuple[Any, ...] | None = None
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.arguments = (layer_idx, args, kwargs)
+        return key, value
+
+    def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.arguments is None:
+            return key, value
+        layer_idx, args, kwargs = self.arguments
+        return self._cache.update(key, value, layer_idx, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One attached layer
+
+
+@dataclass
+class _Call:
+    """What an attention module was called with."""
+
+    cache: Any = None
+    deferred: _DeferredCache | None = None
+    offset: int = 0
+    start: int | None = 0  # slot of the first key; None when it is not known
+    ran: bool = False
+
+
+class LayerRuntime:
+    """Stages of one attention module, and what is known about its current call."""
+
+    def __init__(self, session: Session, site: Site, stages: Stages, kernel: Callable[..., Any], implementation: str):
+        self.session, self.site, self.stages, self.kernel = session, site, stages, kernel
+        self.implementation = implementation
+        self.call = _Call()
+        self.module = site.module
+        parameters = inspect.signature(_forward_of(self.module)).parameters
+        self.names = list(parameters)[1:]
+
+    # ---- hooks on the module
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        self.call = self.look(given)
+        if self.stages["on_qkv"] and self.call.cache is not None:
+            self.call.deferred = _DeferredCache(self.call.cache)
+            if "past_key_values" not in kwargs:
+                raise ValueError(f"{self.where}: on_qkv needs the cache to be passed by keyword")
+            return args, {**kwargs, "past_key_values": self.call.deferred}
+        return None
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        ran, self.call = self.call.ran, _Call()
+        if not ran:
+            raise RuntimeError(
+                f"{self.where}: its forward ran without calling the attention function it was given, so nothing could "
+                "act there; this model's attention is not reachable through AttentionInterface"
+            )
+
+    def before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(hidden, Tensor):
+            raise ValueError(f"{self.where}: the input of its block is not passed as hidden_states")
+        call = self.look(kwargs)
+        site = self.describe(call, hidden.shape[0], hidden.shape[1], call.offset + hidden.shape[1], hidden.device, None)
+        for i in self.stages["on_block_input"]:
+            edited = i.on_block_input(site, hidden)
+            hidden = hidden if edited is None else edited
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
+
+    # ---- description
+
+    @property
+    def where(self) -> str:
+        return f"layer {self.site.layer} ({self.site.name})"
+
+    def look(self, given: dict[str, Any]) -> _Call:
+        """How many tokens came before, from the cache itself."""
+        cache = given.get("past_key_values")
+        hf = _need()
+        if isinstance(cache, hf.cache.EncoderDecoderCache):
+            cache = cache.cross_attention_cache if self.site.kind == "cross" else cache.self_attention_cache
+        if self.site.kind == "cross" or not isinstance(cache, hf.cache.Cache):
+            return _Call(cache=None if self.site.kind == "cross" else cache)
+        index = self.site.layer
+        if index >= len(cache.layers):
+            return _Call(cache=cache)
+        return _Call(cache=cache, offset=int(cache.layers[index].get_seq_length()))
+
+    def describe(
+        self, call: _Call, batch: int, n: int, m: int, device: torch.device, pair: PairMask | None, **fields: Any
+    ) -> Site:
+        cross = self.site.kind == "cross"
+        q_pos = torch.arange(call.offset, call.offset + n, device=device)
+        k_pos = fields.pop("k_pos", None)
+        if k_pos is None and call.start is not None:
+            k_pos = torch.arange(call.start, call.start + m, device=device)
+        q_types = k_types = None
+        tracker = self.session.tracker
+        if tracker is not None and not cross and k_pos is not None:
+            length = max(call.offset + n, call.start + m if k_pos.dim() == 1 and call.start is not None else 0)
+            seen = tracker.upto(length, batch, device)
+            q_types = seen[:, call.offset : call.offset + n]
+            if k_pos.dim() == 1:
+                k_types = seen.index_select(1, k_pos)
+            else:
+                k_types = seen[:, None].expand(-1, k_pos.shape[1], -1).gather(-1, k_pos)
+        return self.session.described(
+            self.site, batch, n_queries=n, n_keys=m, mask=pair, q_pos=q_pos, k_pos=k_pos, q_types=q_types,
+            k_types=k_types, offset=call.offset, phase=None if cross else "decode" if call.offset else "prefill",
+            **fields,
+        )  # fmt: skip
+
+    def pairs(self, mask: Any, n: int, m: int, is_causal: bool) -> PairMask:
+        """The model's own mask, whatever its form."""
+        if self.implementation not in READABLE:
+            return PairMask(
+                n, m,
+                opaque=f"{self.where}: masks of attn_implementation={self.implementation!r} cannot be read pair by pair; "
+                f"load the model with one of {list(READABLE)}",
+            )  # fmt: skip
+        if mask is None:
+            # SDPA turns causal by itself when it gets no mask; eager attention does not.
+            return PairMask(n, m, causal=self.implementation == "sdpa" and n > 1 and is_causal)
+        if mask.dtype == torch.bool:
+            return PairMask(n, m, allowed=mask)
+        allowed = mask > torch.finfo(mask.dtype).min / 2
+        finite = torch.where(allowed, mask, torch.zeros_like(mask))
+        return PairMask(n, m, allowed=allowed, bias=finite if bool((finite != 0).any()) else None)
+
+    # ---- the call
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        call, stages = self.call, self.stages
+        call.ran = True
+        batch, heads, n, dim = q.shape
+        scaling = kwargs.get("scaling", args[1] if len(args) > 1 else None)
+        shape = dict(
+            heads=heads,
+            kv_heads=k.shape[1],
+            head_dim=dim,
+            scale=float(dim**-0.5 if scaling is None else scaling),
+            rotary=True if "position_embeddings" in self.names else None,
+        )
+        special = [name for name in SPECIAL if kwargs.get(name) is not None]
+        if special and (stages.reads_map or stages["around_attention"]):
+            raise ValueError(f"{self.where}: it uses {special[0]}, so its weights cannot be computed beside its kernel")
+        dropout = kwargs.get("dropout", args[0] if args else 0.0)
+        if dropout and (stages.edits or stages["around_attention"]):
+            raise ValueError(
+                f"{self.where}: attention dropout {dropout} is active and would differ between the model's kernel and the "
+                "edit; call model.eval()"
+            )
+        if stages["on_qkv"]:
+            site = self.describe(call, batch, n, n, q.device, None, **shape)
+            for i in stages["on_qkv"]:
+                q, k, v = i.on_qkv(site, q, k, v)
+            if call.deferred is not None:
+                k, v = call.deferred.store(k, v)
+
+        layer = self._cache_layer(call)
+        m = k.shape[2]
+        k_pos = None
+        if isinstance(layer, evicted_layer_class()):
+            k_pos = layer.positions
+            mask = self._mask_of_kept(mask, k_pos, call, batch, heads, n)
+        elif self.site.kind == "cross" or (layer is not None and not layer.is_sliding):
+            call.start = 0
+        elif isinstance(layer, _need().cache.StaticLayer):
+            call.start = None  # a ring buffer
+        else:
+            call.start = call.offset + n - m
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] > m:
+            mask = mask[..., :m]
+        is_causal = kwargs.get("is_causal")
+        pair = self.pairs(mask, n, m, getattr(self.module, "is_causal", True) if is_causal is None else is_causal)
+        site = self.describe(call, batch, n, m, q.device, pair, k_pos=k_pos, **shape)
+
+        maps: list[Tensor | None] = []
+
+        def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out, weights = self.kernel(self.module, q, k, v, mask, *args, **kwargs)
+            maps.append(weights)
+            return out.transpose(1, 2)
+
+        out = run_attention(site, q, k, v, stages, kernel)
+        if stages["on_cache"] and call.offset == 0:
+            self._evict(call, site, q, k, v, n)
+        edited = stages.edits or stages["around_attention"]
+        return out.transpose(1, 2).contiguous(), maps[0] if len(maps) == 1 and not edited else None
+
+    def _cache_layer(self, call: _Call) -> Any:
+        if call.cache is None or self.site.layer >= len(getattr(call.cache, "layers", ())):
+            return None
+        return call.cache.layers[self.site.layer]
+
+    def _mask_of_kept(self, mask: Any, k_pos: Tensor, call: _Call, batch: int, heads: int, n: int) -> Tensor | None:
+        """The model's mask, made for all slots, at the slots that are left; one row of heads per query head."""
+        groups = heads // k_pos.shape[1]
+        if mask is None:
+            if n == 1:
+                return None
+            q_pos = torch.arange(call.offset, call.offset + n, device=k_pos.device)
+            kept = k_pos[:, :, None] <= q_pos[:, None]
+        elif isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1:
+            wide = mask.expand(batch, k_pos.shape[1], n, mask.shape[-1])
+            kept = wide.gather(-1, k_pos[:, :, None].expand(-1, -1, n, -1))
+        else:
+            raise ValueError(
+                f"{self.where}: its cache lost keys, and masks of attn_implementation={self.implementation!r} cannot be "
+                f"read at the keys that are left; load the model with one of {list(READABLE)}"
+            )
+        return kept.repeat_interleave(groups, 1)
+
+    def _evict(self, call: _Call, site: Site, q: Tensor, k: Tensor, v: Tensor, n: int) -> None:
+        hf = _need()
+        who = type(self.stages["on_cache"][0]).__name__
+        if call.cache is None:
+            raise ValueError(f"{who} evicts keys from the cache, but the model was called without one; use_cache=True")
+        layer = self._cache_layer(call)
+        if type(layer) not in (hf.cache.DynamicLayer, hf.cache.StaticLayer):
+            raise ValueError(
+                f"{who} cannot evict keys from a {type(layer).__name__} (layer {site.layer}); possible: full attention with a "
+                "dynamic or static cache. Leave the layer out with layers=[...]"
+            )
+        assert site.mask is not None and site.k_pos is not None
+        static = type(layer) is hf.cache.StaticLayer
+        k, v = k[:, :, :n], v[:, :, :n]
+        types = None if site.k_types is None else site.k_types[:, :n]
+        prompt = site.but(n_keys=n, mask=site.mask.first_keys(n), k_pos=site.k_pos[:n], k_types=types)
+        for i in self.stages["on_cache"]:
+            kept = i.on_cache(prompt, q, k, v)
+            if kept is None:
+                continue
+            self._check_kept(i, kept, k)
+            index = kept.unsqueeze(-1)
+            call.cache.layers[site.layer] = evicted_layer_class()(
+                self.session,
+                k.gather(2, index.expand(-1, -1, -1, k.shape[-1])),
+                v.gather(2, index.expand(-1, -1, -1, v.shape[-1])),
+                kept,
+                n,
+                layer.max_cache_len if static else -1,
+            )
+
+    def _check_kept(self, intervention: Intervention, kept: Tensor, k: Tensor) -> None:
+        if kept.dim() != 3 or kept.shape[:2] != k.shape[:2] or kept.shape[2] == 0:
+            raise ValueError(
+                f"{type(intervention).__name__}.on_cache must return indices (B, Hk, K) with batch and heads "
+                f"{tuple(k.shape[:2])}, got {tuple(kept.shape)}"
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The family
+
+
+class TransformersAdapter(Adapter):
+    """Interception by name in both interfaces; token types from the ids that the model reads."""
+
+    name = "transformers"
+    stages: ClassVar[frozenset[str]] = frozenset(
+        "on_block_input on_context on_qkv on_kv_read around_attention on_scores on_weights on_output on_cache".split()
+    )
+
+    def sites(self, model: nn.Module, part: str | None) -> list[Site]:
+        hf = _need()
+        root, prefix = model, ""
+        if part is not None:
+            try:
+                root, prefix = model.get_submodule(part), part + "."
+            except AttributeError as error:
+                names = [n for n, _ in model.named_modules() if n and n.count(".") < 2]
+                raise ValueError(f"part={part!r} is not in {type(model).__name__}; it has {names}") from error
+        elif isinstance(model, hf.model):
+            decoder = model.get_decoder()
+            names = {module: name for name, module in model.named_modules()}
+            if isinstance(decoder, nn.Module) and decoder is not model and names.get(decoder):
+                root, prefix = decoder, names[decoder] + "."
+        found = [(prefix + name, m) for name, m in root.named_modules() if name and reachable(m)]
+        if not found:
+            raise TypeError(
+                f"{type(model).__name__} has no attention that can be reached: none of its modules looks its function up in "
+                "transformers' AttentionInterface (ALL_ATTENTION_FUNCTIONS)"
+            )
+        sites = []
+        for number, (name, module) in enumerate(found):
+            config: Any = module.config
+            index = getattr(module, "layer_idx", None)
+            heads = getattr(module, "num_heads", None) or getattr(config, "num_attention_heads", None)
+            if not isinstance(heads, int):
+                raise TypeError(f"{type(module).__name__} ({name}) does not say how many heads it has")
+            groups = getattr(module, "num_key_value_groups", 1)
+            cross = bool(getattr(module, "is_cross_attention", False)) or any(
+                word in name.rsplit(".", 1)[-1].lower() for word in ("cross", "encoder_attn", "encdec")
+            )
+            sites.append(
+                Site(
+                    layer=index if isinstance(index, int) else number,
+                    name=name,
+                    module=module,
+                    kind="cross" if cross else "self",
+                    heads=heads,
+                    kv_heads=heads // groups,
+                    head_dim=getattr(module, "head_dim", 0),
+                    scale=float(getattr(module, "scaling", 1.0)),
+                )
+            )
+        return sites
+
+    def install(self, session: Session, plan: list[tuple[Site, Stages]]) -> None:
+        if session.tracker is not None:
+            session.hook(session.model.register_forward_pre_hook(self._follow_types(session), with_kwargs=True))
+        for site, stages in plan:
+            module = site.module
+            config: Any = module.config
+            implementation = config._attn_implementation or "eager"
+            runtime = LayerRuntime(session, site, stages, kernel_of(module, implementation), implementation)
+            if stages.reads_map and implementation not in READABLE:
+                raise ValueError(runtime.pairs(None, 0, 0, False).opaque)
+            view = copy.copy(config)
+            view.__dict__["_attn_implementation_internal"] = register(implementation)
+            session.set_attribute(module, "config", view)
+            _runtimes[module] = runtime
+            session.undo(functools.partial(_runtimes.pop, module, None))
+            session.hook(module.register_forward_pre_hook(runtime.before, with_kwargs=True))
+            session.hook(module.register_forward_hook(runtime.after))
+            if stages["on_block_input"]:
+                block = self._block(session.model, site)
+                session.hook(block.register_forward_pre_hook(runtime.before_block, with_kwargs=True))
+            if stages["on_context"]:
+                self._swap_sources(session, runtime)
+
+    @staticmethod
+    def _block(model: nn.Module, site: Site) -> nn.Module:
+        parent = site.name.rpartition(".")[0]
+        while parent and not parent.rpartition(".")[2].isdigit():
+            parent = parent.rpartition(".")[0]
+        if not parent:
+            raise ValueError(
+                f"layer {site.layer} ({site.name}) is not inside a numbered block, so it has no block input"
+            )
+        return model.get_submodule(parent)
+
+    @staticmethod
+    def _swap_sources(session: Session, runtime: LayerRuntime) -> None:
+        module = runtime.module
+        missing = [name for name in ("k_proj", "v_proj") if not isinstance(getattr(module, name, None), nn.Module)]
+        if missing:
+            raise ValueError(
+                f"{runtime.where}: on_context needs separate projections of keys and values; {missing} are missing in "
+                f"{type(module).__name__}"
+            )
+
+        def site(source: Tensor) -> Site:
+            return session.described(runtime.site, source.shape[0], offset=runtime.call.offset, n_keys=source.shape[1])
+
+        swap_sources(session, runtime.stages, site, module.k_proj, module.v_proj)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _follow_types(session: Session) -> Callable[..., None]:
+        names: list[str] = list(inspect.signature(session.model.forward).parameters)
+
+        def follow(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+            read = ids if ids is not None else embeds
+            if read is None:
+                raise ValueError(f"{type(model).__name__} was called without input_ids or inputs_embeds")
+            cache = given.get("past_key_values")
+            offset = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+            mask = given.get("attention_mask")
+            assert session.tracker is not None
+            session.tracker.advance(ids, offset, read.shape[1], mask if isinstance(mask, Tensor) else None)
+
+        return follow
+
+
+def swap_sources(
+    session: Session, stages: Stages, site: Callable[[Tensor], Site], to_k: nn.Module, to_v: nn.Module
+) -> None:
+    """Let ``on_context`` choose what the two projections read; whichever is called first asks."""
+    waiting: dict[nn.Module, Tensor] = {}
+
+    def before(projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if projection in waiting:
+            return (waiting.pop(projection), *args[1:])
+        source = args[0]
+        k_source, v_source = source, source
+        for i in stages["on_context"]:
+            k_source, v_source = i.on_context(site(source), k_source, v_source)
+        for name, new in (("k_source", k_source), ("v_source", v_source)):
+            if new.shape[0] != source.shape[0] or new.shape[-1] != source.shape[-1]:
+                raise ValueError(
+                    f"on_context returned {name} of shape {tuple(new.shape)}, the model reads {tuple(source.shape)}"
+                )
+        waiting.clear()
+        mine, other, partner = (k_source, v_source, to_v) if projection is to_k else (v_source, k_source, to_k)
+        waiting[partner] = other
+        return (mine, *args[1:])
+
+    for projection in (to_k, to_v):
+        session.hook(projection.register_forward_pre_hook(before))
+    session.undo(waiting.clear)

@@ -1,0 +1,75 @@
+"""LACING's multimodal dual attention: image keys and text keys are normalised apart.
+
+On one set of queries, keys and values, with ``S = Q K^T / sqrt(D)``,
+
+    ``O = softmax(S + M_img) V + softmax(S + M_txt) V``,
+
+so that no amount of text can starve the image: each part sums to one. ``M_img`` allows image keys: all of them
+(``image_mask="full"``: also later ones, as the released models were trained), or causally, an image query then seeing only
+itself among image keys (``"causal"``). ``M_txt`` allows text keys up to the query. A row without any image key gets zero
+for the image part.
+
+What differs from the authors' code: they zero the image part per sample only, so that with the causal mask a row without
+image keys attends uniformly, to the future as well; here it is zero per row. Generated tokens are text.
+
+Attached to a model that was not trained with it, dual attention changes the scale of attention outputs (a sum, no mean).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..hooks.core import Intervention, Probe, Site, implements
+from ..hooks.tokens import IMAGE, is_text
+from ..types import check_choice
+
+
+class DualAttention(Intervention):
+    """Two softmaxes, over image keys and over text keys, added.
+
+    Token types come from ``attach(..., token_types=...)`` and are kept per sample while decoding.
+
+    Args:
+        image_mask: ``"full"`` or ``"causal"``, see the module.
+        layers: layers to change; ``None`` for all, as the models were trained.
+
+    Reference: Zhao et al., 2024, arXiv 2411.14279, section 3 (MDA).
+
+    >>> DualAttention().image_mask
+    'full'
+    """
+
+    name: ClassVar[str] = "lacing"
+    kinds: ClassVar[tuple[str, ...]] = ("self",)
+    needs_types: ClassVar[bool] = True
+
+    def __init__(self, image_mask: str = "full", layers: Sequence[int | str] | None = None):
+        check_choice("image_mask", image_mask, ("full", "causal"))
+        self.image_mask = image_mask
+        self.layers = None if layers is None else list(layers)
+
+    def conflicts(self, other: Intervention) -> str | None:
+        if isinstance(other, Probe) or implements(other, "on_scores") or implements(other, "on_weights"):
+            return (
+                "dual attention normalises image and text keys apart, so there is no single map to look at or to edit"
+            )
+        return None
+
+    def around_attention(self, site: Site, q: Tensor, k: Tensor, v: Tensor, call: Callable[..., Tensor]) -> Tensor:
+        types = site.key_types()
+        image = (types == IMAGE)[:, :, None]
+        if not bool(image.any()):
+            return call(q, k, v)
+        assert site.mask is not None and site.q_types is not None and site.k_pos is not None and site.q_pos is not None
+        text = is_text(types)[:, :, None] & site.mask.dense(q.device)
+        if self.image_mask == "causal":
+            image = image & site.mask.dense(q.device)
+            slots = (
+                site.k_pos if site.k_pos.dim() == 1 else site.k_pos.repeat_interleave(site.heads // site.kv_heads, 1)
+            )
+            itself = (slots[None, None, None] if slots.dim() == 1 else slots[:, :, None]) == site.q_pos[:, None]
+            image = image & (itself | (site.q_types != IMAGE)[:, None, :, None])
+        return call(q, k, v, mask=image) + call(q, k, v, mask=text)
