@@ -144,12 +144,12 @@ class DeformableAttention(Mechanism):
     @property
     def traits(self) -> Traits:
         if self.reference_mode == "learned":
-            patterns = {"noncausal-cross", "causal-cross"}
-            return self.class_traits.but(patterns=frozenset(patterns), layout=False)
-        patterns = {"noncausal-cross"}
+            patterns = frozenset({"noncausal-cross", "causal-cross"})
+            return self.class_traits.but(patterns=patterns, layout=False)
+        patterns = frozenset({"noncausal-cross"})
         if self.context_dim == self.dim and self.context_layout is None:
-            patterns.add("noncausal-self")
-        return self.class_traits.but(patterns=frozenset(patterns), grid_ranks=frozenset({2}))
+            patterns |= {"noncausal-self"}
+        return self.class_traits.but(patterns=patterns, grid_ranks=frozenset({2}))
 
     # ---- what to read, and where
 

@@ -1,0 +1,13 @@
+from attnlib import Layout
+from attnlib.check import Case
+
+ROWS = [
+    Case(
+        "deformable-attention", dict(dim=8, num_heads=4, num_points=2), (5, 6), context_grid=(4, 3),
+        layout=Layout((("image", (4, 5)),)),
+    ),
+    Case(
+        "deformable-attention", dict(dim=8, num_heads=4, num_points=3, reference="learned", context_dim=6), (3, 4),
+        "learned", context_grid=(4, 3),
+    ),
+]  # fmt: skip
