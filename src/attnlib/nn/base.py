@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -125,6 +126,13 @@ class Mechanism(nn.Module):
     def _name(self) -> str:
         return getattr(self, "slug", type(self).__name__)
 
+    def _claims(self) -> Traits:
+        return self.traits
+
+    # What torch.compiler.assume_constant_result does, without importing the compiler: traits are plain Python, which a
+    # subclass may compute in ways that the compiler cannot trace.
+    _claims._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
     def _check_call(
         self,
         x: Tensor,
@@ -138,7 +146,7 @@ class Mechanism(nn.Module):
         carry: Any,
         returns: Extras,
     ) -> None:
-        traits, name = self.traits, self._name()
+        traits, name = self._claims(), self._name()
         if layout is not None:
             if not traits.layout:
                 raise ValueError(f"{name} takes no layout (trait layout is False)")
@@ -169,6 +177,9 @@ class Mechanism(nn.Module):
         ):
             if value is not None and not getattr(traits, trait):
                 raise ValueError(f"{name} takes no {argument} (trait {trait} is False)")
+        if mask is not None and state is None:
+            source = x if context is None else context
+            _check_explicit(mask, math.prod(x.shape[1:-1]), math.prod(source.shape[1:-1]))
         if isinstance(returns, str):
             raise TypeError(
                 f"returns must be a tuple of names, got the string {returns!r}; write returns=({returns!r},)"
@@ -185,6 +196,16 @@ class Mechanism(nn.Module):
             if not supported[extra]:
                 possible = [e for e in EXTRAS if supported[e]]
                 raise ValueError(f"{name} cannot return {extra!r}; possible: {possible}")
+
+
+def _check_explicit(mask: Mask, n: int, m: int) -> None:
+    """Raise ``ValueError`` when a dense mask, alone or inside a composition, is not for ``n`` queries, ``m`` keys."""
+    allowed = getattr(mask, "allowed", None)
+    if isinstance(allowed, Tensor) and tuple(allowed.shape[-2:]) != (n, m):
+        raise ValueError(f"mask must be (..., {n}, {m}) for N={n} queries and M={m} keys, got {tuple(allowed.shape)}")
+    for part in mask._args():
+        if isinstance(part, Mask):
+            _check_explicit(part, n, m)
 
 
 class Fusion(nn.Module):

@@ -1,0 +1,85 @@
+"""Precision: bfloat16, autocast, float32 against float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .subject import Evidence, Scene, Subject, claim, finite, require
+
+#: Relative error of half precision, as a norm: bfloat16 has a unit of 2^-8 = 0.004, and a handful of roundings pile up.
+HALF = 0.05
+
+
+def _error(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp_min(1e-6))
+
+
+def _pair(s: Subject, scene: Scene) -> tuple[Tensor, Tensor | None]:
+    x, context = s.x(), s.context(scene)
+    return x.bfloat16(), None if context is None else context.bfloat16()
+
+
+def _wide(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None else t.to(dtype)
+
+
+@claim("float32")
+def float32(s: Subject) -> Evidence:
+    """float32 agrees with float64."""
+    worst, limit = 0.0, 1e-4
+    for scene in s.scenes:
+        x, context = s.x(dtype=torch.float32), s.context(scene, dtype=torch.float32)
+        m, m64 = s.fresh(torch.float32), s.fresh(torch.float64)
+        wide, wide_context = x.double(), _wide(context, torch.float64)
+        plan = s.plan(m64, wide, wide_context)
+        y = s.y(m, x, context, scene, **plan)
+        require(y.dtype == torch.float32, f"y is {y.dtype} for float32 input")
+        error = _error(finite(y, "y"), s.y(m64, wide, wide_context, scene, **plan))
+        require(error <= limit, f"{scene.name}: float32 is off by {error:.1e}", error, limit)
+        worst = max(worst, error)
+    return Evidence("float32 agrees with float64", worst, limit)
+
+
+@claim("bfloat16")
+def bfloat16(s: Subject) -> Evidence:
+    """bfloat16 stays near float32 with the same (rounded) weights and inputs, and keeps its dtype."""
+    worst = 0.0
+    for scene in s.scenes:
+        x, context = _pair(s, scene)
+        m = s.fresh(torch.bfloat16)
+        m32 = s.fresh(torch.bfloat16).float()
+        plan = s.plan(m32, x.float(), _wide(context, torch.float32))
+        y = s.y(m, x.requires_grad_(), context, scene, **plan)
+        require(y.dtype == torch.bfloat16, f"{scene.name}: y is {y.dtype} for bfloat16 input")
+        y.float().square().sum().backward()
+        assert x.grad is not None
+        finite(x.grad, f"{scene.name}: the gradient in bfloat16")
+        error = _error(finite(y, f"{scene.name}: y"), s.y(m32, x.float(), _wide(context, torch.float32), scene, **plan))
+        require(error <= HALF, f"{scene.name}: bfloat16 is off by {error:.3f}", error, HALF)
+        worst = max(worst, error)
+    return Evidence("bfloat16 stays near float32", worst, HALF)
+
+
+@claim("autocast")
+def autocast(s: Subject) -> Evidence:
+    """Under autocast forward and backward work, stay near float32 and leave float32 gradients."""
+    worst = 0.0
+    for scene in s.scenes:
+        m, x, context = s.fresh(torch.float32), s.x(dtype=torch.float32), s.context(scene, dtype=torch.float32)
+        plan = s.plan(m, x, context)
+        full = s.y(m, x, context, scene, **plan)
+        x.requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = s.y(m, x, context, scene, **plan)
+        require(y.dtype in (torch.float32, torch.bfloat16), f"{scene.name}: y is {y.dtype} under autocast")
+        error = _error(finite(y, f"{scene.name}: y under autocast"), full)
+        require(error <= HALF, f"{scene.name}: autocast is off by {error:.3f}", error, HALF)
+        y.float().square().sum().backward()
+        for name, p in (("x", x), *m.named_parameters()):
+            if p.grad is not None:
+                require(p.grad.dtype == torch.float32, f"{scene.name}: the gradient of {name} is {p.grad.dtype}")
+                finite(p.grad, f"{scene.name}: the gradient of {name}")
+        worst = max(worst, error)
+    return Evidence("autocast works forward and backward", worst, HALF)

@@ -1,0 +1,414 @@
+"""The mechanism under test: how to build it, feed it and read its answer; and the vocabulary of verdicts."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..masks import Mask, as_mask, causal
+from ..nn.base import Fusion, Mechanism
+from ..nn.registry import find
+from ..types import Output, Traits
+from .case import Case
+
+#: What is assumed of a plain module that says nothing about itself.
+SILENT = Traits(valid=False, work={}, memory={}, resolution_free=False, batch_independent=False, traceable=False)
+
+#: Largest deviation, relative to the size of the output, between values that should agree in float64. What is looked
+#: for (a leaked token, a drifting state) is orders of magnitude larger, rounding is orders smaller.
+SAME = 1e-6
+
+
+class Refuted(Exception):
+    """A claim does not hold."""
+
+    def __init__(self, why: str, measured: float | None = None, limit: float | None = None):
+        super().__init__(why)
+        self.why, self.measured, self.limit = why, measured, limit
+
+
+class NotClaimed(Exception):
+    """There is nothing to test."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A claim held, and this is what was seen."""
+
+    why: str
+    measured: float | None = None
+    limit: float | None = None
+    loose: bool = False
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One entry of :data:`CLAIMS`."""
+
+    name: str
+    test: Callable[[Subject], Evidence | str]
+    claimed: Callable[[Subject], str | None]
+    probe: bool
+
+
+#: Every claim by name, in the order in which they are tested.
+CLAIMS: dict[str, Claim] = {}
+
+
+def claim(
+    name: str, unless: Callable[[Subject], str | None] = lambda s: None, probe: bool = False
+) -> Callable[[Callable[[Subject], Evidence | str]], Callable[[Subject], Evidence | str]]:
+    """Decorator: test of the claim ``name``.
+
+    Args:
+        name: as it appears in reports.
+        unless: why nothing is claimed, or ``None`` when it is.
+        probe: the test also tells something about a module that does not claim it.
+    """
+
+    def add(test: Callable[[Subject], Evidence | str]) -> Callable[[Subject], Evidence | str]:
+        CLAIMS[name] = Claim(name, test, unless, probe)
+        return test
+
+    return add
+
+
+def trait(name: str) -> Callable[[Subject], str | None]:
+    """For ``unless``: tested only when this boolean trait is claimed."""
+    return lambda s: None if getattr(s.claims, name) else f"trait {name} is False"
+
+
+def mechanism_only(s: Subject) -> str | None:
+    """For ``unless``: a question that only the call convention of Mechanism answers."""
+    return None if s.is_mechanism else "not a Mechanism, so it has no such convention"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Comparing
+
+
+def deviation(a: Tensor, b: Tensor) -> float:
+    """Largest difference relative to the size of ``b``; ``inf`` when something is not finite or shapes differ."""
+    if a.shape != b.shape:
+        return math.inf
+    if not a.numel():
+        return 0.0
+    a, b = a.detach().double(), b.detach().double()
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return math.inf
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-3))
+
+
+def require(condition: Any, why: str, measured: float | None = None, limit: float | None = None) -> None:
+    """Refute with ``why`` unless ``condition``."""
+    if not bool(condition):
+        raise Refuted(why, measured, limit)
+
+
+def same(a: Tensor, b: Tensor, why: str, limit: float = SAME) -> float:
+    """The deviation of ``a`` from ``b``; refutes with ``why`` above ``limit``."""
+    require(a.shape == b.shape, f"{why}: shape {tuple(a.shape)} instead of {tuple(b.shape)}")
+    measured = deviation(a, b)
+    require(measured <= limit, f"{why}: they differ by {measured:.2e} of their size (limit {limit:g})", measured, limit)
+    return measured
+
+
+def finite(value: Tensor, what: str) -> Tensor:
+    """``value``; refutes when it holds NaN or infinity."""
+    require(value.isfinite().all(), f"{what} holds NaN or infinity")
+    return value
+
+
+def refused(call: Callable[[], Any], what: str) -> str:
+    """The message with which ``call`` is refused; refutes when it is accepted or fails obscurely."""
+    try:
+        call()
+    except (ValueError, TypeError) as error:
+        message = str(error)
+        require(len(message) >= 15, f"{what} is refused without an explanation: {type(error).__name__}({message!r})")
+        return message
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else ""
+        raise Refuted(f"{what} is not refused at the door but breaks inside: {type(error).__name__}: {text}") from error
+    raise Refuted(f"{what} is accepted silently")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Building
+
+
+def resolve(target: Any) -> tuple[str, Callable[..., nn.Module]]:
+    """A printable name and a factory for a registry name, ``"module:Class"``, class, factory or module."""
+    if isinstance(target, str):
+        if ":" not in target:
+            return target, find(target)
+        module_name, _, path = target.partition(":")
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            found: Any = importlib.import_module(module_name)
+        except ImportError as error:
+            raise ValueError(f"target={target!r}: cannot import {module_name!r}: {error}") from error
+        for part in path.split("."):
+            if not hasattr(found, part):
+                raise ValueError(f"target={target!r}: {module_name!r} has no {path!r}")
+            found = getattr(found, part)
+        return target, found
+    if isinstance(target, nn.Module):
+
+        def clone(**config: Any) -> nn.Module:
+            if config:
+                raise TypeError(f"settings {sorted(config)} were given for a module that is built already")
+            return copy.deepcopy(target)
+
+        return type(target).__name__, clone
+    if callable(target):
+        return getattr(target, "__qualname__", repr(target)), target
+    raise TypeError(
+        f"target must be a registry name, 'module:Class', a class, a factory or a module, got {type(target).__name__}"
+    )
+
+
+def accepts(factory: Callable[..., Any], name: str) -> bool:
+    """Whether ``factory`` has an argument of that name."""
+    try:
+        return name in inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def default_config(factory: Callable[..., Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Small settings for what the caller left open."""
+    out = dict(config)
+    for name, value in (("dim", 32), ("num_heads", 4)):
+        if name not in out and accepts(factory, name):
+            out[name] = value
+    return out
+
+
+def default_grid(traits: Traits) -> tuple[int, ...]:
+    """A small grid of the lowest rank claimed."""
+    rank = min(traits.grid_ranks)
+    side = {1: 16, 2: 8, 3: 4}[rank]
+    return (max(side, 2 * traits.grid_multiple) // traits.grid_multiple * traits.grid_multiple,) * rank
+
+
+def liven(module: nn.Module) -> nn.Module:
+    """Move parameters off constant initial values: a gate at zero or a bias at zero would hide what it switches.
+
+    Zeros become small and random, other constants are jittered; parameters that are random already stay.
+    """
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.is_floating_point() and p.numel() and bool((p == p.flatten()[0]).all()):
+                noise = torch.rand(p.shape, generator=generator, dtype=torch.float32).to(p.dtype) - 0.5
+                p.copy_(p * (1 + 0.2 * noise) + (0.6 * noise if bool(p.flatten()[0] == 0) else 0.0))
+    return module
+
+
+def still(module: nn.Module) -> nn.Module:
+    """Switch dropout off, also where it is a plain attribute."""
+    for m in module.modules():
+        if isinstance(m, nn.modules.dropout._DropoutNd):
+            m.p = 0.0
+        for name in ("attn_drop", "proj_drop", "drop_path", "dropout", "dropout_p"):
+            if isinstance(vars(m).get(name), float):
+                setattr(m, name, 0.0)
+    return module
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One way of calling the mechanism: self or cross, causal or not."""
+
+    name: str
+    cross: bool
+    causal: bool
+    mask: Mask | None = None
+
+
+class Subject:
+    """A mechanism under test."""
+
+    def __init__(self, target: Any, case: Case | None, claims: Traits | None, grid: Any, config: Mapping[str, Any]):
+        if isinstance(target, Case):
+            target, case = target.name, target
+        self.name, self.factory = resolve(target)
+        if isinstance(self.factory, type) and issubclass(self.factory, Fusion):
+            raise ValueError(f"{self.name} fuses several streams; the kit tests single-stream mechanisms")
+        if case is None:
+            settings = dict(config) if isinstance(target, nn.Module) else default_config(self.factory, config)
+            case = Case(self.name, settings, ())
+        elif config or grid is not None:
+            case = replace(case, config={**case.config, **config}, grid=case.grid if grid is None else _tuple(grid))
+        self.case = case
+        self.base = self.fresh(torch.float32, like=None)
+        self.is_mechanism = isinstance(self.base, Mechanism)
+        self._claims = claims
+        self._growth: Any = None
+        self.claims = self.claims_of(self.base)
+        if not case.grid:
+            self.case = replace(case, grid=default_grid(self.claims) if grid is None else _tuple(grid))
+
+    # ---- building
+
+    def build(self, **overrides: Any) -> nn.Module:
+        """A new instance, seeded."""
+        torch.manual_seed(0)
+        module = self.factory(**{**self.case.config, **overrides})
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{self.name} built {type(module).__name__}, not a torch.nn.Module")
+        return module
+
+    def fresh(self, dtype: torch.dtype = torch.float64, train: bool = False, like: Any = ..., **overrides: Any) -> Any:
+        """A new instance in ``dtype`` with the same weights each time, dropout off."""
+        module = still(liven(self.build(**overrides))).train(train)
+        if like is ... and not overrides:
+            module.load_state_dict(self.base.state_dict())
+        return module.to(dtype)
+
+    def claims_of(self, module: nn.Module) -> Traits:
+        """What ``module`` claims in its mode."""
+        if self._claims is not None:
+            return self._claims
+        for holder, name in ((module, "traits"), (type(module), "class_traits")):
+            found = getattr(holder, name, None)
+            if isinstance(found, Traits):
+                return found
+        return SILENT
+
+    @cached_property
+    def width(self) -> int:
+        """Channels of ``x``."""
+        for holder in (dict(self.case.config), vars(self.base)):
+            for name in ("dim", "embed_dim", "d_model", "hidden_size", "channels", "in_channels", "in_dim"):
+                if isinstance(holder.get(name), int):
+                    return holder[name]
+        for p in self.base.modules():
+            if isinstance(p, nn.Linear):
+                return p.in_features
+        raise ValueError(f"cannot tell how wide the input of {self.name} is; pass dim=... or give the module a .dim")
+
+    @property
+    def context_width(self) -> int:
+        """Channels of ``context``."""
+        return getattr(self.base, "context_dim", self.width)
+
+    # ---- feeding
+
+    @cached_property
+    def scenes(self) -> list[Scene]:
+        """Every claimed pattern; those that are the same call are one scene."""
+        patterns = self.claims.patterns
+        found = []
+        for kind in ("self", "cross"):
+            both = {f"noncausal-{kind}", f"causal-{kind}"} <= patterns
+            if f"noncausal-{kind}" in patterns:
+                found.append(Scene(f"noncausal-{kind}", kind == "cross", False))
+            if f"causal-{kind}" in patterns:
+                # One instance that claims both becomes causal by the mask.
+                found.append(
+                    Scene(f"causal-{kind}", kind == "cross", True, causal() if both and self.claims.mask else None)
+                )
+        return found
+
+    @property
+    def scene(self) -> Scene:
+        """The first claimed pattern."""
+        return self.scenes[0]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.case.grid
+
+    def x(self, batch: int = 2, grid: Any = None, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+        """(B, *grid, C) random tokens."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (batch, *(self.grid if grid is None else grid), self.width)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def context(self, scene: Scene, batch: int = 2, dtype: torch.dtype = torch.float64, seed: int = 2) -> Tensor | None:
+        """(B, *grid', C') random context of a cross scene."""
+        if not scene.cross:
+            return None
+        grid = self.case.context_grid
+        if grid is None:
+            grid = tuple(g + self.claims.grid_multiple for g in self.grid) if self.claims.resolution_free else self.grid
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn((batch, *grid, self.context_width), generator=generator, dtype=torch.float64).to(dtype)
+
+    def noise(self, like: Tensor, seed: int, size: float = 1.0) -> Tensor:
+        """Random values of the shape of ``like``."""
+        generator = torch.Generator().manual_seed(1000 + seed)
+        return size * torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
+
+    def holes(self, x: Tensor) -> Tensor:
+        """(B, *grid) boolean: scattered tokens of even samples and the last part of odd ones do not exist."""
+        batch, grid = x.shape[0], tuple(x.shape[1:-1])
+        n = math.prod(grid)
+        generator = torch.Generator().manual_seed(3)
+        valid = torch.rand(batch, n, generator=generator) > 0.4
+        valid[:, : max(1, n // 4)] |= torch.rand(batch, max(1, n // 4), generator=generator) > 0.5
+        valid[1::2] = torch.arange(n) < max(1, (5 * n) // 8)
+        valid[:, n // 2] = True
+        return valid.view(batch, *grid)
+
+    def run(self, m: nn.Module, x: Tensor, context: Tensor | None = None, scene: Scene | None = None, **kw: Any) -> Any:
+        """The raw answer."""
+        if self.case.extras is not None:
+            kw = {**self.case.extras(x), **kw}
+        if scene is not None and scene.mask is not None:
+            given = as_mask(kw.get("mask"))
+            kw["mask"] = scene.mask if given is None else scene.mask & given
+        return m(x, **kw) if context is None else m(x, context, **kw)
+
+    def y(
+        self, m: nn.Module, x: Tensor, context: Tensor | None = None, scene: Scene | None = None, **kw: Any
+    ) -> Tensor:
+        """The tokens of the answer."""
+        return tokens(self.run(m, x, context, scene, **kw))
+
+    def plan(self, m: Any, x: Tensor, context: Tensor | None = None) -> dict[str, Any]:
+        """``{"plan": ...}`` with the choices for ``x``, so that they can be held fixed; empty without choices."""
+        if not self.claims.needs_plan:
+            return {}
+        extras = self.case.extras(x) if self.case.extras is not None else {}
+        return {"plan": m.plan(x, **extras) if context is None else m.plan(x, context, **extras)}
+
+    def other_grids(self) -> Iterator[tuple[int, ...]]:
+        """Awkward grids other than the usual one, all multiples of ``grid_multiple``."""
+        g = self.claims.grid_multiple
+        if self.case.odd_grid is not None:
+            yield self.case.odd_grid
+        else:
+            yield tuple(side + g * (1 + axis) for axis, side in enumerate(self.grid))
+
+    def __repr__(self) -> str:
+        return f"Subject({self.name}, {dict(self.case.config)}, {self.grid})"
+
+
+def tokens(answer: Any) -> Tensor:
+    """``y`` of whatever a module returned."""
+    if isinstance(answer, Output):
+        return answer.y
+    if isinstance(answer, (tuple, list)) and answer and isinstance(answer[0], Tensor):
+        return answer[0]
+    if not isinstance(answer, Tensor):
+        raise Refuted(f"forward returned {type(answer).__name__}, not a tensor")
+    return answer
+
+
+def _tuple(grid: Any) -> tuple[int, ...]:
+    return (grid,) if isinstance(grid, int) else tuple(grid)

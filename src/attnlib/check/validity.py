@@ -1,0 +1,178 @@
+"""Tokens that do not exist, and pairs that may not meet."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .. import masks
+from .subject import Evidence, Scene, Subject, claim, finite, require, same, trait
+
+
+class _Taps(TorchFunctionMode):
+    """Collects what linear maps by parameters put out: queries, keys, values, gates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        product = func in (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.einsum)
+        if func is F.linear or (product and any(isinstance(a, nn.Parameter) for a in args)):
+            if out.requires_grad:
+                out.retain_grad()
+            self.seen.append(out)
+        return out
+
+
+def _ghosts(s: Subject, m: nn.Module, scene: Scene, argument: str, valid: Tensor) -> None:
+    """Invalid tokens must not be read even where they were zeroed first and only a bias speaks for them.
+
+    A row of an inner linear map stems from an invalid token when it stays as it is while all *valid* tokens change,
+    but would change if every token were valid. The answer must have no gradient at such rows.
+    """
+
+    def pass_through(seed: int, valid: Tensor, keep: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        x, context = s.x(), s.context(scene)
+        held = x if argument == "valid" else context
+        assert held is not None
+        new = s.noise(held, seed)
+        new = new if keep is None else torch.where(keep[..., None], new, s.noise(held, 99))
+        x, context = (new, context) if argument == "valid" else (x, new)
+        taps = _Taps()
+        with taps:
+            y = s.y(m, x.requires_grad_(), context, scene, **{argument: valid})
+        return y, taps.seen
+
+    full = torch.ones_like(valid)
+    y, rows = pass_through(1, valid, valid)
+    others = [pass_through(2, valid, valid)[1], pass_through(1, full, None)[1], pass_through(2, full, None)[1]]
+    if any([t.shape for t in o] != [t.shape for t in rows] for o in others):
+        return  # the computation takes another shape; the tests by content have to do
+    if argument == "valid":
+        y = y * valid[..., None]
+    if not y.requires_grad:
+        return
+    (y * s.noise(y, 5)).sum().backward()
+    largest = max([float(t.grad.abs().max()) for t in rows if t.grad is not None and t.numel()], default=0.0)
+    for row, other, open_, open_other in zip(rows, *others, strict=True):
+        if row.grad is None:
+            continue
+        ghost = (row == other).all(-1) & ~(open_ == open_other).all(-1)
+        leak = float(row.grad[ghost].abs().max()) / max(largest, 1e-12) if ghost.any() else 0.0
+        require(
+            leak <= 1e-9,
+            f"{scene.name}: tokens that {argument} excludes are still read where a bias stands in for their content "
+            "(they are zeroed, but not kept out of the sum)",
+            leak,
+            1e-9,
+        )
+
+
+@claim("validity", unless=trait("valid"))
+def validity(s: Subject) -> Evidence:
+    """Invalid tokens change nothing, whatever they hold and however many there are; their ``y`` is zero."""
+    worst = 0.0
+    for scene in s.scenes:
+        m, x, context = s.fresh(), s.x(), s.context(scene)
+        arguments = [("valid", x), *([("context_valid", context)] if context is not None else [])]
+        for argument, held in arguments:
+            valid = s.holes(held)
+            y = finite(s.y(m, x, context, scene, **{argument: valid}), f"y with {argument}")
+            if argument == "valid":
+                require(not y[~valid].any(), f"{scene.name}: y of invalid tokens is not zero")
+            for seed, size in ((1, 1.0), (2, 50.0), (3, 1e4)):
+                new = torch.where(valid[..., None], held, s.noise(held, seed, size))
+                pair = (new, context) if argument == "valid" else (x, new)
+                why = f"{scene.name}: y changes when tokens that {argument} excludes change (times {size:g})"
+                worst = max(worst, same(s.y(m, *pair, scene, **{argument: valid}), y, why))
+            leaf = held.clone().requires_grad_()
+            pair = (leaf, context) if argument == "valid" else (x, leaf)
+            out = s.y(m, *pair, scene, **{argument: valid})
+            (grad,) = torch.autograd.grad((out * s.noise(out, 4)).sum(), leaf)
+            require(not grad[~valid].any(), f"{scene.name}: a gradient reaches tokens that {argument} excludes")
+            _ghosts(s, m, scene, argument, valid)
+            everything = torch.ones_like(valid)
+            why = f"{scene.name}: {argument} all True differs from no {argument}"
+            worst = max(
+                worst, same(s.y(m, x, context, scene, **{argument: everything}), s.y(m, x, context, scene), why)
+            )
+            nobody = everything.clone()
+            nobody[0] = False
+            leaf = held.clone().requires_grad_()
+            pair = (leaf, context) if argument == "valid" else (x, leaf)
+            out = finite(
+                s.y(m, *pair, scene, **{argument: nobody}), f"{scene.name}: y of a sample without valid tokens"
+            )
+            (grad,) = torch.autograd.grad(out.square().sum(), leaf)
+            finite(grad, f"{scene.name}: the gradient of a sample without valid tokens")
+            if argument == "valid":
+                require(not out[0].any(), f"{scene.name}: y of a sample without valid tokens is not zero")
+        if s.claims.permutation_equivariant and s.claims.resolution_free and len(s.grid) == 1:
+            n = s.grid[0]
+            more = torch.cat([x[:, : n // 2], s.noise(x, 6)[:, : n // 3], x[:, n // 2 :]], 1)
+            valid = torch.ones(more.shape[:2], dtype=torch.bool)
+            valid[:, n // 2 : n // 2 + n // 3] = False
+            why = f"{scene.name}: adding invalid tokens changes the answer for the others"
+            padded = s.y(m, more, context, scene, valid=valid)[:, valid[0]]
+            worst = max(worst, same(padded, s.y(m, x, context, scene), why))
+    return Evidence("invalid tokens change nothing and come out as zeros", worst)
+
+
+def _rows(s: Subject, n: int, m: int) -> Tensor:
+    allowed = torch.rand(n, m, generator=torch.Generator().manual_seed(11)) > 0.5
+    allowed[0] = False  # a row that may attend to nothing
+    allowed[1 % n, 0] = n > 1
+    return allowed
+
+
+@claim("mask", unless=trait("mask"))
+def mask(s: Subject) -> Evidence:
+    """Masked pairs do not meet; a row that may attend to nothing gives no NaN and no gradient."""
+    worst = 0.0
+    for scene in s.scenes:
+        m, x, context = s.fresh(), s.x(), s.context(scene)
+        source = x if context is None else context
+        n, k = math.prod(x.shape[1:-1]), math.prod(source.shape[1:-1])
+        allowed = _rows(s, n, k)
+        x.requires_grad_()
+        leaf = source.requires_grad_()
+        y = finite(s.y(m, x, context, scene, mask=allowed), f"{scene.name}: y with an empty row of the mask").flatten(
+            1, -2
+        )
+        for row in (0, 1 % n, n // 2, n - 1):
+            (grad,) = torch.autograd.grad((y[:, row] * s.noise(y[:, row], row)).sum(), leaf, retain_graph=True)
+            grad = finite(grad, f"{scene.name}: the gradient of row {row}").flatten(1, -2)
+            hidden = ~allowed[row]
+            if context is None:
+                hidden[row] = False  # a token always shapes its own answer through its query
+            what = "a row that may attend to nothing" if row == 0 else f"row {row}"
+            leak = float(grad[:, hidden].abs().max()) if hidden.any() else 0.0
+            require(leak <= 1e-9, f"{scene.name}: {what} has a gradient at keys that the mask hides", leak, 1e-9)
+        params = [p for p in m.parameters() if p.requires_grad]
+        for g in torch.autograd.grad(y.square().sum(), params, allow_unused=True, retain_graph=True):
+            if g is not None:
+                finite(g, f"{scene.name}: the gradient of a parameter, with an empty row,")
+        for seed, size in ((1, 1.0), (2, 30.0), (3, 1000.0)):
+            keys = torch.rand(k, generator=torch.Generator().manual_seed(seed)) > 0.7
+            blind = ~(allowed & keys).any(-1)
+            if context is None:
+                blind &= ~keys
+            new = torch.where(keys.view(source.shape[1:-1])[..., None], s.noise(source, seed, size), source.detach())
+            got = s.y(m, new, None, scene, mask=allowed) if context is None else s.y(m, x, new, scene, mask=allowed)
+            got = got.flatten(1, -2)
+            why = f"{scene.name}: rows change with keys that the mask hides from them (times {size:g})"
+            worst = max(worst, same(got[:, blind], y[:, blind], why))
+        each = torch.stack([allowed, allowed.flip(0)])[:, None]
+        got = s.y(m, x, context, scene, mask=each).flatten(1, -2)
+        same(got[:1], y[:1], f"{scene.name}: a mask per sample differs from the same mask for all")
+        band = masks.sliding_window(3)
+        got = s.y(m, x, context, scene, mask=band)
+        same(got, s.y(m, x, context, scene, mask=band.dense(n, k)), f"{scene.name}: {band} differs from its dense form")
+    return Evidence("masked pairs do not meet, empty rows give no NaN", worst)
