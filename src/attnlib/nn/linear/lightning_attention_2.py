@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...ops.feature_maps import feature_map
 from ...ops.linear import linear_attention
 from ...positions import alibi_slopes
-from ...types import Output, State, Traits, check_choice
+from ...types import Output, State, Traits, check_choice, stats_dtype
 from ..base import Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
@@ -50,7 +50,8 @@ class LinearizedRotary(nn.Module):
 
     def forward(self, x: Tensor, pos: Tensor) -> Tensor:
         """(B, H, N, D) and positions (B, N) to (B, H, N, 2 D)."""
-        angle = self.theta.float() * pos[:, None, :, None].float()
+        theta = self.theta.to(stats_dtype(self.theta.dtype))
+        angle = theta * pos[:, None, :, None].to(theta.dtype)
         return torch.cat([x * angle.cos().to(x.dtype), x * angle.sin().to(x.dtype)], -1)
 
 
