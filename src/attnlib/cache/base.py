@@ -1,8 +1,8 @@
 """KV-cache compression after prefill: a scorer, a budget and a selector.
 
 A technique is one small class with ``score(site, q, k, v) -> (B, Hk, N)``: how much each cached key is worth, ``+inf``
-for keys that must stay. How many stay is a :class:`Budget`, which ones a selector; positions, masks and batching are the
-adapter's.
+for keys that must stay. How many stay is a :class:`Budget`, which ones a selector; positions, masks and batching are
+the adapter's.
 """
 
 from __future__ import annotations
@@ -147,5 +147,5 @@ class KVCompression(Intervention, ABC):
         return kept
 
     def results(self) -> dict[int, dict[str, Any]]:
-        """``{layer: {"kept": (B, Hk, K) slots, "of": N}}`` of the last prompt; layers that kept everything are absent."""
+        """``{layer: {"kept": (B, Hk, K) slots, "of": N}}`` of the last prompt, without layers that kept everything."""
         return {layer: {"kept": kept, "of": count} for layer, (count, kept) in sorted(self._kept.items())}

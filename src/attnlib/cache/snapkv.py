@@ -4,13 +4,13 @@ After prefill the queries of an observation window of ``w`` tokens vote for the 
 
     ``A = softmax(Q[-w:] K^T / sqrt(D) + causal)``,  ``vote_j = sum_i A_ij``  for ``j < N - w``,
 
-votes are smoothed by one-dimensional pooling so that whole clusters stay, and the ``cap - w`` best keys are kept together
-with the window. Positions go on from the true length.
+votes are smoothed by one-dimensional pooling so that whole clusters stay, and the ``cap - w`` best keys are kept
+together with the window. Positions go on from the true length.
 
-What differs from the authors' code: votes are averaged over the query heads of a key head, so that grouped queries store
-no copies (the authors store one copy of each key per query head); statistics stay in float32 (they sum votes in the
-query's type); kept keys stand in order of position (they: in order of vote, which changes nothing); padding on the left
-gets ``-inf`` votes, so that batches give what single prompts give (they: batches without padding only).
+What differs from the authors' code: votes are averaged over the query heads of a key head, so that grouped queries
+store no copies (the authors store one copy of each key per query head); statistics stay in float32 (they sum votes in
+the query's type); kept keys stand in order of position (they: in order of vote, which changes nothing); padding on the
+left gets ``-inf`` votes, so that batches give what single prompts give (they: batches without padding only).
 """
 
 from __future__ import annotations
@@ -150,7 +150,8 @@ class SnapKV(KVCompression):
     def wants(self, site: Site) -> bool:
         if self.compat == "authors" and site.heads != site.kv_heads:
             raise ValueError(
-                f"compat='authors' stores one copy of each key per query head, which a model with {site.kv_heads} key heads "
+                f"compat='authors' stores one copy of each key per query head, which a model with {site.kv_heads} key "
+                "heads "
                 f"for {site.heads} query heads cannot hold; leave compat out"
             )
         return True

@@ -3,9 +3,9 @@
 An :class:`Intervention` says *what* to do at a :class:`Site`; an adapter says *where* sites are in one family of models
 and hands over ``(q, k, v)``. Neither knows the other, so N techniques and M families cost N + M pieces of code.
 
-A layer at which no intervention does anything is not touched at all. At the others the model's own kernel keeps running:
-score and weight edits are computed beside it, a block of query rows at a time, and only rows that an edit really changed
-replace the kernel's. An edit that changes nothing therefore gives the untouched output, bit for bit.
+A layer at which no intervention does anything is not touched at all. At the others the model's own kernel keeps
+running: score and weight edits are computed beside it, a block of query rows at a time, and only rows that an edit
+really changed replace the kernel's. An edit that changes nothing therefore gives the untouched output, bit for bit.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ class Site:
         rows: name of each row of the batch ("cond", "uncond", "source", ...), as the user gave them.
         pass_name: name of this forward pass of the model, as the user or the pipeline gave it.
         branch: name of the decoding branch, as the user gave it.
-        phase: ``"prefill"`` when no token was cached before this call, ``"decode"`` afterwards, ``None`` without a cache
-            protocol.
+        phase: ``"prefill"`` when no token was cached before this call, ``"decode"`` afterwards, ``None`` without a
+            cache protocol.
         step: denoising step, as the user or the pipeline gave it.
         offset: tokens of the sequence before the first query, counted by the cache.
         rotary: whether q and k carry rotary positions already; ``None`` when the model has none or it is not known.
@@ -248,7 +248,7 @@ class Intervention:
         return False
 
     def wants(self, site: Site) -> bool:
-        """Whether to act at this site at all, decided once, when attached (the site knows its layer, kind and heads)."""
+        """Whether to act at this site at all, decided once, when attached; the site knows layer, kind and heads."""
         return True
 
     def conflicts(self, other: Intervention) -> str | None:
@@ -363,7 +363,7 @@ def _grouped(a: Tensor, heads: int) -> Tensor:
 
 
 def score_rows(site: Site, q: Tensor, k: Tensor, rows: Tensor, pair: PairMask) -> tuple[Tensor, Tensor | None]:
-    """(B, H, r, M) scores of some query rows in the statistics dtype, ``-inf`` where a pair may not meet; and which may."""
+    """(B, H, r, M) scores of some query rows, ``-inf`` where a pair may not meet, and which pairs may."""
     dtype = stats_dtype(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         some = _grouped(q.index_select(2, rows).to(dtype), k.shape[1])
@@ -557,7 +557,7 @@ class Adapter:
     stages: ClassVar[frozenset[str]] = frozenset()
 
     def sites(self, model: nn.Module, part: str | None) -> list[Site]:
-        """Every attention of ``model`` (or of its submodule ``part``) that can be acted on; raises when there is none."""
+        """Every attention of ``model`` (or of its ``part``) that can be acted on; raises when there is none."""
         raise NotImplementedError
 
     def install(self, session: Session, plan: list[tuple[Site, Stages]]) -> None:
@@ -622,7 +622,8 @@ class Session:
         """A template site with what the user said about this call."""
         if self.rows is not None and len(self.rows) != batch:
             raise ValueError(
-                f"rows names {len(self.rows)} rows of the batch ({list(self.rows)}), but layer {site.layer} ({site.name}) "
+                f"rows names {len(self.rows)} rows of the batch ({list(self.rows)}), but layer {site.layer} "
+                f"({site.name}) "
                 f"got a batch of {batch}; give one name per row"
             )
         return site.but(
@@ -749,7 +750,8 @@ def check_layers(intervention: Intervention, sites: Sequence[Site]) -> list[Site
             if not any(_matches([layer], s, last) for s in fitting):
                 what = numbers if isinstance(layer, int) else [s.name for s in fitting]
                 raise ValueError(
-                    f"{name}: layer {layer!r} does not exist among {'/'.join(intervention.kinds)} attention; possible: {what}"
+                    f"{name}: layer {layer!r} does not exist among {'/'.join(intervention.kinds)} attention; "
+                    f"possible: {what}"
                 )
         fitting = [s for s in fitting if _matches(intervention.layers, s, last)]
     chosen = [s for s in fitting if intervention.wants(s)]
@@ -823,7 +825,8 @@ def attach(
     for other, session in list(_sessions.items()):
         if other in mine or model in set(other.modules()):
             raise ValueError(
-                f"{type(model).__name__} has a session already ({session}); detach it first, or give all interventions to "
+                f"{type(model).__name__} has a session already ({session}); detach it first, or give all "
+                "interventions to "
                 "one attach"
             )
     sites = adapter.sites(model, part)

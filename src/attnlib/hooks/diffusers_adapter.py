@@ -3,7 +3,8 @@
 An attached attention module gets, in place of its processor, an object of a subclass of that processor's class that
 shares its state and runs it inside a ``TorchFunctionMode``: the one call of ``scaled_dot_product_attention`` in it is
 where the stages act. This serves every processor that ends in that function, with its own projections, norms, rotary
-embedding and order of streams; a kernel that bypasses it is noticed and refused. Unattached modules keep their processor.
+embedding and order of streams; a kernel that bypasses it is noticed and refused. Unattached modules keep their
+processor.
 
 Steps and passes come from the pipeline's own ``cache_context`` or from ``session.at(...)``; rows of a
 classifier-free-guidance batch come from the user. Layouts come from the shapes the denoiser was called with.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -67,15 +69,25 @@ class _Intercept(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+#: By attention module, since one processor object may serve many.
+_runtimes: weakref.WeakKeyDictionary[nn.Module, ModuleRuntime] = weakref.WeakKeyDictionary()
+
+
+def _forget(module: nn.Module) -> None:
+    _runtimes.pop(module, None)
+
+
 @functools.cache
-def _hooked(cls: type) -> type:
+def _hooked(cls: Any) -> Any:
     """A subclass of a processor's class that runs it under its module's stages."""
 
     @functools.wraps(cls.__call__)
     def call(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self._attnlib_runtime.around(functools.partial(cls.__call__, self, attn), args, kwargs)
+        plain = functools.partial(cls.__call__, self, attn)
+        runtime = _runtimes.get(attn)
+        return plain(*args, **kwargs) if runtime is None else runtime.around(plain, args, kwargs)
 
-    return type(f"Attached{cls.__name__}", (cls,), {"__call__": call, "_attnlib_runtime": None})
+    return type(f"Attached{cls.__name__}", (cls,), {"__call__": call})
 
 
 class ModuleRuntime:
@@ -101,7 +113,8 @@ class ModuleRuntime:
             self.given = {}
         if not intercept.count:
             raise ValueError(
-                f"{self.where}: {self.processor} did not call torch's scaled_dot_product_attention, so nothing could act "
+                f"{self.where}: {self.processor} did not call torch's scaled_dot_product_attention, so nothing could "
+                "act "
                 "there; use a processor that does (AttnProcessor2_0) and the native attention backend"
             )
         return result
@@ -194,7 +207,7 @@ class DiffusersAdapter(Adapter):
             except AttributeError as error:
                 names = [n for n, _ in model.named_modules() if n and n.count(".") < 2]
                 raise ValueError(f"part={part!r} is not in {type(model).__name__}; it has {names}") from error
-        sites = []
+        sites: list[Site] = []
         for name, module in root.named_modules():
             if not (hasattr(module, "processor") and hasattr(module, "set_processor") and hasattr(module, "to_q")):
                 continue
@@ -217,7 +230,8 @@ class DiffusersAdapter(Adapter):
             )
         if not sites:
             raise TypeError(
-                f"{type(model).__name__} has no attention that can be reached: none of its modules has a diffusers attention "
+                f"{type(model).__name__} has no attention that can be reached: none of its modules has a diffusers "
+                "attention "
                 "processor"
             )
         return sites
@@ -242,10 +256,12 @@ class DiffusersAdapter(Adapter):
                     "description of that is missing"
                 )
             runtime = ModuleRuntime(session, site, stages, frame)
-            attached = object.__new__(_hooked(type(original)))
+            processor_class: Any = type(original)
+            attached: Any = object.__new__(_hooked(processor_class))
             # The same dictionary: what is set on one (a backend, a scale) is set on the other.
             object.__setattr__(attached, "__dict__", original.__dict__)
-            session.set_attribute(attached, "_attnlib_runtime", runtime)
+            _runtimes[module] = runtime
+            session.undo(functools.partial(_forget, module))
             if isinstance(original, nn.Module):
                 module._modules["processor"] = attached
                 session.undo(functools.partial(module._modules.__setitem__, "processor", original))
@@ -254,7 +270,8 @@ class DiffusersAdapter(Adapter):
             if stages["on_context"]:
                 if site.kind == "joint":
                     raise ValueError(
-                        f"layer {site.layer} ({site.name}): joint attention reads two sources; on_context is missing there"
+                        f"layer {site.layer} ({site.name}): joint attention reads two sources; on_context is missing "
+                        "there"
                     )
                 swap_sources(session, stages, self._source_site(session, site), module.to_k, module.to_v)
 
@@ -283,11 +300,11 @@ class DiffusersAdapter(Adapter):
 
     @staticmethod
     def _follow_context(session: Session) -> Callable[..., Any]:
-        original = session.model.cache_context
+        original: Any = session.model.cache_context
 
         @contextmanager
         def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
-            with session.at(pass_name=name, step=kwargs.get("step_index")), original(name, **kwargs):  # type: ignore[operator]
+            with session.at(pass_name=name, step=kwargs.get("step_index")), original(name, **kwargs):
                 yield
 
         return cache_context

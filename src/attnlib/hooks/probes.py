@@ -29,10 +29,10 @@ class _Layer:
 class Record(Probe):
     """Weights of chosen layers, heads and query rows, and statistics over them; the model's kernel stays.
 
-    ``entropy``: ``-sum_j A_ij ln A_ij`` of every recorded row. ``received``: per slot of the sequence, the weight it got
-    from all recorded queries, and how many of them could read it. ``sink``: with ``alpha_j = received_j / seen_j``, the
-    share of samples and heads with ``alpha_j > epsilon`` at the first ``sinks`` tokens of each sample (the sink metric
-    of Gu et al.; with causal attention ``seen_j = T - j``). Only ``weights`` keeps maps; the rest streams.
+    ``entropy``: ``-sum_j A_ij ln A_ij`` of every recorded row. ``received``: per slot of the sequence, the weight it
+    got from all recorded queries, and how many of them could read it. ``sink``: with ``alpha_j = received_j / seen_j``,
+    the share of samples and heads with ``alpha_j > epsilon`` at the first ``sinks`` tokens of each sample (the sink
+    metric of Gu et al.; with causal attention ``seen_j = T - j``). Only ``weights`` keeps maps; the rest streams.
 
     Args:
         layers: layers to look at; ``None`` for all.
@@ -45,7 +45,8 @@ class Record(Probe):
         calls: keep the weights of only the last so many calls; ``None`` for all.
 
     Results: ``{layer: {"weights": [(B, h, r, M), ...], "rows": [...], "keys": [...], "entropy": [(B, h, r), ...],
-    "received": (B, h, L), "seen": (B, h, L), "sink": (sinks,)}}``, rows and keys being slots of the sequence. In a compressed cache ``keys`` holds the slots
+    "received": (B, h, L), "seen": (B, h, L), "sink": "
+    "(sinks,)}}``, rows and keys being slots of the sequence. In a compressed cache ``keys`` holds the slots
     (B, h, M) of the keys; otherwise it is (M,).
 
     Reference: Gu et al., 2024, arXiv 2410.10781 (sink metric, section 2).

@@ -94,7 +94,8 @@ class TypeTracker:
             padded = attention_mask[:, :total].to(types.device) == 0
             if padded.shape[0] != types.shape[0]:
                 raise ValueError(
-                    f"token_types has {types.shape[0]} rows, the model got a batch of {padded.shape[0]}; give one row per "
+                    f"token_types has {types.shape[0]} rows, the model got a batch of {padded.shape[0]}; give one row "
+                    "per "
                     "row of the batch (beam search repeats each prompt num_beams times), or a rule on ids"
                 )
             types = types.masked_fill(padded, PAD)
@@ -106,7 +107,8 @@ class TypeTracker:
             raise ValueError("no token types yet: the attached model itself was not called, only a part of it")
         if self.types.shape[0] != rows:
             raise ValueError(
-                f"token_types has {self.types.shape[0]} rows, the model got a batch of {rows}; give one row per row of the "
+                f"token_types has {self.types.shape[0]} rows, the model got a batch of {rows}; give one row per row "
+                "of the "
                 "batch (beam search repeats each prompt num_beams times), or a rule on ids"
             )
         types = self.types[:, :count].to(device)

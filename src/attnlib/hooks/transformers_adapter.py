@@ -62,6 +62,10 @@ def _need() -> types.SimpleNamespace:
 _runtimes: weakref.WeakKeyDictionary[nn.Module, LayerRuntime] = weakref.WeakKeyDictionary()
 
 
+def _forget(module: nn.Module) -> None:
+    _runtimes.pop(module, None)
+
+
 def _forward_of(module: nn.Module) -> Any:
     return inspect.unwrap(type(module).forward)
 
@@ -139,7 +143,8 @@ def evicted_layer_class() -> type:
             session = self.session()
             if session is None or not session.active:
                 raise RuntimeError(
-                    "this cache lost keys inside an attnlib session that is over, and nothing adapts its masks any more; "
+                    "this cache lost keys inside an attnlib session that is over, and nothing adapts its masks any "
+                    "more; "
                     "decode inside the session, or start from the prompt"
                 )
             count = key_states.shape[-2]
@@ -158,7 +163,8 @@ def evicted_layer_class() -> type:
             remove = abs(tokens_to_remove)
             if remove > self.seen - self.evicted_from:
                 raise ValueError(
-                    f"cannot remove {remove} tokens: only {self.seen - self.evicted_from} came after the keys were evicted"
+                    f"cannot remove {remove} tokens: only {self.seen - self.evicted_from} came after the keys were "
+                    "evicted"
                 )
             if remove:
                 self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
@@ -310,7 +316,8 @@ class LayerRuntime:
         if self.implementation not in READABLE:
             return PairMask(
                 n, m,
-                opaque=f"{self.where}: masks of attn_implementation={self.implementation!r} cannot be read pair by pair; "
+                opaque=f"{self.where}: masks of attn_implementation={self.implementation!r} cannot be read pair by "
+                "pair; "
                 f"load the model with one of {list(READABLE)}",
             )  # fmt: skip
         if mask is None:
@@ -344,7 +351,8 @@ class LayerRuntime:
         dropout = kwargs.get("dropout", args[0] if args else 0.0)
         if dropout and (stages.edits or stages["around_attention"]):
             raise ValueError(
-                f"{self.where}: attention dropout {dropout} is active and would differ between the model's kernel and the "
+                f"{self.where}: attention dropout {dropout} is active and would differ between the model's kernel and "
+                "the "
                 "edit; call model.eval()"
             )
         if stages["on_qkv"]:
@@ -358,7 +366,7 @@ class LayerRuntime:
         m = k.shape[2]
         k_pos = None
         if isinstance(layer, evicted_layer_class()):
-            k_pos = layer.positions
+            k_pos = layer.positions  # type: ignore[attr-defined]
             mask = self._mask_of_kept(mask, k_pos, call, batch, heads, n)
         elif self.site.kind == "cross" or (layer is not None and not layer.is_sliding):
             call.start = 0
@@ -403,7 +411,8 @@ class LayerRuntime:
             kept = wide.gather(-1, k_pos[:, :, None].expand(-1, -1, n, -1))
         else:
             raise ValueError(
-                f"{self.where}: its cache lost keys, and masks of attn_implementation={self.implementation!r} cannot be "
+                f"{self.where}: its cache lost keys, and masks of attn_implementation={self.implementation!r} cannot "
+                "be "
                 f"read at the keys that are left; load the model with one of {list(READABLE)}"
             )
         return kept.repeat_interleave(groups, 1)
@@ -416,7 +425,8 @@ class LayerRuntime:
         layer = self._cache_layer(call)
         if type(layer) not in (hf.cache.DynamicLayer, hf.cache.StaticLayer):
             raise ValueError(
-                f"{who} cannot evict keys from a {type(layer).__name__} (layer {site.layer}); possible: full attention with a "
+                f"{who} cannot evict keys from a {type(layer).__name__} (layer {site.layer}); possible: full "
+                "attention with a "
                 "dynamic or static cache. Leave the layer out with layers=[...]"
             )
         assert site.mask is not None and site.k_pos is not None
@@ -470,13 +480,14 @@ class TransformersAdapter(Adapter):
                 raise ValueError(f"part={part!r} is not in {type(model).__name__}; it has {names}") from error
         elif isinstance(model, hf.model):
             decoder = model.get_decoder()
-            names = {module: name for name, module in model.named_modules()}
-            if isinstance(decoder, nn.Module) and decoder is not model and names.get(decoder):
-                root, prefix = decoder, names[decoder] + "."
+            paths = {module: name for name, module in model.named_modules()}
+            if isinstance(decoder, nn.Module) and decoder is not model and paths.get(decoder):
+                root, prefix = decoder, paths[decoder] + "."
         found = [(prefix + name, m) for name, m in root.named_modules() if name and reachable(m)]
         if not found:
             raise TypeError(
-                f"{type(model).__name__} has no attention that can be reached: none of its modules looks its function up in "
+                f"{type(model).__name__} has no attention that can be reached: none of its modules looks its function "
+                "up in "
                 "transformers' AttentionInterface (ALL_ATTENTION_FUNCTIONS)"
             )
         sites = []
@@ -518,7 +529,7 @@ class TransformersAdapter(Adapter):
             view.__dict__["_attn_implementation_internal"] = register(implementation)
             session.set_attribute(module, "config", view)
             _runtimes[module] = runtime
-            session.undo(functools.partial(_runtimes.pop, module, None))
+            session.undo(functools.partial(_forget, module))
             session.hook(module.register_forward_pre_hook(runtime.before, with_kwargs=True))
             session.hook(module.register_forward_hook(runtime.after))
             if stages["on_block_input"]:
@@ -563,7 +574,7 @@ class TransformersAdapter(Adapter):
             read = ids if ids is not None else embeds
             if read is None:
                 raise ValueError(f"{type(model).__name__} was called without input_ids or inputs_embeds")
-            cache = given.get("past_key_values")
+            cache: Any = given.get("past_key_values")
             offset = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
             mask = given.get("attention_mask")
             assert session.tracker is not None

@@ -5,14 +5,15 @@ On one set of queries, keys and values, with ``S = Q K^T / sqrt(D)``,
     ``O = softmax(S + M_img) V + softmax(S + M_txt) V``,
 
 so that no amount of text can starve the image: each part sums to one. ``M_img`` allows image keys: all of them
-(``image_mask="full"``: also later ones, as the released models were trained), or causally, an image query then seeing only
-itself among image keys (``"causal"``). ``M_txt`` allows text keys up to the query. A row without any image key gets zero
-for the image part.
+(``image_mask="full"``: also later ones, as the released models were trained), or causally, an image query then seeing
+only itself among image keys (``"causal"``). ``M_txt`` allows text keys up to the query. A row without any image key
+gets zero for the image part.
 
-What differs from the authors' code: they zero the image part per sample only, so that with the causal mask a row without
-image keys attends uniformly, to the future as well; here it is zero per row. Generated tokens are text.
+What differs from the authors' code: they zero the image part per sample only, so that with the causal mask a row
+without image keys attends uniformly, to the future as well; here it is zero per row. Generated tokens are text.
 
-Attached to a model that was not trained with it, dual attention changes the scale of attention outputs (a sum, no mean).
+Attached to a model that was not trained with it, dual attention changes the scale of attention outputs (a sum, no
+mean).
 """
 
 from __future__ import annotations

@@ -4,14 +4,14 @@ For a head with strength ``u`` in [0, 1],
 
     ``A~ = (1 - u) A + u I``,  hence  ``A~ V = (1 - u) A V + u V``:
 
-no map is needed, the model's kernel runs and its output is blended with the values. ``u = 1`` on all heads of a layer is
-perturbed-attention guidance. Run the denoiser twice, with and without, and :func:`guide` the prediction away from the
-perturbed one.
+no map is needed, the model's kernel runs and its output is blended with the values. ``u = 1`` on all heads of a layer
+is perturbed-attention guidance. Run the denoiser twice, with and without, and :func:`guide` the prediction away from
+the perturbed one.
 
-In joint attention the identity acts on image queries. ``joint="full"`` replaces their map by the identity (output ``v``);
-``joint="image"`` forbids the other image keys only and leaves text keys in the same softmax, as diffusers' perturbed
-attention for joint blocks does. The paper's text does not settle which of both it means, and the authors' code is not
-public; ``"full"`` is the default.
+In joint attention the identity acts on image queries. ``joint="full"`` replaces their map by the identity (output
+``v``); ``joint="image"`` forbids the other image keys only and leaves text keys in the same softmax, as diffusers'
+perturbed attention for joint blocks does. The paper's text does not settle which of both it means, and the authors'
+code is not public; ``"full"`` is the default.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class SoftPAG(Intervention):
         joint: ``"full"`` or ``"image"``, see the module.
 
     Raises:
-        ValueError: a strength outside [0, 1], heads that do not exist, a call with different numbers of queries and keys.
+        ValueError: a strength outside [0, 1], heads that do not exist, a call with different numbers of queries and
+            keys.
 
     Reference: Ahn et al., 2025, arXiv 2506.10978 (SoftPAG); Ahn et al., 2024, arXiv 2403.17377 (PAG).
 
@@ -97,7 +98,8 @@ class SoftPAG(Intervention):
             return out
         if q.shape[2] != k.shape[2]:
             raise ValueError(
-                f"SoftPAG: layer {site.layer} ({site.name}) has {q.shape[2]} queries and {k.shape[2]} keys; the identity map "
+                f"SoftPAG: layer {site.layer} ({site.name}) has {q.shape[2]} queries and {k.shape[2]} keys; the "
+                "identity map "
                 "needs as many of both"
             )
         where = torch.zeros(1, q.shape[1], 1, 1, dtype=torch.bool, device=q.device)
@@ -119,7 +121,8 @@ class SoftPAG(Intervention):
         """(N,) boolean: image tokens of joint attention."""
         if site.q_layout is None or "image" not in site.q_layout.names:
             raise ValueError(
-                f"SoftPAG: which tokens of the joint attention of layer {site.layer} ({site.name}) are image tokens is not "
+                f"SoftPAG: which tokens of the joint attention of layer {site.layer} ({site.name}) are image tokens "
+                "is not "
                 "known; a description of this processor's order of streams is missing"
             )
         start, stop = site.q_layout.span("image")

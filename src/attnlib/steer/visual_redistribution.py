@@ -1,22 +1,23 @@
 """Visual attention redistribution (VAR): take weight from attention sinks, give it to the rest of the image.
 
-At prefill, tokens with massive activations in a few fixed dimensions of the residual stream entering a layer are its sinks,
+At prefill, the sinks of a layer are the tokens with massive activations in a few fixed dimensions of the residual
+stream entering it,
 
     ``phi(x_j) = max_{d in D} |x_j[d]| / sqrt(mean_c x_j[c]^2 + 1e-6) > tau``.
 
-For a query and head with weights ``A``, let ``vis`` be the weight on image keys and ``portion`` the part of it on visual
-sinks. Where ``vis >= summ`` and ``portion <= rho`` (an image-centric head), all sinks keep the share ``p`` of their weight
-and the rest goes to the image keys that are no sinks, in proportion to their weights. Rows keep their sums. Text after
-the image is eligible at prefill, every new token at decoding.
+For a query and head with weights ``A``, let ``vis`` be the weight on image keys and ``portion`` the part of it on
+visual sinks. Where ``vis >= summ`` and ``portion <= rho`` (an image-centric head), all sinks keep the share ``p`` of
+their weight and the rest goes to the image keys that are no sinks, in proportion to their weights. Rows keep their
+sums. Text after the image is eligible at prefill, every new token at decoding.
 
-What differs from the authors' code: sinks and image spans are kept per sample, padding is never a sink, all query rows are
-computed at once; ``portion`` divides by ``vis`` (they add 1e-6 per image token: ``compat="authors"``).
+What differs from the authors' code: sinks and image spans are kept per sample, padding is never a sink, all query rows
+are computed at once; ``portion`` divides by ``vis`` (they add 1e-6 per image token: ``compat="authors"``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -93,12 +94,12 @@ def redistribute(
 class VisualRedistribution(Intervention):
     """Recalibrate attention of a vision-language model away from sinks, towards the image.
 
-    Token types come from ``attach(..., token_types=...)``. A prompt without image, or a layer without visual sink, is left
-    alone.
+    Token types come from ``attach(..., token_types=...)``. A prompt without image, or a layer without visual sink, is
+    left alone.
 
     Args:
-        sink_dims: dimensions of massive activations: numbers, the name of a model in :data:`SINK_DIMS`, or ``"auto"`` to
-            find the two strongest by reading the beginning-of-sequence token.
+        sink_dims: dimensions of massive activations: numbers, the name of a model in :data:`SINK_DIMS`, or ``"auto"``
+            to find the two strongest by reading the beginning-of-sequence token.
         p: share of their weight that sinks keep; 1 changes nothing.
         rho: a head whose image weight lies on sinks by more than this is left alone.
         summ: a head that gives the image less than this is left alone.
@@ -163,7 +164,8 @@ class VisualRedistribution(Intervention):
         return site.layer >= self.first_layer
 
     def prepare(self, model: nn.Module, sites: Sequence[Site]) -> None:
-        width = getattr(getattr(model, "config", None), "hidden_size", None)
+        config: Any = getattr(model, "config", None)
+        width = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "hidden_size", None)
         if self.automatic:
             self.sink_dims = find_sink_dims(model, layer=min(site.layer for site in sites))
         elif width is not None and max(self.sink_dims) >= width:
@@ -223,7 +225,7 @@ class VisualRedistribution(Intervention):
         return after & (types != PAD) & (last >= 0)
 
     def results(self) -> dict[str, object]:
-        """``sink_dims``, the ``sinks`` (B, N) found in each layer of the last prompt, and how many rows were edited since."""
+        """The dimensions, the sinks (B, N) found in each layer for the last prompt, and rows edited since."""
         return {"sink_dims": self.sink_dims, "sinks": dict(self._sinks), "edited": dict(self._moved)}
 
 
@@ -260,7 +262,7 @@ def find_sink_dims(model: nn.Module, layer: int = 2, count: int = 2, token: int 
         ValueError: the model has no beginning-of-sequence token and none was given.
     """
     if token is None:
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         token = getattr(config, "bos_token_id", None)
         if token is None and hasattr(config, "get_text_config"):
             token = getattr(config.get_text_config(), "bos_token_id", None)  # type: ignore[union-attr, operator]
