@@ -1,0 +1,16 @@
+from attnlib.check import Case
+
+ROWS = [
+    Case("biformer", dict(dim=8, num_heads=2, n_win=4, topk=3), (8, 8), odd_grid=(9, 6)),
+    Case("biformer", dict(dim=8, num_heads=2, n_win=(2, 3), topk=2, qk_dim=4), (4, 6), "rectangular"),
+    Case("biformer", dict(dim=8, num_heads=2, n_win=2, topk=2, kv_downsample="avgpool", kv_downsample_ratio=2), (8, 8), "avgpool", odd_grid=(10, 8)),
+    Case(
+        "biformer",
+        dict(dim=8, num_heads=2, n_win=2, topk=2, soft_routing=True, diff_routing=True, param_routing=True,
+             kv_downsample="ada_maxpool", kv_per_win=2),
+        (8, 8),
+        "soft",
+    ),
+    Case("biformer", dict(dim=8, num_heads=2, n_win=3, topk=2, compat="authors"), (7, 8), "authors"),
+    Case("biformer", dict(dim=8, num_heads=2, n_win=3, topk=2, compat="authors-nchw"), (7, 8), "authors-nchw"),
+]  # fmt: skip
