@@ -32,7 +32,7 @@ from .training import Settings
 SCHEMA = 1
 BASELINE = "softmax-attention"
 MIN_STEPS = 30
-SCALING_SHARE = 0.16
+SCALING_SHARE = 0.13
 REPORT_SECONDS = 12.0
 
 
@@ -72,7 +72,13 @@ _MATTER = (
 )
 
 PRESETS: dict[str, Preset] = {
-    "demo": Preset(_MATTER, budget_minutes=6.5, seeds=3, what="seven mechanisms on every task, in minutes"),
+    "demo": Preset(
+        _MATTER,
+        budget_minutes=6.8,
+        seeds=3,
+        what="seven mechanisms on every task, in minutes",
+        settings={"dim": 48},
+    ),
     "quick": Preset(_MATTER[:3], tasks=("text", "digits"), budget_minutes=1.0, seeds=2, what="a first look"),
     "long": Preset(_MATTER, budget_minutes=120.0, seeds=5, what="the demo with time to learn"),
 }
@@ -287,6 +293,8 @@ class _Session:
         self.runs: list[dict[str, Any]] = []
         self.scales: list[dict[str, Any]] = []
         self.reused = 0
+        self.done: set[tuple[str, str, int]] = set()
+        self.spent = self.predicted = 0.0
 
     def elapsed(self) -> float:
         return time.monotonic() - self.began
@@ -334,9 +342,7 @@ class _Session:
         for task in self.tasks.values():
             for spec in self.specs:
                 progress.update(bar, note=f"{task.name}: {spec.label}")
-                reason = spec.why_not(
-                    task.pattern, task.grid, self.settings.dim, self.settings.num_heads, task.context
-                )
+                reason = spec.why_not(task.pattern, task.grid, self.settings.dim, self.settings.num_heads, task.context)
                 if reason is None:
                     entry = _Entry(task, spec)
                     try:
@@ -352,49 +358,46 @@ class _Session:
                     self.skipped.append({"mechanism": spec.label, "what": task.name, "reason": reason})
                 progress.advance(bar)
         progress.remove_task(bar)
-        self._choose_steps()
-
-    def _choose_steps(self) -> None:
-        """Equal steps within a task; what a task cannot use goes to the others."""
-        plans = self.store.read("plan.json")
-        key = {"budget": self.budget, "seeds": len(self.seeds), "settings": self.settings.to_dict()}
-        known = plans.get("steps", {}) if plans.get("key") == plain(key) else {}
-        open_tasks = []
-        for name in self.tasks:
-            if not any(e.task.name == name for e in self.entries):
-                continue
-            if name in known:
-                self.steps[name] = int(known[name])
-            else:
-                open_tasks.append(name)
-        scaling_seconds = self.budget * SCALING_SHARE if self.scale else 0.0
-        available = max(0.0, self.budget - self.elapsed() - scaling_seconds - REPORT_SECONDS)
-        weights = {n: self.tasks[n].weight for n in self.tasks if any(e.task.name == n for e in self.entries)}
-        share = {n: available * w / sum(weights.values()) for n, w in weights.items()}
-        while open_tasks:
-            wanted = {n: self._steps_within(n, share[n]) for n in open_tasks}
-            capped = [n for n in open_tasks if wanted[n] > self.tasks[n].max_steps]
-            for name in capped or open_tasks:
-                self.steps[name] = max(MIN_STEPS, min(wanted[name], self.tasks[name].max_steps))
-            if not capped:
-                break
-            spare = sum(share[n] - self._seconds(n, self.tasks[n].max_steps) for n in capped)
-            open_tasks = [n for n in open_tasks if n not in capped]
-            rest = sum(weights[n] for n in open_tasks)
-            for name in open_tasks:
-                share[name] += spare * weights[name] / rest
-        self._save_top("plan.json", {"key": key, "steps": {**known, **self.steps}})
 
     def _of(self, task: str) -> list[_Entry]:
         return [e for e in self.entries if e.task.name == task]
 
-    def _seconds(self, task: str, steps: int) -> float:
-        return len(self.seeds) * sum(e.step_seconds * steps + e.evaluate_seconds for e in self._of(task))
+    def _plan_key(self) -> Any:
+        return plain({"budget": self.budget, "seeds": len(self.seeds), "settings": self.settings.to_dict()})
 
-    def _steps_within(self, task: str, seconds: float) -> int:
+    def _fix_steps(self, task: str) -> None:
+        """Decide how many steps all runs of ``task`` take, when its first run is due.
+
+        Not earlier: by then it is known how the runs so far compared with the time predicted for them, so that a
+        machine that others slow down gets fewer steps instead of a budget overrun. An earlier call with the same
+        budget has decided already.
+        """
+        saved = self.store.read("plan.json")
+        known = saved.get("steps", {}) if saved.get("key") == self._plan_key() else {}
+        if task in known:
+            self.steps[task] = int(known[task])
+            return
+        reserved = sum(
+            self._predict(e) * sum((e.task.name, e.spec.label, s) not in self.done for s in self.seeds)
+            for e in self.entries
+            if e.task.name in self.steps
+        )
+        left = self.budget - self.elapsed() - REPORT_SECONDS - reserved
+        waiting = {e.task.name for e in self.entries} - set(self.steps)
+        weights = {n: self.tasks[n].weight for n in waiting}
+        seconds = max(0.0, left) * weights[task] / sum(weights.values()) / self._slowdown() / len(self.seeds)
         entries = self._of(task)
-        left = seconds / len(self.seeds) - sum(e.evaluate_seconds for e in entries)
-        return max(0, int(left / max(sum(e.step_seconds for e in entries), 1e-6)))
+        fit = (seconds - sum(e.evaluate_seconds for e in entries)) / max(sum(e.step_seconds for e in entries), 1e-6)
+        self.steps[task] = max(MIN_STEPS, min(int(fit), self.tasks[task].max_steps))
+        self._save_top("plan.json", {"key": self._plan_key(), "steps": {**known, **self.steps}})
+
+    def _slowdown(self) -> float:
+        """Seconds that the runs of this call took over the seconds predicted for them."""
+        return min(20.0, max(0.5, self.spent / self.predicted)) if self.predicted > 0 else 1.0
+
+    def _predict(self, entry: _Entry) -> float:
+        """Seconds that one run is expected to take."""
+        return self._slowdown() * (entry.step_seconds * self.steps[entry.task.name] + entry.evaluate_seconds)
 
     # ---- time and memory against N
 
@@ -460,36 +463,40 @@ class _Session:
 
     def _train(self, progress: Progress) -> None:
         jobs = list(self._jobs())
-        work = {id(e): e.step_seconds * self.steps[e.task.name] + e.evaluate_seconds for e in self.entries}
-        overall = progress.add_task("all runs", total=sum(work[id(e)] for e, _ in jobs), note="")
+        overall = progress.add_task("all runs", total=len(jobs), note="")
         current = progress.add_task("this run", total=1, note="")
         first = self.seeds[0]
         for number, (entry, seed) in enumerate(jobs, 1):
             progress.update(overall, note=f"{number} of {len(jobs)}")
+            if entry.task.name not in self.steps:
+                self._fix_steps(entry.task.name)
             key, name = self._key(entry, seed), self._name(entry, seed)
             record = self.store.find("runs", name, key)
             if record is not None:
                 self.reused += 1
-                self.runs.append(record)
-            elif seed != first and self.elapsed() + work[id(entry)] > 1.15 * self.budget - REPORT_SECONDS:
+            elif seed != first and self.elapsed() + self._predict(entry) > 1.1 * self.budget - REPORT_SECONDS:
                 self.left_out.append({"mechanism": entry.spec.label, "task": entry.task.name, "seed": seed})
             else:
                 record = self._run(entry, seed, key, name, progress, current)
-                if record is not None:
-                    self.runs.append(record)
-            progress.advance(overall, work[id(entry)])
+            if record is not None:
+                self.runs.append(record)
+                self.done.add((entry.task.name, entry.spec.label, seed))
+            progress.advance(overall)
 
     def _run(
         self, entry: _Entry, seed: int, key: dict[str, Any], name: str, progress: Progress, bar: Any
     ) -> dict[str, Any] | None:
         steps = self.steps[entry.task.name]
-        progress.reset(bar, total=steps, description="this run", note=f"{entry.task.name}: {entry.spec.label}, seed {seed}")
+        progress.reset(
+            bar, total=steps, description="this run", note=f"{entry.task.name}: {entry.spec.label}, seed {seed}"
+        )
 
         def show(taken: int, loss: float) -> None:
             if taken % 5 == 0 or taken == steps:
                 note = f"{entry.task.name}: {entry.spec.label}, seed {seed}, loss {loss:.4g}"
                 progress.update(bar, completed=taken, note=note)
 
+        began = time.monotonic()
         try:
             result = training.run(
                 entry.task, entry.spec, seed, steps, self.settings, sample=seed == self.seeds[0], progress=show
@@ -503,15 +510,24 @@ class _Session:
                 }
             )
             return None
-        record = {"task": entry.task.name, "label": entry.spec.label, "seed": seed, "steps": steps, "key": key, **result}
+        self.spent += time.monotonic() - began
+        self.predicted += entry.step_seconds * steps + entry.evaluate_seconds
+        record = {
+            "task": entry.task.name,
+            "label": entry.spec.label,
+            "seed": seed,
+            "steps": steps,
+            "key": key,
+            **result,
+        }
         self.store.save("runs", name, key, record)
         return record
 
     def _collect_finished(self) -> None:
         """Read every finished run of this comparison from its file, whatever this call had reached."""
         have = {(r["task"], r["label"], r["seed"]) for r in self.runs}
-        for entry, seed in self._jobs() if self.steps else ():
-            if (entry.task.name, entry.spec.label, seed) not in have:
+        for entry, seed in self._jobs():
+            if entry.task.name in self.steps and (entry.task.name, entry.spec.label, seed) not in have:
                 record = self.store.find("runs", self._name(entry, seed), self._key(entry, seed))
                 if record is not None:
                     self.runs.append(record)
@@ -535,7 +551,9 @@ class _Session:
                 "mechanisms": [s.to_dict() for s in self.specs],
                 "steps": self.steps,
                 "tasks": {name: task.describe() for name, task in self.tasks.items()},
-                "summary": summarise(self.runs, self.tasks, [s.label for s in self.specs], self.baseline, self.confidence),
+                "summary": summarise(
+                    self.runs, self.tasks, [s.label for s in self.specs], self.baseline, self.confidence
+                ),
                 "standing": standing(self.runs, self.tasks, [s.label for s in self.specs]),
                 "scaling": self.scales,
                 "scaling_summary": scaling.summarise(self.scales, self.baseline),
@@ -635,7 +653,7 @@ def standing(
             values = _metric(runs, task, label)
             if values:
                 means[label] = sum(values.values()) / len(values)
-        if len(means) > 1:
+        if len(means) > 2:  # with two, every score is +1 or -1
             per_task[task.name] = stats.z_scores(means, task.higher_is_better)
     out: dict[str, dict[str, float]] = {}
     for pattern in dict.fromkeys(t.pattern for t in tasks.values()):

@@ -102,14 +102,13 @@ def _labels(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
     figure.canvas.draw()
     box = axes.get_window_extent()
     scale = figure.dpi / 72
-    line, letter = 11.0 * scale, 4.7 * scale
+    line, letter, gap = 11.0 * scale, 5.0 * scale, 8.0 * scale
     placed: list[tuple[float, float, float]] = []
     for x, y, name, colour in sorted(points, key=lambda p: -p[1]):
         px, py = axes.transData.transform((x, y))
         width = letter * len(name)
-        left = px + 7 * scale
-        if left + width > box.x1 + 4 * scale:
-            left = px - 7 * scale - width
+        leftward = px + gap + width > box.x1 + gap
+        left = px - gap - width if leftward else px + gap
         row = py
         for _ in range(40):
             hits = [p for p in placed if p[0] < left + width and left < p[0] + p[2] and abs(p[1] - row) < line]
@@ -117,7 +116,7 @@ def _labels(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
                 break
             row = min(p[1] for p in hits) - line
         placed.append((left, row, width))
-        at = axes.transData.inverted().transform((left, row))
+        at = axes.transData.inverted().transform((px - gap if leftward else px + gap, row))
         far = abs(row - py) > 0.8 * line
         axes.annotate(
             name,
@@ -126,30 +125,42 @@ def _labels(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
             color=colour,
             fontsize=8.5,
             va="center",
+            ha="right" if leftward else "left",
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.5, "linewidth": 0.7} if far else None,
         )
 
 
-def quality_against_time(rows: Sequence[Mapping[str, Any]], task: Mapping[str, Any], style: Style) -> str:
-    """Quality with its interval against the time of a training step."""
+def quality_against_time(
+    rows: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]], task: Mapping[str, Any], style: Style
+) -> str:
+    """Quality with its interval against the time of a training step; every seed is a faint dot."""
     figure, axes = _figure()
-    points = []
+    points: list[tuple[float, float, str, str]] = []
+    seen: list[float] = []
     for row in rows:
         if row["mean"] is None:
             continue
         colour, marker = style[row["mechanism"]]
         x, y = 1000 * row["step_seconds"], row["mean"]
-        half = row["half_width"]
+        bar = row["half_width"] or None
         axes.errorbar(
-            x, y, yerr=half or None, color=colour, marker=marker, markersize=7, capsize=3, elinewidth=1.2, linestyle="none"
+            x, y, yerr=bar, color=colour, marker=marker, markersize=7, capsize=3, elinewidth=1.1, linestyle="none"
         )
+        values = [r["metrics"][task["metric"]] for r in runs if r["label"] == row["mechanism"] and r["status"] == "ok"]
+        axes.plot([x] * len(values), values, ".", color=colour, markersize=5, alpha=0.45)
+        seen += values
         points.append((x, y, row["mechanism"], colour))
     axes.set_xscale("log")
     ticker = require("matplotlib.ticker")
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     _plain_ticks(axes.xaxis)
-    axes.margins(x=0.25, y=0.18)
+    axes.margins(x=0.25)
+    if seen:
+        # A t-interval of two seeds can be a hundred times wider than the data; the axis follows the measurements.
+        low, high = min(seen), max(seen)
+        room = 0.35 * (high - low) or 0.05 * abs(high) or 1.0
+        axes.set_ylim(low - room, high + room)
     arrow = "higher is better" if task["higher_is_better"] else "lower is better"
     axes.set_xlabel("milliseconds per training step")
     axes.set_ylabel(f"{task['metric']} ({task['unit']}), {arrow}")
@@ -158,8 +169,17 @@ def quality_against_time(rows: Sequence[Mapping[str, Any]], task: Mapping[str, A
     return svg(figure, f"{task['title']}: {task['metric']} against time per step")
 
 
+def _smooth(values: Sequence[float], reach: int = 3) -> list[float]:
+    """Mean of each value and up to ``reach`` neighbours on either side."""
+    out = []
+    for i in range(len(values)):
+        part = values[max(0, i - reach) : i + reach + 1]
+        out.append(sum(part) / len(part))
+    return out
+
+
 def loss_curves(runs: Sequence[Mapping[str, Any]], labels: Sequence[str], style: Style, title: str) -> str:
-    """Training loss against step, the mean over seeds."""
+    """Training loss against step: mean over seeds, smoothed (the noise of the batches is the same for all)."""
     figure, axes = _figure()
     for label in labels:
         curves = [r["loss_curve"] for r in runs if r["label"] == label and r["status"] == "ok"]
@@ -167,7 +187,7 @@ def loss_curves(runs: Sequence[Mapping[str, Any]], labels: Sequence[str], style:
             continue
         steps = [s for s, _ in curves[0]]
         means = [sum(c[i][1] for c in curves) / len(curves) for i in range(len(steps))]
-        axes.plot(steps, means, color=style[label][0], linewidth=1.5, alpha=0.9, label=label)
+        axes.plot(steps, _smooth(means), color=style[label][0], linewidth=1.5, alpha=0.9, label=label)
     axes.set_yscale("log")
     ticker = require("matplotlib.ticker")
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))

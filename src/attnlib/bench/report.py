@@ -228,7 +228,7 @@ def _task(results: Mapping[str, Any], task: Mapping[str, Any], labels: list[str]
     return {
         "about": task,
         "present": present,
-        "scatter": plots.quality_against_time(summary, task, style) if summary else None,
+        "scatter": plots.quality_against_time(summary, runs, task, style) if summary else None,
         "losses": plots.loss_curves(runs, present, style, task["title"]) if runs else None,
         "samples": samples,
         "forecast": forecast,

@@ -95,7 +95,7 @@ class Spec:
         if rank not in ranks and 1 not in ranks:
             return f"trait grid_ranks = {sorted(ranks)}: this task has a grid of rank {rank}"
         try:
-            traits = self.make(pattern.startswith("causal"), dim, num_heads).traits
+            traits: Any = self.make(pattern.startswith("causal"), dim, num_heads).traits
         except (TypeError, ValueError) as error:
             return f"cannot be built for this task: {error}"
         if pattern not in traits.patterns:

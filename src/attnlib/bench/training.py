@@ -169,33 +169,39 @@ def run(
     return record
 
 
-def curve(losses: list[float], points: int = CURVE_POINTS) -> list[list[float]]:
+def curve(losses: list[float], points: int = CURVE_POINTS) -> list[list[float | None]]:
     """``[step, loss]`` averaged over at most ``points`` equal stretches.
 
     >>> curve([3.0, 1.0], points=1)
     [[1.5, 2.0]]
     """
     count = min(points, len(losses))
-    out = []
+    out: list[list[float | None]] = []
     for i in range(count):
         a, b = i * len(losses) // count, (i + 1) * len(losses) // count
-        out.append([(a + 1 + b) / 2, sum(losses[a:b]) / (b - a)])
-    return [[s, x if math.isfinite(x) else None] for s, x in out]  # type: ignore[misc]
+        mean = sum(losses[a:b]) / (b - a)
+        out.append([(a + 1 + b) / 2, mean if math.isfinite(mean) else None])
+    return out
 
 
-def measure(task: Task, spec: Spec, settings: Settings, steps: int = 4) -> tuple[float, float]:
-    """Seconds of one step and of one evaluation, measured, to size a run; also proves that the run can start."""
+def measure(task: Task, spec: Spec, settings: Settings, steps: int = 5, seconds: float = 0.5) -> tuple[float, float]:
+    """Seconds of one step and of one evaluation, to size a run; also proves that the run can start.
+
+    Takes ``steps`` steps, or fewer when they take longer than ``seconds``; the median counts.
+    """
     model = build(task, spec, 0, settings).train()
     trainer = Trainer(task, model, 100, 0, settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         trainer.step()
         began = time.perf_counter()
-        for _ in range(steps):
+        taken: list[float] = []
+        while len(taken) < steps and time.perf_counter() - began < seconds:
+            start = time.perf_counter()
             trainer.step()
-        step_seconds = (time.perf_counter() - began) / steps
+            taken.append(time.perf_counter() - start)
     model.eval()
     began = time.perf_counter()
     with torch.no_grad():
         task.evaluate(model)
-    return step_seconds, time.perf_counter() - began
+    return statistics.median(taken), time.perf_counter() - began

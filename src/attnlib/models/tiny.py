@@ -52,7 +52,7 @@ def mix(mixer: nn.Module, x: Tensor, context: Tensor | None = None, carry: Any =
     Raises:
         ValueError: when the mechanism takes neither the grid's rank nor a flat sequence.
     """
-    traits = mixer.traits
+    traits: Any = mixer.traits
     rank = x.dim() - 2
     grid = x.shape[1:-1]
     flat = rank not in traits.grid_ranks
@@ -69,10 +69,8 @@ def mix(mixer: nn.Module, x: Tensor, context: Tensor | None = None, carry: Any =
         extra["carry"] = carry
     out = mixer(x, **extra, returns=returns) if returns else mixer(x, **extra)
     if not returns:
-        y, carry, losses = out, None, {}
-    else:
-        y, carry, losses = out.y, out.carry, out.losses or {}
-    return (y.unflatten(1, grid) if flat else y), carry, losses
+        return (out.unflatten(1, grid) if flat else out), None, {}
+    return (out.y.unflatten(1, grid) if flat else out.y), out.carry, out.losses or {}
 
 
 def mlp(dim: int, ratio: float) -> nn.Sequential:
