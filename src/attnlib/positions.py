@@ -151,16 +151,24 @@ class RelativeBias(Bias):
             raise ValueError(
                 f"table must be (H, {math.prod(extent)}) for extent={tuple(extent)}, got {tuple(table.shape)}"
             )
-        self.table, self.q_coords, self.k_coords = table, q_coords, k_coords
-        self.offset, self.extent = tuple(offset), tuple(extent)
+        # The offset moves into the coordinates and the first extent is implied by the table, so that what depends on
+        # the number of tokens is a tensor or a shape, never a number in the text form.
+        self.table, self.q_coords = table, q_coords
+        self.k_coords = torch.stack([k_coords[:, axis] + off for axis, off in enumerate(offset)], 1)
+        self.inner = tuple(extent[1:])
+
+    def entry(self, q: Tensor, k: Tensor) -> Tensor:
+        """Position in the table of query tokens ``q`` and key tokens ``k`` (integer numbers, broadcast)."""
+        return self._look(self.q_coords[q], self.k_coords[k])
 
     def index(self, rows: slice, cols: slice | Tensor) -> Tensor:
         """(n, m) int64 positions in the table."""
-        q, k = self.q_coords[rows], self.k_coords[cols]
+        return self._look(self.q_coords[rows][:, None], self.k_coords[cols][None])
+
+    def _look(self, q: Tensor, k: Tensor) -> Tensor:
         total: Tensor | int = 0
-        for axis, (off, ext) in enumerate(zip(self.offset, self.extent, strict=True)):
-            step = (k[None, :, axis] - q[:, None, axis] + off).clamp(0, ext - 1)
-            total = total * ext + step
+        for axis, ext in enumerate((self.table.shape[1] // math.prod(self.inner), *self.inner)):
+            total = total * ext + (k[..., axis] - q[..., axis]).clamp(0, ext - 1)
         assert isinstance(total, Tensor)
         return total
 
@@ -185,13 +193,13 @@ class RelativeBias(Bias):
             into.index_add_(1, self.index(rows, cols).reshape(-1), grad.reshape(into.shape[0], -1))
 
     def settings(self) -> list[Any]:
-        return [list(self.offset), list(self.extent)]
+        return list(self.inner)
 
     @classmethod
     def rebuild(cls, tensors: list[Tensor], settings: list[Any]) -> Bias:
         out = object.__new__(cls)
         out.table, out.q_coords, out.k_coords = tensors
-        out.offset, out.extent = (tuple(s) for s in settings)
+        out.inner = tuple(settings)
         return out
 
 
@@ -287,14 +295,18 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return torch.tensor(slopes)
 
 
-def alibi(num_heads: int, q_pos: Tensor, k_pos: Tensor, slopes: Tensor | None = None) -> RelativeBias:
+def alibi(
+    num_heads: int, q_pos: Tensor, k_pos: Tensor, slopes: Tensor | None = None, span: tuple[int, int] | None = None
+) -> RelativeBias:
     """``-slope_h |q - k|`` as a relative table. ``q_pos`` (N,) and ``k_pos`` (M,) are integer positions.
+
+    ``span`` is the least and the greatest ``k - q``; give it where it is known, so that nothing is read back.
 
     >>> alibi(2, torch.arange(3), torch.arange(3)).dense()[0, 0, 2].tolist()
     [-0.125, -0.0625, -0.0]
     """
     slopes = alibi_slopes(num_heads).to(q_pos.device) if slopes is None else slopes
-    low, high = int(k_pos.min() - q_pos.max()), int(k_pos.max() - q_pos.min())
+    low, high = span or (int(k_pos.min() - q_pos.max()), int(k_pos.max() - q_pos.min()))
     reach = torch.arange(low, high + 1, device=q_pos.device).abs()
     return RelativeBias(-slopes[:, None] * reach, q_pos[:, None], k_pos[:, None], (-low,), (high - low + 1,))
 

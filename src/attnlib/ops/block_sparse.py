@@ -253,10 +253,7 @@ def _bias_gathers(bias: Bias, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> lis
     if isinstance(bias, DenseBias):
         return [(0, flat(bias.bias, b, h, q, k))]
     if isinstance(bias, RelativeBias):
-        at: Tensor | int = 0
-        for axis, (offset, extent) in enumerate(zip(bias.offset, bias.extent, strict=True)):
-            at = at * extent + (bias.k_coords[k, axis] - bias.q_coords[q, axis] + offset).clamp(0, extent - 1)
-        return [(0, flat(bias.table, h, torch.as_tensor(at)))]
+        return [(0, flat(bias.table, h, bias.entry(q, k)))]
     if isinstance(bias, AxisBias):
         return [(i, flat(f, b, h, q, bias.k_coords[k, i])) for i, f in enumerate(bias.factors)]
     raise TypeError(

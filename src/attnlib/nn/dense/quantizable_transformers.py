@@ -142,7 +142,7 @@ class QuantizableAttention(SoftmaxAttention):
         traits = super().traits
         if self.gate is not None and self.gate.kind == "conditional_per_head":  # reads the mean over all tokens
             return traits.but(
-                patterns=frozenset(p for p in traits.patterns if p.startswith("noncausal")), streaming=False
+                patterns=frozenset(p for p in traits.patterns if p.startswith("noncausal")), streaming=False, mask=False
             )
         return traits
 

@@ -168,7 +168,8 @@ class SoftmaxAttention(Mechanism):
         bias: Bias | None = None
         if self.alibi:
             reach = torch.arange(k.shape[2], device=x.device)
-            bias = alibi_bias(self.num_heads, reach[start:], reach)
+            far = k.shape[2] - 1
+            bias = alibi_bias(self.num_heads, reach[start:], reach, span=(-far, far - start))
         call = dict(
             mask=mask, valid=exists, q_pos=q_pos, bias=bias, dropout_p=self.attn_drop if self.training else 0.0
         )  # fmt: skip

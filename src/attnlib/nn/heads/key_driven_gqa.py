@@ -55,7 +55,8 @@ class KeyDrivenGQA(SoftmaxAttention):
     """Grouped-query attention in which a key head serves as many query heads as its norm deserves.
 
     ``m_g = sum_b ||k[b, g]||_F``; the split ``n_g`` (integers summing to the query heads) gives neighbouring query
-    heads to each key head, and ``o_h = softmax(q_h k_g(h)^T / sqrt(D)) v_g(h)``. The choice is a plan, so it can be frozen.
+    heads to each key head, and ``o_h = softmax(q_h k_g(h)^T / sqrt(D)) v_g(h)``. The choice is a plan, so it can be
+    frozen.
 
     Args:
         dim, num_heads, num_kv_heads, ...: as in :class:`SoftmaxAttention`; ``num_kv_heads`` is half of ``num_heads`` by

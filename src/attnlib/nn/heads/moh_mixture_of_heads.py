@@ -145,7 +145,7 @@ class MixtureOfHeads(SoftmaxAttention):
         few = "chosen" in shared and self.active_heads < self.routed_heads and q.shape[2] > 1
         per_head_mask = call["mask"] is not None and call["mask"].heads() > 1
         dense = self.training or per_head_mask or call.get("return_weights") or torch.compiler.is_compiling()
-        if dense or not few:
+        if dense or not few or q.numel() == 0:
             return super()._mix_heads(q, k, v, shared, **call)
         return self._sparse_heads(q, k, v, shared["chosen"], **call)
 
