@@ -1,0 +1,313 @@
+"""SG-Former: a hybrid-scale layer finds out which tokens matter, the next layer merges the others before reading."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...grids import block_windows, unblock_windows
+from ...ops import attention
+from ...types import Output, Plan, Traits, check_choice, check_divides
+from ..base import Mechanism
+from ..layers import DepthwiseConv, flat_valid, head_dim_of, merge_heads, split_heads, zero_invalid
+from ..registry import register
+
+Groups = tuple[tuple[int, int], ...]
+
+#: For each reduction ratio: (parts of the sorted tokens, tokens merged into one), least significant first.
+#: The parts add up to the denominator of the shares: (1, 2, 1) are a quarter, a half and a quarter.
+MERGES: dict[int, Groups] = {8: ((1, 196), (2, 56), (1, 28)), 4: ((1, 49), (2, 14), (1, 7)), 2: ((1, 2), (1, 1))}
+
+
+def _grid_multiple(groups: Groups) -> int:
+    """The smallest side such that every grid of multiples of it splits into the groups."""
+    whole = sum(share for share, _ in groups)
+    side = 1
+    while any(side * side * share % (whole * factor) for share, factor in groups):
+        side += 1
+    return side
+
+
+@register("sg-former", "self-guided-attention")
+class SelfGuidedAttention(Mechanism):
+    """The attention layers of SG-Former, which come in pairs.
+
+    ``role="hybrid"``: half of the heads read ``x' = GELU(LN(conv_(s x s, stride s) x))``, the map pooled by the ratio
+    s; the other half read within windows. With ``A_1`` and ``A_2`` their weights, the significance of a token is the
+    mean attention it receives, over queries and heads: ``S = upsample(mean A_1) + mean A_2`` (B, H, W), without
+    gradient. It is returned as the carry: ``returns=("carry",)``.
+
+    ``role="guided"``: takes that map as ``carry`` and sorts the tokens by it. The less significant, the more
+    consecutive tokens of the sorted list are merged into one by a learned weighting (a Linear(f, 1) per group). Half of
+    the heads read the list sorted from the row-major map, the others the one sorted from the column-major map. The two
+    lists differ only in the order of equally significant tokens. All tokens query.
+
+    ``role="global"``: plain attention, as in the last stage.
+
+    Every role adds a locally enhanced position, ``y = W_o (o + DWConv_3x3(W_l x))``. With ratio s = 8, a quarter, a
+    half and a quarter of the N tokens are merged by 196, 56 and 28 (s = 4: by 49, 14 and 7; s = 2: halves by 2 and 1),
+    so each half of the heads reads N / 784 + N / 112 + N / 112 keys.
+
+    Shapes: x and y (B, H, W, C); H and W must be multiples of ``m.traits.grid_multiple``. The order is a plan:
+    ``m.plan(x, carry=S)``, with a stable sort, so equal tokens keep the order of their scan.
+
+    Differs from the authors' code: the carry is explicit and is handed on by the guided layer as it is, where theirs
+    sets it to ``None``; the sort is stable; sizes that do not divide raise, where theirs fail inside. Tokens outside
+    ``valid`` are zero before convolutions and merges, count as least significant, and are never read; a merged key
+    exists when one of its tokens does.
+
+    Args:
+        dim: width C.
+        num_heads: heads; even for ``"hybrid"`` and ``"guided"``.
+        role: ``"hybrid"``, ``"guided"`` or ``"global"``.
+        sr_ratio: the reduction ratio s.
+        window_size: side of the windows of the hybrid layer.
+        merge: for the guided layer, pairs (share, factor), least significant first; by default the paper's for
+            ``sr_ratio``. Shares are relative to their sum.
+        qkv_bias: biases of the query, key and value projections.
+        attn_drop: dropout of attention weights in training.
+        proj_drop: dropout of the output.
+
+    Reference: Ren et al., 2023, arXiv 2308.12216, eq. 1-6.
+
+    >>> import torch
+    >>> x = torch.randn(2, 8, 8, 8)
+    >>> out = SelfGuidedAttention(8, 4, "hybrid", sr_ratio=2, window_size=4)(x, returns=("carry",))
+    >>> SelfGuidedAttention(8, 4, "guided", sr_ratio=2)(out.y, carry=out.carry).shape
+    torch.Size([2, 8, 8, 8])
+    """
+
+    class_traits = Traits(
+        grid_ranks=frozenset({2}),
+        carries=True,
+        needs_plan=True,
+        weights=False,
+        work={"N": 2},
+        memory={"N": 2},
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        role: str = "hybrid",
+        sr_ratio: int = 8,
+        window_size: int = 7,
+        merge: Sequence[Sequence[int]] | None = None,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__(dim)
+        check_choice("role", role, ("hybrid", "guided", "global"))
+        self.head_dim = head_dim_of(dim, num_heads)
+        self.num_heads, self.role, self.sr_ratio, self.window_size = num_heads, role, sr_ratio, window_size
+        self.attn_drop = attn_drop
+        if role != "global":
+            check_divides("2 (halves)", 2, "num_heads", num_heads)
+        if merge is not None and role != "guided":
+            raise ValueError(f"merge={merge} is for role='guided', got role={role!r}")
+        self.groups: Groups = ()
+        if role == "hybrid":
+            if sr_ratio < 1 or window_size < 1:
+                raise ValueError(f"sr_ratio and window_size must be at least 1, got {sr_ratio} and {window_size}")
+            self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
+            self.norm = nn.LayerNorm(dim)
+            self.q1 = nn.Linear(dim, dim // 2, bias=qkv_bias)
+            self.q2 = nn.Linear(dim, dim // 2, bias=qkv_bias)
+            self.kv1 = nn.Linear(dim, dim, bias=qkv_bias)
+            self.kv2 = nn.Linear(dim, dim, bias=qkv_bias)
+        elif role == "guided":
+            if merge is None:
+                check_choice("sr_ratio", sr_ratio, sorted(MERGES))
+                merge = MERGES[sr_ratio]
+            if not merge or any(len(g) != 2 or min(g) < 1 for g in merge):
+                raise ValueError(f"merge must hold pairs (share, factor) of positive integers, got {merge}")
+            self.groups = tuple((int(share), int(factor)) for share, factor in merge)
+            self.merge = nn.ModuleList(nn.Linear(factor, 1) for _, factor in self.groups)
+            self.q = nn.Linear(dim, dim, bias=qkv_bias)
+            self.kv1 = nn.Linear(dim, dim, bias=qkv_bias)
+            self.kv2 = nn.Linear(dim, dim, bias=qkv_bias)
+        else:
+            self.q = nn.Linear(dim, dim, bias=qkv_bias)
+            self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.lepe_linear = nn.Linear(dim, dim)
+        self.lepe_conv = DepthwiseConv(dim, 3)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Linear maps start narrow, convolutions at unit gain over their fan-out."""
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+            elif isinstance(m, (nn.Conv2d, DepthwiseConv)):
+                fan_out = math.prod(m.weight.shape[2:]) * (1 if isinstance(m, DepthwiseConv) else m.weight.shape[0])
+                nn.init.normal_(m.weight, 0.0, math.sqrt(2.0 / fan_out))
+            if isinstance(m, (nn.Linear, nn.Conv2d, DepthwiseConv)) and m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+    @property
+    def traits(self) -> Traits:
+        if self.role == "hybrid":
+            multiple = math.lcm(self.sr_ratio, self.window_size)
+            return self.class_traits.but(needs_plan=False, grid_multiple=multiple)
+        if self.role == "guided":
+            return self.class_traits.but(grid_multiple=_grid_multiple(self.groups), gradient="stopped")
+        return self.class_traits.but(needs_plan=False, carries=False)
+
+    # ---- hybrid scale
+
+    def _hybrid(self, x: Tensor, valid: Tensor | None, significance: bool) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, C) and the significance (B, H, W)."""
+        (batch, height, width, _), half = x.shape, self.num_heads // 2
+        for name, size in (("sr_ratio", self.sr_ratio), ("window_size", self.window_size)):
+            if height % size or width % size:
+                raise ValueError(f"{name}={size} does not divide the grid {(height, width)} of x")
+        drop = self.attn_drop if self.training else 0.0
+
+        def read(q: Tensor, kv: Tensor, exists: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            k, v = kv.chunk(2, -1)
+            q, k, v = (split_heads(t, half) for t in (q, k, v))
+            if not significance:
+                return attention(q, k, v, valid=exists, dropout_p=drop), None
+            return attention(q, k, v, valid=exists, dropout_p=drop, return_weights=True)
+
+        def received(weights: Tensor, exists: Tensor | None) -> Tensor:
+            """(B, M): the mean over heads and existing queries (B, N) of what each key is given."""
+            weights = weights.detach()
+            if exists is None:
+                return weights.mean((1, 2))
+            total = weights.masked_fill(~exists[:, None, :, None], 0.0).mean(1).sum(1)
+            return total / exists.sum(1, keepdim=True).clamp(min=1)
+
+        pooled = self.sr(zero_invalid(x, valid).movedim(-1, 1)).movedim(1, -1)
+        pooled_valid = None if valid is None else block_windows(valid.unsqueeze(-1), self.sr_ratio).flatten(3).any(-1)
+        far, far_weights = read(
+            self.q1(x), self.kv1(nn.functional.gelu(self.norm(pooled))), flat_valid(pooled_valid)
+        )  # fmt: skip
+        windows = block_windows(torch.cat([self.q2(x), self.kv2(x)], -1), self.window_size)
+        lead = windows.shape[:3]
+        q2, kv2 = windows.flatten(0, 2).split([self.dim // 2, self.dim], -1)
+        window_valid = None
+        if valid is not None:
+            window_valid = block_windows(valid.unsqueeze(-1), self.window_size).flatten(0, 2).flatten(1)
+        near, near_weights = read(q2, kv2, window_valid)
+        near = unblock_windows(merge_heads(near).reshape(*windows.shape[:-1], self.dim // 2))
+        out = torch.cat([merge_heads(far, (height, width)), near], -1)
+        if far_weights is None or near_weights is None:
+            return out, None
+        s = self.sr_ratio
+        far_map = received(far_weights, flat_valid(valid)).view(batch, height // s, width // s)
+        far_map = far_map.repeat_interleave(s, 1).repeat_interleave(s, 2)
+        near_map = received(near_weights, window_valid).view(*lead, self.window_size, self.window_size, 1)
+        return out, far_map + unblock_windows(near_map).squeeze(-1)
+
+    # ---- self-guided
+
+    def make_plan(
+        self, x: Tensor, context: Tensor | None = None, *, carry: Any = None, valid: Tensor | None = None, **_: Any
+    ) -> Plan:
+        """Tokens by rising significance, (B, N) row-major numbers, from both scans."""
+        if self.role != "guided":
+            return super().make_plan(x, context)
+        if carry is None:
+            raise ValueError(
+                "role='guided' needs the significance map (B, H, W) as carry: "
+                "the hybrid layer before it returns it with returns=('carry',)"
+            )
+        if not isinstance(carry, Tensor) or carry.shape != x.shape[:-1]:
+            given = tuple(carry.shape) if isinstance(carry, Tensor) else type(carry).__name__
+            raise ValueError(f"carry must be a significance map of shape {tuple(x.shape[:-1])}, got {given}")
+        height, width = x.shape[1:3]
+        if valid is not None:
+            carry = carry.masked_fill(~valid, float("-inf"))
+        rows = carry.flatten(1).argsort(dim=1, stable=True)
+        columns = carry.transpose(1, 2).flatten(1).argsort(dim=1, stable=True)
+        columns = columns % height * width + columns // height
+        return Plan("significance", {"rows": rows, "columns": columns}, (("B", x.shape[0]), ("grid", (height, width))))
+
+    def key_count(self, tokens: int) -> int:
+        """Keys that each half of the heads of a guided layer reads, of ``tokens``.
+
+        >>> SelfGuidedAttention(8, 2, "guided", sr_ratio=8).key_count(3136)
+        60
+        """
+        whole = sum(share for share, _ in self.groups)
+        for share, factor in self.groups:
+            if tokens * share % (whole * factor):
+                side = _grid_multiple(self.groups)
+                raise ValueError(
+                    f"{tokens} tokens do not split into groups of shares {[s for s, _ in self.groups]} merged by "
+                    f"{[f for _, f in self.groups]}; grids whose sides are multiples of {side} do"
+                )
+        return sum(tokens * share // (whole * factor) for share, factor in self.groups)
+
+    def _merged(self, x: Tensor, order: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(B, K, C) keys' tokens and which exist (B, K), from the sorted list."""
+        n, whole = x.shape[1], sum(share for share, _ in self.groups)
+        ordered = x.gather(1, order.unsqueeze(-1).expand_as(x))
+        exists = None if valid is None else valid.gather(1, order)
+        keys, alive, start = [], [], 0
+        for (share, factor), layer in zip(self.groups, self.merge, strict=True):
+            stop = start + n * share // whole
+            keys.append(layer(ordered[:, start:stop].unflatten(1, (-1, factor)).transpose(-1, -2)).squeeze(-1))
+            if exists is not None:
+                alive.append(exists[:, start:stop].unflatten(1, (-1, factor)).any(-1))
+            start = stop
+        return torch.cat(keys, 1), torch.cat(alive, 1) if alive else None
+
+    def _guided(self, x: Tensor, valid: Tensor | None, plan: Plan) -> Tensor:
+        self.key_count(x.shape[1] * x.shape[2])
+        flat, exists = zero_invalid(x, valid).flatten(1, 2), flat_valid(valid)
+        q = split_heads(self.q(x), self.num_heads).chunk(2, 1)
+        outs = []
+        for part, order, kv in zip(q, (plan["rows"], plan["columns"]), (self.kv1, self.kv2), strict=True):
+            keys, alive = self._merged(flat, order, exists)
+            k, v = (split_heads(t, self.num_heads // 2) for t in kv(keys).chunk(2, -1))
+            outs.append(attention(part, k, v, valid=alive, dropout_p=self.attn_drop if self.training else 0.0))
+        return merge_heads(torch.cat(outs, 1), x.shape[1:-1])
+
+    # ---- the layer
+
+    def mix(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        plan: Plan | None = None,
+        carry: Any = None,
+        returns: tuple[str, ...] = (),
+        **_: Any,
+    ) -> Output:
+        if self.role == "hybrid":
+            out, carry = self._hybrid(x, valid, "carry" in returns)
+        elif self.role == "guided":
+            if plan is None:
+                plan = self.plan(x, carry=carry, valid=valid)
+            out = self._guided(x, valid, plan.expect("significance", B=x.shape[0], grid=tuple(x.shape[1:3])))
+        else:
+            k, v = self.kv(x).chunk(2, -1)
+            q, k, v = (split_heads(t, self.num_heads) for t in (self.q(x), k, v))
+            drop = self.attn_drop if self.training else 0.0
+            out = merge_heads(attention(q, k, v, valid=flat_valid(valid), dropout_p=drop), x.shape[1:-1])
+        local = self.lepe_conv(zero_invalid(self.lepe_linear(x), valid))
+        return Output(self.proj_drop(self.proj(out + local)), carry=carry)
+
+    @staticmethod
+    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the authors' ``Attention``: the merging layers are called ``f1``, ``f2``, ``f3`` there."""
+        names = {f"f{i + 1}.": f"merge.{i}." for i in range(3)}
+        out = {}
+        for key, value in state_dict.items():
+            for theirs, ours in names.items():
+                if key.startswith(theirs):
+                    key = ours + key.removeprefix(theirs)
+            out[key] = value
+        return out
