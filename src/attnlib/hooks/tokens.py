@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,8 +67,9 @@ class TypeTracker:
             raise TypeError(f"token_types must be a (B, N) tensor or a rule from ids to types, got {source!r}")
         self.source = source
         self.types: Tensor | None = None
+        self._padded: Tensor | None = None
 
-    def advance(self, ids: Tensor | None, offset: int, count: int, attention_mask: Tensor | None) -> None:
+    def advance(self, ids: Tensor | None, offset: int, count: int, attention_mask: Any) -> None:
         """The model is about to read ``count`` tokens after ``offset`` others."""
         total = offset + count
         if isinstance(self.source, Tensor):
@@ -90,26 +92,42 @@ class TypeTracker:
                     )
                 new = torch.cat([self.types[:, :offset].to(new.device), new], 1)
             types = new
-        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] >= total:
-            padded = attention_mask[:, :total].to(types.device) == 0
+        padded = self._padding(attention_mask, offset, count)
+        if padded is not None:
             if padded.shape[0] != types.shape[0]:
-                raise ValueError(
-                    f"token_types has {types.shape[0]} rows, the model got a batch of {padded.shape[0]}; give one row "
-                    "per "
-                    "row of the batch (beam search repeats each prompt num_beams times), or a rule on ids"
-                )
-            types = types.masked_fill(padded, PAD)
+                raise ValueError(self._wrong_rows(types.shape[0], padded.shape[0]))
+            types = types.masked_fill(padded.to(types.device), PAD)
         self.types = types
+
+    def _padding(self, mask: Any, offset: int, count: int) -> Tensor | None:
+        """(B, offset + count) boolean, slots that are padding, from the mask that the model itself was given."""
+        if isinstance(mask, dict):
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        total = offset + count
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= total:
+            self._padded = mask[:, :total] == 0
+        elif offset == 0:
+            self._padded = None
+            if isinstance(mask, Tensor) and mask.dim() == 4:
+                # Every token that exists reads itself.
+                allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+                self._padded = ~allowed[..., :count, :total].any(-2).any(1)
+        elif self._padded is not None:
+            self._padded = F.pad(self._padded[:, :offset], (0, count), value=False)
+        return self._padded
+
+    @staticmethod
+    def _wrong_rows(given: int, batch: int) -> str:
+        return (
+            f"token_types has {given} rows, the model got a batch of {batch}; give one row per row of the batch "
+            "(beam search repeats each prompt num_beams times), or a rule on ids"
+        )
 
     def upto(self, count: int, rows: int, device: torch.device) -> Tensor:
         """(B, count) types of the first slots; slots not seen yet are padding."""
         if self.types is None:
             raise ValueError("no token types yet: the attached model itself was not called, only a part of it")
         if self.types.shape[0] != rows:
-            raise ValueError(
-                f"token_types has {self.types.shape[0]} rows, the model got a batch of {rows}; give one row per row "
-                "of the "
-                "batch (beam search repeats each prompt num_beams times), or a rule on ids"
-            )
+            raise ValueError(self._wrong_rows(self.types.shape[0], rows))
         types = self.types[:, :count].to(device)
         return F.pad(types, (0, count - types.shape[1]), value=PAD)

@@ -576,9 +576,8 @@ class TransformersAdapter(Adapter):
                 raise ValueError(f"{type(model).__name__} was called without input_ids or inputs_embeds")
             cache: Any = given.get("past_key_values")
             offset = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-            mask = given.get("attention_mask")
             assert session.tracker is not None
-            session.tracker.advance(ids, offset, read.shape[1], mask if isinstance(mask, Tensor) else None)
+            session.tracker.advance(ids, offset, read.shape[1], given.get("attention_mask"))
 
         return follow
 
