@@ -208,8 +208,8 @@ def _table_bias(problem: _Problem, chosen: list[TileClass]) -> Tensor:
         table = table.index_select(1 + axis, index.flatten())
         shape += [c.q_size, c.k_size]
     order = [0, *range(1, 2 * r + 1, 2), *range(2, 2 * r + 2, 2)]
-    bias = table.reshape(shape).permute(order)
-    return bias.reshape(1, 1, table.shape[0], math.prod(c.q_size for c in chosen), math.prod(c.k_size for c in chosen))
+    area = [math.prod([c.q_size for c in chosen]), math.prod([c.k_size for c in chosen])]
+    return table.reshape(shape).permute(order).reshape(1, 1, table.shape[0], *area)
 
 
 def _axis_bias(problem: _Problem, chosen: list[TileClass], factors: list[Tensor]) -> Tensor:
@@ -578,7 +578,7 @@ def _call(
         table=bias_table, extra=more, extra_pos=extra_pos, mask=mask, offset=offset, partial=partial,
         options=dict(scale=scale, dropout_p=dropout_p),
     )  # fmt: skip
-    if q.shape[0] == 0 or (backend != "tiles" and forced_eager(backend)):
+    if backend != "tiles" and forced_eager(backend):
         fields = _eager(q, k, v, rules, valid, axis_bias, **rest)
     else:
         chosen = None if tile is None else to_tuple("tile", tile, len(grid))

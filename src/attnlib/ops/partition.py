@@ -313,7 +313,7 @@ def window_attention(
             q, k, v, Partition(index), valid=valid, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p,
             backend="eager",
         )  # fmt: skip
-    cut = [windows(t.transpose(1, 2).flatten(2)).unflatten(-1, (t.shape[1], -1)).transpose(2, 3) for t in (q, k, v)]
+    cut = [windows(t.transpose(1, 2).flatten(2)).unflatten(-1, t.shape[1::2]).transpose(2, 3) for t in (q, k, v)]
     allowed = None
     if mask is not None:
         index = numbers()
@@ -328,4 +328,4 @@ def window_attention(
     heads, width = out.shape[2], out.shape[4]
     counts = [g // w for g, w in zip(grid, window, strict=True)]
     out = out.transpose(2, 3).reshape(q.shape[0], *counts, *window, heads * width)
-    return join(out).reshape(q.shape[0], -1, heads, width).transpose(1, 2)
+    return join(out).reshape(q.shape[0], q.shape[2], heads, width).transpose(1, 2)

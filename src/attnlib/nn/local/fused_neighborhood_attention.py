@@ -105,7 +105,7 @@ class FusedNeighborhoodAttention(Mechanism):
         super().__init__(dim)
         self.num_heads, self.head_dim = num_heads, head_dim_of(dim, num_heads)
         self.kernel_size, self.dilation, self.causal = kernel_size, dilation, causal
-        settings = dict(kernel_size=kernel_size, dilation=dilation, stride=self.stride, causal=causal)
+        settings: dict[str, Any] = dict(kernel_size=kernel_size, dilation=dilation, stride=self.stride, causal=causal)
         rank = _rank_of(rank, settings)
         self.rank = 1 if rank is None and causal is True else rank
         if rel_bias and self.rank is None:
@@ -195,8 +195,9 @@ class FusedNeighborhoodAttention(Mechanism):
         def others(t: Tensor, dim: int) -> Tensor:
             return torch.cat([t.narrow(dim, 0, start), t.narrow(dim, stop, len(layout) - stop)], dim)
 
+        inner_q, inner_k, inner_v = (t[:, :, start:stop] for t in (q, k, v))
         near = neighborhood_attention(
-            *(t[:, :, start:stop] for t in (q, k, v)), grid, **self._window, bias_table=self.rpb,
+            inner_q, inner_k, inner_v, grid, **self._window, bias_table=self.rpb,
             extra_k=others(k, 2), extra_v=others(v, 2), extra_valid=None if exists is None else others(exists, 1),
             valid=None if exists is None else exists[:, start:stop], mask=mask, offset=start, extra_pos=beside,
             scale=self.scale, dropout_p=drop,

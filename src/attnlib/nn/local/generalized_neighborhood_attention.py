@@ -8,8 +8,10 @@ their leader:
 - causal: ``leader = min((i // s) s + s - 1, L - 1)``, keys ``max(leader - w + 1, 0) .. i``.
 
 ``s = 1`` is neighborhood attention, ``s = w`` with ``w | L`` is attention in windows that do not overlap. Shared
-windows make tiles of queries read whole tiles of keys: :mod:`attnlib.ops.neighborhood_sim` counts them. A causal axis with
-``s > 1`` does not stream: the leader of the last, incomplete group depends on the length of the whole sequence.
+windows make tiles of queries read whole tiles of keys: :mod:`attnlib.ops.neighborhood_sim` counts them.
+
+A causal axis with ``s > 1`` does not stream: the leader of the last, incomplete group depends on the length of the
+whole sequence.
 """
 
 from __future__ import annotations

@@ -1,0 +1,233 @@
+"""Multi-axis attention of MaxViT: dense attention in local windows, then dense attention on a sparse global grid.
+
+Tu et al., 2022, "MaxViT: Multi-Axis Vision Transformer", arXiv 2204.01697. *Block* attention cuts the map into windows
+of ``P x P`` neighbouring tokens; *grid* attention lays a ``G x G`` grid over the whole map, so that group ``(a, b)``
+holds the tokens ``(i H/G + a, j W/G + b)``. Inside a group
+
+    ``softmax(q k^T D^-1/2 + B[h, key - query + P - 1]) v``
+
+with a learned table ``B`` of ``(2P - 1) x (2P - 1)`` per head. Each is O(N); the pair mixes all tokens.
+
+In the paper's block the two are residual sublayers, each behind a LayerNorm and followed by an MLP. ``maxvit`` is that
+pair without the MLPs, in the form of one mechanism inside a residual block that brings its own first norm: it returns
+the update ``b + grid(norm(x + b))`` with ``b = block(x)``, so that ``x + maxvit(x)`` is both residual sublayers.
+
+Differs from the PyTorch code in timm: the relative table is stored as key minus query for every variant (timm's
+``RelPosBias`` stores query minus key and is flipped by ``convert_state_dict``), and tokens that do not exist
+(``valid``) are never attended.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...grids import check_windows
+from ...masks import Mask
+from ...ops.partition import KINDS, window_attention
+from ...positions import window_bias
+from ...types import Traits, check_choice, to_tuple
+from ..base import Mechanism
+from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
+from ..registry import register
+
+PerAxis = int | Sequence[int]
+
+
+def _window_of(name: str, size: PerAxis, rank: int | None) -> tuple[int, ...]:
+    window = to_tuple(name, size, rank or (2 if isinstance(size, int) else len(size)))
+    if not 1 <= len(window) <= 3 or any(not isinstance(w, int) or w < 1 for w in window):
+        raise ValueError(f"{name}={window} must hold 1 to 3 integers of at least 1")
+    return window
+
+
+class PartitionAttention(Mechanism):
+    """Multi-head attention inside block or grid windows, with a relative bias.
+
+    Args:
+        dim: width of ``x``.
+        num_heads: heads; must divide ``dim``. The authors' models have ``dim / 32``.
+        window_size: sides of a window; must divide the grid.
+        kind: ``"block"``: windows of neighbouring tokens; ``"grid"``: of tokens spread evenly over the map.
+        rank: axes of the grid; 2, unless ``window_size`` is a tuple.
+        rel_bias: learn a relative bias per head.
+        qkv_bias: bias of the query, key and value projections.
+        proj_bias: bias of the output projection.
+        attn_drop: dropout of attention weights in training.
+        proj_drop: dropout of the output in training.
+
+    Reference: Tu et al., 2022, arXiv 2204.01697, section 3.2.
+
+    >>> PartitionAttention(dim=16, num_heads=4, window_size=4, kind="grid")(torch.randn(2, 8, 8, 16)).shape
+    torch.Size([2, 8, 8, 16])
+    """
+
+    class_traits = Traits(
+        patterns=frozenset({"noncausal-self"}),
+        grid_ranks=frozenset({1, 2, 3}),
+        mask=True,
+        work={"N": 1},
+        memory={"N": 1},
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        window_size: PerAxis = 7,
+        kind: str = "block",
+        rank: int | None = None,
+        rel_bias: bool = True,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__(dim)
+        check_choice("kind", kind, KINDS)
+        self.num_heads, self.head_dim, self.kind = num_heads, head_dim_of(dim, num_heads), kind
+        self.window_size = _window_of("window_size", window_size, rank)
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+        if rel_bias:
+            self.rel_bias = nn.Parameter(torch.empty(num_heads, *(2 * w - 1 for w in self.window_size)))
+            nn.init.normal_(self.rel_bias, std=0.02)
+        else:
+            self.register_parameter("rel_bias", None)
+
+    @property
+    def traits(self) -> Traits:
+        return self.class_traits.but(
+            grid_ranks=frozenset({len(self.window_size)}), grid_multiple=math.lcm(*self.window_size)
+        )
+
+    def mix(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        mask: Mask | None = None,
+        **_: Any,
+    ) -> Tensor:
+        grid = x.shape[1:-1]
+        check_windows(grid, self.window_size)
+        q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, -1))
+        bias = None
+        if self.rel_bias is not None:
+            bias = window_bias(self.rel_bias.flatten(1), self.window_size).dense()[0]
+        out = window_attention(
+            q, k, v, grid, self.window_size, self.kind, valid=flat_valid(valid), mask=mask, bias=bias,
+            scale=self.head_dim**-0.5, dropout_p=self.attn_drop if self.training else 0.0,
+        )  # fmt: skip
+        return self.proj_drop(self.proj(merge_heads(out, grid)))
+
+    @staticmethod
+    def convert_state_dict(
+        state_dict: dict[str, Tensor], num_heads: int | None = None, head_first: bool = False
+    ) -> dict[str, Tensor]:
+        """From timm's ``AttentionCl``.
+
+        Args:
+            state_dict: ``qkv.*``, ``proj.*`` and ``rel_pos.relative_position_bias_table``.
+            num_heads: needed when ``head_first`` and the table does not tell.
+            head_first: timm's setting: True for its ``rw`` models, False for weights from TensorFlow (``tf``).
+        """
+        out = {}
+        table = state_dict.get("rel_pos.relative_position_bias_table")
+        if table is not None:
+            if table.dim() == 2:  # Swin's form: (displacements, heads), query minus key
+                side = math.isqrt(table.shape[0])
+                if side * side != table.shape[0]:
+                    raise ValueError(
+                        f"relative_position_bias_table {tuple(table.shape)} is not that of a square window"
+                    )
+                table = table.t().reshape(-1, side, side).flip(1, 2)
+            out["rel_bias"] = table
+            num_heads = table.shape[0]
+        for kind in ("weight", "bias"):
+            if f"qkv.{kind}" in state_dict:
+                value = state_dict[f"qkv.{kind}"]
+                if head_first:  # (heads, 3, D) -> (3, heads, D)
+                    if num_heads is None:
+                        raise ValueError("num_heads is needed to convert head_first weights without a relative table")
+                    value = value.unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+                out[f"qkv.{kind}"] = value
+            if f"proj.{kind}" in state_dict:
+                out[f"proj.{kind}"] = state_dict[f"proj.{kind}"]
+        return out
+
+
+@register("maxvit", "max-sa", "multi-axis-attention")
+class MaxSA(Mechanism):
+    """Block attention, then grid attention: ``b + grid(norm(x + b))`` with ``b = block(x)``.
+
+    Args:
+        dim: width of ``x``.
+        num_heads: heads of each half; must divide ``dim``.
+        window_size: sides ``P`` of a block; must divide the grid.
+        grid_size: sides ``G`` of the global grid; ``window_size`` by default.
+        norm: LayerNorm before the grid half.
+        options: ``rank``, ``rel_bias``, ``qkv_bias``, ``proj_bias``, ``attn_drop``, ``proj_drop`` of
+            :class:`PartitionAttention`.
+
+    Reference: Tu et al., 2022, arXiv 2204.01697, section 3.2 and figure 3.
+
+    >>> MaxSA(dim=16, num_heads=4, window_size=4)(torch.randn(2, 8, 8, 16)).shape
+    torch.Size([2, 8, 8, 16])
+    """
+
+    # No pairwise mask: a token that one half may not read could still arrive through the other.
+    class_traits = PartitionAttention.class_traits.but(mask=False)
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        window_size: PerAxis = 7,
+        grid_size: PerAxis | None = None,
+        norm: bool = True,
+        **options: Any,
+    ):
+        super().__init__(dim)
+        grid_size = window_size if grid_size is None else grid_size
+        self.block = PartitionAttention(dim, num_heads, window_size, "block", **options)
+        self.norm = nn.LayerNorm(dim, eps=1e-5) if norm else nn.Identity()
+        self.grid = PartitionAttention(dim, num_heads, grid_size, "grid", **options)
+        if len(self.block.window_size) != len(self.grid.window_size):
+            raise ValueError(
+                f"window_size={self.block.window_size} and grid_size={self.grid.window_size} must have as many axes"
+            )
+
+    @property
+    def traits(self) -> Traits:
+        halves = self.block.traits, self.grid.traits
+        return halves[0].but(mask=False, grid_multiple=math.lcm(*(half.grid_multiple for half in halves)))
+
+    def mix(self, x: Tensor, context: Tensor | None = None, *, valid: Tensor | None = None, **_: Any) -> Tensor:
+        check_windows(x.shape[1:-1], self.grid.window_size, "grid_size")
+        local = self.block(x, valid=valid)
+        return local + self.grid(self.norm(x + local), valid=valid)
+
+    @staticmethod
+    def convert_state_dict(state_dict: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+        """From timm's ``MaxxVitBlock`` (``attn_block.attn.*``, ``attn_grid.norm1.*``, ``attn_grid.attn.*``).
+
+        The MLPs, the first norm and the convolution of that block are no part of this mechanism and are left out.
+        ``options`` as in :meth:`PartitionAttention.convert_state_dict`.
+        """
+        out = {}
+        for ours, theirs in (("block", "attn_block.attn."), ("grid", "attn_grid.attn.")):
+            half = {k.removeprefix(theirs): v for k, v in state_dict.items() if k.startswith(theirs)}
+            converted = PartitionAttention.convert_state_dict(half, **options)
+            out.update({f"{ours}.{k}": v for k, v in converted.items()})
+        for kind in ("weight", "bias"):
+            if f"attn_grid.norm1.{kind}" in state_dict:
+                out[f"norm.{kind}"] = state_dict[f"attn_grid.norm1.{kind}"]
+        return out
