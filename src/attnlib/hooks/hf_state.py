@@ -1,0 +1,138 @@
+"""A transformers cache layer that holds the :class:`attnlib.State` of any mechanism.
+
+Needs ``transformers``; nothing else in :mod:`attnlib.hooks` imports this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..types import State
+
+
+class StateLayer(CacheLayerMixin):
+    """State of one layer, and how many tokens it has been through.
+
+    Layers of one model may hold very different things: all keys, the last few, or a matrix that does not grow. What
+    ``generate`` needs of each is the same number of tokens seen, which therefore is counted here and never read off a
+    tensor's shape, so that a layer without keys answers like one with them.
+
+    >>> layer = StateLayer()
+    >>> layer.advance(State({"S": torch.zeros(2, 3, 4, 4)}), 7)
+    >>> layer.get_seq_length(), layer.state["S"].shape
+    (7, torch.Size([2, 3, 4, 4]))
+    """
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: State | None = None
+        self.seen = 0
+
+    # ---- what a model does with it
+
+    def advance(self, state: State, tokens: int) -> None:
+        """Keep the state after ``tokens`` more tokens (padding included)."""
+        self.state, self.seen, self.is_initialized = state, self.seen + tokens, True
+
+    @property
+    def batch_size(self) -> int:
+        """Samples held, -1 before the first token."""
+        return -1 if self.state is None else _leaves(self.state)[0].shape[0]
+
+    def key_positions(self) -> Tensor | None:
+        """(B, M) positions of the keys held, counting the tokens that exist; -1 where none is held.
+
+        ``None`` when the state holds no keys.
+        """
+        state = self.state
+        if state is None or "k" not in state:
+            return None
+        held = state["k"].shape[2]
+        if "valid" in state:
+            return torch.where(state["valid"], state["valid"].long().cumsum(1) - 1, -1)
+        return (state["tokens"][:, None] - held + torch.arange(held, device=state["k"].device)).clamp(min=-1)
+
+    # ---- what transformers does with it
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        if self.state is not None:
+            self.state = self.state.map(fn)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda t: t[indices.to(t.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def reset(self) -> None:
+        self.state, self.seen, self.is_initialized = None, 0, False
+
+    def offload(self) -> None:
+        if self.state is not None:
+            self.device = _leaves(self.state)[0].device
+            self._map(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.state is not None and hasattr(self, "device"):
+            self._map(lambda t: t.to(self.device, non_blocking=True))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(
+                f"crop({tokens_to_remove}) is not possible: a state that has read a token cannot forget it; "
+                "keep a copy (state.map(torch.clone)) from before instead"
+            )
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> NoReturn:
+        raise TypeError("StateLayer holds states, not keys and values; call advance(state, tokens)")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("StateLayer holds states, not keys and values; call advance(state, tokens)")
+
+
+def _leaves(state: State) -> list[Tensor]:
+    out: list[Tensor] = []
+    for value in state.tensors.values():
+        out += _leaves(value) if isinstance(value, State) else [value]
+    return out
+
+
+def state_cache(num_layers: int) -> Cache:
+    """An empty cache of ``num_layers`` :class:`StateLayer`.
+
+    >>> state_cache(3).get_seq_length()
+    0
+    """
+    return Cache(layers=[StateLayer() for _ in range(num_layers)])
+
+
+def state_layers(cache: Any, num_layers: int) -> Sequence[StateLayer]:
+    """The layers of ``cache``, or ``TypeError`` when it is another kind of cache."""
+    layers = getattr(cache, "layers", None)
+    if layers is None or len(layers) != num_layers or not all(isinstance(layer, StateLayer) for layer in layers):
+        raise TypeError(
+            f"past_key_values must be made by attnlib.hooks.hf_state.state_cache({num_layers}) or left out, "
+            f"got {cache!r:.200}"
+        )
+    return layers

@@ -1,0 +1,383 @@
+"""A decoder for language with any mechanism in any layer, as an ordinary transformers model.
+
+Needs ``transformers``. Importing this module registers it with ``AutoConfig`` and ``AutoModelForCausalLM``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+
+from ..hooks.hf_state import StateLayer, state_cache, state_layers
+from ..nn.base import Mechanism
+from ..nn.registry import create, find
+
+MechanismSpec = str | dict[str, Any]
+
+
+class DecoderConfig(PreTrainedConfig):
+    """Settings of :class:`DecoderForCausalLM`.
+
+    Args:
+        vocab_size: symbols.
+        hidden_size: width.
+        intermediate_size: hidden width of the feed-forward; 8/3 of ``hidden_size``, rounded up to 16, by default.
+        num_hidden_layers: layers.
+        num_attention_heads: heads of every layer that does not say otherwise.
+        mechanisms: registry names, or ``{"name": .., **settings}``, one per layer; a shorter list is repeated. Settings
+            that a mechanism takes and its entry leaves out come from here: ``num_heads``, ``causal=True``, ``rotary``
+            (``rope_theta``), ``layer`` and ``num_layers``.
+        rope_theta: base of rotary positions; ``None`` for none.
+        rms_norm_eps: epsilon of the norms.
+        initializer_range: standard deviation of embeddings and feed-forward; mechanisms initialise themselves.
+        tie_word_embeddings: share the embedding with the output.
+        loss_weights: weight of each named mechanism loss in the training loss; unnamed ones are only reported.
+
+    >>> DecoderConfig(num_hidden_layers=3, mechanisms=["softmax-attention", "lightning-attention-2"]).layer_spec(2)
+    {'name': 'softmax-attention'}
+    """
+
+    model_type = "attnlib-decoder"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    mechanisms: list | None = None
+    rope_theta: float | None = 10000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    loss_weights: dict | None = None
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.mechanisms is None:
+            self.mechanisms = ["softmax-attention"]
+        if not self.mechanisms or isinstance(self.mechanisms, str):
+            raise ValueError(f"mechanisms must be a list with at least one entry, got {self.mechanisms!r}")
+        for spec in self.mechanisms:
+            if not isinstance(spec, str) and not (isinstance(spec, dict) and isinstance(spec.get("name"), str)):
+                raise ValueError(f"mechanisms holds names or dicts with a 'name', got {spec!r}")
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-self.hidden_size * 8 // 3 // 16) * 16
+        super().__post_init__(**kwargs)
+
+    def layer_spec(self, index: int) -> dict[str, Any]:
+        """The entry of ``mechanisms`` for one layer."""
+        assert self.mechanisms is not None
+        spec = self.mechanisms[index % len(self.mechanisms)]
+        return {"name": spec} if isinstance(spec, str) else dict(spec)
+
+
+def build_mixer(config: DecoderConfig, index: int) -> Mechanism:
+    """The mechanism of one layer.
+
+    Raises:
+        ValueError: unknown name, or a mechanism that is not causal.
+    """
+    spec = config.layer_spec(index)
+    name = spec.pop("name")
+    known = inspect.signature(find(name)).parameters
+    defaults = {
+        "num_heads": config.num_attention_heads,
+        "causal": True,
+        "rotary": config.rope_theta,
+        "layer": index,
+        "num_layers": config.num_hidden_layers,
+    }
+    settings = {key: value for key, value in defaults.items() if key in known}
+    mixer = create(name, dim=config.hidden_size, **{**settings, **spec})
+    if "causal-self" not in mixer.traits.patterns:
+        raise ValueError(
+            f"layer {index}: {name!r} is not causal (it does {sorted(mixer.traits.patterns)}), "
+            "so it cannot be in a decoder"
+        )
+    return mixer
+
+
+class SwiGLU(nn.Module):
+    """``W_down (silu(W_gate x) * W_up x)``."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """``x + mixer(norm(x))``, then ``x + swiglu(norm(x))``."""
+
+    def __init__(self, config: DecoderConfig, index: int):
+        super().__init__()
+        assert config.intermediate_size is not None
+        self.index = index
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = build_mixer(config, index)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.ready = not any(t.is_meta for t in (*self.mixer.parameters(), *self.mixer.buffers()))
+        if self.ready:
+            # The mechanism has initialised itself: keep the model-wide initialisation away from it.
+            for module in self.mixer.modules():
+                module._is_hf_initialized = True  # type: ignore[assignment]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        valid: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, N, C) tokens and the mechanism's losses; reads and moves on this layer's state when there is a cache."""
+        layer: StateLayer | None = None
+        returns: tuple[str, ...] = ("losses",) if self.mixer.traits.losses else ()
+        call: dict[str, Any] = {"valid": valid}
+        if use_cache and past_key_values is not None:
+            layer = past_key_values.layers[self.index]  # type: ignore[assignment]
+            assert isinstance(layer, StateLayer)
+            returns = (*returns, "state")
+            call["state"] = layer.state
+        out = self.mixer(self.mixer_norm(hidden_states), returns=returns, **call)
+        losses: dict[str, Tensor] = {}
+        if returns:
+            losses = out.losses or {}
+            if layer is not None:
+                layer.advance(out.state, hidden_states.shape[1])
+            out = out.y
+        hidden_states = hidden_states + out
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states)), losses
+
+
+@dataclass
+class DecoderOutput(ModelOutput):
+    """Output of :class:`DecoderModel` and :class:`DecoderForCausalLM`; what does not apply is ``None``.
+
+    Args:
+        loss: () language modelling loss plus weighted mechanism losses, when ``labels`` were given.
+        logits: (B, N, vocab_size).
+        last_hidden_state: (B, N, hidden_size) after the last norm.
+        past_key_values: cache of states.
+        hidden_states: input of each layer, and the last one normed, when asked for.
+        mechanism_losses: each mechanism's own losses, summed over layers.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    mechanism_losses: dict[str, Tensor] | None = None
+
+
+class DecoderPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and saving."""
+
+    config_class = DecoderConfig
+    config: DecoderConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = True  # a state cannot be rolled back, as assisted generation would need
+
+    def initialize_weights(self) -> None:
+        """What transformers initialises, and the mechanisms of a model that was built without storage, for loading.
+
+        Their buffers that are not saved, and weights that the checkpoint lacks, come from a mechanism built anew.
+        """
+        super().initialize_weights()
+        for layer in self.modules():
+            if isinstance(layer, DecoderLayer) and not layer.ready:
+                with torch.device("cpu"):
+                    source = build_mixer(self.config, layer.index)
+                values = dict([*source.named_parameters(), *source.named_buffers()])
+                for name, tensor in (*layer.mixer.named_parameters(), *layer.mixer.named_buffers()):
+                    init.copy_(tensor, values[name].to(tensor))  # leaves alone what was loaded
+                layer.ready = True
+
+    def set_progress(self, progress: float) -> None:
+        """Advance the schedules of all mechanisms to ``progress`` in [0, 1]."""
+        for module in self.modules():
+            if isinstance(module, DecoderLayer):
+                module.mixer.set_progress(progress)  # type: ignore[operator]
+
+
+class DecoderModel(DecoderPreTrainedModel):
+    """Embedding, layers, norm. Positions count valid tokens; each mechanism makes its own."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **_: Any,
+    ) -> DecoderOutput:
+        """Hidden states of the new tokens.
+
+        Args:
+            input_ids: (B, N) tokens, those that the cache has not seen.
+            attention_mask: (B, M) with M >= N, nonzero for tokens that exist; its last N columns are these tokens.
+            past_key_values: cache made by an earlier call.
+            inputs_embeds: (B, N, hidden_size) instead of ``input_ids``.
+            use_cache: return a cache; by default what the configuration says, except in training.
+            output_hidden_states: return the input of every layer.
+
+        Raises:
+            ValueError: neither or both inputs, a mask of another shape, or a cache for a layer that cannot stream.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, n = x.shape[:2]
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache:
+            for layer in self.layers:
+                if not layer.mixer.traits.streaming:  # type: ignore[union-attr]
+                    name = self.config.layer_spec(layer.index)["name"]  # type: ignore[arg-type]
+                    raise ValueError(
+                        f"layer {layer.index}: {name!r} cannot decode step by step (trait streaming is False); "
+                        "pass use_cache=False"
+                    )
+            if past_key_values is None:
+                past_key_values = state_cache(len(self.layers))
+            state_layers(past_key_values, len(self.layers))
+        elif past_key_values is not None:
+            raise ValueError("past_key_values was given with use_cache=False")
+        valid = self._valid(attention_mask, batch, n)
+        hidden: list[Tensor] = []
+        losses: dict[str, Tensor] = {}
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden.append(x)
+            x, own = layer(x, valid=valid, past_key_values=past_key_values, use_cache=use_cache)
+            for name, loss in own.items():
+                losses[name] = losses[name] + loss if name in losses else loss
+        x = self.norm(x)
+        return DecoderOutput(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=(*hidden, x) if output_hidden_states else None,
+            mechanism_losses=losses or None,
+        )
+
+    @staticmethod
+    def _valid(attention_mask: Tensor | None, batch: int, n: int) -> Tensor | None:
+        if attention_mask is None:
+            return None
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < n:
+            raise ValueError(
+                f"attention_mask must be (B, M)={(batch, f'{n} or more')}, nonzero for tokens that exist, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        valid = attention_mask[:, -n:] != 0 if n else attention_mask[:, :0] != 0
+        # Without padding the mechanisms take their short way.
+        return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
+
+
+class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
+    """:class:`DecoderModel` with a head over the vocabulary; ``generate`` works, cached or not.
+
+    >>> config = DecoderConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    >>> DecoderForCausalLM(config)(torch.tensor([[1, 2, 3]])).logits.shape
+    torch.Size([1, 3, 50])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__(config)
+        self.model = DecoderModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the model makes its own cache of states
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> DecoderOutput | tuple[Any, ...]:
+        """Logits of the token after each; arguments as in :meth:`DecoderModel.forward`.
+
+        Args:
+            labels: (B, N) tokens to predict, -100 to leave out; shifted here.
+            logits_to_keep: only the last so many positions, or those indexed.
+        """
+        out = self.model(
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states
+        )  # fmt: skip
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        out.logits = self.lm_head(out.last_hidden_state[:, kept])
+        if labels is not None:
+            kwargs.pop("position_ids", None)
+            out.loss = self.loss_function(logits=out.logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            for name, weight in (self.config.loss_weights or {}).items():
+                if out.mechanism_losses and name in out.mechanism_losses:
+                    out.loss = out.loss + weight * out.mechanism_losses[name]
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return out if return_dict else out.to_tuple()
+
+
+AutoConfig.register(DecoderConfig.model_type, DecoderConfig)
+AutoModel.register(DecoderConfig, DecoderModel)
+AutoModelForCausalLM.register(DecoderConfig, DecoderForCausalLM)
+
+__all__: Sequence[str] = ("DecoderConfig", "DecoderForCausalLM", "DecoderModel", "DecoderOutput", "build_mixer")
