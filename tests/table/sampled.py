@@ -10,4 +10,11 @@ ROWS = [
         "deformable-attention", dict(dim=8, num_heads=4, num_points=3, reference="learned", context_dim=6), (3, 4),
         "learned", context_grid=(4, 3),
     ),
+    Case(
+        "dfa3d", dict(dim=8, num_heads=4, num_points=2, depth_bins=4, feature_dim=6), (3, 4), context_grid=(4, 3),
+    ),
+    Case(
+        "dfa3d", dict(dim=8, num_heads=4, num_points=4, depth_bins=4, num_anchors=2), (3, 4), "anchors",
+        context_grid=(4, 3),
+    ),
 ]  # fmt: skip
