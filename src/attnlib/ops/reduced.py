@@ -1,0 +1,169 @@
+"""Engine D: queries read a reduction of the tokens instead of the tokens.
+
+A reduction is a pool, a stride, a set of landmarks or of agents; it may be scattered back. All of it knows validity: a
+pool averages over the tokens that exist, and a summary without any is never read. Causality is served block by block
+(:func:`reduced_attention`): a summary is read only by queries behind its last token. Other pairwise masks cannot be
+served, because a summary mixes tokens that such a mask tells apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..masks import Causal, Mask, as_mask, causal
+from ..positions import Bias
+from ..types import Partial, check_choice, check_rank, check_valid, to_tuple
+from .attention import attention, attention_partial
+from .block_policies import pool_blocks
+
+
+def adaptive_pool_tokens(
+    x: Tensor, size: int | Sequence[int], valid: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Mean over the tokens that exist in each cell of a ``size`` grid laid over the tokens' grid.
+
+    Args:
+        x: (B, *grid, C), one to three axes.
+        size: cells per axis; may exceed the grid, cells then repeat tokens.
+        valid: (B, *grid) boolean.
+
+    Returns:
+        (B, *size, C), zero for cells without tokens, and (B, *size) boolean: which cells have any (``None`` when
+        ``valid`` is).
+
+    >>> adaptive_pool_tokens(torch.arange(4.0).view(1, 4, 1), 2)[0].flatten().tolist()
+    [0.5, 2.5]
+    """
+    check_rank("x", x, (3, 4, 5), "(B, N, C), (B, H, W, C) or (B, T, H, W, C)")
+    check_valid("valid", valid, x.shape[:-1])
+    rank = x.dim() - 2
+    cells = to_tuple("size", size, rank)
+    pool: Callable[[Tensor, Any], Tensor] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[
+        rank - 1
+    ]
+
+    def means(t: Tensor) -> Tensor:
+        return pool(t.movedim(-1, 1), cells if rank > 1 else cells[0]).movedim(1, -1)
+
+    if valid is None:
+        return means(x), None
+    share = means(valid.unsqueeze(-1).to(x.dtype))
+    some = share > 0
+    pooled = means(x.masked_fill(~valid.unsqueeze(-1), 0.0)) / share.masked_fill(~some, 1.0)
+    return pooled, some.squeeze(-1)
+
+
+def strided_tokens(
+    x: Tensor, stride: int | Sequence[int], valid: Tensor | None = None, offset: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """Every ``stride``-th token of (B, *grid, C) on each axis, from ``offset``, and which of them exist."""
+    steps = to_tuple("stride", stride, x.dim() - 2)
+    pick = (slice(None), *(slice(offset, None, s) for s in steps))
+    return x[pick], None if valid is None else valid[pick]
+
+
+def agent_attention(
+    q: Tensor,
+    agents: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    read_bias: Bias | Tensor | None = None,
+    write_bias: Bias | Tensor | None = None,
+    valid: Tensor | None = None,
+    agents_valid: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """``softmax(q a^T + write_bias) softmax(a k^T + read_bias) v``: agents read the keys, queries read the agents.
+
+    Args:
+        q: (B, H, N, D) queries.
+        agents: (B, H, n, D), few.
+        k: (B, Hk, M, D) keys.
+        v: (B, Hv, M, Dv) values.
+        read_bias: (H, n, M) up to (B, H, n, M), of the agents' reading.
+        write_bias: (H, N, n) up to (B, H, N, n), of the queries' reading.
+        valid: (B, M) boolean, which keys exist.
+        agents_valid: (B, n) boolean, which agents exist.
+        scale: of both score maps; ``D ** -0.5`` by default.
+        dropout_p: dropout of both weights.
+
+    Returns:
+        (B, H, N, Dv). Each row's product weights sum to 1 where any agent and any key exist. Cost: O(N n D).
+
+    Reference: Han et al., 2023, arXiv 2312.08874, equation 5.
+
+    >>> q, a, k = torch.randn(1, 2, 9, 4), torch.randn(1, 2, 3, 4), torch.randn(1, 2, 7, 4)
+    >>> agent_attention(q, a, k, torch.ones(1, 2, 7, 5)).sub(1).abs().max().item() < 1e-6
+    True
+    """
+    args: dict[str, Any] = dict(scale=scale, dropout_p=dropout_p, backend=backend)
+    summary = attention(agents, k, v, bias=read_bias, valid=valid, **args)
+    return attention(q, agents, summary, bias=write_bias, valid=agents_valid, **args)
+
+
+def reduced_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block: int,
+    *,
+    reduce: str = "mean",
+    valid: Tensor | None = None,
+    mask: Mask | Tensor | None = None,
+    scale: float | None = None,
+    partial: bool = False,
+    backend: str | None = None,
+) -> Tensor | Partial:
+    """Queries read one key and one value for each run of ``block`` consecutive tokens.
+
+    Args:
+        q: (B, Hq, N, D) queries.
+        k: (B, Hk, M, D) keys.
+        v: (B, Hv, M, Dv) values.
+        block: tokens per summary; the last run may be short.
+        reduce: ``"mean"`` of the tokens that exist, or ``"last"``, the run's last token (a stride).
+        valid: (B, M) boolean, which keys exist.
+        mask: ``None``, or ``masks.causal()``: a summary is then read by queries at or behind its last token; queries
+            before the first complete run read nothing and give zeros.
+        partial: return a :class:`attnlib.types.Partial`, to merge with attention to near tokens.
+
+    Returns:
+        (B, Hq, N, Dv).
+
+    Raises:
+        ValueError: for a mask other than causal, which a summary of several tokens cannot follow.
+
+    >>> q, k = torch.randn(2, 1, 2, 8, 4)
+    >>> reduced_attention(q, k, torch.ones(1, 2, 8, 4), block=4).mean().item()
+    1.0
+    """
+    check_choice("reduce", reduce, ("mean", "last"))
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    mask = as_mask(mask)
+    if mask is not None and not isinstance(mask, Causal):
+        raise ValueError(
+            f"mask={mask!r} cannot be served over summaries of {block} tokens; possible: None or masks.causal()"
+        )
+    m = k.shape[2]
+    ends = (torch.arange(-(-m // block), device=k.device) * block + block - 1).clamp(max=max(m - 1, 0))
+    exists = None
+    if reduce == "mean":
+        (k_r, some), (v_r, _) = pool_blocks(k, block, valid), pool_blocks(v, block, valid)
+        k_r, v_r = k_r.to(k.dtype), v_r.to(v.dtype)
+        exists = None if valid is None else some
+    else:
+        k_r, v_r = k.index_select(2, ends), v.index_select(2, ends)
+        exists = None if valid is None else valid.index_select(1, ends)
+    args: dict[str, Any] = dict(valid=exists, scale=scale, backend=backend)
+    if mask is not None:
+        args.update(mask=causal(), q_pos=torch.arange(q.shape[2], device=q.device), k_pos=ends)
+    return (attention_partial if partial else attention)(q, k_r, v_r, **args)
