@@ -102,8 +102,15 @@ def grouped_attention(
 # Any partition, by index
 
 
-def _expand_index(index: Tensor, batch: int, heads: int) -> Tensor:
+def _expand_index(index: Tensor, batch: int, heads: int, tokens: int) -> Tensor:
     """(G, S), (H, G, S) or (B, H, G, S) -> (B or 1, H or 1, G, S), checked."""
+    # Looking at the numbers needs data at hand: not under a tracer, and on a GPU it would wait for the device.
+    if type(index) is Tensor and index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
+        if int(index.max()) >= tokens or int(index.min()) < -1:
+            raise ValueError(
+                f"partition index runs from {int(index.min())} to {int(index.max())}; "
+                f"possible: 0 to {tokens - 1}, and -1 for a hole"
+            )
     index = index.reshape((1,) * (4 - index.dim()) + tuple(index.shape))
     if index.shape[0] not in (1, batch) or index.shape[1] not in (1, heads):
         raise ValueError(
@@ -171,8 +178,8 @@ def partition_attention(
         check_rank(name, t, 4, "(B, H, N, D)")
     batch, heads, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     check_valid("valid", valid, (batch, m))
-    q_index = _expand_index(partition.q_index.to(q.device), batch, heads)
-    k_index = q_index if partition.k_index is None else _expand_index(partition.k_index.to(q.device), batch, heads)
+    q_index = _expand_index(partition.q_index.to(q.device), batch, heads, n)
+    k_index = q_index if partition.k_index is None else _expand_index(partition.k_index.to(q.device), batch, heads, m)
     mask = as_mask(mask)
     if bias is not None:
         if bias.dim() not in (2, 3, 4, 5) or tuple(bias.shape[-2:]) != (q_index.shape[3], k_index.shape[3]):
@@ -196,7 +203,7 @@ def partition_attention(
     else:
         if valid is not None:
             here = here & _take(valid[:, None, :, None].expand(-1, heads, -1, -1), k_index, heads)[..., 0]
-        here = here.unsqueeze(-2)
+        here = here.unsqueeze(-2).expand(*here.shape[:3], q_index.shape[3], here.shape[3])
         allowed = here if allowed is None else allowed & here
     out = grouped_attention(
         _take(q, q_index, heads), _take(k, k_index, heads), _take(v, k_index, heads), allowed=allowed, valid=exists,
