@@ -19,8 +19,9 @@ HERE = Path(__file__).parent / "fixtures"
 
 
 class Fixture:
-    def __init__(self, slug: str):
-        self.slug = slug
+    def __init__(self, slug: str, **options):
+        """``options`` go to ``convert_state_dict``; a callable gets the settings of the case."""
+        self.slug, self.options = slug, options
         with safe_open(HERE / f"{slug}.safetensors", "pt") as f:
             self.tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
             self.meta = f.metadata()
@@ -30,12 +31,14 @@ class Fixture:
         """Tensors below ``prefix/``, without it."""
         return {k[len(prefix) + 1 :]: v for k, v in self.tensors.items() if k.startswith(prefix + "/")}
 
+    def _convert(self, case: str, what: str) -> dict[str, torch.Tensor]:
+        options = {k: v(self.config[case]) if callable(v) else v for k, v in self.options.items()}
+        return attnlib.convert_state_dict(self.slug, self.under(f"{case}/{what}"), **options)
+
     def build(self, case: str, **changes):
         """Our module with the authors' weights, and the names that the conversion did not fill."""
         module = attnlib.create(self.slug, **{**self.config[case], **changes})
-        missing, unexpected = module.load_state_dict(
-            attnlib.convert_state_dict(self.slug, self.under(f"{case}/sd")), strict=False
-        )
+        missing, unexpected = module.load_state_dict(self._convert(case, "sd"), strict=False)
         assert not unexpected, unexpected
         return module, missing
 
@@ -55,7 +58,7 @@ class Fixture:
         for name, expected in self.under(f"{case}/dx").items():
             self._close(inputs[name].grad, expected, atol, f"dx/{name}")
         ours = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
-        theirs = attnlib.convert_state_dict(self.slug, self.under(f"{case}/dw"))
+        theirs = self._convert(case, "dw")
         assert set(theirs) & set(ours), "no weight gradient to compare"
         for name, expected in theirs.items():
             self._close(ours[name], expected, atol, f"dw/{name}")

@@ -129,7 +129,7 @@ class Mask:
 
     def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """For ``torch.nn.attention.flex_attention.create_block_mask``."""
-        return self.pair
+        return lambda b, h, q, k: self.pair(b, h, q, k)  # a plain function: bound methods are refused there
 
     # ---- text form: a string and the tensors it refers to, so that a mask can enter a custom operator
 
@@ -881,6 +881,32 @@ def blocks(chosen: Tensor, q_block: int, k_block: int) -> Mask:
 def on_segment(layout: Layout, name: str, inner: Mask) -> Mask:
     """``inner`` inside one segment of a layout; tokens outside it attend and are attended globally."""
     return Within(inner, *layout.span(name))
+
+
+def visible_keys(
+    mask: Mask | None,
+    n: int,
+    m: int,
+    valid: Tensor | None = None,
+    q_pos: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """How many keys each query sees: (B or 1, H or 1, N, 1), for ``n`` queries and ``m`` keys of which ``valid`` exist.
+
+    >>> visible_keys(causal(), 3, 3).flatten().tolist()
+    [1, 2, 3]
+    """
+    if mask is None:
+        count = torch.full((1, 1), m, device=device) if valid is None else valid.sum(1, keepdim=True)
+        return count[:, None, None].expand(-1, -1, n, -1)
+    at = torch.arange(n, device=device) if q_pos is None else q_pos
+    if isinstance(mask, Causal) and at.dim() == 1:
+        if valid is None:
+            return (at + 1).clamp(0, m)[None, None, :, None]
+        return valid.cumsum(1)[:, at.clamp(max=m - 1)][:, None, :, None]
+    seen = mask.at(at, torch.arange(m, device=device))
+    seen = seen.reshape((1,) * (4 - seen.dim()) + tuple(seen.shape))
+    return (seen if valid is None else seen & valid[:, None, None]).sum(-1, keepdim=True)
 
 
 def as_mask(mask: Mask | Tensor | None) -> Mask | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -60,7 +60,15 @@ class Normalizer:
     def lower(self) -> str:
         """A string from which :func:`raise_normalizer` rebuilds this normalizer."""
         # Written out by hand because torch.compile traces this and cannot trace the json package.
-        return "{" + ",".join([f'"name":"{self.name}"', *(f'"{k}":{v!r}' for k, v in vars(self).items())]) + "}"
+        return "{" + ",".join([f'"name":"{self.name}"', *(f'"{k}":{_literal(v)}' for k, v in vars(self).items())]) + "}"
+
+
+def _literal(value: float | bool | str | None) -> str:
+    if isinstance(value, str):
+        return f'"{value}"'
+    if value is None:
+        return "null"
+    return ("true" if value else "false") if isinstance(value, bool) else repr(value)
 
 
 def softmax_rows(scores: Tensor) -> Tensor:
@@ -231,6 +239,104 @@ class Uniform(Normalizer):
 
     def backward(self, scores: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
         return _softmax_backward(softmax_rows(scores), grad * (1 - self.u))
+
+
+def _elu1(s: Tensor) -> Tensor:
+    return torch.where(s > 0, s + 1, torch.exp(s.clamp(max=0)))
+
+
+#: Positive activations and their derivatives, for :class:`Activated`. All send ``-inf`` to 0 with zero derivative.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "exp": (torch.exp, torch.exp),
+    "softplus": (torch.nn.functional.softplus, torch.sigmoid),
+    "sigmoid": (torch.sigmoid, lambda s: torch.sigmoid(s) * torch.sigmoid(-s)),
+    "relu": (torch.relu, lambda s: (s > 0).to(s.dtype)),
+    "elu1": (_elu1, lambda s: torch.where(s > 0, torch.ones_like(s), torch.exp(s.clamp(max=0)))),
+}
+
+
+def _over(a: Tensor, total: Tensor) -> Tensor:
+    return a / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def _l1_backward(weights: Tensor, total: Tensor, grad: Tensor) -> Tensor:
+    return _over(grad - (weights * grad).sum(-1, keepdim=True), total)
+
+
+@dataclass(frozen=True)
+class Activated(Normalizer):
+    """``phi(s)``, divided by the row's sum or not, then sharpened or not: the family of softmax's relatives.
+
+    ``A = phi(s) / sum phi(s)``; with a ``power``, ``A <- relu(A N - O)^p``, normalised again, where ``N`` is the number
+    of visible keys of the row (the mean of ``A N`` is one) and ``O = offset``, except 0 in rows that see at most
+    ``spare`` keys. A row in which nothing exceeds the offset (a uniform one) stays as it was.
+
+    Args:
+        phi: one of :data:`ACTIVATIONS`.
+        l1: divide by the row's sum.
+        power: ``p``; ``None`` for no sharpening. Needs ``l1``.
+        offset, spare: ``O`` and the rows it spares.
+
+    Reference: Gao and Spratling, 2025, arXiv 2501.13428 (softplus with re-weighting).
+    """
+
+    phi: str = "softplus"
+    l1: bool = True
+    power: float | None = None
+    offset: float = 1.0
+    spare: int = 3
+    name: ClassVar[str] = "activated"
+    activation: ClassVar[str] = "any"
+    stats: ClassVar[tuple[str, ...]] = ("sum", "count")
+
+    @property
+    def passes(self) -> int:  # type: ignore[override]
+        """Sharpening needs the row's sum before it acts."""
+        return 1 if self.power is None else 2
+
+    def __post_init__(self) -> None:
+        check_choice("phi", self.phi, list(ACTIVATIONS))
+        if self.power is not None and (self.power <= 0 or not self.l1):
+            raise ValueError(f"power={self.power} must be positive and needs l1=True")
+
+    def _forward(self, scores: Tensor) -> tuple[Tensor, ...]:
+        if self.phi == "exp" and self.l1:
+            base, total = softmax_rows(scores), torch.ones_like(scores[..., :1])
+        else:
+            a = ACTIVATIONS[self.phi][0](scores)
+            total = a.sum(-1, keepdim=True) if self.l1 else torch.ones_like(a[..., :1])
+            base = _over(a, total)
+        if self.power is None:
+            return base, base, total, base, total, total
+        count = (scores > float("-inf")).sum(-1, keepdim=True).to(scores.dtype)
+        excess = (base * count - torch.where(count <= self.spare, 0.0, self.offset)).clamp(min=0)
+        # Divided by the largest before the power: the same after normalisation, and 4096 ** 15 never appears.
+        top = excess.amax(-1, keepdim=True) if scores.shape[-1] else torch.zeros_like(count)
+        ratio = _over(excess, top)
+        sharp = ratio**self.power
+        mass = sharp.sum(-1, keepdim=True)
+        return (
+            torch.where(mass == 0, base, _over(sharp, mass)),
+            base,
+            total,
+            ratio,
+            mass,
+            count * (mass != 0) / (torch.where(top == 0, torch.ones_like(top), top)),
+        )
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return self._forward(scores)[0]
+
+    def backward(self, scores: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+        weights, base, total, ratio, mass, slope = self._forward(scores)
+        if self.power is not None:
+            inner = _l1_backward(weights, mass, grad) * self.power * ratio ** (self.power - 1) * (ratio > 0) * slope
+            grad = torch.where(mass == 0, grad, inner)
+        if self.phi == "exp" and self.l1:
+            return _softmax_backward(base, grad)
+        if self.l1:
+            grad = _l1_backward(base, total, grad)
+        return grad * ACTIVATIONS[self.phi][1](scores)
 
 
 def raise_normalizer(spec: str) -> Normalizer:

@@ -20,4 +20,8 @@ ROWS += [
         "gated-causal",
     ),
     Case("quantizable-transformers", dict(dim=16, num_heads=2, gate="conditional_per_head"), (3, 4), "gated-head"),
+    Case("softplus-attention-lssar", dict(dim=16, num_heads=2), (12,)),
+    Case("softplus-attention-lssar", dict(dim=16, num_heads=2, power=None, causal=True, rotary=1e4), (12,), "causal"),
+    Case("selective-self-attention", dict(dim=16, num_heads=2), (12,)),
+    Case("selective-self-attention", dict(dim=16, num_heads=2, causal=True, per_head=True), (12,), "causal"),
 ]

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import masks
+from ...masks import visible_keys
 from ...normalizers import Sigmoid
 from ...ops import attention
-from ...types import Traits, check_choice
+from ...types import Traits, check_choice, stats_dtype
 from ..registry import register
 from .softmax_attention import SoftmaxAttention
 
@@ -78,28 +78,13 @@ class SigmoidAttention(SoftmaxAttention):
             return traits
         return traits.but(permutation_equivariant=False)
 
-    def _visible(self, q: Tensor, k: Tensor, mask: Any, valid: Tensor | None, q_pos: Tensor | None) -> Tensor:
-        """(B or 1, H or 1, N, 1): how many keys each row sees, at least 1."""
-        n, m = q.shape[2], k.shape[2]
-        if mask is None:
-            count = torch.full((1, 1), m, device=q.device) if valid is None else valid.sum(1, keepdim=True)
-            return count[:, None, None].clamp(min=1)
-        at = torch.arange(n, device=q.device) if q_pos is None else q_pos
-        if isinstance(mask, masks.Causal):
-            if valid is None:
-                return (at + 1).clamp(1, m)[:, None]
-            return valid.cumsum(1)[:, at][:, None, :, None].clamp(min=1)
-        seen = mask.at(at, torch.arange(m, device=q.device))
-        if valid is not None:
-            seen = seen.reshape((1,) * (4 - seen.dim()) + seen.shape) & valid[:, None, None]
-        return seen.sum(-1, keepdim=True).clamp(min=1)
-
     def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
         v = self.v_norm(v)
         bias = 0.0 if self.attn_bias is None else self.attn_bias
         if self.attn_bias is None:
-            rows = -torch.log(self._visible(q, k, call["mask"], call["valid"], call["q_pos"]).to(torch.float32))
-            rows = rows.reshape((1,) * (4 - rows.dim()) + rows.shape).expand(-1, -1, q.shape[2], k.shape[2])
+            n, m = q.shape[2], k.shape[2]
+            count = visible_keys(call["mask"], n, m, call["valid"], call["q_pos"], q.device)
+            rows = -torch.log(count.clamp(min=1).to(stats_dtype(q.dtype))).expand(-1, -1, -1, m)
             call["bias"] = rows if call["bias"] is None else call["bias"].dense() + rows
         result = attention(q, k, v, scale=self.scale, normalizer=Sigmoid(bias), **call)
         if self.row_norm == "none":

@@ -212,7 +212,7 @@ class KeyDrivenGQA(SoftmaxAttention):
     @staticmethod
     def convert_state_dict(
         state_dict: dict[str, Tensor], num_heads: int | None = None, num_kv_heads: int | None = None
-    ):
+    ) -> dict[str, Tensor]:
         """The authors' classes; or, given head counts, a dense ``qkv`` checkpoint mean-pooled per group."""
         if "qkv.weight" not in state_dict:
             return dict(state_dict)

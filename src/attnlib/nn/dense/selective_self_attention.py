@@ -1,0 +1,118 @@
+"""Selective self-attention (Zhang et al., 2024): a temperature per token and position, for queries and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...masks import visible_keys
+from ...types import check_choice, stats_dtype
+from ..layers import merge_heads
+from ..registry import register
+from .softmax_attention import SoftmaxAttention
+
+POSITION = ("none", "sigmoid", "double_exponential", "linear")
+
+
+@register("selective-self-attention", "ssa")
+class SelectiveAttention(SoftmaxAttention):
+    """Softmax attention in which a token chooses how peaked its row is, and how loud its own value.
+
+    ``q_i <- (tau_tok(x_i) + tau_pos(i)) q_i``, ``v_j <- (1 + tau_tok'(x_j)) v_j``, with ``n_i`` keys visible to row i::
+
+        tau_tok(x) = tanh(w . GELU(W x)),  W the layer's own query (or value) projection, only w is new
+        tau_pos(i) = 1 + sigmoid(a) log(n_i)
+
+    Args:
+        dim, num_heads, ...: as in :class:`SoftmaxAttention`.
+        token_queries, token_values: the learned per-token temperatures; they start at zero, so that nothing changes.
+        position: ``"sigmoid"`` as above; ``"double_exponential"``: ``1 + exp(-exp(b)) log(n_i)`` and ``"linear"``:
+            ``1 + b log(n_i)``, the authors' released forms; ``"none"``.
+        per_head: one ``a`` (or ``b``) per head instead of one per layer.
+        init: initial value of ``a`` or ``b``; by default -6, 2 or 1e-5.
+
+    What differs from the authors' code: it releases only the position temperature, counts rows from the start of every
+    call (so decoding with its cache restarts at 1) and ignores its mask argument; here ``n_i`` is the number of keys
+    that row really sees. The token temperatures follow the paper's description.
+
+    Reference: Zhang et al., 2024, arXiv 2411.12892.
+
+    >>> SelectiveAttention(dim=16, num_heads=2, causal=True)(torch.randn(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        token_queries: bool = True,
+        token_values: bool = True,
+        position: str = "sigmoid",
+        per_head: bool = False,
+        init: float | None = None,
+        **settings: Any,
+    ):
+        super().__init__(dim, num_heads, **settings)
+        check_choice("position", position, POSITION)
+        self.position = position
+        self.tau_q = nn.Parameter(torch.zeros(self.q.out_features)) if token_queries else None
+        self.tau_v = nn.Parameter(torch.zeros(self.v.out_features)) if token_values else None
+        start = {"none": 0.0, "sigmoid": -6.0, "double_exponential": 2.0, "linear": 1e-5}[position]
+        shape = (num_heads, 1, 1) if per_head else ()
+        self.beta = nn.Parameter(torch.full(shape, start if init is None else init)) if position != "none" else None
+
+    def _growth(self) -> Tensor:
+        """Factor of ``log(n_i)``: a scalar or (H, 1, 1)."""
+        assert self.beta is not None
+        if self.position == "sigmoid":
+            return self.beta.sigmoid()
+        return torch.exp(-torch.exp(self.beta)) if self.position == "double_exponential" else self.beta
+
+    def _token(self, heads: Tensor, weight: Tensor) -> Tensor:
+        """(B, 1, N, 1): ``tanh(w . GELU(W x))`` from the projected heads (B, H, N, D)."""
+        return torch.tanh(F.gelu(merge_heads(heads)) @ weight)[:, None, :, None]
+
+    def _begin(self, x: Tensor, q: Tensor, **call: Any) -> dict[str, Any]:
+        # from the queries before rotary: W x
+        return {} if self.tau_q is None else {"token": self._token(q, self.tau_q)}
+
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
+        temperature: Tensor | float = 1.0
+        if self.beta is not None:
+            count = visible_keys(call["mask"], q.shape[2], k.shape[2], call["valid"], call["q_pos"], q.device)
+            temperature = 1 + self._growth() * torch.log(count.clamp(min=1).to(stats_dtype(q.dtype)))
+        if "token" in shared:
+            temperature = temperature + shared["token"]
+        if isinstance(temperature, Tensor):
+            q = q * temperature.to(q.dtype)
+        if self.tau_v is not None:
+            v = v * (1 + self._token(v, self.tau_v)).to(v.dtype)
+        return super()._mix_heads(q, k, v, shared, **call)
+
+    @staticmethod
+    def convert_state_dict(
+        state_dict: dict[str, Tensor], num_heads: int | None = None, num_kv_heads: int | None = None
+    ) -> dict[str, Tensor]:
+        """From the authors' ``CausalSelfAttention``, whose ``attn`` interleaves the projections of every group."""
+        if num_heads is None:
+            raise ValueError("num_heads is needed to split the authors' interleaved projections")
+        groups = num_heads if num_kv_heads is None else num_kv_heads
+        out = {}
+        for key, value in state_dict.items():
+            module, _, kind = key.rpartition(".")
+            if module == "attn":
+                rows = value.unflatten(0, (groups, num_heads // groups + 2, -1))
+                parts = rows.split((num_heads // groups, 1, 1), 1)
+                out.update({f"{n}.{kind}": p.flatten(0, 2) for n, p in zip("qkv", parts, strict=True)})
+            else:
+                out[key] = value
+        return out
+
+
+def effective_support(weights: Tensor) -> Tensor:
+    """``1 / sum a^2`` of rows of weights (..., M): how many keys a row really reads."""
+    return 1 / weights.square().sum(-1)
