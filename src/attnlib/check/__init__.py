@@ -17,7 +17,7 @@ __all__ = ["CLAIMS", "ORDER", "Case", "Finding", "Report", "check", "conformance
 
 
 class _Callable(ModuleType):
-    """This module is also the function: ``attnlib.check(...)`` and ``from attnlib.check import Case`` both read well."""
+    """This module is also the function: ``attnlib.check(...)`` and ``from attnlib.check import Case`` both work."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Report:
         return check(*args, **kwargs)

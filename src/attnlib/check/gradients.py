@@ -134,7 +134,7 @@ def checkpointing(s: Subject) -> Evidence:
 
 @claim("plan", unless=lambda s: None if s.claims.needs_plan else "trait needs_plan is False")
 def plan(s: Subject) -> Evidence:
-    """A plan holds no gradient, its execution equals the forward that makes its own, and it fits one shape only."""
+    """A plan holds no gradient, its execution equals the forward that makes its own, and it fits the shape it names."""
     worst = 0.0
     for scene in s.scenes:
         m, x, context = s.fresh(), s.x(), s.context(scene)
@@ -154,7 +154,10 @@ def plan(s: Subject) -> Evidence:
         if s.claims.resolution_free:
             for grid in s.other_grids():
                 attempt = partial(s.y, m, s.x(grid=grid), context, scene, **made)
-                refused(attempt, f"a plan made for {s.grid} on grid {grid}")
+                if made["plan"].shape:
+                    refused(attempt, f"a plan made for {s.grid} on grid {grid}")
+                else:  # a plan that names no shape says that it fits every one
+                    finite(attempt(), f"a plan that names no shape, made for {s.grid} and executed on {grid},")
     return Evidence("executing m.plan(x) equals forward; a plan for another shape is refused", worst, SAME)
 
 

@@ -85,9 +85,14 @@ def check(
     unknown = [n for n in names if n not in CLAIMS]
     if unknown:
         raise ValueError(f"select contains {unknown}; possible: {list(ORDER)}")
-    with torch.random.fork_rng(devices=[]):
-        s = Subject(target, case, claims, grid, config)
-        findings = [_examine(CLAIMS[n], s, probe) for n in names]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are tiny: waiting for a second thread costs more than it brings
+    try:
+        with torch.random.fork_rng(devices=[]):
+            s = Subject(target, case, claims, grid, config)
+            findings = [_examine(CLAIMS[n], s, probe) for n in names]
+    finally:
+        torch.set_num_threads(threads)
     name = s.case.id if isinstance(target, Case) or case is not None else s.name
     return Report(name, dict(s.case.config), s.grid, findings, s.claims.to_dict())
 

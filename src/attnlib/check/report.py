@@ -69,15 +69,16 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
+        plain = (int, float, str, bool, type(None))
         return {
             "target": self.target,
-            "config": {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in self.config.items()},
+            "config": {k: v if isinstance(v, plain) else str(v) for k, v in self.config.items()},
             "grid": list(self.grid),
             "ok": self.ok,
             "seconds": round(self.seconds, 3),
             "claims": self.claims,
             "findings": [asdict(f) for f in self.findings],
-        }  # fmt: skip
+        }
 
     def summary(self) -> str:
         """One line."""

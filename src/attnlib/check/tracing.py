@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +14,18 @@ from torch import Tensor, nn
 
 from ..nn.base import deploy as deploy_module
 from .subject import Evidence, Subject, claim, mechanism_only, require, same, trait
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Compilers print whole graphs when they fail; the report has the reason."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 class _Called(nn.Module):
@@ -51,7 +67,8 @@ def compile_(s: Subject) -> Evidence:
     got: list[Tensor] = []
     for f, into in ((m, want), (compiled, got)):
         m.zero_grad()
-        y = f(*inputs.values())
+        with _quiet():
+            y = f(*inputs.values())
         y.square().sum().backward()
         into += [y, *(p.grad for p in m.parameters() if p.grad is not None)]
     require(len(want) == len(got), "compiled, other parameters get a gradient")
@@ -72,7 +89,8 @@ def export(s: Subject) -> Evidence:
     dynamic = {"tensors": tuple(shape[name] for name in inputs)} if free else None
     said = "exported"
     with torch.no_grad():
-        program = torch.export.export(m, tuple(inputs.values()), dynamic_shapes=dynamic, strict=False).module()
+        with _quiet():
+            program = torch.export.export(m, tuple(inputs.values()), dynamic_shapes=dynamic, strict=False).module()
         worst = same(program(*inputs.values()), m(*inputs.values()), "the exported program differs", 1e-4)
         if free:
             for grid in s.other_grids():
