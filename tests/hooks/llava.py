@@ -1,6 +1,7 @@
 """A tiny LLaVA-style model and a prompt with one image."""
 
 import torch
+
 from hooks.models import SIZES
 
 IMAGE_ID = 62

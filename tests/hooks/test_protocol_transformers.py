@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+
 from hooks.models import dense_attention, language_model, prompt, scores
 
 transformers = pytest.importorskip("transformers")
@@ -532,7 +533,10 @@ def test_token_types_follow_generation(llama):
         attnlib.attach(llama, Types())
     with attnlib.attach(llama, Types(), token_types=want[:1]), pytest.raises(ValueError, match="1 rows"):
         llama(**inputs)
-    with attnlib.attach(llama, Types(), token_types=TokenTypes(61)), pytest.raises(ValueError, match="without input_ids"):
+    with (
+        attnlib.attach(llama, Types(), token_types=TokenTypes(61)),
+        pytest.raises(ValueError, match="without input_ids"),
+    ):
         llama(inputs_embeds=torch.zeros(1, 2, 32))
     for bad in (torch.zeros(3, dtype=torch.long), torch.zeros(1, 3), torch.full((1, 3), 9)):
         with pytest.raises(ValueError, match="token_types"):

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hooks.models import language_model, prompt, scores
 from safetensors.torch import load_file
+
+from hooks.models import language_model, prompt, scores
 
 pytest.importorskip("transformers")
 
