@@ -483,13 +483,13 @@ def axis_rules(
     for name, values in (("kernel_size", kernel), ("dilation", steps), ("stride", strides)):
         if not all(isinstance(n, int) and not isinstance(n, bool) for n in values):
             raise ValueError(f"{name} must be an integer or one per axis, got {values}")
+    if min(steps) < 1:
+        raise ValueError(f"dilation must be at least 1, got {steps}")
     if border == "clamp":
         masks.neighborhood(grid, kernel, steps, strides, flags)  # its checks are ours
-    for axis, (w, d, s) in enumerate(zip(kernel, steps, strides, strict=True)):
-        if w < 1 or d < 1 or not 1 <= s <= w:
-            raise ValueError(
-                f"on axis {axis}: kernel_size={w} and dilation={d} must be at least 1, stride={s} from 1 to {w}"
-            )
+    for axis, (w, s) in enumerate(zip(kernel, strides, strict=True)):
+        if w < 1 or not 1 <= s <= w:
+            raise ValueError(f"on axis {axis}: kernel_size={w} must be at least 1, stride={s} from 1 to {w}")
     return tuple(
         AxisRule(x, w, d, s, bool(c), border) for x, w, d, s, c in zip(grid, kernel, steps, strides, flags, strict=True)
     )

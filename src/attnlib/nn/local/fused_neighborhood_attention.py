@@ -113,7 +113,7 @@ class FusedNeighborhoodAttention(Mechanism):
         # Check the settings now, on the smallest grid they fit.
         trial = self.rank or 1
         room = zip(to_tuple("kernel_size", kernel_size, trial), to_tuple("dilation", dilation, trial), strict=True)
-        axis_rules([max(1, w * d) for w, d in room], **settings)
+        axis_rules([int(max(1, w) * max(1, d)) for w, d in room], **settings)
         self.scale = self.head_dim**-0.5 if scale is None else scale
         self.attn_drop = attn_drop
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)

@@ -6,7 +6,8 @@ holds the tokens ``(i H/G + a, j W/G + b)``. Inside a group
 
     ``softmax(q k^T D^-1/2 + B[h, key - query + P - 1]) v``
 
-with a learned table ``B`` of ``(2P - 1) x (2P - 1)`` per head. Each is O(N); the pair mixes all tokens.
+with a learned table ``B`` of ``(2P - 1) x (2P - 1)`` per head. Each is O(N); the pair lets every token read every other
+when tokens of the grid lie no further apart than a window is wide (``H / G <= P``).
 
 In the paper's block the two are residual sublayers, each behind a LayerNorm and followed by an MLP. ``maxvit`` is that
 pair without the MLPs, in the form of one mechanism inside a residual block that brings its own first norm: it returns
