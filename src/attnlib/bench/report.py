@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,7 @@ def _scaling(results: Mapping[str, Any], style: plots.Style) -> list[dict[str, A
                 "time": plots.cost_against_n(records, summary, "both_seconds", 1e-3, time_label, style),
                 "memory": plots.cost_against_n(records, summary, "peak_bytes", 2**20, memory_label, style),
                 "rows": [{"record": r, "summary": s} for r, s in zip(records, summary, strict=True)],
+                "noise": statistics.median([x for r in records for x in r["spread"]]),
                 "stopped": [(r["mechanism"], r["stopped"]) for r in records if r.get("stopped")],
             }
         )

@@ -86,8 +86,8 @@ def measure_group(
         progress: told what is being measured.
 
     Returns:
-        One record per mechanism with ``sizes``, ``forward_seconds``, ``both_seconds`` and ``peak_bytes``; and the
-        skipped, each with a reason.
+        One record per mechanism with ``sizes``, ``forward_seconds``, ``both_seconds``, ``peak_bytes`` and ``spread``
+        (largest minus smallest time over the median, which tells a busy machine); and the skipped, each with a reason.
     """
     records: dict[str, dict[str, Any]] = {}
     skipped: list[dict[str, str]] = []
@@ -106,6 +106,7 @@ def measure_group(
             "forward_seconds": [],
             "both_seconds": [],
             "peak_bytes": [],
+            "spread": [],
         }
     began = time.perf_counter()
     last: dict[str, float] = {}
@@ -151,7 +152,8 @@ def measure_group(
             record["forward_seconds"].append(statistics.median(forward[name]))
             record["both_seconds"].append(statistics.median(both[name]))
             record["peak_bytes"].append(peak_memory(subject.both))
-            last[name] = record["both_seconds"][-1]
+            record["spread"].append((max(both[name]) - min(both[name])) / record["both_seconds"][-1])
+            last[name] = min(both[name])
         previous = side
     return [r for r in records.values() if r["sizes"]], skipped
 

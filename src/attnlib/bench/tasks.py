@@ -114,6 +114,7 @@ class TextTask(Task):
     grid = (128,)
     batch_size = 16
     weight = 1.4
+    learning_rate = 5e-3
     eval_windows = 96
 
     def load(self, path: Path | None) -> Dataset:
@@ -163,7 +164,8 @@ class TextTask(Task):
     def _prompt(self) -> Tensor:
         raw = bytes(self.data.test[: max(4096, 2 * self.grid[0])].tolist())
         start = raw.find(b"\n\n", 512) + 2 if b"\n\n" in raw[512:] else 0
-        return torch.tensor(list(raw[start : start + 64]))
+        prompt = raw[start : start + 96]
+        return torch.tensor(list(prompt[: prompt.rfind(b" ") + 1] or prompt))
 
     def exhibit(self) -> dict[str, Any]:
         return {"kind": "text", "prompt": bytes(self._prompt().tolist()).decode("utf-8", "replace")}
@@ -193,6 +195,7 @@ class DigitsTask(Task):
     grid = (8, 8)
     batch_size = 32
     weight = 1.0
+    learning_rate = 5e-3
     max_steps = 1500
 
     def load(self, path: Path | None) -> Dataset:
