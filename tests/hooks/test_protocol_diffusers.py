@@ -1,4 +1,4 @@
-"""The protocol on diffusers models: a UNet with guidance rows, joint attention of Flux, SoftPAG, perturbed attention."""
+"""The protocol on diffusers models: a UNet with guidance rows, joint attention of Flux, and SoftPAG on both."""
 
 import sys
 
