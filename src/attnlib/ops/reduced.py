@@ -8,6 +8,7 @@ served, because a summary mixes tokens that such a mask tells apart.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,9 +18,13 @@ from torch import Tensor
 
 from ..masks import Causal, Mask, as_mask, causal
 from ..positions import Bias
-from ..types import Partial, check_choice, check_rank, check_valid, to_tuple
+from ..types import Partial, check_choice, check_rank, check_valid, stats_dtype, to_tuple
+from ._call import AttentionCall, prepare
 from .attention import attention, attention_partial
 from .block_policies import pool_blocks
+
+# The package exports the function `attention` under the same name as its module.
+_dense = importlib.import_module("attnlib.ops.attention")
 
 
 def adaptive_pool_tokens(
@@ -67,6 +72,28 @@ def strided_tokens(
     return x[pick], None if valid is None else valid[pick]
 
 
+def _whole_map(call: AttentionCall, scale_keys: bool) -> Tensor:
+    """Softmax attention by two plain products, the scale on the side that has few tokens."""
+    high = stats_dtype(call.q.dtype)
+    k, v = call.expanded()
+    with torch.autocast(call.q.device.type, enabled=False):
+        q, k = call.q.to(high), k.to(high)
+        q, k = (q, k * call.scale) if scale_keys else (q * call.scale, k)
+        s = q @ k.transpose(-2, -1)
+        if call.bias is not None:
+            s = s + call.bias.dense().to(high)
+        if call.valid is None:
+            weights = s.softmax(-1)
+        else:
+            # A sample without keys attends evenly and is zeroed: no NaN enters, and its gradient is exactly zero.
+            exists = call.valid[:, None, None]
+            some = exists.any(-1, keepdim=True)
+            weights = s.masked_fill(~exists & some, float("-inf")).softmax(-1).masked_fill(~some, 0.0)
+        if call.dropout_p:
+            weights = F.dropout(weights, call.dropout_p)
+        return (weights @ v.to(high)).to(call.q.dtype)
+
+
 def agent_attention(
     q: Tensor,
     agents: Tensor,
@@ -94,6 +121,8 @@ def agent_attention(
         agents_valid: (B, n) boolean, which agents exist.
         scale: of both score maps; ``D ** -0.5`` by default.
         dropout_p: dropout of both weights.
+        backend: a backend of :func:`attnlib.attention` for both. By default neither runs: each map has few rows or few
+            columns, so that holding it whole is linear already, and two plain products are fastest.
 
     Returns:
         (B, H, N, Dv). Each row's product weights sum to 1 where any agent and any key exist. Cost: O(N n D).
@@ -104,9 +133,13 @@ def agent_attention(
     >>> agent_attention(q, a, k, torch.ones(1, 2, 7, 5)).sub(1).abs().max().item() < 1e-6
     True
     """
-    args: dict[str, Any] = dict(scale=scale, dropout_p=dropout_p, backend=backend)
-    summary = attention(agents, k, v, bias=read_bias, valid=valid, **args)
-    return attention(q, agents, summary, bias=write_bias, valid=agents_valid, **args)
+    args: dict[str, Any] = dict(scale=scale, dropout_p=dropout_p)
+    backend = backend or _dense._forced
+    if backend is not None:
+        summary = attention(agents, k, v, bias=read_bias, valid=valid, backend=backend, **args)
+        return attention(q, agents, summary, bias=write_bias, valid=agents_valid, backend=backend, **args)
+    summary = _whole_map(prepare(agents, k, v, bias=read_bias, valid=valid, **args), scale_keys=False)
+    return _whole_map(prepare(q, agents, summary, bias=write_bias, valid=agents_valid, **args), scale_keys=True)
 
 
 def reduced_attention(

@@ -93,12 +93,12 @@ class AgentCore(nn.Module):
         write = self._bias(self.na_bias, self.ha_bias, self.wa_bias, grid).flatten(2).transpose(1, 2)
         if before + after:
             if self.extra_tokens:
-                ac, ca = self.ac_bias, self.ca_bias
+                ac, ca = self.ac_bias.split([before, after], -1), self.ca_bias.split([before, after], 1)
             else:
                 heads, n, _ = read.shape
-                ac, ca = read.new_zeros(heads, n, before + after), read.new_zeros(heads, before + after, n)
-            read = torch.cat([ac[..., :before], read, ac[..., before:]], -1)
-            write = torch.cat([ca[:, :before], write, ca[:, before:]], 1)
+                ac = tuple(read.new_zeros(heads, n, extra) for extra in (before, after))
+                ca = tuple(read.new_zeros(heads, extra, n) for extra in (before, after))
+            read, write = torch.cat([ac[0], read, ac[1]], -1), torch.cat([ca[0], write, ca[1]], 1)
         return read, write
 
     def forward(
@@ -234,8 +234,11 @@ class AgentAttention(Mechanism):
         if min(base) < 1:
             raise ValueError(f"grid={grid} must be at least 1 on each axis")
         groups = max(1, len(self.windows))
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        if sr_ratio > 1:
+            self.q = nn.Linear(dim, dim, bias=qkv_bias)
+            self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        else:
+            self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         if sr_ratio > 1:
@@ -271,23 +274,22 @@ class AgentAttention(Mechanism):
                     f"layout has {before + after} tokens beside the grid, but this module was built with "
                     f"extra_tokens={self.extra_tokens}"
                 )
-        source, kv_grid, kv_exists = flat, grid, exists
+        kv_grid, kv_exists = grid, exists
         if self.sr_ratio > 1:
             source, kv_grid, kv_exists = self._reduce(flat, grid, before, exists)
-        k, v = self.kv(source).chunk(2, -1)
-        out = self.cores[0](
-            self.q(flat),
-            k,
-            v,
-            grid,
-            kv_grid,
-            before,
-            after,
-            exists,
-            kv_exists,
-            self.attn_drop if self.training else 0.0,
-        )
+            q, (k, v) = self.q(flat), self.kv(source).chunk(2, -1)
+        else:
+            q, k, v = self._project(flat)
+        drop = self.attn_drop if self.training else 0.0
+        out = self.cores[0](q, k, v, grid, kv_grid, before, after, exists, kv_exists, drop)
         return self.proj_drop(self.proj(out)).reshape(x.shape)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each contiguous: pool, products and convolution would otherwise copy them."""
+        weights = self.qkv.weight.chunk(3)
+        biases = (None, None, None) if self.qkv.bias is None else self.qkv.bias.chunk(3)
+        q, k, v = (F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+        return q, k, v
 
     def _reduce(
         self, x: Tensor, grid: Sequence[int], before: int, exists: Tensor | None
@@ -295,7 +297,9 @@ class AgentAttention(Mechanism):
         """Keys' and values' source: the map through the strided convolution, tokens beside it as they are."""
         n, r = math.prod(grid), self.sr_ratio
         image = pad_to_multiple(x[:, before : before + n].unflatten(1, tuple(grid)), r)
-        small = self.sr(image.movedim(-1, 1)).movedim(1, -1)
+        # Kernel and stride agree, so the convolution is one product on patches, which stay channels-last.
+        patches = block_windows(image, r).flatten(3)
+        small = F.linear(patches, self.sr.weight.permute(0, 2, 3, 1).flatten(1), self.sr.bias)
         kv_grid = tuple(small.shape[1:3])
         parts = [x[:, :before], small.flatten(1, 2), x[:, before + n :]]
         source = self.norm(torch.cat(parts, 1))
@@ -308,8 +312,7 @@ class AgentAttention(Mechanism):
     def _windowed(self, x: Tensor, valid: Tensor | None) -> Tensor:
         grid = x.shape[1:3]
         shift = self.shift_size
-        k, v = self.kv(x).chunk(2, -1)
-        split = [t.chunk(len(self.windows), -1) for t in (self.q(x), k, v)]
+        split = [t.chunk(len(self.windows), -1) for t in self._project(x)]
         outs = []
         for number, (window, core) in enumerate(zip(self.windows, self.cores, strict=True)):
             exists = valid
@@ -350,8 +353,10 @@ class AgentAttention(Mechanism):
             name = key.rpartition(".")[2]
             if cswin and key.split(".")[0] in ("norm1", "norm2", "mlp"):
                 continue
-            if key.startswith("qkv."):
-                out[f"q.{name}"], out[f"kv.{name}"] = value.tensor_split([value.shape[0] // 3])
+            if key in ("q.weight", "q.bias") and "sr.weight" not in state_dict:
+                out[f"qkv.{name}"] = torch.cat([value, state_dict[f"kv.{name}"]])
+            elif key.startswith("kv.") and "sr.weight" not in state_dict:
+                continue
             elif name.endswith("_bias") or key.startswith(("dwc.", "attns.")):
                 core = key.split(".")[1] if cswin else "0"
                 local = key.removeprefix(f"attns.{core}.").replace("get_v.", "dwc.")
