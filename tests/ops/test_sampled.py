@@ -72,16 +72,27 @@ def test_a_map_that_does_not_exist_is_never_read(backend):
 @pytest.mark.parametrize("backend", SAMPLED_BACKENDS)
 @pytest.mark.parametrize(("batch", "n"), [(0, 3), (1, 0)])
 def test_empty_batch_and_no_queries(backend, batch, n):
-    y = deformable_attention(
-        torch.zeros(batch, 2, 6, 4), [(2, 3)], torch.zeros(batch, 2, n, 1, 2, 2), torch.zeros(batch, 2, n, 1, 2),
-        backend=backend,
-    )  # fmt: skip
-    assert y.shape == (batch, 2, n, 4)
-    z = deformable_attention_3d(
-        torch.zeros(batch, 2, 6, 4), torch.zeros(batch, 1, 6, 5), [(2, 3)], torch.zeros(batch, 2, n, 1, 2, 3),
-        torch.zeros(batch, 2, n, 1, 2),
-    )  # fmt: skip
-    assert z.shape == (batch, 2, n, 4)
+    value, depth = torch.zeros(batch, 2, 6, 4, requires_grad=True), torch.zeros(batch, 1, 6, 5)
+    weights = torch.zeros(batch, 2, n, 1, 2)
+    y = deformable_attention(value, [(2, 3)], torch.zeros(batch, 2, n, 1, 2, 2), weights, backend=backend)
+    z = deformable_attention_3d(value, depth, [(2, 3)], torch.zeros(batch, 2, n, 1, 2, 3), weights)
+    assert y.shape == z.shape == (batch, 2, n, 4)
+    for out in (y, z):
+        (grad,) = torch.autograd.grad(out.sum(), value)
+        assert grad.shape == value.shape and not grad.any()
+
+
+@pytest.mark.parametrize("backend", SAMPLED_BACKENDS)
+def test_gradients_of_some_inputs_only(backend):
+    value, at, weights = problem()
+    full = [t.clone().requires_grad_() for t in (value, at, weights)]
+    g = torch.randn(2, 2, 3, 3, dtype=F64)
+    want = torch.autograd.grad(deformable_attention(full[0], SHAPES, *full[1:], backend="grid_sample"), full, g)
+    for i in range(3):
+        inputs = [value, at, weights]
+        inputs[i] = inputs[i].clone().requires_grad_()
+        y = deformable_attention(inputs[0], SHAPES, *inputs[1:], backend=backend)
+        torch.testing.assert_close(torch.autograd.grad(y, inputs[i], g)[0], want[i])
 
 
 @pytest.mark.parametrize("backend", SAMPLED_BACKENDS)

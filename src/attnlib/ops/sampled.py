@@ -1,9 +1,9 @@
 """Sampled keys: every query reads a few points of a feature map, at predicted places with predicted weights.
 
 Two backends serve the two-dimensional form. ``"grid_sample"`` is the specification; ``"gather"`` computes the four
-corners of every point itself and adds up rows of the map with ``embedding_bag``, which is faster forward and slower
-backward on the CPU, so that the automatic choice takes it only where no gradient is wanted. The form lifted into depth
-weighs every corner on its own and is always gathered: the expanded volume is never built.
+corners of every point itself and adds up rows of the map with ``embedding_bag``, forward and backward, without ever
+holding the samples. It is the automatic choice on the CPU. The form lifted into depth weighs every corner on its own
+and is always gathered: the expanded volume is never built.
 """
 
 from __future__ import annotations
@@ -93,17 +93,54 @@ def _inside(locations: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
     return torch.stack(levels, 3)
 
 
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+class _BagOfRows(torch.autograd.Function):
+    """``out[i] = sum_j weights[i, j] table[numbers[i, j]]``; its gradient in the table is such a sum again.
+
+    The gradient that comes with ``embedding_bag`` walks the table row by row and costs several times the forward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, numbers: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(table, numbers, weights)
+        return F.embedding_bag(numbers, table, mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        table, numbers, weights = ctx.saved_tensors
+        grad = grad.contiguous()
+        table_grad = weight_grad = None
+        if ctx.needs_input_grad[0]:
+            # who reads row r? Sorted by row, the readers of each are one bag over the rows of ``grad``.
+            rows, order = numbers.flatten().sort()
+            starts = torch.searchsorted(rows, torch.arange(table.shape[0], device=rows.device, dtype=rows.dtype))
+            table_grad = F.embedding_bag(
+                order // numbers.shape[1], grad, starts, mode="sum", per_sample_weights=weights.flatten()[order]
+            )
+        if ctx.needs_input_grad[2]:
+            n, each = numbers.shape
+            place = torch.arange(n * each, device=numbers.device, dtype=numbers.dtype)
+            weight_grad = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                grad, table, numbers.flatten(), place[::each].contiguous(), place // each, 0
+            ).view_as(weights)
+        return table_grad, None, weight_grad
+
+
 def _sum_rows(value: Tensor, numbers: Tensor, weights: Tensor) -> Tensor:
     """``out[b, h, n] = sum_j weights[b, h, n, j] value[b, g(h), numbers[b, h, n, j]]``, trailing axes summed."""
     batch, kv_heads, m, d = value.shape
     heads, n = numbers.shape[1:3]
     row = torch.arange(batch * kv_heads, device=value.device, dtype=torch.int32) * m
     row = row.view(batch, kv_heads, 1).expand(batch, kv_heads, heads // kv_heads)
-    numbers = numbers.flatten(3) + row.reshape(batch, heads, 1, 1)
-    return F.embedding_bag(
-        numbers.flatten(0, 2), value.reshape(batch * kv_heads * m, d), mode="sum",
-        per_sample_weights=weights.flatten(3).flatten(0, 2),
-    ).view(batch, heads, n, d)  # fmt: skip
+    numbers = (numbers.flatten(3) + row.reshape(batch, heads, 1, 1)).flatten(0, 2)
+    table, weights = value.reshape(batch * kv_heads * m, d), weights.flatten(3).flatten(0, 2)
+    if _wants_gradient(table, weights):
+        return _BagOfRows.apply(table, numbers, weights).view(batch, heads, n, d)
+    return F.embedding_bag(numbers, table, mode="sum", per_sample_weights=weights).view(batch, heads, n, d)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -122,10 +159,6 @@ def _grid_sample(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor
         samples.append(F.grid_sample(image, grids[:, :, :, level].flatten(0, 1), align_corners=False))
     out = (torch.cat(samples, -1) * weights.reshape(batch * heads, 1, n, math.prod(weights.shape[3:]))).sum(-1)
     return out.transpose(1, 2).view(batch, heads, n, value.shape[3])
-
-
-def _wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def deformable_attention(
@@ -148,7 +181,7 @@ def deformable_attention(
         sampling_locations: (B, H, N, L, P, 2) as (x, y).
         attention_weights: (B, H, N, L, P), used as they are.
         valid: (B, M) boolean; other tokens read as zero, like those beyond the border.
-        backend: one of :data:`SAMPLED_BACKENDS`, or ``None``: ``"gather"`` on the CPU where no gradient is wanted.
+        backend: one of :data:`SAMPLED_BACKENDS`, or ``None``: ``"gather"`` on the CPU, else ``"grid_sample"``.
 
     Returns:
         (B, H, N, D), differentiable in value, locations and weights.
@@ -165,8 +198,7 @@ def deformable_attention(
     shapes = _check(value, spatial_shapes, sampling_locations, attention_weights, 2)
     check_valid("valid", valid, (value.shape[0], value.shape[2]))
     if backend is None:
-        light = value.device.type != "cpu" or _wants_gradient(value, sampling_locations, attention_weights)
-        backend = "grid_sample" if light or value.numel() == 0 else "gather"
+        backend = "gather" if value.device.type == "cpu" else "grid_sample"
     check_choice("backend", backend, SAMPLED_BACKENDS)
     dtype, high = value.dtype, stats_dtype(value.dtype)
     if valid is not None:
@@ -255,11 +287,6 @@ def deformable_attention_3d(
         numbers, bilinear = _corners(locations[..., :2], shapes)
         score = _depth_score(depth, numbers, locations[..., 2])
         corner_weights = bilinear * score * weights.unsqueeze(-1)
-        if value.numel() == 0:
-            out = value.new_zeros(*locations.shape[:3], value.shape[3]) + corner_weights.flatten(3).sum(
-                -1, keepdim=True
-            )
-        else:
-            out = _sum_rows(value, numbers, corner_weights)
+        out = _sum_rows(value, numbers, corner_weights)
     out = out.to(dtype)
     return (out, (score * _inside(locations, shapes)).to(dtype)) if return_depth_score else out
