@@ -80,8 +80,17 @@ def test_finished_runs_are_not_repeated(tmp_path, counted):
     more = small(tmp_path, mechanisms=("softmax-attention", IDENTITY, f"{IDENTITY},draws=2"))
     assert counted[4:] == [("digits", "Identity (draws=2)", 0), ("digits", "Identity (draws=2)", 1)]
     assert len(more.results["runs"]) == 6
+    assert [m["label"] for m in more.results["mechanisms"]][1:] == ["Identity", "Identity (draws=2)"]
     small(tmp_path, settings=Settings(dim=8, depth=1, num_heads=2))
     assert len(counted) == 10  # other settings are other runs
+
+
+def test_settings_shorten_to_the_name_where_that_is_enough(tmp_path, counted):
+    one = small(tmp_path, [f"{IDENTITY},draws=2"], seeds=1).results
+    assert [(m["label"], m["settings"]) for m in one["mechanisms"]][1] == ("Identity", "draws=2")
+    two = small(tmp_path, [f"{IDENTITY},draws=2", f"{IDENTITY},draws=3"], seeds=1).results
+    assert {r["label"] for r in two["runs"]} == {"softmax-attention", "Identity (draws=2)", "Identity (draws=3)"}
+    assert len(counted) == 3  # a new label is not a new run
 
 
 def test_runs_go_seed_by_seed(tmp_path, counted):

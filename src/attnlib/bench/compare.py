@@ -24,7 +24,7 @@ import attnlib
 
 from . import scaling, stats, training
 from .data import resolve
-from .specs import Spec
+from .specs import Spec, shorten
 from .store import StorageError, Store, plain, write_json
 from .tasks import TASKS, Task, expand, task_class
 from .training import Settings
@@ -61,14 +61,16 @@ class Preset:
         return [s for s in map(Spec.parse, self.mechanisms) if s.name in known]
 
 
+# Settings fit the grids of the tasks: 8 × 8 and 16 × 16.
 _MATTER = (
     "softmax-attention",
     "sigmoid-attention",
     "lightning-attention-2",
-    "agent-attention",
+    "agent-attention,num_agents=16,grid=16",
     "focalnet",
-    "biformer",
-    "fused-neighborhood-attention",
+    "biformer,n_win=4,topk=4",
+    "fused-neighborhood-attention,kernel_size=7",
+    "deformable-attention",
 )
 
 PRESETS: dict[str, Preset] = {
@@ -76,7 +78,7 @@ PRESETS: dict[str, Preset] = {
         _MATTER,
         budget_minutes=6.8,
         seeds=3,
-        what="seven mechanisms on every task, in minutes",
+        what="eight mechanisms on every task, in minutes",
         settings={"dim": 48},
     ),
     "quick": Preset(_MATTER[:3], tasks=("text", "digits"), budget_minutes=1.0, seeds=2, what="a first look"),
@@ -207,10 +209,14 @@ def _specs(
         spec.find()
     unique: dict[str, Spec] = {}
     for spec in specs:
-        unique.setdefault(spec.label, spec)
-    if baseline is not None and baseline not in unique:
-        unique = {Spec.parse(baseline).label: Spec.parse(baseline), **unique}
-    return list(unique.values())
+        unique.setdefault(spec.full, spec)
+    if baseline is not None:
+        plain_one = Spec.parse(baseline)
+        plain_one.find()
+        unique.setdefault(plain_one.full, plain_one)
+        # First in every table and legend.
+        unique = {plain_one.full: unique.pop(plain_one.full), **unique}
+    return shorten(list(unique.values()))
 
 
 def _seeds(given: int | Sequence[int]) -> list[int]:
@@ -281,7 +287,9 @@ class _Session:
         confidence: float,
     ) -> None:
         self.store, self.console, self.specs, self.seeds = store, console, specs, seeds
-        self.settings, self.budget, self.baseline, self.scale = settings, budget, baseline, scale
+        self.settings, self.budget, self.scale = settings, budget, scale
+        wanted = Spec.parse(baseline).full if baseline is not None else None
+        self.baseline = next((s.label for s in specs if s.full == wanted), None)
         self.confidence = confidence
         self.began = time.monotonic()
         self.tasks = {name: task_class(name)(paths.get(name)) for name in task_names}
@@ -409,7 +417,7 @@ class _Session:
         for group in groups:
             key = {
                 "schema": SCHEMA,
-                "specs": [s.to_dict() for s in self.specs],
+                "specs": [s.full for s in self.specs],
                 "pattern": group,
                 "settings": self.settings.to_dict(),
                 "sides": scaling.SIDES,
@@ -429,7 +437,13 @@ class _Session:
                 self.store.save("scaling", group, key, found)
             else:
                 self.reused += 1
-            self.scales += found["records"]
+            labels = {s.full: s.label for s in self.specs}
+            self.scales += [{**r, "mechanism": labels[r["mechanism"]]} for r in found["records"]]
+            for item in found["skipped"]:
+                label = labels[item["mechanism"]]
+                # What the traits forbid is listed by task already.
+                if not item["reason"].startswith("trait "):
+                    self.skipped.append({**item, "mechanism": label})
         progress.remove_task(bar)
 
     # ---- training
@@ -453,7 +467,7 @@ class _Session:
         }
 
     def _name(self, entry: _Entry, seed: int) -> str:
-        return f"{entry.task.name}-{entry.spec.label}-seed{seed}"
+        return f"{entry.task.name}-{entry.spec.full}-seed{seed}"
 
     def _jobs(self) -> Iterator[tuple[_Entry, int]]:
         """Seed by seed: when time runs out, every mechanism has lost the same."""
@@ -473,6 +487,7 @@ class _Session:
             key, name = self._key(entry, seed), self._name(entry, seed)
             record = self.store.find("runs", name, key)
             if record is not None:
+                record["label"] = entry.spec.label
                 self.reused += 1
             elif seed != first and self.elapsed() + self._predict(entry) > 1.1 * self.budget - REPORT_SECONDS:
                 self.left_out.append({"mechanism": entry.spec.label, "task": entry.task.name, "seed": seed})
@@ -530,7 +545,7 @@ class _Session:
             if entry.task.name in self.steps and (entry.task.name, entry.spec.label, seed) not in have:
                 record = self.store.find("runs", self._name(entry, seed), self._key(entry, seed))
                 if record is not None:
-                    self.runs.append(record)
+                    self.runs.append({**record, "label": entry.spec.label})
 
     # ---- results
 

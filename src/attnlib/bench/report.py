@@ -185,8 +185,14 @@ def _gap(gap: Mapping[str, Any] | None) -> str:
 
 
 def _glance(results: Mapping[str, Any], labels: list[str]) -> list[dict[str, Any]]:
+    settings = {m["label"]: "" if m["settings"] in m["label"] else m["settings"] for m in results["mechanisms"]}
     return [
-        {"label": label, "cells": [_cell(results, t, label) for t in results["tasks"].values()]} for label in labels
+        {
+            "label": label,
+            "settings": settings[label],
+            "cells": [_cell(results, t, label) for t in results["tasks"].values()],
+        }
+        for label in labels
     ]
 
 

@@ -96,12 +96,12 @@ def measure_group(
         grid = (sides[0] ** 2,) if pattern.startswith("causal") else (sides[0], sides[0])
         reason = spec.why_not(pattern, grid, dim, num_heads)
         if reason:
-            skipped.append({"mechanism": spec.label, "what": f"scaling, {pattern}", "reason": reason})
+            skipped.append({"mechanism": spec.full, "what": f"scaling, {pattern}", "reason": reason})
             continue
         running.append(spec)
-        records[spec.label] = {
+        records[spec.full] = {
             "pattern": pattern,
-            "mechanism": spec.label,
+            "mechanism": spec.full,
             "sizes": [],
             "forward_seconds": [],
             "both_seconds": [],
@@ -117,23 +117,23 @@ def measure_group(
         share = left / max(1, len(running)) / max(1, len(sides) - sides.index(side))
         subjects: dict[str, Subject] = {}
         for spec in list(running):
-            if last.get(spec.label, 0.0) * growth * 3 > max(share, 0.02 * seconds / len(specs)):
+            if last.get(spec.full, 0.0) * growth * 3 > max(share, 0.02 * seconds / len(specs)):
                 running.remove(spec)
-                records[spec.label]["stopped"] = f"N = {side**2} would not fit the time"
+                records[spec.full]["stopped"] = f"N = {side**2} would not fit the time"
                 continue
             try:
                 subject = Subject(spec, pattern, side, dim, num_heads)
                 start = time.perf_counter()
                 subject.both()
-                last[spec.label] = time.perf_counter() - start
-                subjects[spec.label] = subject
+                last[spec.full] = time.perf_counter() - start
+                subjects[spec.full] = subject
             except (ValueError, RuntimeError) as error:
                 running.remove(spec)
                 reason = f"N = {side**2}: {str(error).splitlines()[0]}"
-                if records[spec.label]["sizes"]:
-                    records[spec.label]["stopped"] = reason
+                if records[spec.full]["sizes"]:
+                    records[spec.full]["stopped"] = reason
                 else:
-                    skipped.append({"mechanism": spec.label, "what": f"scaling, {pattern}", "reason": reason})
+                    skipped.append({"mechanism": spec.full, "what": f"scaling, {pattern}", "reason": reason})
         forward: dict[str, list[float]] = {name: [] for name in subjects}
         both: dict[str, list[float]] = {name: [] for name in subjects}
         for done in range(rounds):

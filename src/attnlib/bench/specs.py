@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,7 @@ class Spec:
     Args:
         name: registry name, or ``package.module:Class`` of a user's own mechanism.
         config: keyword arguments for its constructor.
+        alias: what reports call it; name and settings when ``None``.
 
     >>> Spec.parse("softmax-attention,num_kv_heads=2").config
     {'num_kv_heads': 2}
@@ -27,6 +29,7 @@ class Spec:
 
     name: str
     config: Mapping[str, Any] = field(default_factory=dict)
+    alias: str | None = field(default=None, compare=False)
 
     @classmethod
     def parse(cls, given: str | Spec | tuple[str, Mapping[str, Any]]) -> Spec:
@@ -53,10 +56,24 @@ class Spec:
         return cls(name.strip(), config)
 
     @property
+    def short(self) -> str:
+        """The name without settings and module."""
+        return self.name.rpartition(":")[2]
+
+    @property
+    def settings(self) -> str:
+        """The settings as one line, empty when there are none."""
+        return ", ".join(f"{k}={v}" for k, v in self.config.items())
+
+    @property
+    def full(self) -> str:
+        """Name and settings: the same in every comparison, so that files are named by it."""
+        return f"{self.short} ({self.settings})" if self.config else self.short
+
+    @property
     def label(self) -> str:
         """What the report calls it."""
-        own = ", ".join(f"{k}={v}" for k, v in self.config.items())
-        return f"{self.name.rpartition(':')[2]} ({own})" if own else self.name.rpartition(":")[2]
+        return self.alias or self.full
 
     def find(self) -> type:
         """The class; raises ``ValueError`` for a name that does not exist (the nearest is suggested)."""
@@ -73,9 +90,10 @@ class Spec:
     def make(self, causal: bool, dim: int, num_heads: int) -> nn.Module:
         """Build it for a task."""
         config: dict[str, Any] = {"dim": dim, "num_heads": num_heads, **self.config}
-        if causal:
-            config["causal"] = True
         cls = self.find()
+        # Without such a switch a mechanism is always causal or never; its traits say which.
+        if causal and _takes(cls, "causal"):
+            config["causal"] = True
         if "num_heads" not in self.config and not _takes(cls, "num_heads"):
             del config["num_heads"]
         return cls(**config)
@@ -109,7 +127,17 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {"name": self.name, "config": dict(self.config), "label": self.label}
+        return {"name": self.name, "config": dict(self.config), "settings": self.settings, "label": self.label}
+
+
+def shorten(specs: Sequence[Spec]) -> list[Spec]:
+    """The same specs, called by their bare name where that is unambiguous.
+
+    >>> [s.label for s in shorten([Spec("a", {"k": 1}), Spec("b", {"k": 1}), Spec("b", {"k": 2})])]
+    ['a', 'b (k=1)', 'b (k=2)']
+    """
+    counts = Counter(s.short for s in specs)
+    return [replace(s, alias=s.short) if counts[s.short] == 1 else replace(s, alias=None) for s in specs]
 
 
 def _split(text: str) -> list[str]:
