@@ -132,6 +132,13 @@ class BiLevelRoutingAttention(Mechanism):
         self.lepe = DepthwiseConv(dim, side_dwconv) if side_dwconv else None
         self.proj = nn.Linear(dim, dim) if out_proj else nn.Identity()
 
+    @property
+    def traits(self) -> Traits:
+        if self.soft_routing:
+            return self.class_traits
+        # The executor holds pieces of the score map only; soft routing copies keys and values out per choice.
+        return self.class_traits.but(memory={"N": 1})
+
     # ---- regions
 
     def region(self, grid: Sequence[int]) -> tuple[int, int]:
