@@ -19,7 +19,7 @@ def make(**config):
     for p in module.parameters():
         torch.nn.init.normal_(p, 0, 0.4)
     for m in module.modules():
-        if isinstance(m, torch.nn.BatchNorm1d):
+        if isinstance(m, torch.nn.BatchNorm2d):
             m.running_mean.normal_(0, 0.3)
             m.running_var.uniform_(0.5, 2)
     return module.eval()
@@ -48,7 +48,7 @@ def test_deployed_equals_the_layer_and_has_no_batch_norm_left():
     module = make()
     x = torch.randn(2, 4, 5, 12, dtype=F64)
     deployed = attnlib.deploy(module)
-    assert not any(isinstance(m, torch.nn.BatchNorm1d) for m in deployed.modules())
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in deployed.modules())
     torch.testing.assert_close(deployed(x), module(x), atol=1e-10, rtol=1e-8)
     assert deployed.deployed()(x).equal(deployed(x))
 

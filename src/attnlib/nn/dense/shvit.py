@@ -23,14 +23,23 @@ class NormedLinear(nn.Module):
     def __init__(self, dim: int, out: int, gain: float = 1.0):
         super().__init__()
         self.linear = nn.Linear(dim, out, bias=False)
-        self.norm = nn.BatchNorm1d(out)
+        self.norm = nn.BatchNorm2d(out)
         nn.init.constant_(self.norm.weight, gain)
+
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the one linear map that this is with the running statistics."""
+        norm = self.norm
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        return self.linear.weight * scale[:, None], norm.bias - norm.running_mean * scale
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """(B, N, dim) and (B, N) -> (B, N, out)."""
+        if not self.norm.training:
+            return F.linear(x, *self._affine())
         x = self.linear(x)
-        if valid is None or not self.norm.training:
-            return self.norm(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        if valid is None:  # as an image of width 1 it has channels-last strides, which BatchNorm is fast on
+            return self.norm(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
         norm, high = self.norm, stats_dtype(x.dtype)
         exists = valid.unsqueeze(-1).to(high)
         count = exists.sum().clamp(min=1)
@@ -48,12 +57,10 @@ class NormedLinear(nn.Module):
     @torch.no_grad()
     def folded(self) -> nn.Linear:
         """The same map with the running statistics, as one linear layer."""
-        norm, weight = self.norm, self.linear.weight
-        assert norm.running_mean is not None and norm.running_var is not None
-        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        weight, bias = self._affine()
         out = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
-        out.weight.copy_(weight * scale[:, None])
-        out.bias.copy_(norm.bias - norm.running_mean * scale)
+        out.weight.copy_(weight)
+        out.bias.copy_(bias)
         return out
 
 
