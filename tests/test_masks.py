@@ -1,0 +1,306 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
+
+from attnlib import masks as M
+from attnlib.grids import Layout
+
+N = 24  # tokens of every mask below
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _kinds() -> dict[str, M.Mask]:
+    g = _generator()
+    ids = torch.sort(torch.randint(0, 5, (N,), generator=g)).values
+    ids2 = torch.randint(0, 4, (2, N), generator=g)
+    types = torch.randint(0, 3, (N,), generator=g)
+    rule = [[True, False, True], [False, True, False], [True, True, True]]
+    layout = Layout((("text", 4), ("image", (4, 4)), ("cls", 4)))
+    return {
+        "causal": M.causal(),
+        "sliding_odd": M.sliding_window(7),
+        "sliding_even": M.sliding_window(4),
+        "recent": M.recent(5),
+        "terraced": M.terraced(6, 1),
+        "prefix": M.prefix_lm(9),
+        "prefix_batch": M.prefix_lm(torch.tensor([2, 11])),
+        "document": M.document([0, 5, 5, 14, N]),
+        "documents": M.documents(ids),
+        "documents_batch": M.documents(ids2),
+        "strided": M.strided(5, offset=2, local=3),
+        "strided_heads": M.strided(4, local=1, per_head=1, num_heads=3),
+        "everything": M.Everything(),
+        "explicit": M.explicit(torch.rand(N, N, generator=g) > 0.5),
+        "explicit_batch": M.explicit(torch.rand(2, N, N, generator=g) > 0.5),
+        "explicit_heads": M.explicit(torch.rand(2, 3, N, N, generator=g) > 0.5),
+        "blocks": M.blocks(torch.rand(6, 4, generator=g) > 0.6, 4, 6),
+        "blocks_heads": M.blocks(torch.rand(2, 3, 6, 4, generator=g) > 0.4, 4, 6),
+        "neighborhood_1d": M.neighborhood((N,), 5),
+        "neighborhood_2d": M.neighborhood((4, 6), (3, 4)),
+        "neighborhood_dilated": M.neighborhood((4, 6), (2, 3), (2, 2)),
+        "neighborhood_causal": M.neighborhood((2, 3, 4), 2, 1, 1, (True, False, True)),
+        "neighborhood_strided": M.neighborhood((4, 6), (4, 4), 1, (2, 3)),
+        "circle": M.circular_window((4, 6), 2.3),
+        "modality": M.modality(types, rule),
+        "modality_batch": M.modality(torch.randint(0, 3, (2, N), generator=g), rule),
+        "on_segment": M.on_segment(layout, "image", M.neighborhood((4, 4), 3)),
+        "and": M.causal() & M.strided(3, local=2),
+        "or": M.sliding_window(3) | M.documents(ids),
+        "not": ~M.terraced(5),
+        "deep": ~(M.causal() & ~M.sliding_window(5)) | M.prefix_lm(3),
+    }
+
+
+KINDS = _kinds()
+
+
+@pytest.fixture(params=list(KINDS))
+def mask(request: pytest.FixtureRequest) -> M.Mask:
+    return KINDS[request.param]
+
+
+# ---- one definition, many realisations
+
+
+def test_at_is_pair_at_every_single_pair(mask):
+    full = mask.dense(N).reshape((1,) * (4 - mask.dense(N).dim()) + tuple(mask.dense(N).shape))
+    full = full.expand(mask.batch(), mask.heads(), N, N)
+    g = _generator(3)
+    for b, h in itertools.product(range(mask.batch()), range(mask.heads())):
+        for _ in range(20):
+            q, k = torch.randint(0, N, (2,), generator=g)
+            assert bool(mask.pair(torch.tensor(b), torch.tensor(h), q, k)) == bool(full[b, h, q, k])
+
+
+def test_positions_permute_rows_and_columns(mask):
+    g = _generator(4)
+    q, k = torch.randperm(N, generator=g), torch.randperm(N, generator=g)[:10]
+    assert torch.equal(mask.at(q, k), mask.dense(N)[..., q, :][..., k])
+
+
+def test_block_is_a_part_of_dense(mask):
+    assert torch.equal(mask.block((3, 17), (5, 22)), mask.dense(N)[..., 3:17, 5:22])
+
+
+def test_positions_by_sample_and_head(mask):
+    g = _generator(5)
+    q = torch.stack([torch.randperm(N, generator=g)[:6] for _ in range(6)]).reshape(2, 3, 6)
+    full = mask.dense(N)
+    full = full.reshape((1,) * (4 - full.dim()) + tuple(full.shape)).expand(2, 3, N, N)
+    expected = full.gather(2, q[..., None].expand(2, 3, 6, N))
+    assert torch.equal(mask.at(q, torch.arange(N)).expand(2, 3, 6, N), expected)
+
+
+def test_count_is_visible_keys_per_row(mask):
+    assert torch.equal(mask.count(N, chunk=7), mask.dense(N).sum(-1))
+
+
+def test_plane_is_one_sample_and_head(mask):
+    full = mask.dense(N)
+    full = full.reshape((1,) * (4 - full.dim()) + tuple(full.shape)).expand(mask.batch(), mask.heads(), N, N)
+    for b, h in itertools.product(range(mask.batch()), range(mask.heads())):
+        plane = mask.plane(b, h)
+        assert (plane.batch(), plane.heads()) == (1, 1)
+        assert torch.equal(plane.dense(N).reshape(N, N), full[b, h])
+
+
+def test_lower_and_raise_round_trip(mask):
+    spec, tensors = mask.lower()
+    assert isinstance(spec, str)
+    back = M.raise_mask(spec, tensors)
+    assert back == mask and back.lower()[0] == spec
+    assert torch.equal(back.dense(N), mask.dense(N))
+
+
+def test_is_a_pytree(mask):
+    leaves, tree = pytree.tree_flatten(mask)
+    assert all(isinstance(x, torch.Tensor) for x in leaves)
+    assert torch.equal(pytree.tree_unflatten(leaves, tree).dense(N), mask.dense(N))
+
+
+def test_mask_mod_serves_flex_attention(mask):
+    from torch.nn.attention.flex_attention import create_mask
+
+    dense = create_mask(mask.mask_mod(), mask.batch(), mask.heads(), N, N, device="cpu")
+    assert torch.equal(dense, mask.dense(N).expand(mask.batch(), mask.heads(), N, N))
+
+
+def test_picture_shows_the_pairs(mask):
+    grid = mask.dense(N)
+    while grid.dim() > 2:
+        grid = grid[0]
+    assert mask.picture(N) == "\n".join("".join("#" if x else "." for x in row) for row in grid.tolist())
+
+
+def test_picture_of_cells():
+    assert M.causal().picture(64, width=4) == "+...\n#+..\n##+.\n###+"
+
+
+# ---- bounds of tiles never contradict the pairs
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.parametrize("name", list(KINDS))
+def test_tile_bounds_never_contradict_pairs(name, data):
+    mask = KINDS[name]
+    full = mask.dense(N).reshape(-1, N, N)
+    ends = [sorted(data.draw(st.tuples(st.integers(0, N - 1), st.integers(0, N - 1)))) for _ in range(8)]
+    q, k = torch.tensor(ends[:4]), torch.tensor(ends[4:])
+    some, every = mask.tile(q[:, :1], q[:, 1:], k[None, :, 0], k[None, :, 1])
+    some, every = some.expand(4, 4), every.expand(4, 4)
+    for i, j in itertools.product(range(4), range(4)):
+        part = full[:, q[i, 0] : q[i, 1] + 1, k[j, 0] : k[j, 1] + 1]
+        assert bool(some[i, j]) or not bool(part.any())
+        assert not bool(every[i, j]) or bool(part.all())
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [M.causal(), M.sliding_window(9), M.recent(8), M.terraced(8), M.document([0, 64, 128]), M.prefix_lm(4)],
+    ids=str,
+)
+def test_tile_bounds_rule_most_of_a_sparse_mask_out(mask):
+    """A bound that always says "maybe" would be right and useless."""
+    start = torch.arange(0, 128, 8)
+    some, every = mask.tile(start[:, None], start[:, None] + 7, start[None], start[None] + 7)
+    exact = mask.dense(128).reshape(16, 8, 16, 8)
+    assert torch.equal(some, exact.any(3).any(1))
+    assert torch.equal(every, exact.all(3).all(1))
+
+
+def test_grid_bounds_rule_distant_rows_out():
+    for mask in (M.neighborhood((16, 8), 3), M.circular_window((16, 8), 2.0)):
+        start = torch.arange(0, 128, 8)
+        some, _ = mask.tile(start[:, None], start[:, None] + 7, start[None], start[None] + 7)
+        exact = mask.dense(128).reshape(16, 8, 16, 8).any(3).any(1)
+        assert some.sum() <= 1.7 * exact.sum()
+
+
+# ---- what each rule means
+
+
+def _window(i: int, length: int, kernel: int, stride: int, causal: bool) -> range:
+    """Neighborhood attention's window of one axis, by search instead of arithmetic.
+
+    The leader of the query's group picks, of all windows of ``kernel`` tokens inside the axis, the one centred nearest
+    to it (an even window has one more token on the left).
+    """
+    leader = min(i // stride * stride + (stride - 1 if causal else stride // 2), length - 1)
+    if causal:
+        return range(max(0, leader - kernel + 1), i + 1)
+    starts = range(0, length - kernel + 1)
+    best = min(starts, key=lambda s: abs(s + kernel // 2 - leader))
+    return range(best, best + kernel)
+
+
+@pytest.mark.parametrize(
+    "grid,kernel,dilation,stride,causal",
+    [
+        ((11,), (5,), (1,), (1,), (False,)),
+        ((11,), (4,), (2,), (1,), (False,)),
+        ((13,), (3,), (3,), (1,), (True,)),
+        ((10,), (5,), (1,), (3,), (False,)),
+        ((10,), (4,), (1,), (4,), (True,)),
+        ((5, 7), (3, 5), (1, 1), (1, 1), (False, False)),
+        ((6, 9), (3, 3), (2, 3), (1, 1), (False, False)),
+        ((6, 7), (2, 3), (3, 2), (2, 1), (True, False)),
+        ((3, 4, 5), (2, 3, 2), (1, 1, 2), (1, 2, 1), (True, False, False)),
+    ],
+)
+def test_neighborhood_rule_against_brute_force(grid, kernel, dilation, stride, causal):
+    cells = list(itertools.product(*[range(s) for s in grid]))
+    expected = torch.zeros(len(cells), len(cells), dtype=torch.bool)
+    for a, q in enumerate(cells):
+        windows = []
+        for axis, i in enumerate(q):
+            group = [p for p in range(grid[axis]) if p % dilation[axis] == i % dilation[axis]]
+            window = _window(group.index(i), len(group), kernel[axis], stride[axis], causal[axis])
+            windows.append({group[j] for j in window})
+        for b, k in enumerate(cells):
+            expected[a, b] = all(x in w for x, w in zip(k, windows, strict=True))
+    assert torch.equal(M.neighborhood(grid, kernel, dilation, stride, causal).dense(len(cells)), expected)
+
+
+def test_neighborhood_always_sees_the_kernel_and_itself():
+    mask = M.neighborhood((6, 9), (3, 4))
+    assert mask.count(54).unique().tolist() == [12]
+    assert bool(mask.dense(54).diagonal().all())
+
+
+def test_sliding_window_leans_left_when_even():
+    assert M.sliding_window(4).dense(9)[4].nonzero().flatten().tolist() == [2, 3, 4, 5]
+    assert M.sliding_window(5).dense(9)[4].nonzero().flatten().tolist() == [2, 3, 4, 5, 6]
+
+
+def test_recent_and_terraced():
+    assert M.recent(3).dense(9)[5].nonzero().flatten().tolist() == [3, 4, 5]
+    assert M.terraced(3, 1).dense(9)[7].nonzero().flatten().tolist() == [3, 4, 5, 6, 7]
+
+
+def test_document_meets_only_within():
+    assert torch.equal(M.document([0, 2, 5]).dense(5), torch.block_diag(torch.ones(2, 2), torch.ones(3, 3)).bool())
+
+
+def test_circle_excludes_its_boundary():
+    row = M.circular_window((5, 5), 2.0).dense(25)[12].reshape(5, 5)
+    assert row.sum() == 9 and not bool(row[0, 2]) and bool(row[1, 1])
+
+
+def test_on_segment_leaves_the_rest_global():
+    layout = Layout((("text", 2), ("image", (2, 3)), ("cls", 1)))
+    full = M.on_segment(layout, "image", M.causal()).dense(9)
+    assert bool(full[:2].all()) and bool(full[8].all()) and bool(full[:, :2].all()) and bool(full[:, 8].all())
+    assert torch.equal(full[2:8, 2:8], M.causal().dense(6))
+
+
+def test_algebra():
+    a, b = M.causal().dense(N), M.sliding_window(5).dense(N)
+    assert torch.equal((M.causal() & M.sliding_window(5)).dense(N), a & b)
+    assert torch.equal((M.causal() | M.sliding_window(5)).dense(N), a | b)
+    assert torch.equal((~M.causal()).dense(N), ~a)
+    assert ~~M.causal() == M.causal()
+
+
+def test_value_semantics():
+    assert M.sliding_window(5) == M.sliding_window(5) != M.sliding_window(7)
+    assert len({M.causal(), M.causal(), M.recent(3)}) == 2
+    tensor = torch.zeros(3, dtype=torch.long)
+    assert M.documents(tensor) == M.documents(tensor) and M.documents(tensor) != M.documents(tensor.clone())
+
+
+# ---- bad arguments
+
+
+@pytest.mark.parametrize(
+    "make,error,words",
+    [
+        (lambda: M.sliding_window(0), ValueError, "window"),
+        (lambda: M.recent(2.5), ValueError, "window"),
+        (lambda: M.terraced(0), ValueError, "window"),
+        (lambda: M.strided(0), ValueError, "stride"),
+        (lambda: M.neighborhood((4, 4), 5), ValueError, "larger than the grid"),
+        (lambda: M.neighborhood((4, 4), 1), ValueError, "at least 2"),
+        (lambda: M.neighborhood((8, 8), 3, 3), ValueError, "dilation from 1 to 2"),
+        (lambda: M.neighborhood((8, 8), 3, 1, 4), ValueError, "stride"),
+        (lambda: M.neighborhood((8, 8), (3, 3, 3)), ValueError, "3 axes"),
+        (lambda: M.circular_window((4, 4), 0.0), ValueError, "radius"),
+        (lambda: M.document([1, 3]), ValueError, "start at 0"),
+        (lambda: M.documents(torch.zeros(3)), ValueError, "integer"),
+        (lambda: M.modality(torch.zeros(3, dtype=torch.long), [[True, False]]), ValueError, "square"),
+        (lambda: M.explicit(torch.zeros(3, 3)), TypeError, "boolean"),
+        (lambda: M.explicit(torch.zeros(3, dtype=torch.bool)), ValueError, "mask tensor"),
+        (lambda: M.explicit(torch.zeros(3, 3, dtype=torch.bool)).dense(4), ValueError, "rows"),
+        (lambda: M.as_mask([1]), TypeError, "mask"),
+    ],
+)
+def test_bad_arguments_are_refused(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
