@@ -1,0 +1,128 @@
+import pytest
+import torch
+
+from attnlib import normalizers as Z
+
+KINDS = [
+    Z.Softmax(),
+    Z.Sigmoid(),
+    Z.Sigmoid(-2.0),
+    Z.ClippedSoftmax(),
+    Z.ClippedSoftmax(-0.2, 1.3),
+    Z.ClippedSoftmax(0.0, 1.0),
+    Z.Relu(),
+    Z.Relu(7.0),
+    Z.SoftplusL1(),
+    Z.Uniform(),
+    Z.Uniform(0.3),
+]
+
+
+@pytest.fixture(params=KINDS, ids=repr)
+def normalizer(request: pytest.FixtureRequest) -> Z.Normalizer:
+    return request.param
+
+
+def _scores(seed: int = 0, empty: bool = True) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.randn(2, 3, 7, 9, dtype=torch.float64, generator=g) * 2
+    scores[torch.rand(scores.shape, generator=g) < 0.3] = -torch.inf
+    scores[..., 0] = torch.where(scores.isinf().all(-1), 0.5, scores[..., 0])
+    if empty:
+        scores[0, 1, 2] = -torch.inf
+        scores[1, 2] = -torch.inf
+    return scores
+
+
+def test_backward_is_the_derivative_of_weights(normalizer):
+    scores = _scores().requires_grad_()
+    grad = torch.randn(scores.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights = normalizer.weights(scores)
+    (expected,) = torch.autograd.grad(weights, scores, grad)
+    with torch.no_grad():
+        ours = normalizer.backward(scores, weights, grad)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [1, 3, 9, 64, 1000])
+def test_in_place_forms_agree(normalizer, dtype, width):
+    g = torch.Generator().manual_seed(2)
+    scores = torch.randn(2, 5, width, dtype=dtype, generator=g) * 2
+    scores[:, 1:, 1:][torch.rand(2, 4, width - 1, generator=g) < 0.4] = -torch.inf
+    grad = torch.randn(scores.shape, dtype=dtype, generator=g)
+    weights = normalizer.weights(scores)
+    expected = normalizer.backward(scores, weights, grad)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(normalizer.weights_(scores.clone()), weights, rtol=tolerance, atol=tolerance)
+    ours, ds = normalizer.adjoint_(scores.clone(), grad.clone())
+    torch.testing.assert_close(ours, weights, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ds, expected, rtol=10 * tolerance, atol=tolerance)
+
+
+def test_forbidden_pairs_and_empty_rows_weigh_nothing(normalizer):
+    scores = _scores().requires_grad_()
+    weights = normalizer.weights(scores)
+    assert torch.equal(weights[scores.isinf()], torch.zeros(int(scores.isinf().sum()), dtype=torch.float64))
+    (grad,) = torch.autograd.grad(weights.square().sum(), scores)
+    assert bool(torch.isfinite(grad).all()) and not bool(grad[scores.isinf()].any())
+
+
+def test_no_keys_at_all(normalizer):
+    scores = torch.zeros(2, 3, 0, dtype=torch.float64)
+    assert normalizer.weights(scores).shape == (2, 3, 0)
+
+
+def test_lower_and_raise_round_trip(normalizer):
+    assert Z.raise_normalizer(normalizer.lower()) == normalizer
+
+
+def test_formulas():
+    s = _scores(empty=False)
+    soft = torch.softmax(s, -1)
+    seen = ~s.isinf()
+    for normalizer, expected in [
+        (Z.Softmax(), soft),
+        (Z.Sigmoid(-1.5), 1 / (1 + torch.exp(1.5 - s))),
+        (Z.ClippedSoftmax(-0.1, 1.2), (1.3 * soft - 0.1).clamp(0, 1)),
+        (Z.Relu(4.0), s.clamp(min=0) / 4),
+        (Z.SoftplusL1(), torch.log1p(s.exp()) / torch.log1p(s.exp()).sum(-1, keepdim=True)),
+        (Z.Uniform(0.25), 0.75 * soft + 0.25 * seen / seen.sum(-1, keepdim=True)),
+    ]:
+        torch.testing.assert_close(normalizer.weights(s), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_clipped_softmax_without_clipping_is_softmax_and_clips_gradients():
+    s = _scores(empty=False)
+    torch.testing.assert_close(Z.ClippedSoftmax(0.0, 1.0).weights(s), Z.Softmax().weights(s))
+    two = torch.tensor([[0.0, -9.0]], dtype=torch.float64, requires_grad=True)
+    weights = Z.ClippedSoftmax(-0.03, 1.0).weights(two)
+    assert weights[0, 1] == 0
+    (grad,) = torch.autograd.grad(weights[0, 1], two)
+    assert not bool(grad.any())
+
+
+def test_passes_and_statistics_are_declared():
+    assert Z.Softmax().passes == Z.Sigmoid().passes == 1
+    assert Z.ClippedSoftmax().passes == Z.Uniform().passes == 2
+    assert Z.Sigmoid.stats == Z.Relu.stats == ()
+
+
+def test_names():
+    assert set(Z.normalizer_names()) >= {"softmax", "sigmoid", "clipped_softmax", "relu", "softplus_l1", "uniform"}
+    assert Z.sigmoid_bias(8) == pytest.approx(-2.0794415)
+
+
+@pytest.mark.parametrize(
+    "make,words",
+    [
+        (lambda: Z.as_normalizer("sofmax"), "normalizer='sofmax'"),
+        (lambda: Z.ClippedSoftmax(0.1), "gamma"),
+        (lambda: Z.ClippedSoftmax(zeta=0.5), "zeta"),
+        (lambda: Z.Uniform(1.5), "u must"),
+        (lambda: Z.sigmoid_bias(0), "n must"),
+    ],
+)
+def test_bad_arguments_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
