@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from hooks.models import call_site, dense_attention, language_model, prompt, run, scores
 
 import attnlib
 from attnlib.hooks import Record
 from attnlib.hooks import core as hooks_core
 from attnlib.hooks.probes import sink_rate
+from hooks.models import call_site, dense_attention, language_model, prompt, run, scores
 
 
 def look(record, weights):

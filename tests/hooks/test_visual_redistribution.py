@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hooks.models import call_site, dense_attention, language_model, prompt, run, scores
 from safetensors.torch import load_file
 
 import attnlib
 from attnlib.cache import SnapKV
 from attnlib.hooks import IMAGE, PAD, TEXT, Record, TokenTypes
 from attnlib.steer import VisualRedistribution, find_sink_dims, redistribute, sink_tokens
+from hooks.models import call_site, dense_attention, language_model, prompt, run, scores
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "visual-attention-redistribution.safetensors"
 IMAGE_ID = 61
