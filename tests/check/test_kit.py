@@ -10,7 +10,7 @@ from torch import nn
 
 import attnlib
 from attnlib import Traits
-from attnlib.check import CLAIMS, ORDER, Case, check, conformance, parse_settings, run_cli
+from attnlib.check import CLAIMS, ORDER, Case, check, conformance, run_cli
 from attnlib.check.growth import count, exponent
 
 
@@ -163,7 +163,7 @@ class Plain(nn.Module):
 
 
 def test_plain_modules_are_probed():
-    report = run_cli("check.test_kit:Plain", ["dim=8", "num_heads=2", "grid=(10,)"])
+    report = run_cli("check.test_kit:Plain", {"dim": 8, "num_heads": 2}, (10,))
     assert report.ok, str(report)
     assert "would hold" in report["permutation"].why and "would hold" in report["batch"].why
     assert report["work"].measured == pytest.approx(2, abs=0.1)
@@ -204,15 +204,10 @@ def test_unknown_targets_are_refused(target, says):
 def test_unknown_claims_and_settings_are_refused():
     with pytest.raises(ValueError, match="possible"):
         check("softmax-attention", select=["honesty"])
-    with pytest.raises(ValueError, match="name=value"):
-        parse_settings(["dim"])
     with pytest.raises(TypeError, match="built already"):
         check(Plain(8, 2), dim=8)
     with pytest.raises(TypeError, match="not a torch.nn.Module"):
         check(lambda: 3)
-    assert parse_settings(["dim=8", "causal=True", "gate=none", "grid=(3, 4)"]) == {
-        "dim": 8, "causal": True, "gate": "none", "grid": (3, 4),
-    }  # fmt: skip
 
 
 def test_checking_leaves_no_trace():

@@ -9,11 +9,11 @@ from types import ModuleType
 from typing import Any
 
 from .case import Case
-from .kit import ORDER, check, conformance, parse_settings, run_cli
+from .kit import ORDER, check, conformance, run_cli
 from .report import Finding, Report
 from .subject import CLAIMS
 
-__all__ = ["CLAIMS", "ORDER", "Case", "Finding", "Report", "check", "conformance", "parse_settings", "run_cli"]
+__all__ = ["CLAIMS", "ORDER", "Case", "Finding", "Report", "check", "conformance", "run_cli"]
 
 
 class _Callable(ModuleType):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -116,23 +115,12 @@ def conformance(rows: Iterable[Case]) -> Callable[..., None]:
     return test_conformance
 
 
-def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """``["dim=32", "causal=True"]`` as keyword arguments; values are Python literals, anything else is a string."""
-    out: dict[str, Any] = {}
-    for item in settings:
-        name, equals, value = item.partition("=")
-        if not equals or not name.isidentifier():
-            raise ValueError(f"setting {item!r} is not of the form name=value")
-        try:
-            out[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            out[name] = value
-    return out
-
-
 def run_cli(
-    target: str, settings: Iterable[str] | Mapping[str, Any] = (), *, select: Iterable[str] | None = None
+    target: str,
+    settings: Mapping[str, Any] | None = None,
+    grid: int | Sequence[int] | None = None,
+    *,
+    select: Iterable[str] | None = None,
 ) -> Report:
-    """``attnlib check``: settings as ``name=value`` (``grid=`` among them); unclaimed properties are probed too."""
-    config = dict(settings) if isinstance(settings, Mapping) else parse_settings(settings)
-    return check(target, grid=config.pop("grid", None), select=select, probe=True, **config)
+    """What ``attnlib check`` runs: :func:`check`, and what is not claimed is probed too."""
+    return check(target, grid=grid, select=select, probe=True, **dict(settings or {}))

@@ -51,9 +51,17 @@ def patterns(s: Subject) -> str:
         y = finite(s.y(m, x, context, scene), f"y of {scene.name}")
         require(y.shape == x.shape, f"{scene.name}: y has shape {tuple(y.shape)} for x of shape {tuple(x.shape)}")
         require(y.dtype == x.dtype, f"{scene.name}: y is {y.dtype} for x of {x.dtype}")
-        y.square().sum().backward()
-        assert x.grad is not None
-        finite(x.grad, f"the gradient of {scene.name}")
+        leaves = [x] if context is None else [x, context.requires_grad_()]
+        y = s.y(m, x, context, scene)
+        for grad in torch.autograd.grad(y.square().sum(), leaves, retain_graph=True, allow_unused=True):
+            require(grad is not None and grad.any(), f"{scene.name}: y does not read all that it is given")
+            finite(grad, f"the gradient of {scene.name}")  # type: ignore[arg-type]
+        if not scene.cross and not scene.causal and x.shape[1] > 1:
+            later = (
+                torch.autograd.grad(y[:, t].square().sum(), x, retain_graph=True)[0][:, t + 1 :].any()
+                for t in range(x.shape[1] - 1)
+            )
+            require(any(later), f"{scene.name}: no token reads a later one, so it is causal")
         seen.append(scene.name)
     said = f"{', '.join(seen)} work"
     if not s.is_mechanism:

@@ -75,6 +75,26 @@ def _ghosts(s: Subject, m: nn.Module, scene: Scene, argument: str, valid: Tensor
         )
 
 
+def _padding(s: Subject, m: nn.Module, scene: Scene, x: Tensor, context: Tensor | None) -> float:
+    """Adding invalid tokens changes nothing for the others, where the position of a token cannot matter.
+
+    That is the end of a sequence that streams, and anywhere when permutations do not matter.
+    """
+    n, more, worst = x.shape[1], max(1, x.shape[1] // 3), 0.0
+    if len(s.grid) != 1 or not s.claims.resolution_free:
+        return 0.0
+    places = [n // 2] if s.claims.permutation_equivariant else []
+    places += [n] if s.claims.streaming and scene.causal and not scene.cross else []
+    for place in places:
+        padded = torch.cat([x[:, :place], s.noise(x, 6)[:, :more], x[:, place:]], 1)
+        valid = torch.ones(padded.shape[:2], dtype=torch.bool)
+        valid[:, place : place + more] = False
+        why = f"{scene.name}: adding {more} invalid tokens at {place} changes the answer for the others"
+        got = s.y(m, padded, context, scene, valid=valid)[:, valid[0]]
+        worst = max(worst, same(got, s.y(m, x, context, scene), why))
+    return worst
+
+
 @claim("validity", unless=trait("valid"))
 def validity(s: Subject) -> Evidence:
     """Invalid tokens change nothing, whatever they hold and however many there are; their ``y`` is zero."""
@@ -114,14 +134,7 @@ def validity(s: Subject) -> Evidence:
             finite(grad, f"{scene.name}: the gradient of a sample without valid tokens")
             if argument == "valid":
                 require(not out[0].any(), f"{scene.name}: y of a sample without valid tokens is not zero")
-        if s.claims.permutation_equivariant and s.claims.resolution_free and len(s.grid) == 1:
-            n = s.grid[0]
-            more = torch.cat([x[:, : n // 2], s.noise(x, 6)[:, : n // 3], x[:, n // 2 :]], 1)
-            valid = torch.ones(more.shape[:2], dtype=torch.bool)
-            valid[:, n // 2 : n // 2 + n // 3] = False
-            why = f"{scene.name}: adding invalid tokens changes the answer for the others"
-            padded = s.y(m, more, context, scene, valid=valid)[:, valid[0]]
-            worst = max(worst, same(padded, s.y(m, x, context, scene), why))
+        worst = max(worst, _padding(s, m, scene, x, context))
     return Evidence("invalid tokens change nothing and come out as zeros", worst)
 
 
