@@ -121,14 +121,17 @@ class Partial(NamedTuple):
     def merge(self, *others: Partial) -> Partial:
         """The attention over the union of disjoint sets of keys."""
         parts = (self, *others)
-        top = parts[0].log_scale.detach()
-        for part in parts[1:]:
-            top = torch.maximum(top, part.log_scale.detach())
+        # A part without weight must not set the scale: an empty linear part says (0, 0, 0), whatever the others' scale.
+        tops = [torch.where(p.den == 0, float("-inf"), p.log_scale).detach() for p in parts]
+        top = tops[0]
+        for other in tops[1:]:
+            top = torch.maximum(top, other)
         reference = torch.where(torch.isinf(top), torch.zeros_like(top), top)
+        most = 700.0 if top.dtype == torch.float64 else 80.0  # only parts without weight reach it; exp stays finite
         den: Tensor | float = 0.0
         num: Tensor | float = 0.0
         for part in parts:
-            weight = torch.exp(part.log_scale - reference)
+            weight = torch.exp((part.log_scale - reference).clamp(max=most))
             den = den + weight * part.den
             num = num + weight.unsqueeze(-1) * part.num
         assert isinstance(den, Tensor) and isinstance(num, Tensor)
