@@ -384,6 +384,9 @@ def test_cross_attention_of_an_encoder_decoder():
     with attnlib.attach(model, Record(rows="all")) as session:
         assert {(s.layer, s.kind) for s in session.sites} == {(0, "self"), (0, "cross"), (1, "self"), (1, "cross")}
         assert torch.equal(model.generate(ids, max_new_tokens=4, min_new_tokens=4), before)
+    with pytest.raises(ValueError, match="on_qkv is missing for cross-attention"):
+        attnlib.attach(model, NoOp())
+    assert torch.equal(model.generate(ids, max_new_tokens=4, min_new_tokens=4), before)
     cross = session.results["record"]["0 cross"]["weights"]
     assert all(w.shape[-1] == 7 for w in cross)
     torch.testing.assert_close(cross[0].sum(-1), torch.ones_like(cross[0].sum(-1)))

@@ -97,6 +97,9 @@ def existing(site: Site, device: torch.device) -> Tensor:
 class KVCompression(Intervention, ABC):
     """Evict keys and values once, after prefill; decoding goes on with what is left, at the true positions.
 
+    The prompt is what the model reads while its cache is empty, in one call: of a prompt read in chunks only the first
+    chunk is compressed.
+
     Args:
         budget: how many keys stay.
         layers: layers to compress; ``None`` for all.

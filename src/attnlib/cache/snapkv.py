@@ -151,8 +151,7 @@ class SnapKV(KVCompression):
         if self.compat == "authors" and site.heads != site.kv_heads:
             raise ValueError(
                 f"compat='authors' stores one copy of each key per query head, which a model with {site.kv_heads} key "
-                "heads "
-                f"for {site.heads} query heads cannot hold; leave compat out"
+                f"heads for {site.heads} query heads cannot hold; leave compat out"
             )
         return True
 

@@ -65,6 +65,9 @@ class PairMask:
         bias: (B or 1, H or 1, N, M) what the model adds to the scaled scores.
         causal: key ``j`` is visible to query ``i`` only if ``j <= i``, counted from the first query and the first key.
         opaque: why the pairs cannot be known, when they cannot; asking for rows then raises.
+
+    >>> PairMask(2, 3, causal=True).dense()[0, 0].tolist()
+    [[True, False, False], [True, True, False]]
     """
 
     n_queries: int
@@ -233,6 +236,10 @@ class Intervention:
         layers: numbers (negative from the end) or name patterns of layers, ``None`` for all of ``kinds``.
         whole_map: score and weight edits need all query rows at once.
         needs_types: it reads ``site.k_types``.
+
+    >>> class Silence(Intervention):
+    ...     def on_output(self, site, out):
+    ...         return out * 0
     """
 
     name: ClassVar[str] = "intervention"
@@ -623,8 +630,7 @@ class Session:
         if self.rows is not None and len(self.rows) != batch:
             raise ValueError(
                 f"rows names {len(self.rows)} rows of the batch ({list(self.rows)}), but layer {site.layer} "
-                f"({site.name}) "
-                f"got a batch of {batch}; give one name per row"
+                f"({site.name}) got a batch of {batch}; give one name per row"
             )
         return site.but(
             rows=self.rows,
@@ -793,6 +799,12 @@ def attach(
 ) -> Session:
     """Attach interventions to a model that exists; leaving the session restores it bit for bit.
 
+    ::
+
+        with attnlib.attach(model, SnapKV(ratio=0.5), Record(layers=[3])) as session:
+            model.generate(**inputs)
+        session.results["record"][3]["weights"]
+
     Args:
         model: a transformers or diffusers model.
         interventions: what to do, in order: inputs pass through the first one first.
@@ -826,8 +838,7 @@ def attach(
         if other in mine or model in set(other.modules()):
             raise ValueError(
                 f"{type(model).__name__} has a session already ({session}); detach it first, or give all "
-                "interventions to "
-                "one attach"
+                "interventions to one attach"
             )
     sites = adapter.sites(model, part)
     plan: dict[int, list[Intervention]] = {}

@@ -523,6 +523,12 @@ class TransformersAdapter(Adapter):
             config: Any = module.config
             implementation = config._attn_implementation or "eager"
             runtime = LayerRuntime(session, site, stages, kernel_of(module, implementation), implementation)
+            if stages["on_qkv"] and site.kind == "cross":
+                raise ValueError(
+                    f"{runtime.where}: on_qkv is missing for cross-attention, whose keys are projected once per "
+                    "prompt; use "
+                    "on_kv_read, or on_context for what they are projected from"
+                )
             if stages.reads_map and implementation not in READABLE:
                 raise ValueError(runtime.pairs(None, 0, 0, False).opaque)
             view = copy.copy(config)

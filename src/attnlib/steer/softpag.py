@@ -99,8 +99,7 @@ class SoftPAG(Intervention):
         if q.shape[2] != k.shape[2]:
             raise ValueError(
                 f"SoftPAG: layer {site.layer} ({site.name}) has {q.shape[2]} queries and {k.shape[2]} keys; the "
-                "identity map "
-                "needs as many of both"
+                "identity map needs as many of both"
             )
         where = torch.zeros(1, q.shape[1], 1, 1, dtype=torch.bool, device=q.device)
         where[:, list(heads)] = True
@@ -122,8 +121,7 @@ class SoftPAG(Intervention):
         if site.q_layout is None or "image" not in site.q_layout.names:
             raise ValueError(
                 f"SoftPAG: which tokens of the joint attention of layer {site.layer} ({site.name}) are image tokens "
-                "is not "
-                "known; a description of this processor's order of streams is missing"
+                "is not known; a description of this processor's order of streams is missing"
             )
         start, stop = site.q_layout.span("image")
         slots = torch.arange(len(site.q_layout), device=device)
