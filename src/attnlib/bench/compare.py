@@ -149,7 +149,7 @@ def compare(
         settings: width, depth, heads and optimiser, the same for all.
         baseline: what efficiency lengths and differences refer to; added when missing. ``None`` for none.
         scale: also measure time and memory against N.
-        threads: CPU threads; unchanged when ``None``.
+        threads: CPU threads; when ``None``, one or torch's number, whichever trains a small model faster.
         confidence: of the intervals over seeds.
         console: where to print.
         quiet: print nothing.
@@ -190,9 +190,22 @@ def compare(
     _needs_bench_extra()
     store = Store(out)
     console = console or Console(quiet=quiet)
-    with _threads(threads):
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads} is not possible; it must be at least 1")
+    with _threads_restored():
         session = _Session(
-            store, console, specs, task_names, paths, seed_list, settings, budget * 60, baseline, scale, confidence
+            store,
+            console,
+            specs,
+            task_names,
+            paths,
+            seed_list,
+            settings,
+            budget * 60,
+            baseline,
+            scale,
+            confidence,
+            threads,
         )
         return session.go(quiet)
 
@@ -234,12 +247,8 @@ def _needs_bench_extra() -> None:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def _threads_restored() -> Iterator[None]:
     before = torch.get_num_threads()
-    if count is not None:
-        if count < 1:
-            raise ValueError(f"threads={count} is not possible; it must be at least 1")
-        torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -285,12 +294,13 @@ class _Session:
         baseline: str | None,
         scale: bool,
         confidence: float,
+        threads: int | None,
     ) -> None:
         self.store, self.console, self.specs, self.seeds = store, console, specs, seeds
         self.settings, self.budget, self.scale = settings, budget, scale
         wanted = Spec.parse(baseline).full if baseline is not None else None
         self.baseline = next((s.label for s in specs if s.full == wanted), None)
-        self.confidence = confidence
+        self.confidence, self.threads = confidence, threads
         self.began = time.monotonic()
         self.tasks = {name: task_class(name)(paths.get(name)) for name in task_names}
         self.entries: list[_Entry] = []
@@ -322,6 +332,7 @@ class _Session:
         )
         try:
             with progress:
+                self._choose_threads()
                 self._plan(progress)
                 if self.scale:
                     self._scale(progress)
@@ -343,7 +354,25 @@ class _Session:
             ) from stop
         return self._write(finished=True)
 
-    # ---- how many steps fit
+    # ---- how many threads, how many steps
+
+    def _choose_threads(self) -> None:
+        """Small models on few cores often train faster on one thread, on a busy machine by far."""
+        if self.threads is None:
+            saved = self.store.read("plan.json").get("threads")
+            usual = torch.get_num_threads()
+            if isinstance(saved, int) and 1 <= saved <= max(usual, os.cpu_count() or 1):
+                self.threads = saved  # timings of a continued comparison must stay comparable
+            elif usual == 1:
+                self.threads = 1
+            else:
+                task = next(iter(self.tasks.values()))
+                seconds = {}
+                for count in (usual, 1):
+                    torch.set_num_threads(count)
+                    seconds[count] = training.measure(task, Spec(BASELINE), self.settings, steps=7, seconds=1.0)[0]
+                self.threads = 1 if seconds[1] < 0.95 * seconds[usual] else usual
+        torch.set_num_threads(self.threads)
 
     def _plan(self, progress: Progress) -> None:
         bar = progress.add_task("measuring", total=len(self.tasks) * len(self.specs), note="the time of a step")
@@ -392,16 +421,21 @@ class _Session:
         )
         left = self.budget - self.elapsed() - REPORT_SECONDS - reserved
         waiting = {e.task.name for e in self.entries} - set(self.steps)
-        weights = {n: self.tasks[n].weight for n in waiting}
+        weights = {n: self.tasks[n].weight * len(self._of(n)) for n in waiting}
         seconds = max(0.0, left) * weights[task] / sum(weights.values()) / self._slowdown() / len(self.seeds)
         entries = self._of(task)
         fit = (seconds - sum(e.evaluate_seconds for e in entries)) / max(sum(e.step_seconds for e in entries), 1e-6)
         self.steps[task] = max(MIN_STEPS, min(int(fit), self.tasks[task].max_steps))
-        self._save_top("plan.json", {"key": self._plan_key(), "steps": {**known, **self.steps}})
+        plan = {"key": self._plan_key(), "threads": self.threads, "steps": {**known, **self.steps}}
+        self._save_top("plan.json", plan)
 
     def _slowdown(self) -> float:
         """Seconds that the runs of this call took over the seconds predicted for them."""
         return min(20.0, max(0.5, self.spent / self.predicted)) if self.predicted > 0 else 1.0
+
+    def _limit(self, first: bool) -> float:
+        """Seconds after which no further run starts. The first seed may overdraw, as without it there is no result."""
+        return max(1.5 * self.budget, self.budget + 60.0) if first else 1.1 * self.budget
 
     def _predict(self, entry: _Entry) -> float:
         """Seconds that one run is expected to take."""
@@ -489,7 +523,7 @@ class _Session:
             if record is not None:
                 record["label"] = entry.spec.label
                 self.reused += 1
-            elif seed != first and self.elapsed() + self._predict(entry) > 1.1 * self.budget - REPORT_SECONDS:
+            elif self.elapsed() + self._predict(entry) > self._limit(seed == first):
                 self.left_out.append({"mechanism": entry.spec.label, "task": entry.task.name, "seed": seed})
             else:
                 record = self._run(entry, seed, key, name, progress, current)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,7 +31,7 @@ def peak_memory(fn: Callable[[], Any]) -> int:
     >>> peak_memory(lambda: torch.ones(1000).add_(1)) >= 4000
     True
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         fn()
     changes = [(e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
@@ -36,6 +39,21 @@ def peak_memory(fn: Callable[[], Any]) -> int:
         held += change
         peak = max(peak, held)
     return peak
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Drop what native code writes to standard error: the profiler announces every start and stop there."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)
 
 
 class Subject:
