@@ -142,6 +142,9 @@ def test_a_state_layer_counts_tokens_and_knows_key_positions():
         cache.crop(-1)
     with pytest.raises(TypeError, match="advance"):
         cache.update(torch.zeros(1), torch.zeros(1), 0)
+    linear.offload()
+    linear.prefetch()
+    assert linear.state["S"].shape[0] == 4
     cache.reset()
     assert cache.get_seq_length() == 0 and window.state is None
 
