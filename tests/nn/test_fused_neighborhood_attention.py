@@ -123,7 +123,8 @@ def test_causal_axes_mix_with_bidirectional_ones():
     touched = grad.abs().sum((0, 2, 3, 4)) > 0
     assert touched.tolist() == [True, True, True, False, False]
     assert (grad[0, 0].abs().sum(-1) > 0).all()
-    assert m.traits.patterns == {"noncausal-self"} and not m.traits.streaming
+    assert m.traits.patterns == {"causal-self"} and not m.traits.streaming
+    assert make(kernel_size=3, causal=(False, True)).traits.patterns == {"noncausal-self"}
 
 
 def test_dropout_acts_in_training_only():

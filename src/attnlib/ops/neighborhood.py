@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -142,181 +142,66 @@ def _numbers(starts: tuple[int, ...], size: int, step: int, device: torch.device
     return torch.tensor(starts, device=device)[:, None] + step * torch.arange(size, device=device)
 
 
-def _fetch(t: Tensor, dim: int, starts: tuple[int, ...], size: int, step: int) -> Tensor:
-    """Tiles of ``size`` tokens along ``dim``, one after the other; a view when they lie so already."""
-    if step == 1 and all(b - a == size for a, b in itertools.pairwise(starts)):
-        return t.narrow(dim, starts[0], size * len(starts))
-    return t.index_select(dim, _numbers(starts, size, step, t.device).flatten())
-
-
-def _fold_tiles(t: Tensor, tiles: list[int], sizes: list[int]) -> Tensor:
-    """(B, H, tiles_1 * size_1, ..., C) -> (B, G, H, S, C)."""
-    r = len(tiles)
-    t = t.reshape(*t.shape[:2], *(n for pair in zip(tiles, sizes, strict=True) for n in pair), t.shape[-1])
-    t = t.permute(0, *range(2, 2 * r + 2, 2), 1, *range(3, 2 * r + 3, 2), 2 * r + 2)
-    return t.reshape(t.shape[0], math.prod(tiles), t.shape[r + 1], math.prod(sizes), t.shape[-1])
-
-
-def _unfold_tiles(t: Tensor, tiles: list[int], sizes: list[int]) -> Tensor:
-    """Inverse of :func:`_fold_tiles`."""
-    r = len(tiles)
-    t = t.reshape(t.shape[0], *tiles, t.shape[2], *sizes, t.shape[-1])
-    t = t.permute(0, r + 1, *(d for a in range(r) for d in (1 + a, r + 2 + a)), 2 * r + 2)
-    return t.reshape(*t.shape[:2], *(n * s for n, s in zip(tiles, sizes, strict=True)), t.shape[-1])
-
-
-def _outer(parts: list[Tensor], dims: int, combine: Any) -> Tensor:
-    """Combine one tensor per axis, each with ``dims`` axes, into one whose axes are flattened products."""
-    r = len(parts)
-    total = None
-    for axis, part in enumerate(parts):
-        shape = [1] * (dims * r)
-        for i in range(dims):
-            shape[i * r + axis] = part.shape[i]
-        part = part.reshape(shape)
-        total = part if total is None else combine(total, part)
-    assert total is not None
-    for i in range(dims):
-        total = total.flatten(i, i + r - 1)
+def _outer(parts: Sequence[Tensor], combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Combine one (n_i, m_i) tensor per axis into (prod n_i, prod m_i)."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = combine(total[:, None, :, None], part[None, :, None, :]).flatten(2, 3).flatten(0, 1)
     return total
 
 
-class _Problem(NamedTuple):
-    """Everything a class of tiles needs besides the tensors that are cut along the grid."""
+class _Axis(NamedTuple):
+    """A class of tiles of one axis as tensors."""
 
-    plan: tuple[tuple[TileClass, ...], ...]
-    rules: tuple[AxisRule, ...]
-    pads: tuple[int, ...]
-    table: Tensor | None
-    extra: tuple[Tensor, Tensor, Tensor | None] | None
-    extra_pos: Tensor | None
-    mask: Mask | None
-    offset: int
-    partial: bool
-    options: dict[str, Any]
+    q_place: Tensor  # (tiles, q_size) token numbers times the weight of the axis in the flat number
+    k_place: Tensor  # (tiles, k_size) the same of keys, clamped into the grid
+    outside: Tensor  # (tiles, k_size) which keys lie beyond the border
+    inside: Tensor  # (q_size, k_size) which pairs meet
+    step: Tensor  # (q_size, k_size) key - query + kernel - 1 in dilated units
+    full: bool  # whether all pairs meet
 
 
-def _table_bias(problem: _Problem, chosen: list[TileClass]) -> Tensor:
+def _lower_axis(rule: AxisRule, c: TileClass, weight: int, device: torch.device) -> _Axis:
+    place = _numbers(c.k_starts, c.k_size, rule.dilation, device)
+    j, i = torch.arange(c.k_size, device=device), torch.arange(c.q_size, device=device)[:, None]
+    first, last = (torch.tensor(t, device=device)[:, None] for t in (c.first, c.last))
+    return _Axis(
+        q_place=_numbers(c.q_starts, c.q_size, rule.dilation, device) * weight,
+        k_place=place.clamp(0, rule.length - 1) * weight,
+        outside=(place < 0) | (place >= rule.length),
+        inside=(j >= first) & (j <= last),
+        step=(j - i + c.shift + rule.kernel - 1).clamp(0, 2 * rule.kernel - 2),
+        full=max(c.first) == 0 and min(c.last) == c.k_size - 1,
+    )
+
+
+def _table_bias(table: Tensor, axes: Sequence[_Axis]) -> Tensor:
     """(1, 1, H, Sq, Sk): the relative table read at ``key - query + kernel - 1``."""
-    table = problem.table
-    assert table is not None
-    r = len(chosen)
-    shape = [table.shape[0]]
-    for axis, (c, rule) in enumerate(zip(chosen, problem.rules, strict=True)):
-        step = torch.arange(c.k_size, device=table.device) - torch.arange(c.q_size, device=table.device)[:, None]
-        index = (step + c.shift + rule.kernel - 1).clamp(0, 2 * rule.kernel - 2)
-        table = table.index_select(1 + axis, index.flatten())
-        shape += [c.q_size, c.k_size]
+    r, shape = len(axes), [table.shape[0]]
+    for axis, a in enumerate(axes):
+        table = table.index_select(1 + axis, a.step.flatten())
+        shape += a.step.shape
     order = [0, *range(1, 2 * r + 1, 2), *range(2, 2 * r + 2, 2)]
-    area = [math.prod([c.q_size for c in chosen]), math.prod([c.k_size for c in chosen])]
+    area = [math.prod([a.step.shape[i] for a in axes]) for i in range(2)]
     return table.reshape(shape).permute(order).reshape(1, 1, table.shape[0], *area)
 
 
-def _axis_bias(problem: _Problem, chosen: list[TileClass], factors: list[Tensor]) -> Tensor:
+def _axis_bias(factors: Sequence[Tensor], axes: Sequence[_Axis]) -> Tensor:
     """(B, G, H, Sq, Sk): per-query factors (B, G, H, Sq, 2 * kernel - 1) of each axis, read at ``key - query``."""
     total: Tensor | None = None
-    sizes = [c.q_size for c in chosen]
-    for axis, (c, rule, factor) in enumerate(zip(chosen, problem.rules, factors, strict=True)):
-        step = torch.arange(c.k_size, device=factor.device) - torch.arange(c.q_size, device=factor.device)[:, None]
-        index = (step + c.shift + rule.kernel - 1).clamp(0, 2 * rule.kernel - 2)
-        shape = [1] * len(chosen) + [c.k_size]
-        shape[axis] = c.q_size
-        index = index.reshape(shape).expand(*sizes, c.k_size).flatten(0, -2)
-        part = factor.gather(-1, index.expand(*factor.shape[:-1], c.k_size))
-        shape = [1] * len(chosen)
-        shape[axis] = c.k_size
+    sizes = [a.step.shape[0] for a in axes]
+    for axis, (a, factor) in enumerate(zip(axes, factors, strict=True)):
+        keys = a.step.shape[1]
+        shape = [1] * len(axes)
+        shape[axis] = sizes[axis]
+        index = a.step.reshape(*shape, keys).expand(*sizes, keys).flatten(0, -2)
+        part = factor.gather(-1, index.expand(*factor.shape[:-1], keys))
+        shape = [1] * len(axes)
+        shape[axis] = keys
         part = part.unflatten(-1, shape)
         total = part if total is None else total + part
     assert total is not None
-    return total.flatten(-len(chosen))
-
-
-def _run_class(problem: _Problem, chosen: list[TileClass], queries: list[Tensor], keys: list[Tensor]) -> list[Tensor]:
-    """Attention of all tiles of one class; returns fields (B, H, *tokens, C)."""
-    tiles = [len(c.q_starts) for c in chosen]
-    q_sizes, k_sizes = [c.q_size for c in chosen], [c.k_size for c in chosen]
-    q, *factors = (_fold_tiles(t, tiles, q_sizes) for t in queries)
-    k, v, *flags = (_fold_tiles(t, tiles, k_sizes) for t in keys)
-    device = q.device
-    valid = flags[0][:, :, 0, :, 0] if flags else None
-    allowed: Tensor | None = None
-    if any(min(c.last) < c.k_size - 1 or max(c.first) > 0 for c in chosen):
-        inside = []
-        for c in chosen:
-            j = torch.arange(c.k_size, device=device)
-            first, last = (torch.tensor(t, device=device)[:, None] for t in (c.first, c.last))
-            inside.append((j >= first) & (j <= last))
-        allowed = _outer(inside, 2, torch.logical_and)[None, None, None]
-    q_pos = k_pos = outside = None
-    if problem.mask is not None:
-        weight = [math.prod(r.length for r in problem.rules[a + 1 :]) for a in range(len(chosen))]
-        q_parts, k_parts, off = [], [], []
-        for c, rule, w in zip(chosen, problem.rules, weight, strict=True):
-            q_parts.append(_numbers(c.q_starts, c.q_size, rule.dilation, device) * w)
-            place = _numbers(c.k_starts, c.k_size, rule.dilation, device)
-            off.append((place < 0) | (place >= rule.length))
-            k_parts.append(place.clamp(0, rule.length - 1) * w)
-        q_pos = _outer(q_parts, 2, torch.add) + problem.offset
-        k_pos = _outer(k_parts, 2, torch.add) + problem.offset
-        outside = _outer(off, 2, torch.logical_or)
-        pairs = pair_mask(problem.mask, q_pos, k_pos) | outside[None, :, None, None, :]
-        allowed = pairs if allowed is None else allowed & pairs
-    bias = None
-    if problem.table is not None:
-        bias = _table_bias(problem, chosen)
-    if factors:
-        per_query = _axis_bias(problem, chosen, factors)
-        bias = per_query if bias is None else bias + per_query
-    if problem.extra is not None:
-        extra_k, extra_v, extra_valid = problem.extra
-        more = extra_k.shape[2]
-        groups = k.shape[1]
-        k = torch.cat([k, extra_k.to(k.dtype)[:, None].expand(-1, groups, -1, -1, -1)], 3)
-        v = torch.cat([v, extra_v.to(v.dtype)[:, None].expand(-1, groups, -1, -1, -1)], 3)
-        if allowed is not None:
-            allowed = F.pad(allowed, (0, more), value=True)
-        if problem.mask is not None:
-            assert allowed is not None and q_pos is not None and problem.extra_pos is not None
-            pairs = pair_mask(problem.mask, q_pos, problem.extra_pos.expand(q_pos.shape[0], -1))
-            lead = torch.broadcast_shapes(allowed.shape[:-1], pairs.shape[:-1])
-            known = torch.ones(*lead, allowed.shape[-1] - more, dtype=torch.bool, device=device)
-            allowed = allowed & torch.cat([known, pairs.expand(*lead, more)], -1)
-        if bias is not None:
-            bias = F.pad(bias, (0, more))
-        if valid is not None or extra_valid is not None:
-            if valid is None:
-                valid = torch.ones(k.shape[0], groups, k.shape[3] - more, dtype=torch.bool, device=device)
-            if extra_valid is None:
-                extra_valid = torch.ones(k.shape[0], more, dtype=torch.bool, device=device)
-            valid = torch.cat([valid, extra_valid[:, None].expand(-1, groups, -1)], 2)
-    out = grouped_attention(
-        q, k, v, allowed=allowed, valid=valid, bias=bias, partial=problem.partial, **problem.options
-    )
-    fields = [out.log_scale.unsqueeze(-1), out.den.unsqueeze(-1), out.num] if isinstance(out, Partial) else [out]
-    return [_unfold_tiles(t, tiles, q_sizes) for t in fields]
-
-
-def _run_axis(problem: _Problem, chosen: list[TileClass], queries: list[Tensor], keys: list[Tensor]) -> list[Tensor]:
-    """Cut axis ``len(chosen)`` into its classes of tiles, run each, and put the outputs in order again."""
-    axis = len(chosen)
-    if axis == len(problem.rules):
-        return _run_class(problem, chosen, queries, keys)
-    rule, pad, dim = problem.rules[axis], problem.pads[axis], 2 + axis
-    parts = []
-    for c in problem.plan[axis]:
-        k_starts = tuple(s + pad for s in c.k_starts)
-        q_part = [_fetch(t, dim, c.q_starts, c.q_size, rule.dilation) for t in queries]
-        k_part = [_fetch(t, dim, k_starts, c.k_size, rule.dilation) for t in keys]
-        parts.append(_run_axis(problem, [*chosen, c], q_part, k_part))
-    order = [s + i * rule.dilation for c in problem.plan[axis] for s in c.q_starts for i in range(c.q_size)]
-    fields = [torch.cat(field, dim) if len(field) > 1 else field[0] for field in zip(*parts, strict=True)]
-    if order == list(range(rule.length)):
-        return fields
-    inverse = [0] * len(order)
-    for place, number in enumerate(order):
-        inverse[number] = place
-    index = torch.tensor(inverse, device=fields[0].device)
-    return [t.index_select(dim, index) for t in fields]
+    return total.flatten(-len(axes))
 
 
 def _tiles(
@@ -327,24 +212,93 @@ def _tiles(
     tile: tuple[int, ...] | None,
     valid: Tensor | None,
     axis_bias: Sequence[Tensor] | None,
-    **rest: Any,
+    *,
+    table: Tensor | None,
+    extra: tuple[Tensor, Tensor, Tensor | None] | None,
+    extra_pos: Tensor | None,
+    mask: Mask | None,
+    offset: int,
+    partial: bool,
+    options: dict[str, Any],
 ) -> list[Tensor]:
-    plan = _plan(tuple(tuple(rule) for rule in rules), tile)
-    keys = [k, v]
-    pads = [0] * len(rules)
+    """Fields (B, H, N, C) of the output. One gather puts the tokens of all classes behind one another; each class is
+    then a slice, and one permutation puts the outputs in order."""
+    device, batch, tokens = q.device, q.shape[0], math.prod([r.length for r in rules])
+    weights = [math.prod([r.length for r in rules[a + 1 :]]) for a in range(len(rules))]
+    zero_keyed = rules[0].border == "zero"
+    lowered = [
+        [_lower_axis(rule, c, weight, device) for c in classes]
+        for rule, classes, weight in zip(rules, _plan(tuple(tuple(r) for r in rules), tile), weights, strict=True)
+    ]
+    chosen = list(itertools.product(*lowered))
+    q_index = [_outer([a.q_place for a in axes], torch.add) for axes in chosen]
+    k_index = [_outer([a.k_place for a in axes], torch.add) for axes in chosen]
+    outside = [_outer([a.outside for a in axes], torch.logical_or) for axes in chosen] if zero_keyed else None
+
+    # Tokens before heads, as projections leave them: a row of the gather is then one stretch of memory.
+    queries = [t.flatten(2, -2).transpose(1, 2) for t in (q, *(axis_bias or ()))]
+    keys = [t.flatten(2, -2).transpose(1, 2) for t in (k, v)]
     if valid is not None:
-        keys.append(valid[:, None, ..., None])
-    if rules[0].border == "zero":
-        widths: list[int] = []
-        for axis, (rule, classes) in enumerate(zip(rules, plan, strict=True)):
-            low = min(min(c.k_starts) for c in classes)
-            high = max(max(c.k_starts) + (c.k_size - 1) * rule.dilation for c in classes)
-            pads[axis] = max(0, -low)
-            widths = [max(0, -low), max(0, high - rule.length + 1), *widths]
-        # Tokens outside the grid exist: that is what keeps their zero keys under the softmax.
-        keys = [F.pad(t, (0, 0, *widths), value=int(t.dtype == torch.bool)) for t in keys]
-    problem = _Problem(plan=plan, rules=rules, pads=tuple(pads), **rest)
-    return _run_axis(problem, [], [q, *(axis_bias or ())], keys)
+        keys.append(valid.flatten(1))
+    q_order, k_order = (torch.cat([i.flatten() for i in index]) for index in (q_index, k_index))
+    if outside is not None:
+        # One zero token behind the last; it exists, which keeps it under the softmax.
+        keys = [torch.cat([t, torch.full_like(t[:, :1], t.dtype == torch.bool)], 1) for t in keys]
+        k_order = torch.where(torch.cat([o.flatten() for o in outside]), tokens, k_order)
+
+    def cut(t: Tensor, order: Tensor, index: list[Tensor]) -> list[Tensor]:
+        """(B, N, ...) -> of each class (B, G, S, ...)."""
+        parts = t.index_select(1, order).split([i.numel() for i in index], 1)
+        return [part.unflatten(1, i.shape) for part, i in zip(parts, index, strict=True)]
+
+    q_parts = list(zip(*(cut(t, q_order, q_index) for t in queries), strict=True))
+    k_parts = list(zip(*(cut(t, k_order, k_index) for t in keys), strict=True))
+    fields: list[list[Tensor]] = []
+    for number, axes in enumerate(chosen):
+        q_part, *factors = (t.transpose(2, 3) for t in q_parts[number])
+        k_part, v_part, *flags = k_parts[number]
+        exists = flags[0] if flags else None
+        allowed = bias = None
+        if not all(a.full for a in axes):
+            allowed = _outer([a.inside for a in axes], torch.logical_and)[None, None, None]
+        if mask is not None:
+            pairs = pair_mask(mask, q_index[number] + offset, k_index[number] + offset)
+            if outside is not None:
+                pairs = pairs | outside[number][None, :, None, None, :]
+            allowed = pairs if allowed is None else allowed & pairs
+        if table is not None:
+            bias = _table_bias(table, axes)
+        if factors:
+            per_query = _axis_bias(factors, axes)
+            bias = per_query if bias is None else bias + per_query
+        if extra is not None:
+            groups, size, more = k_part.shape[1], k_part.shape[2], extra[0].shape[2]
+            k_part, v_part = (
+                torch.cat([t, e.to(t.dtype).transpose(1, 2)[:, None].expand(-1, groups, -1, -1, -1)], 2)
+                for t, e in zip((k_part, v_part), extra[:2], strict=True)
+            )
+            if mask is not None:
+                assert allowed is not None and extra_pos is not None
+                pairs = pair_mask(mask, q_index[number] + offset, extra_pos.expand(groups, -1))
+                lead = torch.broadcast_shapes(allowed.shape[:-1], pairs.shape[:-1])
+                allowed = torch.cat([allowed.expand(*lead, size), pairs.expand(*lead, more)], -1)
+            elif allowed is not None:
+                allowed = F.pad(allowed, (0, more), value=True)
+            if bias is not None:
+                bias = F.pad(bias, (0, more))
+            if exists is not None or extra[2] is not None:
+                if exists is None:
+                    exists = torch.ones(batch, groups, size, dtype=torch.bool, device=device)
+                more_exist = torch.ones(batch, more, dtype=torch.bool, device=device) if extra[2] is None else extra[2]
+                exists = torch.cat([exists, more_exist[:, None].expand(-1, groups, -1)], 2)
+        out = grouped_attention(
+            q_part, k_part.transpose(2, 3), v_part.transpose(2, 3), allowed=allowed, valid=exists, bias=bias,
+            partial=partial, **options,
+        )  # fmt: skip
+        found = [out.log_scale.unsqueeze(-1), out.den.unsqueeze(-1), out.num] if isinstance(out, Partial) else [out]
+        fields.append([t.transpose(2, 3).flatten(1, 2) for t in found])
+    back = torch.empty_like(q_order).scatter(0, q_order, torch.arange(tokens, device=device))
+    return [torch.cat(field, 1).index_select(1, back).transpose(1, 2) for field in zip(*fields, strict=True)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -403,7 +357,7 @@ def _eager(
     partial: bool,
     options: dict[str, Any],
 ) -> list[Tensor]:
-    device, lead = q.device, q.shape[2:-1]
+    device = q.device
     k, v, valid, places, grid = _spec_keys(k, v, rules, None if valid is None else valid.flatten(1))
     allowed = _spec_allowed(rules, places, device)
     here = coordinates(grid, device)
@@ -448,7 +402,7 @@ def _eager(
         fields = [seen_part.log_scale.unsqueeze(-1), seen_part.den.unsqueeze(-1), seen_part.num]
     else:
         fields = [attention(q.flatten(2, -2), k, v, dropout_p=options["dropout_p"], **call)]
-    return [t.unflatten(2, lead) for t in fields]
+    return fields
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -585,7 +539,7 @@ def _call(
         if chosen is not None and any(not isinstance(t, int) or t < 1 for t in chosen):
             raise ValueError(f"tile={chosen} must hold integers of at least 1")
         fields = _tiles(q, k, v, rules, chosen, valid, axis_bias, **rest)
-    return [t.flatten(2, -2) for t in fields] if flat or partial else fields
+    return fields if flat or partial else [t.unflatten(2, grid) for t in fields]
 
 
 def neighborhood_attention(

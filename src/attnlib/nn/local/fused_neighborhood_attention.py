@@ -129,13 +129,14 @@ class FusedNeighborhoodAttention(Mechanism):
 
     @property
     def traits(self) -> Traits:
-        sequence = self.rank == 1 and to_tuple("causal", self.causal, 1)[0]
+        # Time is the first axis of a grid.
+        causal = self.rank is not None and to_tuple("causal", self.causal, self.rank)[0]
         return self.class_traits.but(
-            patterns=frozenset({"causal-self"} if sequence else {"noncausal-self"}),
+            patterns=frozenset({"causal-self"} if causal else {"noncausal-self"}),
             grid_ranks=self.class_traits.grid_ranks if self.rank is None else frozenset({self.rank}),
-            # Tokens that everyone reads, and a leader in the future, both let a sequence look ahead of its state.
-            layout=not sequence,
-            streaming=sequence and to_tuple("stride", self.stride, 1)[0] == 1,
+            # Tokens that read everything and are read by everyone, and a leader in the future, look ahead.
+            layout=not causal,
+            streaming=causal and self.rank == 1 and to_tuple("stride", self.stride, 1)[0] == 1,
         )
 
     @property
