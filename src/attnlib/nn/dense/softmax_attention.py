@@ -113,7 +113,10 @@ class SoftmaxAttention(Mechanism):
     # ---- what a relative of this mechanism changes
 
     def _begin(self, x: Tensor, q: Tensor, **call: Any) -> dict[str, Any]:
-        """Whatever the hooks below share in one call: gates, routes, losses. ``q`` (B, H, N, D) is not rotated yet."""
+        """Whatever the hooks below share in one call: gates, routes; ``q`` (B, H, N, D) is not rotated yet.
+
+        ``shared["losses"]`` is returned and ``shared["state"]`` joins the state; a later hook may set them.
+        """
         return {}
 
     def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
@@ -144,7 +147,7 @@ class SoftmaxAttention(Mechanism):
             split_heads(self.v(source), self.num_kv_heads),
         )
         tokens, own_valid = x.flatten(1, -2), flat_valid(valid)
-        shared = self._begin(tokens, q, valid=own_valid, plan=plan, returns=returns)
+        shared = self._begin(tokens, q, valid=own_valid, plan=plan, state=state, returns=returns)
         exists = own_valid if context is None else flat_valid(context_valid)
         causal_self = self.causal and context is None
         streaming = causal_self and (state is not None or "state" in returns)
@@ -178,6 +181,8 @@ class SoftmaxAttention(Mechanism):
             out, weights = self._mix_heads(q, k, v, shared, return_weights=True, **call)
         else:
             out = self._mix_heads(q, k, v, shared, **call)
+        if new_state is not None:
+            new_state = new_state.replace(**shared.get("state", {}))
         y = self.proj(merge_heads(self._gate(out, shared), grid))
         return Output(y, state=new_state, weights=weights, losses=shared.get("losses"))
 

@@ -1,0 +1,365 @@
+"""Power-law graph attention of PLDR-LLM (Gokden, 2025): a metric between queries and keys that the layer deduces."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...positions import rotary_angles, rotate
+from ...types import State, Traits, check_choice, stats_dtype
+from ..layers import flat_valid, split_heads
+from ..registry import register
+from .softmax_attention import SoftmaxAttention
+
+METRICS = ("learned", "cached")
+
+
+class Deductive(NamedTuple):
+    """Deductive outputs, (B, H, D, D) each: metric tensor A, A_LM, potential A_P, energy-curvature tensor G."""
+
+    A: Tensor
+    A_LM: Tensor
+    A_P: Tensor
+    G: Tensor
+
+
+class _SwiGLU(nn.Module):
+    """``W3 (silu(W1 x) * W2 x)``."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class _ResidualUnit(nn.Module):
+    """``LN(A + f_n(.. f_1(A)))``."""
+
+    def __init__(self, dim: int, hidden: int, depth: int):
+        super().__init__()
+        self.layers = nn.Sequential(*(_SwiGLU(dim, hidden) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.layers(x))
+
+
+class MetricLearner(nn.Module):
+    """From the queries' Gram matrix to the energy-curvature tensor; its residual units serve all heads.
+
+    Args:
+        num_heads, head_dim: ``H`` and ``D``.
+        hidden: hidden width of the SwiGLU layers.
+        units: residual units.
+        depth: SwiGLU layers in a unit.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, hidden: int, units: int, depth: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(head_dim, eps=1e-6)
+        self.units = nn.ModuleList(_ResidualUnit(head_dim, hidden, depth) for _ in range(units))
+        shape = (num_heads, head_dim, head_dim)
+        self.W, self.p, self.a = (nn.Parameter(nn.init.xavier_normal_(torch.empty(shape))) for _ in range(3))
+        self.b, self.b_a = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
+        _xavier(self)
+
+    def forward(self, q: Tensor, valid: Tensor | None = None) -> Deductive:
+        """Deductive outputs from rotated queries ``q`` (B, H, N, D); ``valid`` (B, N)."""
+        dtype = stats_dtype(q.dtype)
+        if valid is not None:
+            q = q.masked_fill(~valid[:, None, :, None], 0.0)
+        with torch.autocast(q.device.type, enabled=False):
+            # A sum over all positions, and powers of numbers near 1e-9: neither survives half precision.
+            gram = q.to(dtype).transpose(-2, -1) @ q.to(dtype)
+            weight, bias = self.norm.weight.to(dtype), self.norm.bias.to(dtype)
+            metric = F.layer_norm(gram, self.norm.normalized_shape, weight, bias, self.norm.eps)
+        metric = metric.to(self.norm.weight.dtype)
+        for unit in self.units:
+            metric = unit(metric)
+        with torch.autocast(q.device.type, enabled=False):
+            metric = metric.to(dtype)
+            z = self.W.to(dtype) @ metric + self.b.to(dtype)
+            a_lm = z * F.silu(z) + 1e-9
+            a_p = a_lm ** self.p.to(dtype)
+            return Deductive(metric, a_lm, a_p, self.a.to(dtype) @ a_p + self.b_a.to(dtype))
+
+
+def _xavier(module: nn.Module) -> None:
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+@register("pldr-llm-plga", "plga", "power-law-graph-attention")
+class PowerLawGraphAttention(SoftmaxAttention):
+    """Bilinear attention ``softmax(q G k^T / sqrt(D)) v`` whose (D, D) metric ``G`` per head comes from the queries.
+
+    With rotated queries and keys, for every sample and head::
+
+        A = LN(q^T q)                        over all positions
+        A <- LN(A + f_n(.. f_1(A)))          R residual units of SwiGLU layers f, shared by the heads
+        A_LM = iSwiGLU(W A + b) + 1e-9       iSwiGLU(z) = z silu(z) >= 0
+        A_P = A_LM ^ p                       element by element
+        G = a A_P + b_a
+
+    **The learned metric is not causal**, even with ``causal=True``: the scores of every position depend on later
+    queries through ``G``, as in the paper's training; for the same reason it takes no ``mask``. Once trained, ``G``
+    hardly depends on the input (see :func:`operator_invariance`), so :meth:`freeze_metric` computes it once: the module
+    then skips the learner, is causal, and streams. :meth:`prefill` is the other way to decode: a prompt makes its own
+    metric, and :meth:`step` keeps it. ``G = I`` is plain attention.
+
+    Args:
+        dim, num_heads, ...: as in :class:`SoftmaxAttention`.
+        metric_hidden: hidden width of the learner's SwiGLU layers.
+        residual_units: ``R``.
+        unit_depth: SwiGLU layers in a residual unit.
+        metric: ``"learned"``, or ``"cached"``: from the buffers ``A_LM`` and ``G`` (H, D, D), which start as identity
+            and are filled by :meth:`freeze_metric` or by the state dict.
+
+    Losses (of the learned metric): ``dag_lm``, ``dag_p`` and ``dag_g``, the regulariser :func:`dag_loss` of A_LM, A_P
+    and G. What differs from the authors' code: padding stays out of ``q^T q``; their value projection misses its Xavier
+    initialisation by a slip; steps from A_LM to G are float32 at least.
+
+    Reference: Gokden, 2025, arXiv 2502.13502.
+
+    >>> m = PowerLawGraphAttention(dim=16, num_heads=2, metric_hidden=8, residual_units=1)
+    >>> m.freeze_metric(torch.randn(1, 5, 16)).traits.streaming
+    True
+    """
+
+    A_LM: Tensor
+    G: Tensor
+
+    class_traits = SoftmaxAttention.class_traits.but(
+        patterns=frozenset({"noncausal-self", "causal-self"}), layout=False, losses=("dag_lm", "dag_p", "dag_g")
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        metric_hidden: int = 170,
+        residual_units: int = 8,
+        unit_depth: int = 2,
+        metric: str = "learned",
+        causal: bool = True,
+        rotary: float | None = 10000.0,
+        rotary_interleaved: bool = True,
+        **settings: Any,
+    ):
+        super().__init__(
+            dim, num_heads, causal=causal, rotary=rotary, rotary_interleaved=rotary_interleaved, **settings
+        )
+        check_choice("metric", metric, METRICS)
+        for name, value in (("metric_hidden", metric_hidden), ("unit_depth", unit_depth)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if residual_units < 0:
+            raise ValueError(f"residual_units={residual_units} must not be negative")
+        self.metric = metric
+        self.learner: MetricLearner | None = MetricLearner(
+            num_heads, self.head_dim, metric_hidden, residual_units, unit_depth
+        )
+        for linear in (self.q, self.k, self.v, self.proj):
+            _xavier(linear)
+        eye = torch.eye(self.head_dim).repeat(num_heads, 1, 1)
+        self.register_buffer("A_LM", eye)
+        self.register_buffer("G", eye.clone())
+
+    @property
+    def traits(self) -> Traits:
+        traits = super().traits
+        learned = self.metric == "learned"
+        looks_ahead = learned or not self.causal
+        return traits.but(
+            patterns=frozenset({"noncausal-self" if looks_ahead else "causal-self"}),
+            layout=False,
+            mask=not learned,  # a hidden pair still meets through the metric
+            streaming=not looks_ahead,
+            losses=self.class_traits.losses if learned else (),
+        )
+
+    # ---- the metric
+
+    def deductive_outputs(self, x: Tensor, valid: Tensor | None = None) -> Deductive:
+        """What the learner deduces from ``x`` (B, *grid, C); ``valid`` (B, *grid)."""
+        if self.learner is None:
+            raise ValueError("this module was deployed with its cached metric and has no learner any more")
+        q = self.q_norm(split_heads(self.q(x), self.num_heads))
+        exists = flat_valid(valid)
+        if self.rotary is not None:
+            now = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=x.device) if exists is None else exists
+            q = rotate(q, rotary_angles(now.long().cumsum(1) - 1, self.head_dim, self.rotary), self.rotary_interleaved)
+        return self.learner(q, exists)
+
+    @torch.no_grad()
+    def freeze_metric(
+        self,
+        x: Tensor | None = None,
+        *,
+        metric: Sequence[Tensor] | None = None,
+        valid: Tensor | None = None,
+    ) -> PowerLawGraphAttention:
+        """Fill the G-cache and use it from now on.
+
+        Args:
+            x: (B, *grid, C) a prompt, as this layer sees it; the mean of its samples' deductive outputs is kept.
+            metric: instead of ``x``: ``(A_LM, G)``, each (H, D, D) or (1, H, D, D).
+            valid: (B, *grid), with ``x``.
+
+        Returns:
+            The module itself, with ``metric="cached"``.
+
+        Raises:
+            ValueError: neither or both are given, or a metric of another model's shape.
+        """
+        if (x is None) == (metric is None):
+            raise ValueError("freeze_metric needs either a prompt x or metric=(A_LM, G), one of the two")
+        if x is not None:
+            made = self.deductive_outputs(x, valid)
+            metric = (made.A_LM.mean(0), made.G.mean(0))
+        assert metric is not None
+        if len(metric) != 2:
+            raise ValueError(f"metric must be the pair (A_LM, G), got {len(metric)} tensors")
+        shape = tuple(self.G.shape)
+        for name, value in zip(("A_LM", "G"), metric, strict=True):
+            if tuple(value.shape) not in (shape, (1, *shape)):
+                raise ValueError(f"{name} of the cache must be (H, D, D)={shape}, got {tuple(value.shape)}")
+        for buffer, value in zip((self.A_LM, self.G), metric, strict=True):
+            buffer.copy_(value.view(shape))
+        self.metric = "cached"
+        return self
+
+    def thaw_metric(self) -> PowerLawGraphAttention:
+        """Undo :meth:`freeze_metric`: deduce the metric from every input again."""
+        if self.learner is None:
+            raise ValueError("this module was deployed with its cached metric and has no learner any more")
+        self.metric = "learned"
+        return self
+
+    def deployed(self) -> nn.Module:
+        """With a cached metric, a copy without the learner; otherwise the module itself."""
+        if self.metric == "learned" or self.learner is None:
+            return self
+        twin = copy.deepcopy(self)
+        twin.learner = None
+        return twin
+
+    # ---- decoding with a prompt's own metric
+
+    def prefill(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, State]:
+        """``(y, state)`` of a prompt ``x`` (B, N, C) whose own metric the state keeps for :meth:`step`."""
+        if not self.causal:
+            raise ValueError("prefill needs causal=True")
+        self._check_call(x, None, None, valid, None, None, None, None, None, ())
+        out = self.mix(x, valid=valid, returns=("state",))
+        assert out.state is not None
+        y = out.y if valid is None else out.y.masked_fill(~valid.unsqueeze(-1), 0.0)
+        return y, out.state
+
+    def step(self, x_t: Tensor, state: State | None = None, **call: Any) -> tuple[Tensor, State]:
+        """As :meth:`Mechanism.step`; with a learned metric, only from the state of :meth:`prefill`."""
+        if self.metric == "cached":
+            return super().step(x_t, state, **call)
+        if state is None or "G" not in state:
+            raise ValueError(
+                f"{self._name()} decodes step by step with a metric that no longer changes: call freeze_metric first, "
+                "or pass the state of prefill (trait streaming is False while the metric is learned)"
+            )
+        valid = call.pop("valid", None)
+        self._check_call(x_t, None, None, valid, None, None, None, None, None, ())
+        out = self.mix(x_t, valid=valid, state=state, returns=("state",), **call)
+        assert out.state is not None
+        y = out.y if valid is None else out.y.masked_fill(~valid.unsqueeze(-1), 0.0)
+        return y, out.state
+
+    # ---- the call
+
+    def _begin(self, x: Tensor, q: Tensor, **call: Any) -> dict[str, Any]:
+        return {"valid": call["valid"], "past": call["state"], "returns": call["returns"]}
+
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
+        past: State | None = shared["past"]
+        if past is not None and "G" in past:
+            kept, metric = {"A_LM": past["A_LM"], "G": past["G"]}, past["G"]
+            expected = (q.shape[0], *self.G.shape)
+            if tuple(metric.shape) != expected:
+                raise ValueError(f"the state's G must be (B, H, D, D)={expected}, got {tuple(metric.shape)}")
+        elif self.metric == "cached":
+            kept, metric = {}, self.G
+        else:
+            assert self.learner is not None
+            made = self.learner(q, shared["valid"])
+            kept, metric = {"A_LM": made.A_LM, "G": made.G}, made.G
+            if "losses" in shared["returns"]:
+                shared["losses"] = {
+                    "dag_lm": dag_loss(made.A_LM),
+                    "dag_p": dag_loss(made.A_P),
+                    "dag_g": dag_loss(made.G),
+                }
+        shared["state"] = kept
+        with torch.autocast(q.device.type, enabled=False):
+            dtype = torch.promote_types(q.dtype, metric.dtype)
+            q = (q.to(dtype) @ metric.to(dtype)).to(q.dtype)
+        return super()._mix_heads(q, k, v, shared, **call)
+
+    @staticmethod
+    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the authors' ``plgMultiHeadAttention``."""
+        heads = {"Wlst": "W", "blst": "b", "pwlst": "p", "alst": "a", "balst": "b_a"}
+        names = {"wq": "q", "wk": "k", "wv": "v", "dense": "proj", "layernorm1": "learner.norm"}
+        out = {}
+        for key, value in state_dict.items():
+            first, _, rest = key.partition(".")
+            if first == "plgatt_layer":
+                out[f"learner.{heads[rest]}"] = value
+            elif first == "reslayerAs":
+                rest = rest.replace("denseAs", "layers").replace("layernormA", "norm").replace("gluw", "w")
+                out[f"learner.units.{rest}"] = value
+            elif first in names:
+                out[f"{names[first]}.{rest}"] = value
+            else:
+                raise ValueError(f"{key!r} is not a weight of plgMultiHeadAttention")
+        return out
+
+
+def dag_loss(tensor: Tensor) -> Tensor:
+    """``mean |log(tr(exp(T * T)) / D)|`` of (..., D, D): zero when T, as a weighted graph, has no cycle.
+
+    Reference: Gokden, 2025, arXiv 2502.13502, after Zheng et al., 2018 (NOTEARS), arXiv 1803.01422.
+
+    >>> float(dag_loss(torch.ones(3, 3).triu(1))) < 1e-6
+    True
+    """
+    with torch.autocast(tensor.device.type, enabled=False):
+        tensor = tensor.to(stats_dtype(tensor.dtype))
+        trace = torch.linalg.matrix_exp(tensor * tensor).diagonal(dim1=-2, dim2=-1).sum(-1)
+        return torch.log(trace / tensor.shape[-1]).abs().mean()
+
+
+def operator_invariance(tensors: Tensor) -> Tensor:
+    """How much a deductive output moves from prompt to prompt: RMS deviation from their mean, over the mean's RMS.
+
+    Args:
+        tensors: (P, ...) one deductive output for each of P prompts.
+
+    Returns:
+        A scalar; 0 for an operator that does not depend on the prompt.
+
+    >>> float(operator_invariance(torch.ones(4, 2, 3, 3)))
+    0.0
+    """
+    if tensors.dim() < 2 or tensors.shape[0] < 2:
+        raise ValueError(f"tensors must be (P, ...) with at least two prompts, got {tuple(tensors.shape)}")
+    mean = tensors.mean(0, keepdim=True)
+    return (tensors - mean).square().mean().sqrt() / mean.square().mean().sqrt()
