@@ -142,10 +142,12 @@ def measure(
                 record[f"{what}_seconds"] = statistics.median(times[name, what])
                 record[f"{what}_over_dense"] = record[f"{what}_seconds"] / statistics.median(times[base, what])
         records.append(record)
-    settings = {
+    settings: dict[str, Any] = {
         "batch": 1, "grid": [side, side], "kernel_size": kernel, "heads": heads, "head_dim": head_dim,
         "dtype": "float32", "rounds": rounds,
     }  # fmt: skip
+    if any(name.startswith("natten") for name in contenders):
+        settings["natten"] = getattr(sys.modules["natten"], "__version__", "unknown")
     return {
         "what": "two-dimensional neighborhood attention",
         "settings": settings,
