@@ -164,7 +164,7 @@ def compare(
 
     Reference: after Zhang et al. 2022, arXiv:2210.07661 (patterns, efficiency length).
 
-    >>> compare(["softmax-attention"], ["nothing"])
+    >>> compare(["softmax-attention"], ["nothing"])  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
     ValueError: tasks: 'nothing' is not possible; ...

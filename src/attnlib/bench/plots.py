@@ -160,7 +160,9 @@ def quality_against_time(
         # A t-interval of two seeds can be a hundred times wider than the data; the axis follows the measurements.
         low, high = min(seen), max(seen)
         room = 0.35 * (high - low) or 0.05 * abs(high) or 1.0
-        axes.set_ylim(low - room, high + room)
+        bounds = (0.0, 100.0) if task["unit"] == "%" else (float("-inf"), float("inf"))
+        edge = 0.02 * (high - low + 2 * room)
+        axes.set_ylim(max(low - room, bounds[0] - edge), min(high + room, bounds[1] + edge))
     arrow = "higher is better" if task["higher_is_better"] else "lower is better"
     axes.set_xlabel("milliseconds per training step")
     axes.set_ylabel(f"{task['metric']} ({task['unit']}), {arrow}")
@@ -214,8 +216,8 @@ def cost_against_n(
         values = [c / unit for c in record[cost]]
         axes.plot(record["sizes"], values, color=colour, marker=marker, markersize=4.5, linewidth=1.5)
         exponent = exponents.get(record["mechanism"])
-        text = f"{record['mechanism']}  N^{exponent:.2f}" if exponent is not None else record["mechanism"]
-        ends.append((record["sizes"][-1], values[-1], text, colour))
+        if exponent is not None:
+            ends.append((record["sizes"][-1], values[-1], f"N^{exponent:.2f}", colour))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     _plain_ticks(axes.yaxis)
@@ -225,7 +227,7 @@ def cost_against_n(
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     _plain_ticks(axes.xaxis)
     if sizes:
-        axes.set_xlim(sizes[0] * 0.85, sizes[-1] * 14)
+        axes.set_xlim(sizes[0] * 0.85, sizes[-1] * 3)
     axes.set_xlabel("tokens N")
     axes.set_ylabel(ylabel)
     if ends:

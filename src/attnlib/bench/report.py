@@ -112,7 +112,8 @@ def count(value: int) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.3g}"
+    value = 1000 * seconds
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def length_text(value: Any, extrapolated: bool = False) -> str:
@@ -123,7 +124,9 @@ def length_text(value: Any, extrapolated: bool = False) -> str:
         return "never"
     if value == 0:
         return "always"
-    return f"{value:,.0f}" + (" (extrapolated)" if extrapolated else "")
+    if extrapolated:  # two digits are more than such a number can bear
+        return f"about {float(f'{value:.2g}'):,.0f} (extrapolated)"
+    return f"{value:,.0f}"
 
 
 def size_text(value: float) -> str:
@@ -257,6 +260,7 @@ def _scaling(results: Mapping[str, Any], style: plots.Style) -> list[dict[str, A
                 "title": title,
                 "time": plots.cost_against_n(records, summary, "both_seconds", 1e-3, time_label, style),
                 "memory": plots.cost_against_n(records, summary, "peak_bytes", 2**20, memory_label, style),
+                "present": [r["mechanism"] for r in records],
                 "rows": [{"record": r, "summary": s} for r, s in zip(records, summary, strict=True)],
                 "noise": statistics.median([x for r in records for x in r["spread"]]),
                 "stopped": [(r["mechanism"], r["stopped"]) for r in records if r.get("stopped")],

@@ -100,7 +100,7 @@ def measure_group(
         num_heads: heads.
         seconds: rough limit; a mechanism leaves before a size that would not fit its share.
         sides: square roots of the numbers of tokens.
-        rounds: measurements per point; the median counts.
+        rounds: measurements per point, at least two when time is short; the median counts.
         progress: told what is being measured.
 
     Returns:
@@ -135,7 +135,7 @@ def measure_group(
         share = left / max(1, len(running)) / max(1, len(sides) - sides.index(side))
         subjects: dict[str, Subject] = {}
         for spec in list(running):
-            if last.get(spec.full, 0.0) * growth * 3 > max(share, 0.02 * seconds / len(specs)):
+            if last.get(spec.full, 0.0) * growth * 4 > max(share, 0.02 * seconds / len(specs)):
                 running.remove(spec)
                 records[spec.full]["stopped"] = f"N = {side**2} would not fit the time"
                 continue
@@ -155,7 +155,7 @@ def measure_group(
         forward: dict[str, list[float]] = {name: [] for name in subjects}
         both: dict[str, list[float]] = {name: [] for name in subjects}
         for done in range(rounds):
-            if done and time.perf_counter() - began > seconds:
+            if done > 1 and time.perf_counter() - began > seconds:
                 break
             for name, subject in subjects.items():
                 if progress is not None:
