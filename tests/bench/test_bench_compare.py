@@ -1,10 +1,12 @@
 import errno
+import io
 import json
 import re
 import socket
 
 import pytest
 import torch
+from rich.console import Console
 
 import attnlib
 from attnlib.bench import compare as module
@@ -107,8 +109,10 @@ def test_an_interrupt_keeps_what_was_finished(tmp_path, counted, monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(training, "run", stop_at_third)
+    printed = io.StringIO()
     with pytest.raises(Interrupted, match=r"2 finished pieces are kept in .*Run the same command again") as error:
-        small(tmp_path)
+        small(tmp_path, quiet=False, console=Console(file=printed))
+    assert str(error.value) in printed.getvalue()
     assert isinstance(error.value, KeyboardInterrupt)
     assert len(list((tmp_path / "runs").glob("*.json"))) == 2
     part = json.loads((tmp_path / "results.json").read_text())
@@ -212,6 +216,15 @@ def test_results_hold_every_measurement_and_no_names_of_the_machine(tmp_path):
     assert row["difference"]["n"] == 2
     assert all(r["loss_curve"] and r["step_seconds"] > 0 for r in results["runs"])
     assert results["tasks"]["forecast"]["references"]["last value"] > 0
+
+
+def test_the_terminal_shows_a_table_and_where_the_report_is(tmp_path):
+    printed = io.StringIO()
+    found = small(tmp_path, seeds=1, quiet=False, console=Console(file=printed, width=100))
+    text = printed.getvalue()
+    assert "Identity" in text and "accuracy ↑" in text and f"report: {found.report}" in text
+    value = next(s["mean"] for s in found.results["summary"] if s["mechanism"] == "Identity")
+    assert f"{value:.2f}" in text or f"{value:.1f}" in text
 
 
 def test_the_baseline_joins_by_itself(tmp_path):

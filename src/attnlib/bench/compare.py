@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 import attnlib
 
@@ -348,11 +350,34 @@ class _Session:
                 shown = f"; the report so far is {written.report}"
             except Exception as error:
                 shown = f"; no report could be written ({error})"
-            raise Interrupted(
+            message = (
                 f"stopped: {kept} finished pieces are kept in {self.store.out}{shown}. "
                 "Run the same command again: it goes on from there"
-            ) from stop
-        return self._write(finished=True)
+            )
+            # Command-line frameworks swallow the text of a KeyboardInterrupt, so it is printed here.
+            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+            raise Interrupted(message) from stop
+        comparison = self._write(finished=True)
+        self._show(comparison)
+        return comparison
+
+    def _show(self, comparison: Comparison) -> None:
+        """The table at a glance, and where the report is."""
+        from .report import estimate
+
+        rows = {(s["task"], s["mechanism"]): s for s in comparison.results["summary"]}
+        table = Table(title=f"mean ± {100 * self.confidence:g} % interval over {len(self.seeds)} seeds")
+        table.add_column("mechanism")
+        for task in self.tasks.values():
+            table.add_column(f"{task.name}\n{task.metric} {'↑' if task.higher_is_better else '↓'}", justify="right")
+        for spec in self.specs:
+            cells = []
+            for name in self.tasks:
+                row = rows.get((name, spec.label))
+                cells.append("–" if row is None else " ".join(estimate(row["mean"], row["half_width"])).strip())
+            table.add_row(escape(spec.label), *cells)
+        self.console.print(table)
+        self.console.print(f"report: {comparison.report}", highlight=False, markup=False, soft_wrap=True)
 
     # ---- how many threads, how many steps
 
