@@ -148,7 +148,9 @@ def _at(s: Subject, grid: tuple[int, ...], overrides: Mapping[str, Any]) -> tupl
 
     inputs = [torch.randn(1, *grid, s.width)]
     if scene.cross:
-        inputs.append(torch.randn(1, *grid, s.context_width))
+        fixed = s.case.context_grid
+        other = grid if fixed is None or len(fixed) == len(grid) else fixed
+        inputs.append(torch.randn(1, *other, s.context_width))
     return count(lambda x, context=None: s.y(m, x, context, scene), *inputs)
 
 
@@ -157,10 +159,10 @@ def _grids(s: Subject) -> list[tuple[int, ...]]:
         return list(s.case.growth)
     grid = s.grid
     out: list[tuple[int, ...]] = []
-    while not out or math.prod(out[-1]) < 4096:
-        grid = tuple(2 * g for g in grid)
+    while len(out) < 2 or math.prod(out[-1]) < 4096:
         if math.prod(grid) >= 256:
             out.append(grid)
+        grid = tuple(2 * g for g in grid)
     return out
 
 

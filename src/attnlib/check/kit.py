@@ -56,6 +56,7 @@ def check(
     *,
     claims: Traits | None = None,
     grid: int | Sequence[int] | None = None,
+    context_grid: int | Sequence[int] | None = None,
     select: Iterable[str] | None = None,
     probe: bool = False,
     **config: Any,
@@ -67,6 +68,7 @@ def check(
         case: how to build and feed it; otherwise ``config`` and ``grid``, with small defaults.
         claims: what to hold it to instead of its own ``traits``; a module without any is held to very little.
         grid: grid of the inputs, e.g. ``12`` or ``(8, 8)``.
+        context_grid: grid of the context in cross patterns.
         select: names of claims, by default all of :data:`CLAIMS`.
         probe: also try what is not claimed and say whether it would hold.
         config: settings for building it.
@@ -88,7 +90,7 @@ def check(
     torch.set_num_threads(1)  # the tensors are tiny: waiting for a second thread costs more than it brings
     try:
         with torch.random.fork_rng(devices=[]):
-            s = Subject(target, case, claims, grid, config)
+            s = Subject(target, case, claims, grid, context_grid, config)
             findings = [_examine(CLAIMS[n], s, probe) for n in names]
     finally:
         torch.set_num_threads(threads)

@@ -8,9 +8,10 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -242,7 +243,15 @@ class Scene:
 class Subject:
     """A mechanism under test."""
 
-    def __init__(self, target: Any, case: Case | None, claims: Traits | None, grid: Any, config: Mapping[str, Any]):
+    def __init__(
+        self,
+        target: Any,
+        case: Case | None = None,
+        claims: Traits | None = None,
+        grid: Any = None,
+        context_grid: Any = None,
+        config: Mapping[str, Any] = MappingProxyType({}),
+    ):
         if isinstance(target, Case):
             target, case = target.name, target
         self.name, self.factory = resolve(target)
@@ -250,9 +259,14 @@ class Subject:
             raise ValueError(f"{self.name} fuses several streams; the kit tests single-stream mechanisms")
         if case is None:
             settings = dict(config) if isinstance(target, nn.Module) else default_config(self.factory, config)
-            case = Case(self.name, settings, ())
-        elif config or grid is not None:
-            case = replace(case, config={**case.config, **config}, grid=case.grid if grid is None else _tuple(grid))
+            # A class that cannot be tried on just any input says what to try: fields of Case, in ``example``.
+            case = Case(self.name, settings, **{"grid": (), **getattr(self.factory, "example", {})})
+        case = replace(
+            case,
+            config={**case.config, **config},
+            grid=case.grid if grid is None else _tuple(grid),
+            context_grid=case.context_grid if context_grid is None else _tuple(context_grid),
+        )
         self.case = case
         self.base = self.fresh(torch.float32, like=None)
         self.is_mechanism = isinstance(self.base, Mechanism)
@@ -260,7 +274,7 @@ class Subject:
         self._growth: Any = None
         self.claims = self.claims_of(self.base)
         if not case.grid:
-            self.case = replace(case, grid=default_grid(self.claims) if grid is None else _tuple(grid))
+            self.case = replace(case, grid=default_grid(self.claims))
 
     # ---- building
 
@@ -410,5 +424,7 @@ def tokens(answer: Any) -> Tensor:
     return answer
 
 
-def _tuple(grid: Any) -> tuple[int, ...]:
+def _tuple(grid: int | str | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(grid, str):
+        grid = [int(part) for part in grid.strip("()").split(",") if part]
     return (grid,) if isinstance(grid, int) else tuple(grid)

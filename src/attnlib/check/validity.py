@@ -172,7 +172,7 @@ def mask(s: Subject) -> Evidence:
         for g in torch.autograd.grad(y.square().sum(), params, allow_unused=True, retain_graph=True):
             if g is not None:
                 finite(g, f"{scene.name}: the gradient of a parameter, with an empty row,")
-        for seed, size in ((1, 1.0), (2, 30.0), (3, 1000.0)):
+        for seed, size in ((1, 1.0), (2, 30.0), (3, 1000.0), (4, 30.0), (5, 30.0), (6, 1.0)):
             keys = torch.rand(k, generator=torch.Generator().manual_seed(seed)) > 0.7
             blind = ~(allowed & keys).any(-1)
             if context is None:
