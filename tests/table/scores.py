@@ -7,3 +7,25 @@ ROWS = [
     Case("pldr-llm-plga", dict(_PLGA, metric="cached"), (12,), "cached"),
     Case("pldr-llm-plga", dict(_PLGA, causal=False, rotary=None), (3, 4), "image"),
 ]
+
+_SINK = dict(dim=16, num_heads=2)
+
+ROWS += [
+    Case("attention-sink-empirical", dict(_SINK, k_bias=True), (12,), "k-bias"),
+    Case(
+        "attention-sink-empirical",
+        dict(dim=16, num_heads=4, num_kv_heads=2, k_bias=True, v_bias=True, per_head=False, causal=True, rotary=1e4),
+        (12,),
+        "kv-bias-causal",
+    ),
+    Case(
+        "attention-sink-empirical",
+        dict(_SINK, v_bias=True, similarity="sigmoid", normalize=False, causal=True),
+        (12,),
+        "sigmoid",
+    ),
+    Case("attention-sink-empirical", dict(_SINK, similarity="elu1"), (3, 4), "elu-image"),
+    Case("attention-sink-empirical", dict(_SINK, kernel="elu1", causal=True, rotary=1e4), (12,), "elu-kernel"),
+    Case("attention-sink-empirical", dict(_SINK, kernel="mlp", v_bias=True), (12,), "mlp-kernel"),
+    Case("attention-sink-empirical", dict(_SINK, kernel="identity", causal=True), (12,), "linear-kernel"),
+]

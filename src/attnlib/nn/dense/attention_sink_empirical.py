@@ -1,0 +1,225 @@
+"""Attention that does not need a sink (Gu et al., 2024): a virtual key, other similarities, kernels; and the metric."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import masks
+from ...normalizers import ACTIVATIONS, Activated
+from ...ops import attention_partial
+from ...ops.feature_maps import feature_map
+from ...ops.linear import linear_partial
+from ...positions import rotary_angles, rotate
+from ...types import Output, Partial, Plan, State, Traits, check_choice, stats_dtype
+from ..layers import flat_valid, merge_heads, split_heads
+from ..registry import register
+from .selective_self_attention import SelectiveAttention
+from .softmax_attention import SoftmaxAttention
+
+SIMILARITIES = ("softmax", *ACTIVATIONS)
+KERNELS = ("identity", "elu1", "mlp")
+
+
+class _KernelMLP(nn.Module):
+    """``W2 relu(W1 x)``, the same for queries and keys."""
+
+    def __init__(self, dim: int, bias: bool):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, dim, bias=bias), nn.Linear(dim, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+@register("attention-sink-empirical", "kv-bias-attention")
+class SinkFreeAttention(SoftmaxAttention):
+    """The attentions with which the study moves the sink off the first token, or makes it vanish.
+
+    ``A_ij = phi(s_ij)``, ``s_ij = q_i . k_j / sqrt(D)``, over the keys that row i sees; then ``A_i / sum A_i`` or not::
+
+        k_bias       one more key k*, with value v* (0 without v_bias), which every query sees: the sink moves there,
+                     and is dropped from the weights returned. k* = v* = 0 is "softmax off by one"
+        v_bias       alone: o_i + v*
+        similarity   phi: softmax (exp, always normalised), sigmoid, elu1, ..; the sink needs normalised weights
+        kernel       s = phi(q) . phi(k) / sqrt(D) itself is the weight: linear work, a state of constant size
+
+    Args:
+        dim, num_heads, ...: as in :class:`SoftmaxAttention`.
+        k_bias, v_bias: learn ``k*`` and ``v*``; ``k_bias`` needs softmax, and rotary positions leave ``k*`` alone.
+        per_head: one ``k*`` and ``v*`` per head, instead of one for all.
+        similarity: ``"softmax"`` or one of :data:`attnlib.normalizers.ACTIVATIONS`.
+        kernel: ``"identity"``, ``"elu1"`` or ``"mlp"`` (two layers, the same for queries and keys), instead of a
+            similarity.
+        normalize: divide rows by their sum; with a kernel that may be negative, by ``max(|sum|, 1)``.
+
+    What differs from the authors' code: normalised similarities divide by the sum without their ``1e-8``; the virtual
+    token has no query row; it comes as a mergeable part, so that any backend, mask and cache goes with it.
+
+    Reference: Gu et al., 2024, arXiv 2410.10781, section 7.
+
+    >>> SinkFreeAttention(dim=16, num_heads=2, k_bias=True, causal=True)(torch.randn(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        k_bias: bool = False,
+        v_bias: bool = False,
+        per_head: bool = True,
+        similarity: str = "softmax",
+        kernel: str | None = None,
+        normalize: bool = True,
+        **settings: Any,
+    ):
+        check_choice("similarity", similarity, SIMILARITIES)
+        check_choice("kernel", kernel, (None, *KERNELS))
+        if "normalizer" in settings:
+            raise ValueError("normalizer is set through similarity and normalize here")
+        if kernel is not None and similarity != "softmax":
+            raise ValueError(f"kernel={kernel!r} takes the place of similarity={similarity!r}; give one of them")
+        if similarity == "softmax" and kernel is None and not normalize:
+            raise ValueError("softmax is normalised always; similarity='exp' with normalize=False is not")
+        if k_bias and (similarity != "softmax" or kernel is not None):
+            given = f"kernel={kernel!r}" if kernel is not None else f"similarity={similarity!r}"
+            raise ValueError(f"k_bias=True needs similarity='softmax', got {given}")
+        super().__init__(
+            dim, num_heads, normalizer="softmax" if similarity == "softmax" else Activated(similarity, normalize),
+            **settings,
+        )  # fmt: skip
+        for name, used in (("k_bias", k_bias), ("kernel", kernel is not None)):
+            if used and self.attn_drop:
+                raise ValueError(f"attn_drop={self.attn_drop} is not possible with {name}")
+        if kernel is not None and self.alibi:
+            raise ValueError(f"alibi=True is not possible with kernel={kernel!r}, which has no scores")
+        self.similarity, self.normalize = similarity, normalize
+        shape = (num_heads, self.head_dim) if per_head else (self.head_dim,)
+        self.k_bias = nn.Parameter(torch.randn(shape) * 0.02) if k_bias else None
+        self.v_bias = nn.Parameter(torch.randn(shape) * 0.02) if v_bias else None
+        self.kernel_name = kernel
+        self.kernel = _KernelMLP(self.head_dim, self.q.bias is not None) if kernel == "mlp" else None
+
+    @property
+    def traits(self) -> Traits:
+        traits = super().traits
+        if self.kernel_name is None:
+            return traits
+        linear = {"N": 1.0}
+        return traits.but(mask=False, weights=False, work=linear, memory=linear)
+
+    # ---- the virtual token
+
+    def _rows(self, bias: Tensor) -> Tensor:
+        """(1, H, 1, D)."""
+        return bias.expand(self.num_heads, self.head_dim)[None, :, None]
+
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
+        if self.k_bias is None:
+            return super()._mix_heads(q, k, v, shared, **call)
+        seen = {name: value for name, value in call.items() if name not in ("dropout_p", "return_weights")}
+        part = attention_partial(q, k, v, scale=self.scale, **seen)
+        dtype = part.num.dtype
+        with torch.autocast(q.device.type, enabled=False):
+            score = (q.to(dtype) * self._rows(self.k_bias).to(dtype)).sum(-1) * self.scale
+        value = part.num.new_zeros(()) if self.v_bias is None else self._rows(self.v_bias).to(dtype)
+        whole = part.merge(Partial(score, torch.ones_like(score), value.expand_as(part.num)))
+        out = whole.finish().to(q.dtype)
+        if not call.get("return_weights"):
+            return out
+        _, weights = super()._mix_heads(q, k, v, shared, **call)
+        return out, weights * torch.exp(part.lse() - whole.lse()).unsqueeze(-1).to(weights.dtype)
+
+    def _gate(self, out: Tensor, shared: dict[str, Any]) -> Tensor:
+        alone = self.v_bias is not None and self.k_bias is None
+        return out + self._rows(self.v_bias).to(out.dtype) if alone else out  # type: ignore[arg-type]
+
+    # ---- kernels
+
+    def _phi(self, x: Tensor) -> Tensor:
+        if self.kernel is not None:
+            return self.kernel(x)
+        assert self.kernel_name is not None
+        return feature_map(self.kernel_name)(x)
+
+    def mix(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        context_valid: Tensor | None = None,
+        mask: masks.Mask | None = None,
+        plan: Plan | None = None,
+        state: State | None = None,
+        returns: tuple[str, ...] = (),
+        **call: Any,
+    ) -> Output:
+        if self.kernel_name is None:
+            return super().mix(
+                x, context, valid=valid, context_valid=context_valid, mask=mask, plan=plan, state=state,
+                returns=returns, **call,
+            )  # fmt: skip
+        source = x if context is None else context
+        q = self.q_norm(split_heads(self.q(x), self.num_heads))
+        k = self.k_norm(split_heads(self.k(source), self.num_kv_heads))
+        v = split_heads(self.v(source), self.num_kv_heads)
+        exists = flat_valid(valid if context is None else context_valid)
+        tokens = None
+        if self.rotary is not None or "state" in returns:
+            now = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=x.device) if exists is None else exists
+            past = now.new_zeros(now.shape[0]).long() if state is None else state["tokens"]
+            tokens = past + now.long().sum(1)
+            if self.rotary is not None:
+                angles = rotary_angles(past[:, None] + now.long().cumsum(1) - 1, self.head_dim, self.rotary)
+                q, k = (rotate(t, angles, self.rotary_interleaved) for t in (q, k))
+        part, final = linear_partial(
+            self._phi(q) * self.scale, self._phi(k), v, causal=self.causal and context is None, valid=exists,
+            state=state, return_state=True,
+        )  # fmt: skip
+        if not self.normalize:
+            out = part.num
+        elif self.kernel_name == "elu1":
+            out = part.num / (part.den + 1e-8).unsqueeze(-1)
+        else:
+            out = part.num / part.den.abs().clamp(min=1).unsqueeze(-1)
+        y = self.proj(merge_heads(self._gate(out.to(q.dtype), {}), x.shape[1:-1]))
+        return Output(y, state=final.replace(tokens=tokens) if "state" in returns else None)
+
+    @staticmethod
+    def convert_state_dict(
+        state_dict: dict[str, Tensor], num_heads: int | None = None, num_kv_heads: int | None = None
+    ) -> dict[str, Tensor]:
+        """From the authors' ``CausalSelfAttention`` classes, whose ``attn`` interleaves the projections of a group."""
+        out = SelectiveAttention.convert_state_dict(state_dict, num_heads, num_kv_heads)
+        return {name.replace("kernel_mlp", "kernel.fc"): value for name, value in out.items()}
+
+
+def sink_metric(weights: Tensor, eps: float = 0.3) -> Tensor:
+    """Share of maps in which a token is a sink, for every token.
+
+    ``alpha_k = sum_i A_ik / (T - k)`` is the mean weight that key ``k`` (from 0) gets from the ``T - k`` rows that see
+    it; it is a sink where ``alpha_k > eps``. Compare at equal ``T`` only.
+
+    Args:
+        weights: (..., T, T) causal attention weights: samples, layers and heads in front.
+        eps: threshold.
+
+    Returns:
+        (T,) shares in [0, 1]; the first is "the" sink rate.
+
+    Reference: Gu et al., 2024, arXiv 2410.10781, section 3.
+
+    >>> sink_metric(torch.tensor([[1.0, 0.0], [1.0, 0.0]])).tolist()
+    [1.0, 0.0]
+    """
+    if weights.dim() < 2 or weights.shape[-1] != weights.shape[-2]:
+        raise ValueError(f"weights must be causal maps (..., T, T), got {tuple(weights.shape)}")
+    seen = torch.arange(weights.shape[-1], 0, -1, device=weights.device)
+    alpha = weights.to(stats_dtype(weights.dtype)).sum(-2) / seen
+    return (alpha > eps).to(torch.float32).reshape(-1, weights.shape[-1]).mean(0)
