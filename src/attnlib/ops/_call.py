@@ -50,6 +50,16 @@ class AttentionCall:
             return False
         return self.q.shape[2] == self.k.shape[2]
 
+    def smaller_than(self, pairs: int) -> str | None:
+        """Says so when the map has fewer than ``pairs`` pairs; ``None`` otherwise, and whenever sizes may be symbols.
+
+        While ``torch.compile`` or ``torch.export`` trace, a choice by size would tie the graph to one size.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        area = self.q.shape[2] * self.k.shape[2]
+        return f"N * M = {area} is below {pairs}, from where it pays" if area < pairs else None
+
     def positions(self) -> tuple[Tensor, Tensor]:
         """Positions of queries and keys, defaulting to ``0..N-1`` and ``0..M-1``."""
         q_pos, k_pos = self.q_pos, self.k_pos

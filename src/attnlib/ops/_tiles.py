@@ -179,7 +179,7 @@ def build(pairs: Pairs, tq: int, tk: int = K_TILE) -> TileList:
     tiles = []
     for i, r in enumerate(rows):
         tile = _tile(pairs, r, some[i], every[i], tk)
-        forbidden = []
+        forbidden: list[tuple[int, int, Tensor | None]] = []
         for start, stop, bad in tile.forbidden:
             assert bad is not None
             key = (tuple(bad.shape), bad.cpu().numpy().tobytes()) if bad.numel() <= 1 << 16 else None

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..masks import Explicit, Mask
+from ..positions import DenseBias
 from ._call import AttentionCall, expand_heads
 
 NAME = "sdpa"
@@ -20,6 +22,27 @@ def supports(call: AttentionCall) -> str | None:
     if call.want == "partial":
         return "SDPA does not return the row statistics with gradients"
     return None
+
+
+def prefers(call: AttentionCall) -> str | None:
+    """Why the automatic choice passes over SDPA; ``None`` when it is the right one.
+
+    SDPA reads masks and biases as dense tensors and computes every pair. From 512 x 512 on it leaves structured masks
+    to backends that skip what a mask forbids; from 1024 x 1024 on also biases that need not be dense, whose map alone
+    would make memory quadratic. Causal masks it knows by itself, and of the two only it has dropout.
+    """
+    if call.dropout_p:
+        return None
+    if call.mask is not None and not call.is_causal and not _holds_dense(call.mask):
+        if call.smaller_than(1 << 18) is None:
+            return f"it would compute every pair that {call.mask!r} forbids"
+    if call.bias is not None and not isinstance(call.bias, DenseBias) and call.smaller_than(1 << 20) is None:
+        return "it would hold the bias as a dense map"
+    return None
+
+
+def _holds_dense(mask: Mask) -> bool:
+    return isinstance(mask, Explicit) or any(isinstance(a, Mask) and _holds_dense(a) for a in mask._args())
 
 
 def run(call: AttentionCall) -> Tensor:

@@ -11,6 +11,7 @@ counting see it as one node.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..masks import raise_mask
 from ..normalizers import raise_normalizer
 from ..positions import Bias, raise_bias
 from ..types import Partial, stats_dtype
@@ -28,9 +30,10 @@ from ._call import AttentionCall
 
 NAME = "tiled"
 
-#: Rows of queries in one tile: where a row looks at many keys tall tiles make the products efficient, where it looks at
-#: few short tiles waste less at the rim of the mask. Masks that hold tensors are lowered at every call, so only once.
-TALL, SHORT, UNKNOWN = 256, 64, 128
+#: Rows of queries in one tile. Tall tiles make the products efficient, short ones compute less beyond a mask's rim:
+#: the cost of a pair is taken as ``1 + ROW_COST / rows``. Masks that hold tensors are lowered anew for new tensors, so
+#: theirs is not searched for.
+Q_TILES, UNKNOWN, ROW_COST = (64, 128, 256), 128, 18
 #: Bytes that one buffer of scores should not exceed, on the CPU (they stay in its cache) and elsewhere.
 CPU_BUFFER, OTHER_BUFFER = 4 << 20, 128 << 20
 
@@ -45,17 +48,8 @@ def supports(call: AttentionCall) -> str | None:
 
 
 def prefers(call: AttentionCall) -> str | None:
-    """Why the automatic choice passes over this backend; ``None`` when it is the right one.
-
-    Sizes decide only where they are numbers: while ``torch.compile`` or ``torch.export`` trace, sizes may be symbols,
-    and a choice by size would tie the graph to one of them.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    pairs = call.q.shape[2] * call.k.shape[2]
-    if pairs < 1 << 16:
-        return f"N * M = {pairs} is so small that the whole map costs less than a loop over tiles (from {1 << 16} on)"
-    return None
+    """Why the automatic choice passes over this backend; ``None`` when it is the right one."""
+    return call.smaller_than(1 << 16)
 
 
 def run(call: AttentionCall) -> Tensor | Partial:
@@ -116,7 +110,7 @@ class _Problem:
 
     # ---- tiles
 
-    def _tiles(self, q_tile: int, plane: tuple[int, int] | None = None) -> _tiles.TileList:
+    def tile_list(self, q_tile: int, plane: tuple[int, int] | None = None) -> _tiles.TileList:
         mask, tensors, valid, q_pos, k_pos = self._lower
         return _tiles.lowered(mask, tensors, self.n, self.m, q_tile, self.device, valid, q_pos, k_pos, plane)
 
@@ -125,18 +119,20 @@ class _Problem:
         mask, tensors, valid, q_pos, k_pos = self._lower
         planes = _tiles.planes(mask, tensors, valid, q_pos, k_pos)
         if planes == (1, 1) or self.n * self.m < PLANE_PAIRS:
-            tiles = self._tiles(self.q_tile)
+            tiles = self.tile_list(self.q_tile)
             yield tiles, self._chunks(range(self.batch), None, tiles.width)
             return
         for b in range(self.batch) if planes[0] > 1 else [None]:
             for h in range(self.heads) if planes[1] > 1 else [None]:
-                tiles = self._tiles(self.q_tile, (b or 0, h or 0))
+                tiles = self.tile_list(self.q_tile, (b or 0, h or 0))
                 yield tiles, self._chunks(range(self.batch) if b is None else [b], h, tiles.width)
 
     def _chunks(self, samples: range | list[int], head: int | None, width: int) -> list[_Chunk]:
         """Cut samples and heads so that the scores of one chunk fit the buffer."""
         gk, gv = self.heads // self.k_heads, self.heads // self.v_heads
         fit = max(1, self.buffer_bytes // max(1, self.q_tile * width * self.dtype.itemsize))
+        if not samples:
+            return []
         if head is not None:
             return [self._chunk(b, b + 1, head, head + 1) for b in samples]
         if fit >= 2 * self.heads:
@@ -228,17 +224,23 @@ def q_tile_of(
     """Rows of queries in one tile: the grain of the mask where it has one, fewer where a row of scores is long."""
     grain = _tiles.grain(mask, tensors)
     if grain is not None:
-        tile = max(32, min(TALL, grain))
+        tile = max(32, min(Q_TILES[-1], grain))
     elif not mask and valid is None:
-        tile = TALL
+        tile = Q_TILES[-1]
     elif tensors or valid is not None or q_pos is not None or k_pos is not None:
         tile = UNKNOWN
     else:
-        narrow = _tiles.lowered(mask, tensors, n, m, SHORT, torch.device("cpu")).width * 4 <= m
-        tile = SHORT if narrow else TALL
+        tile = _best_q_tile(mask, n, m)
     while tile > 32 and tile * m > 1 << 22:
         tile //= 2
     return tile
+
+
+@functools.lru_cache(maxsize=256)
+def _best_q_tile(mask: str, n: int, m: int) -> int:
+    """The cheapest of :data:`Q_TILES` for a mask without tensors."""
+    pairs = _tiles.Pairs(n, m, torch.device("cpu"), raise_mask(mask))
+    return min(Q_TILES, key=lambda tile: _tiles.build(pairs, tile).area() * (1 + ROW_COST / tile))
 
 
 # --------------------------------------------------------------------------------------------------------------------
