@@ -264,7 +264,7 @@ def compare(
     """Train and time mechanisms side by side on real data and write a report.
 
     [dim]attnlib compare softmax-attention sigmoid-attention --budget 5 --out report[/]  ·
-    [dim]attnlib compare lightning-attention-2 --tasks language --data book.txt[/]
+    [dim]attnlib compare lightning-attention-2 --tasks text --data book.txt[/]
 
     Run it again with the same --out to resume: finished runs are kept.
     """
@@ -272,10 +272,10 @@ def compare(
 
     result = run(
         list(mechanisms or []), tasks=tasks.split(",") if tasks else None, budget_minutes=budget, out=out, data=data,
-        seeds=seeds, preset=preset,
+        seeds=seeds, preset=preset, quiet=as_json,
     )  # fmt: skip
     if as_json:
-        _print_json(result)
+        _print_json(result.results)
 
 
 def main() -> None:
