@@ -301,15 +301,17 @@ class _Work:
         self.index = index.expand(*shape, index.shape[-1]).reshape(self.rows, index.shape[-1])
         self.count = None if count is None else count.expand(shape).reshape(self.rows)
         self.row = torch.arange(self.rows, device=self.device)
+        self.k_base = self.base(self.k_heads)
+        self.v_base = self.k_base if self.k_heads == self.v_heads else self.base(self.v_heads)
         self.valid = valid
         self.q_pos, self.k_pos = q_pos, k_pos
         self.mask = masks.raise_mask(mask, mask_tensors) if mask else None
         self.bias = raise_bias(bias, bias_tensors) if bias else None
         self.bias_tensors = list(bias_tensors)
         self.masked = self.mask is not None or valid is not None or self.m % k_block != 0
-        # Pieces of the score map stay in the cache on a CPU; elsewhere large launches matter more.
-        self.budget = 1 << 18 if self.device.type == "cpu" else 1 << 27
+        # Pieces of the score map stay in the cache of a CPU core; elsewhere large launches matter more.
         self.least = torch.get_num_threads() if self.device.type == "cpu" else 1
+        self.budget = self.least << 17 if self.device.type == "cpu" else 1 << 27
         self.buffers: dict[str, Tensor] = {}
 
     def blocks(self, x: Tensor, block: int, number: int) -> Tensor:
@@ -361,11 +363,11 @@ class _Work:
             index = index.masked_fill(~keep, 0)
         return index, keep
 
-    def flat(self, rows: slice | Tensor, index: Tensor, heads: int) -> Tensor:
-        """Rows of ``self.k`` or ``self.v`` for the chosen blocks; ``heads`` is how many heads those have."""
-        head_row = self.row[rows] // self.nq
+    def base(self, heads: int) -> Tensor:
+        """(rows,) number of the first block that each row may read, in ``self.k`` or ``self.v`` of so many heads."""
+        head_row = self.row // self.nq
         b, h = head_row // self.heads, head_row % self.heads
-        return (((b * heads + h // (self.heads // heads)) * self.nk)[:, None] + index).reshape(-1)
+        return (b * heads + h // (self.heads // heads)) * self.nk
 
     def gather(self, name: str, source: Tensor, flat: Tensor) -> Tensor:
         """The chosen blocks as (r * width, k_block * D)."""
@@ -424,7 +426,7 @@ class _Work:
         index, keep = self.select(rows, width)
         q = self.q[rows]
         r, span = q.shape[0], width * self.k_block
-        k = self.gather("k", self.k, self.flat(rows, index, self.k_heads)).view(r, span, self.d)
+        k = self.gather("k", self.k, (self.k_base[rows, None] + index).view(-1)).view(r, span, self.d)
         s = self.buffer("s", r, self.q_block, span)
         torch.baddbmm(s.new_zeros(()).expand_as(s), q, k.transpose(1, 2), beta=0, alpha=self.scale, out=s)
         gathers = [] if self.plain else self.finish_scores(s, *self.where(rows, index), keep)
@@ -441,7 +443,9 @@ class _Work:
             if self.masked:
                 assert top is not None
                 p.masked_fill_(top == float("-inf"), 0.0)
-            v = self.gather("v", self.v, self.flat(rows, index, self.v_heads)).view(s.shape[0], s.shape[2], self.dv)
+            v = self.gather("v", self.v, (self.v_base[rows, None] + index).view(-1)).view(
+                s.shape[0], s.shape[2], self.dv
+            )
             if isinstance(rows, slice):
                 torch.bmm(p, v, out=out[rows])
             else:
@@ -465,7 +469,7 @@ class _Work:
             r, _, span = s.shape
             p = s.sub_(lse[rows].unsqueeze(-1)).exp_()
             g = grad[rows]
-            at_v = self.flat(rows, index, self.v_heads)
+            at_v = (self.v_base[rows, None] + index).view(-1)
             v = self.gather("v", self.v, at_v).view(r, span, self.dv)
             back = torch.bmm(p.transpose(1, 2), g, out=self.buffer("back", r, span, self.dv))
             grad_v.index_add_(0, at_v, back.view(-1, self.k_block * self.dv))
@@ -474,7 +478,7 @@ class _Work:
             _add_bias_grad(grad_bias, gathers, ds)
             grad_q[rows] = torch.bmm(ds, k).mul_(self.scale)
             back = torch.bmm(ds.transpose(1, 2), q, out=self.buffer("back", r, span, self.d)).mul_(self.scale)
-            grad_k.index_add_(0, self.flat(rows, index, self.k_heads), back.view(-1, self.k_block * self.d))
+            grad_k.index_add_(0, (self.k_base[rows, None] + index).view(-1), back.view(-1, self.k_block * self.d))
         return grad_q, grad_k, grad_v
 
     # ---- by keys
