@@ -59,7 +59,7 @@ def softmax_features(z: Tensor, fullspace: bool = True, eps: float = 1e-12) -> T
 
     Reference: Zhang et al., 2024, arXiv 2402.04347; LoLCATs, arXiv 2410.10254.
 
-    >>> softmax_features(torch.randn(2, 3)).sum(-1).tolist()
+    >>> softmax_features(torch.randn(2, 3)).sum(-1).round(decimals=4).tolist()
     [2.0, 2.0]
     """
     parts = [torch.softmax(z, -1)]
