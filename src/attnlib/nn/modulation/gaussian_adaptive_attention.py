@@ -1,0 +1,243 @@
+"""Gaussian adaptive attention (Ioannides et al., 2024): values weighed by how near they lie to a learned offset."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...types import Output, State, Traits, check_choice, check_valid, stats_dtype
+from ..base import Mechanism
+from ..layers import zero_invalid
+from ..registry import register
+
+AXES = ("features", "tokens")
+
+
+@register("gaussian-adaptive-attention", "gaam")
+class GaussianAdaptiveAttention(Mechanism):
+    """Every value is multiplied by a product of Gaussians around the mean of its chunk; no queries, no keys.
+
+    An axis of length L is cut into H chunks of ``floor(L / H)``, one per head; the last takes the remainder. In a chunk
+    with mean ``mu`` and unbiased variance ``s^2 + eps``, with G learned offsets ``d_g`` and widths ``c_g`` per head::
+
+        w = prod_g exp(-((x - mu - d_g) / s)^2 / (2 c_g^2)),  w <- w / sum w over the chunk,  y = w x
+
+    The product of G Gaussians is one Gaussian, of precision ``a = sum_g 1 / (2 c_g^2)`` around ``mu + b / a`` with
+    ``b = sum_g d_g / (2 c_g^2)``; its normalisation is a softmax of ``-a (x - mu - b / a)^2 / s^2``. That is what is
+    computed: it costs the same for every G and cannot underflow.
+
+    Over ``"features"`` a token reads only itself: tokens do not mix, which makes it causal and lets it stream. Over
+    ``"tokens"`` every channel is weighed along the whole sequence.
+
+    Args:
+        dim: width of ``x``.
+        num_heads: chunks of the axis.
+        num_gaussians: G.
+        axis: ``"features"`` or ``"tokens"`` (all tokens of the grid, flattened).
+        residual: ``y = x + w x``, a layer of the authors' block.
+        eps: added to the variance.
+
+    What differs from the authors' code: it clamps the sum of densities at 1e-8, so that its weights fall short of one,
+    or vanish, where the densities are small; here they always sum to one. Tokens that do not exist leave mean and
+    variance (theirs replaces a padding value by zeros that still count), and chunks over tokens are made of the tokens
+    that exist. ``eps`` reaches the variance (theirs passes it as another argument). Chunks of one element, whose
+    variance does not exist, are refused; where absent tokens leave a head a single one, it keeps weight 1.
+
+    Reference: Ioannides et al., 2024, arXiv 2401.11143.
+
+    >>> GaussianAdaptiveAttention(dim=8, num_heads=2)(torch.randn(2, 5, 8)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    class_traits = Traits(
+        patterns=frozenset({"noncausal-self", "causal-self"}),
+        grid_ranks=frozenset({1, 2, 3}),
+        streaming=True,
+        work={"N": 1},
+        memory={"N": 1},
+        permutation_equivariant=True,
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 4,
+        num_gaussians: int = 5,
+        axis: str = "features",
+        residual: bool = False,
+        eps: float = 1e-8,
+    ):
+        super().__init__(dim)
+        check_choice("axis", axis, AXES)
+        if num_heads < 1 or num_gaussians < 1:
+            raise ValueError(
+                f"num_heads and num_gaussians must be at least 1, got num_heads={num_heads}, "
+                f"num_gaussians={num_gaussians}"
+            )
+        if axis == "features" and dim < 2 * num_heads:
+            raise ValueError(
+                f"num_heads={num_heads} leaves chunks of fewer than two of the dim={dim} features, whose variance does "
+                f"not exist; possible: 1 to {dim // 2}"
+            )
+        self.num_heads, self.axis, self.residual, self.eps = num_heads, axis, residual, eps
+        self.offset = nn.Parameter(torch.zeros(num_heads, num_gaussians))
+        self.width = nn.Parameter(torch.randn(num_heads, num_gaussians).exp())
+
+    @property
+    def traits(self) -> Traits:
+        alone = self.axis == "features"
+        return self.class_traits.but(
+            patterns=frozenset({"causal-self" if alone else "noncausal-self"}),
+            streaming=alone,
+            permutation_equivariant=alone or self.num_heads == 1,
+        )
+
+    def gaussians(self) -> tuple[Tensor, Tensor]:
+        """The one Gaussian that each head amounts to: precision ``a`` and offset ``b / a`` of its centre, (H,) each."""
+        share = 0.5 / self.width.square()
+        precision = share.sum(1)
+        return precision, (share * self.offset).sum(1) / precision
+
+    def _chunk(self, x: Tensor, head: int, axis: int, keep: Tensor | None = None) -> Tensor:
+        """Weights of one chunk, summing to one along ``axis``; entries outside ``keep`` take no part and get zero."""
+        precision, centre = (t[head].to(x.dtype) for t in self.gaussians())
+        if keep is None:
+            centred = x - x.mean(axis, keepdim=True)
+            variance = centred.square().sum(axis, keepdim=True) / (x.shape[axis] - 1)
+            return (-precision * (centred - centre).square() / (variance + self.eps)).softmax(axis)
+        count = keep.sum(axis, keepdim=True)
+        mean = x.masked_fill(~keep, 0.0).sum(axis, keepdim=True) / count.clamp(min=1)
+        centred = (x - mean).masked_fill(~keep, 0.0)
+        variance = centred.square().sum(axis, keepdim=True) / (count - 1).clamp(min=1)
+        score = -precision * (centred - centre).square() / (variance + self.eps)
+        top = score.detach().masked_fill(~keep, float("-inf")).amax(axis, keepdim=True)
+        weight = (score - torch.where(count > 0, top, 0.0)).clamp(max=0.0).exp().masked_fill(~keep, 0.0)
+        return weight / torch.where(count > 0, weight.sum(axis, keepdim=True), 1.0)
+
+    def gate(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The weights ``w``, to look at.
+
+        Args:
+            x: (B, *grid, C).
+            valid: (B, *grid) boolean, which tokens exist.
+
+        Returns:
+            (B, *grid, C), of each head summing to one along the axis; zero where no token is.
+
+        >>> float(GaussianAdaptiveAttention(dim=8, num_heads=1).gate(torch.randn(1, 3, 8))[0, 0].sum().round())
+        1.0
+        """
+        check_valid("valid", valid, x.shape[:-1])
+        flat = x.flatten(1, -2).to(stats_dtype(x.dtype))
+        axis = 2 if self.axis == "features" else 1
+        length = flat.shape[axis]
+        if length < 2 * self.num_heads:
+            raise ValueError(
+                f"x has {length} tokens for num_heads={self.num_heads}; with axis='tokens' every head needs at least "
+                f"two, so at least {2 * self.num_heads}"
+            )
+        if axis == 2 or valid is None:
+            flat = zero_invalid(flat, None if valid is None else valid.flatten(1))
+            size = length // self.num_heads
+            starts = [head * size for head in range(self.num_heads)]
+            parts = [
+                self._chunk(flat.narrow(axis, at, length - at if head == self.num_heads - 1 else size), head, axis)
+                for head, at in enumerate(starts)
+            ]
+            weights = torch.cat(parts, axis).view(x.shape)
+        else:
+            exists = valid.flatten(1)
+            size_of = (exists.sum(1, keepdim=True) // self.num_heads).clamp(min=1)
+            owner = ((exists.long().cumsum(1) - 1).clamp(min=0) // size_of).clamp(max=self.num_heads - 1)
+            total = torch.zeros_like(flat)
+            for head in range(self.num_heads):
+                total = total + self._chunk(flat, head, 1, (exists & (owner == head))[..., None])
+            weights = total.view(x.shape)
+        return zero_invalid(weights, valid)
+
+    def importance_factor(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """How much each feature is let through: the mean weight, brought to the range from 0 to 1.
+
+        Args:
+            x: (B, *grid, C).
+            valid: (B, *grid) boolean; the mean is over existing tokens.
+
+        Returns:
+            (C,) ``(w - min w) / (max w - min w)`` with ``w`` averaged over samples and tokens; zeros when all agree.
+        """
+        weights = self.gate(x, valid).detach().flatten(0, -2)
+        mean = weights.mean(0) if valid is None else weights.sum(0) / valid.sum().clamp(min=1)
+        spread = mean.max() - mean.min()
+        return torch.where(spread > 0, (mean - mean.min()) / torch.where(spread > 0, spread, 1.0), 0.0)
+
+    def mix(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        state: State | None = None,
+        returns: tuple[str, ...] = (),
+        **_: Any,
+    ) -> Output:
+        x = zero_invalid(x, valid)
+        y = x * self.gate(x, valid).to(x.dtype)
+        now = torch.full((x.shape[0],), x.shape[1], device=x.device) if valid is None else valid.flatten(1).sum(1)
+        # nothing is remembered but how far the sequence has come
+        new = State({"tokens": now if state is None else state["tokens"] + now}) if "state" in returns else None
+        return Output(x + y if self.residual else y, state=new)
+
+    @staticmethod
+    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the authors' ``MultiHeadGaussianAdaptiveAttention``, or ``GaussianBlock`` for :class:`GaussianBlock`."""
+        names = {"mean_offsets": "offset", "c": "width"}
+        heads: dict[str, dict[int, Tensor]] = {}
+        for key, value in state_dict.items():
+            match = re.fullmatch(r"(.*?)attention_heads\.(\d+)\.(mean_offsets|c)", key)
+            if match is None:
+                raise ValueError(f"{key!r} is not a name of the authors' classes (attention_heads.N.c, .mean_offsets)")
+            heads.setdefault(match[1] + names[match[3]], {})[int(match[2])] = value
+        return {key: torch.stack([rows[i] for i in sorted(rows)]) for key, rows in heads.items()}
+
+
+class GaussianBlock(nn.Module):
+    """Layers of :class:`GaussianAdaptiveAttention` with residuals, as put on top of a frozen encoder.
+
+    Args:
+        dim: width of ``x``.
+        num_heads, num_gaussians, axes: one per layer.
+
+    Reference: Ioannides et al., 2024, arXiv 2401.11143.
+
+    >>> sum(p.numel() for p in GaussianBlock(16).parameters())
+    120
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: Sequence[int] = (4, 4, 4),
+        num_gaussians: Sequence[int] = (5, 5, 5),
+        axes: Sequence[str] | None = None,
+    ):
+        super().__init__()
+        axes = ["features"] * len(num_heads) if axes is None else axes
+        if not len(num_heads) == len(num_gaussians) == len(axes):
+            raise ValueError(
+                f"num_heads, num_gaussians and axes must name as many layers, got {len(num_heads)}, "
+                f"{len(num_gaussians)} and {len(axes)}"
+            )
+        self.layers = nn.ModuleList(
+            GaussianAdaptiveAttention(dim, h, g, a, residual=True)
+            for h, g, a in zip(num_heads, num_gaussians, axes, strict=True)
+        )
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B, *grid, C) -> the same shape."""
+        for layer in self.layers:
+            x = layer(x, valid=valid)
+        return x
