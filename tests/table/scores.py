@@ -29,3 +29,12 @@ ROWS += [
     Case("attention-sink-empirical", dict(_SINK, kernel="mlp", v_bias=True), (12,), "mlp-kernel"),
     Case("attention-sink-empirical", dict(_SINK, kernel="identity", causal=True), (12,), "linear-kernel"),
 ]
+
+_DIFF = dict(dim=32, num_heads=4, num_k_heads=1, num_v_heads=2)
+
+ROWS += [
+    Case("diffqkv-sigma", dict(_DIFF, q_hidden=24), (12,)),
+    Case("diffqkv-sigma", dict(_DIFF, k_head_dim=4, causal=True, rotary=1e4, qk_norm=True), (12,), "narrow-causal"),
+    Case("diffqkv-sigma", dict(_DIFF, v_keep=3, causal=True, rotary=1e4), (12,), "selective"),
+    Case("diffqkv-sigma", dict(_DIFF, num_k_heads=2, num_v_heads=1, v_keep=5), (3, 4), "image"),
+]

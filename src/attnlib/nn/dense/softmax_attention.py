@@ -84,6 +84,7 @@ class SoftmaxAttention(Mechanism):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = head_dim_of(dim, num_heads) if head_dim is None else head_dim
         check_divides("num_kv_heads", self.num_kv_heads, "num_heads", num_heads)
+        self.num_v_heads = self.num_kv_heads
         self.causal, self.rotary, self.rotary_interleaved = causal, rotary, rotary_interleaved
         self.alibi, self.attn_drop = alibi, attn_drop
         self.normalizer = as_normalizer(normalizer)
@@ -119,6 +120,10 @@ class SoftmaxAttention(Mechanism):
         """
         return {}
 
+    def _rotate(self, q: Tensor, k: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary positions of the new tokens; the keys go to the cache afterwards."""
+        return rotate(q, angles, self.rotary_interleaved), rotate(k, angles, self.rotary_interleaved)
+
     def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
         """The operator on heads."""
         return attention(q, k, v, scale=self.scale, normalizer=self.normalizer, **call)
@@ -144,7 +149,7 @@ class SoftmaxAttention(Mechanism):
         q, k, v = (
             self.q_norm(split_heads(self.q(x), self.num_heads)),
             self.k_norm(split_heads(self.k(source), self.num_kv_heads)),
-            split_heads(self.v(source), self.num_kv_heads),
+            split_heads(self.v(source), self.num_v_heads),
         )
         tokens, own_valid = x.flatten(1, -2), flat_valid(valid)
         shared = self._begin(tokens, q, valid=own_valid, plan=plan, state=state, returns=returns)
@@ -156,7 +161,7 @@ class SoftmaxAttention(Mechanism):
             past = now.new_zeros(now.shape[0]).long() if state is None else state["tokens"]
         if self.rotary is not None:
             angles = rotary_angles(past[:, None] + now.long().cumsum(1) - 1, self.head_dim, self.rotary)
-            q, k = (rotate(t, angles, self.rotary_interleaved) for t in (q, k))
+            q, k = self._rotate(q, k, angles)
         new_state, start = None, 0
         if streaming:
             exists = now
