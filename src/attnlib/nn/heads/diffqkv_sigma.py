@@ -38,9 +38,9 @@ class DiffQKVAttention(SoftmaxAttention):
             the start of the cache.
 
     What the paper leaves open: whether the augmented query has a nonlinearity (``q_activation``; with none, the 1.5B
-    model has 1.49e9 parameters beside its embeddings), how the key map is shared (one map for all heads here), and where
-    rotary positions go with narrow keys: here behind the map, so that scores depend on relative positions; the cache
-    then holds keys without positions.
+    model has 1.49e9 parameters beside its embeddings), how the key map is shared (one map for all heads here), and
+    where rotary positions go with narrow keys: here behind the map, so that scores depend on relative positions; the
+    cache then holds keys without positions.
 
     Reference: Lin et al., 2025, arXiv 2501.13629.
 
