@@ -162,6 +162,19 @@ class IgnoresValid(Liar):
         return self.attend(x, None, None if self.lie else valid)
 
 
+class ReadsContextThatIsNotThere(Liar):
+    """Attends to tokens of a context that do not exist."""
+
+    class_traits = PLAIN.but(patterns={"noncausal-cross"})
+    caught_by = {"validity"}
+
+    def mix(self, x: Tensor, context: Any = None, *, context_valid: Tensor | None = None, **_: Any) -> Tensor:
+        scores = (self.q(x) @ self.k(context).transpose(1, 2)).to(stats_dtype(x.dtype))
+        keep = torch.ones_like(scores, dtype=torch.bool)
+        keep = keep if self.lie or context_valid is None else keep & context_valid[:, None]
+        return self.proj(self.weigh(scores, keep).to(x.dtype) @ self.v(context).to(x.dtype))
+
+
 class ZeroesInsteadOfHiding(Liar):
     """Zeroes invalid tokens and then attends to the keys that the biases make of them."""
 

@@ -9,7 +9,7 @@ from check.liars import LIARS, Liar, PeeksOneAhead, QuadraticInDisguise
 from torch import nn
 
 import attnlib
-from attnlib import Traits
+from attnlib import Output, Traits
 from attnlib.check import CLAIMS, ORDER, Case, check, conformance, run_cli
 from attnlib.check.growth import count, exponent
 
@@ -149,6 +149,32 @@ def test_fixed_size_mechanisms_are_grown_by_their_setting():
     assert report.ok, str(report)
     assert "refused" in report["resolution"].why and report["work"].measured == pytest.approx(2, abs=0.1)
     assert check(Fixed, Case("Fixed", {"dim": 8}, (6,)), select=["work"])["work"].status == "skip"
+
+
+def test_a_required_carry_comes_from_the_case():
+    class Needy(Liar):
+        class_traits = Liar.class_traits.but(carries=True)
+
+        def mix(self, x, context=None, *, valid=None, carry=None, returns=(), **_):
+            if carry is None:
+                raise ValueError("carry is needed: the scores of the previous block")
+            y = self.attend(x, None, valid) * carry[..., None].to(x.dtype)
+            return Output(y, carry=carry)
+
+    case = Case("Needy", {"dim": 8}, (6,), extras=lambda x: {"carry": x.new_ones(x.shape[:-1])})
+    assert check(Needy, case).ok
+    report = check(Needy, Case("Needy", {"dim": 8}, (6,)), select=["patterns"])
+    assert "carry is needed" in report["patterns"].why
+
+
+def test_a_class_may_say_what_to_try_it_on():
+    class Picky(Liar):
+        example = {"grid": (9,)}
+
+    assert check(Picky, dim=8, select=["patterns"]).grid == (9,)
+    assert check(Picky, dim=8, grid=5, select=["patterns"]).grid == (5,)
+    report = check("softmax-attention", dim=8, num_heads=2, grid=4, context_grid="3,2", select=["patterns"])
+    assert report.ok
 
 
 class Plain(nn.Module):

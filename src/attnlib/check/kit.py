@@ -56,7 +56,7 @@ def check(
     *,
     claims: Traits | None = None,
     grid: int | Sequence[int] | None = None,
-    context_grid: int | Sequence[int] | None = None,
+    context_grid: int | str | Sequence[int] | None = None,
     select: Iterable[str] | None = None,
     probe: bool = False,
     **config: Any,

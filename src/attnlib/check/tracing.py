@@ -63,16 +63,20 @@ def compile_(s: Subject) -> Evidence:
     torch._dynamo.reset()
     m = _Called(s, s.fresh(torch.float32), tuple(inputs))
     compiled = torch.compile(m, fullgraph=True, backend="eager")
-    want: list[Tensor] = []
-    got: list[Tensor] = []
-    for f, into in ((m, want), (compiled, got)):
+    answers: list[Tensor] = []
+    grads: list[Tensor] = []
+    for f in (m, compiled):
         m.zero_grad()
         with _quiet():
             y = f(*inputs.values())
         y.square().sum().backward()
-        into += [y, *(p.grad for p in m.parameters() if p.grad is not None)]
-    require(len(want) == len(got), "compiled, other parameters get a gradient")
-    worst = max(same(a, b, "compiled, the answer or a gradient differs", 1e-4) for a, b in zip(got, want, strict=True))
+        answers.append(y)
+        # All gradients as one vector: some vanish by symmetry and hold nothing but rounding.
+        grads.append(torch.cat([y.new_zeros(0), *(p.grad.flatten() for p in m.parameters() if p.grad is not None)]))
+    worst = max(
+        same(answers[1], answers[0], "compiled, the answer differs", 1e-4),
+        same(grads[1], grads[0], "compiled, the gradients differ", 1e-4),
+    )
     torch._dynamo.reset()
     return Evidence("one graph, the same answer and gradients", worst, 1e-4)
 
