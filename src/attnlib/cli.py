@@ -245,7 +245,7 @@ def bench(
     """
     from .bench import run_bench
 
-    results = run_bench(list(names or []), suite, parse_grid(grid), parse_settings(settings), out, console)
+    results = run_bench(list(names or []), suite, parse_grid(grid), parse_settings(settings), out, console, as_json)
     if as_json:
         _print_json(results)
 

@@ -1,1 +1,112 @@
+"""Measuring: mechanisms trained side by side on real data, and the times of operators and mechanisms."""
 
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..types import check_choice
+
+#: Suites of operators with a module of their own; the others stand in :mod:`attnlib.bench.operators`.
+ENGINES = ("linear", "local", "sparse")
+
+
+def suites() -> list[str]:
+    """Names that :func:`run_bench` takes as ``suite``, besides ``"all"``."""
+    from .operators import SUITES
+
+    return [*SUITES, *ENGINES]
+
+
+def _engine(name: str, out: Path | None, progress: Any) -> dict[str, Any]:
+    import importlib
+
+    result = importlib.import_module(f".{name}", __name__).measure(progress=progress)
+    if out is not None:
+        path = out / f"{name}-cpu.json"
+        held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if "mechanisms" in held:  # recorded against the authors' code, which is not at hand here
+            result["mechanisms"] = held["mechanisms"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def run_bench(
+    names: Sequence[str],
+    suite: str = "all",
+    grid: Sequence[int] = (1024,),
+    settings: dict[str, Any] | None = None,
+    out: Path | str | None = None,
+    console: Console | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Time mechanisms against softmax attention, or operator suites when no mechanism is named.
+
+    Args:
+        names: registry names.
+        suite: one of :func:`suites`, or ``"all"``.
+        grid: grid of the mechanisms' inputs.
+        settings: further settings of the mechanisms, ``dim`` and ``num_heads`` among them.
+        out: folder for JSON results.
+        console: where tables and progress go.
+        quiet: print nothing.
+
+    Returns:
+        Results by name.
+
+    Raises:
+        ValueError: an unknown mechanism, suite or setting.
+    """
+    from .operators import bench_mechanism, bench_operators
+
+    console = Console() if console is None else console
+    folder = None if out is None else Path(out)
+
+    def progress(line: str) -> None:
+        if not quiet:
+            console.print(f"[dim]{line}[/]", highlight=False)
+
+    results: dict[str, Any] = {}
+    if names:
+        table = Table("mechanism", "pass", "median s", "x softmax attention", box=None)
+        for name in names:
+            progress(f"{name} on {tuple(grid)}")
+            results[name] = row = bench_mechanism(name, grid, **(settings or {}))
+            for what in ("forward", "backward", "decode"):
+                if what in row:
+                    against = row[what].get("ratio")
+                    label = {"forward": "inference", "backward": "training step", "decode": "one token"}[what]
+                    table.add_row(name, label, f"{row[what]['median_s']:.4f}", f"{against:.2f}" if against else "")
+        if not quiet:
+            console.print(table)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "mechanisms.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        return results
+    check_choice("suite", suite, [*suites(), "all"])
+    for name in suites() if suite == "all" else [suite]:
+        if name in ENGINES:
+            results[name] = _engine(name, folder, progress)
+        else:
+            path = None if folder is None else folder / "operators-cpu.json"
+            results[name] = bench_operators(name, path, progress=progress)
+            if not quiet:
+                _print_rows(console, name, results[name]["rows"])
+    return results
+
+
+def _print_rows(console: Console, suite: str, rows: list[dict[str, Any]]) -> None:
+    table = Table("case", "what", "candidate", "median s", "ratio", "exponent", box=None, title=suite)
+    for row in rows:
+        table.add_row(
+            row.get("case", ""), row.get("what", ""), row.get("candidate", ""),
+            f"{row['median_s']:.4f}" if "median_s" in row else "", f"{row['ratio']:.2f}" if "ratio" in row else "",
+            f"{row['exponent']:.2f}" if "exponent" in row else "",
+        )  # fmt: skip
+    console.print(table)
