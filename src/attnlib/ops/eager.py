@@ -43,7 +43,9 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, Tensor] | Partial:
             reference = torch.where(torch.isinf(top), torch.zeros_like(top), top)
             e = torch.exp(s - reference.unsqueeze(-1))
             return Partial(top, e.sum(-1), e @ v)
-        weights = call.normalizer.weights(s)
+        # without a mask or bias no row is empty, and the fused softmax needs no care
+        whole = call.plain_softmax and call.mask is None and call.valid is None and call.bias is None
+        weights = torch.softmax(s, -1) if whole else call.normalizer.weights(s)
         out = (F.dropout(weights, call.dropout_p) if call.dropout_p else weights) @ v
     out = out.to(call.q.dtype)
     return (out, weights) if call.want == "weights" else out

@@ -138,15 +138,17 @@ class SingleHeadAttention(Mechanism):
             centred = (wide - mean).masked_fill(~exists, 0.0)
             var = centred.square().sum((1, 2), keepdim=True) / count
             normed = (centred * torch.rsqrt(var + norm.eps)).to(x.dtype)
-        return normed * norm.weight + norm.bias
+        return torch.addcmul(norm.bias, normed, norm.weight)
 
     def mix(self, x: Tensor, context: Tensor | None = None, *, valid: Tensor | None = None, **_: Any) -> Tensor:
         exists = flat_valid(valid)
         some, rest = x.flatten(1, -2).split([self.partial_dim, self.dim - self.partial_dim], -1)
         heads = self.qkv(self._normed(some, exists), exists).unsqueeze(1)
         q, k, v = heads.split([self.qk_dim, self.qk_dim, self.partial_dim], -1)
-        some = attention(q, k, v, valid=exists).squeeze(1)
-        y = self.proj(torch.cat([some, rest], -1).relu(), exists)
+        if self.qk_dim < self.partial_dim:  # fused kernels want q, k and v of one width; zeros change no score
+            q, k = (F.pad(t, (0, self.partial_dim - self.qk_dim)) for t in (q, k))
+        some = attention(q, k, v, valid=exists, scale=self.qk_dim**-0.5).squeeze(1)
+        y = self.proj(torch.cat([some, rest], -1).relu_(), exists)
         return y.unflatten(1, x.shape[1:-1])
 
     def deployed(self) -> nn.Module:

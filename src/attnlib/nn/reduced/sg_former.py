@@ -163,17 +163,13 @@ class SelfGuidedAttention(Mechanism):
 
     # ---- hybrid scale
 
-    def _project(self, x: Tensor, *groups: tuple[nn.Linear, ...]) -> tuple[Tensor, ...]:
-        """Linear maps of the same tokens in one product, one output per group of layers."""
-        layers = [layer for group in groups for layer in group]
-        bias = torch.cat(
-            [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
-        )
-        out = nn.functional.linear(x, torch.cat([layer.weight for layer in layers]), bias)
-        return out.split([sum(layer.out_features for layer in group) for group in groups], -1)
+    def _project(self, x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
+        """Two linear maps of the same tokens in one product, side by side."""
+        bias = None if first.bias is None else torch.cat([first.bias, second.bias])
+        return nn.functional.linear(x, torch.cat([first.weight, second.weight]), bias)
 
-    def _hybrid(self, x: Tensor, valid: Tensor | None, significance: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(B, H, W, C) attention, (B, H, W, C) for the local position, and the significance (B, H, W)."""
+    def _hybrid(self, x: Tensor, valid: Tensor | None, significance: bool) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, C) and the significance (B, H, W)."""
         (batch, height, width, _), half = x.shape, self.num_heads // 2
         for name, size in (("sr_ratio", self.sr_ratio), ("window_size", self.window_size)):
             if height % size or width % size:
@@ -195,11 +191,12 @@ class SelfGuidedAttention(Mechanism):
             total = weights.masked_fill(~exists[:, None, :, None], 0.0).mean(1).sum(1)
             return total / exists.sum(1, keepdim=True).clamp(min=1)
 
-        pooled = self.sr(zero_invalid(x, valid).movedim(-1, 1)).movedim(1, -1)
+        # patches do not overlap, so that the convolution is one product
+        patches = block_windows(zero_invalid(x, valid), self.sr_ratio).flatten(3)
+        pooled = nn.functional.linear(patches, self.sr.weight.permute(0, 2, 3, 1).flatten(1), self.sr.bias)
         pooled_valid = None if valid is None else block_windows(valid.unsqueeze(-1), self.sr_ratio).flatten(3).any(-1)
-        q1, local, near_qkv = self._project(x, (self.q1,), (self.lepe_linear,), (self.q2, self.kv2))
-        far, far_weights = read(q1, self.kv1(nn.functional.gelu(self.norm(pooled))), flat_valid(pooled_valid))
-        windows = block_windows(near_qkv, self.window_size)
+        far, far_weights = read(self.q1(x), self.kv1(nn.functional.gelu(self.norm(pooled))), flat_valid(pooled_valid))
+        windows = block_windows(self._project(x, self.q2, self.kv2), self.window_size)
         lead = windows.shape[:3]
         q2, kv2 = windows.flatten(0, 2).split([self.dim // 2, self.dim], -1)
         window_valid = None
@@ -209,12 +206,12 @@ class SelfGuidedAttention(Mechanism):
         near = unblock_windows(merge_heads(near).reshape(*windows.shape[:-1], self.dim // 2))
         out = torch.cat([merge_heads(far, (height, width)), near], -1)
         if far_weights is None or near_weights is None:
-            return out, local, None
+            return out, None
         s = self.sr_ratio
         far_map = received(far_weights, flat_valid(valid)).view(batch, height // s, width // s)
         far_map = far_map.repeat_interleave(s, 1).repeat_interleave(s, 2)
         near_map = received(near_weights, window_valid).view(*lead, self.window_size, self.window_size, 1)
-        return out, local, far_map + unblock_windows(near_map).squeeze(-1)
+        return out, far_map + unblock_windows(near_map).squeeze(-1)
 
     # ---- self-guided
 
@@ -270,18 +267,16 @@ class SelfGuidedAttention(Mechanism):
             start = stop
         return torch.cat(keys, 1), torch.cat(alive, 1) if alive else None
 
-    def _guided(self, x: Tensor, valid: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
-        """(B, H, W, C) attention and (B, H, W, C) for the local position."""
+    def _guided(self, x: Tensor, valid: Tensor | None, plan: Plan) -> Tensor:
         self.key_count(x.shape[1] * x.shape[2])
         flat, exists = zero_invalid(x, valid).flatten(1, 2), flat_valid(valid)
-        queries, local = self._project(x, (self.q,), (self.lepe_linear,))
-        q = split_heads(queries, self.num_heads).chunk(2, 1)
+        q = split_heads(self.q(x), self.num_heads).chunk(2, 1)
         outs = []
         for part, order, kv in zip(q, (plan["rows"], plan["columns"]), (self.kv1, self.kv2), strict=True):
             keys, alive = self._merged(flat, order, exists)
             k, v = (split_heads(t, self.num_heads // 2) for t in kv(keys).chunk(2, -1))
             outs.append(attention(part, k, v, valid=alive, dropout_p=self.attn_drop if self.training else 0.0))
-        return merge_heads(torch.cat(outs, 1), x.shape[1:-1]), local
+        return merge_heads(torch.cat(outs, 1), x.shape[1:-1])
 
     # ---- the layer
 
@@ -297,18 +292,17 @@ class SelfGuidedAttention(Mechanism):
         **_: Any,
     ) -> Output:
         if self.role == "hybrid":
-            out, local, carry = self._hybrid(x, valid, "carry" in returns)
+            out, carry = self._hybrid(x, valid, "carry" in returns)
         elif self.role == "guided":
             if plan is None:
                 plan = self.plan(x, carry=carry, valid=valid)
             plan = plan.expect("significance", B=x.shape[0], grid=tuple(x.shape[1:3]))
-            out, local = self._guided(x, valid, plan)
+            out = self._guided(x, valid, plan)
         else:
-            qkv, local = self._project(x, (self.q, self.kv), (self.lepe_linear,))
-            q, k, v = (split_heads(t, self.num_heads) for t in qkv.chunk(3, -1))
+            q, k, v = (split_heads(t, self.num_heads) for t in self._project(x, self.q, self.kv).chunk(3, -1))
             drop = self.attn_drop if self.training else 0.0
             out = merge_heads(attention(q, k, v, valid=flat_valid(valid), dropout_p=drop), x.shape[1:-1])
-        out = out + self.lepe_conv(zero_invalid(local, valid))
+        out = out + self.lepe_conv(zero_invalid(self.lepe_linear(x), valid))
         return Output(self.proj_drop(self.proj(out)), carry=carry)
 
     @staticmethod
