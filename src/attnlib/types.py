@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 PATTERNS = ("noncausal-self", "causal-self", "noncausal-cross", "causal-cross")
 
@@ -25,6 +27,15 @@ def register_pytree(cls: type, flatten: Callable, unflatten: Callable) -> None:
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of softmax statistics and recurrent states: float32, except that float64 stays float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def traced_as_constant(fn: F) -> F:
+    """Mark a function of plain Python values whose result the compiler may take as it is.
+
+    What ``torch.compiler.assume_constant_result`` does, without importing the compiler, which takes a second.
+    """
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..grids import Layout
 from ..masks import Mask, as_mask
-from ..types import EXTRAS, Output, Plan, State, Traits, check_rank, check_valid, check_width
+from ..types import EXTRAS, Output, Plan, State, Traits, check_rank, check_valid, check_width, traced_as_constant
 
 Extras = Sequence[str]
 
@@ -126,12 +126,9 @@ class Mechanism(nn.Module):
     def _name(self) -> str:
         return getattr(self, "slug", type(self).__name__)
 
+    @traced_as_constant  # a subclass may compute its traits in ways that the compiler cannot trace
     def _claims(self) -> Traits:
         return self.traits
-
-    # What torch.compiler.assume_constant_result does, without importing the compiler: traits are plain Python, which a
-    # subclass may compute in ways that the compiler cannot trace.
-    _claims._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _check_call(
         self,

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import masks
 from ..grids import coordinates
 from ..masks import Mask, as_mask
-from ..types import Partial, check_choice, check_rank, check_valid, to_tuple
+from ..types import Partial, check_choice, check_rank, check_valid, to_tuple, traced_as_constant
 from .attention import attention, attention_partial
 from .partition import forced_eager, grouped_attention, pair_mask
 
@@ -127,7 +127,7 @@ def _choose_tile(rules: tuple[AxisRule, ...]) -> tuple[int, ...]:
     return tuple(c[0] for c in best)
 
 
-@torch.compiler.assume_constant_result
+@traced_as_constant
 def _plan(settings: tuple[tuple[Any, ...], ...], tile: tuple[int, ...] | None) -> tuple[tuple[TileClass, ...], ...]:
     rules = tuple(AxisRule(*s) for s in settings)
     return tuple(_tile_classes(rule, t) for rule, t in zip(rules, tile or _choose_tile(rules), strict=True))
