@@ -55,6 +55,24 @@ def test_agents_equal_the_two_explicit_maps():
     torch.testing.assert_close((second @ first).sum(-1), torch.ones(2, 4, 9).double())
 
 
+@pytest.mark.parametrize("agents", [1, 3, 31, 32, 40])
+def test_both_arrangements_of_the_map_agree_with_the_specification(agents):
+    torch.manual_seed(4)
+    q, a, k, v = (torch.randn(2, 2, n, 4).double().requires_grad_() for n in (5, agents, 6, 6))
+    bias, exists = torch.randn(2, 5, agents).double().requires_grad_(), torch.rand(2, agents) < 0.7
+    exists[0] = False
+    call = dict(write_bias=bias, agents_valid=exists)
+    ours, theirs = agent_attention(q, a, k, v, **call), agent_attention(q, a, k, v, backend="eager", **call)
+    torch.testing.assert_close(ours, theirs)
+    leaves = (q, a, k, v, bias)
+    for x, y in zip(
+        torch.autograd.grad(ours.square().sum(), leaves),
+        torch.autograd.grad(theirs.square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, y)
+
+
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_agents_by_other_backends(backend):
     leaves = agents_problem()

@@ -297,9 +297,7 @@ class AgentAttention(Mechanism):
         """Keys' and values' source: the map through the strided convolution, tokens beside it as they are."""
         n, r = math.prod(grid), self.sr_ratio
         image = pad_to_multiple(x[:, before : before + n].unflatten(1, tuple(grid)), r)
-        # Kernel and stride agree, so the convolution is one product on patches, which stay channels-last.
-        patches = block_windows(image, r).flatten(3)
-        small = F.linear(patches, self.sr.weight.permute(0, 2, 3, 1).flatten(1), self.sr.bias)
+        small = self.sr(image.movedim(-1, 1)).movedim(1, -1)
         kv_grid = tuple(small.shape[1:3])
         parts = [x[:, :before], small.flatten(1, 2), x[:, before + n :]]
         source = self.norm(torch.cat(parts, 1))
