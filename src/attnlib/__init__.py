@@ -29,7 +29,7 @@ _LAZY = {
     "attach": "attnlib.hooks",
 }
 _MODULES = frozenset(
-    "bench cache catalog check grids hooks masks models nn normalizers ops positions steer types".split()
+    "bench cache catalog check grids hooks masks models nn normalizers ops optim positions steer types".split()
 )
 
 __all__ = ["__version__", *_LAZY]
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .grids import Layout
     from .nn.base import Fusion, Mechanism, deploy
     from .nn.registry import convert_state_dict, create, list_mechanisms, register
-    from .ops import attention, attention_partial, explain, use_backend
+    from .ops.attention import attention, attention_partial, explain, use_backend
     from .types import Output, Partial, Plan, State, Traits
 
 

@@ -243,7 +243,8 @@ class Partition:
             check_rank("k_index", self.k_index, (2, 3, 4), "(G, S), (H, G, S) or (B, H, G, S)")
             if self.k_index.shape[-2] != self.q_index.shape[-2]:
                 raise ValueError(
-                    f"k_index has {self.k_index.shape[-2]} groups, q_index has {self.q_index.shape[-2]}; they must agree"
+                    f"k_index has {self.k_index.shape[-2]} groups, q_index has {self.q_index.shape[-2]}; "
+                    "they must agree"
                 )
 
 

@@ -71,7 +71,7 @@ class _Projected(Optimizer):
                 raise ValueError(f"{type(self).__name__} takes dense gradients only; a parameter has a sparse one")
             # Tensors that start at different times (frozen layers) keep steps of their own.
             for bucket in self._buckets(params):
-                grads = [p.grad for p in bucket]
+                grads = [p.grad for p in bucket if p.grad is not None]
                 updates, rates = self._moments(group, bucket, grads)
                 for i, (p, g) in enumerate(zip(bucket, grads, strict=True)):
                     updates[i], ratio = _project(p, g, updates[i], group["delta"], group["wd_ratio"], group["eps"])

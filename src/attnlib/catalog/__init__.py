@@ -65,7 +65,8 @@ def _load() -> dict[str, Paper]:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
         if unknown := set(data) - known:
             raise ValueError(f"catalogue entry {slug} has unknown fields {sorted(unknown)}; possible: {sorted(known)}")
-        found[slug] = Paper(slug, **{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        found[slug] = Paper(slug, **values)
     return found
 
 
