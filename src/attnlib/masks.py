@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .grids import Layout
-from .types import register_pytree, to_tuple
+from .types import check_divides, register_pytree, to_tuple
 
 Classes = tuple[Tensor, Tensor]  # (may some pair of the tile meet, do all pairs of the tile meet)
 _KINDS: dict[str, type[Mask]] = {}
@@ -501,6 +501,87 @@ class Strided(Mask):
         return some | ((self.offset - k_lo) % self.stride <= k_hi - k_lo), every
 
 
+class ShardedContext(Mask):
+    """Causal; every head reads a local window and its own stripe of key blocks.
+
+    With blocks of ``block_size`` tokens, head ``h`` lets query block i read key block j up to the query when
+    ``i - j < local`` or ``(j + g step + offset) % stride == 0``, where ``g = h // (num_heads / num_patterns)`` is the
+    pattern of the head. The last ``num_dense`` patterns read everything.
+    """
+
+    name = "sharded_context"
+    fields = ("block_size", "local", "stride", "step", "offset", "num_heads", "num_patterns", "num_dense")
+
+    def __init__(
+        self,
+        block_size: int,
+        local: int,
+        stride: int,
+        step: int = 1,
+        offset: int = 0,
+        num_heads: int = 1,
+        num_patterns: int | None = None,
+        num_dense: int = 0,
+    ):
+        if min(block_size, local, stride, num_heads) < 1 or step < 0:
+            raise ValueError(
+                "block_size, local, stride and num_heads must be at least 1 and step at least 0, got "
+                f"block_size={block_size}, local={local}, stride={stride}, num_heads={num_heads}, step={step}"
+            )
+        num_patterns = num_heads if num_patterns is None else num_patterns
+        check_divides("num_patterns", num_patterns, "num_heads", num_heads)
+        if not 0 <= num_dense <= num_patterns:
+            raise ValueError(f"num_dense={num_dense} must lie between 0 and num_patterns={num_patterns}")
+        self.block_size, self.local, self.stride, self.step, self.offset = block_size, local, stride, step, offset
+        self.num_heads, self.num_patterns, self.num_dense = num_heads, num_patterns, num_dense
+
+    def heads(self) -> int:
+        return self.num_heads if len(self._stripes()) > 1 else 1
+
+    def _stripes(self) -> set[int | None]:
+        """The first key block of each pattern's stripe; ``None`` for patterns that read everything."""
+        sparse = self.num_patterns - self.num_dense
+        stripes: set[int | None] = {-(g * self.step + self.offset) % self.stride for g in range(sparse)}
+        return stripes | {None} if self.num_dense else stripes
+
+    def uncovered(self) -> list[int]:
+        """Residues of key blocks modulo ``stride`` that no head reads from afar; empty: heads together see all."""
+        stripes = self._stripes()
+        return [] if None in stripes else sorted(set(range(self.stride)) - stripes)  # type: ignore[arg-type]
+
+    def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        i, j = q // self.block_size, k // self.block_size
+        pattern = h // (self.num_heads // self.num_patterns)
+        far = ((j + pattern * self.step + self.offset) % self.stride == 0) | (
+            pattern >= self.num_patterns - self.num_dense
+        )
+        return (q >= k) & ((i - j < self.local) | far)
+
+    def plane(self, b: int, h: int) -> Mask:
+        if self.heads() == 1:
+            return self
+        pattern = h // (self.num_heads // self.num_patterns)
+        if pattern >= self.num_patterns - self.num_dense:
+            return Causal()
+        offset = (pattern * self.step + self.offset) % self.stride
+        return ShardedContext(self.block_size, self.local, self.stride, 0, offset)
+
+    def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
+        size, first, last = self.block_size, k_lo // self.block_size, k_hi // self.block_size
+        # Of the band that the window and causality leave, a rectangle that meets both meets both at once.
+        some = (q_hi >= k_lo) & (q_lo // size - last < self.local)
+        every = torch.ones_like(some)
+        for stripe in self._stripes():
+            if stripe is None:
+                some = some | (q_hi >= k_lo)
+                continue
+            nearest = first + (stripe - first) % self.stride  # first block of the stripe in or after the tile
+            key = torch.maximum(k_lo, nearest * size)
+            some = some | ((key <= k_hi) & (q_hi >= key))
+            every = every & ((nearest == first) & ((first == last) | (self.stride == 1)))
+        return some, (q_lo >= k_hi) & (every | (q_hi // size - first < self.local))
+
+
 class Everything(Mask):
     """Every pair may meet."""
 
@@ -856,6 +937,29 @@ def neighborhood(
 def strided(stride: int, offset: int = 0, local: int = 1, per_head: int = 0, num_heads: int = 1) -> Mask:
     """Every ``stride``-th key plus a local band; see :class:`Strided`."""
     return Strided(stride, offset, local, per_head, num_heads)
+
+
+def sharded_context(
+    block_size: int,
+    local: int,
+    stride: int,
+    step: int = 1,
+    offset: int = 0,
+    num_heads: int = 1,
+    num_patterns: int | None = None,
+    num_dense: int = 0,
+) -> Mask:
+    """Causal local window plus a stripe of key blocks per head; see :class:`ShardedContext`.
+
+    >>> print(sharded_context(1, 1, 3, num_heads=3).plane(0, 1).picture(6))
+    #.....
+    .#....
+    ..#...
+    ..##..
+    ..#.#.
+    ..#..#
+    """
+    return ShardedContext(block_size, local, stride, step, offset, num_heads, num_patterns, num_dense)
 
 
 def modality(types: Tensor, rule: Sequence[Sequence[bool]]) -> Mask:

@@ -14,3 +14,13 @@ ROWS += [
     Case("rcmha", dict(dim=16, num_heads=2, max_distance=8192, qkv_conv=False), (12,), "relative"),
     Case("rcmha", dict(dim=16, num_heads=2, relative=False, qkv_conv=False, causal=False), (12,), "neither"),
 ]
+
+ROWS += [
+    Case("s2-attention-dkernel", dict(dim=16, num_heads=4, block_size=2, local_blocks=1), (12,)),
+    Case(
+        "s2-attention-dkernel",
+        dict(dim=16, num_heads=4, num_kv_heads=2, block_size=3, local_blocks=2, stride=2, dense_heads=1, rotary=1e4),
+        (12,),
+        "groups",
+    ),
+]

@@ -594,7 +594,8 @@ def _op(
     work = _Work(
         q, k, v, index, count, valid, q_pos, k_pos, mask, mask_tensors, bias, bias_tensors, q_block, k_block, scale
     )
-    out, lse = work.forward_by_keys() if by_keys else work.forward_by_queries(need_lse)
+    with torch.autocast(q.device.type, enabled=False):  # q, k and v were cast already; the sums keep their precision
+        out, lse = work.forward_by_keys() if by_keys else work.forward_by_queries(need_lse)
     batch, heads, n, _ = q.shape
     padded = work.nq * q_block
     out = out.view(batch, heads, padded, v.shape[3])[:, :, :n].to(q.dtype)
@@ -654,7 +655,8 @@ def _op_backward(
         for t in bias_tensors
     ]
     run = work.backward_by_keys if by_keys else work.backward_by_queries
-    grad_q, grad_k, grad_v = run(rows(grad), rows(delta), rows(lse, float("inf")), grad_bias)
+    with torch.autocast(q.device.type, enabled=False):
+        grad_q, grad_k, grad_v = run(rows(grad), rows(delta), rows(lse, float("inf")), grad_bias)
 
     def tokens(g: Tensor, like: Tensor, padded: int) -> Tensor:
         g = g.view(*like.shape[:2], padded, like.shape[3])[:, :, : like.shape[2]]

@@ -1,0 +1,198 @@
+"""S2 attention (Lin et al., 2024): the context is sharded among heads, each of which reads a stripe of it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import masks
+from ...normalizers import Softmax
+from ...ops.block_sparse import BlockPlan, block_sparse_attention
+from ...types import State, Traits, check_choice
+from ..dense.softmax_attention import SoftmaxAttention
+from ..registry import register
+
+COVERAGE = ("warn", "error", "ignore")
+
+
+@register("s2-attention-dkernel", "s2-attention", "sharded-context")
+class S2Attention(SoftmaxAttention):
+    """Causal attention in which every head reads a local window and its own stripe of key blocks.
+
+    With blocks of b tokens, query block i, key block j and key/value head g::
+
+        B_gij = i >= j and (i - j < local_blocks or (j + g step + offset) % stride == 0)
+        step = max(1, floor(stride / H)),  o_h = softmax over the keys of allowed blocks, up to the query itself
+
+    Heads of one key/value group share its pattern. Stripes shift from head to head, so that together the heads read
+    every block, when there are enough of them. A block that a head dropped never comes back, so decoding keeps the
+    window and the stripe only: about ``1 / stride`` of the cache.
+
+    Args:
+        dim, num_heads, num_kv_heads, ...: as in :class:`SoftmaxAttention`; always causal.
+        block_size: b.
+        local_blocks: blocks of the window, the query's own included.
+        stride: distance between blocks of a stripe; 1 is dense causal attention.
+        step: shift of the stripe from one key/value head to the next; 0 gives all heads the same.
+        offset: shift of all stripes.
+        dense_heads: the last key/value heads that read everything.
+        coverage: what to do when some far blocks are read by no head: ``"warn"``, ``"error"`` or ``"ignore"``.
+
+    A mask of the caller is combined with the pattern. ALiBi is not offered: the cache does not hold all keys.
+
+    What differs from the authors' code: ``step`` counts query heads there too, while the pattern counts key/value heads
+    (the default keeps that); far blocks that no head reads are reported. The Phi-3 and vLLM variants use ``offset=1``
+    and index query heads. The non-causal variants are not here.
+
+    Reference: Lin et al., 2024, arXiv 2407.17678.
+
+    >>> S2Attention(dim=16, num_heads=4, block_size=2, local_blocks=1)(torch.randn(2, 9, 16)).shape
+    torch.Size([2, 9, 16])
+    """
+
+    class_traits = SoftmaxAttention.class_traits.but(
+        patterns=frozenset({"causal-self"}), grid_ranks=frozenset({1}), permutation_equivariant=False, layout=False
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        num_kv_heads: int | None = None,
+        *,
+        block_size: int = 64,
+        local_blocks: int = 4,
+        stride: int = 4,
+        step: int | None = None,
+        offset: int = 0,
+        dense_heads: int = 0,
+        coverage: str = "warn",
+        **settings: Any,
+    ):
+        for name in ("causal", "alibi", "context_dim"):
+            if settings.get(name):
+                raise ValueError(
+                    f"{name} is not a setting of s2-attention-dkernel: it is causal self-attention, no ALiBi"
+                )
+        check_choice("coverage", coverage, COVERAGE)
+        super().__init__(dim, num_heads, num_kv_heads, causal=True, **settings)
+        self.block_size, self.local_blocks, self.stride, self.coverage = block_size, local_blocks, stride, coverage
+        self.pattern = masks.ShardedContext(
+            block_size, local_blocks, stride, max(1, stride // num_heads) if step is None else step, offset, num_heads,
+            self.num_kv_heads, dense_heads,
+        )  # fmt: skip
+        missing = self.pattern.uncovered()
+        if missing and coverage != "ignore":
+            message = (
+                f"no head reads the far key blocks j with j % {stride} in {missing}: num_kv_heads={self.num_kv_heads} "
+                f"with step={self.pattern.step} cover {stride - len(missing)} of stride={stride} residues"
+            )
+            if coverage == "error":
+                raise ValueError(message)
+            warnings.warn(message, stacklevel=2)
+
+    @property
+    def traits(self) -> Traits:
+        return super().traits.but(patterns=frozenset({"causal-self"}))
+
+    # ---- figures
+
+    def density(self, blocks: int) -> Tensor:
+        """(num_kv_heads,) share of the causal pairs of blocks that each pattern reads, on ``blocks`` blocks."""
+        total = blocks * (blocks + 1) / 2
+        window = sum(min(self.local_blocks, i + 1) for i in range(blocks))
+        shares = []
+        for g in range(self.num_kv_heads):
+            if g >= self.num_kv_heads - self.pattern.num_dense:
+                shares.append(1.0)
+                continue
+            first = -(g * self.pattern.step + self.pattern.offset) % self.stride
+            far = sum(max(0, blocks - self.local_blocks - j) for j in range(first, blocks, self.stride))
+            shares.append((window + far) / total)
+        return torch.tensor(shares)
+
+    def cache_fraction(self, tokens: int) -> float:
+        """Share of a full key/value cache that is needed to go on after ``tokens`` tokens; mean over heads."""
+        return float(self._keep(torch.arange(tokens).expand(self.num_kv_heads, -1), tokens).float().mean())
+
+    # ---- decoding with an evicted cache
+
+    def _keep(self, pos: Tensor, following: int) -> Tensor:
+        """Which of the positions ``pos`` (G, M) of each key/value head queries from ``following`` on may read."""
+        g = torch.arange(self.num_kv_heads, device=pos.device)[:, None]
+        block = pos // self.block_size
+        stripe = (block + g * self.pattern.step + self.pattern.offset) % self.stride == 0
+        dense = g >= self.num_kv_heads - self.pattern.num_dense
+        return stripe | dense | (following // self.block_size - block < self.local_blocks)
+
+    def _evict(self, k: Tensor, v: Tensor, pos: Tensor, there: Tensor, following: int) -> dict[str, Tensor]:
+        """The part of the cache that is needed from ``following`` on; heads that need less are filled up with absent.
+
+        Args:
+            k, v: (B, G, M, D).
+            pos: (G, M) positions, the same in every sample.
+            there: (B, G, M) boolean; False where the token does not exist or the slot is empty.
+        """
+        keep = self._keep(pos, following) & (pos >= 0)
+        width = int(keep.sum(-1).max())
+        order = torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True)[:, :width]
+        kept = keep.gather(-1, order)
+        pos = pos.gather(-1, order).masked_fill(~kept, -1)
+        batch = k.shape[0]
+        slots = order.expand(batch, -1, -1)
+        k, v = (t.gather(2, slots[..., None].expand(-1, -1, -1, t.shape[-1])) for t in (k, v))
+        return {
+            "k": k,
+            "v": v,
+            "valid": torch.ones(batch, width, dtype=torch.bool, device=k.device),
+            "there": there.gather(2, slots) & kept,
+            "pos": pos.expand(batch, -1, -1),
+            "seen": torch.full((batch,), following, device=k.device),
+        }
+
+    # ---- the operator
+
+    def _begin(self, x: Tensor, q: Tensor, **call: Any) -> dict[str, Any]:
+        return {"past": call["state"], "keeps": "state" in call["returns"]}
+
+    def _plan(self, n: int, device: torch.device) -> BlockPlan:
+        """The blocks of every head. A pair of blocks meets when its last query may read its first key."""
+        starts = torch.arange(0, n, self.block_size, device=device)
+        chosen = self.pattern.at(starts + self.block_size - 1, starts)
+        return BlockPlan.from_mask(chosen, self.block_size, self.block_size, n)
+
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
+        past: State | None = shared["past"]
+        n, groups, device = q.shape[2], self.num_kv_heads, q.device
+        seen = 0 if past is None else int(past["seen"].max())
+        if shared["keeps"] or past is not None:
+            pos = torch.arange(seen, seen + n, device=device).expand(groups, -1)
+            there = call["valid"][:, None, -n:].expand(-1, groups, -1)
+            if past is not None:
+                pos = torch.cat([past["pos"][0], pos], -1)
+                there = torch.cat([past["there"], there], -1)
+        if past is not None:
+            # Slots of different heads hold different positions, so the pairs are spelled out.
+            spread = self.num_heads // groups
+            k_pos = pos.clamp(min=0).repeat_interleave(spread, 0)[None]
+            q_pos = torch.arange(seen, seen + n, device=device)
+            allowed = (self.pattern & call["mask"]).at(q_pos, k_pos)
+            allowed = allowed & there.repeat_interleave(spread, 1).unsqueeze(-2)
+            call = {**call, "mask": masks.explicit(allowed), "valid": None, "q_pos": None}
+            out = super()._mix_heads(q, k, v, shared, **call)
+        elif self._blockwise(call):
+            plan = self._plan(n, device)
+            out = block_sparse_attention(q, k, v, plan, valid=call["valid"], mask=call["mask"], scale=self.scale)
+        else:
+            out = super()._mix_heads(q, k, v, shared, **{**call, "mask": self.pattern & call["mask"]})
+        if shared["keeps"]:
+            shared["state"] = self._evict(k, v, pos, there, seen + n)
+        return out
+
+    def _blockwise(self, call: dict[str, Any]) -> bool:
+        """Whether the executor of block plans, which touches only allowed blocks, can serve the call."""
+        plain = isinstance(self.normalizer, Softmax) and not call["dropout_p"] and not call.get("return_weights")
+        return plain and not torch.compiler.is_compiling()
