@@ -24,3 +24,8 @@ ROWS += [
         "groups",
     ),
 ]
+
+ROWS += [
+    Case("activator-geglu", dict(dim=8), (12,)),
+    Case("activator-geglu", dict(dim=8, hidden_dim=12, shared_norm=False), (12,), "two-norms"),
+]

@@ -1,0 +1,168 @@
+"""Activator (Abdullah and Aydin, 2024): a gated unit with LayerNorms in the place of attention, which mixes no tokens."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...types import Output, State, Traits, check_rank
+from ..base import Mechanism
+from ..registry import register
+
+
+@register("activator-geglu", "activator")
+class ActivatorUnit(Mechanism):
+    """A GEGLU whose two branches are normalised: ``y = W_3 (LN(GELU(W_1 x)) * LN(W_2 x))``.
+
+    Tokens do not mix: ``y_i`` reads ``x_i`` alone. It replaces attention in the authors' blocks, but is no substitute
+    for it: put it beside a mechanism that mixes, or pool its output. It is causal, therefore, and streams.
+
+    Args:
+        dim: width of ``x``.
+        hidden_dim: width of the branches; ``2 dim`` by default.
+        norm: the LayerNorms; without them it is a GEGLU.
+        shared_norm: one LayerNorm (weights and biases) for both branches, as the authors have it.
+
+    Reference: Abdullah and Aydin, 2024, arXiv 2405.15953.
+
+    >>> ActivatorUnit(dim=8)(torch.randn(2, 4, 4, 8)).shape
+    torch.Size([2, 4, 4, 8])
+    """
+
+    class_traits = Traits(
+        patterns=frozenset({"causal-self"}),
+        grid_ranks=frozenset({1, 2, 3}),
+        streaming=True,
+        work={"N": 1},
+        memory={"N": 1},
+        permutation_equivariant=True,
+    )
+
+    def __init__(self, dim: int, hidden_dim: int | None = None, norm: bool = True, shared_norm: bool = True):
+        super().__init__(dim)
+        hidden = 2 * dim if hidden_dim is None else hidden_dim
+        if hidden < 1:
+            raise ValueError(f"hidden_dim must be at least 1, got {hidden}")
+        self.gate = nn.Linear(dim, hidden)
+        self.value = nn.Linear(dim, hidden)
+        self.proj = nn.Linear(hidden, dim)
+        self.norm = nn.LayerNorm(hidden) if norm else None
+        self.value_norm = nn.LayerNorm(hidden) if norm and not shared_norm else None
+
+    def mix(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        state: State | None = None,
+        returns: tuple[str, ...] = (),
+        **_: Any,
+    ) -> Output:
+        gate, value = F.gelu(self.gate(x)), self.value(x)
+        if self.norm is not None:
+            gate, value = self.norm(gate), (self.value_norm or self.norm)(value)
+        now = torch.full((x.shape[0],), x.shape[1], device=x.device) if valid is None else valid.flatten(1).sum(1)
+        # nothing is remembered but how far the sequence has come
+        new = State({"tokens": now if state is None else state["tokens"] + now}) if "state" in returns else None
+        return Output(self.proj(gate * value), state=new)
+
+    @staticmethod
+    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the authors' ``ActivatorGatingUnit``, ``ActivatorBlock`` or ``ACTIVATORImageClassification``."""
+        names = (
+            (r"\bproj_1\.", "gate."),
+            (r"\bproj_2\.", "value."),
+            (r"\bproj_3\.", "proj."),
+            (r"\bactgu\.", "unit."),
+            (r"\bffn\.net\.", "ffn."),
+            (r"^model\.", "blocks."),
+            (r"^patcher\.", "patch."),
+            (r"^classifier\.", "head."),
+        )
+        out = {}
+        for key, value in state_dict.items():
+            for old, new in names:
+                key = re.sub(old, new, key)
+            out[key] = value
+        return out
+
+
+class ActivatorBlock(nn.Module):
+    """``x <- x + unit(LN(x))``, then ``x <- x + FFN(LN(x))``, by default with one LayerNorm for both.
+
+    Args:
+        dim: width of ``x``.
+        hidden_dim: width of the unit and of the FFN.
+        ffn: the second half; without it only the GEGLU is left.
+        drop: dropout in the FFN.
+        shared_norm: one LayerNorm for both halves, and one inside the unit, as the authors have it.
+
+    Reference: Abdullah and Aydin, 2024, arXiv 2405.15953.
+
+    >>> ActivatorBlock(8, 16)(torch.randn(2, 5, 8)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self, dim: int, hidden_dim: int | None = None, ffn: bool = True, drop: float = 0.5, shared_norm: bool = True
+    ):
+        super().__init__()
+        hidden = 2 * dim if hidden_dim is None else hidden_dim
+        self.norm = nn.LayerNorm(dim)
+        self.ffn_norm = nn.LayerNorm(dim) if ffn and not shared_norm else None
+        self.unit = ActivatorUnit(dim, hidden, shared_norm=shared_norm)
+        layers = (nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(drop), nn.Linear(hidden, dim), nn.Dropout(drop))
+        self.ffn = nn.Sequential(*layers) if ffn else None
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B, *grid, C) -> the same shape."""
+        x = x + self.unit(self.norm(x), valid=valid)
+        return x if self.ffn is None else x + self.ffn((self.ffn_norm or self.norm)(x))
+
+
+class ActivatorClassifier(nn.Module):
+    """Patches, blocks, the mean over patches, a linear map; no positions, so that the order of patches is not seen.
+
+    Args:
+        num_classes: width of the output.
+        dim, hidden_dim, depth, drop: of the blocks; the authors' CIFAR-10 settings by default.
+        patch_size: side of a patch.
+        in_channels: channels of the image.
+        ffn, shared_norm: as in :class:`ActivatorBlock`.
+
+    Reference: Abdullah and Aydin, 2024, arXiv 2405.15953.
+
+    >>> ActivatorClassifier(10, dim=8, hidden_dim=16, depth=1)(torch.randn(2, 8, 8, 3)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        dim: int = 256,
+        hidden_dim: int = 512,
+        depth: int = 4,
+        patch_size: int = 4,
+        in_channels: int = 3,
+        drop: float = 0.5,
+        ffn: bool = True,
+        shared_norm: bool = True,
+    ):
+        super().__init__()
+        self.patch = nn.Conv2d(in_channels, dim, patch_size, patch_size)
+        self.blocks = nn.Sequential(*(ActivatorBlock(dim, hidden_dim, ffn, drop, shared_norm) for _ in range(depth)))
+        self.head = nn.Linear(dim, num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, H, W, in_channels) -> (B, num_classes); sides must be multiples of the patch size."""
+        check_rank("image", image, 4, "(B, H, W, C)")
+        side = self.patch.kernel_size[0]
+        if image.shape[1] % side or image.shape[2] % side:
+            raise ValueError(f"image sides {tuple(image.shape[1:3])} must be multiples of patch_size={side}")
+        tokens = self.patch(image.movedim(-1, 1)).flatten(2).mT
+        return self.head(self.blocks(tokens).mean(1))
