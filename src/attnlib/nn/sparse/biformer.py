@@ -134,10 +134,11 @@ class BiLevelRoutingAttention(Mechanism):
 
     @property
     def traits(self) -> Traits:
-        if self.soft_routing:
+        if self.kv_downsample.startswith("ada_"):  # every region keeps a fixed number of keys
+            return self.class_traits.but(work={"N": 1, "topk": 1}, memory={"N": 1})
+        if self.soft_routing:  # copies keys and values out per choice
             return self.class_traits
-        # The executor holds pieces of the score map only; soft routing copies keys and values out per choice.
-        return self.class_traits.but(memory={"N": 1})
+        return self.class_traits.but(memory={"N": 1})  # the executor holds pieces of the score map only
 
     # ---- regions
 
