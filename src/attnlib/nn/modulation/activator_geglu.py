@@ -1,4 +1,4 @@
-"""Activator (Abdullah and Aydin, 2024): a gated unit with LayerNorms in the place of attention, which mixes no tokens."""
+"""Activator (Abdullah and Aydin, 2024): a gated unit with LayerNorms in the place of attention; it mixes no tokens."""
 
 from __future__ import annotations
 
