@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -176,9 +176,7 @@ class SelfGuidedAttention(Mechanism):
                 raise ValueError(f"{name}={size} does not divide the grid {(height, width)} of x")
         drop = self.attn_drop if self.training else 0.0
 
-        def read(q: Tensor, kv: Tensor, exists: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            k, v = kv.chunk(2, -1)
-            q, k, v = (split_heads(t, half) for t in (q, k, v))
+        def read(q: Tensor, k: Tensor, v: Tensor, exists: Tensor | None) -> tuple[Tensor, Tensor | None]:
             if not significance:
                 return attention(q, k, v, valid=exists, dropout_p=drop), None
             return attention(q, k, v, valid=exists, dropout_p=drop, return_weights=True)
@@ -195,22 +193,25 @@ class SelfGuidedAttention(Mechanism):
         patches = block_windows(zero_invalid(x, valid), self.sr_ratio).flatten(3)
         pooled = nn.functional.linear(patches, self.sr.weight.permute(0, 2, 3, 1).flatten(1), self.sr.bias)
         pooled_valid = None if valid is None else block_windows(valid.unsqueeze(-1), self.sr_ratio).flatten(3).any(-1)
-        far, far_weights = read(self.q1(x), self.kv1(nn.functional.gelu(self.norm(pooled))), flat_valid(pooled_valid))
+        k1, v1 = (split_heads(t, half) for t in self.kv1(nn.functional.gelu(self.norm(pooled))).chunk(2, -1))
+        far, far_weights = read(split_heads(self.q1(x), half), k1, v1, flat_valid(pooled_valid))
+        # straight from (window, token, q/k/v, head) to one contiguous (window, head, token) each
         windows = block_windows(self._project(x, self.q2, self.kv2), self.window_size)
-        lead = windows.shape[:3]
-        q2, kv2 = windows.flatten(0, 2).split([self.dim // 2, self.dim], -1)
+        lead, side = windows.shape[:3], windows.shape[3]
+        parts = windows.unflatten(-1, (3, half, self.head_dim)).permute(5, 0, 1, 2, 6, 3, 4, 7)
+        q2, k2, v2 = parts.reshape(3, math.prod(lead), half, side * side, self.head_dim)
         window_valid = None
         if valid is not None:
             window_valid = block_windows(valid.unsqueeze(-1), self.window_size).flatten(0, 2).flatten(1)
-        near, near_weights = read(q2, kv2, window_valid)
-        near = unblock_windows(merge_heads(near).reshape(*windows.shape[:-1], self.dim // 2))
-        out = torch.cat([merge_heads(far, (height, width)), near], -1)
+        near, near_weights = read(q2, k2, v2, window_valid)
+        near = near.view(*lead, half, side, side, self.head_dim).permute(0, 1, 4, 2, 5, 3, 6)
+        out = torch.cat([merge_heads(far, (height, width)), near.reshape(batch, height, width, self.dim // 2)], -1)
         if far_weights is None or near_weights is None:
             return out, None
         s = self.sr_ratio
         far_map = received(far_weights, flat_valid(valid)).view(batch, height // s, width // s)
         far_map = far_map.repeat_interleave(s, 1).repeat_interleave(s, 2)
-        near_map = received(near_weights, window_valid).view(*lead, self.window_size, self.window_size, 1)
+        near_map = received(near_weights, window_valid).view(*lead, side, side, 1)
         return out, far_map + unblock_windows(near_map).squeeze(-1)
 
     # ---- self-guided
@@ -261,7 +262,9 @@ class SelfGuidedAttention(Mechanism):
         keys, alive, start = [], [], 0
         for (share, factor), layer in zip(self.groups, self.merge, strict=True):
             stop = start + n * share // whole
-            keys.append(layer(ordered[:, start:stop].unflatten(1, (-1, factor)).transpose(-1, -2)).squeeze(-1))
+            chunks = ordered[:, start:stop].unflatten(1, (-1, factor))
+            weight, bias = cast(Tensor, layer.weight), cast(Tensor, layer.bias)
+            keys.append((chunks * weight[0].unsqueeze(-1)).sum(-2) + bias)
             if exists is not None:
                 alive.append(exists[:, start:stop].unflatten(1, (-1, factor)).any(-1))
             start = stop
@@ -270,13 +273,19 @@ class SelfGuidedAttention(Mechanism):
     def _guided(self, x: Tensor, valid: Tensor | None, plan: Plan) -> Tensor:
         self.key_count(x.shape[1] * x.shape[2])
         flat, exists = zero_invalid(x, valid).flatten(1, 2), flat_valid(valid)
-        q = split_heads(self.q(x), self.num_heads).chunk(2, 1)
-        outs = []
-        for part, order, kv in zip(q, (plan["rows"], plan["columns"]), (self.kv1, self.kv2), strict=True):
-            keys, alive = self._merged(flat, order, exists)
-            k, v = (split_heads(t, self.num_heads // 2) for t in kv(keys).chunk(2, -1))
-            outs.append(attention(part, k, v, valid=alive, dropout_p=self.attn_drop if self.training else 0.0))
-        return merge_heads(torch.cat(outs, 1), x.shape[1:-1])
+        drop, half = self.attn_drop if self.training else 0.0, self.num_heads // 2
+        q = split_heads(self.q(x), self.num_heads)
+        tokens1, alive1 = self._merged(flat, plan["rows"], exists)
+        tokens2, alive2 = self._merged(flat, plan["columns"], exists)
+        k1, v1 = (split_heads(t, half) for t in self.kv1(tokens1).chunk(2, -1))
+        k2, v2 = (split_heads(t, half) for t in self.kv2(tokens2).chunk(2, -1))
+        if valid is None:
+            out = attention(q, torch.cat([k1, k2], 1), torch.cat([v1, v2], 1), dropout_p=drop)
+        else:  # the two lists may differ in which of their merged tokens exist
+            q1, q2 = q.chunk(2, 1)
+            first = attention(q1, k1, v1, valid=alive1, dropout_p=drop)
+            out = torch.cat([first, attention(q2, k2, v2, valid=alive2, dropout_p=drop)], 1)
+        return merge_heads(out, x.shape[1:-1])
 
     # ---- the layer
 
