@@ -131,13 +131,10 @@ def test_low_precision_inputs_keep_float32_statistics(order):
     torch.testing.assert_close(out, exact.bfloat16(), atol=1e-2, rtol=1e-2)
 
 
-def test_long_query_blocks_are_cut_without_changing_the_result():
+def test_tall_query_blocks_run_in_parts():
     torch.manual_seed(5)
-    inputs = tensors(1, 2, 2, 2, 700, 40)
-    plan = random_plan(1, 2, 700, 40, 384, 8, 0.5)
-    assert engine._split(plan).q_block < 384
-    agree(inputs, plan, None)
-    agree(tensors(1, 1, 1, 1, 530, 16), random_plan(1, 1, 530, 16, 521, 4, 0.6), "queries")  # a prime: stays whole
+    agree(tensors(1, 2, 2, 2, 700, 40), random_plan(1, 2, 700, 40, 384, 8, 0.5), None)
+    agree(tensors(1, 1, 1, 1, 530, 16), random_plan(1, 1, 530, 16, 521, 4, 0.6), "queries", mask=masks.causal())
 
 
 def test_pieces_are_independent_of_the_budget(monkeypatch):
@@ -277,7 +274,6 @@ def test_plan_changes_form_without_loss():
     assert torch.equal(again.chosen(), chosen)
     dense = plan.mask().dense(18, 11)
     torch.testing.assert_close(plan.density, dense.float().mean())
-    assert torch.equal(plan.split_queries(2).mask().dense(18, 11), dense)
     leaves, spec = pytree.tree_flatten(plan)
     assert len(leaves) == 2 and torch.equal(pytree.tree_unflatten(leaves, spec).chosen(), chosen)
     assert torch.equal(copy.deepcopy(plan).chosen(), chosen)
@@ -314,7 +310,6 @@ def test_gathered_blocks():
         (lambda: BlockPlan(torch.zeros(2, 2, dtype=torch.long), 4, 0, 8), "k_block must be at least 1"),
         (lambda: BlockPlan(torch.zeros(2, 2, dtype=torch.long), 4, 4, 8, count=torch.ones(3).long()), "count must be"),
         (lambda: BlockPlan.from_mask(torch.ones(2, 3, dtype=torch.bool), 4, 4, 8), "chosen must be boolean"),
-        (lambda: BlockPlan.full(8, 8, 4, 4).split_queries(3), "parts=3 does not divide"),
         (lambda: BlockPlan.from_csr(torch.tensor([0, 1]), torch.tensor([0]), 4, 4, 8), "row_ptr must have"),
     ],
 )

@@ -29,6 +29,9 @@ from ._call import AttentionCall, prepare
 
 ORDERS = ("queries", "keys")
 
+#: Query blocks that are taller run in parts.
+TALL = 256
+
 # The package exports the function `attention` under the same name as its module.
 _dense = importlib.import_module("attnlib.ops.attention")
 
@@ -201,16 +204,6 @@ class BlockPlan(Plan):
         pairs = torch.einsum("bhij,i,j->bh", chosen, q_size.double(), k_size.double())
         return (pairs.mean() / max(self.n * self.m, 1)).float()
 
-    def split_queries(self, parts: int) -> BlockPlan:
-        """The same choices with every query block cut into ``parts``, which must divide ``q_block``."""
-        if self.q_block % parts:
-            raise ValueError(f"parts={parts} does not divide q_block={self.q_block}")
-        block = self.q_block // parts
-        rows = -(-self.n // block)
-        index = self.index.repeat_interleave(parts, 2)[:, :, :rows]
-        count = None if self.count is None else self.count.repeat_interleave(parts, 2)[:, :, :rows]
-        return BlockPlan(index, block, self.k_block, self.n, self.m, count)
-
     def __repr__(self) -> str:
         b, h, rows, kmax = self.index.shape
         return (
@@ -350,7 +343,7 @@ class _Work:
             here = width if widths is None else widths[at]
             if here == 0:
                 return
-            step = max(self.least, self.budget // (self.q_block * here * self.k_block))
+            step = max(self.least, self.budget // (min(self.q_block, TALL) * here * self.k_block))
             rows = slice(at, min(at + step, self.rows)) if order is None else order[at : at + step]
             yield rows, here
             at += step
@@ -373,10 +366,17 @@ class _Work:
         """The chosen blocks as (r * width, k_block * D)."""
         return torch.index_select(source, 0, flat, out=self.buffer(name, flat.numel(), source.shape[1]))
 
-    def where(self, rows: slice | Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def parts(self) -> list[slice]:
+        """Query blocks in parts that are not too tall for the cache."""
+        number = max(1, -(-self.q_block // TALL))
+        size = -(-self.q_block // number)
+        return [slice(at, min(at + size, self.q_block)) for at in range(0, self.q_block, size)]
+
+    def where(self, rows: slice | Tensor, part: slice, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sample (r,1,1), head (r,1,1), query (r,Q,1) and key (r,1,K) numbers of the pairs of a piece."""
         row = self.row[rows].view(-1, 1, 1)
-        token = row % self.nq * self.q_block + torch.arange(self.q_block, device=self.device).view(1, -1, 1)
+        inner = torch.arange(part.start, part.stop, device=self.device)
+        token = row % self.nq * self.q_block + inner.view(1, -1, 1)
         key = index.unsqueeze(-1) * self.k_block + torch.arange(self.k_block, device=self.device)
         head_row = row // self.nq
         return head_row // self.heads, head_row % self.heads, token, key.view(key.shape[0], 1, -1)
@@ -420,65 +420,65 @@ class _Work:
         return not self.masked and self.bias is None
 
     def scores(
-        self, rows: slice | Tensor, width: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[int, Tensor]]]:
-        """Queries (r, Q, D), keys (r, K, D), scores (r, Q, K), key block numbers (r, width), the bias's gathers."""
-        index, keep = self.select(rows, width)
-        q = self.q[rows]
-        r, span = q.shape[0], width * self.k_block
-        k = self.gather("k", self.k, (self.k_base[rows, None] + index).view(-1)).view(r, span, self.d)
-        s = self.buffer("s", r, self.q_block, span)
+        self, q: Tensor, k: Tensor, rows: slice | Tensor, part: slice, index: Tensor, keep: Tensor | None
+    ) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+        """Scores (r, Q, K) of queries (r, Q, D) and keys (r, K, D), and the bias's gathers."""
+        s = self.buffer("s", q.shape[0], q.shape[1], k.shape[1])
         torch.baddbmm(s.new_zeros(()).expand_as(s), q, k.transpose(1, 2), beta=0, alpha=self.scale, out=s)
-        gathers = [] if self.plain else self.finish_scores(s, *self.where(rows, index), keep)
-        return q, k, s, index, gathers
+        gathers = [] if self.plain else self.finish_scores(s, *self.where(rows, part, index), keep)
+        return s, gathers
 
     def forward_by_queries(self, need_lse: bool) -> tuple[Tensor, Tensor | None]:
         out = self.q.new_zeros(self.rows, self.q_block, self.dv)
         lse = self.q.new_full((self.rows, self.q_block), float("-inf")) if need_lse else None
+        parts = self.parts()
         for rows, width in self.pieces():
-            _, _, s, index, _ = self.scores(rows, width)
-            top = s.amax(-1, keepdim=True) if need_lse or self.masked else None
-            p = self.buffer("p", *s.shape)
-            torch.softmax(s, -1, out=p)
-            if self.masked:
-                assert top is not None
-                p.masked_fill_(top == float("-inf"), 0.0)
-            v = self.gather("v", self.v, (self.v_base[rows, None] + index).view(-1)).view(
-                s.shape[0], s.shape[2], self.dv
-            )
-            if isinstance(rows, slice):
-                torch.bmm(p, v, out=out[rows])
-            else:
-                out[rows] = torch.bmm(p, v)
-            if lse is not None:
-                assert top is not None
-                # p at the largest score is exp(top - lse), which never underflows.
-                lse[rows] = (
-                    (top - p.amax(-1, keepdim=True).log())
-                    .squeeze(-1)
-                    .masked_fill_(top.squeeze(-1) == float("-inf"), float("-inf"))
-                )
+            index, keep = self.select(rows, width)
+            r, span = index.shape[0], width * self.k_block
+            k = self.gather("k", self.k, (self.k_base[rows, None] + index).view(-1)).view(r, span, self.d)
+            v = self.gather("v", self.v, (self.v_base[rows, None] + index).view(-1)).view(r, span, self.dv)
+            for part in parts:
+                s, _ = self.scores(self.q[rows, part], k, rows, part, index, keep)
+                top = s.amax(-1, keepdim=True) if need_lse or self.masked else None
+                p = self.buffer("p", *s.shape)
+                torch.softmax(s, -1, out=p)
+                if self.masked:
+                    assert top is not None
+                    p.masked_fill_(top == float("-inf"), 0.0)
+                if isinstance(rows, slice) and len(parts) == 1:
+                    torch.bmm(p, v, out=out[rows])
+                else:
+                    out[rows, part] = torch.bmm(p, v)
+                if lse is not None:
+                    assert top is not None
+                    # p at the largest score is exp(top - lse), which never underflows.
+                    total = top - p.amax(-1, keepdim=True).log()
+                    lse[rows, part] = total.masked_fill_(top == float("-inf"), float("-inf")).squeeze(-1)
         return out, lse
 
     def backward_by_queries(
         self, grad: Tensor, delta: Tensor, lse: Tensor, grad_bias: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_q, grad_k, grad_v = torch.zeros_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v)
+        parts = self.parts()
         for rows, width in self.pieces():
-            q, k, s, index, gathers = self.scores(rows, width)
-            r, _, span = s.shape
-            p = s.sub_(lse[rows].unsqueeze(-1)).exp_()
-            g = grad[rows]
-            at_v = (self.v_base[rows, None] + index).view(-1)
+            index, keep = self.select(rows, width)
+            r, span = index.shape[0], width * self.k_block
+            at_k, at_v = ((base[rows, None] + index).view(-1) for base in (self.k_base, self.v_base))
+            k = self.gather("k", self.k, at_k).view(r, span, self.d)
             v = self.gather("v", self.v, at_v).view(r, span, self.dv)
-            back = torch.bmm(p.transpose(1, 2), g, out=self.buffer("back", r, span, self.dv))
-            grad_v.index_add_(0, at_v, back.view(-1, self.k_block * self.dv))
-            ds = torch.bmm(g, v.transpose(1, 2), out=self.buffer("p", r, self.q_block, span))
-            ds.sub_(delta[rows].unsqueeze(-1)).mul_(p)
-            _add_bias_grad(grad_bias, gathers, ds)
-            grad_q[rows] = torch.bmm(ds, k).mul_(self.scale)
-            back = torch.bmm(ds.transpose(1, 2), q, out=self.buffer("back", r, span, self.d)).mul_(self.scale)
-            grad_k.index_add_(0, (self.k_base[rows, None] + index).view(-1), back.view(-1, self.k_block * self.d))
+            for part in parts:
+                q, g = self.q[rows, part], grad[rows, part]
+                s, gathers = self.scores(q, k, rows, part, index, keep)
+                p = s.sub_(lse[rows, part].unsqueeze(-1)).exp_()
+                back = torch.bmm(p.transpose(1, 2), g, out=self.buffer("back", r, span, self.dv))
+                grad_v.index_add_(0, at_v, back.view(-1, self.k_block * self.dv))
+                ds = torch.bmm(g, v.transpose(1, 2), out=self.buffer("p", *s.shape))
+                ds.sub_(delta[rows, part].unsqueeze(-1)).mul_(p)
+                _add_bias_grad(grad_bias, gathers, ds)
+                grad_q[rows, part] = torch.bmm(ds, k).mul_(self.scale)
+                back = torch.bmm(ds.transpose(1, 2), q, out=self.buffer("back", r, span, self.d)).mul_(self.scale)
+                grad_k.index_add_(0, at_k, back.view(-1, self.k_block * self.d))
         return grad_q, grad_k, grad_v
 
     # ---- by keys
@@ -740,27 +740,21 @@ def _check_plan(plan: BlockPlan, call: AttentionCall) -> None:
 
 
 def _by_keys(plan: BlockPlan, call: AttentionCall) -> bool:
-    """Whether key order moves fewer bytes: a visit costs about as much as half a megabyte of gathered keys."""
+    """Whether key order moves fewer bytes: a visit costs about as much as half a megabyte of gathered keys.
+
+    A visit holds the scores of at least one query block and one key block, so that large ones keep to query order.
+    """
     rows, kmax = call.q.shape[0] * call.heads * plan.q_blocks, plan.index.shape[-1]
     width = call.q.shape[3] + call.v.shape[3]
     by_queries = rows * kmax * plan.k_block * width
     by_keys = rows * kmax * plan.q_block * (width + call.v.shape[3])
     visits = call.q.shape[0] * call.heads * plan.k_blocks
-    return bool(by_keys + visits * (1 << 17) < by_queries)
-
-
-def _split(plan: BlockPlan) -> BlockPlan:
-    """Cut query blocks that are too long for the cache into parts of 64 to 256."""
-    if plan.q_block <= 256:
-        return plan
-    parts = [p for p in range(2, plan.q_block + 1) if plan.q_block % p == 0 and 64 <= plan.q_block // p <= 256]
-    return plan.split_queries(parts[0]) if parts else plan
+    return bool(plan.q_block * plan.k_block <= 1 << 20 and by_keys + visits * (1 << 17) < by_queries)
 
 
 def _run(call: AttentionCall, plan: BlockPlan, order: str | None, need_lse: bool) -> tuple[Tensor, Tensor]:
     if order is not None:
         check_choice("order", order, ORDERS)
-    plan = _split(plan)
     by_keys = _by_keys(plan, call) if order is None else order == "keys"
     mask, mask_tensors = ("", []) if call.mask is None else call.mask.lower()
     bias, bias_tensors = ("", []) if call.bias is None else call.bias.lower()
