@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .subject import Evidence, Scene, Subject, claim, finite, require
 
@@ -14,6 +17,21 @@ HALF = 0.05
 def _error(a: Tensor, b: Tensor) -> float:
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).norm() / b.norm().clamp_min(1e-6))
+
+
+def _limit(s: Subject, m: nn.Module, scene: Scene, x: Tensor, context: Tensor | None, plan: dict[str, Any]) -> float:
+    """What half precision may cost: :data:`HALF`, or more where the mechanism amplifies rounding of what it is given.
+
+    The latter is measured in float32, by moving inputs and weights by about one rounding.
+    """
+    with torch.no_grad():
+        y = s.y(m, x, context, scene, **plan)
+        moved = copy.deepcopy(m)
+        for i, p in enumerate(moved.parameters()):
+            p.mul_(1 + s.noise(p, 50 + i, 2.0**-9))
+        x = x * (1 + s.noise(x, 48, 2.0**-9))
+        context = None if context is None else context * (1 + s.noise(context, 49, 2.0**-9))
+        return max(HALF, 4 * _error(s.y(moved, x, context, scene, **plan), y))
 
 
 def _pair(s: Subject, scene: Scene) -> tuple[Tensor, Tensor | None]:
@@ -45,7 +63,7 @@ def float32(s: Subject) -> Evidence:
 @claim("bfloat16")
 def bfloat16(s: Subject) -> Evidence:
     """bfloat16 stays near float32 with the same (rounded) weights and inputs, and keeps its dtype."""
-    worst = 0.0
+    worst, limit = 0.0, HALF
     for scene in s.scenes:
         x, context = _pair(s, scene)
         m = s.fresh(torch.bfloat16)
@@ -56,16 +74,18 @@ def bfloat16(s: Subject) -> Evidence:
         y.float().square().sum().backward()
         assert x.grad is not None
         finite(x.grad, f"{scene.name}: the gradient in bfloat16")
-        error = _error(finite(y, f"{scene.name}: y"), s.y(m32, x.float(), _wide(context, torch.float32), scene, **plan))
-        require(error <= HALF, f"{scene.name}: bfloat16 is off by {error:.3f}", error, HALF)
+        wide, wide_context = x.detach().float(), _wide(context, torch.float32)
+        error = _error(finite(y, f"{scene.name}: y"), s.y(m32, wide, wide_context, scene, **plan))
+        limit = _limit(s, m32, scene, wide, wide_context, plan)
+        require(error <= limit, f"{scene.name}: bfloat16 is off by {error:.3f} (limit {limit:.3f})", error, limit)
         worst = max(worst, error)
-    return Evidence("bfloat16 stays near float32", worst, HALF)
+    return Evidence("bfloat16 stays near float32", worst, limit)
 
 
 @claim("autocast")
 def autocast(s: Subject) -> Evidence:
     """Under autocast forward and backward work, stay near float32 and leave float32 gradients."""
-    worst = 0.0
+    worst, limit = 0.0, HALF
     for scene in s.scenes:
         m, x, context = s.fresh(torch.float32), s.x(dtype=torch.float32), s.context(scene, dtype=torch.float32)
         plan = s.plan(m, x, context)
@@ -75,11 +95,12 @@ def autocast(s: Subject) -> Evidence:
             y = s.y(m, x, context, scene, **plan)
         require(y.dtype in (torch.float32, torch.bfloat16), f"{scene.name}: y is {y.dtype} under autocast")
         error = _error(finite(y, f"{scene.name}: y under autocast"), full)
-        require(error <= HALF, f"{scene.name}: autocast is off by {error:.3f}", error, HALF)
+        limit = _limit(s, m, scene, x.detach(), context, plan)
+        require(error <= limit, f"{scene.name}: autocast is off by {error:.3f} (limit {limit:.3f})", error, limit)
         y.float().square().sum().backward()
         for name, p in (("x", x), *m.named_parameters()):
             if p.grad is not None:
                 require(p.grad.dtype == torch.float32, f"{scene.name}: the gradient of {name} is {p.grad.dtype}")
                 finite(p.grad, f"{scene.name}: the gradient of {name}")
         worst = max(worst, error)
-    return Evidence("autocast works forward and backward", worst, HALF)
+    return Evidence("autocast works forward and backward", worst, limit)
