@@ -23,7 +23,7 @@ def made(tmp_path_factory):
         found = comparing.compare(
             ["softmax-attention", "bench_stubs:Identity", "bench_stubs:Quadratic", "bench_stubs:GridOnly"],
             out=out,
-            budget_minutes=0.2,
+            budget_minutes=5,  # plenty: the sizes above bound the work, so that a slow machine measures the same
             seeds=[0],
             settings=Settings(dim=16, depth=1, num_heads=2),
             quiet=True,
@@ -91,7 +91,7 @@ def test_every_mechanism_task_and_caveat_is_there(made):
         assert mechanism["label"] in text
     for task in found.results["tasks"].values():
         assert task["title"] in text and task["data"]["source"] in text and task["data"]["fingerprint"] in text
-    for words in ("tiny", "seeds 0", "budget 0.2 min", "no tuning per mechanism", "does not carry over"):
+    for words in ("tiny", "seeds 0", "budget 5 min", "no tuning per mechanism", "does not carry over"):
         assert words in text
     assert "causal-self is not among them" in text and "grid of rank 1" in text
     assert len(re.findall(r"N\^\d", text)) >= 8
