@@ -11,7 +11,7 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Tile:
         forbidden: ``(from, to, pairs)`` in columns of the tile; ``pairs`` (b, h, rows, to - from) is True where a pair
             may not meet, or ``None`` where it was too large to keep.
         empty: some row may look at nothing.
+        runs: the keys as ranges.
     """
 
     rows: tuple[int, int]
@@ -45,6 +46,19 @@ class Tile:
     width: int
     forbidden: tuple[tuple[int, int, Tensor | None], ...] = ()
     empty: bool = False
+    runs: tuple[tuple[int, int], ...] = ()
+
+    def columns(self, start: int, stop: int) -> Tile:
+        """The tile with only its columns ``start..stop-1``; ``forbidden`` is left to the caller."""
+        if isinstance(self.cols, slice):
+            return replace(self, cols=slice(self.cols.start + start, self.cols.start + stop), width=stop - start)
+        runs, at = [], 0
+        for a, z in self.runs:
+            lo, hi = max(a, a + start - at), min(z, a + stop - at)
+            if lo < hi:
+                runs.append((lo, hi))
+            at += z - a
+        return replace(self, cols=self.cols[start:stop], width=stop - start, runs=tuple(runs))
 
 
 @dataclass(frozen=True)
@@ -192,7 +206,7 @@ def build(pairs: Pairs, tq: int, tk: int = K_TILE) -> TileList:
                     same[key] = bad
             else:
                 forbidden.append((start, stop, None))
-        tiles.append(Tile(r, tile.cols, tile.width, tuple(forbidden), tile.empty))
+        tiles.append(replace(tile, forbidden=tuple(forbidden)))
     again = any(bad is None for t in tiles for _, _, bad in t.forbidden)
     return TileList(tuple(tiles), max([t.width for t in tiles], default=0), pairs if again else None)
 
@@ -265,7 +279,7 @@ def _tile(pairs: Pairs, rows: tuple[int, int], some: list[bool], every: list[boo
         cols: slice | Tensor = slice(*runs[0])
     else:
         cols = torch.cat([torch.arange(a, z, device=device) for a, z in runs])
-    return Tile(rows, cols, total, tuple(forbidden), empty)
+    return Tile(rows, cols, total, tuple(forbidden), empty, tuple((a, z) for a, z in runs))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -108,6 +108,8 @@ def _blocks(call: AttentionCall) -> Any:
 def run(call: AttentionCall) -> Tensor:
     """(B, H, N, Dv). Rows that may attend to nothing give zeros."""
     q, k, v = call.q, call.k, call.v
+    if q.device.type == "cpu":  # there it refuses tensors that want gradients even where none are recorded
+        q, k, v = q.detach(), k.detach(), v.detach()
     if k.shape[1] != v.shape[1]:
         k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
     return _compiled()(q, k, v, block_mask=_blocks(call), scale=call.scale, enable_gqa=k.shape[1] != q.shape[1])

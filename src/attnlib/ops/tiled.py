@@ -30,12 +30,19 @@ from ._call import AttentionCall
 
 NAME = "tiled"
 
-#: Rows of queries in one tile. Tall tiles make the products efficient, short ones compute less beyond a mask's rim:
-#: the cost of a pair is taken as ``1 + ROW_COST / rows``. Masks that hold tensors are lowered anew for new tensors, so
-#: theirs is not searched for.
+#: Rows of queries in one tile. Tall tiles make the products efficient, short ones compute less beyond a mask's rim: the
+#: cost of a pair is taken as ``1 + ROW_COST / rows``. Masks that hold tensors are lowered anew for new tensors, so no
+#: search is made for theirs.
 Q_TILES, UNKNOWN, ROW_COST = (64, 128, 256), 128, 18
-#: Bytes that one buffer of scores should not exceed, on the CPU (they stay in its cache) and elsewhere.
+#: Bytes that the scores of one batched product should not exceed, on the CPU (they stay in its cache) and elsewhere.
 CPU_BUFFER, OTHER_BUFFER = 4 << 20, 128 << 20
+#: Normalizers without statistics of the row need no whole rows: tiles of theirs may be taller and are cut into squarer
+#: pieces of about this many bytes per head.
+TALL, PIECE, PIECE_WIDTH = 1024, 1 << 20, 256
+#: From this many pairs per map on, samples and heads with masks of their own get tile lists of their own.
+PLANE_PAIRS = 1 << 18
+#: Gradients of gathered keys are added run by run while runs are at least this long on average.
+LONG_RUN = 64
 
 
 def supports(call: AttentionCall) -> str | None:
@@ -84,12 +91,16 @@ class _Chunk:
         return (self.b.stop - self.b.start) * (self.h.stop - self.h.start)
 
 
+_Forbidden = list[tuple[int, int, Tensor]]
+
+
 class _Problem:
     """One problem brought to the statistics dtype, with its tiles."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, q_pos: Tensor | None, k_pos: Tensor | None,
         mask_tensors: list[Tensor], bias_tensors: list[Tensor], mask: str, bias: str, normalizer: str, scale: float,
+        partial: bool,
     ):  # fmt: skip
         self.dtype = stats_dtype(q.dtype)
         self.batch, self.heads, self.n, self.dim = q.shape
@@ -105,7 +116,8 @@ class _Problem:
         )
         self._lower = (mask, mask_tensors, valid, q_pos, k_pos)
         self.buffer_bytes = CPU_BUFFER if self.device.type == "cpu" else OTHER_BUFFER
-        self.q_tile = q_tile_of(*self._lower, self.n, self.m)
+        self.piecewise = not self.normalizer.stats and not partial
+        self.q_tile = q_tile_of(*self._lower, self.n, self.m, self.piecewise)
         self._limits: dict[int, tuple[Tensor, Tensor]] = {}
 
     # ---- tiles
@@ -130,7 +142,10 @@ class _Problem:
     def _chunks(self, samples: range | list[int], head: int | None, width: int) -> list[_Chunk]:
         """Cut samples and heads so that the scores of one chunk fit the buffer."""
         gk, gv = self.heads // self.k_heads, self.heads // self.v_heads
-        fit = max(1, self.buffer_bytes // max(1, self.q_tile * width * self.dtype.itemsize))
+        one, limit = self.q_tile * width * self.dtype.itemsize, self.buffer_bytes
+        if self.piecewise and self.device.type == "cpu":
+            one, limit = min(one, PIECE), PIECE * torch.get_num_threads()  # each thread keeps one piece in its cache
+        fit = max(1, limit // max(1, one))
         if not samples:
             return []
         if head is not None:
@@ -156,6 +171,25 @@ class _Problem:
 
         return _Chunk(slice(b0, b1), slice(h0, h1), span(self.k_heads), span(self.v_heads))
 
+    def pieces(self, tiles: _tiles.TileList, tile: _tiles.Tile) -> list[tuple[_tiles.Tile, _Forbidden]]:
+        """The tile with its forbidden pairs: whole, or cut along the keys where the normalizer allows it."""
+        bad = tiles.forbidden(tile)
+        width = tile.width
+        if self.piecewise and self.device.type == "cpu":
+            width = max(PIECE_WIDTH, PIECE // (self.dtype.itemsize * (tile.rows[1] - tile.rows[0])))
+        if tile.width <= width:
+            return [(tile, bad)]
+        out = []
+        for start in range(0, tile.width, width):
+            stop = min(start + width, tile.width)
+            inside = [
+                (max(a, start) - start, min(z, stop) - start, pairs[..., max(a, start) - a : min(z, stop) - a])
+                for a, z, pairs in bad
+                if a < stop and z > start
+            ]
+            out.append((tile.columns(start, stop), inside))
+        return out
+
     # ---- scores
 
     def buffer(self) -> _Buffer:
@@ -172,9 +206,7 @@ class _Problem:
         part = x[groups]
         return part[:, tile.cols] if isinstance(tile.cols, slice) else part.index_select(1, tile.cols)
 
-    def scores(
-        self, buffer: Tensor, chunk: _Chunk, tile: _tiles.Tile, q: Tensor, k: Tensor, bad: list[tuple[int, int, Tensor]]
-    ) -> Tensor:
+    def scores(self, buffer: Tensor, chunk: _Chunk, tile: _tiles.Tile, q: Tensor, k: Tensor, bad: _Forbidden) -> Tensor:
         """(b, h, rows, width) in ``buffer``: scaled, biased, ``-inf`` where a pair may not meet."""
         torch.bmm(q, k.transpose(1, 2), out=buffer.view(q.shape[0], q.shape[1], tile.width))
         s = buffer.view(chunk.b.stop - chunk.b.start, -1, tile.rows[1] - tile.rows[0], tile.width)
@@ -214,23 +246,26 @@ class _Buffer:
         return self.memory[:size].view(shape)
 
 
-#: From this many pairs per map on, samples and heads with masks of their own get tile lists of their own.
-PLANE_PAIRS = 1 << 18
-
-
 def q_tile_of(
-    mask: str, tensors: list[Tensor], valid: Tensor | None, q_pos: Tensor | None, k_pos: Tensor | None, n: int, m: int
-) -> int:
+    mask: str, tensors: list[Tensor], valid: Tensor | None, q_pos: Tensor | None, k_pos: Tensor | None, n: int, m: int,
+    piecewise: bool,
+) -> int:  # fmt: skip
     """Rows of queries in one tile: the grain of the mask where it has one, fewer where a row of scores is long."""
     grain = _tiles.grain(mask, tensors)
     if grain is not None:
         tile = max(32, min(Q_TILES[-1], grain))
     elif not mask and valid is None:
-        tile = Q_TILES[-1]
+        return TALL if piecewise else _tall(m)
     elif tensors or valid is not None or q_pos is not None or k_pos is not None:
         tile = UNKNOWN
     else:
         tile = _best_q_tile(mask, n, m)
+    return tile if piecewise else min(tile, _tall(m))
+
+
+def _tall(m: int) -> int:
+    """Rows of a tile whose rows are ``m`` long: fewer for longer rows, so that the buffer does not grow without end."""
+    tile = Q_TILES[-1]
     while tile > 32 and tile * m > 1 << 22:
         tile //= 2
     return tile
@@ -260,28 +295,30 @@ def _forward(
     """Output (B, H, N, Dv) and, for ``partial``, the logarithm of the sum of weights (B, H, N)."""
     out, lse = _empty_outputs(q, v, partial)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        p = _Problem(q, k, v, valid, q_pos, k_pos, mask_tensors, bias_tensors, mask, bias, normalizer, scale)
+        p = _Problem(q, k, v, valid, q_pos, k_pos, mask_tensors, bias_tensors, mask, bias, normalizer, scale, partial)
         score_buffer, out_buffer = p.buffer(), p.buffer()
         for tiles, chunks in p.planes():
             for tile in tiles.tiles:
                 rows = slice(*tile.rows)
-                bad = tiles.forbidden(tile)
+                pieces = p.pieces(tiles, tile)
                 for chunk in chunks:
                     if tile.width == 0:
                         out[chunk.b, chunk.h, rows] = 0
                         if partial:
                             lse[chunk.b, chunk.h, rows] = float("-inf")
                         continue
-                    qs, ks = p.rows(q, chunk, tile, chunk.k, scale), p.keys(p.k, chunk.k, tile)
-                    memory = score_buffer(chunk.size * (tile.rows[1] - tile.rows[0]) * tile.width)
-                    s = p.scores(memory, chunk, tile, qs, ks, bad)
-                    if partial:
-                        lse[chunk.b, chunk.h, rows] = torch.logsumexp(s, -1)
-                    weights = p.normalizer.weights(s) if tile.empty or p.careful else p.normalizer.weights_(s)
+                    qs = p.rows(q, chunk, tile, chunk.k, scale)
                     groups = chunk.v.stop - chunk.v.start
-                    weights = weights.reshape(groups, -1, tile.width)
-                    o = out_buffer(groups, weights.shape[1], p.v_dim)
-                    torch.bmm(weights, p.keys(p.v, chunk.v, tile), out=o)
+                    o = out_buffer(groups, qs.shape[0] * qs.shape[1] // groups, p.v_dim)
+                    for i, (piece, bad) in enumerate(pieces):
+                        memory = score_buffer(qs.shape[0] * qs.shape[1] * piece.width)
+                        s = p.scores(memory, chunk, piece, qs, p.keys(p.k, chunk.k, piece), bad)
+                        if partial:
+                            lse[chunk.b, chunk.h, rows] = torch.logsumexp(s, -1)
+                        weights = p.normalizer.weights(s) if tile.empty or p.careful else p.normalizer.weights_(s)
+                        weights = weights.reshape(groups, -1, piece.width)
+                        vs = p.keys(p.v, chunk.v, piece)
+                        torch.bmm(weights, vs, out=o) if i == 0 else o.baddbmm_(weights, vs)
                     out[chunk.b, chunk.h, rows] = o.view(*s.shape[:3], p.v_dim)
     return out, lse
 
@@ -301,7 +338,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k and v, then one per bias tensor (empty where ``wanted`` says so)."""
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        p = _Problem(q, k, v, valid, q_pos, k_pos, mask_tensors, bias_tensors, mask, bias, normalizer, scale)
+        p = _Problem(q, k, v, valid, q_pos, k_pos, mask_tensors, bias_tensors, mask, bias, normalizer, scale, partial)
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         # Tokens last: the products that fill them then read the scores as they lie.
         dk, dv = (p.k.new_zeros(x.shape[0], x.shape[2], p.m) for x in (p.k, p.v))
@@ -312,33 +349,34 @@ def _backward(
         for tiles, chunks in p.planes():
             for tile in tiles.tiles:
                 rows = slice(*tile.rows)
-                bad = tiles.forbidden(tile)
+                pieces = p.pieces(tiles, tile)
                 for chunk in chunks:
                     if tile.width == 0:
                         dq[chunk.b, chunk.h, rows] = 0
                         continue
-                    qs, ks = p.rows(q, chunk, tile, chunk.k, scale), p.keys(p.k, chunk.k, tile)
-                    size = chunk.size * (tile.rows[1] - tile.rows[0]) * tile.width
-                    s = p.scores(score_buffer(size), chunk, tile, qs, ks, bad)
-                    go, vs = p.rows(grad, chunk, tile, chunk.v), p.keys(p.v, chunk.v, tile)
-                    dw = grad_buffer(go.shape[0], go.shape[1], tile.width)
-                    torch.bmm(go, vs.transpose(1, 2), out=dw)
-                    if tile.empty or p.careful:
-                        weights = p.normalizer.weights(s)
-                        ds = p.normalizer.backward(s, weights, dw.view(s.shape))
-                    else:
-                        weights, ds = p.normalizer.adjoint_(s, dw.view(s.shape))
-                    if lse_grad is not None:
-                        ds.addcmul_(weights, lse_grad[chunk.b, chunk.h, rows].unsqueeze(-1))
-                    _add_keys(dv, chunk.v, tile, weights.view(go.shape[0], -1, tile.width), go)
-                    if p.bias is not None and any(wanted):
-                        parts = _grad_parts(p.bias, bias_grads, chunk)
-                        p.bias.part(chunk.b, chunk.h).add_grad(parts, rows, tile.cols, ds)
-                    ds = ds.view(qs.shape[0], -1, tile.width)
+                    qs, go = p.rows(q, chunk, tile, chunk.k, scale), p.rows(grad, chunk, tile, chunk.v)
                     row = row_buffer(*qs.shape)
-                    torch.bmm(ds, ks, out=row)
+                    for i, (piece, bad) in enumerate(pieces):
+                        ks, vs = p.keys(p.k, chunk.k, piece), p.keys(p.v, chunk.v, piece)
+                        memory = score_buffer(qs.shape[0] * qs.shape[1] * piece.width)
+                        s = p.scores(memory, chunk, piece, qs, ks, bad)
+                        dw = grad_buffer(go.shape[0], go.shape[1], piece.width)
+                        torch.bmm(go, vs.transpose(1, 2), out=dw)
+                        if tile.empty or p.careful:
+                            weights = p.normalizer.weights(s)
+                            ds = p.normalizer.backward(s, weights, dw.view(s.shape))
+                        else:
+                            weights, ds = p.normalizer.adjoint_(s, dw.view(s.shape))
+                        if lse_grad is not None:
+                            ds.addcmul_(weights, lse_grad[chunk.b, chunk.h, rows].unsqueeze(-1))
+                        _add_keys(dv, chunk.v, piece, weights.view(go.shape[0], -1, piece.width), go)
+                        if p.bias is not None and any(wanted):
+                            parts = _grad_parts(p.bias, bias_grads, chunk)
+                            p.bias.part(chunk.b, chunk.h).add_grad(parts, rows, piece.cols, ds)
+                        ds = ds.view(qs.shape[0], -1, piece.width)
+                        _add_keys(dk, chunk.k, piece, ds, qs)
+                        torch.bmm(ds, ks, out=row) if i == 0 else row.baddbmm_(ds, ks)
                     torch.mul(row.view(*s.shape[:3], p.dim), scale, out=dq[chunk.b, chunk.h, rows])
-                    _add_keys(dk, chunk.k, tile, ds, qs)
         return [
             dq, _tokens_first(dk, k), _tokens_first(dv, v),
             *(t.new_empty(0) if g is None else g.to(t.dtype) for t, g in zip(bias_tensors, bias_grads, strict=True)),
@@ -349,6 +387,11 @@ def _add_keys(into: Tensor, groups: slice, tile: _tiles.Tile, weights: Tensor, r
     """``into[groups, :, keys of the tile] += rows^T weights``."""
     if isinstance(tile.cols, slice):
         into[groups, :, tile.cols].baddbmm_(rows.transpose(1, 2), weights)
+    elif tile.width >= LONG_RUN * len(tile.runs):
+        at = 0
+        for start, stop in tile.runs:
+            into[groups, :, start:stop].baddbmm_(rows.transpose(1, 2), weights[:, :, at : at + stop - start])
+            at += stop - start
     else:
         into[groups].index_add_(2, tile.cols, torch.bmm(rows.transpose(1, 2), weights))
 
@@ -418,14 +461,17 @@ tiled_attention.register_autograd(_autograd, setup_context=_setup_context)
 # Counting
 
 
-def _area(q: Any, k: Any, valid: Any, q_pos: Any, k_pos: Any, tensors: list[Any], mask: str) -> int:
+def _area(
+    q: Any, k: Any, valid: Any, q_pos: Any, k_pos: Any, tensors: list[Any], mask: str, normalizer: str, partial: bool
+) -> int:
     """Pairs computed over all samples and heads; all of them where a mask's contents are not known."""
     batch, heads, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     known = [t for t in (valid, q_pos, k_pos, *tensors) if t is not None]
     if (not mask and not known) or any(type(t) is not Tensor or t.device.type == "meta" for t in known):
         return batch * heads * n * m
     device = known[0].device if known else torch.device("cpu")
-    tile = q_tile_of(mask, tensors, valid, q_pos, k_pos, n, m)
+    piecewise = not raise_normalizer(normalizer).stats and not partial
+    tile = q_tile_of(mask, tensors, valid, q_pos, k_pos, n, m, piecewise)
     planes = _tiles.planes(mask, tensors, valid, q_pos, k_pos)
     if planes == (1, 1) or n * m < PLANE_PAIRS:
         return batch * heads * _tiles.lowered(mask, tensors, n, m, tile, device, valid, q_pos, k_pos).area()
@@ -440,18 +486,18 @@ def _area(q: Any, k: Any, valid: Any, q_pos: Any, k_pos: Any, tensors: list[Any]
 @register_flop_formula(torch.ops.attnlib.tiled_attention, get_raw=True)
 def _forward_flops(
     q: Any, k: Any, v: Any, valid: Any, q_pos: Any, k_pos: Any, mask_tensors: Any, bias_tensors: Any, mask: str,
-    *rest: Any, **kwargs: Any,
+    bias: str, normalizer: str, scale: float, partial: bool, **kwargs: Any,
 ) -> int:  # fmt: skip
     with torch.utils._python_dispatch._disable_current_modes():
-        area = _area(q, k, valid, q_pos, k_pos, mask_tensors, mask)
+        area = _area(q, k, valid, q_pos, k_pos, mask_tensors, mask, normalizer, partial)
     return 2 * area * (q.shape[3] + v.shape[3])
 
 
 @register_flop_formula(torch.ops.attnlib.tiled_attention_backward, get_raw=True)
 def _backward_flops(
     grad: Any, lse_grad: Any, q: Any, k: Any, v: Any, valid: Any, q_pos: Any, k_pos: Any, mask_tensors: Any,
-    bias_tensors: Any, mask: str, *rest: Any, **kwargs: Any,
+    bias_tensors: Any, mask: str, bias: str, normalizer: str, scale: float, partial: bool, wanted: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     with torch.utils._python_dispatch._disable_current_modes():
-        area = _area(q, k, valid, q_pos, k_pos, mask_tensors, mask)
+        area = _area(q, k, valid, q_pos, k_pos, mask_tensors, mask, normalizer, partial)
     return 2 * area * (3 * q.shape[3] + 2 * v.shape[3])
