@@ -296,6 +296,7 @@ class _Work:
         self.row = torch.arange(self.rows, device=self.device)
         self.k_base = self.base(self.k_heads)
         self.v_base = self.k_base if self.k_heads == self.v_heads else self.base(self.v_heads)
+        self.zero = self.q.new_zeros(())
         self.valid = valid
         self.q_pos, self.k_pos = q_pos, k_pos
         self.mask = masks.raise_mask(mask, mask_tensors) if mask else None
@@ -362,6 +363,11 @@ class _Work:
         b, h = head_row // self.heads, head_row % self.heads
         return (b * heads + h // (self.heads // heads)) * self.nk
 
+    def places(self, rows: slice | Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the chosen blocks stand in ``self.k`` and ``self.v``."""
+        at_k = (self.k_base[rows].unsqueeze(-1) + index).view(-1)
+        return at_k, at_k if self.v_base is self.k_base else (self.v_base[rows].unsqueeze(-1) + index).view(-1)
+
     def gather(self, name: str, source: Tensor, flat: Tensor) -> Tensor:
         """The chosen blocks as (r * width, k_block * D)."""
         return torch.index_select(source, 0, flat, out=self.buffer(name, flat.numel(), source.shape[1]))
@@ -424,7 +430,7 @@ class _Work:
     ) -> tuple[Tensor, list[tuple[int, Tensor]]]:
         """Scores (r, Q, K) of queries (r, Q, D) and keys (r, K, D), and the bias's gathers."""
         s = self.buffer("s", q.shape[0], q.shape[1], k.shape[1])
-        torch.baddbmm(s.new_zeros(()).expand_as(s), q, k.transpose(1, 2), beta=0, alpha=self.scale, out=s)
+        torch.baddbmm(self.zero.expand_as(s), q, k.transpose(1, 2), beta=0, alpha=self.scale, out=s)
         gathers = [] if self.plain else self.finish_scores(s, *self.where(rows, part, index), keep)
         return s, gathers
 
@@ -435,8 +441,9 @@ class _Work:
         for rows, width in self.pieces():
             index, keep = self.select(rows, width)
             r, span = index.shape[0], width * self.k_block
-            k = self.gather("k", self.k, (self.k_base[rows, None] + index).view(-1)).view(r, span, self.d)
-            v = self.gather("v", self.v, (self.v_base[rows, None] + index).view(-1)).view(r, span, self.dv)
+            at_k, at_v = self.places(rows, index)
+            k = self.gather("k", self.k, at_k).view(r, span, self.d)
+            v = self.gather("v", self.v, at_v).view(r, span, self.dv)
             for part in parts:
                 s, _ = self.scores(self.q[rows, part], k, rows, part, index, keep)
                 top = s.amax(-1, keepdim=True) if need_lse or self.masked else None
@@ -464,7 +471,7 @@ class _Work:
         for rows, width in self.pieces():
             index, keep = self.select(rows, width)
             r, span = index.shape[0], width * self.k_block
-            at_k, at_v = ((base[rows, None] + index).view(-1) for base in (self.k_base, self.v_base))
+            at_k, at_v = self.places(rows, index)
             k = self.gather("k", self.k, at_k).view(r, span, self.d)
             v = self.gather("v", self.v, at_v).view(r, span, self.dv)
             for part in parts:
@@ -513,7 +520,7 @@ class _Work:
         at_v = (b * self.v_heads + h // (self.heads // self.v_heads)) * self.nk + block
         k = self.k[at_k].view(self.k_block, self.d)
         s = self.buffer("s", q.shape[0], self.k_block)
-        torch.addmm(s.new_zeros(()).expand_as(s), q, k.t(), beta=0, alpha=self.scale, out=s)
+        torch.addmm(self.zero.expand_as(s), q, k.t(), beta=0, alpha=self.scale, out=s)
         gathers: list[tuple[int, Tensor]] = []
         if not self.plain:
             inner = torch.arange(self.q_block, device=self.device)
