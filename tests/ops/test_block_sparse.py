@@ -2,9 +2,11 @@
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils import _pytree as pytree
 
 from attnlib import masks, positions, use_backend
@@ -18,6 +20,8 @@ from attnlib.ops.block_sparse import (
     block_sparse_partial,
     gather_blocks,
 )
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def tensors(batch, q_heads, k_heads, v_heads, n, m, d=5, dv=7, dtype=torch.float64, grad=True):
@@ -129,6 +133,22 @@ def test_low_precision_inputs_keep_float32_statistics(order):
     exact = attention(q.double(), k.double(), v.double(), mask=plan.mask(), backend="eager")
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, exact.bfloat16(), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("order", ["queries", "keys"])
+def test_autocast_rounds_the_inputs_and_nothing_inside(order):
+    torch.manual_seed(17)
+    inputs = tensors(1, 2, 2, 2, 32, 32, dtype=torch.float32)
+    plan = random_plan(1, 2, 32, 32, 4, 4, 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block_sparse_attention(*inputs, plan, order=order)
+        grads = torch.autograd.grad(out.float().square().sum(), inputs)
+    low = [t.detach().bfloat16().requires_grad_() for t in inputs]
+    expected = block_sparse_attention(*low, plan, order=order)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, atol=0, rtol=0)
+    for a, b in zip(grads, torch.autograd.grad(expected.float().square().sum(), low), strict=True):
+        torch.testing.assert_close(a, b.float(), atol=0, rtol=0)
 
 
 def test_tall_query_blocks_run_in_parts():
@@ -417,6 +437,16 @@ def test_threshold_takes_the_fewest_blocks_that_meet_it(per, weigh):
             assert weight[extra].min() >= weight[~got].max()
         else:
             assert weight[must].sum() >= 0.4 - 1e-5
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("per", ["row", "block", "head", "all"])
+def test_threshold_selection_equals_the_authors_of_vmoba(per, threshold):
+    recorded = load_file(FIXTURES / "vmoba-selection.safetensors")
+    scores = recorded["gate"].permute(1, 2, 0)[None]  # theirs is (blocks, heads, queries)
+    own = own_blocks(24, 1, 4)
+    plan = threshold_blocks(scores, threshold, 1, 4, 24, forced=own, per=per, at_least=1)
+    assert torch.equal(plan.chosen()[0].permute(2, 0, 1), recorded[f"{per}/{threshold}"])
 
 
 def test_threshold_is_monotone_and_1_is_dense():
