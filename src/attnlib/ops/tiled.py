@@ -33,7 +33,7 @@ NAME = "tiled"
 #: Rows of queries in one tile. Tall tiles make the products efficient, short ones compute less beyond a mask's rim: the
 #: cost of a pair is taken as ``1 + ROW_COST / rows``. Masks that hold tensors are lowered anew for new tensors, so no
 #: search is made for theirs.
-Q_TILES, UNKNOWN, ROW_COST = (64, 128, 256), 128, 18
+Q_TILES, UNKNOWN, ROW_COST = (64, 128, 256), 128, 12
 #: Bytes that the scores of one batched product should not exceed, on the CPU (they stay in its cache) and elsewhere.
 CPU_BUFFER, OTHER_BUFFER = 4 << 20, 128 << 20
 #: Normalizers without statistics of the row need no whole rows: tiles of theirs may be taller and are cut into squarer
@@ -273,9 +273,14 @@ def _tall(m: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def _best_q_tile(mask: str, n: int, m: int) -> int:
-    """The cheapest of :data:`Q_TILES` for a mask without tensors."""
+    """The cheapest of :data:`Q_TILES` for a mask without tensors, by its bounds of tiles alone."""
     pairs = _tiles.Pairs(n, m, torch.device("cpu"), raise_mask(mask))
-    return min(Q_TILES, key=lambda tile: _tiles.build(pairs, tile).area() * (1 + ROW_COST / tile))
+
+    def cost(tile: int) -> float:
+        some, _ = pairs.classes(tile, _tiles.K_TILE // 2)  # finer than the tiles of keys, since ranges get trimmed
+        return float(some.sum()) * tile * (1 + ROW_COST / tile)
+
+    return min(Q_TILES, key=cost)
 
 
 # --------------------------------------------------------------------------------------------------------------------
