@@ -137,10 +137,8 @@ class AgentCore(nn.Module):
             size = [side * self.reduction for side in kv_grid]
             values = F.interpolate(values.movedim(-1, 1), size=size, mode="bilinear").movedim(1, -1)
             values = zero_invalid(crop_grid(values, grid), there)
-        local = flatten_grid(self.dwc(values))[0]
-        if before + after:
-            return torch.cat([out[:, :before], out[:, inside] + local, out[:, before + n :]], 1)
-        return out + local
+        out[:, inside].add_(flatten_grid(self.dwc(values))[0])
+        return out
 
 
 @register("agent-attention", "agent")
