@@ -80,13 +80,17 @@ class SigmoidAttention(SoftmaxAttention):
 
     def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
         v = self.v_norm(v)
-        bias = 0.0 if self.attn_bias is None else self.attn_bias
+        bias, scale = self.attn_bias or 0.0, self.scale
         if self.attn_bias is None:
-            n, m = q.shape[2], k.shape[2]
-            count = visible_keys(call["mask"], n, m, call["valid"], call["q_pos"], q.device)
-            rows = -torch.log(count.clamp(min=1).to(stats_dtype(q.dtype))).expand(-1, -1, -1, m)
-            call["bias"] = rows if call["bias"] is None else call["bias"].dense() + rows
-        result = attention(q, k, v, scale=self.scale, normalizer=Sigmoid(bias), **call)
+            # Two more channels carry the row's bias, coarse and rest (so that half precision keeps its digits), against
+            # ones in the keys: no (N, M) map appears.
+            count = visible_keys(call["mask"], q.shape[2], k.shape[2], call["valid"], call["q_pos"], q.device)
+            rows = -torch.log(count.clamp(min=1).to(stats_dtype(q.dtype)))
+            coarse = rows.to(q.dtype)
+            rows = torch.cat([coarse, (rows - coarse).to(q.dtype)], -1)
+            q = torch.cat([q * scale, rows.expand(*q.shape[:3], 2)], -1)
+            k, scale = torch.cat([k, k.new_ones(*k.shape[:3], 2)], -1), 1.0
+        result = attention(q, k, v, scale=scale, normalizer=Sigmoid(bias), **call)
         if self.row_norm == "none":
             return result
         out, *rest = result if isinstance(result, tuple) else (result,)

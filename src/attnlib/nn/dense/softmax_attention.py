@@ -57,7 +57,7 @@ class SoftmaxAttention(Mechanism):
         layout=True,
         streaming=True,
         work={"N": 2},
-        memory={"N": 2},
+        memory={"N": 1},
         permutation_equivariant=True,
         weights=True,
     )

@@ -101,9 +101,10 @@ class DiffQKVAttention(SoftmaxAttention):
 
     @property
     def traits(self) -> Traits:
-        return super().traits.but(needs_plan=self.v_keep is not None)
+        selective = self.v_keep is not None  # the largest scores are searched in the whole map
+        return super().traits.but(needs_plan=selective, memory={"N": 2 if selective else 1})
 
-    class_traits = SoftmaxAttention.class_traits.but(needs_plan=True)
+    class_traits = SoftmaxAttention.class_traits.but(needs_plan=True, memory={"N": 2})
 
     @property
     def cache_size(self) -> int:

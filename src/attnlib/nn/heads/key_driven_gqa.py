@@ -127,6 +127,7 @@ class KeyDrivenGQA(SoftmaxAttention):
         )
         if self._adaptive and not self.causal:
             changes["traceable"] = False  # the groups are counted in Python
+            changes["mask"] = False  # the groups follow all keys, also those that a row's mask hides
         return traits.but(**changes)
 
     # ---- the choice

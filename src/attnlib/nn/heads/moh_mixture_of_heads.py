@@ -91,7 +91,7 @@ class MixtureOfHeads(SoftmaxAttention):
             return self.wg(x).softmax(-1)
         norms = q[:, self.shared_heads :].norm(dim=-1).transpose(1, 2)
         # one routed head has no spread; its probability is one whatever the scale
-        return (norms / norms.std(-1, keepdim=True) if self.routed_heads > 1 else norms).softmax(-1)
+        return (norms / norms.std(-1, keepdim=True) if self.routed_heads > 1 and len(norms) else norms).softmax(-1)
 
     def _choose(self, p: Tensor) -> Plan:
         return Plan("routed-heads", {"index": p.topk(self.active_heads, -1).indices}, (("N", p.shape[1]),))

@@ -54,7 +54,11 @@ class S2Attention(SoftmaxAttention):
     """
 
     class_traits = SoftmaxAttention.class_traits.but(
-        patterns=frozenset({"causal-self"}), grid_ranks=frozenset({1}), permutation_equivariant=False, layout=False
+        patterns=frozenset({"causal-self"}),
+        grid_ranks=frozenset({1}),
+        permutation_equivariant=False,
+        layout=False,
+        memory={"N": 2},
     )
 
     def __init__(

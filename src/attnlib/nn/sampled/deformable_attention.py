@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...grids import Layout
 from ...ops.sampled import deformable_attention
-from ...types import Output, Traits, check_choice
+from ...types import Output, Traits, check_choice, stats_dtype
 from ..base import Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
@@ -178,7 +178,8 @@ class DeformableAttention(Mechanism):
     def _default_reference(self, x: Tensor, layout: Layout | None) -> Tensor:
         """(B, N, r) reference points when none were carried in."""
         if self.reference is not None:
-            return self.reference(x.flatten(1, -2)).sigmoid()
+            points = self.reference(x.flatten(1, -2))
+            return points.to(stats_dtype(points.dtype)).sigmoid()  # half precision would miss a pixel by a fraction
         grids = [tuple(x.shape[1:-1])] if layout is None else [layout.grid(n) for n in layout.names]
         if any(len(g) != self.axes for g in grids):
             raise ValueError(f"reference='grid' needs queries on grids of rank {self.axes}, got {grids}")

@@ -77,6 +77,7 @@ class DeformableAttention3D(DeformableAttention):
         memory={"N": 1},
     )
     axes = 3
+    example = {"grid": (3, 4), "context_grid": (4, 3)}
 
     def __init__(
         self,
