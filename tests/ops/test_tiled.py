@@ -240,6 +240,19 @@ def test_lowering_is_remembered_but_never_stale():
         torch.testing.assert_close(
             attention(q, k, v, mask=allowed, backend="tiled"), attention(q, k, v, mask=allowed, backend="eager")
         )
+    before = len(_tiles._cache)
+    del allowed
+    assert len(_tiles._cache) < before
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr(_tiles, "CACHE_LISTS", 3)
+    for window in range(3, 9):
+        _tiles.lowered(*M.sliding_window(window).lower(), N, N, 40, torch.device("cpu"))
+    assert len(_tiles._cache) == 3
+    monkeypatch.setattr(_tiles, "CACHE_PAIRS", 0)
+    _tiles.lowered(*M.causal().lower(), N, N, 40, torch.device("cpu"))
+    assert len(_tiles._cache) == 0
 
 
 # ---- memory

@@ -7,7 +7,9 @@ the numbers of the keys it wants, and the few column ranges in which some pairs 
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -156,11 +158,13 @@ class TileList:
         tiles: the tiles.
         width: of the widest.
         pairs: what decides pairs again, where some were too many to keep.
+        kept: number of pairs kept in masks.
     """
 
     tiles: tuple[Tile, ...]
     width: int
     pairs: Pairs | None = None
+    kept: int = 0
 
     def forbidden(self, tile: Tile) -> list[tuple[int, int, Tensor]]:
         """The undecided columns of a tile with their pairs."""
@@ -208,7 +212,7 @@ def build(pairs: Pairs, tq: int, tk: int = K_TILE) -> TileList:
                 forbidden.append((start, stop, None))
         tiles.append(replace(tile, forbidden=tuple(forbidden)))
     again = any(bad is None for t in tiles for _, _, bad in t.forbidden)
-    return TileList(tuple(tiles), max([t.width for t in tiles], default=0), pairs if again else None)
+    return TileList(tuple(tiles), max([t.width for t in tiles], default=0), pairs if again else None, kept)
 
 
 def _tile(pairs: Pairs, rows: tuple[int, int], some: list[bool], every: list[bool], tk: int) -> Tile:
@@ -287,7 +291,9 @@ def _tile(pairs: Pairs, rows: tuple[int, int], some: list[bool], every: list[boo
 
 _Entry = tuple[list[Any], TileList]
 _cache: OrderedDict[Any, _Entry] = OrderedDict()
-_CACHE_SIZE = 64
+_lock = threading.RLock()  # backward passes may run in threads of their own
+#: Lists remembered, and pairs that their masks may hold together.
+CACHE_LISTS, CACHE_PAIRS = 64, 1 << 28
 
 
 def lowered(
@@ -308,17 +314,25 @@ def lowered(
     key: Any = None
     if not any(t.is_inference() for t in sources):
         key = (spec, n, m, tq, str(device), places, plane, tuple((id(t), t._version) for t in sources))
-        found = _cache.get(key)
-        if found is not None and all(ref() is t for ref, t in zip(found[0], sources, strict=True)):
-            _cache.move_to_end(key)
-            return found[1]
+        with _lock:
+            found = _cache.get(key)
+            if found is not None and all(ref() is t for ref, t in zip(found[0], sources, strict=True)):
+                _cache.move_to_end(key)
+                return found[1]
     pairs = Pairs(n, m, device, raise_mask(spec, tensors) if spec else None, valid, lift(q_pos), lift(k_pos))
     tiles = build(pairs if plane is None else pairs.plane(*plane), tq)
     if key is not None:
-        _cache[key] = ([weakref.ref(t) for t in sources], tiles)
-        if len(_cache) > _CACHE_SIZE:
-            _cache.popitem(last=False)
+        with _lock:
+            # An id means a tensor only while it lives.
+            _cache[key] = ([weakref.ref(t, functools.partial(_forget, key)) for t in sources], tiles)
+            while len(_cache) > CACHE_LISTS or sum(held.kept for _, held in _cache.values()) > CACHE_PAIRS:
+                _cache.popitem(last=False)
     return tiles
+
+
+def _forget(key: Any, _: Any) -> None:
+    with _lock:
+        _cache.pop(key, None)
 
 
 def lift(pos: Tensor | None) -> Tensor | None:
