@@ -9,7 +9,13 @@ ROWS = [
         symbols={"topk": ((4, {"topk": 4}), (8, {"topk": 8}), (16, {"topk": 16}))},
     ),
     Case("biformer", dict(dim=8, num_heads=2, n_win=(2, 3), topk=2, qk_dim=4), (4, 6), "rectangular"),
-    Case("biformer", dict(dim=8, num_heads=2, n_win=2, topk=2, kv_downsample="avgpool", kv_downsample_ratio=2), (8, 8), "avgpool", odd_grid=(10, 8)),
+    Case(
+        "biformer",
+        dict(dim=8, num_heads=2, n_win=2, topk=2, kv_downsample="avgpool", kv_downsample_ratio=2),
+        (8, 8),
+        "avgpool",
+        odd_grid=(10, 8),
+    ),
     Case(
         "biformer",
         dict(dim=8, num_heads=2, n_win=2, topk=2, soft_routing=True, diff_routing=True, param_routing=True,
