@@ -18,11 +18,20 @@ ROWS = [
     ),
     Case(
         "biformer",
-        dict(dim=8, num_heads=2, n_win=2, topk=2, soft_routing=True, diff_routing=True, param_routing=True,
-             kv_downsample="ada_maxpool", kv_per_win=2),
+        dict(
+            dim=8,
+            num_heads=2,
+            n_win=2,
+            topk=2,
+            soft_routing=True,
+            diff_routing=True,
+            param_routing=True,
+            kv_downsample="ada_maxpool",
+            kv_per_win=2,
+        ),
         (8, 8),
         "soft",
     ),
     Case("biformer", dict(dim=8, num_heads=2, n_win=3, topk=2, compat="authors"), (7, 8), "authors"),
     Case("biformer", dict(dim=8, num_heads=2, n_win=3, topk=2, compat="authors-nchw"), (7, 8), "authors-nchw"),
-]  # fmt: skip
+]
