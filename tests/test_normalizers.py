@@ -15,6 +15,11 @@ KINDS = [
     Z.SoftplusL1(),
     Z.Uniform(),
     Z.Uniform(0.3),
+    Z.Activated(),
+    Z.Activated("exp"),
+    Z.Activated("relu", l1=False),
+    Z.Activated("elu1"),
+    Z.Activated("softplus", power=3.0, offset=0.5),
 ]
 
 

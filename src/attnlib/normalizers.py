@@ -218,6 +218,18 @@ class SoftplusL1(Normalizer):
         total = torch.where(total == 0, torch.ones_like(total), total)
         return torch.sigmoid(scores) * (grad - (weights * grad).sum(-1, keepdim=True)) / total
 
+    def weights_(self, scores: Tensor) -> Tensor:
+        total = torch.ops.aten.softplus.out(scores, 1, 20, out=scores).sum(-1, keepdim=True)
+        return scores.div_(total.masked_fill_(total == 0, 1))
+
+    def adjoint_(self, scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        weights = torch.nn.functional.softplus(scores)
+        total = weights.sum(-1, keepdim=True)
+        weights.div_(total.masked_fill_(total == 0, 1))
+        slope = scores.sigmoid_()
+        product = torch.mul(weights, grad)
+        return weights, grad.sub_(product.sum(-1, keepdim=True)).mul_(slope).div_(total)
+
 
 @dataclass(frozen=True)
 class Uniform(Normalizer):

@@ -217,6 +217,7 @@ def _suite_normalizers(record: _Recorder, n: int = 4096) -> None:
         "tiled softmax": dict(backend="tiled"),
         "tiled sigmoid": dict(backend="tiled", normalizer=Sigmoid(sigmoid_bias(n))),
         "tiled relu": dict(backend="tiled", normalizer="relu"),
+        "tiled softplus_l1": dict(backend="tiled", normalizer="softplus_l1"),
         "tiled clipped_softmax": dict(backend="tiled", normalizer="clipped_softmax"),
         "eager sigmoid": dict(backend="eager", normalizer=Sigmoid(sigmoid_bias(n))),
         "eager clipped_softmax": dict(backend="eager", normalizer="clipped_softmax"),
