@@ -34,7 +34,8 @@ NAME = "tiled"
 #: cost of a pair is taken as ``1 + ROW_COST / rows``. Masks that hold tensors are lowered anew for new tensors, so no
 #: search is made for theirs.
 Q_TILES, UNKNOWN, ROW_COST = (64, 128, 256), 128, 12
-#: Bytes that the scores of one batched product should not exceed, on the CPU (they stay in its cache) and elsewhere.
+#: Bytes that the scores of one batched product should not exceed, on the CPU per thread (they stay in its cache) and
+#: elsewhere.
 CPU_BUFFER, OTHER_BUFFER = 4 << 20, 128 << 20
 #: Normalizers without statistics of the row need no whole rows: tiles of theirs may be taller and are cut into squarer
 #: pieces of about this many bytes per head.
@@ -115,7 +116,8 @@ class _Problem:
             bool(torch.isfinite(t).all()) for t in bias_tensors if t.is_floating_point()
         )
         self._lower = (mask, mask_tensors, valid, q_pos, k_pos)
-        self.buffer_bytes = CPU_BUFFER if self.device.type == "cpu" else OTHER_BUFFER
+        self.threads = min(torch.get_num_threads(), 16) if self.device.type == "cpu" else 1
+        self.buffer_bytes = CPU_BUFFER * self.threads if self.device.type == "cpu" else OTHER_BUFFER
         self.piecewise = not self.normalizer.stats and not partial
         self.q_tile = q_tile_of(*self._lower, self.n, self.m, self.piecewise)
         self._limits: dict[int, tuple[Tensor, Tensor]] = {}
@@ -144,7 +146,7 @@ class _Problem:
         gk, gv = self.heads // self.k_heads, self.heads // self.v_heads
         one, limit = self.q_tile * width * self.dtype.itemsize, self.buffer_bytes
         if self.piecewise and self.device.type == "cpu":
-            one, limit = min(one, PIECE), PIECE * torch.get_num_threads()  # each thread keeps one piece in its cache
+            one, limit = min(one, PIECE), PIECE * self.threads  # each thread keeps one piece in its cache
         fit = max(1, limit // max(1, one))
         if not samples:
             return []
