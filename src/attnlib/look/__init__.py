@@ -1,0 +1,1 @@
+"""Looking at attention: what is recorded through the hook protocol, in bounded memory, and drawn."""
