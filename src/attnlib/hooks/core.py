@@ -265,6 +265,10 @@ class Intervention:
     def prepare(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Called once before anything is attached, with the sites this intervention will act on."""
 
+    def on_attach(self, session: Session) -> None:
+        """Called once when everything is attached, to watch more of the model than attention: what is changed or
+        hooked goes through ``session.undo``, ``session.set_attribute`` or ``session.hook``."""
+
     def edit_rows(self, site: Site) -> Tensor | None:
         """(r,) query rows that ``on_scores`` and ``on_weights`` may change; ``None`` for all."""
         return None
@@ -883,4 +887,11 @@ def attach(
     _sessions[model] = session
     for i in interventions:
         i._owner = session
+    try:
+        for i in interventions:
+            if not i.identity:
+                i.on_attach(session)
+    except BaseException:
+        session.detach()
+        raise
     return session
