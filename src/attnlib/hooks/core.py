@@ -125,7 +125,7 @@ class Site:
         n_keys: M of this call.
         mask: which pairs may meet.
         q_pos: (N,) slots of the queries in the sequence.
-        k_pos: (M,), or (B, kv_heads, M) in an evicted cache, slots of the keys.
+        k_pos: (M,), or (B, kv_heads, M) in an evicted cache, slots of the keys; -1 where a head holds no key.
         q_types: (B, N) token types, see :mod:`attnlib.hooks.tokens`.
         k_types: (B, M), or (B, kv_heads, M) in an evicted cache.
         q_layout: what the queries are.
@@ -139,6 +139,9 @@ class Site:
         offset: tokens of the sequence before the first query, counted by the cache.
         rotary: whether q and k carry rotary positions already; ``None`` when the model has none or it is not known.
         training: the model is in training mode.
+        memory: in ``on_cache``, named tensors with the batch first that the cache layer carries along: they are
+            reordered, repeated and selected with it. Kept only in a layer that lost keys or is evicted while decoding.
+        evicted_at: tokens seen when keys of this cache layer were last chosen; ``None`` when they never were.
     """
 
     layer: int
@@ -166,6 +169,8 @@ class Site:
     offset: int = 0
     rotary: bool | None = None
     training: bool = False
+    memory: dict[str, Tensor] | None = None
+    evicted_at: int | None = None
 
     def but(self, **changes: Any) -> Site:
         """A copy with some fields changed."""
@@ -186,7 +191,8 @@ class Site:
             raise ValueError(f"layer {self.layer} ({self.name}): positions of the keys are not known")
         if self.k_pos.dim() == 1:
             return values.index_select(-1, self.k_pos)[:, None]
-        picked = values[:, None].expand(-1, self.k_pos.shape[1], -1).gather(-1, self.k_pos)
+        picked = values[:, None].expand(-1, self.k_pos.shape[1], -1).gather(-1, self.k_pos.clamp(min=0))
+        picked = picked.masked_fill(self.k_pos < 0, 0)
         return picked.repeat_interleave(self.heads // self.kv_heads, 1)
 
     def key_types(self) -> Tensor:
@@ -226,7 +232,10 @@ class Intervention:
     ``on_output(site, out)``
         (B, H, N, Dv) before the output projection.
     ``on_cache(site, q, k, v)``
-        after prefill: (B, Hk, K) ascending indices of the keys to keep, or ``None`` for all.
+        after prefill: (B, Hk, K) ascending indices of the keys to keep, or ``None`` for all; -1 on the left of heads
+        that keep fewer. ``{layer: indices}`` answers for this layer and for earlier ones of the same call. With
+        ``while_decoding`` it is asked after every later call too: ``k`` and ``v`` are then all that is cached, ``q``
+        the new queries.
     ``on_block_input(site, hidden)``
         (B, N, C) residual stream entering the block of this attention; return ``None`` to leave it.
 
@@ -236,6 +245,7 @@ class Intervention:
         layers: numbers (negative from the end) or name patterns of layers, ``None`` for all of ``kinds``.
         whole_map: score and weight edits need all query rows at once.
         needs_types: it reads ``site.k_types``.
+        while_decoding: ``on_cache`` is asked after every call of the model, not only after prefill.
 
     >>> class Silence(Intervention):
     ...     def on_output(self, site, out):
@@ -246,6 +256,7 @@ class Intervention:
     kinds: ClassVar[tuple[str, ...]] = KINDS
     whole_map: ClassVar[bool] = False
     needs_types: ClassVar[bool] = False
+    while_decoding: bool = False
     layers: Sequence[int | str] | None = None
     _owner: Session | None = None
 
@@ -306,7 +317,7 @@ class Intervention:
     def on_output(self, site: Site, out: Tensor) -> Tensor:
         return out
 
-    def on_cache(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    def on_cache(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor | dict[int, Tensor] | None:
         return None
 
     def on_block_input(self, site: Site, hidden: Tensor) -> Tensor | None:

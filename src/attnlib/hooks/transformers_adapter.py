@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import Adapter, Intervention, PairMask, Session, Site, Stages, run_attention
+from .tokens import PAD
 
 PREFIX = "attnlib_"
 
@@ -127,7 +128,8 @@ def evicted_layer_class() -> type:
     class EvictedLayer(hf.cache.DynamicLayer):  # type: ignore[name-defined, misc]
         """Keys and values that are left, the slots they came from, and the count of all tokens seen.
 
-        ``keys``, ``values``: (B, Hk, K, D); ``positions``: (B, Hk, K) slots in the sequence, new tokens appended.
+        ``keys``, ``values``: (B, Hk, K, D); ``positions``: (B, Hk, K) slots in the sequence, new tokens appended, -1 on
+        the left of heads that hold fewer; ``memory``: named tensors, batch first, that follow the samples.
         """
 
         is_croppable = True
@@ -137,7 +139,9 @@ def evicted_layer_class() -> type:
             self.lazy_initialization(keys, values)
             self.keys, self.values, self.positions = keys, values, positions
             self.seen, self.capacity, self.session = seen, capacity, weakref.ref(session)
-            self.evicted_from = seen
+            self.evicted_from = self.evicted_at = seen
+            self.padded = bool((positions < 0).any())
+            self.memory: dict[str, Tensor] = {}
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             session = self.session()
@@ -169,18 +173,24 @@ def evicted_layer_class() -> type:
             if remove:
                 self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
                 self.positions, self.seen = self.positions[..., :-remove], self.seen - remove
+                self.evicted_at = min(self.evicted_at, self.seen)
+                self.memory.clear()  # of tokens that are taken back
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             super().reorder_cache(beam_idx)
-            self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))
+            rows = beam_idx.to(self.positions.device)
+            self.positions = self.positions.index_select(0, rows)
+            self.memory.update({name: t.index_select(0, rows) for name, t in self.memory.items()})
 
         def batch_repeat_interleave(self, repeats: int) -> None:
             super().batch_repeat_interleave(repeats)
             self.positions = self.positions.repeat_interleave(repeats, 0)
+            self.memory.update({name: t.repeat_interleave(repeats, 0) for name, t in self.memory.items()})
 
         def batch_select_indices(self, indices: Tensor) -> None:
             super().batch_select_indices(indices)
             self.positions = self.positions[indices]
+            self.memory.update({name: t[indices] for name, t in self.memory.items()})
 
         def reset(self) -> None:
             raise RuntimeError("a cache that lost keys cannot be reset; make a new one")
@@ -304,7 +314,8 @@ class LayerRuntime:
             if k_pos.dim() == 1:
                 k_types = seen.index_select(1, k_pos)
             else:
-                k_types = seen[:, None].expand(-1, k_pos.shape[1], -1).gather(-1, k_pos)
+                k_types = seen[:, None].expand(-1, k_pos.shape[1], -1).gather(-1, k_pos.clamp(min=0))
+                k_types = k_types.masked_fill(k_pos < 0, PAD)
         return self.session.described(
             self.site, batch, n_queries=n, n_keys=m, mask=pair, q_pos=q_pos, k_pos=k_pos, q_types=q_types,
             k_types=k_types, offset=call.offset, phase=None if cross else "decode" if call.offset else "prefill",
@@ -367,7 +378,7 @@ class LayerRuntime:
         k_pos = None
         if isinstance(layer, evicted_layer_class()):
             k_pos = layer.positions  # type: ignore[attr-defined]
-            mask = self._mask_of_kept(mask, k_pos, call, batch, heads, n)
+            mask = self._mask_of_kept(mask, k_pos, call, batch, heads, n, layer.padded)  # type: ignore[union-attr]
         elif self.site.kind == "cross" or (layer is not None and not layer.is_sliding):
             call.start = 0
         elif isinstance(layer, _need().cache.StaticLayer):
@@ -388,7 +399,7 @@ class LayerRuntime:
             return out.transpose(1, 2)
 
         out = run_attention(site, q, k, v, stages, kernel)
-        if stages["on_cache"] and call.offset == 0:
+        if stages["on_cache"]:
             self._evict(call, site, q, k, v, n)
         edited = stages.edits or stages["around_attention"]
         return out.transpose(1, 2).contiguous(), maps[0] if len(maps) == 1 and not edited else None
@@ -398,56 +409,95 @@ class LayerRuntime:
             return None
         return call.cache.layers[self.site.layer]
 
-    def _mask_of_kept(self, mask: Any, k_pos: Tensor, call: _Call, batch: int, heads: int, n: int) -> Tensor | None:
+    def _mask_of_kept(
+        self, mask: Any, k_pos: Tensor, call: _Call, batch: int, heads: int, n: int, padded: bool
+    ) -> Tensor | None:
         """The model's mask, made for all slots, at the slots that are left; one row of heads per query head."""
         groups = heads // k_pos.shape[1]
         if mask is None:
-            if n == 1:
+            if n == 1 and not padded:
                 return None
             q_pos = torch.arange(call.offset, call.offset + n, device=k_pos.device)
             kept = k_pos[:, :, None] <= q_pos[:, None]
         elif isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1:
             wide = mask.expand(batch, k_pos.shape[1], n, mask.shape[-1])
-            kept = wide.gather(-1, k_pos[:, :, None].expand(-1, -1, n, -1))
+            kept = wide.gather(-1, k_pos[:, :, None].clamp(min=0).expand(-1, -1, n, -1))
         else:
             raise ValueError(
                 f"{self.where}: its cache lost keys, and masks of attn_implementation={self.implementation!r} cannot "
                 "be "
                 f"read at the keys that are left; load the model with one of {list(READABLE)}"
             )
+        if padded:
+            nothing = (k_pos < 0)[:, :, None]
+            kept = kept.masked_fill(nothing, False if kept.dtype == torch.bool else torch.finfo(kept.dtype).min)
         return kept.repeat_interleave(groups, 1)
 
     def _evict(self, call: _Call, site: Site, q: Tensor, k: Tensor, v: Tensor, n: int) -> None:
+        asked = [i for i in self.stages["on_cache"] if call.offset == 0 or i.while_decoding]
+        if not asked:
+            return
         hf = _need()
-        who = type(self.stages["on_cache"][0]).__name__
+        who = type(asked[0]).__name__
         if call.cache is None:
             raise ValueError(f"{who} evicts keys from the cache, but the model was called without one; use_cache=True")
         layer = self._cache_layer(call)
-        if type(layer) not in (hf.cache.DynamicLayer, hf.cache.StaticLayer):
+        evicted = isinstance(layer, evicted_layer_class())
+        if not evicted and type(layer) not in (hf.cache.DynamicLayer, hf.cache.StaticLayer):
             raise ValueError(
                 f"{who} cannot evict keys from a {type(layer).__name__} (layer {site.layer}); possible: full "
                 "attention with a "
                 "dynamic or static cache. Leave the layer out with layers=[...]"
             )
         assert site.mask is not None and site.k_pos is not None
-        static = type(layer) is hf.cache.StaticLayer
-        k, v = k[:, :, :n], v[:, :, :n]
-        types = None if site.k_types is None else site.k_types[:, :n]
-        prompt = site.but(n_keys=n, mask=site.mask.first_keys(n), k_pos=site.k_pos[:n], k_types=types)
-        for i in self.stages["on_cache"]:
-            kept = i.on_cache(prompt, q, k, v)
-            if kept is None:
-                continue
-            self._check_kept(i, kept, k)
-            index = kept.unsqueeze(-1)
-            call.cache.layers[site.layer] = evicted_layer_class()(
-                self.session,
-                k.gather(2, index.expand(-1, -1, -1, k.shape[-1])),
-                v.gather(2, index.expand(-1, -1, -1, v.shape[-1])),
-                kept,
-                n,
-                layer.max_cache_len if static else -1,
-            )
+        held = k.shape[2] if evicted else call.offset + n
+        k, v = k[:, :, :held], v[:, :, :held]
+        memory: dict[str, Tensor] = layer.memory if evicted else {}
+        prompt = site.but(
+            n_keys=held,
+            mask=site.mask.first_keys(held),
+            k_pos=site.k_pos[..., :held],
+            k_types=None if site.k_types is None else site.k_types[..., :held],
+            memory=memory,
+            evicted_at=layer.evicted_at if evicted else None,
+        )
+        for i in asked:
+            answer = i.on_cache(prompt, q, k, v)
+            if answer is None:
+                if not i.while_decoding or evicted:
+                    continue
+                # The layer counts and carries from now on; keys may leave it later.
+                answer = torch.arange(held, device=k.device).expand(k.shape[0], k.shape[1], held)
+            for number, kept in (answer if isinstance(answer, dict) else {site.layer: answer}).items():
+                self._keep(i, call.cache, number, kept)
+            if not evicted and isinstance(self._cache_layer(call), evicted_layer_class()):
+                call.cache.layers[site.layer].memory = memory
+
+    def _keep(self, intervention: Intervention, cache: Any, number: int, kept: Tensor) -> None:
+        """Leave only the keys ``kept`` in one layer of a cache."""
+        layer, evicted = cache.layers[number], evicted_layer_class()
+        again = isinstance(layer, evicted)
+        static = isinstance(layer, _need().cache.StaticLayer)
+        seen = int(layer.get_seq_length())
+        keys, values = layer.keys, layer.values
+        if static:
+            keys, values = keys[:, :, :seen], values[:, :, :seen]
+        self._check_kept(intervention, kept, keys)
+        everything = kept.shape[2] == keys.shape[2] and bool((kept >= 0).all())
+        if everything:
+            positions = layer.positions if again else kept
+        else:
+            index = kept.clamp(min=0)
+            keys = keys.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1]))
+            values = values.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, values.shape[-1]))
+            positions = layer.positions.gather(2, index) if again else index
+            positions = positions.masked_fill(kept < 0, -1)
+        new = evicted(self.session, keys, values, positions, seen, layer.max_cache_len if static else -1)
+        if again:
+            new.memory, new.capacity = layer.memory, layer.capacity
+        if everything:
+            new.evicted_from = layer.evicted_from if again else 0
+        cache.layers[number] = new
 
     def _check_kept(self, intervention: Intervention, kept: Tensor, k: Tensor) -> None:
         if kept.dim() != 3 or kept.shape[:2] != k.shape[:2] or kept.shape[2] == 0:
