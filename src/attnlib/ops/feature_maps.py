@@ -73,6 +73,64 @@ def joint_softmax_features(z: Tensor) -> Tensor:
     return torch.softmax(torch.cat([2.0 * z, -2.0 * z], -1), -1)
 
 
+def positive_random_features(x: Tensor, directions: Tensor, stable: bool = False) -> Tensor:
+    """``m^(-1/2) exp(w_r . x - |x|^2 / 2)``: with ``w_r ~ N(0, I)``, the mean of ``phi(q) . phi(k)`` is ``exp(q . k)``.
+
+    Args:
+        x: (..., D).
+        directions: (m, D) the ``w_r``.
+        stable: divide each token by its largest feature; a normaliser cancels that for queries, not for keys.
+
+    Returns:
+        (..., m).
+
+    Reference: Choromanski et al., 2021, arXiv 2009.14794, lemma 1.
+
+    >>> positive_random_features(torch.zeros(1, 3), torch.randn(4, 3)).tolist()
+    [[0.5, 0.5, 0.5, 0.5]]
+    """
+    z = x @ directions.to(x.dtype).t()
+    z = z - z.detach().amax(-1, keepdim=True) if stable else z - x.square().sum(-1, keepdim=True) / 2
+    return torch.exp(z) * directions.shape[0] ** -0.5
+
+
+def trigonometric_random_features(x: Tensor, directions: Tensor) -> Tensor:
+    """``m^(-1/2) exp(|x|^2 / 2) [sin(w_r . x), cos(w_r . x)]``: the same mean, but weights that may be negative.
+
+    Args:
+        x: (..., D).
+        directions: (m, D) the ``w_r``.
+
+    Returns:
+        (..., 2 m).
+
+    Reference: Rahimi and Recht, 2007; Choromanski et al., 2021, arXiv 2009.14794, section 2.3.
+
+    >>> trigonometric_random_features(torch.zeros(1, 3), torch.randn(4, 3)).tolist()
+    [[0.0, 0.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.5]]
+    """
+    z = x @ directions.to(x.dtype).t()
+    scale = torch.exp(x.square().sum(-1, keepdim=True) / 2) * directions.shape[0] ** -0.5
+    return torch.cat([z.sin(), z.cos()], -1) * scale
+
+
+def random_directions(
+    count: int, dim: int, orthogonal: bool = False, generator: torch.Generator | None = None
+) -> Tensor:
+    """(count, dim) standard normal directions; blocks of ``dim`` of them at right angles when ``orthogonal``.
+
+    >>> w = random_directions(3, 3, orthogonal=True)
+    >>> bool((w @ w.t()).fill_diagonal_(0).abs().max() < 1e-5)
+    True
+    """
+    w = torch.randn(count, dim, generator=generator)
+    if not orthogonal:
+        return w
+    norms = w.norm(dim=1, keepdim=True)
+    blocks = [torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0] for _ in range(-(-count // dim))]
+    return torch.cat(blocks)[:count] * norms
+
+
 FEATURE_MAPS: dict[str, FeatureMap] = {
     "identity": identity,
     "relu": F.relu,

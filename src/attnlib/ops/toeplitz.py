@@ -1,0 +1,229 @@
+"""Linear attention whose weights also depend on the displacement of key from query: a Toeplitz factor, by FFT.
+
+``o_i = sum_j c_{j-i} (q_i . k_j) v_j / sum_j c_{j-i} (q_i . k_j)``: for each feature r the products ``k_jr v_j`` go
+through the same Toeplitz matrix, a correlation along the tokens. The *direct* form builds the (N, M) map and is the
+specification; the *fft* form costs O(N log N) per feature and works through the features in slices, so that it never
+holds all N m D products at once, forward or backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..positions import toeplitz_spectrum
+from ..types import check_choice, check_rank, check_valid, stats_dtype
+from ._call import expand_heads
+from .linear import _exactly
+
+FORMS = ("fft", "fft64", "direct")
+#: Elements of one slice of products; below it, more features at once only take memory.
+SLICE = 1 << 21
+
+
+def toeplitz_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    *,
+    grid: Sequence[int] | None = None,
+    valid: Tensor | None = None,
+    positive: bool = True,
+    form: str = "fft",
+    return_weights: bool = False,
+) -> Any:
+    """``o_i = sum_j w_ij v_j / sum_j w_ij`` with ``w_ij = exp(b_{j-i}) (q_i . k_j)``, in O(N log N).
+
+    Args:
+        q: (B, H, N, m) queries, already mapped to features.
+        k: (B, Hk, M, m) keys, already mapped; ``H % Hk == 0``.
+        v: (B, Hv, M, D) values; ``H % Hv == 0``.
+        bias: (H or 1, N_1 + M_1 - 1, ..) ``b`` for displacements from ``-(N - 1)`` to ``M - 1`` per axis of the grid;
+            ``-inf`` where a pair may not meet. Adding a constant changes nothing.
+        grid: sizes per axis of the grid of queries; ``(N,)`` by default. On more than one axis N and M must agree.
+        valid: (B, M) boolean, which keys exist.
+        positive: the features are; then sums that rounding pushed below zero are lifted.
+        form: ``"fft"``; ``"fft64"``, which transforms in float64 whatever the inputs; ``"direct"``, which builds the map.
+        return_weights: also return the (B, H, N, M) map, which is quadratic whatever the form.
+
+    Returns:
+        (B, H, N, D), or a pair of it and the weights. A row that sees no key gives zeros.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown form.
+
+    Reference: Luo et al., 2021, arXiv 2106.12566.
+
+    >>> q, k, v = torch.rand(3, 1, 2, 6, 4)
+    >>> bias = torch.randn(2, 11)
+    >>> fast, direct = (toeplitz_attention(q, k, v, bias, form=form) for form in ("fft", "direct"))
+    >>> torch.allclose(fast, direct, atol=1e-5)
+    True
+    """
+    check_choice("form", form, FORMS)
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_rank(name, t, 4, "(B, H, N, D)")
+    batch, heads, n, width = q.shape
+    m = k.shape[2]
+    if k.shape[3] != width or v.shape[2] != m or k.shape[0] != batch or v.shape[0] != batch:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must share the batch, q and k the "
+            "features, k and v the tokens"
+        )
+    for name, t in (("k", k), ("v", v)):
+        if t.shape[1] == 0 or heads % t.shape[1]:
+            raise ValueError(f"{name} has {t.shape[1]} heads, which do not divide the {heads} heads of q")
+    grid = (n,) if grid is None else tuple(grid)
+    keys = (m,) if len(grid) == 1 else grid
+    if math.prod(grid) != n or math.prod(keys) != m:
+        raise ValueError(f"grid={grid} has {math.prod(grid)} tokens, but there are N={n} queries and M={m} keys")
+    spans = tuple(a + b - 1 for a, b in zip(grid, keys, strict=True))
+    if tuple(bias.shape[1:]) != spans or bias.shape[0] not in (1, heads):
+        raise ValueError(f"bias must be (H or 1, {', '.join(map(str, spans))}) for H={heads}, got {tuple(bias.shape)}")
+    check_valid("valid", valid, (batch, m))
+    dtype = stats_dtype(q.dtype)
+    if not torch.compiler.is_compiling() and 0 in (batch, n, m):
+        form = "direct"  # there is no transform of nothing
+    with _exactly(q):
+        fq, fk, fv = q.to(dtype), expand_heads(k.to(dtype), heads), expand_heads(v.to(dtype), heads)
+        if valid is not None:
+            fk, fv = (t.masked_fill(~valid[:, None, :, None], 0.0) for t in (fk, fv))
+        b = bias.to(dtype)
+        c = torch.exp(b - b.detach().amax(tuple(range(1, b.dim())), keepdim=True))
+        seen = _seen(torch.isfinite(b).to(dtype), valid, grid, keys, batch)
+        weights = None
+        if form == "direct" or return_weights:
+            weights = (fq @ fk.transpose(-2, -1)) * _toeplitz(c, grid, keys)
+            weights = weights * seen.unsqueeze(-1)
+        if form == "direct":
+            assert weights is not None
+            sums = torch.cat([weights @ fv, weights.sum(-1, keepdim=True)], -1)
+        else:
+            ones = fv.new_ones(*fv.shape[:3], 1)
+            parts = [fq, fk, torch.cat([fv, ones], -1), c]
+            if form == "fft64":
+                parts = [t.double() for t in parts]
+            sums = _products(*parts, grid, keys)
+            dtype = sums.dtype
+        den = sums[..., -1:]
+        if positive:
+            # The sums are positive; what rounding leaves of one that is tiny beside the others may not be.
+            floor = den.detach().amax(-2, keepdim=True) * torch.finfo(dtype).eps if n else den
+            den = torch.maximum(den, floor.clamp(min=torch.finfo(dtype).tiny))
+        empty = ~seen.unsqueeze(-1) | (den == 0)
+        den = torch.where(empty, torch.ones_like(den), den)
+        out = torch.where(empty, torch.zeros_like(sums[..., :-1]), sums[..., :-1] / den).to(q.dtype)
+        if weights is None or not return_weights:
+            return out
+        return out, (weights / den).masked_fill(empty, 0.0).to(q.dtype)
+
+
+def _toeplitz(c: Tensor, grid: Sequence[int], keys: Sequence[int]) -> Tensor:
+    """(H, N, M) matrix of ``c_{j - i}``."""
+    for axis, (n, m) in enumerate(zip(grid, keys, strict=True)):
+        at = torch.arange(m, device=c.device) - torch.arange(n, device=c.device)[:, None] + n - 1
+        c = c.index_select(1 + 2 * axis, at.reshape(-1)).unflatten(1 + 2 * axis, (n, m))
+    rank = len(grid)
+    order = [0, *(1 + 2 * a for a in range(rank)), *(2 + 2 * a for a in range(rank))]
+    return c.permute(order).reshape(c.shape[0], math.prod(grid), math.prod(keys))
+
+
+def _seen(meets: Tensor, valid: Tensor | None, grid: Sequence[int], keys: Sequence[int], batch: int) -> Tensor:
+    """(B, H or 1, N) boolean: does the row see a key? Counted, so that rounding of sums cannot decide it."""
+    if not torch.compiler.is_compiling() and 0 in (batch, *grid, *keys):
+        return meets.new_zeros(batch, 1, math.prod(grid), dtype=torch.bool)
+    exists = meets.new_ones(1, 1, *keys, 1) if valid is None else valid.to(meets.dtype).view(batch, 1, *keys, 1)
+    spectrum, sizes = toeplitz_spectrum(meets.detach(), grid)
+    return (_correlate(spectrum, exists, sizes, grid) > 0.5).flatten(2)
+
+
+def _transform(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    return torch.fft.rfftn(x, s=tuple(sizes), dim=tuple(range(-1 - len(sizes), -1)))
+
+
+def _back(spectrum: Tensor, sizes: Sequence[int], keep: Sequence[int]) -> Tensor:
+    axes = tuple(range(-1 - len(sizes), -1))
+    out = torch.fft.irfftn(spectrum, s=tuple(sizes), dim=axes)
+    for axis, n in zip(axes, keep, strict=True):
+        out = out.narrow(axis, 0, n)
+    return out
+
+
+def _correlate(spectrum: Tensor, x: Tensor, sizes: Sequence[int], keep: Sequence[int]) -> Tensor:
+    return _back(spectrum.conj().unsqueeze(-1) * _transform(x, sizes), sizes, keep)
+
+
+def _slice(q: Tensor, v: Tensor) -> int:
+    """How many features go through the transform at once."""
+    if torch.compiler.is_compiling():
+        return min(q.shape[3], 8)  # not from N, which may be free
+    each = 2 * q.shape[0] * q.shape[1] * max(q.shape[2], v.shape[2]) * v.shape[3]
+    return max(1, min(q.shape[3], SLICE // max(each, 1)))
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, c: Tensor, grid: Sequence[int], keys: Sequence[int]) -> Tensor:
+    """(B, H, N, F): ``sum_r q_r * T(c) (k_r * v)``."""
+    spectrum, sizes = toeplitz_spectrum(c, grid)
+    step, out = _slice(q, v), 0.0
+    for a in range(0, q.shape[3], step):
+        part = (k[..., a : a + step, None] * v[..., None, :]).flatten(3).unflatten(2, tuple(keys))
+        moved = _correlate(spectrum, part, sizes, grid).flatten(2, -2).unflatten(-1, (-1, v.shape[3]))
+        out = out + (q[..., a : a + step, None] * moved).sum(3)
+    assert isinstance(out, Tensor)
+    return out
+
+
+class _Products(torch.autograd.Function):
+    """:func:`_forward` with a backward that makes the products again, slice by slice."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, c: Tensor, grid: Any, keys: Any) -> Tensor:
+        ctx.save_for_backward(q, k, v, c)
+        ctx.grid, ctx.keys = grid, keys
+        return _forward(q, k, v, c, grid, keys)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        q, k, v, c = ctx.saved_tensors
+        grid, keys = ctx.grid, ctx.keys
+        spectrum, sizes = toeplitz_spectrum(c, grid)
+        forth, back = spectrum.conj().unsqueeze(-1), spectrum.unsqueeze(-1)
+        width, step = v.shape[3], _slice(q, v)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.zeros_like(v)
+        dc: Tensor | float = 0.0
+
+        def tokens(x: Tensor) -> Tensor:
+            return x.flatten(2, -2).unflatten(-1, (-1, width))
+
+        for a in range(0, q.shape[3], step):
+            at = slice(a, a + step)
+            into = (k[..., at, None] * v[..., None, :]).flatten(3).unflatten(2, tuple(keys))
+            out = (q[..., at, None] * grad[..., None, :]).flatten(3).unflatten(2, tuple(grid))
+            f_into, f_out = _transform(into, sizes), _transform(out, sizes)
+            dq[..., at] = (tokens(_back(forth * f_into, sizes, grid)) * grad[..., None, :]).sum(-1)
+            d_into = tokens(_back(back * f_out, sizes, keys))
+            dk[..., at] = (d_into * v[..., None, :]).sum(-1)
+            dv += (d_into * k[..., at, None]).sum(3)
+            if ctx.needs_input_grad[3]:
+                # dc_t = sum_i out_i into_{i + t}: the same correlation, of the two sides of the product
+                dc = dc + (f_out.conj() * f_into).sum(-1).sum(0)
+        d_c = None
+        if isinstance(dc, Tensor):
+            axes = tuple(range(-len(sizes), 0))
+            circle = torch.roll(torch.fft.irfftn(dc, s=sizes, dim=axes), [n - 1 for n in grid], axes)
+            for axis, n, m in zip(axes, grid, keys, strict=True):
+                circle = circle.narrow(axis, 0, n + m - 1)
+            d_c = circle.sum_to_size(c.shape)
+        return dq, dk, dv, d_c, None, None
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, c: Tensor, grid: Sequence[int], keys: Sequence[int]) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _forward(q, k, v, c, grid, keys)
+    return _Products.apply(q, k, v, c, tuple(grid), tuple(keys))
