@@ -65,6 +65,26 @@ def test_in_place_forms_agree(normalizer, dtype, width):
     torch.testing.assert_close(ds, expected, rtol=10 * tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("phi", list(Z.ACTIVATIONS))
+def test_deferred_forms_are_the_weights_before_the_sum(phi):
+    normalizer = Z.SoftplusL1() if phi == "softplus" else Z.Activated(phi)
+    assert normalizer.deferred == (phi != "exp"), "a softmax needs the largest score of the row first"
+    assert not Z.Activated(phi, power=2.0).deferred and not Z.Activated(phi, l1=False).deferred
+    if not normalizer.deferred:
+        return
+    scores, g = _scores(), torch.Generator().manual_seed(3)
+    grad = torch.randn(scores.shape, dtype=torch.float64, generator=g)
+    weights = normalizer.weights(scores)
+    raw = normalizer.raw_(scores.clone())
+    total = raw.sum(-1, keepdim=True)
+    total[total == 0] = 1
+    torch.testing.assert_close(raw / total, weights, rtol=1e-12, atol=1e-12)
+    met = (weights * grad).sum(-1, keepdim=True)
+    again, ds = normalizer.raw_adjoint_(scores.clone(), grad.clone(), met, torch.empty_like(scores))
+    torch.testing.assert_close(again, raw, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ds / total, normalizer.backward(scores, weights, grad), rtol=1e-12, atol=1e-12)
+
+
 def test_forbidden_pairs_and_empty_rows_weigh_nothing(normalizer):
     scores = _scores().requires_grad_()
     weights = normalizer.weights(scores)

@@ -57,6 +57,24 @@ class Normalizer:
         weights = self.weights(scores)
         return weights, self.backward(scores, weights, grad)
 
+    @property
+    def deferred(self) -> bool:
+        """Whether rows are only divided by their sum, so that this can wait until the values are mixed."""
+        return False
+
+    def raw_(self, scores: Tensor) -> Tensor:
+        """Weights before they are divided by their row's sum, in the memory of ``scores``. Only where ``deferred``."""
+        raise NotImplementedError
+
+    def raw_adjoint_(self, scores: Tensor, grad: Tensor, met: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+        """``(raw weights, gradient of the scores times the row's sum)``; overwrites all but ``met``.
+
+        Args:
+            scores, grad, room: (..., N, M): scores, gradient of the weights, memory for the raw weights.
+            met: (..., N, 1) ``(weights * grad).sum(-1)`` over the whole row, which may be longer than ``scores``.
+        """
+        raise NotImplementedError
+
     def lower(self) -> str:
         """A string from which :func:`raise_normalizer` rebuilds this normalizer."""
         # Written out by hand because torch.compile traces this and cannot trace the json package.
@@ -218,17 +236,15 @@ class SoftplusL1(Normalizer):
         total = torch.where(total == 0, torch.ones_like(total), total)
         return torch.sigmoid(scores) * (grad - (weights * grad).sum(-1, keepdim=True)) / total
 
-    def weights_(self, scores: Tensor) -> Tensor:
-        total = torch.ops.aten.softplus.out(scores, 1, 20, out=scores).sum(-1, keepdim=True)
-        return scores.div_(total.masked_fill_(total == 0, 1))
+    @property
+    def deferred(self) -> bool:
+        return True
 
-    def adjoint_(self, scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        weights = torch.nn.functional.softplus(scores)
-        total = weights.sum(-1, keepdim=True)
-        weights.div_(total.masked_fill_(total == 0, 1))
-        slope = scores.sigmoid_()
-        product = torch.mul(weights, grad)
-        return weights, grad.sub_(product.sum(-1, keepdim=True)).mul_(slope).div_(total)
+    def raw_(self, scores: Tensor) -> Tensor:
+        return _act("softplus", scores, scores)
+
+    def raw_adjoint_(self, scores: Tensor, grad: Tensor, met: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+        return _raw_adjoint_("softplus", scores, grad, met, room)
 
 
 @dataclass(frozen=True)
@@ -267,6 +283,38 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
 }
 
 
+def _act(phi: str, s: Tensor, out: Tensor) -> Tensor:
+    """``phi(s)`` written to ``out``, which may be ``s`` itself."""
+    if phi == "softplus":
+        return torch.ops.aten.softplus.out(s, 1, 20, out=out)
+    if phi == "exp":
+        return torch.exp(s, out=out)
+    if phi == "sigmoid":
+        return torch.sigmoid(s, out=out)
+    if phi == "relu":
+        return torch.clamp(s, min=0, out=out)
+    low = s.clamp(max=0).exp_()
+    return torch.add(s.clamp(min=0), low, out=out)
+
+
+def _slope_(phi: str, s: Tensor, a: Tensor, grad: Tensor) -> Tensor:
+    """``grad * phi'(s)`` in ``grad``, from the scores and ``a = phi(s)``; may overwrite ``s``."""
+    if phi == "softplus":
+        return grad.mul_(s.sigmoid_())
+    if phi == "exp":
+        return grad.mul_(a)
+    if phi == "sigmoid":
+        return torch.ops.aten.sigmoid_backward.grad_input(grad, a, grad_input=grad)
+    if phi == "relu":
+        return torch.ops.aten.threshold_backward.grad_input(grad, a, 0, grad_input=grad)
+    return grad.mul_(a.clamp(max=1))
+
+
+def _raw_adjoint_(phi: str, scores: Tensor, grad: Tensor, met: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    a = _act(phi, scores, room)
+    return a, _slope_(phi, scores, a, grad.sub_(met))
+
+
 def _over(a: Tensor, total: Tensor) -> Tensor:
     return a / torch.where(total == 0, torch.ones_like(total), total)
 
@@ -299,7 +347,12 @@ class Activated(Normalizer):
     spare: int = 3
     name: ClassVar[str] = "activated"
     activation: ClassVar[str] = "any"
-    stats: ClassVar[tuple[str, ...]] = ("sum", "count")
+
+    @property
+    def stats(self) -> tuple[str, ...]:  # type: ignore[override]
+        """None without a sum; sharpening also counts the visible keys."""
+        largest = ("max",) if self.phi == "exp" or self.power is not None else ()
+        return () if not self.l1 else (*largest, "sum", *(("count",) if self.power is not None else ()))
 
     @property
     def passes(self) -> int:  # type: ignore[override]
@@ -310,6 +363,26 @@ class Activated(Normalizer):
         check_choice("phi", self.phi, list(ACTIVATIONS))
         if self.power is not None and (self.power <= 0 or not self.l1):
             raise ValueError(f"power={self.power} must be positive and needs l1=True")
+
+    @property
+    def deferred(self) -> bool:
+        """A plain sum can wait; a softmax needs the row's largest score first, and sharpening the sum itself."""
+        return self.power is None and self.l1 and self.phi != "exp"
+
+    def raw_(self, scores: Tensor) -> Tensor:
+        return _act(self.phi, scores, scores)
+
+    def raw_adjoint_(self, scores: Tensor, grad: Tensor, met: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+        return _raw_adjoint_(self.phi, scores, grad, met, room)
+
+    def weights_(self, scores: Tensor) -> Tensor:
+        return self.weights(scores) if self.l1 else _act(self.phi, scores, scores)
+
+    def adjoint_(self, scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if self.l1:
+            return super().adjoint_(scores, grad)
+        a = _act(self.phi, scores, torch.empty_like(scores))
+        return a, _slope_(self.phi, scores, a, grad)
 
     def _forward(self, scores: Tensor) -> tuple[Tensor, ...]:
         if self.phi == "exp" and self.l1:

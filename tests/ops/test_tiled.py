@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnlib import masks as M
 from attnlib import positions as P
 from attnlib.bench.operators import peak_bytes
-from attnlib.normalizers import ClippedSoftmax, Sigmoid
+from attnlib.normalizers import Activated, ClippedSoftmax, Sigmoid
 from attnlib.ops import _tiles, attention, attention_partial, explain, tiled
 from attnlib.types import Partial
 
@@ -19,6 +19,7 @@ N = 132  # not a multiple of any tile
 MASKS = mask_cases(N)
 BIASES = bias_cases(N, N)
 NORMALIZERS = ["softmax", Sigmoid(-1.0), ClippedSoftmax(-0.01, 1.02), "relu", "softplus_l1", "uniform"]
+FAMILY = [Activated(phi, l1) for phi in ("exp", "softplus", "sigmoid", "relu", "elu1") for l1 in (False, True)]
 GROUPS = [(4, 4, 4), (4, 2, 2), (4, 1, 1), (4, 2, 4), (4, 1, 2)]
 
 
@@ -59,6 +60,15 @@ def _compare(q, k, v, extra=(), **call):
 def test_every_normalizer_on_every_mask(name, normalizer):
     q, k, v = qkv(n=N, m=N, heads=(4, 2, 2), dv=6)
     _compare(q, k, v, mask=None if name is None else MASKS[name], normalizer=normalizer)
+
+
+@pytest.mark.parametrize("normalizer", FAMILY, ids=str)
+def test_sums_divided_out_late_change_nothing(normalizer):
+    """With rows that see nothing, documents, grouped heads, a bias with a gradient and rows in several pieces."""
+    q, k, v = qkv(n=N, m=N, heads=(4, 2, 1), dv=6)
+    bias, leaves = BIASES["relative"]()
+    for mask in (None, MASKS["some_empty_rows"], M.documents(torch.arange(N) // 30)):
+        _compare(q, k, v, leaves, mask=mask, bias=bias, normalizer=normalizer)
 
 
 @pytest.mark.parametrize("planes", [False, True], ids=["together", "each plane alone"])
@@ -378,6 +388,7 @@ def test_operator_registrations_hold():
     rest = (M.documents(args[6][0]).lower()[0], spec, '{"name":"softmax"}', 0.3)
     for partial in (False, True):
         torch.library.opcheck(tiled.tiled_attention, (*args, *rest, partial))
+    torch.library.opcheck(tiled.tiled_attention, (*args, *rest[:2], '{"name":"softplus_l1"}', 0.3, False))
 
 
 def test_fake_output_lies_in_memory_as_the_real_one():

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..masks import raise_mask
-from ..normalizers import raise_normalizer
+from ..normalizers import Normalizer, raise_normalizer
 from ..positions import Bias, raise_bias
 from ..types import Partial, stats_dtype
 from . import _tiles
@@ -118,7 +118,8 @@ class _Problem:
         self._lower = (mask, mask_tensors, valid, q_pos, k_pos)
         self.threads = min(torch.get_num_threads(), 16) if self.device.type == "cpu" else 1
         self.buffer_bytes = CPU_BUFFER * self.threads if self.device.type == "cpu" else OTHER_BUFFER
-        self.piecewise = not self.normalizer.stats and not partial
+        self.deferred = self.normalizer.deferred and not partial
+        self.piecewise = _piecewise(self.normalizer, partial)
         self.q_tile = q_tile_of(*self._lower, self.n, self.m, self.piecewise)
         self._limits: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -248,6 +249,11 @@ class _Buffer:
         return self.memory[:size].view(shape)
 
 
+def _piecewise(normalizer: Normalizer, partial: bool) -> bool:
+    """Whether a tile may be cut along the keys: no statistic of the row is needed before values are mixed."""
+    return not partial and (not normalizer.stats or normalizer.deferred)
+
+
 def q_tile_of(
     mask: str, tensors: list[Tensor], valid: Tensor | None, q_pos: Tensor | None, k_pos: Tensor | None, n: int, m: int,
     piecewise: bool,
@@ -299,8 +305,12 @@ def _forward(
     mask_tensors: list[Tensor], bias_tensors: list[Tensor], mask: str, bias: str, normalizer: str, scale: float,
     partial: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output (B, H, N, Dv) and, for ``partial``, the logarithm of the sum of weights (B, H, N)."""
-    out, lse = _empty_outputs(q, v, partial)
+    """Output (B, H, N, Dv) and a statistic of rows (B, H, N).
+
+    For ``partial`` that is the logarithm of the sum of weights, for a deferred normalizer the sum itself (1 in an empty
+    row), otherwise nothing.
+    """
+    out, lse = _empty_outputs(q, v, normalizer, partial)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         p = _Problem(q, k, v, valid, q_pos, k_pos, mask_tensors, bias_tensors, mask, bias, normalizer, scale, partial)
         score_buffer, out_buffer = p.buffer(), p.buffer()
@@ -313,6 +323,8 @@ def _forward(
                         out[chunk.b, chunk.h, rows] = 0
                         if partial:
                             lse[chunk.b, chunk.h, rows] = float("-inf")
+                        elif p.deferred:
+                            lse[chunk.b, chunk.h, rows] = 1
                         continue
                     qs = p.rows(q, chunk, tile, chunk.k, scale)
                     groups = chunk.v.stop - chunk.v.start
@@ -322,26 +334,39 @@ def _forward(
                         s = p.scores(memory, chunk, piece, qs, p.keys(p.k, chunk.k, piece), bad)
                         if partial:
                             lse[chunk.b, chunk.h, rows] = torch.logsumexp(s, -1)
-                        weights = p.normalizer.weights(s) if tile.empty or p.careful else p.normalizer.weights_(s)
+                        if p.deferred:
+                            weights = p.normalizer.raw_(s)
+                            lse[chunk.b, chunk.h, rows] += weights.sum(-1)
+                        elif tile.empty or p.careful:
+                            weights = p.normalizer.weights(s)
+                        else:
+                            weights = p.normalizer.weights_(s)
                         weights = weights.reshape(groups, -1, piece.width)
                         vs = p.keys(p.v, chunk.v, piece)
                         torch.bmm(weights, vs, out=o) if i == 0 else o.baddbmm_(weights, vs)
-                    out[chunk.b, chunk.h, rows] = o.view(*s.shape[:3], p.v_dim)
+                    mixed = o.view(*s.shape[:3], p.v_dim)
+                    if p.deferred:
+                        total = lse[chunk.b, chunk.h, rows]
+                        mixed.div_(total.masked_fill_(total == 0, 1).unsqueeze(-1))
+                    out[chunk.b, chunk.h, rows] = mixed
     return out, lse
 
 
-def _empty_outputs(q: Tensor, v: Tensor, partial: bool) -> tuple[Tensor, Tensor]:
+def _empty_outputs(q: Tensor, v: Tensor, normalizer: str, partial: bool) -> tuple[Tensor, Tensor]:
     high = stats_dtype(q.dtype)
     batch, heads, n = q.shape[:3]
     # Heads next to channels in memory: merging them afterwards copies nothing.
     out = q.new_empty((batch, n, heads, v.shape[3]), dtype=high if partial else q.dtype).transpose(1, 2)
-    return out, q.new_empty((batch, heads, n) if partial else (0,), dtype=high)
+    if partial:
+        return out, q.new_empty((batch, heads, n), dtype=high)
+    deferred = raise_normalizer(normalizer).deferred
+    return out, q.new_zeros((batch, heads, n) if deferred else (0,), dtype=high)
 
 
 def _backward(
-    grad: Tensor, lse_grad: Tensor | None, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None,
-    q_pos: Tensor | None, k_pos: Tensor | None, mask_tensors: list[Tensor], bias_tensors: list[Tensor], mask: str,
-    bias: str, normalizer: str, scale: float, partial: bool, wanted: list[bool],
+    grad: Tensor, lse_grad: Tensor | None, out: Tensor | None, total: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    valid: Tensor | None, q_pos: Tensor | None, k_pos: Tensor | None, mask_tensors: list[Tensor],
+    bias_tensors: list[Tensor], mask: str, bias: str, normalizer: str, scale: float, partial: bool, wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k and v, then one per bias tensor (empty where ``wanted`` says so)."""
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
@@ -352,7 +377,7 @@ def _backward(
         bias_grads = [
             torch.zeros_like(t, dtype=p.dtype) if w else None for t, w in zip(bias_tensors, wanted, strict=True)
         ]
-        score_buffer, grad_buffer, row_buffer = p.buffer(), p.buffer(), p.buffer()
+        score_buffer, grad_buffer, row_buffer, room_buffer = p.buffer(), p.buffer(), p.buffer(), p.buffer()
         for tiles, chunks in p.planes():
             for tile in tiles.tiles:
                 rows = slice(*tile.rows)
@@ -363,13 +388,22 @@ def _backward(
                         continue
                     qs, go = p.rows(q, chunk, tile, chunk.k, scale), p.rows(grad, chunk, tile, chunk.v)
                     row = row_buffer(*qs.shape)
+                    if p.deferred:
+                        # Rows of width D are divided by the sum, once, and no row of scores is.
+                        assert out is not None and total is not None
+                        go = go / total[chunk.b, chunk.h, rows].reshape(go.shape[0], -1, 1)
+                        met = (go * p.rows(out, chunk, tile, chunk.v)).sum(-1)
                     for i, (piece, bad) in enumerate(pieces):
                         ks, vs = p.keys(p.k, chunk.k, piece), p.keys(p.v, chunk.v, piece)
                         memory = score_buffer(qs.shape[0] * qs.shape[1] * piece.width)
                         s = p.scores(memory, chunk, piece, qs, ks, bad)
                         dw = grad_buffer(go.shape[0], go.shape[1], piece.width)
                         torch.bmm(go, vs.transpose(1, 2), out=dw)
-                        if tile.empty or p.careful:
+                        if p.deferred:
+                            weights, ds = p.normalizer.raw_adjoint_(
+                                s, dw.view(s.shape), met.view(*s.shape[:3], 1), room_buffer(*s.shape)
+                            )
+                        elif tile.empty or p.careful:
                             weights = p.normalizer.weights(s)
                             ds = p.normalizer.backward(s, weights, dw.view(s.shape))
                         else:
@@ -422,17 +456,20 @@ tiled_attention_backward = torch.library.custom_op(
     "attnlib::tiled_attention_backward",
     _backward,
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor? lse_grad, {_ARGUMENTS}, bool[] wanted) -> Tensor[]",
+    schema=f"(Tensor grad, Tensor? lse_grad, Tensor? out, Tensor? total, {_ARGUMENTS}, bool[] wanted) -> Tensor[]",
 )
 
 
 @tiled_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(q, v, rest[-1])
+    return _empty_outputs(q, v, rest[-3], rest[-1])
 
 
 @tiled_attention_backward.register_fake
-def _(grad: Tensor, lse_grad: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+def _(
+    grad: Tensor, lse_grad: Tensor | None, out: Tensor | None, total: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    *rest: Any,
+) -> list[Tensor]:  # fmt: skip
     bias_tensors, wanted = rest[4], rest[-1]
     return [
         *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)),
@@ -442,19 +479,22 @@ def _(grad: Tensor, lse_grad: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *r
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, valid, q_pos, k_pos, mask_tensors, bias_tensors, *rest = inputs
-    ctx.save_for_backward(q, k, v, valid, q_pos, k_pos, *mask_tensors, *bias_tensors)
+    deferred = not rest[-1] and raise_normalizer(rest[2]).deferred
+    ctx.save_for_backward(
+        *(output if deferred else (None, None)), q, k, v, valid, q_pos, k_pos, *mask_tensors, *bias_tensors
+    )
     ctx.counts, ctx.rest = (len(mask_tensors), len(bias_tensors)), rest
     ctx.wanted = [t.requires_grad for t in bias_tensors]
 
 
 def _autograd(ctx: Any, grad: Tensor | None, lse_grad: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, valid, q_pos, k_pos, *tensors = ctx.saved_tensors
+    out, total, q, k, v, valid, q_pos, k_pos, *tensors = ctx.saved_tensors
     masks, biases = ctx.counts
     partial = ctx.rest[-1]
     if grad is None:
         grad = q.new_zeros((*q.shape[:3], v.shape[3]))
     dq, dk, dv, *dbias = torch.ops.attnlib.tiled_attention_backward(
-        grad, lse_grad if partial else None, q, k, v, valid, q_pos, k_pos, tensors[:masks], tensors[masks:],
+        grad, lse_grad if partial else None, out, total, q, k, v, valid, q_pos, k_pos, tensors[:masks], tensors[masks:],
         *ctx.rest, ctx.wanted,
     )  # fmt: skip
     dbias = [g if w else None for g, w in zip(dbias, ctx.wanted, strict=True)]
@@ -477,7 +517,7 @@ def _area(
     if (not mask and not known) or any(type(t) is not Tensor or t.device.type == "meta" for t in known):
         return batch * heads * n * m
     device = known[0].device if known else torch.device("cpu")
-    piecewise = not raise_normalizer(normalizer).stats and not partial
+    piecewise = _piecewise(raise_normalizer(normalizer), partial)
     tile = q_tile_of(mask, tensors, valid, q_pos, k_pos, n, m, piecewise)
     planes = _tiles.planes(mask, tensors, valid, q_pos, k_pos)
     if planes == (1, 1) or n * m < PLANE_PAIRS:
@@ -502,8 +542,9 @@ def _forward_flops(
 
 @register_flop_formula(torch.ops.attnlib.tiled_attention_backward, get_raw=True)
 def _backward_flops(
-    grad: Any, lse_grad: Any, q: Any, k: Any, v: Any, valid: Any, q_pos: Any, k_pos: Any, mask_tensors: Any,
-    bias_tensors: Any, mask: str, bias: str, normalizer: str, scale: float, partial: bool, wanted: Any, **kwargs: Any,
+    grad: Any, lse_grad: Any, out: Any, total: Any, q: Any, k: Any, v: Any, valid: Any, q_pos: Any, k_pos: Any,
+    mask_tensors: Any, bias_tensors: Any, mask: str, bias: str, normalizer: str, scale: float, partial: bool,
+    wanted: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     with torch.utils._python_dispatch._disable_current_modes():
         area = _area(q, k, valid, q_pos, k_pos, mask_tensors, mask, normalizer, partial)
