@@ -23,6 +23,7 @@ from transformers.modeling_outputs import ModelOutput
 from ..hooks.hf_state import StateLayer, state_cache, state_layers
 from ..nn.base import Mechanism
 from ..nn.registry import create, find
+from ..types import Traits
 
 MechanismSpec = str | dict[str, Any]
 
@@ -43,7 +44,10 @@ class DecoderConfig(PreTrainedConfig):
         rms_norm_eps: epsilon of the norms.
         initializer_range: standard deviation of embeddings and feed-forward; mechanisms initialise themselves.
         tie_word_embeddings: share the embedding with the output.
-        loss_weights: weight of each named mechanism loss in the training loss; unnamed ones are only reported.
+        loss_weights: weight of each named mechanism loss in the training loss; unnamed ones are only reported, and a
+            layer all of whose losses have weight 0 does not compute them.
+        allow_lookahead: accept layers that read later tokens in training, as power-law graph attention does until its
+            metric is frozen. Their training loss flatters them, and they generate only without a cache.
 
     >>> DecoderConfig(num_hidden_layers=3, mechanisms=["softmax-attention", "lightning-attention-2"]).layer_spec(2)
     {'name': 'softmax-attention'}
@@ -63,6 +67,7 @@ class DecoderConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     loss_weights: dict | None = None
+    allow_lookahead: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -87,6 +92,19 @@ class DecoderConfig(PreTrainedConfig):
         return {"name": spec} if isinstance(spec, str) else dict(spec)
 
 
+def _settings(cls: Any) -> set[str]:
+    """Names of the keyword arguments that ``cls`` takes, those included that ``**settings`` hands to a base class."""
+    names: set[str] = set()
+    for base in inspect.getmro(cls) if inspect.isclass(cls) else (cls,):
+        if inspect.isclass(base) and "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(base).parameters.values()
+        names |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names
+
+
 def build_mixer(config: DecoderConfig, index: int) -> Mechanism:
     """The mechanism of one layer.
 
@@ -95,7 +113,10 @@ def build_mixer(config: DecoderConfig, index: int) -> Mechanism:
     """
     spec = config.layer_spec(index)
     name = spec.pop("name")
-    known = inspect.signature(find(name)).parameters
+    found = find(name)
+    known = _settings(found)
+    if getattr(found, "class_traits", Traits()).patterns == {"causal-self"}:
+        known.discard("causal")  # it is never anything else
     defaults = {
         "num_heads": config.num_attention_heads,
         "causal": True,
@@ -105,10 +126,10 @@ def build_mixer(config: DecoderConfig, index: int) -> Mechanism:
     }
     settings = {key: value for key, value in defaults.items() if key in known}
     mixer = create(name, dim=config.hidden_size, **{**settings, **spec})
-    if "causal-self" not in mixer.traits.patterns:
+    patterns = mixer.traits.patterns
+    if "causal-self" not in patterns and not (config.allow_lookahead and "noncausal-self" in patterns):
         raise ValueError(
-            f"layer {index}: {name!r} is not causal (it does {sorted(mixer.traits.patterns)}), "
-            "so it cannot be in a decoder"
+            f"layer {index}: {name!r} is not causal (it does {sorted(patterns)}), so it cannot be in a decoder"
         )
     return mixer
 
@@ -137,6 +158,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.mixer = build_mixer(config, index)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.unwanted = {name for name, weight in (config.loss_weights or {}).items() if weight == 0}
         self.ready = not any(t.is_meta for t in (*self.mixer.parameters(), *self.mixer.buffers()))
         if self.ready:
             # The mechanism has initialised itself: keep the model-wide initialisation away from it.
@@ -152,7 +174,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, N, C) tokens and the mechanism's losses; reads and moves on this layer's state when there is a cache."""
         layer: StateLayer | None = None
-        returns: tuple[str, ...] = ("losses",) if self.mixer.traits.losses else ()
+        returns: tuple[str, ...] = ("losses",) if set(self.mixer.traits.losses) - self.unwanted else ()
         call: dict[str, Any] = {"valid": valid}
         if use_cache and past_key_values is not None:
             layer = past_key_values.layers[self.index]  # type: ignore[assignment]
