@@ -104,7 +104,7 @@ def streaming(s: Subject) -> Evidence:
     again, _ = _steps(s, m, follow, [1, 1], state)
     same(again, direct, "the state was changed by using it, so that it cannot be used twice")
     if s.claims.valid:
-        valid = torch.ones(3, n, dtype=torch.bool)
+        valid = torch.ones(x.shape[:-1], dtype=torch.bool)
         valid[0, : n // 3] = False
         valid[1, n // 2] = False
         masked = s.y(m, x, None, scene, valid=valid)
