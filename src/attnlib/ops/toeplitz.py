@@ -48,7 +48,7 @@ def toeplitz_attention(
         grid: sizes per axis of the grid of queries; ``(N,)`` by default. On more than one axis N and M must agree.
         valid: (B, M) boolean, which keys exist.
         positive: the features are; then sums that rounding pushed below zero are lifted.
-        form: ``"fft"``; ``"fft64"``, which transforms in float64 whatever the inputs; ``"direct"``, which builds the map.
+        form: ``"fft"``; ``"fft64"``, which transforms in float64 whatever the inputs; or ``"direct"``: builds the map.
         return_weights: also return the (B, H, N, M) map, which is quadratic whatever the form.
 
     Returns:
