@@ -11,7 +11,7 @@ from hooks.models import language_model, prompt, scores
 pytest.importorskip("transformers")
 
 import attnlib  # noqa: E402
-from attnlib.cache import Cap, KVCompression, Ratio, SnapKV, snapkv_votes  # noqa: E402
+from attnlib.cache import Cap, KVCompression, Ratio, Scorer, SnapKV, snapkv_votes  # noqa: E402
 from attnlib.hooks import Intervention, Record  # noqa: E402
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "snapkv.safetensors"
@@ -46,7 +46,7 @@ class ReadOnly(Intervention):
             return call(q, k, v)
         kept = self.kept[site.layer]
         stays = torch.zeros(*kept.shape[:2], site.n_keys, dtype=torch.bool)
-        stays.scatter_(-1, kept, True)
+        stays.scatter_(-1, kept.clamp(min=0), kept >= 0)
         stays[..., self.length :] = True
         stays = stays.repeat_interleave(site.heads // site.kv_heads, 1)[:, :, None]
         return call(q, k, v, mask=stays & site.mask.dense())
@@ -197,17 +197,15 @@ def test_records_of_a_compressed_cache_know_the_slots(llama):
 
 
 def test_another_scorer_is_one_small_class(llama):
-    class Norm(KVCompression):
+    class Norm(Scorer):
         """Keep keys of small norm."""
 
-        name = "norm"
+        def score(self, view):
+            return -view.k.norm(dim=-1)
 
-        def score(self, site, q, k, v):
-            return -k.norm(dim=-1)
-
-    with attnlib.attach(llama, Norm(Cap(7))) as session:
+    with attnlib.attach(llama, KVCompression(Norm(), Cap(7))) as session:
         scores(llama, prompt(pad=(0, 0)), new=3)
-    assert all(e["kept"].shape == (2, 2, 7) for e in session.results["norm"].values())
+    assert all(e["kept"].shape == (2, 2, 7) for e in session.results["kv-compression"].values())
 
 
 # ---- bad input

@@ -1,6 +1,45 @@
 """KV-cache compression: a scorer, a budget and a selector, attached with :func:`attnlib.attach`."""
 
-from .base import Budget, Cap, KVCompression, Ratio, top_per_head
-from .snapkv import SnapKV, snapkv_votes
+from .base import KVCompression
+from .budgets import AcrossHeads, AcrossLayers, Budget, Cap, PerLayer, Pyramid, Ratio
+from .scorers import (
+    CacheView,
+    ExpectedAttention,
+    KeyNorm,
+    LastQuery,
+    ObservedAttention,
+    Product,
+    RandomScores,
+    Recency,
+    Scorer,
+    SnapKVVotes,
+    ValueNorm,
+)
+from .selectors import TopK
+from .snapkv import SnapKV
+from .votes import snapkv_votes
 
-__all__ = ["Budget", "Cap", "KVCompression", "Ratio", "SnapKV", "snapkv_votes", "top_per_head"]
+__all__ = [
+    "AcrossHeads",
+    "AcrossLayers",
+    "Budget",
+    "CacheView",
+    "Cap",
+    "ExpectedAttention",
+    "KVCompression",
+    "KeyNorm",
+    "LastQuery",
+    "ObservedAttention",
+    "PerLayer",
+    "Product",
+    "Pyramid",
+    "RandomScores",
+    "Ratio",
+    "Recency",
+    "Scorer",
+    "SnapKV",
+    "SnapKVVotes",
+    "TopK",
+    "ValueNorm",
+    "snapkv_votes",
+]

@@ -1,83 +1,27 @@
-"""KV-cache compression after prefill: a scorer, a budget and a selector.
+"""KV-cache compression: a scorer, a budget and a selector, after prefill and while decoding.
 
-A technique is one small class with ``score(site, q, k, v) -> (B, Hk, N)``: how much each cached key is worth, ``+inf``
-for keys that must stay. How many stay is a :class:`Budget`, which ones a selector; positions, masks and batching are
-the adapter's.
+A :class:`~attnlib.cache.scorers.Scorer` says what each cached key is worth, a
+:class:`~attnlib.cache.budgets.Budget` how many stay, a :class:`~attnlib.cache.selectors.TopK` which. Positions, masks
+and batching are the adapter's: what is left of the cache is read at the true positions. Where heads or samples keep
+different numbers of keys the cache of the layer is as long as the longest, and the rest of the others' is masked.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..hooks.core import Intervention, Site
-
-
-class Budget(Protocol):
-    """How many of ``count`` keys stay."""
-
-    def keep(self, count: int) -> int: ...
-
-    @property
-    def everything(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Evict the share ``ratio`` of the keys: ``int(count * (1 - ratio))`` stay.
-
-    >>> Ratio(0.25).keep(10)
-    7
-    """
-
-    ratio: float
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.ratio < 1.0:
-            raise ValueError(f"ratio must lie in [0, 1): the share of keys that is evicted; got {self.ratio}")
-
-    def keep(self, count: int) -> int:
-        return int(count * (1 - self.ratio))
-
-    @property
-    def everything(self) -> bool:
-        return self.ratio == 0.0
-
-
-@dataclass(frozen=True)
-class Cap:
-    """Keep at most ``cap`` keys.
-
-    >>> Cap(8).keep(10), Cap(8).keep(5)
-    (8, 5)
-    """
-
-    cap: int
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.cap, int) or self.cap < 1:
-            raise ValueError(f"cap must be an integer of at least 1: the number of keys that stay; got {self.cap!r}")
-
-    def keep(self, count: int) -> int:
-        return min(count, self.cap)
-
-    @property
-    def everything(self) -> bool:
-        return False
-
-
-def top_per_head(scores: Tensor, count: int) -> Tensor:
-    """The ``count`` best keys of every head: (B, Hk, N) -> (B, Hk, count), ascending."""
-    return scores.topk(count, dim=-1).indices.sort(-1).values
+from .budgets import Budget
+from .scorers import CacheView, Scorer
+from .selectors import TopK
 
 
 def existing(site: Site, device: torch.device) -> Tensor:
-    """(B or 1, N) boolean: keys that the last query may read; the rest of a causal prompt is padding.
+    """(B or 1, Hk or 1, M) boolean: keys that the last query may read; the rest is padding.
 
     Raises:
         ValueError: the last query may not read itself: padding on the right, after which nothing can be decoded.
@@ -85,70 +29,178 @@ def existing(site: Site, device: torch.device) -> Tensor:
     assert site.mask is not None
     allowed, _ = site.mask.rows(torch.tensor([site.n_queries - 1], device=device))
     if allowed is None:
-        return torch.ones(1, site.n_keys, dtype=torch.bool, device=device)
-    last = allowed[:, 0, 0]
-    if not bool(last[:, -1].all()):
+        return torch.ones(1, 1, site.n_keys, dtype=torch.bool, device=device)
+    last = allowed[:, :: site.heads // site.kv_heads if allowed.shape[1] > 1 else 1, -1]
+    if not bool(last[..., -1].all()):
         raise ValueError(
             "the prompt is padded on the right; evicting keys needs padding on the left (padding_side='left')"
         )
     return last
 
 
-class KVCompression(Intervention, ABC):
-    """Evict keys and values once, after prefill; decoding goes on with what is left, at the true positions.
+class KVCompression(Intervention):
+    """Evict keys and values; the model goes on with what is left, at the true positions.
 
     The prompt is what the model reads while its cache is empty, in one call: of a prompt read in chunks only the first
-    chunk is compressed.
+    chunk is compressed, the others count as decoding.
 
     Args:
-        budget: how many keys stay.
+        scorer: what each key is worth.
+        budget: how many keys stay, of the tokens that each sample really has.
+        selector: which keys stay.
         layers: layers to compress; ``None`` for all.
-        selector: ``(scores (B, Hk, N), count) -> (B, Hk, count)`` ascending indices.
+        every: while decoding, evict down to the budget again after so many new tokens; 1 keeps a :class:`Cap` at all
+            times. ``None`` evicts once, after the prompt.
+        prefill: evict after the prompt; with ``False`` only while decoding.
+
+    Raises:
+        ValueError: ``every`` below 1, or neither ``prefill`` nor ``every``.
+
+    >>> from attnlib.cache import Cap, KeyNorm
+    >>> KVCompression(KeyNorm(), Cap(128), every=16).while_decoding
+    True
     """
 
+    name: ClassVar[str] = "kv-compression"
     kinds: ClassVar[tuple[str, ...]] = ("self",)
-    protected: int = 0
 
     def __init__(
         self,
+        scorer: Scorer,
         budget: Budget,
+        selector: TopK | None = None,
         layers: Sequence[int | str] | None = None,
-        selector: Callable[[Tensor, int], Tensor] = top_per_head,
+        every: int | None = None,
+        prefill: bool = True,
     ):
-        self.budget, self.selector = budget, selector
+        for name, value, kind in (("scorer", scorer, Scorer), ("budget", budget, Budget)):
+            if not isinstance(value, kind):
+                hint = f"; make one: {value.__name__}(...)" if isinstance(value, type) else ""
+                raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}{hint}")
+        if every is not None and (not isinstance(every, int) or every < 1):
+            raise ValueError(f"every must be at least 1: the new tokens after which keys are evicted; got {every!r}")
+        if every is None and not prefill:
+            raise ValueError("prefill=False needs every=...; nothing would ever be evicted")
+        self.scorer, self.budget, self.selector = scorer, budget, selector or TopK()
+        self.every, self.prefill = every, prefill
         self.layers = None if layers is None else list(layers)
+        self._order: list[int] = []
         self.reset()
 
     @property
     def identity(self) -> bool:
         return self.budget.everything
 
+    @property
+    def while_decoding(self) -> bool:  # type: ignore[override]
+        return self.every is not None
+
+    def wants(self, site: Site) -> bool:
+        return self.scorer.wants(site)
+
+    def prepare(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        self._order = [site.layer for site in sites]
+        self.budget.keep(1, 0, len(self._order))  # a budget for another number of layers says so now
+        self.scorer.prepare(model, sites)
+
     def reset(self) -> None:
         self._kept: dict[int, tuple[int, Tensor]] = {}
+        self._waiting: dict[int, tuple[CacheView, Tensor, Tensor]] = {}
 
-    @abstractmethod
-    def score(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What each key is worth.
+    # ---- the stage
 
-        Args:
-            site: where; ``site.mask`` is the prompt's.
-            q: (B, H, N, D) queries of the prompt, rotary positions applied.
-            k: (B, Hk, N, D).
-            v: (B, Hk, N, Dv).
-
-        Returns:
-            (B, Hk, N) scores in a float type, ``+inf`` for keys that must stay, ``-inf`` for keys that may never stay.
-        """
-
-    def on_cache(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        count = max(self.budget.keep(k.shape[2]), min(self.protected, k.shape[2]))
-        if count >= k.shape[2]:
-            return None
+    def on_cache(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor | dict[int, Tensor] | None:
         with torch.no_grad():
-            kept = self.selector(self.score(site, q, k, v), count)
-        self._kept[site.layer] = (k.shape[2], kept)
+            first = site.offset == 0
+            last = int(site.q_pos.max()) if first and site.q_pos is not None else site.offset + site.n_queries - 1
+            if first:
+                self._kept.pop(site.layer, None)
+            queries = q
+            if self.every is not None:
+                since = 0 if first or site.evicted_at is None else last + 1 - site.evicted_at
+                due = since >= self.every or (not first and site.evicted_at is None)
+                queries = self._remembered(site, q, first)
+                if not due and not (first and self.prefill):
+                    return None
+            view = self._view(site, queries, k, v, last)
+            return self._choose(view, self._real(site, view, first))
+
+    def _remembered(self, site: Site, q: Tensor, first: bool) -> Tensor:
+        """The queries to score with; those that a later eviction may ask for stay in the cache layer's memory."""
+        assert site.memory is not None
+        past = site.memory.get("queries")
+        queries = q if first or past is None else torch.cat([past, q], 2)
+        most = self.scorer.queries
+        if most:
+            kept = queries[:, :, -most:]
+            # After prefill this copies, so that the queries of the whole prompt are not kept alive.
+            site.memory["queries"] = kept.clone() if first else kept
+        return queries if first else queries[:, :, -max(1, most) :]
+
+    def _real(self, site: Site, view: CacheView, first: bool) -> Tensor:
+        """(B,) tokens seen so far, without padding."""
+        batch, seen = view.k.shape[0], view.last + 1
+        memory = site.memory if site.memory is not None else {}
+        if first or "missing" not in memory:
+            held = view.valid.sum(-1).amax(-1).expand(batch)
+            memory["missing"] = seen - held
+        return seen - memory["missing"]
+
+    @staticmethod
+    def _view(site: Site, q: Tensor, k: Tensor, v: Tensor, last: int) -> CacheView:
+        assert site.k_pos is not None
+        return CacheView(site, q, k, v, existing(site, k.device), site.k_pos, last)
+
+    def _choose(self, view: CacheView, real: Tensor) -> Tensor | dict[int, Tensor] | None:
+        """What stays of a layer; with a budget for all layers, of all of them once the last has run."""
+        layer, shape = view.site.layer, view.k.shape[:3]
+        place = (self._order.index(layer), len(self._order)) if layer in self._order else (0, 1)
+        even = max([self.budget.keep(count, *place) for count in real.tolist()])
+        if self.budget.scope == "head" and max(even, self.scorer.protected) >= shape[2]:
+            return self._everything(view)
+        scores = self.scorer.score(view).expand(shape).masked_fill(~view.valid, -torch.inf)
+        if self.scorer.protected:
+            order = torch.arange(shape[2], device=scores.device)
+            scores = scores.masked_fill(view.valid & (order >= shape[2] - self.scorer.protected), torch.inf)
+        ready = self.selector.ready(scores)
+        if self.budget.scope != "layers":
+            return self._done(view, ready, self.budget.counts([ready], [real], [place])[0])
+        if place[0] == 0:
+            self._waiting.clear()
+        self._waiting[layer] = (view, ready, real)
+        if place[0] < place[1] - 1:
+            return None
+        waiting, self._waiting = self._waiting, {}
+        if sorted(waiting) != sorted(self._order):
+            missing = sorted(set(self._order) - set(waiting))
+            raise RuntimeError(
+                f"a budget over all layers needs them in one call of the model; layers {missing} are missing"
+            )
+        views, scored, reals = zip(*(waiting[n] for n in self._order), strict=True)
+        counts = self.budget.counts(scored, reals, [(n, len(self._order)) for n in range(len(self._order))])
+        answers = {}
+        for one, score, count in zip(views, scored, counts, strict=True):
+            kept = self._done(one, score, count)
+            if kept is not None:
+                answers[one.site.layer] = kept
+        return answers or None
+
+    def _everything(self, view: CacheView) -> Tensor | None:
+        if self.every is None:
+            return None
+        return torch.arange(view.k.shape[2], device=view.k.device).expand(view.k.shape[:3])
+
+    def _done(self, view: CacheView, ready: Tensor, counts: Tensor) -> Tensor | None:
+        if bool((counts >= view.k.shape[2]).all()):
+            return self._everything(view)
+        kept = self.selector.pick(ready, counts)
+        slots = view.slots.expand(view.k.shape[:3]).gather(-1, kept.clamp(min=0)).masked_fill(kept < 0, -1)
+        self._kept[view.site.layer] = (view.last + 1, slots)
         return kept
 
     def results(self) -> dict[int, dict[str, Any]]:
-        """``{layer: {"kept": (B, Hk, K) slots, "of": N}}`` of the last prompt, without layers that kept everything."""
+        """What the last eviction left: ``{layer: {"kept": (B, Hk, K) slots, -1 before shorter rows, "of": N}}``.
+
+        Layers that kept everything are left out.
+        """
         return {layer: {"kept": kept, "of": count} for layer, (count, kept) in sorted(self._kept.items())}

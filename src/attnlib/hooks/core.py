@@ -33,6 +33,7 @@ KINDS = ("self", "cross", "joint")
 #: Every stage of the protocol. An adapter says which of them it serves; ``attach`` refuses the rest by name.
 STAGES = (
     "on_block_input",
+    "on_tokens",
     "around_sublayer",
     "on_context",
     "on_qkv",
@@ -44,6 +45,20 @@ STAGES = (
     "on_cache",
     "on_logits",
     "on_step",
+)
+
+#: Stages of the whole model; they belong to no layer, and a layer is not touched for them.
+MODEL_STAGES = ("on_logits", "on_step")
+
+#: Stages inside one attention call. A layer without them keeps its own attention function.
+ATTENTION_STAGES = (
+    "on_qkv",
+    "on_kv_read",
+    "around_attention",
+    "on_scores",
+    "on_weights",
+    "on_output",
+    "on_cache",
 )
 
 #: Elements of the weight map that score edits, weight edits and probes hold at a time.
@@ -124,8 +139,10 @@ class Site:
         n_queries: N of this call.
         n_keys: M of this call.
         mask: which pairs may meet.
-        q_pos: (N,) slots of the queries in the sequence.
-        k_pos: (M,), or (B, kv_heads, M) in an evicted cache, slots of the keys; -1 where a head holds no key.
+        q_pos: (N,) slots of the queries in the sequence, or (B, N) where tokens of the prompt were removed; -1 for the
+            padding of samples that kept fewer.
+        k_pos: (M,), or (B, kv_heads, M) in an evicted cache or after a removal, slots of the keys; -1 where a
+            head holds no key or a sample is padded.
         q_types: (B, N) token types, see :mod:`attnlib.hooks.tokens`.
         k_types: (B, M), or (B, kv_heads, M) in an evicted cache.
         q_layout: what the queries are.
@@ -140,7 +157,8 @@ class Site:
         rotary: whether q and k carry rotary positions already; ``None`` when the model has none or it is not known.
         training: the model is in training mode.
         memory: in ``on_cache``, named tensors with the batch first that the cache layer carries along: they are
-            reordered, repeated and selected with it. Kept only in a layer that lost keys or is evicted while decoding.
+            reordered, repeated and selected with it, and cropped along a third axis, of tokens. Kept only in a layer
+            that lost keys or is evicted while decoding.
         evicted_at: tokens seen when keys of this cache layer were last chosen; ``None`` when they never were.
     """
 
@@ -186,14 +204,40 @@ class Site:
         return torch.tensor([row in names for row in self.rows], device=device)
 
     def per_key(self, values: Tensor) -> Tensor:
-        """Values by slot of the sequence (B, L) as values by key: (B, 1, M), or (B, heads, M) in an evicted cache."""
+        """Values by slot of the sequence (B, L) as values by key: (B, 1, M), or (B, heads, M) in an evicted cache.
+
+        Where there is no key (slot -1) the value is 0.
+        """
         if self.k_pos is None:
             raise ValueError(f"layer {self.layer} ({self.name}): positions of the keys are not known")
         if self.k_pos.dim() == 1:
             return values.index_select(-1, self.k_pos)[:, None]
-        picked = values[:, None].expand(-1, self.k_pos.shape[1], -1).gather(-1, self.k_pos.clamp(min=0))
+        index = self.k_pos.clamp(min=0)
+        picked = values[:, None].expand(index.shape[0], index.shape[1], -1).gather(-1, index)
         picked = picked.masked_fill(self.k_pos < 0, 0)
         return picked.repeat_interleave(self.heads // self.kv_heads, 1)
+
+    def per_query(self, values: Tensor) -> Tensor:
+        """Values by slot of the sequence (B, L) as values by query: (B, N)."""
+        if self.q_pos is None:
+            raise ValueError(f"layer {self.layer} ({self.name}): positions of the queries are not known")
+        if self.q_pos.dim() == 1:
+            return values.index_select(-1, self.q_pos)
+        return values.expand(self.q_pos.shape[0], -1).gather(-1, self.q_pos.clamp(min=0))
+
+    def query_slots(self) -> Tensor:
+        """Slots of the queries as (B or 1, 1, N, 1), to be compared with :meth:`key_slots`."""
+        if self.q_pos is None:
+            raise ValueError(f"layer {self.layer} ({self.name}): positions of the queries are not known")
+        return (self.q_pos if self.q_pos.dim() == 2 else self.q_pos[None])[:, None, :, None]
+
+    def key_slots(self) -> Tensor:
+        """Slots of the keys as (B or 1, heads or 1, 1, M)."""
+        if self.k_pos is None:
+            raise ValueError(f"layer {self.layer} ({self.name}): positions of the keys are not known")
+        if self.k_pos.dim() == 1:
+            return self.k_pos[None, None, None]
+        return self.k_pos.repeat_interleave(self.heads // self.kv_heads, 1)[:, :, None]
 
     def key_types(self) -> Tensor:
         """Types of the keys, (B, 1, M) or (B, heads, M)."""
@@ -236,8 +280,30 @@ class Intervention:
         that keep fewer. ``{layer: indices}`` answers for this layer and for earlier ones of the same call. With
         ``while_decoding`` it is asked after every later call too: ``k`` and ``v`` are then all that is cached, ``q``
         the new queries.
+    ``around_sublayer(site, hidden, call)``
+        ``hidden`` (B, N, C) is what the attention module reads, after the norm; ``call(hidden)`` runs the module, zero,
+        one or several times, and gives its output (B, N, C) before the residual is added. Returns (B, N, C). The cache
+        keeps the keys of the first call; later calls read the tokens before them, and theirs are forgotten. Without
+        any call the module still runs where it has a cache, so that its keys are there for later tokens.
     ``on_block_input(site, hidden)``
         (B, N, C) residual stream entering the block of this attention; return ``None`` to leave it.
+    ``on_tokens(site, hidden)``
+        at the input of the block of this attention, in prefill only: which tokens go on from here. Returns ``None``
+        for all of them, or ``(hidden (B, K, C), index (B, K))`` with ``index`` the ascending indices, among the
+        *current* tokens, that each token that goes on stands at; -1, on the left of the row, pads samples that keep
+        fewer. All blocks from here on, their positions, masks and cache layers follow: the cache layers hold the
+        true slots of what is left, and decoding goes on at the true positions. ``site.q_pos`` is (B, N) from then on.
+    ``on_logits(ids, logits)``
+        every step of ``generate()``, before processors and sampling: ``ids`` (B, L) so far, ``logits`` (B, V) float32
+        of the next token; also ``session.logits(ids, logits)``. Returns (B, V). Under beam search a constant per row
+        is missing (log-probabilities come in), and what is returned is normalised again if it was changed. The model
+        may be run from here, inside ``with self.session.at(branch="...")`` and with a cache of the branch's own.
+    ``on_step(step)``
+        before every decoding step: 0 is the prompt, then the number of tokens after it, counted by the cache; in
+        denoisers when ``session.at(step=...)`` or the pipeline says another step than before. Not for branches.
+
+    State that a technique keeps from one call to the next belongs to a branch: key it by ``(site.branch, site.layer)``,
+    or keep it in ``session.notes``, which is one dictionary per branch.
 
     Attributes:
         name: key of ``session.results``.
@@ -291,6 +357,13 @@ class Intervention:
         """What ``session.results[name]`` shows."""
         return None
 
+    @property
+    def session(self) -> Session:
+        """The session this is attached in."""
+        if self._owner is None:
+            raise RuntimeError(f"this {type(self).__name__} is not attached to a model")
+        return self._owner
+
     # ---- stages
 
     def around_attention(self, site: Site, q: Tensor, k: Tensor, v: Tensor, call: Callable[..., Tensor]) -> Tensor:
@@ -321,6 +394,9 @@ class Intervention:
         return None
 
     def on_block_input(self, site: Site, hidden: Tensor) -> Tensor | None:
+        return None
+
+    def on_tokens(self, site: Site, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
 
     def on_logits(self, ids: Tensor, logits: Tensor) -> Tensor:
@@ -368,6 +444,11 @@ class Stages:
     def used(self) -> list[str]:
         """Stages that somebody implements."""
         return [stage for stage in STAGES if self._by_stage[stage]]
+
+    @property
+    def in_attention(self) -> bool:
+        """Somebody acts or looks inside the attention call."""
+        return bool(self.probes) or any(self._by_stage[stage] for stage in ATTENTION_STAGES)
 
     @property
     def reads_map(self) -> bool:
@@ -502,7 +583,8 @@ def realise_mask(site: Site, mask: Mask | Tensor) -> Tensor:
     if k_pos.dim() == 3:
         k_pos = k_pos.repeat_interleave(site.heads // site.kv_heads, 1)
     allowed = mask.at(site.q_pos.to(k_pos.device), k_pos)
-    return allowed if allowed.dim() == 4 else allowed[None, None]
+    allowed = allowed if allowed.dim() == 4 else allowed[None, None]
+    return allowed if k_pos.dim() == 1 else allowed & (k_pos >= 0)[:, :, None]
 
 
 def run_attention(
@@ -607,7 +689,11 @@ class Session:
     ):
         self.model = model
         self.interventions = tuple(interventions)
-        self.tracker = tracker
+        self._trackers: dict[str | None, TypeTracker] = {} if tracker is None else {None: tracker}
+        self._notes: dict[str | None, dict[str, Any]] = {}
+        self._announced: int | None = None
+        self._in_logits = False
+        self.counts_steps = False
         self.rows = _row_names(rows)
         self.pass_name: str | None = None
         self.branch: str | None = None
@@ -616,6 +702,105 @@ class Session:
         self.sites: list[Site] = []
         self.attached: list[Site] = []
         self._undo: list[Callable[[], None]] = []
+
+    # ---- one state per branch
+
+    @property
+    def tracker(self) -> TypeTracker | None:
+        """Token types of the current branch; each branch counts its own tokens."""
+        if self.branch not in self._trackers:
+            if None not in self._trackers:
+                return None
+            self._trackers[self.branch] = TypeTracker(self._trackers[None].source)
+        return self._trackers[self.branch]
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What adapters and interventions remember of the current branch between calls; emptied by a new prompt."""
+        return self._notes.setdefault(self.branch, {})
+
+    @property
+    def prompt(self) -> dict[str, Any]:
+        """The named arguments with which the model read the prompt of the current branch, without its cache."""
+        try:
+            return self.notes["prompt"]
+        except KeyError:
+            raise RuntimeError(
+                "no prompt yet: the model was not called in this session, or nothing attached asks for it (only "
+                "interventions with on_logits or on_step do)"
+            ) from None
+
+    def new_prompt(self, given: dict[str, Any]) -> None:
+        """For adapters: the current branch starts to read a prompt."""
+        keep = {k: v for k, v in self.notes.items() if k == "beams"}
+        self.notes.clear()
+        self.notes.update(keep, prompt={k: v for k, v in given.items() if k != "past_key_values"})
+        if self.branch is None:
+            self._announced = None
+
+    # ---- stages of the whole model
+
+    def acting(self, stage: str) -> list[Intervention]:
+        """The interventions that implement a stage and can do something, in order."""
+        return [i for i in self.interventions if implements(i, stage) and not i.identity]
+
+    def logits(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Scores of the next token after all ``on_logits``; ``generate`` asks for them by itself.
+
+        Args:
+            ids: (B, L) tokens so far.
+            logits: (B, V) the model's scores of the next token.
+
+        Returns:
+            (B, V).
+        """
+        acting = self.acting("on_logits")
+        if self._in_logits or not acting:
+            return logits
+        if ids.dim() != 2 or logits.dim() != 2 or len(ids) != len(logits):
+            raise ValueError(
+                f"ids must be (B, L) and logits (B, V) of the same batch, got {tuple(ids.shape)} and "
+                f"{tuple(logits.shape)}"
+            )
+        notes = self.notes
+        notes["last_ids"], notes["ids"] = notes.get("ids"), ids
+        self._in_logits = True
+        try:
+            for i in acting:
+                after = i.on_logits(ids, logits)
+                if not isinstance(after, Tensor) or after.shape != logits.shape:
+                    got = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
+                    raise ValueError(
+                        f"{type(i).__name__}.on_logits must return (B, V)={tuple(logits.shape)}, got {got}"
+                    )
+                logits = after
+        finally:
+            self._in_logits = False
+        return logits
+
+    def parents(self) -> Tensor | None:
+        """(B,) row of the step before that each row of the batch continues; ``None`` at the first step of a prompt.
+
+        Beams change places from step to step, and whatever a branch keeps by row (a cache, above all) has to move with
+        them. Rows are compared by their tokens, within the beams of one sample only.
+        """
+        last, ids = self.notes.get("last_ids"), self.notes.get("ids")
+        if last is None or ids is None or last.shape != (len(ids), ids.shape[1] - 1):
+            return None
+        beams = self.notes.get("beams", 1)
+        rows = torch.arange(len(ids), device=ids.device)
+        if beams == 1:
+            return rows
+        same = (ids[:, None, :-1] == last[None]).all(-1) & (rows[:, None] // beams == rows // beams)
+        return torch.where(same.diagonal(), rows, same.to(torch.int8).argmax(1))
+
+    def announce(self, step: int) -> None:
+        """Call ``on_step`` of every intervention, once per step; nothing happens inside a branch."""
+        if self.branch is not None or step == self._announced:
+            return
+        self._announced = step
+        for i in self.acting("on_step"):
+            i.on_step(step)
 
     # ---- bookkeeping for adapters
 
@@ -664,14 +849,28 @@ class Session:
         pass_name: str | None = None,
         branch: str | None = None,
         rows: Sequence[str] | None = None,
+        token_types: Tensor | Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[Session]:
-        """Say which step, pass, branch or rows the calls of the model inside this block are."""
+        """Say which step, pass, branch or rows the calls of the model inside this block are.
+
+        Each branch has token types, notes and a count of tokens of its own, so calls of several branches may be mixed
+        in any order, also from within ``on_logits`` while ``generate`` runs, as long as each has its own cache.
+        ``token_types`` are those of the branch, where its prompt is another one than the main branch's.
+        """
         before = self.step, self.pass_name, self.branch, self.rows
+        if token_types is not None:
+            name = self.branch if branch is None else branch
+            if name is None:
+                raise ValueError("token_types of at() are those of a branch; name it: at(branch=..., token_types=...)")
+            if name not in self._trackers or self._trackers[name].source is not token_types:
+                self._trackers[name] = TypeTracker(token_types)
         self.step = self.step if step is None else step
         self.pass_name = self.pass_name if pass_name is None else pass_name
         self.branch = self.branch if branch is None else branch
         self.rows = self.rows if rows is None else _row_names(rows)
         try:
+            if step is not None and not self.counts_steps:
+                self.announce(step)
             yield self
         finally:
             self.step, self.pass_name, self.branch, self.rows = before
@@ -795,14 +994,19 @@ def check_heads(intervention: Intervention, heads: Sequence[int], site: Site) ->
             )
 
 
-def _check_pair(site: Site, a: Intervention, b: Intervention) -> None:
+def _only_model_stages(intervention: Intervention) -> bool:
+    """Whether all it does belongs to the model as a whole, so that no layer is touched for it."""
+    used = [stage for stage in STAGES if implements(intervention, stage)]
+    return bool(used) and not isinstance(intervention, Probe) and all(stage in MODEL_STAGES for stage in used)
+
+
+def _check_pair(site: Site | None, a: Intervention, b: Intervention) -> None:
     reason = a.conflicts(b) or b.conflicts(a)
     if reason is None and implements(a, "on_cache") and implements(b, "on_cache"):
         reason = "both evict from the same cache; combine their scores in one"
     if reason:
-        raise ValueError(
-            f"{type(a).__name__} and {type(b).__name__} cannot both act on layer {site.layer} ({site.name}): {reason}"
-        )
+        where = "this model" if site is None else f"layer {site.layer} ({site.name})"
+        raise ValueError(f"{type(a).__name__} and {type(b).__name__} cannot both act on {where}: {reason}")
 
 
 def attach(
@@ -874,22 +1078,31 @@ def attach(
                 f"{type(i).__name__} has to know which tokens are image tokens: give attach(..., token_types=...), "
                 "a (B, N) tensor or attnlib.hooks.TokenTypes(image=IMAGE_TOKEN_ID)"
             )
+        if _only_model_stages(i):
+            continue
         for site in chosen:
             plan.setdefault(sites.index(site), []).append(i)
     for index, members in plan.items():
         for a in range(len(members)):
             for b in range(a + 1, len(members)):
                 _check_pair(sites[index], members[a], members[b])
+    planned = [(n, sites[n]) for n in plan]
+    able = [i for i in interventions if not i.identity]
+    for number, a_ in enumerate(able):
+        for b_ in able[number + 1 :]:
+            if _only_model_stages(a_) or _only_model_stages(b_):
+                _check_pair(None, a_, b_)
     for i in interventions:
         i.reset()
         if not i.identity:
-            i.prepare(model, [sites[n] for n, members in plan.items() if i in members])
+            everywhere = _only_model_stages(i)
+            i.prepare(model, check_layers(i, sites) if everywhere else [s for n, s in planned if i in plan[n]])
     tracker = None if token_types is None else TypeTracker(token_types)
     session = Session(model, interventions, rows, tracker)
     session.sites = sites
     session.active = True
     try:
-        if plan:
+        if able:
             session.attached = [sites[n] for n in sorted(plan)]
             adapter.install(session, [(sites[n], Stages(plan[n])) for n in sorted(plan)])
     except BaseException:

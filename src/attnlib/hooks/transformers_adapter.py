@@ -8,12 +8,19 @@ are built by the model, before its layers, so unattached layers see exactly the 
 
 A cache layer that lost keys (:func:`evicted_layer_class`) goes on counting every token it ever saw, so positions and
 masks keep the true length; the mask of an attached layer is then read at the slots of the keys that are left.
+
+Steps are counted by the cache; without one, by the tokens that a call reads beyond those of the call before. The score
+of the next token is handed to ``on_logits`` by the first of the processors that ``generate`` makes for itself, so that
+the user's own processors stay what and where they are. Nothing is kept by the number of calls: what a layer knows of
+its current call lives on a stack, and what must survive a call belongs to a branch of the session. A second branch may
+therefore be run at any time, also from within ``on_logits``.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import inspect
 import types
 import weakref
@@ -25,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import Adapter, Intervention, PairMask, Session, Site, Stages, run_attention
-from .tokens import PAD
+from .tokens import PAD, TypeTracker
 
 PREFIX = "attnlib_"
 
@@ -129,7 +136,8 @@ def evicted_layer_class() -> type:
         """Keys and values that are left, the slots they came from, and the count of all tokens seen.
 
         ``keys``, ``values``: (B, Hk, K, D); ``positions``: (B, Hk, K) slots in the sequence, new tokens appended, -1 on
-        the left of heads that hold fewer; ``memory``: named tensors, batch first, that follow the samples.
+        the left of heads that hold fewer; ``memory``: named tensors, batch first, that follow the samples, and where
+        they have a third axis, the tokens along it, the newest last.
         """
 
         is_croppable = True
@@ -174,7 +182,9 @@ def evicted_layer_class() -> type:
                 self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
                 self.positions, self.seen = self.positions[..., :-remove], self.seen - remove
                 self.evicted_at = min(self.evicted_at, self.seen)
-                self.memory.clear()  # of tokens that are taken back
+                for name, held in list(self.memory.items()):
+                    if held.dim() > 2:
+                        self.memory[name] = held[:, :, :-remove]
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             super().reorder_cache(beam_idx)
@@ -196,6 +206,22 @@ def evicted_layer_class() -> type:
             raise RuntimeError("a cache that lost keys cannot be reset; make a new one")
 
     return EvictedLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What is left of a prompt in one layer while the prompt is read, when tokens were removed before it.
+
+    Whoever removes tokens puts ``session.notes["kept"][layer]`` down for every layer behind, before it runs, and gives
+    those layers masks and positions of what is left.
+
+    Args:
+        slots: (B, N) slot in the sequence of each token that is left, -1 for padding.
+        seen: tokens of the prompt, removed ones included.
+    """
+
+    slots: Tensor
+    seen: int
 
 
 class _DeferredCache:
@@ -231,7 +257,15 @@ class _Call:
     deferred: _DeferredCache | None = None
     offset: int = 0
     start: int | None = 0  # slot of the first key; None when it is not known
+    kept: Kept | None = None
+    before: Any = None  # the cache layer as it was before this call
     ran: bool = False
+
+    again: bool = False  # the module runs once more in one call; what it writes is forgotten
+
+    def seen(self, n: int) -> int:
+        """Tokens of the sequence after this call read ``n``."""
+        return self.offset + n if self.kept is None else self.kept.seen
 
 
 class LayerRuntime:
@@ -240,43 +274,144 @@ class LayerRuntime:
     def __init__(self, session: Session, site: Site, stages: Stages, kernel: Callable[..., Any], implementation: str):
         self.session, self.site, self.stages, self.kernel = session, site, stages, kernel
         self.implementation = implementation
-        self.call = _Call()
+        self._calls: list[_Call] = []
         self.module = site.module
         parameters = inspect.signature(_forward_of(self.module)).parameters
         self.names = list(parameters)[1:]
 
     # ---- hooks on the module
 
+    @property
+    def call(self) -> _Call:
+        """The call that is running; a call may run within another one."""
+        return self._calls[-1] if self._calls else _Call()
+
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        self.call = self.look(given)
-        if self.stages["on_qkv"] and self.call.cache is not None:
-            self.call.deferred = _DeferredCache(self.call.cache)
+        call = self.look({**dict(zip(self.names, args, strict=False)), **kwargs})
+        self._calls.append(call)
+        if self.stages["on_qkv"] and call.cache is not None:
             if "past_key_values" not in kwargs:
                 raise ValueError(f"{self.where}: on_qkv needs the cache to be passed by keyword")
-            return args, {**kwargs, "past_key_values": self.call.deferred}
+            call.deferred = _DeferredCache(call.cache)
+            return args, {**kwargs, "past_key_values": call.deferred}
         return None
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        ran, self.call = self.call.ran, _Call()
-        if not ran:
+        """Also called when the module raised; there is no output then."""
+        call = self._calls.pop() if self._calls else _Call(ran=True)
+        if not call.ran and output is not None and self.stages.in_attention:
             raise RuntimeError(
                 f"{self.where}: its forward ran without calling the attention function it was given, so nothing could "
                 "act there; this model's attention is not reachable through AttentionInterface"
             )
 
+    def around_module(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The module's forward under ``around_sublayer``."""
+        first = self.names[0]
+
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            hidden = given.get(first)
+            if not isinstance(hidden, Tensor):
+                raise ValueError(f"{self.where}: its input is not passed as {first}")
+            call = self.call
+            outputs: list[Any] = []
+            if call.cache is not None and self.site.kind != "cross" and len(call.cache.layers) > self.site.layer:
+                call.before = copy.copy(call.cache.layers[self.site.layer])
+
+            def innermost(x: Tensor) -> Tensor:
+                new = kwargs
+                if outputs and call.cache is not None:
+                    new = {**kwargs, "past_key_values": self._read_again(call)}
+                inner = (x, *args[1:]) if args else args
+                outputs.append(forward(*inner, **(new if args else {**new, first: x})))
+                return outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
+
+            site = self.sublayer_site(call, hidden, given.get("attention_mask"))
+            chain: Callable[[Tensor], Tensor] = innermost
+            for i in reversed(self.stages["around_sublayer"]):
+                chain = functools.partial(_around, i, site, chain)
+            result = chain(hidden)
+            if not isinstance(result, Tensor) or result.shape != hidden.shape:
+                got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+                raise ValueError(
+                    f"{self.where}: around_sublayer must return (B, N, C)={tuple(hidden.shape)}, got {got}"
+                )
+            if not outputs and call.cache is not None:
+                innermost(hidden)  # later tokens read its keys
+            call.ran = True
+            if not outputs:
+                return result, None
+            return (result, *outputs[0][1:]) if isinstance(outputs[0], tuple) else result
+
+        return run
+
+    def _read_again(self, call: _Call) -> Any:
+        """A cache for one more run of the module: the tokens before this call; what it writes is forgotten."""
+        hf, index, before = _need(), self.site.layer, call.before
+        if call.offset == 0 or before is None:
+            again = hf.cache.DynamicLayer()
+        elif type(before) is hf.cache.StaticLayer:
+            again = hf.cache.DynamicLayer()
+            again.lazy_initialization(before.keys, before.values)
+            again.keys, again.values = before.keys[:, :, : call.offset], before.values[:, :, : call.offset]
+        elif type(before) in (hf.cache.DynamicLayer, hf.cache.DynamicSlidingWindowLayer, evicted_layer_class()):
+            again = copy.copy(before)
+        else:
+            raise ValueError(
+                f"{self.where}: around_sublayer called the module several times, but a {type(before).__name__} cannot "
+                "be read again within one call"
+            )
+        cache = copy.copy(call.cache)
+        cache.layers = [again if i == index else other for i, other in enumerate(call.cache.layers)]
+        repeated = _Call(cache=cache, offset=call.offset, kept=call.kept, before=before, again=True)
+        if self.stages["on_qkv"]:
+            repeated.deferred = _DeferredCache(cache)
+        self._calls[-1] = repeated
+        return repeated.deferred or cache
+
+    def sublayer_site(self, call: _Call, hidden: Tensor, mask: Any) -> Site:
+        """The site of a call as known before queries and keys are made."""
+        batch, n = hidden.shape[:2]
+        if self.site.kind == "cross":
+            return self.describe(call, batch, n, 0, hidden.device, None)
+        layer = self._cache_layer(call)
+        k_pos = None
+        if isinstance(layer, evicted_layer_class()):
+            new = torch.arange(call.offset, call.offset + n, device=hidden.device)
+            k_pos = torch.cat([layer.positions, new.expand(*layer.positions.shape[:2], n)], -1)  # type: ignore[attr-defined]
+            mask = self._mask_of_kept(mask, k_pos, call, batch, self.site.heads, n, layer.padded)  # type: ignore[attr-defined]
+            m = k_pos.shape[-1]
+        elif call.kept is not None:
+            m, k_pos = n, call.kept.slots[:, None].expand(-1, self.site.kv_heads, -1)
+        else:
+            m = call.offset + n
+            if layer is not None and layer.is_sliding:
+                m = min(m, (mask.shape[-1] if isinstance(mask, Tensor) else m))
+                call.start = None if isinstance(layer, _need().cache.StaticLayer) else call.offset + n - m
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] > m:
+            mask = mask[..., :m]
+        pair = self.pairs(mask, n, m, getattr(self.module, "is_causal", True))
+        return self.describe(call, batch, n, m, hidden.device, pair, k_pos=k_pos)
+
     def before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(hidden, Tensor):
-            raise ValueError(f"{self.where}: the input of its block is not passed as hidden_states")
-        call = self.look(kwargs)
-        site = self.describe(call, hidden.shape[0], hidden.shape[1], call.offset + hidden.shape[1], hidden.device, None)
+        site, hidden = self.block_site(module, args, kwargs)
         for i in self.stages["on_block_input"]:
             edited = i.on_block_input(site, hidden)
             hidden = hidden if edited is None else edited
         if args:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
+
+    def block_site(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Site, Tensor]:
+        """The site and the tokens (B, N, C) at the input of the block of this attention."""
+        names = list(inspect.signature(_forward_of(block)).parameters)[1:]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(hidden, Tensor):
+            raise ValueError(f"{self.where}: the input of its block is not passed as hidden_states")
+        return self.sublayer_site(self.look(given), hidden, given.get("attention_mask")), hidden
 
     # ---- description
 
@@ -291,26 +426,36 @@ class LayerRuntime:
         if isinstance(cache, hf.cache.EncoderDecoderCache):
             cache = cache.cross_attention_cache if self.site.kind == "cross" else cache.self_attention_cache
         if self.site.kind == "cross" or not isinstance(cache, hf.cache.Cache):
-            return _Call(cache=None if self.site.kind == "cross" else cache)
+            return _Call(cache=None if self.site.kind == "cross" else cache, kept=self._kept())
         index = self.site.layer
-        if index >= len(cache.layers):
-            return _Call(cache=cache)
-        return _Call(cache=cache, offset=int(cache.layers[index].get_seq_length()))
+        offset = int(cache.layers[index].get_seq_length()) if index < len(cache.layers) else 0
+        return _Call(cache=cache, offset=offset, kept=None if offset else self._kept())
+
+    def _kept(self) -> Kept | None:
+        if self.site.kind == "cross":
+            return None
+        return self.session.notes.get("kept", {}).get(self.site.layer)
 
     def describe(
         self, call: _Call, batch: int, n: int, m: int, device: torch.device, pair: PairMask | None, **fields: Any
     ) -> Site:
         cross = self.site.kind == "cross"
-        q_pos = torch.arange(call.offset, call.offset + n, device=device)
+        if call.kept is None:
+            q_pos = torch.arange(call.offset, call.offset + n, device=device)
+        else:
+            q_pos = call.kept.slots.to(device)
         k_pos = fields.pop("k_pos", None)
         if k_pos is None and call.start is not None:
             k_pos = torch.arange(call.start, call.start + m, device=device)
         q_types = k_types = None
         tracker = self.session.tracker
         if tracker is not None and not cross and k_pos is not None:
-            length = max(call.offset + n, call.start + m if k_pos.dim() == 1 and call.start is not None else 0)
+            length = max(call.seen(n), call.start + m if k_pos.dim() == 1 and call.start is not None else 0)
             seen = tracker.upto(length, batch, device)
-            q_types = seen[:, call.offset : call.offset + n]
+            if q_pos.dim() == 1:
+                q_types = seen[:, call.offset : call.offset + n]
+            else:
+                q_types = seen.gather(1, q_pos.clamp(min=0)).masked_fill(q_pos < 0, PAD)
             if k_pos.dim() == 1:
                 k_types = seen.index_select(1, k_pos)
             else:
@@ -378,7 +523,11 @@ class LayerRuntime:
         k_pos = None
         if isinstance(layer, evicted_layer_class()):
             k_pos = layer.positions  # type: ignore[attr-defined]
-            mask = self._mask_of_kept(mask, k_pos, call, batch, heads, n, layer.padded)  # type: ignore[union-attr]
+            mask = self._mask_of_kept(mask, k_pos, call, batch, heads, n, layer.padded)  # type: ignore[attr-defined]
+        elif call.kept is not None:
+            # A static cache holds slots that nothing was written to yet.
+            slots = torch.nn.functional.pad(call.kept.slots, (0, m - n), value=-1)
+            k_pos = slots[:, None].expand(-1, k.shape[1], -1)
         elif self.site.kind == "cross" or (layer is not None and not layer.is_sliding):
             call.start = 0
         elif isinstance(layer, _need().cache.StaticLayer):
@@ -434,6 +583,8 @@ class LayerRuntime:
         return kept.repeat_interleave(groups, 1)
 
     def _evict(self, call: _Call, site: Site, q: Tensor, k: Tensor, v: Tensor, n: int) -> None:
+        if call.again:
+            return
         asked = [i for i in self.stages["on_cache"] if call.offset == 0 or i.while_decoding]
         if not asked:
             return
@@ -450,7 +601,7 @@ class LayerRuntime:
                 "dynamic or static cache. Leave the layer out with layers=[...]"
             )
         assert site.mask is not None and site.k_pos is not None
-        held = k.shape[2] if evicted else call.offset + n
+        held = k.shape[2] if evicted else n if call.kept is not None else call.offset + n
         k, v = k[:, :, :held], v[:, :, :held]
         memory: dict[str, Tensor] = layer.memory if evicted else {}
         prompt = site.but(
@@ -469,13 +620,15 @@ class LayerRuntime:
                 # The layer counts and carries from now on; keys may leave it later.
                 answer = torch.arange(held, device=k.device).expand(k.shape[0], k.shape[1], held)
             for number, kept in (answer if isinstance(answer, dict) else {site.layer: answer}).items():
-                self._keep(i, call.cache, number, kept)
+                self._keep(i, call, number, kept)
             if not evicted and isinstance(self._cache_layer(call), evicted_layer_class()):
                 call.cache.layers[site.layer].memory = memory
 
-    def _keep(self, intervention: Intervention, cache: Any, number: int, kept: Tensor) -> None:
+    def _keep(self, intervention: Intervention, call: _Call, number: int, kept: Tensor) -> None:
         """Leave only the keys ``kept`` in one layer of a cache."""
+        cache = call.cache
         layer, evicted = cache.layers[number], evicted_layer_class()
+        removed = None if call.kept is None else self.session.notes["kept"].get(number)
         again = isinstance(layer, evicted)
         static = isinstance(layer, _need().cache.StaticLayer)
         seen = int(layer.get_seq_length())
@@ -484,13 +637,16 @@ class LayerRuntime:
             keys, values = keys[:, :, :seen], values[:, :, :seen]
         self._check_kept(intervention, kept, keys)
         everything = kept.shape[2] == keys.shape[2] and bool((kept >= 0).all())
+        slots = layer.positions if again else None
+        if removed is not None and not again:
+            slots, seen = removed.slots[:, None].expand(-1, keys.shape[1], -1), removed.seen
         if everything:
-            positions = layer.positions if again else kept
+            positions = kept if slots is None else slots
         else:
             index = kept.clamp(min=0)
             keys = keys.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1]))
             values = values.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, values.shape[-1]))
-            positions = layer.positions.gather(2, index) if again else index
+            positions = index if slots is None else slots.gather(2, index)
             positions = positions.masked_fill(kept < 0, -1)
         new = evicted(self.session, keys, values, positions, seen, layer.max_cache_len if static else -1)
         if again:
@@ -516,7 +672,8 @@ class TransformersAdapter(Adapter):
 
     name = "transformers"
     stages: ClassVar[frozenset[str]] = frozenset(
-        "on_block_input on_context on_qkv on_kv_read around_attention on_scores on_weights on_output on_cache".split()
+        "on_block_input around_sublayer on_context on_qkv on_kv_read around_attention on_scores on_weights on_output "
+        "on_cache on_logits on_step".split()
     )
 
     def sites(self, model: nn.Module, part: str | None) -> list[Site]:
@@ -566,8 +723,13 @@ class TransformersAdapter(Adapter):
         return sites
 
     def install(self, session: Session, plan: list[tuple[Site, Stages]]) -> None:
-        if session.tracker is not None:
-            session.hook(session.model.register_forward_pre_hook(self._follow_types(session), with_kwargs=True))
+        session.counts_steps = True
+        follows = [i for stage in ("on_logits", "on_step", "on_tokens") for i in session.acting(stage)]
+        if session.tracker is not None or follows:
+            session.hook(session.model.register_forward_pre_hook(_Follow(session, bool(follows)), with_kwargs=True))
+        if follows and callable(getattr(session.model, "_get_logits_processor", None)):
+            session.set_attribute(session.model, "_get_logits_processor", _processors(session))
+        runtimes = []
         for site, stages in plan:
             module = site.module
             config: Any = module.config
@@ -581,29 +743,26 @@ class TransformersAdapter(Adapter):
                 )
             if stages.reads_map and implementation not in READABLE:
                 raise ValueError(runtime.pairs(None, 0, 0, False).opaque)
-            view = copy.copy(config)
-            view.__dict__["_attn_implementation_internal"] = register(implementation)
-            session.set_attribute(module, "config", view)
-            _runtimes[module] = runtime
-            session.undo(functools.partial(_forget, module))
-            session.hook(module.register_forward_pre_hook(runtime.before, with_kwargs=True))
-            session.hook(module.register_forward_hook(runtime.after))
+            runtimes.append(runtime)
+            if stages.in_attention:
+                view = copy.copy(config)
+                view.__dict__["_attn_implementation_internal"] = register(implementation)
+                session.set_attribute(module, "config", view)
+                _runtimes[module] = runtime
+                session.undo(functools.partial(_forget, module))
+            if stages["around_sublayer"]:
+                session.set_attribute(module, "forward", runtime.around_module(module.forward))
+            if stages.in_attention or stages["around_sublayer"] or stages["on_context"]:
+                session.hook(module.register_forward_pre_hook(runtime.before, with_kwargs=True))
+                session.hook(module.register_forward_hook(runtime.after, always_call=True))
             if stages["on_block_input"]:
-                block = self._block(session.model, site)
+                block = block_of(session.model, site)
                 session.hook(block.register_forward_pre_hook(runtime.before_block, with_kwargs=True))
             if stages["on_context"]:
                 self._swap_sources(session, runtime)
-
-    @staticmethod
-    def _block(model: nn.Module, site: Site) -> nn.Module:
-        parent = site.name.rpartition(".")[0]
-        while parent and not parent.rpartition(".")[2].isdigit():
-            parent = parent.rpartition(".")[0]
-        if not parent:
-            raise ValueError(
-                f"layer {site.layer} ({site.name}) is not inside a numbered block, so it has no block input"
-            )
-        return model.get_submodule(parent)
+        if any(stages["on_tokens"] for _, stages in plan):
+            removal = importlib.import_module(".removal", __package__)
+            removal.install(session, runtimes)
 
     @staticmethod
     def _swap_sources(session: Session, runtime: LayerRuntime) -> None:
@@ -620,22 +779,111 @@ class TransformersAdapter(Adapter):
 
         swap_sources(session, runtime.stages, site, module.k_proj, module.v_proj)  # type: ignore[arg-type]
 
+
+def block_of(model: nn.Module, site: Site) -> nn.Module:
+    """The numbered block that contains an attention module."""
+    parent = site.name.rpartition(".")[0]
+    while parent and not parent.rpartition(".")[2].isdigit():
+        parent = parent.rpartition(".")[0]
+    if not parent:
+        raise ValueError(f"layer {site.layer} ({site.name}) is not inside a numbered block, so it has no block input")
+    return model.get_submodule(parent)
+
+
+def _around(intervention: Intervention, site: Site, inner: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    return intervention.around_sublayer(site, hidden, inner)
+
+
+def _processors(session: Session) -> Callable[..., Any]:
+    """``generate``'s own list of processors, with ``on_logits`` in front of it."""
+    original = session.model._get_logits_processor
+
+    @functools.wraps(original)  # type: ignore[arg-type]
+    def make(generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        processors = original(generation_config, *args, **kwargs)  # type: ignore[operator]
+        if session._in_logits:
+            return processors  # a generate() that an intervention runs by itself
+        beams = generation_config.num_beams or 1
+        session.notes.clear()
+        session.notes["beams"] = beams
+
+        def process(ids: Tensor, scores: Tensor) -> Tensor:
+            after = session.logits(ids, scores)
+            if beams > 1 and after is not scores and not torch.equal(after, scores):
+                # Beams add log-probabilities up.
+                after = after.log_softmax(-1)
+            return after
+
+        if session.acting("on_logits"):
+            processors.insert(0, process)
+        return processors
+
+    return make
+
+
+class _Follow:
+    """Before every call of the model: token types, the prompt, and which decoding step this is."""
+
+    def __init__(self, session: Session, watch: bool):
+        self.session, self.watch = session, watch
+        self.names = list(inspect.signature(session.model.forward).parameters)
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        cache: Any = given.get("past_key_values")
+        offset = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        decoder = given.get("decoder_input_ids")
+        ids = given.get("input_ids") if decoder is None else decoder
+        embeds = given.get("inputs_embeds")
+        read = ids if ids is not None else embeds
+        tracker = self.session.tracker
+        if tracker is not None:
+            self._types(model, tracker, given, offset)
+        if self.watch:
+            self._step(given, cache, offset, read)
+
     @staticmethod
-    def _follow_types(session: Session) -> Callable[..., None]:
-        names: list[str] = list(inspect.signature(session.model.forward).parameters)
+    def _types(model: nn.Module, tracker: TypeTracker, given: dict[str, Any], offset: int) -> None:
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        read = ids if ids is not None else embeds
+        if read is None:
+            raise ValueError(f"{type(model).__name__} was called without input_ids or inputs_embeds")
+        tracker.advance(ids, offset, read.shape[1], given.get("attention_mask"))
 
-        def follow(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-            read = ids if ids is not None else embeds
-            if read is None:
-                raise ValueError(f"{type(model).__name__} was called without input_ids or inputs_embeds")
-            cache: Any = given.get("past_key_values")
-            offset = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-            assert session.tracker is not None
-            session.tracker.advance(ids, offset, read.shape[1], given.get("attention_mask"))
-
-        return follow
+    def _step(self, given: dict[str, Any], cache: Any, offset: int, read: Any) -> None:
+        session = self.session
+        count = read.shape[1] if isinstance(read, Tensor) else 0
+        notes = session.notes
+        total = offset + count
+        length: int = notes.get("length", -1)
+        last: int = notes.get("total", 0)
+        if offset:
+            if length < 0:
+                session.new_prompt(given)
+            # A prompt in chunks: several tokens at once, right after others of the prompt.
+            if length < 0 or (count > 1 and last == length and offset == last):
+                notes["length"] = length = total
+        else:
+            before = notes.get("read")
+            goes_on = (
+                length >= 0
+                and not hasattr(cache, "get_seq_length")
+                and isinstance(before, Tensor)
+                and isinstance(read, Tensor)
+                and not read.is_floating_point()
+                and read.shape[0] == before.shape[0]
+                and read.shape[1] > before.shape[1]
+                and bool((read[:, None, : before.shape[1]] == before).all(-1).any(1).all())
+            )
+            if not goes_on:
+                session.new_prompt(given)
+                notes["length"] = length = total
+            notes.pop("kept", None)
+            if not hasattr(cache, "get_seq_length"):
+                notes["read"] = read
+        notes["total"] = total
+        if session.branch is None:
+            session.announce(total - length)
 
 
 def swap_sources(

@@ -1,0 +1,422 @@
+"""What each cached key is worth.
+
+A scorer is one small class with ``score(view) -> (B, Hk, M)``. It need not care about padding, which never stays, nor
+about how many keys stay; ``+inf`` marks keys that must. Two scorers multiply: ``ExpectedAttention() * ValueNorm()``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..hooks.core import BLOCK_ELEMENTS, Site
+from ..types import check_choice, stats_dtype
+from .votes import check_window, snapkv_votes
+
+
+@dataclass(frozen=True, eq=False)
+class CacheView:
+    """A cache layer at the moment keys are chosen.
+
+    Args:
+        site: where; the call that has just run.
+        q: (B, H, n, D) the last ``n`` queries, rotary positions applied: all of them after prefill, as many as the
+            scorer's ``queries`` while decoding.
+        k: (B, Hk, M, D) cached keys.
+        v: (B, Hk, M, Dv) cached values.
+        valid: (B or 1, Hk or 1, M) boolean, keys that hold a token.
+        slots: (M,) or (B, Hk, M), slots of the keys in the sequence, -1 where none is held.
+        last: slot of the last query.
+    """
+
+    site: Site
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    valid: Tensor
+    slots: Tensor
+    last: int
+
+    def order(self) -> Tensor:
+        """(B or 1, Hk or 1, M) number of each key among those that hold a token, from 0."""
+        return self.valid.cumsum(-1) - 1
+
+    def weights(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention weights of some of the queries over the cached keys.
+
+        Args:
+            rows: (r,) indices into ``q``.
+
+        Returns:
+            (B, H, r, M) weights in the statistics dtype, zeros for queries that may read nothing, and which pairs may
+            meet, broadcastable to them.
+        """
+        batch, heads, n, dim = self.q.shape
+        groups, dtype = heads // self.k.shape[1], stats_dtype(self.q.dtype)
+        some = self.q.index_select(2, rows).to(dtype).reshape(batch, self.k.shape[1], -1, dim)
+        scores = (some @ self.k.to(dtype).transpose(-2, -1)).reshape(batch, heads, len(rows), -1) * self.site.scale
+        bias = None
+        if self.site.mask is not None and n == self.site.n_queries:
+            allowed, bias = self.site.mask.rows(rows)
+        else:
+            allowed = None
+        if allowed is None:  # queries of earlier calls, whose masks are gone: causal
+            slots = self.slots if self.slots.dim() == 3 else self.slots[None, None]
+            allowed = slots[:, :, None] <= (self.last - n + 1 + rows).unsqueeze(-1)
+            allowed = allowed.repeat_interleave(groups, 1) if allowed.shape[1] > 1 else allowed
+        valid = self.valid[:, :, None]
+        allowed = allowed & (valid.repeat_interleave(groups, 1) if valid.shape[1] > 1 else valid)
+        if bias is not None:
+            scores = scores + bias.to(dtype)
+        scores = scores.masked_fill(~allowed, float("-inf"))
+        return torch.softmax(scores, -1).nan_to_num(0.0), allowed
+
+    def per_key_head(self, a: Tensor) -> Tensor:
+        """(B, H, ...) averaged over the query heads of each key head: (B, Hk, ...)."""
+        return a.unflatten(1, (self.k.shape[1], -1)).mean(2)
+
+
+class Scorer(ABC):
+    """What each key is worth.
+
+    Attributes:
+        queries: last queries it reads; so many are remembered while decoding. After prefill it has all of them.
+        protected: last keys that always stay.
+    """
+
+    queries: int = 0
+    protected: int = 0
+
+    @abstractmethod
+    def score(self, view: CacheView) -> Tensor:
+        """(B or 1, Hk or 1, M) scores in a float type, ``+inf`` for keys that must stay."""
+
+    def wants(self, site: Site) -> bool:
+        """Whether it can score at this site; raises with the reason where it cannot."""
+        return True
+
+    def prepare(self, model: nn.Module, sites: Sequence[Site]) -> None:  # noqa: B027 - most scorers need nothing
+        """Called once before anything is attached."""
+
+    def __mul__(self, other: Scorer) -> Scorer:
+        return Product((self, other))
+
+
+@dataclass
+class Product(Scorer):
+    """The product of scores; keys that must stay for one of them stay.
+
+    >>> Product((KeyNorm("high"), ValueNorm())).queries
+    0
+    """
+
+    scorers: tuple[Scorer, ...]
+
+    def __post_init__(self) -> None:
+        self.queries = max(s.queries for s in self.scorers)
+        self.protected = max(s.protected for s in self.scorers)
+
+    def wants(self, site: Site) -> bool:
+        return all([s.wants(site) for s in self.scorers])
+
+    def prepare(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        for s in self.scorers:
+            s.prepare(model, sites)
+
+    def score(self, view: CacheView) -> Tensor:
+        parts = torch.broadcast_tensors(*(s.score(view) for s in self.scorers))
+        must = torch.stack([p == torch.inf for p in parts]).any(0)
+        out = parts[0].masked_fill(must, 0.0)
+        for p in parts[1:]:
+            out = out * p.masked_fill(must, 0.0)
+        return out.masked_fill(must, torch.inf)
+
+
+@dataclass
+class SnapKVVotes(Scorer):
+    """Pooled votes of the last ``window_size`` queries, which stay themselves; see :func:`snapkv_votes`.
+
+    Args:
+        window_size: observing queries.
+        kernel_size: of the pooling, odd.
+        pooling: ``"avg"`` or ``"max"``.
+        compat: ``"authors"`` for the authors' rounding; needs as many key heads as query heads.
+
+    Reference: Li et al., 2024, arXiv 2404.14469.
+
+    >>> SnapKVVotes(window_size=32).protected
+    32
+    """
+
+    window_size: int = 64
+    kernel_size: int = 5
+    pooling: str = "avg"
+    compat: str | None = None
+
+    def __post_init__(self) -> None:
+        check_window(self.window_size, self.kernel_size)
+        check_choice("pooling", self.pooling, ("avg", "max"))
+        check_choice("compat", self.compat, (None, "authors"))
+        self.queries = self.protected = self.window_size
+
+    def wants(self, site: Site) -> bool:
+        if self.compat == "authors" and site.heads != site.kv_heads:
+            raise ValueError(
+                f"compat='authors' stores one copy of each key per query head, which a model with {site.kv_heads} key "
+                f"heads for {site.heads} query heads cannot hold; leave compat out"
+            )
+        return True
+
+    def score(self, view: CacheView) -> Tensor:
+        window = min(self.window_size, view.q.shape[2], view.k.shape[2] - 1)
+        votes = snapkv_votes(
+            view.q, view.k, window, self.kernel_size, self.pooling, scale=view.site.scale, valid=view.valid,
+            compat=self.compat,
+        )  # fmt: skip
+        return torch.nn.functional.pad(votes, (0, window), value=float("inf"))
+
+
+@dataclass
+class Recency(Scorer):
+    """Streaming: the first keys and the most recent ones.
+
+    Args:
+        sinks: first keys that stay.
+
+    Reference: Xiao et al., 2023 (StreamingLLM), arXiv 2309.17453. Positions stay the true ones here; the paper counts
+    them within the cache.
+
+    >>> Recency().sinks
+    4
+    """
+
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0:
+            raise ValueError(f"sinks must not be negative, got {self.sinks}")
+
+    def score(self, view: CacheView) -> Tensor:
+        order = view.order()
+        return order.to(torch.float32).masked_fill(order < self.sinks, torch.inf)
+
+
+@dataclass
+class KeyNorm(Scorer):
+    """The norm of the key.
+
+    Args:
+        keep: ``"low"``, keys of small norm, which draw much attention (Devoto et al.); ``"high"`` the opposite.
+
+    Reference: Devoto et al., 2024, arXiv 2406.11430.
+
+    >>> KeyNorm().keep
+    'low'
+    """
+
+    keep: str = "low"
+
+    def __post_init__(self) -> None:
+        check_choice("keep", self.keep, ("low", "high"))
+
+    def score(self, view: CacheView) -> Tensor:
+        norm = view.k.to(stats_dtype(view.k.dtype)).norm(dim=-1)
+        return norm if self.keep == "high" else -norm
+
+
+@dataclass
+class ValueNorm(Scorer):
+    """The norm of the value; as a factor it turns attention weights into the size of what a key contributes.
+
+    >>> (LastQuery() * ValueNorm()).scorers[1]
+    ValueNorm()
+    """
+
+    def score(self, view: CacheView) -> Tensor:
+        return view.v.to(stats_dtype(view.v.dtype)).norm(dim=-1)
+
+
+@dataclass
+class RandomScores(Scorer):
+    """Chance, the baseline that every other scorer has to beat.
+
+    Args:
+        seed: of the numbers; each layer adds its own.
+
+    >>> RandomScores(3).seed
+    3
+    """
+
+    seed: int = 0
+
+    def score(self, view: CacheView) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed + view.site.layer)
+        return torch.rand(view.k.shape[:3], generator=generator).to(view.k.device)
+
+
+@dataclass
+class LastQuery(Scorer):
+    """The attention of the last query, averaged over all heads.
+
+    Args:
+        per_head: average over the query heads of each key head only.
+
+    Reference: Oren et al., 2024 (TOVA), arXiv 2401.06104.
+
+    >>> LastQuery().queries
+    1
+    """
+
+    per_head: bool = False
+    queries = 1
+    protected = 1
+
+    def score(self, view: CacheView) -> Tensor:
+        row = torch.tensor([view.q.shape[2] - 1], device=view.q.device)
+        weights = view.weights(row)[0][:, :, 0]
+        return view.per_key_head(weights) if self.per_head else weights.mean(1, keepdim=True)
+
+
+@dataclass
+class ObservedAttention(Scorer):
+    """The mean attention that a key got from the queries that could read it.
+
+    After prefill all queries of the prompt count, while decoding the last ``queries``. The map is never held as a
+    whole.
+
+    Args:
+        queries: last queries that count while decoding.
+
+    Reference: Zhang et al., 2023 (H2O), arXiv 2306.14048, with means, as in kvpress, in place of sums.
+
+    >>> ObservedAttention().queries
+    256
+    """
+
+    queries: int = 256
+
+    def __post_init__(self) -> None:
+        if self.queries < 1:
+            raise ValueError(f"queries must be at least 1, got {self.queries}")
+
+    def score(self, view: CacheView) -> Tensor:
+        batch, heads, n, _ = view.q.shape
+        size = max(1, BLOCK_ELEMENTS // (batch * heads * view.k.shape[2]))
+        mass = torch.zeros(batch, heads, view.k.shape[2], dtype=stats_dtype(view.q.dtype), device=view.q.device)
+        readers = torch.zeros_like(mass)
+        for rows in torch.arange(n, device=view.q.device).split(size):
+            weights, allowed = view.weights(rows)
+            mass, readers = mass + weights.sum(2), readers + allowed.to(mass.dtype).sum(2)
+        return view.per_key_head(mass / readers.clamp(min=1.0))
+
+
+@dataclass
+class ExpectedAttention(Scorer):
+    """The attention that future queries are expected to pay.
+
+    Queries, brought to the position of the last one, are taken as normal with mean ``m`` and covariance ``C``; rotary
+    positions of the next ``future`` tokens turn them on average by ``R``. A key then gets
+
+        ``softmax_j(k_j R m / sqrt(D) + k_j R C R^T k_j / 2 D)``
+
+    averaged over the query heads of its key head. Multiply with :class:`ValueNorm` for kvpress's default.
+
+    Args:
+        future: number of future positions.
+        sinks: first keys, which stay; their queries do not count.
+        covariance: use ``C``.
+        epsilon: added to the score.
+        queries: last queries that count while decoding.
+
+    Reference: Devoto et al., 2025, arXiv 2510.00636.
+
+    >>> (ExpectedAttention(future=64) * ValueNorm()).queries
+    256
+    """
+
+    future: int = 512
+    sinks: int = 4
+    covariance: bool = True
+    epsilon: float = 0.0
+    queries: int = 256
+    _rotary: dict[int, tuple[nn.Module, Callable[..., Any]]] = field(default_factory=dict, init=False, repr=False)
+
+    needs: ClassVar[str] = "ExpectedAttention turns queries to future positions"
+
+    def __post_init__(self) -> None:
+        for name in ("future", "queries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sinks < 0:
+            raise ValueError(f"sinks must not be negative, got {self.sinks}")
+
+    def prepare(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        self._rotary = {site.layer: self._find(model, site) for site in sites}
+
+    def _find(self, model: nn.Module, site: Site) -> tuple[nn.Module, Callable[..., Any]]:
+        apply = inspect.unwrap(type(site.module).forward).__globals__.get("apply_rotary_pos_emb")
+        parts = site.name.split(".")
+        for depth in range(len(parts), -1, -1):
+            rotary = getattr(model.get_submodule(".".join(parts[:depth])), "rotary_emb", None)
+            if isinstance(rotary, nn.Module) and apply is not None:
+                takes = list(inspect.signature(inspect.unwrap(type(rotary).forward)).parameters)
+                if takes[1:] == ["x", "position_ids"]:
+                    return rotary, apply
+        raise ValueError(
+            f"{self.needs}, but layer {site.layer} ({site.name}) has no rotary positions that can be reached "
+            "(rotary_emb(x, position_ids) and apply_rotary_pos_emb)"
+        )
+
+    def _angles(self, layer: int, offsets: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        rotary, _ = self._rotary[layer]
+        cos, sin = rotary(like.new_zeros(1, dtype=torch.float32), offsets)
+        size = float(getattr(rotary, "attention_scaling", 1.0))  # queries carry it already
+        return cos / size, sin / size
+
+    def statistics(self, view: CacheView) -> tuple[Tensor, Tensor | None]:
+        """(B, H, D) mean and (B, H, D, D) covariance of future queries."""
+        layer, q = view.site.layer, view.q.to(stats_dtype(view.q.dtype))
+        n, turn = q.shape[2], self._rotary[layer][1]
+        ago = torch.arange(n - 1, -1, -1, device=q.device).unsqueeze(0)
+        q, _ = turn(q, q, *self._angles(layer, ago, q))
+        ahead = torch.arange(1, self.future + 1, device=q.device).unsqueeze(0)
+        cos, sin = (t.mean(1, keepdim=True) for t in self._angles(layer, ahead, q))
+        counted = self._counted(view, n)
+        number = counted.sum(-1, keepdim=True)
+        mean = (q * counted.unsqueeze(-1)).sum(2) / number
+        if not self.covariance:
+            return turn(mean.unsqueeze(2), mean.unsqueeze(2), cos, sin)[0].squeeze(2), None
+        # The mean rotation is linear: turning queries and then taking moments is turning the moments.
+        q, mean = (turn(t, t, cos, sin)[0] for t in (q, mean.unsqueeze(2)))
+        centred = (q - mean) * counted.unsqueeze(-1)
+        return mean.squeeze(2), centred.transpose(-2, -1) @ centred / number.unsqueeze(-1)
+
+    def _counted(self, view: CacheView, n: int) -> Tensor:
+        """(B or 1, 1, n) ones for the queries that count."""
+        counted = torch.ones(1, 1, n, dtype=view.q.dtype, device=view.q.device)
+        if view.site.offset == 0:
+            # The queries of the prompt are the tokens of its keys.
+            counted = ((view.order() >= self.sinks) & view.valid)[:, :1, -n:].to(counted.dtype)
+        return counted.to(stats_dtype(view.q.dtype))
+
+    def score(self, view: CacheView) -> Tensor:
+        sink = view.valid & (view.order() < self.sinks)
+        if view.site.offset == 0 and not bool((view.valid & ~sink).any(-1).all()):
+            raise ValueError(f"sinks={self.sinks} must be smaller than the prompt ({view.k.shape[2]} keys)")
+        mean, covariance = self.statistics(view)
+        batch, kv_heads, m, dim = view.k.shape
+        k = view.k.to(mean.dtype).unsqueeze(2)
+        scale = view.site.scale
+        logits = (k @ mean.reshape(batch, kv_heads, -1, dim, 1)).squeeze(-1) * scale
+        if covariance is not None:
+            spread = ((k @ covariance.reshape(batch, kv_heads, -1, dim, dim)) * k).sum(-1)
+            logits = logits + spread * (scale * scale / 2)
+        weights = torch.softmax(logits.masked_fill((sink | ~view.valid).unsqueeze(2), float("-inf")), -1)
+        weights = weights.nan_to_num(0.0).mean(2) + self.epsilon
+        return weights.masked_fill(sink, torch.inf)
