@@ -446,13 +446,15 @@ def test_unknown_layers_heads_and_things(llama, make, error, match):
         attnlib.attach(llama, make())
 
 
-def test_stages_that_are_not_served_are_named(llama):
-    class Logits(Intervention):
-        def on_logits(self, ids, logits):
-            return logits
+def test_stages_that_are_not_served_are_named(llama, monkeypatch):
+    class Sources(Intervention):
+        def on_context(self, site, k_source, v_source):
+            return k_source, v_source
 
-    with pytest.raises(ValueError, match="on_logits, which is missing for transformers models"):
-        attnlib.attach(llama, Logits())
+    served = adapter.TransformersAdapter.stages - {"on_context"}
+    monkeypatch.setattr(adapter.TransformersAdapter, "stages", served)
+    with pytest.raises(ValueError, match="on_context, which is missing for transformers models"):
+        attnlib.attach(llama, Sources())
 
 
 def test_models_that_cannot_be_reached_say_what_is_missing():

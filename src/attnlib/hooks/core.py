@@ -732,7 +732,7 @@ class Session:
 
     def new_prompt(self, given: dict[str, Any]) -> None:
         """For adapters: the current branch starts to read a prompt."""
-        keep = {k: v for k, v in self.notes.items() if k == "beams"}
+        keep = {k: v for k, v in self.notes.items() if k in ("beams", "prompt_length")}
         self.notes.clear()
         self.notes.update(keep, prompt={k: v for k, v in given.items() if k != "past_key_values"})
         if self.branch is None:

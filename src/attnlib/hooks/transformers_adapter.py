@@ -324,6 +324,9 @@ class LayerRuntime:
                 new = kwargs
                 if outputs and call.cache is not None:
                     new = {**kwargs, "past_key_values": self._read_again(call)}
+                    mask, m = kwargs.get("attention_mask"), call.offset + x.shape[1]
+                    if type(call.before) is _need().cache.StaticLayer and isinstance(mask, Tensor):
+                        new["attention_mask"] = mask[..., :m]  # only the slots that are written
                 inner = (x, *args[1:]) if args else args
                 outputs.append(forward(*inner, **(new if args else {**new, first: x})))
                 return outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
@@ -806,6 +809,9 @@ def _processors(session: Session) -> Callable[..., Any]:
         beams = generation_config.num_beams or 1
         session.notes.clear()
         session.notes["beams"] = beams
+        length = kwargs.get("input_ids_seq_length", args[0] if args else None)
+        if length:
+            session.notes["prompt_length"] = int(length)
 
         def process(ids: Tensor, scores: Tensor) -> Tensor:
             after = session.logits(ids, scores)
@@ -851,39 +857,34 @@ class _Follow:
         tracker.advance(ids, offset, read.shape[1], given.get("attention_mask"))
 
     def _step(self, given: dict[str, Any], cache: Any, offset: int, read: Any) -> None:
-        session = self.session
+        session, notes = self.session, self.session.notes
         count = read.shape[1] if isinstance(read, Tensor) else 0
-        notes = session.notes
-        total = offset + count
+        cached = hasattr(cache, "get_seq_length")
         length: int = notes.get("length", -1)
-        last: int = notes.get("total", 0)
-        if offset:
-            if length < 0:
-                session.new_prompt(given)
-            # A prompt in chunks: several tokens at once, right after others of the prompt.
-            if length < 0 or (count > 1 and last == length and offset == last):
-                notes["length"] = length = total
-        else:
-            before = notes.get("read")
-            goes_on = (
-                length >= 0
-                and not hasattr(cache, "get_seq_length")
-                and isinstance(before, Tensor)
-                and isinstance(read, Tensor)
-                and not read.is_floating_point()
-                and read.shape[0] == before.shape[0]
-                and read.shape[1] > before.shape[1]
-                and bool((read[:, None, : before.shape[1]] == before).all(-1).any(1).all())
-            )
-            if not goes_on:
-                session.new_prompt(given)
-                notes["length"] = length = total
+        if not offset:
             notes.pop("kept", None)
-            if not hasattr(cache, "get_seq_length"):
+            if cached or length < 0 or not _continues(notes.get("read"), read):
+                session.new_prompt(given)
+                length = notes.get("prompt_length", count)
+            if not cached:
                 notes["read"] = read
-        notes["total"] = total
+        elif length < 0:
+            session.new_prompt(given)
+            length = notes.get("prompt_length", offset + count)
+        elif "prompt_length" not in notes and count > 1 and offset == length == notes["total"]:
+            length = offset + count  # the prompt is read in chunks
+        notes["length"], notes["total"] = length, offset + count
         if session.branch is None:
-            session.announce(total - length)
+            session.announce(max(0, offset + 1 - length if cached else count - length))
+
+
+def _continues(before: Any, read: Any) -> bool:
+    """Whether a call without cache reads what the last one read and more (beams may have changed places)."""
+    if not isinstance(before, Tensor) or not isinstance(read, Tensor) or read.dim() != 2 or before.dim() != 2:
+        return False
+    if len(read) != len(before) or read.shape[1] <= before.shape[1]:
+        return False
+    return bool((read[:, None, : before.shape[1]] == before).all(-1).any(1).all())
 
 
 def swap_sources(
