@@ -1,0 +1,180 @@
+"""Attention of a LLaMA decoder made into a vision transformer (Wang et al., 2024): causal masks that harden softly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import masks
+from ...ops.attention import attention, attention_partial
+from ...types import Traits, check_choice
+from ..registry import register
+from .softmax_attention import SoftmaxAttention
+
+#: Below so many pairs one dense map is faster than two streamed halves.
+DENSE_PAIRS = 1 << 16
+_PAST, _LATER = masks.causal(), ~masks.causal()
+
+
+def select_weights(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """A smaller weight from a larger one: evenly spaced elements along every axis ("weight selection").
+
+    Args:
+        weight: the teacher's weight.
+        shape: of the student's weight, nowhere larger.
+
+    Raises:
+        ValueError: another number of axes, or an axis longer than the teacher's.
+
+    >>> select_weights(torch.arange(12).view(2, 6), (1, 3)).tolist()
+    [[0, 2, 4]]
+    """
+    if weight.dim() != len(shape):
+        raise ValueError(f"weight has the shape {tuple(weight.shape)}, which cannot become {tuple(shape)}")
+    for axis, (have, want) in enumerate(zip(weight.shape, shape, strict=True)):
+        if want > have:
+            raise ValueError(f"axis {axis} of the weight has {have} entries, fewer than the {want} to select")
+        if have % want == 0:
+            index = torch.arange(want, device=weight.device) * (have // want)
+        else:
+            index = torch.linspace(0, have - 1, want, device=weight.device).round().long()
+        weight = weight.index_select(axis, index)
+    return weight
+
+
+@register("illama")
+class SoftMaskedAttention(SoftmaxAttention):
+    """Softmax attention under a mask that goes from bidirectional to causal in training.
+
+    ``M = r 1 + (1 - r) tril(1)``, where the soft mask rate ``r`` is a buffer that only :meth:`set_progress` changes.
+    ``mask_mode="post"``, the authors' code: ``y = (softmax(q k^T / sqrt(D)) * M) v``. The denominator still sees later
+    tokens, so this is *not* causal, even for ``r = 0``, and rows do not sum to one. ``mask_mode="pre"``: ``M``
+    weighs the exponentials before they are normalised; ``r = 0`` is causal attention, with a cache.
+
+    Tokens count in raster order, class token last: under a causal mask only the last token sees all others.
+
+    Args:
+        dim, num_heads, qkv_bias, ...: as in :class:`SoftmaxAttention`.
+        mask_mode: ``"post"`` or ``"pre"``.
+        soft_rate: ``r`` at the start of training. Before the first :meth:`set_progress`, ``r`` is 0.
+        cutoff: the fraction of training after which ``r`` is 0 (the authors: 50 of 300 epochs).
+        schedule: until then ``r`` stays ``"constant"`` or falls in a ``"linear"`` way.
+        rotary: base of rotary positions, over neighbouring channels.
+
+    What differs from the authors' code: nothing is materialised for long inputs (the two triangles are computed apart
+    and merged); ``"pre"`` is ours.
+
+    Reference: Wang et al., 2024, arXiv 2404.06773, sections 3.2 to 3.4.
+
+    >>> m = SoftMaskedAttention(dim=16, num_heads=2)
+    >>> m.set_progress(0.0)
+    >>> m(torch.randn(1, 5, 16)).shape, float(m.rate)
+    (torch.Size([1, 5, 16]), 1.0)
+    """
+
+    rate: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        mask_mode: str = "post",
+        soft_rate: float = 1.0,
+        cutoff: float = 1 / 6,
+        schedule: str = "constant",
+        rotary: float | None = 10000.0,
+        rotary_interleaved: bool = True,
+        **settings: Any,
+    ):
+        for name in ("causal", "attn_drop", "normalizer", "context_dim"):
+            if settings.get(name):
+                raise ValueError(f"{name}={settings[name]!r} is not possible; this is softmax self-attention under M")
+        check_choice("mask_mode", mask_mode, ("post", "pre"))
+        check_choice("schedule", schedule, ("constant", "linear"))
+        for name, value in (("soft_rate", soft_rate), ("cutoff", cutoff)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name}={value} must lie in [0, 1]")
+        super().__init__(dim, num_heads, rotary=rotary, rotary_interleaved=rotary_interleaved, **settings)
+        self.mask_mode, self.soft_rate, self.cutoff, self.schedule = mask_mode, soft_rate, cutoff, schedule
+        self.register_buffer("rate", torch.zeros(()))
+        self._harden(0.0)
+        self.register_load_state_dict_post_hook(lambda module, _: module._harden())  # type: ignore[attr-defined]
+
+    def _harden(self, rate: float | None = None) -> None:
+        """Whether the mask is soft decides how to compute; it changes with the buffer and is known without reading it.
+
+        ``causal`` is what the base class goes by.
+        """
+        if rate is None:
+            rate = 0.0 if self.rate.is_meta else float(self.rate)
+        self.causal = self.mask_mode == "pre" and rate == 0.0
+
+    @property
+    def traits(self) -> Traits:
+        traits = super().traits
+        return traits.but(
+            patterns=frozenset({"causal-self" if self.causal else "noncausal-self"}),
+            grid_ranks=frozenset({1}) if self.mask_mode == "pre" else self.class_traits.grid_ranks,
+            permutation_equivariant=False,
+        )
+
+    def rate_at(self, progress: float) -> float:
+        """``r`` when this fraction of training is done."""
+        if progress >= self.cutoff:
+            return 0.0
+        return self.soft_rate * (1.0 if self.schedule == "constant" else 1.0 - progress / self.cutoff)
+
+    def set_progress(self, progress: float) -> None:
+        super().set_progress(progress)
+        rate = self.rate_at(progress)
+        self.rate.fill_(rate)
+        self._harden(rate)
+
+    # ---- attention
+
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
+        if self.causal:
+            return super()._mix_heads(q, k, v, shared, **call)
+        wanted = call.pop("return_weights", False)
+        call.pop("dropout_p")
+        call["scale"] = self.scale
+        if wanted or (not torch.compiler.is_compiling() and q.shape[2] * k.shape[2] < DENSE_PAIRS):
+            out, weights = self._dense(q, k, v, **call)
+            return (out, weights) if wanted else out
+        given = call.pop("mask")
+        past, later = _PAST, _LATER
+        if given is not None:
+            past, later = past & given, later & given
+        seen = attention_partial(q, k, v, mask=past, **call)
+        rest = attention_partial(q, k, v, mask=later, **call)
+        rate = self.rate.to(rest.num.dtype)
+        rest = rest._replace(num=rest.num * rate) if self.mask_mode == "post" else rest.shift(rate.log())
+        return seen.merge(rest).finish().to(q.dtype)
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
+        _, weights = attention(q, k, v, return_weights=True, **call)
+        rate = self.rate.to(weights.dtype)
+        lower = torch.ones(weights.shape[-2:], dtype=weights.dtype, device=weights.device).tril()
+        weights = weights * (rate + (1 - rate) * lower)
+        if self.mask_mode == "pre":
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+        v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        with torch.autocast(q.device.type, enabled=False):
+            return (weights @ v.to(weights.dtype)).to(q.dtype), weights
+
+    @staticmethod
+    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the authors' ``Attention``, or their whole ``VisionTransformer`` for ``attnlib.models.illama``."""
+        out: dict[str, Tensor] = {}
+        for key, value in state_dict.items():
+            head, _, kind = key.rpartition("qkv.")
+            if kind in ("weight", "bias"):
+                for name, part in zip("qkv", value.chunk(3), strict=True):
+                    out[f"{head}{name}.{kind}"] = part
+            else:
+                out[key.replace("patch_embed.proj.", "patch_embed.")] = value
+        return out
