@@ -277,10 +277,12 @@ class Removal:
         for site, block in zip(behind, blocks[acting[0] :], strict=True):
             # Reading a prompt, stages that look at the input of a block see the tokens that are left; while decoding
             # they still see the mask of all slots, and read it at the slots of the keys by themselves.
-            read, decode = functools.partial(self._read, site), functools.partial(self._decode, site)
+            read = functools.partial(self._read, site)
             session.hook(block.register_forward_pre_hook(read, with_kwargs=True, prepend=True))
-            session.hook(block.register_forward_pre_hook(decode, with_kwargs=True))
             session.hook(block.register_forward_hook(functools.partial(self._store, site), with_kwargs=True))
+        for site, block in zip(self.sites, blocks, strict=True):
+            decode = functools.partial(self._decode, site)
+            session.hook(block.register_forward_pre_hook(decode, with_kwargs=True))
         session.hook(blocks[-1].register_forward_hook(self._finish))
         session.hook(session.model.register_forward_hook(self._check_labels, with_kwargs=True))
         session.undo(self._forget)
@@ -484,9 +486,11 @@ class Removal:
         if not self._seen(cache, site):
             return None
         layer: Any = cache.layers[site.layer]  # type: ignore[union-attr]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if isinstance(layer, _need().cache.StaticLayer):
+            return self._whole_static(site, layer, hidden, args, kwargs)
         if not isinstance(layer, evicted_layer_class()):
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
         n, new, slots = hidden.shape[1], dict(kwargs), layer.positions  # type: ignore[attr-defined]
         if SHIFT in layer.memory:
             ids = kwargs["position_ids"] - layer.memory[SHIFT].to(hidden.device)
@@ -500,6 +504,16 @@ class Removal:
             given = kwargs.get("attention_mask")
             new["attention_mask"] = decode_mask(given, slots, n, layer.seen, site.heads, layer.padded)
         return args, new
+
+    def _whole_static(self, site: Site, layer: Any, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A static layer before the removal hands out slots that nothing was written to. The model leaves its mask out
+        when it has one new token and not all layers are static, so it is made here."""
+        if kwargs.get("attention_mask") is not None or layer.is_sliding or self._implementation(site) != "sdpa":
+            return None
+        n, seen = hidden.shape[1], int(layer.get_seq_length())
+        slots = torch.arange(layer.max_cache_len, device=hidden.device)
+        allowed = slots <= torch.arange(seen, seen + n, device=hidden.device)[:, None]
+        return args, {**kwargs, "attention_mask": allowed.expand(hidden.shape[0], 1, -1, -1)}
 
     # ---- description
 
