@@ -30,11 +30,11 @@ from transformers import (
 from attnlib.bench import scenes
 
 VISION = dict(
-    hidden_size=96, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, image_size=scenes.SIDE,
+    hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=scenes.SIDE,
     patch_size=scenes.PATCH, projection_dim=96,
 )  # fmt: skip
 TEXT = dict(
-    hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+    hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
     max_position_embeddings=512, tie_word_embeddings=False,
 )  # fmt: skip
 FEATURE_LAYER = -2
@@ -67,7 +67,7 @@ class Seeing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tower = CLIPVisionModel(CLIPVisionConfig(**VISION))
+        self.tower = CLIPVisionModel._from_config(CLIPVisionConfig(**VISION), attn_implementation="eager")
         self.from_class = nn.Linear(VISION["hidden_size"], len(scenes.NAMES))
         self.from_patch = nn.Linear(VISION["hidden_size"], len(scenes.NAMES) + 1)
 
@@ -121,7 +121,7 @@ def train(model: nn.Module, data: torch.utils.data.Dataset, folder: Path, batch:
         output_dir=str(folder), per_device_train_batch_size=batch, learning_rate=rate, max_steps=steps,
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), weight_decay=0.01, adam_beta2=0.98,
         logging_steps=25, save_steps=200, save_total_limit=2, report_to=[], remove_unused_columns=False,
-        dataloader_num_workers=0, use_cpu=True, seed=0,
+        dataloader_num_workers=0, use_cpu=True, seed=0, bf16=True,
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=data, **kwargs)
     found = any(folder.glob("checkpoint-*"))
@@ -174,6 +174,7 @@ def main() -> None:
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(seeing.tower.state_dict())
     model.model.vision_tower.requires_grad_(False)
+    model.set_attn_implementation("eager")  # faster than sdpa at this size, with bfloat16 on a CPU
     train(
         model, Conversations(args.conversations, tokenizer), args.work / "decoder", batch=32, rate=2e-3,
         data_collator=collate,

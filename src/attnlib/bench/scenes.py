@@ -1,8 +1,8 @@
 """Generated scenes with questions about them, and the small multimodal model that was trained to answer.
 
-A scene is a picture of 64 × 64 pixels: on a grid of four by four cells stand coloured shapes and real handwritten
-digits (those of scikit-learn; a held-out quarter appears in test scenes only), some of them faint, under noise. Every
-answer follows from the list of things in the scene, not from the picture.
+A scene is a picture of 64 × 64 pixels: on a grid of four by four cells of 2 × 2 patches stand coloured shapes and real
+handwritten digits of one patch (those of scikit-learn; a held-out quarter appears in test scenes only), some of them
+faint, under noise. Every answer follows from the list of things in the scene, not from the picture.
 
 Some things come in pairs: where there is a red circle, a blue square usually stands in the next cell. A model learns
 that too, and then names blue squares that are not there. ``pairs="broken"`` makes scenes with the first thing of a
@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import check_choice
@@ -100,11 +99,11 @@ class Scene:
 
 @functools.lru_cache(maxsize=1)
 def _digit_images() -> dict[str, list[list[np.ndarray]]]:
-    """Per part and digit, pictures of 14 × 14."""
+    """Per part and digit, pictures of 8 × 8: one patch."""
     found: dict[str, list[list[np.ndarray]]] = {}
     for part, (images, labels) in zip(("train", "test"), (digits().train, digits().test), strict=True):
-        large = F.interpolate(images.permute(0, 3, 1, 2), size=14, mode="bilinear", align_corners=False)[:, 0].numpy()
-        found[part] = [[large[i] for i in np.flatnonzero(labels.numpy() == n)] for n in range(10)]
+        flat = images[..., 0].numpy()
+        found[part] = [[flat[i] for i in np.flatnonzero(labels.numpy() == n)] for n in range(10)]
     return found
 
 
@@ -132,8 +131,8 @@ def _draw(things: Sequence[Thing], part: str, noise: np.ndarray) -> Tensor:
         if first == "digit":
             samples = _digit_images()[part][int(second)]
             cover = np.zeros((CELL, CELL), dtype=np.float32)
-            top, left = 1 + thing.shift[0], 1 + thing.shift[1]
-            cover[top : top + 14, left : left + 14] = samples[thing.sample % len(samples)]
+            top, left = PATCH * (thing.sample // 2 % 2), PATCH * (thing.sample % 2)
+            cover[top : top + PATCH, left : left + PATCH] = samples[thing.sample // 4 % len(samples)]
             colour: tuple[float, float, float] = (1.0, 1.0, 1.0)
         else:
             cover = _shape(second, *thing.shift, 5 + thing.sample % 3)

@@ -68,7 +68,7 @@ class _Sums:
     def mean(self, name: str, count: str) -> Tensor:
         total = self.sums[count]
         value = self.sums[name]
-        total = total.reshape(*total.shape, *[1] * (value.dim() - total.dim()))
+        total = total.reshape((*total.shape, *[1] * (value.dim() - total.dim())))
         return (value / total).float()  # 0 / 0 says that there was nothing: nan
 
 
