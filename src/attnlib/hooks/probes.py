@@ -47,7 +47,7 @@ class Record(Probe):
     Results: ``{layer: {"weights": [(B, h, r, M), ...], "rows": [...], "keys": [...], "entropy": [(B, h, r), ...],
     "received": (B, h, L), "seen": (B, h, L), "sink": "
     "(sinks,)}}``, rows and keys being slots of the sequence. In a compressed cache ``keys`` holds the slots
-    (B, h, M) of the keys; otherwise it is (M,).
+    (B, h, M) of the keys, -1 where there is none; otherwise it is (M,). Where tokens were removed, rows are (B, r).
 
     Reference: Gu et al., 2024, arXiv 2410.10781 (sink metric, section 2).
 
@@ -118,7 +118,7 @@ class Record(Probe):
             # A new sequence: sums over slots of the last one do not go on.
             layer.received = layer.seen = None
         if "weights" in self.what:
-            layer.calls.append((rows + site.offset, self._slots(site), []))
+            layer.calls.append((self._row_slots(site, rows), self._slots(site), []))
             if self.calls is not None:
                 layer.calls = layer.calls[-self.calls :]
         if "entropy" in self.what:
@@ -144,9 +144,17 @@ class Record(Probe):
         assert layer.seen is not None
         grow = max(0, length - layer.received.shape[-1])
         layer.received, layer.seen = F.pad(layer.received, (0, grow)), F.pad(layer.seen, (0, grow))
-        index = slots.to(received.device).expand_as(received)
+        # Where a head holds no key there is no weight to add either.
+        index = slots.clamp(min=0).to(received.device).expand_as(received)
         layer.received.scatter_add_(-1, index, received)
         layer.seen.scatter_add_(-1, index, seen)
+
+    @staticmethod
+    def _row_slots(site: Site, rows: Tensor) -> Tensor:
+        """Slots of the recorded queries: (r,), or (B, r) where tokens were removed."""
+        if site.q_pos is None or site.q_pos.dim() == 1:
+            return rows + site.offset
+        return site.q_pos[:, rows.to(site.q_pos.device)]
 
     def _slots(self, site: Site) -> Tensor:
         """Slots of the keys: (M,), or (B, h, M) in an evicted cache."""
