@@ -1,0 +1,240 @@
+"""PAINT: raise the scores of chosen image tokens at the position being generated.
+
+The scaled scores of the newest query get, on two sets of image tokens,
+
+    ``S~ = S + alpha |S|`` on the local set,  ``S~ = S + beta |S|`` on the summary set,
+
+and the softmax follows. So weight on the sets never falls, whatever the sign of ``S``. With what the class token of
+the vision encoder reads, summed over heads, *local* are the top quarter of the patches in its first layer, *summary*
+are the outliers of its last layer but one (``t > Q3 + 1.5 (Q3 - Q1)``, a box plot's rule), which leave the local set.
+At prefill only the last row of the prompt is edited; while decoding, every new one. One gain on all image tokens is
+PAI (``sets="all"``).
+
+What differs from the authors' code: sets are kept per image and per sample (theirs come from the first image of the
+batch), grouped queries are served, an image without outliers is legal, and the mask stays what it is (they add ``|S|``
+of masked entries, which is harmless only because image tokens are visible). The paper announces a gain per head, its
+code has none: ``head_gain`` multiplies both gains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..hooks.core import Intervention, Session, Site
+from ..hooks.tokens import IMAGE, PAD
+from ..types import check_choice
+from ._watch import VisionEncoder, at_keys, image_slots, prompt_types, reads_images, watch_prompts
+
+
+def boost_sets(first: Tensor, late: Tensor, ratio: float = 0.25) -> tuple[Tensor, Tensor]:
+    """Which patches are local and which are summary.
+
+    Args:
+        first: (B, N) what the class token reads of each patch in the first layer.
+        late: (B, N) the same in the last layer but one.
+        ratio: share of patches that are local.
+
+    Returns:
+        Two (B, N) booleans without a common element.
+
+    >>> late = torch.tensor([[0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 9.0]])
+    >>> local, summary = boost_sets(torch.arange(8.0)[None], late, 0.25)
+    >>> local[0].nonzero().flatten().tolist(), summary[0].nonzero().flatten().tolist()
+    ([6], [7])
+    """
+    q1, q3 = torch.quantile(late.float(), torch.tensor([0.25, 0.75], device=late.device), dim=-1, keepdim=True)
+    summary = late > q3 + 1.5 * (q3 - q1)
+    top = first.topk(int(ratio * first.shape[-1]), -1).indices
+    local = torch.zeros_like(summary).scatter(-1, top, True)
+    return local & ~summary, summary
+
+
+def boost(scores: Tensor, gain: Tensor) -> Tensor:
+    """``S + gain |S|`` where scores are finite.
+
+    Args:
+        scores: (B, H, r, M).
+        gain: broadcastable to it.
+
+    >>> boost(torch.tensor([-2.0, 2.0, float("-inf")]), torch.tensor([0.5, 0.5, 0.5])).tolist()
+    [-1.0, 3.0, -inf]
+    """
+    return torch.where(scores.isfinite(), scores + gain * scores.abs(), scores)
+
+
+class VisualBoost(Intervention):
+    """Raise the scores of image tokens at the position being generated.
+
+    Token types come from ``attach(..., token_types=...)``. A prompt without image is left alone.
+
+    Args:
+        alpha: gain of the local set.
+        beta: gain of the summary set.
+        local_ratio: share of an image's patches in the local set.
+        sets: ``"vision"`` to read them off the vision encoder; ``"all"`` for one set of all image tokens with gain
+            ``alpha`` (PAI); or two booleans ``(local, summary)``, (B, N) each, over the tokens of the prompt.
+        head_gain: (H,) numbers that multiply both gains, or ``{layer: (H,)}``.
+        first_layer: no layer before it is changed.
+        layers: layers to change; ``None`` for all from ``first_layer`` on.
+        vision: dotted path of the vision encoder, when it is not found by itself.
+        branches: names of the decoding branches to act in; the default is the main one only.
+
+    Raises:
+        ValueError: negative gains, a ratio outside [0, 1], no vision encoder with a class token, sets of tokens that
+            are no image tokens.
+
+    Reference: Arif et al., 2025, arXiv 2501.12206 (PAINT); Liu et al., 2024, arXiv 2407.21771 (PAI).
+
+    >>> VisualBoost(alpha=0.5, sets="all").alpha
+    0.5
+    """
+
+    name: ClassVar[str] = "visual-boost"
+    kinds: ClassVar[tuple[str, ...]] = ("self",)
+    needs_types: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        alpha: float = 0.7,
+        beta: float = 0.3,
+        local_ratio: float = 0.25,
+        sets: str | tuple[Tensor, Tensor] = "vision",
+        head_gain: Tensor | Sequence[float] | Mapping[int, Sequence[float]] | None = None,
+        first_layer: int = 2,
+        layers: Sequence[int | str] | None = None,
+        vision: str | None = None,
+        branches: Sequence[str | None] = (None,),
+    ):
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if not 0.0 <= local_ratio <= 1.0:
+            raise ValueError(f"local_ratio must lie in [0, 1], got {local_ratio}")
+        if isinstance(sets, str):
+            check_choice("sets", sets, ("vision", "all"))
+        elif len(sets) != 2 or any(s.dim() != 2 or s.dtype != torch.bool for s in sets):
+            raise ValueError("sets must be 'vision', 'all' or two (B, N) boolean tensors (local, summary)")
+        self.alpha, self.beta, self.local_ratio, self.sets = alpha, beta, local_ratio, sets
+        self.head_gain, self.first_layer, self.vision = head_gain, first_layer, vision
+        self.branches = tuple(branches)
+        self.layers = None if layers is None else list(layers)
+        self.encoder: VisionEncoder | None = None
+        self.reset()
+
+    @property
+    def identity(self) -> bool:
+        return self.alpha == 0 and (self.beta == 0 or self.sets == "all")
+
+    def reset(self) -> None:
+        self._gain: dict[str | None, Tensor] = {}
+
+    def wants(self, site: Site) -> bool:
+        self._heads(site)
+        return site.layer >= self.first_layer
+
+    def on_attach(self, session: Session) -> None:
+        if self.sets == "vision":
+            self.encoder = VisionEncoder(session.model, (0, -2), self.vision)
+            self.encoder.watch(session)
+
+        def started(given: dict[str, Any]) -> None:
+            self._gain.pop(session.branch, None)
+            if self.encoder is not None and not reads_images(given):
+                self.encoder.forget(session.branch)
+
+        watch_prompts(session, started)
+
+    # ---- sets
+
+    def _heads(self, site: Site) -> Tensor | None:
+        gain = self.head_gain
+        if isinstance(gain, Mapping):
+            gain = gain.get(site.layer)
+        if gain is None:
+            return None
+        gain = torch.as_tensor(gain)
+        if gain.shape != (site.heads,):
+            raise ValueError(
+                f"VisualBoost: head_gain of layer {site.layer} ({site.name}) must be ({site.heads},), got "
+                f"{tuple(gain.shape)}"
+            )
+        return gain
+
+    def _by_slot(self, site: Site) -> Tensor:
+        """(B, L) gain of each token of the prompt."""
+        types = prompt_types(self._owner, site)
+        image = types == IMAGE
+        if self.sets == "all":
+            return image * self.alpha
+        if not isinstance(self.sets, str):
+            return self._given(types)
+        assert self.encoder is not None
+        first = self.encoder.scores(0, site.branch, "sum")
+        late = self.encoder.scores(-2, site.branch, "sum")
+        if not bool(image.any()):
+            return torch.zeros(types.shape, device=types.device)
+        if first is None or late is None:
+            raise ValueError(
+                "VisualBoost: the prompt has image tokens, but the vision encoder did not run for it, so there is "
+                "nothing to choose them by; give sets='all' or two boolean tensors"
+            )
+        local, summary = boost_sets(first, late, self.local_ratio)
+        return image_slots(types, local * self.alpha + summary * self.beta, 0.0)
+
+    def _given(self, types: Tensor) -> Tensor:
+        rows = types.shape[0]
+        sets = []
+        for name, chosen in zip(("local", "summary"), self.sets, strict=True):
+            assert isinstance(chosen, Tensor)
+            if chosen.shape[1] > types.shape[1] or rows % chosen.shape[0]:
+                raise ValueError(
+                    f"VisualBoost: the {name} set is {tuple(chosen.shape)}, the prompt has {rows} rows of "
+                    f"{types.shape[1]} tokens"
+                )
+            chosen = chosen.to(types.device).repeat_interleave(rows // chosen.shape[0], 0)
+            if bool((chosen & (types[:, : chosen.shape[1]] != IMAGE)).any()):
+                raise ValueError(f"VisualBoost: the {name} set holds tokens that are no image tokens")
+            sets.append(chosen)
+        if sets[0].shape != sets[1].shape:
+            raise ValueError("VisualBoost: the local and the summary set must have the same shape")
+        local, summary = sets
+        return (local & ~summary) * self.alpha + summary * self.beta
+
+    # ---- stages
+
+    def edit_rows(self, site: Site) -> Tensor:
+        last = self._last(site)
+        return last.new_zeros(0) if site.branch not in self.branches else last.unique()
+
+    @staticmethod
+    def _last(site: Site) -> Tensor:
+        """(B,) the newest query that is no padding."""
+        types = site.q_types
+        if types is None:
+            return torch.tensor([site.n_queries - 1])
+        slots = torch.arange(types.shape[1], device=types.device)
+        return torch.where(types != PAD, slots, 0).amax(1)
+
+    def on_scores(self, site: Site, scores: Tensor, rows: Tensor) -> Tensor:
+        if site.branch not in self.branches:
+            return scores
+        if site.branch not in self._gain:
+            self._gain[site.branch] = self._by_slot(site)
+        by_slot = self._gain[site.branch]
+        if not bool(by_slot.any()):
+            return scores
+        gain = at_keys(site, by_slot)[:, :, None]
+        newest = rows == self._last(site).to(rows.device)[:, None]
+        gain = gain * newest[:, None, :, None]
+        heads = self._heads(site)
+        if heads is not None:
+            gain = gain * heads.to(gain)[:, None, None]
+        return boost(scores, gain.to(scores.dtype))
+
+    def results(self) -> dict[str, object]:
+        """The gain (B, L) of each token of the last prompt, by branch."""
+        return {"gain": dict(self._gain)}
