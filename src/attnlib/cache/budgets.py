@@ -149,6 +149,7 @@ class Pyramid(Budget):
 
     def keep(self, count: int, layer: int = 0, layers: int = 1) -> int:
         average = count * (1 - self.budget.ratio) if isinstance(self.budget, Ratio) else self.budget.keep(count)
+        average = (self.window_size + average) - self.window_size  # rounded where kvpress rounds
         low = average / self.beta
         high = average * 2 - low
         if high >= count - self.window_size:
@@ -156,7 +157,7 @@ class Pyramid(Budget):
             low = average * 2 - high
         if layers == 1 or not count >= high >= low >= self.window_size:
             return round(average)
-        return round(high - layer * (high - low) / (layers - 1))
+        return round(high - layer * ((high - low) / (layers - 1)))
 
     @property
     def everything(self) -> bool:

@@ -375,7 +375,8 @@ class ExpectedAttention(Scorer):
 
     def _angles(self, layer: int, offsets: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         rotary, _ = self._rotary[layer]
-        cos, sin = rotary(like.new_zeros(1, dtype=torch.float32), offsets)
+        # Past its decorators, which would take these positions for a new sequence and change its frequencies.
+        cos, sin = inspect.unwrap(type(rotary).forward)(rotary, like.new_zeros(1), offsets)
         size = float(getattr(rotary, "attention_scaling", 1.0))  # queries carry it already
         return cos / size, sin / size
 
