@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from hooks.models import call_site, dense_attention, language_model, prompt, run, scores
 
 import attnlib
 from attnlib.grids import Layout
@@ -11,7 +12,6 @@ from attnlib.hooks import IMAGE, PAD, TEXT, Record, TokenTypes
 from attnlib.hooks import core as hooks_core
 from attnlib.look import Statistics, effective_rank, image_map
 from attnlib.look.statistics import WHAT
-from hooks.models import call_site, dense_attention, language_model, prompt, run, scores
 
 T = torch.tensor([[TEXT, IMAGE, IMAGE, IMAGE, IMAGE, IMAGE, IMAGE, TEXT, TEXT]])
 
@@ -163,9 +163,7 @@ def test_distance_by_layout():
         for s in range(2):
             for i in range(1, 7):
                 a = weights[s, head, i]
-                rows.append(
-                    sum(float(a[j]) * math.dist(place[i], place[j]) for j in range(1, 7)) / float(a[1:].sum())
-                )
+                rows.append(sum(float(a[j]) * math.dist(place[i], place[j]) for j in range(1, 7)) / float(a[1:].sum()))
         expected[head] = sum(rows) / len(rows)
     torch.testing.assert_close(look.results()[2]["grid_distance"], expected)
 

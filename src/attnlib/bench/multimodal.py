@@ -1,0 +1,355 @@
+"""What techniques do to answers: pruning, hallucinations and caches on the small multimodal model.
+
+``attnlib bench --suite multimodal --out benchmarks/results`` (or ``python -m attnlib.bench.multimodal``) measures again
+what ``multimodal-cpu.json`` holds. Every technique is a line of :data:`LINES` and is measured beside the untouched
+model on the same questions: the interval of the difference comes from resampling scenes (paired bootstrap), so it says
+whether a technique helped, hurt, or cannot be told from doing nothing at this number of scenes. A line that cannot run
+is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..hooks import TokenTypes, attach
+from . import scenes
+from .scenes import Item
+
+#: Groups of techniques and what is asked for each.
+GROUPS = {
+    "pruning": "questions of all kinds on scenes like those in training; visual tokens are removed",
+    "hallucination": "scenes that hold the first thing of a usual pair without the second",
+    "cache": "questions whose answer is not in the first word; keys are evicted after the prompt",
+    "cache-unseen": "the same, keys being evicted after the picture, before the question is read",
+}
+
+#: Kinds of questions whose first word says nothing, so that what matters is read from the compressed cache.
+RETRIEVED = ("colour", "position", "content")
+
+
+@dataclass
+class Workbench:
+    """The model and what techniques may want to look at beforehand: calibration questions from training scenes."""
+
+    model: Any
+    tokenizer: Any
+    calibration: list[Item]
+
+    @property
+    def types(self) -> TokenTypes:
+        return TokenTypes(image=self.model.config.image_token_id)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A technique: a class of the library, its settings, and the one setting to go through.
+
+    Args:
+        technique: name in the table.
+        group: one of :data:`GROUPS`.
+        target: ``"package.module:Name"`` under ``attnlib``.
+        settings: keyword arguments.
+        over: ``(name, values)`` of the keyword to go through; ``None`` for a single setting.
+        make: ``make(workbench, target, settings)`` gives the interventions, or a function that answers; by default the
+            target is called with the settings.
+    """
+
+    technique: str
+    group: str
+    target: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    over: tuple[str, Sequence[Any]] | None = None
+    make: Callable[[Workbench, Any, dict[str, Any]], Any] | None = None
+
+    def variants(self) -> list[tuple[str, dict[str, Any]]]:
+        """Labels and keyword arguments."""
+        if self.over is None:
+            return [("", dict(self.settings))]
+        name, values = self.over
+        return [(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}", {**self.settings, name: value})
+                for value in values]  # fmt: skip
+
+    def build(self, bench: Workbench, settings: dict[str, Any]) -> Any:
+        module, _, name = self.target.partition(":")
+        target = getattr(importlib.import_module(f"attnlib.{module}"), name)
+        return target(**settings) if self.make is None else self.make(bench, target, settings)
+
+
+RATIOS = (0.25, 0.5, 0.75, 0.9)
+
+LINES: tuple[Line, ...] = (
+    Line("snapkv", "cache", "cache:SnapKV", {"window_size": 4, "kernel_size": 3}, ("ratio", RATIOS)),
+    Line("snapkv", "cache-unseen", "cache:SnapKV", {"window_size": 4, "kernel_size": 3}, ("ratio", RATIOS)),
+    Line("visual redistribution", "hallucination", "steer:VisualRedistribution",
+         {"sink_dims": "auto", "first_layer": 1, "tau": 5.0}, ("p", (0.6, 0.2))),
+    Line("dual attention (untrained for)", "hallucination", "steer:DualAttention"),
+)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Questions and scores
+
+Score = tuple[float, float]  # numerator and denominator of one item's part of a rate
+
+
+def usual_items(count: int, first: int = 0) -> list[Item]:
+    """Questions of all kinds on ``count`` test scenes."""
+    found = []
+    for number in range(first, first + count):
+        scene = scenes.make_scene(number, "test")
+        found += [Item(scene, q) for q in scenes.ask(scene, np.random.default_rng([number, 7]))]
+    return found
+
+
+def broken_items(count: int) -> list[Item]:
+    """On scenes without the usual second thing: is it there, is something there that is, and what is there?"""
+    found = []
+    for number in range(count):
+        scene = scenes.make_scene(number, "test", pairs="broken")
+        rng = np.random.default_rng([number, 8])
+        present = [thing.name for thing in scene.things if thing.contrast > 0.5]
+        for pair in scenes.PAIRS:
+            if pair[0] in scene.names and pair[1] not in scene.names:
+                found.append(Item(scene, scenes.presence(scene, pair[1])))
+                if present:
+                    found.append(Item(scene, scenes.presence(scene, present[rng.integers(len(present))])))
+        found.append(Item(scene, scenes.questions(scene, "list")[0]))
+    return found
+
+
+def retrieval_items(count: int) -> list[Item]:
+    """Two questions of each of :data:`RETRIEVED` on test scenes, about things that stand out."""
+    found = []
+    for number in range(count):
+        scene = scenes.make_scene(number, "test")
+        rng = np.random.default_rng([number, 9])
+        clear = {name for t in scene.things if t.contrast > 0.5 for name in (t.name, t.place)}
+        shapes = {name.split()[1] for name in clear if name in scenes.SHAPED}
+        for kind in RETRIEVED:
+            possible = [q for q in scenes.questions(scene, kind) if q.about in clear or q.about in shapes]
+            found += [Item(scene, possible[i]) for i in rng.permutation(len(possible))[:1]]
+    return found
+
+
+def rates(item: Item, said: str) -> dict[str, Score]:
+    """What one answer adds to each rate."""
+    scene, question = item.scene, item.question
+    right = float(said == question.answer)
+    out: dict[str, Score] = {}
+    if question.kind != "list":
+        out["accuracy"] = out[f"accuracy: {question.kind}"] = (right, 1.0)
+    if question.kind == "presence":
+        if question.answer == "no":
+            out["says yes to what is absent"] = (float(said == "yes"), 1.0)
+        else:
+            out["says yes to what is there"] = (float(said == "yes"), 1.0)
+    if question.kind == "list":
+        names = scenes.named(said)
+        invented = [name for name in names if name not in scene.names]
+        out["named things that are not there"] = (float(len(invented)), float(len(names)))
+        out["lists with something that is not there"] = (float(bool(invented)), 1.0)
+        partners = [b for a, b in scenes.PAIRS if a in scene.names and b not in scene.names]
+        if partners:
+            out["lists with the absent second of a pair"] = (float(any(b in names for b in partners)), 1.0)
+        out["things that are named"] = (float(len(names) - len(invented)), float(len(scene.names)))
+    return out
+
+
+class Rates:
+    """Sums per scene of every rate, to be resampled."""
+
+    def __init__(self, items: Sequence[Item], said: Sequence[str]):
+        places: dict[int, int] = {}
+        for item in items:
+            places.setdefault(id(item.scene), len(places))
+        self.count = len(places)
+        self.sums: dict[str, np.ndarray] = {}
+        for item, text in zip(items, said, strict=True):
+            for name, (top, bottom) in rates(item, text).items():
+                table = self.sums.setdefault(name, np.zeros((self.count, 2)))
+                table[places[id(item.scene)]] += (top, bottom)
+
+    def value(self, name: str) -> float:
+        top, bottom = self.sums[name].sum(0)
+        return float(top / bottom) if bottom else float("nan")
+
+
+def bootstrap(rates: Rates, base: Rates | None = None, samples: int = 2000, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Rates with 95 % intervals from resampled scenes, and paired differences from ``base``.
+
+    Args:
+        rates: of a technique.
+        base: of the untouched model on the same items.
+        samples: how often the scenes are drawn anew.
+        seed: of the draws.
+
+    Returns:
+        Per rate ``value`` and ``interval``, and with a base ``difference`` and ``difference_interval``.
+    """
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(rates.count, np.full(rates.count, 1 / rates.count), size=samples).astype(np.float64)
+
+    def resampled(source: Rates, name: str) -> np.ndarray:
+        sums = weights @ source.sums[name]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return sums[:, 0] / sums[:, 1]
+
+    def interval(values: np.ndarray) -> list[float] | None:
+        values = values[np.isfinite(values)]
+        return [round(float(v), 4) for v in np.percentile(values, [2.5, 97.5])] if len(values) else None
+
+    out: dict[str, dict[str, Any]] = {}
+    for name in rates.sums:
+        value = rates.value(name)
+        mine = resampled(rates, name)
+        entry: dict[str, Any] = {"value": round(value, 4) if np.isfinite(value) else None, "interval": interval(mine)}
+        if base is not None and name in base.sums:
+            entry["difference"] = round(value - base.value(name), 4) if np.isfinite(value) else None
+            entry["difference_interval"] = interval(mine - resampled(base, name))
+        out[name] = entry
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Answering
+
+
+def answer_after_picture(bench: Workbench, items: Sequence[Item], size: int = 64) -> list[str]:
+    """Answers when the picture was read, and its keys evicted, before the question came."""
+    tokenizer, model = bench.tokenizer, bench.model
+    context = len(tokenizer("<s> " + "<image> " * scenes.PATCHES)["input_ids"])
+    found = [""] * len(items)
+    for chosen, inputs in scenes.batches(items, tokenizer, size):
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        with torch.no_grad():
+            read = model(
+                input_ids=ids[:, :context], attention_mask=mask[:, :context], pixel_values=inputs["pixel_values"],
+                use_cache=True,
+            )  # fmt: skip
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=read.past_key_values, max_new_tokens=8,
+                do_sample=False,
+            )  # fmt: skip
+        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        for i, text in zip(chosen, texts, strict=True):
+            found[i] = text
+    return found
+
+
+def answer_with(bench: Workbench, group: str, items: Sequence[Item], made: Any = None) -> tuple[list[str], Any]:
+    """Answers of the model with interventions attached, or of a function; and what the session shows."""
+
+    def run() -> list[str]:
+        if group == "cache-unseen":
+            return answer_after_picture(bench, items)
+        longest = 28 if group == "hallucination" or any(i.question.kind == "list" for i in items) else 8
+        return scenes.answer(bench.model, bench.tokenizer, items, max_new_tokens=longest)
+
+    if made is None:
+        return run(), {}
+    if callable(made):
+        return made(items), {}
+    interventions = made if isinstance(made, (list, tuple)) else [made]
+    with attach(bench.model, *interventions, token_types=bench.types) as session:
+        said = run()
+        return said, session.results
+
+
+def _plain(value: Any) -> Any:
+    """Results as JSON holds them; tensors of more than a few numbers are left out."""
+    if isinstance(value, Tensor):
+        return value.tolist() if value.numel() <= 16 else None
+    if isinstance(value, Mapping):
+        pairs = {str(k): _plain(v) for k, v in value.items()}
+        return {k: v for k, v in pairs.items() if v is not None} or None
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value] if len(value) <= 16 else None
+    if isinstance(value, (np.integer, np.floating)):
+        return value.item()
+    return value if isinstance(value, (str, int, float, bool)) else None
+
+
+def measure(
+    count: int = 200,
+    lines: Sequence[Line] = LINES,
+    model: tuple[Any, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Every line beside the untouched model.
+
+    Args:
+        count: scenes per group.
+        lines: techniques.
+        model: ``(model, tokenizer)``; ``None`` for the trained one of the repository.
+        progress: told what is being measured.
+
+    Returns:
+        A dict of plain values: settings, machine, records per technique and setting, and what could not run and why.
+    """
+    from .compare import machine
+
+    tell = progress or (lambda line: None)
+    bench = Workbench(*(scenes.load_model() if model is None else model), calibration=[])
+    for number in range(200_000, 200_000 + max(8, count // 4)):
+        scene = scenes.make_scene(number)
+        bench.calibration += [Item(scene, q) for q in scenes.ask(scene, np.random.default_rng([number, 7]))]
+    items = {
+        "pruning": usual_items(count), "hallucination": broken_items(count), "cache": retrieval_items(count),
+        "cache-unseen": retrieval_items(count),
+    }  # fmt: skip
+    records: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    for group, asked in items.items():
+        mine = [line for line in lines if line.group == group]
+        if not mine:
+            continue
+        tell(f"{group}: untouched model, {len(asked)} questions")
+        started = time.perf_counter()
+        base = Rates(asked, answer_with(bench, group, asked)[0])
+        records.append(
+            {"group": group, "technique": "untouched", "setting": "", "rates": bootstrap(base),
+             "seconds": round(time.perf_counter() - started, 2)}
+        )  # fmt: skip
+        for line in mine:
+            for label, settings in line.variants():
+                tell(f"{group}: {line.technique} {label}")
+                started = time.perf_counter()
+                try:
+                    made = line.build(bench, settings)
+                    prepared = time.perf_counter()
+                    said, shown = answer_with(bench, group, asked, made)
+                except (ImportError, AttributeError, TypeError, ValueError) as error:
+                    skipped.append({"group": group, "technique": line.technique, "setting": label, "why": str(error)})
+                    continue
+                records.append(
+                    {"group": group, "technique": line.technique, "setting": label,
+                     "rates": bootstrap(Rates(asked, said), base),
+                     "prepare_seconds": round(prepared - started, 2),
+                     "seconds": round(time.perf_counter() - prepared, 2), "results": _plain(shown)}
+                )  # fmt: skip
+    return {
+        "what": "effects of techniques on the small multimodal model: rates with 95 % intervals over resampled scenes",
+        "groups": GROUPS,
+        "settings": {"scenes": count, "questions": {g: len(i) for g, i in items.items()}},
+        "machine": machine(),
+        "records": records,
+        "skipped": skipped,
+    }
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results/multimodal-cpu.json")
+    result = measure(progress=lambda line: print(line, file=sys.stderr))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
