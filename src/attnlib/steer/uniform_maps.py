@@ -269,9 +269,9 @@ def masked_edit(
 ) -> tuple[Tensor, Tensor]:
     """Sample source and target while a branch with uniform maps keeps what the edit does not touch.
 
-    At timesteps between 0 and ``below`` (both excluded) :func:`edit_mask`, with a quantile that grows linearly from 0 to
-    ``q`` over the steps, and :func:`blend` act on the predicted clean images; the step then goes on with the noise as
-    it was predicted.
+    At timesteps between 0 and ``below`` (both excluded) :func:`edit_mask`, with a quantile that grows linearly from 0
+    to ``q`` over the steps, and :func:`blend` act on the predicted clean images; the step then goes on with the noise
+    as it was predicted.
 
     Args:
         predict: noise of (2, C, H, W), source and target, guidance included.
