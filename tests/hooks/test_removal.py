@@ -324,6 +324,21 @@ def test_contiguous_positions_equal_a_shorter_prompt():
                 assert not torch.allclose(scores(model, inputs, **mode)[0], want, atol=1e-3)
 
 
+def test_contiguous_positions_survive_a_later_removal():
+    """The second removal keeps the positions of the first; it equals forbidding keys in the shorter prompt."""
+    model, inputs = language_model(), prompt(pad=(0, 0))
+    keep = keeps(inputs, (0,), ragged=False)[0]
+    index = pack(keep)
+    shorter = {"input_ids": inputs["input_ids"].gather(1, index), "attention_mask": torch.ones_like(index)}
+    later = keeps(shorter, (2,), ragged=False, seed=4)[2]
+    with attnlib.attach(model, Forbid({2: later})):
+        want, _ = scores(model, shorter)
+    whole = torch.zeros_like(keep).scatter(1, index, later)
+    with attnlib.attach(model, Drop({0: keep}, compact=True), Drop({2: whole})):
+        got, _ = scores(model, inputs)
+    close(got, want)
+
+
 def test_a_cache_compressed_behind_a_removal():
     """SnapKV chooses among what is left; the oracle reads only those slots."""
     model, inputs = language_model(), prompt()

@@ -168,7 +168,7 @@ class _Prompt:
         self.total = total
         self.slots: Tensor | None = None  # (B, K), None as long as all tokens are there
         self.ragged = False
-        self.compact = False
+        self.ids: Tensor | None = None  # (B, K) contiguous positions, where somebody asked for them
         self.frozen: Tensor | None = None  # (B, N, C) states of the tokens that left
         self.lengths: dict[int, int] = {}
         self.tokens: dict[int, Tensor] = {}
@@ -183,12 +183,19 @@ class _Prompt:
             return self.slots
         return torch.arange(self.total, device=device).expand(batch, -1)
 
-    def leave(self, hidden: Tensor, index: Tensor) -> None:
+    def leave(self, hidden: Tensor, index: Tensor, compact: bool) -> None:
         """Only the tokens ``index`` (B, K) of the current ones go on; ``hidden`` are the states of all current ones."""
         self.frozen = self.restored(hidden)
         slots = self.all_slots(hidden.shape[0], hidden.device)
         self.slots = slots.gather(1, index.clamp(min=0)).masked_fill(index < 0, -1)
         self.ragged = bool((index < 0).any())
+        if compact:
+            # Counted among the tokens that exist, as a shorter prompt would be.
+            assert self.existing is not None
+            alive = (self.slots >= 0) & self.existing.gather(1, self.slots.clamp(min=0))
+            self.ids = (alive.cumsum(1) - 1).clamp(min=0)
+        elif self.ids is not None:
+            self.ids = self.ids.gather(1, index.clamp(min=0))
 
     def restored(self, hidden: Tensor) -> Tensor:
         """(B, N, C): the current states at their slots, those that left elsewhere."""
@@ -218,17 +225,12 @@ class _Prompt:
         self._masks.append((given, self.slots, made))
         return made
 
-    def position_ids(self, original: Any) -> Tensor | None:
+    def position_ids(self, original: Any) -> Any:
+        """Of the tokens that are left, when the model gave ``original`` for all."""
         assert self.slots is not None
-        if self.compact:
-            # Counted among the tokens that exist, as a shorter prompt would be.
-            alive = self.slots >= 0
-            if self.existing is not None:
-                alive = alive & self.existing.gather(1, self.slots.clamp(min=0))
-            return (alive.cumsum(1) - 1).clamp(min=0)
-        if not isinstance(original, Tensor):
-            return original
-        return take(original, self.slots, original.dim() - 1)
+        if self.ids is not None:
+            return self.ids
+        return take(original, self.slots, original.dim() - 1) if isinstance(original, Tensor) else original
 
 
 def install(session: Session, runtimes: Sequence[LayerRuntime]) -> None:
@@ -340,8 +342,7 @@ class Removal:
             if answer is None:
                 continue
             new, index = self._check(i, site, states, answer)
-            prompt.compact = prompt.compact or bool(getattr(i, "compact_positions", False))
-            prompt.leave(states, index)
+            prompt.leave(states, index, bool(getattr(i, "compact_positions", False)))
             states = new
             kwargs = self._shorten(site, states, before)
         self._count(site, states)
@@ -398,7 +399,7 @@ class Removal:
             layer = evicted(self.session, layer.keys, layer.values, slots, prompt.total, capacity)
             cache.layers[site.layer] = layer
             layer.shared = True
-        if prompt.compact and prompt.moved is not None:
+        if prompt.moved is not None:
             layer.memory[SHIFT] = prompt.moved
 
     def _shorten(self, site: Site, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -417,9 +418,9 @@ class Removal:
         causal = bool(getattr(site.module, "is_causal", True)) and self._implementation(site) == "sdpa"
         new["attention_mask"] = prompt.mask(mask, causal)
         ids = prompt.position_ids(kwargs.get("position_ids"))
-        if "position_ids" in kwargs or prompt.compact:
+        if "position_ids" in kwargs or prompt.ids is not None:
             new["position_ids"] = ids
-        if prompt.compact:
+        if prompt.ids is not None:
             original = kwargs.get("position_ids")
             if not isinstance(original, Tensor) or original.dim() != 2 or ids is None:
                 raise ValueError(
@@ -428,7 +429,7 @@ class Removal:
             prompt.moved = original[:, -1:] - ids[:, -1:]
         embeddings = kwargs.get("position_embeddings")
         if isinstance(embeddings, tuple):
-            if prompt.compact:
+            if prompt.ids is not None:
                 new["position_embeddings"] = self._rotate(site, hidden, ids)
             else:
                 new["position_embeddings"] = tuple(take(t, prompt.slots, t.dim() - 2) for t in embeddings)
