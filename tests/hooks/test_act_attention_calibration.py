@@ -1,4 +1,4 @@
-"""ACT: the authors' functions on recorded maps, an independent oracle, the head search, and life under ``generate()``."""
+"""ACT: the authors' functions on recorded maps, an oracle, the head search, and life under ``generate()``."""
 
 from pathlib import Path
 

@@ -264,7 +264,7 @@ class SinkCalibration(Intervention):
 
 
 class HeadSearch(NamedTuple):
-    """``heads``: ``{layer: [head, ...]}`` that beat ``baseline``; ``scores``: ``{(layer, head): score}`` of each alone."""
+    """Heads ``{layer: [head, ...]}`` that beat ``baseline``, and the score of each alone, ``{(layer, head): score}``."""
 
     heads: dict[int, list[int]]
     baseline: float
