@@ -100,7 +100,8 @@ def test_scores_equal_kvpress(recorded, name):
     site = call_site(q, k, layer=1).but(name="model.layers.1.self_attn", module=module)
     scorer.prepare(recorded.model, [site])
     valid = torch.ones(1, 1, k.shape[2], dtype=torch.bool)
-    mine = scorer.score(CacheView(site, q, k, v, valid, site.k_pos, k.shape[2] - 1)).expand(theirs.shape)
+    order = torch.arange(k.shape[2])[None]
+    mine = scorer.score(CacheView(site, q, order, k, v, valid, site.k_pos, k.shape[2] - 1)).expand(theirs.shape)
     if name == "tova":  # the last key stays, which the compression adds to every score
         mine = torch.cat([mine[..., :-1], torch.full_like(mine[..., :1], torch.inf)], -1)
     if name == "snapkv":

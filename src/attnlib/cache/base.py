@@ -110,46 +110,48 @@ class KVCompression(Intervention):
     # ---- the stage
 
     def on_cache(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor | dict[int, Tensor] | None:
+        first = site.offset == 0
+        last = int(site.q_pos.max()) if first and site.q_pos is not None else site.offset + site.n_queries - 1
+        if first:
+            self._kept.pop(site.layer, None)
+        due = first and self.prefill
+        if self.every is not None and not first:
+            due = site.evicted_at is None or last + 1 - site.evicted_at >= self.every
+            if not due and not self.scorer.queries:
+                return None
         with torch.no_grad():
-            first = site.offset == 0
-            last = int(site.q_pos.max()) if first and site.q_pos is not None else site.offset + site.n_queries - 1
-            if first:
-                self._kept.pop(site.layer, None)
-            queries = q
-            if self.every is not None:
-                since = 0 if first or site.evicted_at is None else last + 1 - site.evicted_at
-                due = since >= self.every or (not first and site.evicted_at is None)
-                queries = self._remembered(site, q, first)
-                if not due and not (first and self.prefill):
-                    return None
-            view = self._view(site, queries, k, v, last)
-            return self._choose(view, self._real(site, view, first))
-
-    def _remembered(self, site: Site, q: Tensor, first: bool) -> Tensor:
-        """The queries to score with; those that a later eviction may ask for stay in the cache layer's memory."""
-        assert site.memory is not None
-        past = site.memory.get("queries")
-        queries = q if first or past is None else torch.cat([past, q], 2)
-        most = self.scorer.queries
-        if most:
-            kept = queries[:, :, -most:]
-            # After prefill this copies, so that the queries of the whole prompt are not kept alive.
-            site.memory["queries"] = kept.clone() if first else kept
-        return queries if first else queries[:, :, -max(1, most) :]
-
-    def _real(self, site: Site, view: CacheView, first: bool) -> Tensor:
-        """(B,) tokens seen so far, without padding."""
-        batch, seen = view.k.shape[0], view.last + 1
-        memory = site.memory if site.memory is not None else {}
-        if first or "missing" not in memory:
-            held = view.valid.sum(-1).amax(-1).expand(batch)
-            memory["missing"] = seen - held
-        return seen - memory["missing"]
+            memory = {} if site.memory is None else site.memory
+            valid = existing(site, k.device) if due or "missing" not in memory else None
+            if valid is not None and (first or "missing" not in memory):
+                memory["missing"] = last + 1 - valid.any(1).sum(-1).expand(k.shape[0])
+            real = last + 1 - memory["missing"]
+            queries, order = self._remembered(memory, q, self._order_of(q, real, valid if first else None))
+            if not due:
+                return None
+            assert valid is not None and site.k_pos is not None
+            if not first:
+                most = max(1, self.scorer.queries)
+                queries, order = queries[:, :, -most:], order[:, -most:]
+            return self._choose(CacheView(site, queries, order, k, v, valid, site.k_pos, last), real)
 
     @staticmethod
-    def _view(site: Site, q: Tensor, k: Tensor, v: Tensor, last: int) -> CacheView:
-        assert site.k_pos is not None
-        return CacheView(site, q, k, v, existing(site, k.device), site.k_pos, last)
+    def _order_of(q: Tensor, real: Tensor, valid: Tensor | None) -> Tensor:
+        """(B, n) number of each query's token among those of its sample; -1 for padding."""
+        n = q.shape[2]
+        if valid is None:
+            return real.unsqueeze(-1) - n + torch.arange(n, device=q.device)
+        there = valid.any(1)[:, -n:].expand(q.shape[0], n)
+        return (there.cumsum(-1) - 1).masked_fill(~there, -1)
+
+    def _remembered(self, memory: dict[str, Tensor], q: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries to score with; those that a later eviction may ask for stay in the cache layer's memory."""
+        past, most = memory.get("queries"), self.scorer.queries
+        if past is not None:
+            q, order = torch.cat([past, q], 2), torch.cat([memory["order"][:, 0], order], 1)
+        if most and self.every is not None:
+            # Copies, so that the queries of a whole prompt are not kept alive.
+            memory["queries"], memory["order"] = q[:, :, -most:].clone(), order[:, None, -most:].clone()
+        return q, order
 
     def _choose(self, view: CacheView, real: Tensor) -> Tensor | dict[int, Tensor] | None:
         """What stays of a layer; with a budget for all layers, of all of them once the last has run."""

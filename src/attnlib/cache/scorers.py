@@ -28,6 +28,7 @@ class CacheView:
         site: where; the call that has just run.
         q: (B, H, n, D) the last ``n`` queries, rotary positions applied: all of them after prefill, as many as the
             scorer's ``queries`` while decoding.
+        q_order: (B, n) number of each query's token among those of its sample, from 0; -1 for padding.
         k: (B, Hk, M, D) cached keys.
         v: (B, Hk, M, Dv) cached values.
         valid: (B or 1, Hk or 1, M) boolean, keys that hold a token.
@@ -37,6 +38,7 @@ class CacheView:
 
     site: Site
     q: Tensor
+    q_order: Tensor
     k: Tensor
     v: Tensor
     valid: Tensor
@@ -388,8 +390,8 @@ class ExpectedAttention(Scorer):
         q, _ = turn(q, q, *self._angles(layer, ago, q))
         ahead = torch.arange(1, self.future + 1, device=q.device).unsqueeze(0)
         cos, sin = (t.mean(1, keepdim=True) for t in self._angles(layer, ahead, q))
-        counted = self._counted(view, n)
-        number = counted.sum(-1, keepdim=True)
+        counted = (view.q_order >= self.sinks).to(q.dtype)[:, None]
+        number = counted.sum(-1, keepdim=True).clamp(min=1.0)
         mean = (q * counted.unsqueeze(-1)).sum(2) / number
         if not self.covariance:
             return turn(mean.unsqueeze(2), mean.unsqueeze(2), cos, sin)[0].squeeze(2), None
@@ -398,18 +400,12 @@ class ExpectedAttention(Scorer):
         centred = (q - mean) * counted.unsqueeze(-1)
         return mean.squeeze(2), centred.transpose(-2, -1) @ centred / number.unsqueeze(-1)
 
-    def _counted(self, view: CacheView, n: int) -> Tensor:
-        """(B or 1, 1, n) ones for the queries that count."""
-        counted = torch.ones(1, 1, n, dtype=view.q.dtype, device=view.q.device)
-        if view.site.offset == 0:
-            # The queries of the prompt are the tokens of its keys.
-            counted = ((view.order() >= self.sinks) & view.valid)[:, :1, -n:].to(counted.dtype)
-        return counted.to(stats_dtype(view.q.dtype))
-
     def score(self, view: CacheView) -> Tensor:
         sink = view.valid & (view.order() < self.sinks)
-        if view.site.offset == 0 and not bool((view.valid & ~sink).any(-1).all()):
-            raise ValueError(f"sinks={self.sinks} must be smaller than the prompt ({view.k.shape[2]} keys)")
+        if not bool((view.valid & ~sink).any(-1).all()):
+            raise ValueError(
+                f"sinks={self.sinks} must be fewer than the keys there are ({view.k.shape[2]} with padding)"
+            )
         mean, covariance = self.statistics(view)
         batch, kv_heads, m, dim = view.k.shape
         k = view.k.to(mean.dtype).unsqueeze(2)
