@@ -264,7 +264,7 @@ class SinkCalibration(Intervention):
 
 
 class HeadSearch(NamedTuple):
-    """Heads ``{layer: [head, ...]}`` that beat ``baseline``, and the score of each alone, ``{(layer, head): score}``."""
+    """Heads ``{layer: [head, ...]}`` that beat ``baseline``; the score of each alone, ``{(layer, head): score}``."""
 
     heads: dict[int, list[int]]
     baseline: float
