@@ -6,6 +6,7 @@
 from .core import KINDS, STAGES, Intervention, PairMask, Probe, Session, Site, attach
 from .probes import Record
 from .tokens import GENERATED, IMAGE, PAD, QUESTION, SYSTEM, TEXT, TokenTypes
+from .type_masks import MaskByType, TypeRule, bidirectional, causal_frames, composite, modality_mutual
 
 __all__ = [
     "GENERATED",
@@ -17,11 +18,17 @@ __all__ = [
     "SYSTEM",
     "TEXT",
     "Intervention",
+    "MaskByType",
     "PairMask",
     "Probe",
     "Record",
     "Session",
     "Site",
     "TokenTypes",
+    "TypeRule",
     "attach",
+    "bidirectional",
+    "causal_frames",
+    "composite",
+    "modality_mutual",
 ]

@@ -311,6 +311,7 @@ class Intervention:
         layers: numbers (negative from the end) or name patterns of layers, ``None`` for all of ``kinds``.
         whole_map: score and weight edits need all query rows at once.
         needs_types: it reads ``site.k_types``.
+        replaces_mask: it calls the rest with a mask of its own; two of them cannot act on one layer.
         while_decoding: ``on_cache`` is asked after every call of the model, not only after prefill.
 
     >>> class Silence(Intervention):
@@ -322,6 +323,7 @@ class Intervention:
     kinds: ClassVar[tuple[str, ...]] = KINDS
     whole_map: ClassVar[bool] = False
     needs_types: ClassVar[bool] = False
+    replaces_mask: ClassVar[bool] = False
     while_decoding: bool = False
     layers: Sequence[int | str] | None = None
     _owner: Session | None = None
@@ -645,7 +647,11 @@ def _wrap(intervention: Intervention, site: Site, inner: Callable[..., Tensor]) 
         def masked(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor = mask) -> Tensor:
             return inner(q, k, v, mask=mask)
 
-        return intervention.around_attention(site, q, k, v, masked)
+        # The mask that was put in its place is the model's for those further in.
+        here = site
+        if q.shape[2] == site.n_queries and k.shape[2] == site.n_keys:
+            here = site.but(mask=PairMask(site.n_queries, site.n_keys, realise_mask(site, mask)))
+        return intervention.around_attention(here, q, k, v, masked)
 
     return wrapped
 
@@ -1004,6 +1010,8 @@ def _check_pair(site: Site | None, a: Intervention, b: Intervention) -> None:
     reason = a.conflicts(b) or b.conflicts(a)
     if reason is None and implements(a, "on_cache") and implements(b, "on_cache"):
         reason = "both evict from the same cache; combine their scores in one"
+    if reason is None and a.replaces_mask and b.replaces_mask:
+        reason = "both say which query reads which key; combine their masks in one"
     if reason:
         where = "this model" if site is None else f"layer {site.layer} ({site.name})"
         raise ValueError(f"{type(a).__name__} and {type(b).__name__} cannot both act on {where}: {reason}")

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..types import check_choice
+
 #: Types of tokens. The first three are those of LACING's attention mask.
 PAD, TEXT, IMAGE, SYSTEM, QUESTION, GENERATED = range(6)
 
@@ -23,28 +25,68 @@ def is_text(types: Tensor) -> Tensor:
 class TokenTypes:
     """Types from token ids: the rule to give to ``attach(..., token_types=...)``.
 
+    With ``answer``, a prompt that has an image is told apart further: text before the first image is ``SYSTEM``, text
+    between it and the first answer marker is ``QUESTION``, the marker and everything after it ``GENERATED``, as it is
+    when the model writes it. Later questions of a conversation are not ``QUESTION``: what they ask must not be read
+    through an image that earlier answers read. A prompt without image or marker is all ``TEXT``.
+
     Args:
         image: id, or ids, of the image placeholder, one per image token as transformers' processors write them.
         pad: id of the padding token, where padding is not told by an attention mask.
+        answer: id that opens the answer, or several ids in a row (``"ASSISTANT:"`` may be more than one token).
+        compat: ``"authors"`` counts a marker of one token to the question, as the code of AKI does.
 
     >>> import torch
     >>> TokenTypes(image=9)(torch.tensor([[1, 9, 9, 4]])).tolist()
     [[1, 2, 2, 1]]
+    >>> TokenTypes(image=9, answer=7)(torch.tensor([[1, 9, 4, 7, 5]])).tolist()
+    [[3, 2, 4, 5, 5]]
     """
 
-    def __init__(self, image: int | Sequence[int], pad: int | None = None):
+    def __init__(
+        self,
+        image: int | Sequence[int],
+        pad: int | None = None,
+        answer: int | Sequence[int] | None = None,
+        compat: str | None = None,
+    ):
         self.image = (image,) if isinstance(image, int) else tuple(image)
         if not self.image:
             raise ValueError("image must name at least one token id")
-        self.pad = pad
+        self.answer = (answer,) if isinstance(answer, int) else None if answer is None else tuple(answer)
+        if self.answer is not None and not self.answer:
+            raise ValueError("answer must name at least one token id")
+        check_choice("compat", compat, (None, "authors"))
+        if compat == "authors" and (self.answer is None or len(self.answer) != 1):
+            raise ValueError(f"compat='authors' needs an answer marker of one token, got answer={answer!r}")
+        self.pad, self.compat = pad, compat
 
     def __call__(self, ids: Tensor) -> Tensor:
         """(B, N) ids -> (B, N) types."""
         types = torch.full_like(ids, TEXT)
-        types[torch.isin(ids, torch.tensor(self.image, device=ids.device, dtype=ids.dtype))] = IMAGE
+        image = torch.isin(ids, torch.tensor(self.image, device=ids.device, dtype=ids.dtype))
+        if self.answer is not None:
+            after_image = image.cumsum(1) > 0
+            # The first marker after the first image; before an image there is nothing to answer.
+            opened = ((self._markers(ids) & after_image).cumsum(1) > 0) & after_image
+            told_apart = (image.any(1) & opened.any(1))[:, None]
+            last = F.pad(opened[:, :-1], (1, 0)) if self.compat == "authors" else opened
+            parts = torch.where(after_image, torch.full_like(ids, QUESTION), SYSTEM)
+            parts = parts.masked_fill(last, GENERATED)
+            types = torch.where(told_apart, parts, types)
+        types = types.masked_fill(image, IMAGE)
         if self.pad is not None:
-            types[ids == self.pad] = PAD
+            types = types.masked_fill(ids == self.pad, PAD)
         return types
+
+    def _markers(self, ids: Tensor) -> Tensor:
+        """(B, N) boolean: a marker starts here."""
+        assert self.answer is not None
+        found = torch.ones_like(ids, dtype=torch.bool)
+        for i, token in enumerate(self.answer):
+            # Beyond the end nothing matches.
+            found = found & F.pad(ids[:, i:] == token, (0, min(i, ids.shape[1])), value=False)
+        return found
 
 
 class TypeTracker:

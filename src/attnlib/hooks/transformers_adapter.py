@@ -675,8 +675,8 @@ class TransformersAdapter(Adapter):
 
     name = "transformers"
     stages: ClassVar[frozenset[str]] = frozenset(
-        "on_block_input on_tokens around_sublayer on_context on_qkv on_kv_read around_attention on_scores on_weights on_output "
-        "on_cache on_logits on_step".split()
+        "on_block_input on_tokens around_sublayer on_context on_qkv on_kv_read around_attention on_scores on_weights "
+        "on_output on_cache on_logits on_step".split()
     )
 
     def sites(self, model: nn.Module, part: str | None) -> list[Site]:

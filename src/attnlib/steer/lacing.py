@@ -46,6 +46,7 @@ class DualAttention(Intervention):
     name: ClassVar[str] = "lacing"
     kinds: ClassVar[tuple[str, ...]] = ("self",)
     needs_types: ClassVar[bool] = True
+    replaces_mask: ClassVar[bool] = True
 
     def __init__(self, image_mask: str = "full", layers: Sequence[int | str] | None = None):
         check_choice("image_mask", image_mask, ("full", "causal"))
@@ -64,13 +65,10 @@ class DualAttention(Intervention):
         image = (types == IMAGE)[:, :, None]
         if not bool(image.any()):
             return call(q, k, v)
-        assert site.mask is not None and site.q_types is not None and site.k_pos is not None and site.q_pos is not None
+        assert site.mask is not None and site.q_types is not None
         text = is_text(types)[:, :, None] & site.mask.dense(q.device)
         if self.image_mask == "causal":
             image = image & site.mask.dense(q.device)
-            slots = (
-                site.k_pos if site.k_pos.dim() == 1 else site.k_pos.repeat_interleave(site.heads // site.kv_heads, 1)
-            )
-            itself = (slots[None, None, None] if slots.dim() == 1 else slots[:, :, None]) == site.q_pos[:, None]
+            itself = site.query_slots() == site.key_slots()
             image = image & (itself | (site.q_types != IMAGE)[:, None, :, None])
         return call(q, k, v, mask=image) + call(q, k, v, mask=text)
