@@ -490,7 +490,8 @@ class Removal:
         hidden = args[0] if args else kwargs["hidden_states"]
         if isinstance(layer, _need().cache.StaticLayer):
             return self._whole_static(site, layer, hidden, args, kwargs)
-        if not isinstance(layer, evicted_layer_class()):
+        evicted: Any = evicted_layer_class()
+        if not isinstance(layer, evicted):
             return None
         n, new, slots = hidden.shape[1], dict(kwargs), layer.positions  # type: ignore[attr-defined]
         if SHIFT in layer.memory:
