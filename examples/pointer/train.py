@@ -1,0 +1,161 @@
+"""Train pointer networks on hulls, triangulations and tours, and try them on more points than they were trained on.
+
+    python examples/pointer/train.py                      # all three tasks, minutes on one thread
+    python examples/pointer/train.py --task hull --minutes 2 --out hull.json
+
+Results go to a JSON file after every task; `--picture` draws answers beside the truth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from attnlib.bench.compare import machine
+from attnlib.bench.geometry import (
+    Problems,
+    nearest_neighbour_tours,
+    problems,
+    score,
+    tour_length,
+)
+from attnlib.models.pointer import PointerNetwork
+
+#: Points in training, points in the test, problems made per number of points, and the share of the time.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "hull": dict(train=range(5, 11), test=(5, 8, 10, 12, 15, 20), made=25_000, share=0.38),
+    "delaunay": dict(train=range(4, 7), test=(4, 5, 6, 7, 8), made=60_000, share=0.31),
+    "tsp": dict(train=range(5, 9), test=(5, 6, 8, 9, 10, 12), made=40_000, share=0.31),
+}
+HIDDEN, BATCH, RATE, CLIP, BEAMS, TESTED = 128, 128, 2e-3, 2.0, 3, 500
+
+
+def turned(points: torch.Tensor, quarters: int) -> torch.Tensor:
+    """The square turned: hulls and tours keep their answers."""
+    for _ in range(quarters):
+        points = torch.stack([1 - points[..., 1], points[..., 0]], -1)
+    return points
+
+
+def train(task: str, minutes: float, seed: int, progress: Progress) -> tuple[PointerNetwork, dict[str, Any]]:
+    """Train until ``minutes`` of processor time are used, those for making problems included."""
+    settings = SETTINGS[task]
+    began = time.process_time()
+    torch.manual_seed(seed)
+    sets = [problems(task, settings["made"], n, seed=1000 * seed + n) for n in settings["train"]]
+    net = PointerNetwork(hidden=HIDDEN, stop=task != "tsp")
+    optimizer = torch.optim.Adam(net.parameters(), lr=RATE)
+    bar = progress.add_task(task, total=1.0, loss=float("nan"))
+    steps, used, losses = 0, 0.0, []
+    while used < 1.0:
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * (1.0 - used) + 1e-5
+        points, answers = sets[int(torch.randint(len(sets), ()))]
+        rows = torch.randint(len(points), (BATCH,))
+        batch = points[rows]
+        if task != "delaunay":  # the order of triangles would change
+            batch = turned(batch, int(torch.randint(4, ())))
+        loss = net.loss(batch, answers[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+        optimizer.step()
+        steps += 1
+        losses.append(float(loss.detach()))
+        used = (time.process_time() - began) / (60 * minutes)
+        if steps % 50 == 0:
+            progress.update(bar, completed=min(used, 1.0), loss=sum(losses[-50:]) / 50)
+    progress.update(bar, completed=1.0)
+    return net.eval(), {"steps": steps, "loss": sum(losses[-200:]) / len(losses[-200:]), "minutes": minutes}
+
+
+def measure(net: PointerNetwork, task: str, n: int) -> dict[str, float]:
+    """Scores on problems that training has not seen."""
+    test = problems(task, TESTED, n, seed=10_000_000 + n)
+    found, _ = net.decode(test.points, beams=BEAMS, tour=task == "tsp")
+    row = {"points": n, **score(task, test, found)}
+    if task == "tsp":
+        optimal = float(tour_length(test.points, test.answers).mean())
+        nearest = float(tour_length(test.points, nearest_neighbour_tours(test.points)).mean())
+        row["nearest_neighbour_ratio"] = nearest / optimal
+    return row
+
+
+def draw(nets: dict[str, PointerNetwork], path: Path) -> None:
+    """One row per task: the truth in grey, what the network says in colour, up to twice the trained size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(nets), 4, figsize=(11, 2.9 * len(nets)), squeeze=False)
+    for row, (task, net) in zip(axes, nets.items(), strict=True):
+        trained = SETTINGS[task]["train"]
+        for ax, n in zip(row, (trained[0], trained[-1], SETTINGS[task]["test"][-2], SETTINGS[task]["test"][-1])):  # noqa: B905
+            one = problems(task, 1, n, seed=77)
+            found, _ = net.decode(one.points, beams=BEAMS, tour=task == "tsp")
+            for answer, style in (
+                (one.answers, dict(color="0.75", linewidth=5)),
+                (found, dict(color="tab:red", linewidth=1.4)),
+            ):
+                for line in _lines(task, Problems(one.points, answer)):
+                    ax.plot(line[:, 0], line[:, 1], **style)
+            ax.scatter(*one.points[0].T, color="black", s=14, zorder=3)
+            beyond = "" if n in trained else ", beyond training"
+            ax.set_title(f"{task}, {n} points{beyond}", fontsize=10)
+            ax.set_xticks([])
+            ax.set_yticks([])
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def _lines(task: str, given: Problems) -> list[torch.Tensor]:
+    index = [i for i in given.answers[0].tolist() if i >= 0]
+    rings = [index[i : i + 3] for i in range(0, len(index) - 2, 3)] if task == "delaunay" else [index]
+    return [given.points[0][[*ring, ring[0]]] for ring in rings if ring]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=[*SETTINGS, "all"], default="all")
+    parser.add_argument("--minutes", type=float, default=14.0, help="processor time for all tasks")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("pointer.json"))
+    parser.add_argument("--picture", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen = list(SETTINGS) if args.task == "all" else [args.task]
+    share = sum(SETTINGS[task]["share"] for task in chosen)
+    report: dict[str, Any] = {
+        "what": "pointer networks",
+        "settings": {
+            "hidden": HIDDEN, "batch": BATCH, "rate": RATE, "beams": BEAMS, "tested": TESTED, "seed": args.seed,
+        },
+        "machine": machine(),
+        "records": [],
+    }  # fmt: skip
+    nets = {}
+    columns = [TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()]
+    columns.append(TextColumn("{task.fields[loss]:.3f}"))
+    with Progress(*columns) as progress:
+        for task in chosen:
+            net, facts = train(task, args.minutes * SETTINGS[task]["share"] / share, args.seed, progress)
+            nets[task] = net
+            trained = [SETTINGS[task]["train"][0], SETTINGS[task]["train"][-1]]
+            rows = [measure(net, task, n) for n in SETTINGS[task]["test"]]
+            report["records"].append({"task": task, "trained_points": trained, **facts, "test": rows})
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
+            for row in rows:
+                progress.console.print(task, {k: round(v, 4) for k, v in row.items()})
+    if args.picture:
+        draw(nets, args.picture)
+
+
+if __name__ == "__main__":
+    main()
