@@ -1,0 +1,60 @@
+"""Tiny LLaVA-style models over any language model, with sixteen tokens per image, and prompts with images."""
+
+import torch
+
+from hooks.models import SIZES, language_model
+
+IMAGE_ID = 62
+SIDE = 4
+TOKENS = SIDE * SIDE
+
+
+def picture_model(family="llama", seed=0, vision_layers=4, implementation="sdpa", tower="clip", **changes):
+    import transformers as hf
+
+    text = language_model(family, seed, attn_implementation=implementation, **changes)
+    sizes = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=vision_layers, num_attention_heads=2,
+        image_size=4 * SIDE, patch_size=4,
+    )  # fmt: skip
+    vision = {"clip": hf.CLIPVisionConfig, "siglip": hf.SiglipVisionConfig}[tower](**sizes)
+    strategy = "default" if tower == "clip" else "full"
+    config = hf.LlavaConfig(
+        text_config=text.config, vision_config=vision, image_token_id=IMAGE_ID, image_seq_length=TOKENS,
+        vision_feature_select_strategy=strategy,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = hf.LlavaForConditionalGeneration._from_config(config, attn_implementation=implementation).eval()
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    with torch.no_grad():
+        model.lm_head.weight.copy_(text.lm_head.weight)
+        for name, p in model.model.vision_tower.named_parameters():
+            if "q_proj.weight" in name or "k_proj.weight" in name:
+                p.mul_(40)
+        for p in model.model.multi_modal_projector.parameters():
+            p.mul_(10)
+    return model
+
+
+def picture_inputs(images=(1, 1), before=3, after=5, seed=1):
+    """One row per entry of ``images``, that many images each, padded on the left."""
+    torch.manual_seed(seed)
+    rows = []
+    for n in images:
+        row = [torch.randint(3, 60, (before,))]
+        for _ in range(n):
+            row += [torch.full((TOKENS,), IMAGE_ID), torch.randint(3, 60, (after,))]
+        rows.append(torch.cat(row) if n else torch.randint(3, 60, (before + after,)))
+    length = max(len(r) for r in rows)
+    ids = torch.stack([torch.cat([torch.zeros(length - len(r), dtype=torch.long), r]) for r in rows])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    if sum(images):
+        inputs["pixel_values"] = torch.randn(sum(images), 3, 4 * SIDE, 4 * SIDE)
+    return inputs
+
+
+def image_slots(inputs):
+    return inputs["input_ids"] == IMAGE_ID
+
+
+__all__ = ["IMAGE_ID", "SIDE", "SIZES", "TOKENS", "image_slots", "picture_inputs", "picture_model"]
