@@ -250,8 +250,8 @@ class LanguageTask(TextTask):
             return lambda _, __, out: into.append(outlier_metrics(getattr(out, "y", out)))
 
         for layer in model.decoder.model.layers:
-            handles.append(layer.mixer.register_forward_hook(measure(attended)))
-            handles.append(layer.mlp.register_forward_hook(measure(fed)))
+            handles.append(layer.get_submodule("mixer").register_forward_hook(measure(attended)))
+            handles.append(layer.get_submodule("mlp").register_forward_hook(measure(fed)))
             handles.append(layer.register_forward_hook(lambda _, __, out: streams.append(outlier_metrics(out[0]))))
         model(self.tiles(self.length)[0][: 4096 // self.length])
         for handle in handles:

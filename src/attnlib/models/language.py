@@ -152,18 +152,36 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DecoderConfig, index: int):
         super().__init__()
-        assert config.intermediate_size is not None
         self.index = index
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.make_rest(config)
         self.mixer = build_mixer(config, index)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         self.unwanted = {name for name, weight in (config.loss_weights or {}).items() if weight == 0}
         self.ready = not any(t.is_meta for t in (*self.mixer.parameters(), *self.mixer.buffers()))
         if self.ready:
             # The mechanism has initialised itself: keep the model-wide initialisation away from it.
             for module in self.mixer.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]
+
+    def make_rest(self, config: DecoderConfig) -> None:
+        """Norms and feed-forward."""
+        assert config.intermediate_size is not None
+        self.mixer_norm: nn.Module = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm: nn.Module = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp: nn.Module = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def mix(self, x: Tensor, valid: Tensor | None, layer: StateLayer | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mechanism's output and losses; reads and moves on this layer's state when there is one."""
+        returns: tuple[str, ...] = ("losses",) if set(self.mixer.traits.losses) - self.unwanted else ()
+        call: dict[str, Any] = {"valid": valid}
+        if layer is not None:
+            returns = (*returns, "state")
+            call["state"] = layer.state
+        out = self.mixer(x, returns=returns, **call)
+        if not returns:
+            return out, {}
+        if layer is not None:
+            layer.advance(out.state, x.shape[1])
+        return out.y, out.losses or {}
 
     def forward(
         self,
@@ -172,24 +190,18 @@ class DecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         use_cache: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B, N, C) tokens and the mechanism's losses; reads and moves on this layer's state when there is a cache."""
+        """(B, N, C) tokens and the mechanism's losses."""
         layer: StateLayer | None = None
-        returns: tuple[str, ...] = ("losses",) if set(self.mixer.traits.losses) - self.unwanted else ()
-        call: dict[str, Any] = {"valid": valid}
         if use_cache and past_key_values is not None:
             layer = past_key_values.layers[self.index]  # type: ignore[assignment]
             assert isinstance(layer, StateLayer)
-            returns = (*returns, "state")
-            call["state"] = layer.state
-        out = self.mixer(self.mixer_norm(hidden_states), returns=returns, **call)
-        losses: dict[str, Tensor] = {}
-        if returns:
-            losses = out.losses or {}
-            if layer is not None:
-                layer.advance(out.state, hidden_states.shape[1])
-            out = out.y
-        hidden_states = hidden_states + out
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states)), losses
+        return self.combine(hidden_states, valid, layer)
+
+    def combine(self, x: Tensor, valid: Tensor | None, layer: StateLayer | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mechanism, feed-forward, norms and residuals."""
+        out, losses = self.mix(self.mixer_norm(x), valid, layer)
+        x = x + out
+        return x + self.mlp(self.mlp_norm(x)), losses
 
 
 @dataclass
@@ -249,13 +261,37 @@ class DecoderPreTrainedModel(PreTrainedModel):
 class DecoderModel(DecoderPreTrainedModel):
     """Embedding, layers, norm. Positions count valid tokens; each mechanism makes its own."""
 
+    layer_class: type[DecoderLayer] = DecoderLayer
+
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList([self.layer_class(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = self.make_norm()
         self.gradient_checkpointing = False
         self.post_init()
+
+    def make_norm(self) -> nn.Module:
+        """The norm after the last layer."""
+        return nn.RMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+
+    def embed(self, embedded: Tensor) -> Tensor:
+        """What the first layer gets, from the embedded tokens."""
+        return embedded
+
+    def close(self, x: Tensor) -> Tensor:
+        """What the head gets, from the last layer's output."""
+        return self.norm(x)
+
+    def check_streaming(self) -> None:
+        """Raise ``ValueError`` when a layer cannot decode step by step."""
+        for layer in self.layers:
+            if not layer.mixer.traits.streaming:  # type: ignore[union-attr]
+                name = self.config.layer_spec(layer.index)["name"]  # type: ignore[arg-type]
+                raise ValueError(
+                    f"layer {layer.index}: {name!r} cannot decode step by step (trait streaming is False); "
+                    "pass use_cache=False"
+                )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -288,18 +324,12 @@ class DecoderModel(DecoderPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.embed(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         batch, n = x.shape[:2]
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache:
-            for layer in self.layers:
-                if not layer.mixer.traits.streaming:  # type: ignore[union-attr]
-                    name = self.config.layer_spec(layer.index)["name"]  # type: ignore[arg-type]
-                    raise ValueError(
-                        f"layer {layer.index}: {name!r} cannot decode step by step (trait streaming is False); "
-                        "pass use_cache=False"
-                    )
+            self.check_streaming()
             if past_key_values is None:
                 past_key_values = state_cache(len(self.layers))
             state_layers(past_key_values, len(self.layers))
@@ -314,7 +344,7 @@ class DecoderModel(DecoderPreTrainedModel):
             x, own = layer(x, valid=valid, past_key_values=past_key_values, use_cache=use_cache)
             for name, loss in own.items():
                 losses[name] = losses[name] + loss if name in losses else loss
-        x = self.norm(x)
+        x = self.close(x)
         return DecoderOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
@@ -345,12 +375,14 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    model_class: type[DecoderModel] = DecoderModel
+    head_bias = False
 
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
-        self.model = DecoderModel(config)
+        self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=self.head_bias)
         self.post_init()
 
     @classmethod
