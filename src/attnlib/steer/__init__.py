@@ -1,18 +1,41 @@
 """Steering attention inside pretrained models, attached with :func:`attnlib.attach`."""
 
+from .agla import AGLA, BlipRelevance, grad_cam, mask_pixels, relevance_mask, spread_relevance
+from .contrastive import (
+    Branch,
+    ContrastiveDecoding,
+    ImageTokens,
+    NoImage,
+    NullTokens,
+    OtherPixels,
+    contrast,
+)
+from .damro import DAMRO, select_outliers
 from .head_scaling import HeadScale
 from .lacing import DualAttention
 from .sink_calibration import HeadSearch, SinkCalibration, calibrate, label_accuracy, search_heads
+from .soft_guidance import NullImage, SoftImageGuidance
 from .softpag import SoftPAG, guide, hunt_heads
 from .uniform_maps import UniformMaps
 from .visual_boost import VisualBoost, boost, boost_sets
 from .visual_redistribution import VisualRedistribution, find_sink_dims, redistribute, sink_tokens
 
 __all__ = [
+    "AGLA",
+    "DAMRO",
+    "BlipRelevance",
+    "Branch",
+    "ContrastiveDecoding",
     "DualAttention",
     "HeadScale",
     "HeadSearch",
+    "ImageTokens",
+    "NoImage",
+    "NullImage",
+    "NullTokens",
+    "OtherPixels",
     "SinkCalibration",
+    "SoftImageGuidance",
     "SoftPAG",
     "UniformMaps",
     "VisualBoost",
@@ -20,11 +43,17 @@ __all__ = [
     "boost",
     "boost_sets",
     "calibrate",
+    "contrast",
     "find_sink_dims",
+    "grad_cam",
     "guide",
     "hunt_heads",
     "label_accuracy",
+    "mask_pixels",
     "redistribute",
+    "relevance_mask",
     "search_heads",
+    "select_outliers",
     "sink_tokens",
+    "spread_relevance",
 ]
