@@ -783,6 +783,32 @@ class Neighborhood(Mask):
         return some, torch.zeros_like(some)
 
 
+class CausalFrames(Mask):
+    """Query ``i`` of ``queries`` reads frames up to ``max(floor(i T / N), floor((i + 1) T / N) - 1)`` of ``size`` keys.
+
+    N queries, T frames. The first query reads the first frame and the last one all of them; with one frame everybody
+    reads everything; where there are more frames than queries they come several at a time.
+    """
+
+    name, fields = "causal_frames", ("queries", "frames", "size")
+
+    def __init__(self, queries: int, frames: int, size: int):
+        for name, value in (("queries", queries), ("frames", frames), ("size", size)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        self.queries, self.frames, self.size = queries, frames, size
+
+    def _last(self, q: Tensor) -> Tensor:
+        # The second term is larger only where there are more frames than queries.
+        return torch.maximum(q * self.frames // self.queries, (q + 1) * self.frames // self.queries - 1)
+
+    def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return k // self.size <= self._last(q)
+
+    def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> tuple[Tensor, Tensor]:
+        return k_lo // self.size <= self._last(q_hi), k_hi // self.size <= self._last(q_lo)
+
+
 class CircularWindow(Mask):
     """Keys inside a circle: squared distance on the grid strictly below ``radius ** 2``."""
 
@@ -970,6 +996,28 @@ def modality(types: Tensor, rule: Sequence[Sequence[bool]]) -> Mask:
 def circular_window(grid: Sequence[int], radius: float) -> Mask:
     """Circle of ``radius`` on a grid, boundary excluded."""
     return CircularWindow(grid, radius)
+
+
+def causal_frames(queries: int, frames: int, size: int) -> Mask:
+    """Cross-attention from learned queries to the frames of a video: later queries read more frames.
+
+    Args:
+        queries: N.
+        frames: T.
+        size: tokens of a frame; keys are ordered frame by frame.
+
+    Returns:
+        A mask on query positions 0 to N-1 and key positions 0 to T * size - 1, each row containing the one before.
+
+    Reference: Fei et al., 2024, arXiv 2408.14023, section 3.2 (causal cross-attention masks).
+
+    >>> print(causal_frames(4, 2, 2).picture(4, 4))
+    ##..
+    ##..
+    ####
+    ####
+    """
+    return CausalFrames(queries, frames, size)
 
 
 def explicit(allowed: Tensor) -> Mask:
