@@ -176,6 +176,10 @@ def _cell(entry: dict | None) -> str:
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
 def table(records: list[dict], group: str, rates: dict[str, str], extra: dict | None = None) -> str:
     """Markdown; what differs from the untouched model beyond its interval is bold."""
     extra = extra or {}
@@ -220,7 +224,10 @@ def main() -> None:
     accuracy = {"accuracy": "accuracy %"}
     kinds = {f"accuracy: {k}": k for k in ("presence", "colour", "count", "position", "content", "digit")}
     fill(page, "model", table([r for r in records if r["technique"] == "untouched"], "pruning", {**accuracy, **kinds}))
-    tokens = {"visual tokens": lambda r: r.get("visual_tokens", ""), "FLOPs saved": lambda r: r.get("flops_saved", "")}
+    tokens = {
+        "visual tokens": lambda r: r.get("visual_tokens", ""),
+        "FLOPs of the prompt saved": lambda r: _percent(r.get("prompt_flops_saved")),
+    }
     fill(page, "pruning", table(records, "pruning", {**accuracy, **kinds}, tokens))
     rates = {
         "lists with the absent second of a pair": "lists with the absent second %",

@@ -3,9 +3,9 @@
     python examples/multimodal/train.py --out examples/multimodal/weights
 
 The vision tower (CLIP's, from transformers) learns which things are in the picture from its class token, and what each
-patch belongs to from the features that the language model will read. It is then frozen; projector and decoder learn to
-answer questions. Both stages run in transformers' Trainer, show their progress, and go on from the last checkpoint when
-started again with the same --work folder.
+patch belongs to and where it is from the features that the language model will read. It is then frozen; projector and
+decoder learn to answer questions. Both stages run in transformers' Trainer, show their progress, and go on from the
+last checkpoint when started again with the same --work folder.
 """
 
 from __future__ import annotations
@@ -63,19 +63,23 @@ class Pictures(torch.utils.data.Dataset):
 
 
 class Seeing(nn.Module):
-    """The vision tower with two linear heads: things from the class token, cells from the patches."""
+    """The vision tower with linear heads: things from the class token, thing and place from each patch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tower = CLIPVisionModel._from_config(CLIPVisionConfig(**VISION), attn_implementation="eager")
         self.from_class = nn.Linear(VISION["hidden_size"], len(scenes.NAMES))
         self.from_patch = nn.Linear(VISION["hidden_size"], len(scenes.NAMES) + 1)
+        self.place = nn.Linear(VISION["hidden_size"], scenes.PATCHES)
 
     def forward(self, pixel_values: Tensor, held: Tensor, patches: Tensor) -> dict[str, Tensor]:
         out = self.tower(pixel_values, output_hidden_states=True)
         whole = nn.functional.binary_cross_entropy_with_logits(self.from_class(out.pooler_output), held)
-        each = self.from_patch(out.hidden_states[FEATURE_LAYER][:, 1:])
-        return {"loss": 5 * whole + nn.functional.cross_entropy(each.flatten(0, 1), patches.flatten())}
+        features = out.hidden_states[FEATURE_LAYER][:, 1:].flatten(0, 1)
+        what = nn.functional.cross_entropy(self.from_patch(features), patches.flatten())
+        places = torch.arange(scenes.PATCHES).repeat(len(patches))
+        where = nn.functional.cross_entropy(self.place(features), places)
+        return {"loss": 5 * whole + what + where}
 
 
 class Conversations(torch.utils.data.Dataset):
@@ -145,8 +149,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
     parser.add_argument("--work", type=Path, default=Path("multimodal-checkpoints"), help="folder for checkpoints")
-    parser.add_argument("--pictures", type=int, default=40_000, help="pictures the vision tower sees")
-    parser.add_argument("--conversations", type=int, default=40_000, help="conversations the decoder sees")
+    parser.add_argument("--pictures", type=int, default=48_000, help="pictures the vision tower sees")
+    parser.add_argument("--conversations", type=int, default=24_000, help="conversations the decoder sees")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -176,7 +180,7 @@ def main() -> None:
     model.model.vision_tower.requires_grad_(False)
     model.set_attn_implementation("eager")  # faster than sdpa at this size, with bfloat16 on a CPU
     train(
-        model, Conversations(args.conversations, tokenizer), args.work / "decoder", batch=32, rate=2e-3,
+        model, Conversations(args.conversations, tokenizer), args.work / "decoder", batch=16, rate=1.5e-3,
         data_collator=collate,
     )  # fmt: skip
     for kind, share in report(model, tokenizer).items():

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from ..types import check_choice
 
-#: Suites of operators with a module of their own; the others stand in :mod:`attnlib.bench.operators`.
-ENGINES = ("linear", "local", "sparse")
+#: Suites with a module of their own; the others stand in :mod:`attnlib.bench.operators`.
+ENGINES = ("linear", "local", "sparse", "multimodal")
 
 
 def suites() -> list[str]:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..hooks import TokenTypes, attach
+from ..hooks import Session, TokenTypes, attach
 from . import scenes
 from .scenes import Item
 
@@ -88,12 +88,78 @@ class Line:
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 
+
+def _evicting(bench: Workbench, scorer: Any, settings: dict[str, Any]) -> Any:
+    """A cache that keeps what a scorer values; ``sinks`` first keys stay in any case, ``recent`` last ones too."""
+    from ..cache import KVCompression, Ratio, TopK
+
+    settings = dict(settings)
+    ratio = settings.pop("ratio")
+    chosen = TopK(sinks=settings.pop("keep_first", 0), recent=settings.pop("keep_last", 0))
+    return KVCompression(scorer(**settings), Ratio(ratio), chosen)
+
+
+def _caches(technique: str, target: str, settings: Mapping[str, Any], make: Any = _evicting) -> tuple[Line, ...]:
+    """A cache method, with the question read before keys are evicted and after."""
+    groups = ("cache", "cache-unseen")
+    return tuple(Line(technique, group, target, settings, ("ratio", RATIOS), make) for group in groups)
+
+
+class _RandomTokens:
+    """A score of chance, the baseline that every other ranking of visual tokens has to beat."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return torch.rand(hidden.shape[:2], generator=self.generator).to(hidden.device)
+
+
+def _random_tokens(bench: Workbench, reduce: Any, settings: dict[str, Any]) -> Any:
+    from ..reduce import Learned
+
+    return reduce(Learned(_RandomTokens()), **settings)
+
+
+def _grid_tokens(bench: Workbench, reduce: Any, settings: dict[str, Any]) -> Any:
+    from ..reduce import Grid, Learned
+
+    return reduce(Learned(_RandomTokens()), Grid(settings["stride"]))
+
+
+def _late(bench: Workbench, reduce: Any, settings: dict[str, Any]) -> Any:
+    """Tokens leave at one layer, by the attention of the block before."""
+    return reduce({settings["layer"]: settings["keep"]})
+
+
+TOKENS = (48, 32, 24, 16, 8)
+
 LINES: tuple[Line, ...] = (
-    Line("snapkv", "cache", "cache:SnapKV", {"window_size": 4, "kernel_size": 3}, ("ratio", RATIOS)),
-    Line("snapkv", "cache-unseen", "cache:SnapKV", {"window_size": 4, "kernel_size": 3}, ("ratio", RATIOS)),
-    Line("visual redistribution", "hallucination", "steer:VisualRedistribution",
+    # pruning
+    Line("random tokens", "pruning", "reduce:Reduce", {}, ("keep", TOKENS), _random_tokens),
+    Line("every second row and column", "pruning", "reduce:Reduce", {}, ("stride", (2,)), _grid_tokens),
+    Line("VTC-CLS", "pruning", "reduce:VTCCLS", {"start": 1}, ("keep", TOKENS)),
+    Line("VTC-CLS, true positions", "pruning", "reduce:VTCCLS", {"start": 1, "positions": "original"},
+         ("keep", TOKENS)),
+    Line("by attention at layer 2", "pruning", "reduce:ReduceByAttention", {"layer": 2}, ("keep", (32, 16, 8, 4)),
+         _late),
+    Line("by attention at layer 4", "pruning", "reduce:ReduceByAttention", {"layer": 4}, ("keep", (32, 16, 8, 4)),
+         _late),
+    # cache
+    *_caches("random keys", "cache:RandomScores", {}),
+    *_caches("first and last keys (StreamingLLM)", "cache:Recency", {"sinks": 1}),
+    *_caches("small keys", "cache:KeyNorm", {"keep_first": 1}),
+    *_caches("observed attention (H2O)", "cache:ObservedAttention", {}),
+    *_caches("attention of the last query (TOVA)", "cache:LastQuery", {}),
+    *_caches("expected attention", "cache:ExpectedAttention", {"future": 16, "sinks": 1}),
+    *_caches("snapkv", "cache:SnapKV", {"window_size": 4, "kernel_size": 3}, None),
+    # hallucination
+    Line("visual redistribution (VAR)", "hallucination", "steer:VisualRedistribution",
          {"sink_dims": "auto", "first_layer": 1, "tau": 5.0}, ("p", (0.6, 0.2))),
-    Line("dual attention (untrained for)", "hallucination", "steer:DualAttention"),
+    Line("image boost (PAI)", "hallucination", "steer:VisualBoost", {"sets": "all"}, ("alpha", (0.2, 0.5, 1.0))),
+    Line("image boost by the vision encoder (PAINT)", "hallucination", "steer:VisualBoost", {"beta": 0.3},
+         ("alpha", (0.3, 0.7))),
+    Line("dual attention (LACING), not trained for", "hallucination", "steer:DualAttention"),
 )  # fmt: skip
 
 
@@ -247,23 +313,54 @@ def answer_after_picture(bench: Workbench, items: Sequence[Item], size: int = 64
     return found
 
 
-def answer_with(bench: Workbench, group: str, items: Sequence[Item], made: Any = None) -> tuple[list[str], Any]:
-    """Answers of the model with interventions attached, or of a function; and what the session shows."""
+class Savings:
+    """Sums over batches of what reductions report: visual tokens per block and FLOPs of reading prompts."""
 
-    def run() -> list[str]:
+    def __init__(self) -> None:
+        self.tokens, self.samples, self.spent, self.full = 0.0, 0, 0.0, 0.0
+
+    def add(self, session: Session, inputs: Mapping[str, Tensor]) -> None:
+        shown = [r for r in session.results.values() if isinstance(r, Mapping) and "flops_untouched" in r]
+        if shown:
+            rows, length = inputs["input_ids"].shape
+            visual = shown[0]["tokens"].double().mean(0) - (length - scenes.PATCHES)
+            self.tokens += float(visual.sum())
+            self.samples += rows
+            self.spent += float(shown[0]["flops"])
+            self.full += float(shown[0]["flops_untouched"])
+
+    def to_dict(self) -> dict[str, float]:
+        if not self.samples:
+            return {}
+        saved = round(1 - self.spent / self.full, 4)
+        return {"visual_tokens": round(self.tokens / self.samples, 2), "prompt_flops_saved": saved}
+
+
+def answer_with(bench: Workbench, group: str, items: Sequence[Item], made: Any = None) -> tuple[list[str], Any, Any]:
+    """Answers of the model with interventions attached, or of a function; what the session shows; what was saved."""
+    savings = Savings()
+
+    def run(session: Session | None = None) -> list[str]:
         if group == "cache-unseen":
             return answer_after_picture(bench, items)
-        longest = 28 if group == "hallucination" or any(i.question.kind == "list" for i in items) else 8
-        return scenes.answer(bench.model, bench.tokenizer, items, max_new_tokens=longest)
+        longest = 28 if any(i.question.kind == "list" for i in items) else 8
+
+        def generate(**inputs: Any) -> Tensor:
+            out = bench.model.generate(**inputs)
+            if session is not None:
+                savings.add(session, inputs)
+            return out
+
+        return scenes.answer(bench.model, bench.tokenizer, items, generate=generate, max_new_tokens=longest)
 
     if made is None:
-        return run(), {}
+        return run(), {}, {}
     if callable(made):
-        return made(items), {}
+        return made(items), {}, {}
     interventions = made if isinstance(made, (list, tuple)) else [made]
     with attach(bench.model, *interventions, token_types=bench.types) as session:
-        said = run()
-        return said, session.results
+        said = run(session)
+        return said, session.results, savings.to_dict()
 
 
 def _plain(value: Any) -> Any:
@@ -328,7 +425,7 @@ def measure(
                 try:
                     made = line.build(bench, settings)
                     prepared = time.perf_counter()
-                    said, shown = answer_with(bench, group, asked, made)
+                    said, shown, saved = answer_with(bench, group, asked, made)
                 except (ImportError, AttributeError, TypeError, ValueError) as error:
                     skipped.append({"group": group, "technique": line.technique, "setting": label, "why": str(error)})
                     continue
@@ -336,7 +433,7 @@ def measure(
                     {"group": group, "technique": line.technique, "setting": label,
                      "rates": bootstrap(Rates(asked, said), base),
                      "prepare_seconds": round(prepared - started, 2),
-                     "seconds": round(time.perf_counter() - prepared, 2), "results": _plain(shown)}
+                     "seconds": round(time.perf_counter() - prepared, 2), **saved, "results": _plain(shown)}
                 )  # fmt: skip
     return {
         "what": "effects of techniques on the small multimodal model: rates with 95 % intervals over resampled scenes",
