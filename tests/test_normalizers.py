@@ -112,7 +112,7 @@ def test_formulas():
         (Z.ClippedSoftmax(-0.1, 1.2), (1.3 * soft - 0.1).clamp(0, 1)),
         (Z.Relu(4.0), s.clamp(min=0) / 4),
         (Z.SoftplusL1(), torch.log1p(s.exp()) / torch.log1p(s.exp()).sum(-1, keepdim=True)),
-        (Z.Uniform(0.25), 0.75 * soft + 0.25 * seen / seen.sum(-1, keepdim=True)),
+        (Z.Uniform(0.25), 0.75 * soft + 0.25 * seen.to(s.dtype) / seen.sum(-1, keepdim=True)),
     ]:
         torch.testing.assert_close(normalizer.weights(s), expected, rtol=1e-12, atol=1e-12)
 

@@ -262,7 +262,7 @@ class Uniform(Normalizer):
 
     def weights(self, scores: Tensor) -> Tensor:
         seen = ~torch.isinf(scores)
-        count = seen.sum(-1, keepdim=True).clamp(min=1)
+        count = seen.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)
         return softmax_rows(scores) * (1 - self.u) + seen * (self.u / count)
 
     def backward(self, scores: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
