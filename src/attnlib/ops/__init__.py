@@ -6,6 +6,7 @@ from .linear import LinearOutput, linear_attention, linear_partial
 from .neighborhood import neighborhood_attention, neighborhood_partial
 from .partition import partition_attention, window_attention
 from .sampled import deformable_attention, deformable_attention_3d
+from .split_decoding import split_decoding, split_partial
 
 __all__ = [
     "BACKENDS",
@@ -23,6 +24,8 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_partial",
     "partition_attention",
+    "split_decoding",
+    "split_partial",
     "use_backend",
     "window_attention",
 ]

@@ -13,13 +13,15 @@ from ..masks import Mask
 from ..normalizers import Normalizer
 from ..positions import Bias
 from ..types import Partial
-from . import eager, flex, sdpa, tiled
+from . import eager, flex, sdpa, split_decoding, tiled
 from ._call import AttentionCall, prepare
 
 #: Backends in the order in which ``backend=None`` tries them.
-BACKENDS: tuple[str, ...] = ("sdpa", "tiled", "flex", "eager")
+BACKENDS: tuple[str, ...] = ("sdpa", "split", "tiled", "flex", "eager")
 
-_MODULES: dict[str, ModuleType] = {"sdpa": sdpa, "tiled": tiled, "flex": flex, "eager": eager}
+_MODULES: dict[str, ModuleType] = {
+    "sdpa": sdpa, "split": split_decoding, "tiled": tiled, "flex": flex, "eager": eager,
+}  # fmt: skip
 _forced: str | None = None
 
 

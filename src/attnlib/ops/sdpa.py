@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..masks import Explicit, Mask
 from ..positions import DenseBias
+from . import split_decoding
 from ._call import AttentionCall, expand_heads
 
 NAME = "sdpa"
@@ -29,10 +30,13 @@ def prefers(call: AttentionCall) -> str | None:
 
     SDPA reads masks and biases as dense tensors and computes every pair. From 512 x 512 on it leaves structured masks
     to backends that skip what a mask forbids; from 1024 x 1024 on also biases that need not be dense, whose map alone
-    would make memory quadratic. Causal masks it knows by itself, and of the two only it has dropout.
+    would make memory quadratic. Causal masks it knows by itself, and of the two only it has dropout. Few queries over
+    samples of unlike length go to the split schedule.
     """
     if call.dropout_p:
         return None
+    if call.valid is not None and split_decoding.prefers(call) is None and split_decoding.supports(call) is None:
+        return "it would read the keys that do not exist too"
     if call.mask is not None and not call.is_causal and not _holds_dense(call.mask):
         if call.smaller_than(1 << 18) is None:
             return f"it would compute every pair that {call.mask!r} forbids"
