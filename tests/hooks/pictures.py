@@ -30,7 +30,7 @@ def picture_model(family="llama", seed=0, vision_layers=4, implementation="sdpa"
         model.lm_head.weight.copy_(text.lm_head.weight)
         for name, p in model.model.vision_tower.named_parameters():
             if "q_proj.weight" in name or "k_proj.weight" in name:
-                p.mul_(40)
+                p.mul_(15)
         for p in model.model.multi_modal_projector.parameters():
             p.mul_(10)
     return model

@@ -15,16 +15,22 @@ from .base import (
     TopK,
 )
 from .flops import BlockCost, prefill_flops
+from .mergers import ClusterMerge, NearestMerge, cosine_kmeans, merge_clusters
 from .vision import VisionAttention, class_attention, ensemble, received_attention
+from .vmtc_cmai import CMAI, VMTC, focus
 from .vtc_cls import VTCCLS
 
 __all__ = [
+    "CMAI",
+    "VMTC",
     "VTCCLS",
     "BlockCost",
     "ByAttention",
+    "ClusterMerge",
     "Grid",
     "Learned",
     "Merger",
+    "NearestMerge",
     "Rate",
     "Reduce",
     "ReduceByAttention",
@@ -35,7 +41,10 @@ __all__ = [
     "TopK",
     "VisionAttention",
     "class_attention",
+    "cosine_kmeans",
     "ensemble",
+    "focus",
+    "merge_clusters",
     "prefill_flops",
     "received_attention",
 ]
