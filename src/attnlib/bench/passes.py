@@ -705,7 +705,10 @@ def _poly_text(poly: Poly, over: Sequence[str]) -> str:
             names.insert(0, whole)
         return " ".join(n.upper() for n in names)
 
-    parts = sorted(((monomial(m), c) for m, c in poly.items() if m), key=lambda part: (-len(part[0].split()), part[0]))
+    parts = sorted(
+        ((monomial(m), c) for m, c in poly.items() if m),
+        key=lambda part: (whole not in part[0].split(), -len(part[0].split()), part[0]),
+    )
     said = [f"{c} {text}" if c > 1 else text for text, c in parts]
     number = sum(c for m, c in poly.items() if not m)
     return " + ".join([*said, *([str(number)] if number or not said else [])])
