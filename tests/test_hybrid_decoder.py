@@ -9,8 +9,10 @@ pytest.importorskip("transformers")
 
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa: E402
 
+import attnlib  # noqa: E402
 from attnlib.hooks.hf_state import StateLayer, state_cache  # noqa: E402
 from attnlib.models.language import DecoderConfig, DecoderForCausalLM, build_mixer  # noqa: E402
+from attnlib.nn.registry import find  # noqa: E402
 
 SOFTMAX = {"name": "softmax-attention", "num_kv_heads": 2}
 WINDOW = {"name": "lolcats", "num_kv_heads": 2, "window_size": 3}
@@ -257,3 +259,62 @@ def test_assisted_generation_is_refused():
     m = model("hybrid")
     with pytest.raises(ValueError, match="stateful"):
         m.generate(torch.ones(1, 4).long(), assistant_model=model("softmax"), max_new_tokens=2)
+
+
+SETTINGS = {
+    "attention-sink-empirical": {"k_bias": True, "v_bias": True},
+    "moh-mixture-of-heads": {"shared_heads": 1, "active_heads": 1},
+    "quantizable-transformers": {"alpha": 2.0, "max_length": 16, "gate": "conditional_per_token"},
+    "s2-attention-dkernel": {"block_size": 2, "local_blocks": 2, "stride": 2},
+    "illama": {"mask_mode": "pre"},
+    "pldr-llm-plga": {"metric_hidden": 6, "residual_units": 1, "metric": "cached"},
+    "softplus-attention-lssar": {"power": 3.0},
+}
+
+
+@pytest.mark.parametrize("name", attnlib.list_mechanisms())
+def test_every_causal_mechanism_generates_the_same_with_and_without_a_cache(name):
+    spec = {"name": name, **SETTINGS.get(name, {})}
+    if "causal-self" not in find(name).class_traits.patterns:
+        with pytest.raises(ValueError):
+            model([spec])
+        return
+    m = model([spec])
+    with torch.no_grad():
+        for p in m.parameters():  # what starts at zero takes part
+            if not bool(p.any()):
+                p.normal_(std=0.3)
+    ids, mask = padded_prompts()
+    cached, plain = generate(m, ids, mask), generate(m, ids, mask, cached=False)
+    assert torch.equal(cached.sequences, plain.sequences)
+    for a, b in zip(cached.logits, plain.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_settings_reach_a_mechanism_that_hands_them_to_its_base():
+    mixer = build_mixer(
+        DecoderConfig(hidden_size=32, num_attention_heads=4, mechanisms=["selective-self-attention"]), 0
+    )
+    assert (mixer.causal, mixer.rotary, mixer.num_heads) == (True, 10000.0, 4)
+
+
+def test_layers_that_look_ahead_need_leave():
+    spec = {"name": "pldr-llm-plga", "metric_hidden": 6, "residual_units": 1}
+    with pytest.raises(ValueError, match="is not causal"):
+        model([spec])
+    m = model([spec], allow_lookahead=True)
+    ids = torch.randint(1, 41, (1, 6))
+    assert m(ids, use_cache=False).logits.shape == (1, 6, 41)
+    with pytest.raises(ValueError, match="cannot decode step by step"):
+        m(ids, use_cache=True)
+    with pytest.raises(ValueError, match="is not causal"):
+        model(["illama"])
+    with pytest.raises(ValueError, match="is not causal"):
+        model(["dfa3d"], allow_lookahead=True)
+
+
+def test_a_weight_of_zero_leaves_losses_out():
+    spec = [{"name": "moh-mixture-of-heads", "shared_heads": 1, "active_heads": 1}]
+    ids = torch.randint(1, 41, (2, 6))
+    assert model(spec)(ids).mechanism_losses["balance"] > 0
+    assert model(spec, loss_weights={"balance": 0.0})(ids).mechanism_losses is None

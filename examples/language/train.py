@@ -5,10 +5,10 @@
     python examples/language/train.py --out run --tokenizer bpe --vocab 1024 --layers softmax-attention,num_kv_heads=2
     python examples/language/train.py --out run --model pldr
 
-Layers are registry names with settings, ``name,key=value``; a list shorter than ``--depth`` is repeated. The text is the
-documentation inside Python's standard library, or ``--text FILE``. Started again with the same ``--out``, training goes
-on from the last checkpoint. At the end ``--out`` holds model and tokenizer for ``from_pretrained``, and a sample is
-printed.
+Layers are registry names with settings, ``name,key=value``; a list shorter than ``--depth`` is repeated. The text is
+the documentation inside Python's standard library, or ``--text FILE``. Started again with the same ``--out``, training
+goes on from the last checkpoint. At the end ``--out`` holds model and tokenizer for ``from_pretrained``, and a sample
+is printed.
 """
 
 from __future__ import annotations

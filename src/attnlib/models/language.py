@@ -23,7 +23,6 @@ from transformers.modeling_outputs import ModelOutput
 from ..hooks.hf_state import StateLayer, state_cache, state_layers
 from ..nn.base import Mechanism
 from ..nn.registry import create, find
-from ..types import Traits
 
 MechanismSpec = str | dict[str, Any]
 
@@ -113,10 +112,7 @@ def build_mixer(config: DecoderConfig, index: int) -> Mechanism:
     """
     spec = config.layer_spec(index)
     name = spec.pop("name")
-    found = find(name)
-    known = _settings(found)
-    if getattr(found, "class_traits", Traits()).patterns == {"causal-self"}:
-        known.discard("causal")  # it is never anything else
+    known = _settings(find(name))
     defaults = {
         "num_heads": config.num_attention_heads,
         "causal": True,
@@ -124,8 +120,14 @@ def build_mixer(config: DecoderConfig, index: int) -> Mechanism:
         "layer": index,
         "num_layers": config.num_hidden_layers,
     }
-    settings = {key: value for key, value in defaults.items() if key in known}
-    mixer = create(name, dim=config.hidden_size, **{**settings, **spec})
+    settings = {**{key: value for key, value in defaults.items() if key in known}, **spec}
+    try:
+        mixer = create(name, dim=config.hidden_size, **settings)
+    except ValueError:
+        # A relative of a mechanism with this setting may be causal by itself and refuse to be told.
+        if "causal" in spec or settings.pop("causal", None) is None:
+            raise
+        mixer = create(name, dim=config.hidden_size, **settings)
     patterns = mixer.traits.patterns
     if "causal-self" not in patterns and not (config.allow_lookahead and "noncausal-self" in patterns):
         raise ValueError(
