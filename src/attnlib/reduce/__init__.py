@@ -14,6 +14,7 @@ from .base import (
     Threshold,
     TopK,
 )
+from .dyvte import DyVTE, ExitGate, ExitGates, exit_features, exit_labels, gate_loss
 from .flops import BlockCost, prefill_flops
 from .mergers import ClusterMerge, NearestMerge, cosine_kmeans, merge_clusters
 from .vision import VisionAttention, class_attention, ensemble, received_attention
@@ -27,6 +28,9 @@ __all__ = [
     "BlockCost",
     "ByAttention",
     "ClusterMerge",
+    "DyVTE",
+    "ExitGate",
+    "ExitGates",
     "Grid",
     "Learned",
     "Merger",
@@ -43,7 +47,10 @@ __all__ = [
     "class_attention",
     "cosine_kmeans",
     "ensemble",
+    "exit_features",
+    "exit_labels",
     "focus",
+    "gate_loss",
     "merge_clusters",
     "prefill_flops",
     "received_attention",
