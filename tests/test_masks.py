@@ -52,6 +52,7 @@ def _kinds() -> dict[str, M.Mask]:
         "modality_batch": M.modality(torch.randint(0, 3, (2, N), generator=g), rule),
         "on_segment": M.on_segment(layout, "image", M.neighborhood((4, 4), 3)),
         "causal_frames": M.causal_frames(N, 5, 6),
+        "causal_frames_batch": M.causal_frames(N, torch.tensor([2, 7]), 3),
         "causal_frames_many": M.causal_frames(4, 7, 4),
         "sharded": M.sharded_context(2, 1, 3, num_heads=3),
         "and": M.causal() & M.strided(3, local=2),

@@ -786,27 +786,43 @@ class Neighborhood(Mask):
 class CausalFrames(Mask):
     """Query ``i`` of ``queries`` reads frames up to ``max(floor(i T / N), floor((i + 1) T / N) - 1)`` of ``size`` keys.
 
-    N queries, T frames. The first query reads the first frame and the last one all of them; with one frame everybody
-    reads everything; where there are more frames than queries they come several at a time.
+    N queries, T frames (an int, or (B,) for samples of unlike length). The first query reads the first frame and the
+    last one all of them; with one frame everybody reads everything; where there are more frames than queries they come
+    several at a time.
     """
 
     name, fields = "causal_frames", ("queries", "frames", "size")
 
-    def __init__(self, queries: int, frames: int, size: int):
-        for name, value in (("queries", queries), ("frames", frames), ("size", size)):
+    def __init__(self, queries: int, frames: int | Tensor, size: int):
+        whole = {"queries": queries, "size": size} | ({} if isinstance(frames, Tensor) else {"frames": frames})
+        for name, value in whole.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if isinstance(frames, Tensor) and (frames.dim() != 1 or frames.is_floating_point()):
+            raise ValueError(f"frames must be an integer or integers (B,), got {frames.dtype} {tuple(frames.shape)}")
         self.queries, self.frames, self.size = queries, frames, size
 
-    def _last(self, q: Tensor) -> Tensor:
+    def batch(self) -> int:
+        return self.frames.shape[0] if isinstance(self.frames, Tensor) else 1
+
+    def plane(self, b: int, h: int) -> Mask:
+        if self.batch() == 1:
+            return self
+        return CausalFrames(self.queries, self.frames[b : b + 1], self.size)  # type: ignore[index]
+
+    def _last(self, q: Tensor, frames: int | Tensor) -> Tensor:
         # The second term is larger only where there are more frames than queries.
-        return torch.maximum(q * self.frames // self.queries, (q + 1) * self.frames // self.queries - 1)
+        return torch.maximum(q * frames // self.queries, (q + 1) * frames // self.queries - 1)
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return k // self.size <= self._last(q)
+        frames = _of_sample(self.frames, b) if isinstance(self.frames, Tensor) else self.frames
+        return k // self.size <= self._last(q, frames)
 
-    def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> tuple[Tensor, Tensor]:
-        return k_lo // self.size <= self._last(q_hi), k_hi // self.size <= self._last(q_lo)
+    def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
+        low = high = self.frames
+        if isinstance(self.frames, Tensor):
+            low, high = int(self.frames.min()), int(self.frames.max())
+        return k_lo // self.size <= self._last(q_hi, high), k_hi // self.size <= self._last(q_lo, low)
 
 
 class CircularWindow(Mask):
@@ -998,12 +1014,12 @@ def circular_window(grid: Sequence[int], radius: float) -> Mask:
     return CircularWindow(grid, radius)
 
 
-def causal_frames(queries: int, frames: int, size: int) -> Mask:
+def causal_frames(queries: int, frames: int | Tensor, size: int) -> Mask:
     """Cross-attention from learned queries to the frames of a video: later queries read more frames.
 
     Args:
         queries: N.
-        frames: T.
+        frames: T, or (B,) for samples of unlike length.
         size: tokens of a frame; keys are ordered frame by frame.
 
     Returns:

@@ -35,8 +35,10 @@ def _ghosts(s: Subject, m: nn.Module, scene: Scene, argument: str, valid: Tensor
     """Invalid tokens must not be read even where they were zeroed first and only a bias speaks for them.
 
     A row of an inner linear map stems from an invalid token when it stays as it is while all *valid* tokens change,
-    but would change if every token were valid. The answer must have no gradient at such rows.
+    but would change if every token were valid. The answer must have no gradient at such rows. Rows that belong to
+    queries are no tokens of the context: one whose visible context does not exist is rightly a constant.
     """
+    queries = s.x().shape[:-1]
 
     def pass_through(seed: int, valid: Tensor, keep: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         x, context = s.x(), s.context(scene)
@@ -62,7 +64,7 @@ def _ghosts(s: Subject, m: nn.Module, scene: Scene, argument: str, valid: Tensor
     (y * s.noise(y, 5)).sum().backward()
     largest = max([float(t.grad.abs().max()) for t in rows if t.grad is not None and t.numel()], default=0.0)
     for row, other, open_, open_other in zip(rows, *others, strict=True):
-        if row.grad is None:
+        if row.grad is None or (argument == "context_valid" and row.shape[:-1] == queries != valid.shape):
             continue
         ghost = (row == other).all(-1) & ~(open_ == open_other).all(-1)
         leak = float(row.grad[ghost].abs().max()) / max(largest, 1e-12) if ghost.any() else 0.0

@@ -1,0 +1,1 @@
+"""Modules that join vision and language: projectors, composite attention, adapters."""
