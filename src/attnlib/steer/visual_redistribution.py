@@ -157,8 +157,8 @@ class VisualRedistribution(Intervention):
         return self.p == 1.0
 
     def reset(self) -> None:
-        self._sinks: dict[int, Tensor] = {}
-        self._moved: dict[int, int] = {}
+        self._sinks: dict[tuple[str | None, int], Tensor] = {}
+        self._moved: dict[tuple[str | None, int], int] = {}
 
     def wants(self, site: Site) -> bool:
         return site.layer >= self.first_layer
@@ -178,25 +178,26 @@ class VisualRedistribution(Intervention):
             return
         assert site.q_types is not None
         sinks = sink_tokens(hidden.detach(), self.sink_dims, self.tau) & (site.q_types != PAD)
-        self._sinks[site.layer] = sinks
-        self._moved[site.layer] = 0
+        self._sinks[site.branch, site.layer] = sinks
+        self._moved[site.branch, site.layer] = 0
 
     def edit_rows(self, site: Site) -> Tensor | None:
-        sinks = self._sinks.get(site.layer)
+        sinks = self._sinks.get((site.branch, site.layer))
         device = None if site.q_pos is None else site.q_pos.device
         if sinks is None or not bool((sinks & self._image_slots(site, sinks.shape[1])).any()):
             return torch.zeros(0, dtype=torch.long, device=device)
         return self._eligible(site).any(0).nonzero().squeeze(1)
 
     def on_weights(self, site: Site, weights: Tensor, rows: Tensor) -> Tensor:
-        sinks = self._sinks[site.layer]
+        sinks = self._sinks[site.branch, site.layer]
         length = int(site.offset) + site.n_queries
         by_slot = F.pad(sinks, (0, max(0, max(length, self._top(site)) - sinks.shape[1])))
         image, sink = site.key_types() == IMAGE, site.per_key(by_slot)
         new = redistribute(
             weights, image, sink, self._eligible(site)[:, rows], self.p, self.rho, self.summ, self.compat
         )
-        self._moved[site.layer] = self._moved.get(site.layer, 0) + int((new != weights).any(-1).sum())
+        key = (site.branch, site.layer)
+        self._moved[key] = self._moved.get(key, 0) + int((new != weights).any(-1).sum())
         return new
 
     @staticmethod
@@ -225,8 +226,12 @@ class VisualRedistribution(Intervention):
         return after & (types != PAD) & (last >= 0)
 
     def results(self) -> dict[str, object]:
-        """The dimensions, the sinks (B, N) found in each layer for the last prompt, and rows edited since."""
-        return {"sink_dims": self.sink_dims, "sinks": dict(self._sinks), "edited": dict(self._moved)}
+        """The dimensions, and of the main branch the sinks (B, N) of each layer in the last prompt, and rows edited."""
+        sinks, moved = (
+            {layer: value for (branch, layer), value in kept.items() if branch is None}
+            for kept in (self._sinks, self._moved)
+        )
+        return {"sink_dims": self.sink_dims, "sinks": sinks, "edited": moved}
 
 
 class _BlockInput(Intervention):
