@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from attnlib.bench import scenes
+from attnlib.steer import NullImage
 
 VISION = dict(
     hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=scenes.SIDE,
@@ -80,6 +82,18 @@ class Seeing(nn.Module):
         places = torch.arange(scenes.PATCHES).repeat(len(patches))
         where = nn.functional.cross_entropy(self.place(features), places)
         return {"loss": 5 * whole + what + where}
+
+
+class Answering(nn.Module):
+    """The model, and a learned image of nothing that takes the place of one picture in ten (as LACING trains)."""
+
+    def __init__(self, llava: LlavaForConditionalGeneration):
+        super().__init__()
+        self.llava, self.null = llava, NullImage(scenes.PATCHES, TEXT["hidden_size"], prob=0.1)
+        llava.model.multi_modal_projector.register_forward_hook(self.null.hook)
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.llava(**inputs).loss}
 
 
 class Conversations(torch.utils.data.Dataset):
@@ -179,14 +193,17 @@ def main() -> None:
     model.model.vision_tower.load_state_dict(seeing.tower.state_dict())
     model.model.vision_tower.requires_grad_(False)
     model.set_attn_implementation("eager")  # faster than sdpa at this size, with bfloat16 on a CPU
+    answering = Answering(model)
     train(
-        model, Conversations(args.conversations, tokenizer), args.work / "decoder", batch=16, rate=1.5e-3,
+        answering, Conversations(args.conversations, tokenizer), args.work / "decoder", batch=16, rate=1.5e-3,
         data_collator=collate,
     )  # fmt: skip
+    answering.eval()
     for kind, share in report(model, tokenizer).items():
         print(f"{kind:10} {share:.3f}")
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    save_file({"embedding": answering.null.embedding.detach()}, args.out / "null_image.safetensors")
 
 
 if __name__ == "__main__":

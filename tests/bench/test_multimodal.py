@@ -114,6 +114,7 @@ def test_reading_the_picture_first_changes_nothing_by_itself(tiny):
     assert answer_after_picture(bench, items) == scenes.answer(*tiny, items, max_new_tokens=8)
 
 
+@pytest.mark.slow
 def test_every_line_of_the_suite_has_a_target_that_exists_or_is_reported(tiny):
     lines = [*LINES, Line("nothing", "cache", "cache:NoSuchThing"), Line("none", "cache", "no_such_module:X")]
     short = [
@@ -121,7 +122,7 @@ def test_every_line_of_the_suite_has_a_target_that_exists_or_is_reported(tiny):
              line.make)
         for line in lines
     ]  # fmt: skip
-    result = measure(count=2, lines=short, model=tiny)
+    result = measure(count=2, lines=short, model=tiny, null_image=torch.zeros(scenes.PATCHES, 32))
     seen = {(r["group"], r["technique"]) for r in result["records"]}
     missing = {(s["group"], s["technique"]): s["why"] for s in result["skipped"]}
     assert seen <= {(line.group, line.technique) for line in lines} | {(group, "untouched") for group in GROUPS}

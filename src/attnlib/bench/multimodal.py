@@ -9,6 +9,7 @@ is listed with the reason.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import sys
@@ -45,6 +46,7 @@ class Workbench:
     model: Any
     tokenizer: Any
     calibration: list[Item]
+    null_image: Tensor | None = None
 
     @property
     def types(self) -> TokenTypes:
@@ -132,6 +134,51 @@ def _late(bench: Workbench, reduce: Any, settings: dict[str, Any]) -> Any:
     return reduce({settings["layer"]: settings["keep"]})
 
 
+def _looked_at(bench: Workbench, agla: Any, settings: dict[str, Any]) -> Any:
+    """AGLA's second look, at what the class token of the vision tower attends to: there is no matching model here."""
+    tower = copy.deepcopy(bench.model.model.vision_tower)
+    tower.set_attn_implementation("eager")
+    settings = dict(settings)
+    score = settings.pop("score")
+
+    def masked(pixels: Tensor) -> Tensor:
+        from ..steer import mask_pixels, relevance_mask
+
+        with torch.no_grad():
+            attentions = tower(pixels, output_attentions=True).attentions
+        side = scenes.SIDE // scenes.PATCH
+        relevance = attentions[-1][:, :, 0, 1:].mean(1).unflatten(-1, (side, side))
+        return mask_pixels(pixels, relevance_mask(relevance, score, (scenes.SIDE, scenes.SIDE)), (0.5,), (0.5,))
+
+    return agla(masked, **settings)
+
+
+def _searched(bench: Workbench, calibration: Any, settings: dict[str, Any]) -> Any:
+    """ACT: heads are chosen on presence questions about training scenes."""
+    from ..steer import label_accuracy, search_heads
+
+    words = [bench.tokenizer.convert_tokens_to_ids(word) for word in ("no", "yes")]
+    items = [item for item in bench.calibration if item.question.kind == "presence"]
+    samples = []
+    for chosen, inputs in scenes.batches(items, bench.tokenizer):
+        samples.append((inputs, words, [int(items[i].question.answer == "yes") for i in chosen]))
+    search = search_heads(bench.model, label_accuracy(samples), **settings)
+    return calibration(search.heads, **settings)
+
+
+def _without_image(bench: Workbench, decoding: Any, settings: dict[str, Any]) -> Any:
+    from ..steer import NoImage
+
+    alpha = settings["alpha"]
+    return decoding(NoImage(), 1 + alpha, -alpha, cutoff=0.1)
+
+
+def _null_image(bench: Workbench, guidance: Any, settings: dict[str, Any]) -> Any:
+    if bench.null_image is None:
+        raise ValueError("the model comes without a learned null image (null_image.safetensors)")
+    return guidance(bench.null_image, **settings)
+
+
 TOKENS = (48, 32, 24, 16, 8)
 
 LINES: tuple[Line, ...] = (
@@ -154,12 +201,20 @@ LINES: tuple[Line, ...] = (
     *_caches("expected attention", "cache:ExpectedAttention", {"future": 16, "sinks": 1}),
     *_caches("snapkv", "cache:SnapKV", {"window_size": 4, "kernel_size": 3}, None),
     # hallucination
-    Line("visual redistribution (VAR)", "hallucination", "steer:VisualRedistribution",
-         {"sink_dims": "auto", "first_layer": 1, "tau": 5.0}, ("p", (0.6, 0.2))),
+    Line("contrast with no image", "hallucination", "steer:ContrastiveDecoding", {}, ("alpha", (0.5, 1.0)),
+         _without_image),
+    Line("DAMRO", "hallucination", "steer:DAMRO", {"k": 10}, ("alpha", (0.5, 2.0))),
+    Line("AGLA, by class attention", "hallucination", "steer:AGLA", {"score": 1.0}, ("alpha", (1.0, 2.0)), _looked_at),
+    Line("soft-image guidance (LACING)", "hallucination", "steer:SoftImageGuidance", {}, ("scale", (1.5, 2.0, 3.0)),
+         _null_image),
+    Line("dual attention (LACING), not trained for", "hallucination", "steer:DualAttention"),
     Line("image boost (PAI)", "hallucination", "steer:VisualBoost", {"sets": "all"}, ("alpha", (0.2, 0.5, 1.0))),
     Line("image boost by the vision encoder (PAINT)", "hallucination", "steer:VisualBoost", {"beta": 0.3},
          ("alpha", (0.3, 0.7))),
-    Line("dual attention (LACING), not trained for", "hallucination", "steer:DualAttention"),
+    Line("sink calibration (ACT)", "hallucination", "steer:SinkCalibration", {"threshold": 0.1},
+         ("beta", (0.4, 0.0)), _searched),
+    Line("visual redistribution (VAR)", "hallucination", "steer:VisualRedistribution",
+         {"sink_dims": "auto", "first_layer": 1, "tau": 5.0}, ("p", (0.6, 0.2))),
 )  # fmt: skip
 
 
@@ -381,6 +436,7 @@ def measure(
     count: int = 200,
     lines: Sequence[Line] = LINES,
     model: tuple[Any, Any] | None = None,
+    null_image: Tensor | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Every line beside the untouched model.
@@ -389,6 +445,7 @@ def measure(
         count: scenes per group.
         lines: techniques.
         model: ``(model, tokenizer)``; ``None`` for the trained one of the repository.
+        null_image: (64, C) learned embedding of no image, of a given model.
         progress: told what is being measured.
 
     Returns:
@@ -397,7 +454,8 @@ def measure(
     from .compare import machine
 
     tell = progress or (lambda line: None)
-    bench = Workbench(*(scenes.load_model() if model is None else model), calibration=[])
+    null = scenes.load_null_image() if model is None else null_image
+    bench = Workbench(*(scenes.load_model() if model is None else model), calibration=[], null_image=null)
     for number in range(200_000, 200_000 + max(8, count // 4)):
         scene = scenes.make_scene(number)
         bench.calibration += [Item(scene, q) for q in scenes.ask(scene, np.random.default_rng([number, 7]))]

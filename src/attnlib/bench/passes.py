@@ -462,6 +462,21 @@ class Cascade:
             total += times * again * self._size(ranks, sizes)
         return total
 
+    def traffic_text(self) -> str:
+        """The least traffic of one sample and head as text: everything at once, what outlives a pass kept."""
+        total: Poly = Poly()
+        _, runs = self._levels
+        for o in self.outputs:
+            total[tuple(sorted(r for r in self._ranks_of(o) if r not in ("b", "h")))] += 1
+        for name, ranks in self.inputs.items():
+            when = {
+                math.ceil(runs[n]) for n, e in enumerate(self.einsums) for ref, _, _ in e.reads if ref == name
+            }
+            if ranks:
+                times = len(when) if set(ranks) & set(self.over) else 1
+                total[tuple(sorted(r for r in ranks if r not in ("b", "h")))] += times
+        return _poly_text(total, self.over)
+
     def _sources(self, tensor: str) -> set[str]:
         """Inputs that a tensor stems from along the rank, up to what was reduced over it."""
         found: set[str] = set()

@@ -331,6 +331,13 @@ def load_model(folder: Path | str | None = None) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
+def load_null_image(folder: Path | str | None = None) -> Tensor:
+    """(64, C) what the model learned to take for no picture at all, see :class:`attnlib.steer.NullImage`."""
+    from safetensors.torch import load_file
+
+    return load_file((weights_folder() if folder is None else Path(folder)) / "null_image.safetensors")["embedding"]
+
+
 @dataclass(frozen=True)
 class Item:
     """A question on a scene."""
