@@ -590,7 +590,13 @@ def realise_mask(site: Site, mask: Mask | Tensor) -> Tensor:
 
 
 def run_attention(
-    site: Site, q: Tensor, k: Tensor, v: Tensor, stages: Stages, kernel: Callable[[Tensor, Tensor, Tensor], Tensor]
+    site: Site,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stages: Stages,
+    kernel: Callable[[Tensor, Tensor, Tensor], Tensor],
+    masked: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """One attention call through the stages of a layer.
 
@@ -601,6 +607,8 @@ def run_attention(
         v: (B, Hk, M, Dv).
         stages: the interventions of this layer.
         kernel: the model's own attention under its own mask, (q, k, v) -> (B, H, N, Dv).
+        masked: the model's own attention under a boolean mask (B or 1, H or 1, N, M) that is given; softmax attention
+            by default.
 
     Returns:
         (B, H, N, Dv) before the output projection.
@@ -623,7 +631,7 @@ def run_attention(
             allowed = realise_mask(site, mask)
             pair = PairMask(q.shape[2], k.shape[2], allowed)
             full = allowed.expand(*torch.broadcast_shapes(allowed.shape, (1, 1, q.shape[2], k.shape[2])))
-            out = attention(q, k, v, mask=full, scale=site.scale)
+            out = attention(q, k, v, mask=full, scale=site.scale) if masked is None else masked(q, k, v, full)
         if stages.edits:
             out = _apply_edits(site, q, k, v, pair, out, stages.edits)
         if stages.probes:
@@ -939,16 +947,23 @@ def _adapter(model: Any) -> Adapter:
     if not isinstance(model, nn.Module):
         hint = "; attach to the denoiser itself, pipe.unet or pipe.transformer" if "diffusers" in families else ""
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hint}")
-    if "transformers" in families:
-        from .transformers_adapter import TransformersAdapter
+    from .torch_adapter import ModuleAdapter, attention_modules
 
-        return TransformersAdapter()
+    if "transformers" in families:
+        from .transformers_adapter import TransformersAdapter, reachable
+
+        # A transformers model may be built of our own mechanisms.
+        ours = not any(reachable(m) for m in model.modules()) and bool(attention_modules(model))
+        return ModuleAdapter() if ours else TransformersAdapter()
     if "diffusers" in families:
         from .diffusers_adapter import DiffusersAdapter
 
         return DiffusersAdapter()
+    if attention_modules(model):
+        return ModuleAdapter()
     raise TypeError(
-        f"{type(model).__name__} is neither a transformers nor a diffusers model; its attention cannot be reached: "
+        f"{type(model).__name__} is neither a transformers nor a diffusers model, and none of its modules is a "
+        "mechanism of attnlib, a torch.nn.MultiheadAttention or an attention of timm; its attention cannot be reached: "
         "an adapter that describes its sites is missing"
     )
 
@@ -1033,7 +1048,8 @@ def attach(
         session.results["record"][3]["weights"]
 
     Args:
-        model: a transformers or diffusers model.
+        model: a transformers or diffusers model, or any module with mechanisms of attnlib,
+            ``torch.nn.MultiheadAttention`` or timm's attention in it.
         interventions: what to do, in order: inputs pass through the first one first.
         rows: name of each row of the batch, for example ``("uncond", "cond")``.
         token_types: (B, N) integer types of the prompt's tokens, or a rule from token ids to types such as
