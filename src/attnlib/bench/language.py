@@ -38,6 +38,7 @@ REACHES = (1, 2, 4)  # times the trained length
 SINK_LENGTH = 64  # sinks compare at equal length only
 TEST_BYTES = 14336  # whole windows of every length and reach
 TOKENS = 1024  # per step
+KEPT = ("label", "length", "seed", "status", "parameters", "metrics", "train_seconds")  # of a run, in the results
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,9 @@ class LanguageTask(TextTask):
             }
         )
 
+    def _test(self) -> Batch:
+        return self.tiles(self.length)
+
     def tiles(self, length: int) -> Batch:
         """The test part as neighbouring windows of ``length``: the same bytes whatever the length."""
         part = self.data.test[: TEST_BYTES + 1].long()
@@ -339,6 +343,7 @@ def measure(
     store = Store(out)
     loaded = data.text(path)
     tasks = {(c.label, n): LanguageTask(c, n, num_heads, loaded=loaded) for n in lengths for c in contestants}
+    references = LanguageTask(contestants[0], lengths[0], num_heads, loaded=loaded).references()
     spent: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
@@ -367,6 +372,7 @@ def measure(
             },
             "machine": machine,
             "data": {"source": loaded.source, "split": loaded.split, "fingerprint": loaded.fingerprint, **loaded.facts},
+            "references": references,
             "contestants": [
                 {
                     "label": c.label, "reference": c.reference, "lookahead": c.lookahead,
@@ -375,7 +381,7 @@ def measure(
                 for c in contestants
             ],
             "costs": spent,
-            "runs": runs,
+            "runs": [{k: v for k, v in r.items() if k in KEPT} for r in runs],
             "left_out": left_out,
             "summary": summarise(contestants, lengths, runs, spent),
         }  # fmt: skip
@@ -467,6 +473,48 @@ def summarise(
                     row.setdefault("differences", {})[reference] = {"mean": gap.mean, "half_width": gap.half}
             rows.append(row)
     return rows
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """Tables of the documentation: one per trained length.
+
+    >>> markdown({"contestants": [], "summary": []})
+    ''
+    """
+    metric = LanguageTask.metric
+
+    def cell(row: Mapping[str, Any], name: str, digits: int = 3) -> str:
+        found = row["metrics"].get(name)
+        if found is None:
+            return "–"
+        half = "" if found["half_width"] is None else f" ± {found['half_width']:.{digits}f}"
+        return f"{found['mean']:.{digits}f}{half}"
+
+    parts = []
+    for length in sorted({r["length"] for r in results["summary"]}):
+        lines = [
+            f"Trained at {length} bytes:",
+            "",
+            f"| | {metric} | against {BASELINE} | at 2x, new positions | at 4x, new positions | sink rate | kurtosis | "
+            "largest output | step | memory |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in results["summary"]:
+            if row["length"] != length or not row["metrics"]:
+                continue
+            gap = row.get("differences", {}).get(BASELINE)
+            half = "" if gap is None or gap["half_width"] is None else f" ± {gap['half_width']:.3f}"
+            rate = row["metrics"].get("sink rate of shares")
+            against = "" if gap is None else f"{gap['mean']:+.3f}{half}"
+            lines.append(
+                f"| {row['label']} | {cell(row, metric)} | {against} | "
+                f"{cell(row, 'bits beyond, to 2x')} | {cell(row, 'bits beyond, to 4x')} | "
+                f"{'–' if rate is None else format(100 * rate['mean'], '.1f') + ' %'} | "
+                f"{cell(row, 'kurtosis, attention output', 1)} | {cell(row, 'inf norm, attention output', 1)} | "
+                f"{row['over_first']:.2f} × | {row['peak_bytes'] / 1e6:.0f} MB |"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -593,6 +641,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress=lambda line: print(line, flush=True),
         saved=lambda found: write_json(target, found),
     )
+    print(markdown(results))
     if given.plots:
         for path in draw(results, given.plots):
             print(path)
