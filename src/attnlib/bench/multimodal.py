@@ -13,6 +13,7 @@ import copy
 import importlib
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..hooks import Session, TokenTypes, attach
 from . import scenes
@@ -179,6 +180,64 @@ def _null_image(bench: Workbench, guidance: Any, settings: dict[str, Any]) -> An
     return guidance(bench.null_image, **settings)
 
 
+class _GateTraining(nn.Module):
+    """DyVTE's gates as transformers' Trainer takes them: the loss of one gate, drawn anew for each batch."""
+
+    def __init__(self, bench: Workbench, gates: nn.ModuleList):
+        super().__init__()
+        self.gates = gates
+        self.bench = (bench,)  # in a tuple: the model is no part of what is trained
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        from ..reduce import gate_loss
+
+        (bench,) = self.bench
+        labels = batch.pop("labels")
+        layer = int(torch.randint(len(self.gates) - 1, (), generator=self.generator))
+        return {"loss": gate_loss(bench.model, self.gates, batch, labels, bench.types, layer)[0]}
+
+
+def answered_batches(bench: Workbench, items: Sequence[Item], size: int = 16) -> list[dict[str, Tensor]]:
+    """Prompts with their right answers, rows of equal lengths together; only answers are labels."""
+    groups: dict[tuple[int, int], list[tuple[list[int], list[int], Item]]] = {}
+    for item in items:
+        asked = bench.tokenizer(scenes.prompt(item.question.text))["input_ids"]
+        said = bench.tokenizer(f"{item.question.answer} </s>")["input_ids"]
+        groups.setdefault((len(asked), len(said)), []).append((asked, said, item))
+    found = []
+    for (length, _), rows in groups.items():
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            ids = torch.tensor([asked + said for asked, said, _ in some])
+            labels = ids.clone()
+            labels[:, :length] = -100
+            pixels = scenes.pixel_values([item.scene for _, _, item in some])
+            found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels,
+                          "labels": labels})  # fmt: skip
+    return found
+
+
+def _gated(bench: Workbench, dyvte: Any, settings: dict[str, Any]) -> Any:
+    """DyVTE with gates trained on questions about training scenes."""
+    from transformers import Trainer, TrainingArguments
+
+    from ..reduce import ExitGates
+
+    torch.manual_seed(0)
+    gates = ExitGates.of(bench.model, hidden=settings["hidden"])
+    data: Any = answered_batches(bench, bench.calibration)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=1, max_steps=settings["steps"], learning_rate=1e-3,
+            report_to=[], remove_unused_columns=False, save_strategy="no", use_cpu=True, disable_tqdm=True, seed=0,
+            logging_strategy="no",
+        )  # fmt: skip
+        training = _GateTraining(bench, gates)
+        Trainer(model=training, args=arguments, train_dataset=data, data_collator=lambda rows: rows[0]).train()
+    return dyvte(gates.eval())
+
+
 TOKENS = (48, 32, 24, 16, 8)
 
 LINES: tuple[Line, ...] = (
@@ -188,10 +247,13 @@ LINES: tuple[Line, ...] = (
     Line("VTC-CLS", "pruning", "reduce:VTCCLS", {"start": 1}, ("keep", TOKENS)),
     Line("VTC-CLS, true positions", "pruning", "reduce:VTCCLS", {"start": 1, "positions": "original"},
          ("keep", TOKENS)),
+    Line("VMTC, 8 clusters", "pruning", "reduce:VMTC", {"merge": 8}, ("keep", (40, 24, 16, 8))),
     Line("by attention at layer 2", "pruning", "reduce:ReduceByAttention", {"layer": 2}, ("keep", (32, 16, 8, 4)),
          _late),
     Line("by attention at layer 4", "pruning", "reduce:ReduceByAttention", {"layer": 4}, ("keep", (32, 16, 8, 4)),
          _late),
+    Line("DyVTE, fixed layer", "pruning", "reduce:DyVTE", {}, ("exit_layer", (0, 1, 2, 3, 4))),
+    Line("DyVTE, trained gates", "pruning", "reduce:DyVTE", {"hidden": 64, "steps": 120}, None, _gated),
     # cache
     *_caches("random keys", "cache:RandomScores", {}),
     *_caches("first and last keys (StreamingLLM)", "cache:Recency", {"sinks": 1}),
@@ -213,6 +275,7 @@ LINES: tuple[Line, ...] = (
          ("alpha", (0.3, 0.7))),
     Line("sink calibration (ACT)", "hallucination", "steer:SinkCalibration", {"threshold": 0.1},
          ("beta", (0.4, 0.0)), _searched),
+    Line("inhibition (CMAI)", "hallucination", "reduce:CMAI", {}, ("threshold", (0.2, 0.5))),
     Line("visual redistribution (VAR)", "hallucination", "steer:VisualRedistribution",
          {"sink_dims": "auto", "first_layer": 1, "tau": 5.0}, ("p", (0.6, 0.2))),
 )  # fmt: skip
