@@ -38,6 +38,10 @@ REACHES = (1, 2, 4)  # times the trained length
 SINK_LENGTH = 64  # sinks compare at equal length only
 TEST_BYTES = 14336  # whole windows of every length and reach
 TOKENS = 1024  # per step
+SHOWN = (  # in colour where all would be too many
+    "softmax", "sigmoid", "softplus (LSSA)", "softplus re-weighted (LSSAR)", "sharded context (S2)",
+    "linear (lightning)", "linear + softmax", "linear + LSSAR",
+)  # fmt: skip
 KEPT = ("label", "length", "seed", "status", "parameters", "metrics", "train_seconds")  # of a run, in the results
 
 
@@ -496,8 +500,8 @@ def markdown(results: Mapping[str, Any]) -> str:
             f"Trained at {length} bytes:",
             "",
             f"| | {metric} | against {BASELINE} | at 2x, new positions | at 4x, new positions | sink rate | kurtosis | "
-            "largest output | step | memory |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "largest output | first token | step | memory |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in results["summary"]:
             if row["length"] != length or not row["metrics"]:
@@ -511,6 +515,7 @@ def markdown(results: Mapping[str, Any]) -> str:
                 f"{cell(row, 'bits beyond, to 2x')} | {cell(row, 'bits beyond, to 4x')} | "
                 f"{'–' if rate is None else format(100 * rate['mean'], '.1f') + ' %'} | "
                 f"{cell(row, 'kurtosis, attention output', 1)} | {cell(row, 'inf norm, attention output', 1)} | "
+                f"{cell(row, 'share of the first token')} | "
                 f"{row['over_first']:.2f} × | {row['peak_bytes'] / 1e6:.0f} MB |"
             )
         parts.append("\n".join(lines))
@@ -547,6 +552,8 @@ def draw(results: Mapping[str, Any], folder: str | Path) -> list[Path]:
     shades = {n: c for n, c in zip(lengths, ("#9ec9f5", "#2f7de1", "#123a6b", "#e8590c"), strict=False)}
 
     def bars(axes: Any, metric: str, title: str, log: bool = False) -> None:
+        if log:
+            axes.set_xscale("log")
         for k, length in enumerate(lengths):
             found = [(i, rows[label, length]["metrics"].get(metric)) for i, label in enumerate(labels)
                      if (label, length) in rows]  # fmt: skip
@@ -556,12 +563,16 @@ def draw(results: Mapping[str, Any], folder: str | Path) -> list[Path]:
                 xerr=[m["half_width"] or 0.0 for _, m in found], fmt="o", ms=4, capsize=2, lw=1, color=shades[length],
                 label=f"trained at {length} bytes",
             )  # fmt: skip
+        # An interval of few seeds can be many times wider than the data; the axis follows the measurements.
+        values = [r["metrics"][metric]["mean"] for r in rows.values() if metric in r["metrics"]]
+        room = 0.12 * (max(values) - min(values)) or 0.1
+        axes.set_xlim(
+            min(values) * 0.85 if log else min(values) - room, max(values) * 1.2 if log else max(values) + room
+        )
         axes.set_yticks(range(len(labels)), labels, fontsize=8)
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.set_title(title, fontsize=10)
         axes.grid(True, color="#dddddd", lw=0.6)
-        if log:
-            axes.set_xscale("log")
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
 
@@ -579,34 +590,39 @@ def draw(results: Mapping[str, Any], folder: str | Path) -> list[Path]:
     axes.legend(fontsize=8)
     save(figure, "loss")
 
-    colour = _colours(labels)
-    figure = Figure(figsize=(11.5, 4.6), layout="constrained")
+    names = [label for label in SHOWN if label in labels] or labels
+    colour = _colours(names)
+    figure = Figure(figsize=(11.5, 4.4), layout="constrained")
     for axes, length in zip(figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0], lengths, strict=True):
-        for i, label in enumerate(labels):
+        xs = [reach * length for reach in REACHES]
+        points: list[float] = []
+        for label in (*(other for other in labels if other not in names), *names):
             if (label, length) not in rows:
                 continue
             found = rows[label, length]["metrics"]
-            names = [metric, *(f"bits beyond, to {r}x" for r in REACHES[1:])]
-            xs = [r * length for r in REACHES]
-            ys = [found[n]["mean"] for n in names]
-            half = [found[n]["half_width"] or 0.0 for n in names]
-            style = ("-", "--", ":")[i // 8 % 3]
-            axes.errorbar(xs, ys, yerr=half, color=colour[label], ls=style, marker="o", ms=3, lw=1.3, capsize=2,
-                          label=label)  # fmt: skip
+            reached = [found[n] for n in (metric, *(f"bits beyond, to {r}x" for r in REACHES[1:]))]
+            ys = [m["mean"] for m in reached]
+            points += ys
+            if label in names:
+                half = [m["half_width"] or 0.0 for m in reached]
+                axes.errorbar(xs, ys, half, color=colour[label], marker="o", ms=3, lw=1.4, capsize=2, label=label)
+            else:
+                axes.plot(xs, ys, color="#cccccc", lw=0.9)
+        axes.set_ylim(min(points) - 0.3, max(points) + 0.3)
         axes.set_xscale("log", base=2)
-        axes.set_xticks([r * length for r in REACHES], [str(r * length) for r in REACHES])
+        axes.set_xticks(xs, [str(x) for x in xs])
         axes.set_title(f"trained at {length} bytes", fontsize=10)
         axes.set_xlabel("position in the window, up to", fontsize=9)
         axes.grid(True, color="#dddddd", lw=0.6)
-    figure.axes[0].set_ylabel("bits per byte (first point: whole window)", fontsize=9)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7.5)
+    figure.axes[0].set_ylabel("bits per byte at new positions", fontsize=9)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     save(figure, "extrapolation")
 
     figure = Figure(figsize=(12.5, 6.2), layout="constrained")
     panels = (
         ("kurtosis, attention output", "kurtosis of attention outputs", True),
         ("inf norm, attention output", "largest attention output", True),
-        ("sink rate of shares", f"sink rate of the first token (N = {SINK_LENGTH})", False),
+        ("share of the first token", f"weight on the first token, mean (N = {SINK_LENGTH})", False),
     )
     for k, (axes, (name, title, log)) in enumerate(zip(figure.subplots(1, 3, sharey=True), panels, strict=True)):
         bars(axes, name, title, log)
