@@ -1,6 +1,10 @@
+from attnlib import Layout
 from attnlib.check import Case
 
+PICTURE = Layout((("text", 2), ("image", (2, 3)), ("question", 4)))
 ROWS = [
     Case("video-ccam", dict(dim=8, num_heads=2), (5,), context_grid=(7,)),
     Case("video-ccam", dict(dim=8, num_heads=2, num_kv_heads=1, context_dim=6), (9,), "frames", context_grid=(4,)),
+    Case("ee-mllm", dict(dim=8, num_heads=4, num_kv_heads=2), (12,), layout=PICTURE),
+    Case("ee-mllm", dict(dim=8, num_heads=2, rotary=1e4, aligner="none"), (12,), "no values", layout=PICTURE),
 ]

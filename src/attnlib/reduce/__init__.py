@@ -1,5 +1,6 @@
 """Removing tokens from the sequence inside pretrained models: a scorer, a selector, a merger, a schedule."""
 
+from .atp_llava import ATP, ATPGate, adaptive_rate, atp_gates, atp_losses, spatial_scores
 from .base import (
     ByAttention,
     Grid,
@@ -14,6 +15,7 @@ from .base import (
     Threshold,
     TopK,
 )
+from .composite import CompositeLayers
 from .dyvte import DyVTE, ExitGate, ExitGates, exit_features, exit_labels, gate_loss
 from .flops import BlockCost, prefill_flops
 from .mergers import ClusterMerge, NearestMerge, cosine_kmeans, merge_clusters
@@ -22,12 +24,15 @@ from .vmtc_cmai import CMAI, VMTC, focus
 from .vtc_cls import VTCCLS
 
 __all__ = [
+    "ATP",
     "CMAI",
     "VMTC",
     "VTCCLS",
+    "ATPGate",
     "BlockCost",
     "ByAttention",
     "ClusterMerge",
+    "CompositeLayers",
     "DyVTE",
     "ExitGate",
     "ExitGates",
@@ -44,6 +49,9 @@ __all__ = [
     "Threshold",
     "TopK",
     "VisionAttention",
+    "adaptive_rate",
+    "atp_gates",
+    "atp_losses",
     "class_attention",
     "cosine_kmeans",
     "ensemble",
@@ -54,4 +62,5 @@ __all__ = [
     "merge_clusters",
     "prefill_flops",
     "received_attention",
+    "spatial_scores",
 ]

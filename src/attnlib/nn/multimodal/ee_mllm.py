@@ -1,0 +1,205 @@
+"""Composite attention: image tokens are read, and do not attend (EE-MLLM, Ma et al., 2024)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import masks
+from ...grids import Layout
+from ...positions import rotary_angles, rotate
+from ...types import Output, State, Traits, check_choice
+from ..dense.softmax_attention import SoftmaxAttention
+from ..layers import merge_heads, split_heads
+from ..registry import register
+
+#: What an image token goes through in a layer: feed-forward alone; its own value too; nothing at all.
+VARIANTS = ("ffn", "vo+ffn", "frozen")
+
+
+@register("ee-mllm", "composite-attention")
+class CompositeAttention(SoftmaxAttention):
+    """Causal attention whose queries are the tokens beside the image alone.
+
+    Text: ``q = t W_Q``, keys and values of image and text, causal, as ever. Image tokens attend to nobody but
+    themselves: attention over one key is that key's value, so ``y = z W_V W_O`` (``aligner="vo"``), without queries or
+    scores; or nothing comes out for them (``aligner="none"``). Work is ``N_text (N_text + N_image)`` instead of its
+    square, and queries and output projection of image tokens are not computed where they are not needed.
+
+    Where the image lies says ``layout=Layout((("text", 5), ("image", (14, 14)), ("question", 20)))``. Without one there
+    is no image, and this is causal attention, as while decoding. Keys and values of all tokens are cached.
+
+    Args:
+        dim, num_heads, num_kv_heads, head_dim, qkv_bias, proj_bias, qk_norm, rotary, normalizer, attn_drop: as in
+            :class:`~attnlib.nn.dense.softmax_attention.SoftmaxAttention`.
+        aligner: ``"vo"`` or ``"none"``.
+        image: segment of the layout; the only one that is a grid by default.
+
+    No code was released, and whether the authors keep the value term is not known: both are offered.
+
+    Reference: Ma et al., 2024, arXiv 2408.11795, section 3.
+
+    >>> attend = CompositeAttention(dim=16, num_heads=2)
+    >>> attend(torch.randn(2, 9, 16), layout=Layout((("image", (2, 3)), ("text", 3)))).shape
+    torch.Size([2, 9, 16])
+    """
+
+    class_traits = SoftmaxAttention.class_traits.but(
+        patterns=frozenset({"causal-self"}), grid_ranks=frozenset({1}), permutation_equivariant=False
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        num_kv_heads: int | None = None,
+        aligner: str = "vo",
+        image: str | None = None,
+        causal: bool = True,
+        **settings: Any,
+    ):
+        check_choice("aligner", aligner, ("vo", "none"))
+        if not causal:
+            raise ValueError("causal=False is not possible: text reads the image before it, in order")
+        if settings.get("alibi") or settings.get("context_dim", dim) != dim:
+            raise ValueError("composite attention takes neither alibi nor a context of another width")
+        super().__init__(dim, num_heads, num_kv_heads, causal=True, **settings)
+        self.aligner, self.image = aligner, image
+
+    @property
+    def traits(self) -> Traits:
+        return self.class_traits
+
+    def mix(self, x: Tensor, context: Tensor | None = None, *, layout: Layout | None = None, **call: Any) -> Output:
+        if layout is None:
+            return super().mix(x, context, **call)
+        start, stop = layout.span(layout.grid_name() if self.image is None else self.image)
+        return self._composite(x, start, stop, **call)
+
+    def _composite(
+        self, x: Tensor, start: int, stop: int, *, valid: Tensor | None = None, mask: masks.Mask | None = None,
+        state: State | None = None, returns: tuple[str, ...] = (), **_: Any,
+    ) -> Output:  # fmt: skip
+        batch, n = x.shape[:2]
+        at = torch.arange(n, device=x.device)
+        rows = torch.cat([at[:start], at[stop:]])
+        text = torch.cat([x[:, :start], x[:, stop:]], 1)
+        q = self.q_norm(split_heads(self.q(text), self.num_heads))
+        k = self.k_norm(split_heads(self.k(x), self.num_kv_heads))
+        v = own = split_heads(self.v(x), self.num_v_heads)
+        exists = now = torch.ones(batch, n, dtype=torch.bool, device=x.device) if valid is None else valid
+        past = now.new_zeros(batch).long() if state is None else state["tokens"]
+        if self.rotary is not None:
+            angles = rotary_angles(past[:, None] + now.long().cumsum(1) - 1, self.head_dim, self.rotary)
+            q = rotate(q, torch.cat([angles[:, :start], angles[:, stop:]], 1), self.rotary_interleaved)
+            k = rotate(k, angles, self.rotary_interleaved)
+        before = 0
+        if state is not None:
+            before = state["k"].shape[2]
+            k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
+            exists = torch.cat([state["valid"], now], 1)
+        new = State({"k": k, "v": v, "valid": exists, "tokens": past + now.long().sum(1)})
+        mask = masks.causal() if mask is None else masks.causal() & mask
+        weights = None
+        asked = "weights" in returns
+        out = self._mix_heads(
+            q, k, v, {}, mask=mask, valid=None if valid is None and state is None else exists, q_pos=rows + before,
+            dropout_p=self.attn_drop if self.training else 0.0, **({"return_weights": True} if asked else {}),
+        )  # fmt: skip
+        if asked:
+            out, read = out
+            weights = read.new_zeros(batch, self.num_heads, n, k.shape[2]).index_copy(2, rows, read)
+            if self.aligner == "vo":
+                image = at[start:stop]
+                weights[:, :, image, image + before] = 1.0
+        y = self.proj(merge_heads(out))
+        picture = x[:, start:stop]
+        if self.aligner == "vo":
+            mine = own[:, :, start:stop].repeat_interleave(self.num_heads // self.num_v_heads, 1)
+            picture = self.proj(merge_heads(mine))
+        else:
+            picture = torch.zeros_like(picture, dtype=y.dtype)
+        y = torch.cat([y[:, :start], picture, y[:, start:]], 1)
+        return Output(y, state=new if "state" in returns else None, weights=weights)
+
+
+class CompositeBlock(nn.Module):
+    """Decoder block on composite attention: ``x + attention(norm(x))``, then ``+ SwiGLU(norm(x))``.
+
+    Args:
+        dim, num_heads: as in :class:`CompositeAttention`, and further settings of it.
+        hidden: hidden width of the feed-forward.
+        variant: what image tokens go through, one of :data:`VARIANTS`: ``"ffn"`` the feed-forward, ``"vo+ffn"`` their
+            own value and the feed-forward, ``"frozen"`` nothing.
+        norm: class of the norms, RMSNorm by default.
+
+    >>> block = CompositeBlock(16, 2, hidden=32, variant="ffn")
+    >>> block(torch.randn(2, 9, 16), layout=Layout((("image", (2, 3)), ("text", 3)))).shape
+    torch.Size([2, 9, 16])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        hidden: int | None = None,
+        variant: str = "vo+ffn",
+        norm: type[nn.Module] = nn.RMSNorm,
+        **settings: Any,
+    ):
+        super().__init__()
+        check_choice("variant", variant, VARIANTS)
+        self.variant = variant
+        hidden = -(-8 * dim // 3) if hidden is None else hidden
+        self.norm1, self.norm2 = norm(dim), norm(dim)
+        self.attn = CompositeAttention(dim, num_heads, aligner="vo" if variant == "vo+ffn" else "none", **settings)
+        self.gate, self.up = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def _feed(self, x: Tensor) -> Tensor:
+        u = self.norm2(x)
+        return x + self.down(F.silu(self.gate(u)) * self.up(u))
+
+    def forward(self, x: Tensor, layout: Layout | None = None, **call: Any) -> Any:
+        """(B, N, C) to (B, N, C), or an :class:`~attnlib.types.Output` when ``returns`` asks for more."""
+        result = self.attn(self.norm1(x), layout=layout, **call)
+        output = result if isinstance(result, Output) else Output(result)
+        if layout is None:
+            y = self._feed(x + output.y)
+        else:
+            start, stop = layout.span(layout.grid_name() if self.attn.image is None else self.attn.image)
+            moved = x[:, start:stop]
+            if self.variant != "frozen":
+                # Without the value term the attention's own output for these tokens is zero, or a bias: left out.
+                moved = self._feed(moved + output.y[:, start:stop] if self.variant == "vo+ffn" else moved)
+            text = self._feed(
+                torch.cat([x[:, :start], x[:, stop:]], 1) + torch.cat([output.y[:, :start], output.y[:, stop:]], 1)
+            )
+            y = torch.cat([text[:, :start], moved, text[:, start:]], 1)
+        return output._replace(y=y) if isinstance(result, Output) else y
+
+
+def composite_flops(text: int, image: int, dim: int, hidden: int, variant: str | None = None) -> int:
+    """Floating-point operations of one decoder layer, projections, scores, values and a gated feed-forward.
+
+    Counted as in the paper's comparison: two per multiplication, the whole text-by-key rectangle of scores, heads
+    together as wide as ``dim``, keys and values as many as queries.
+
+    Args:
+        text, image: tokens.
+        dim, hidden: widths of the model and of its feed-forward.
+        variant: one of :data:`VARIANTS`; ``None`` for the ordinary layer, in which image tokens attend.
+
+    >>> round(1 - composite_flops(64, 2880, 4096, 11008, "ffn") / composite_flops(64, 2880, 4096, 11008), 2)
+    0.25
+    """
+    if variant is None:
+        both = text + image
+        return 2 * both * (4 * dim**2 + 3 * hidden * dim) + 4 * both**2 * dim
+    check_choice("variant", variant, VARIANTS)
+    total = 2 * text * (4 * dim**2 + 3 * hidden * dim) + 4 * image * dim**2 + 4 * text * (text + image) * dim
+    total += 6 * image * hidden * dim if variant != "frozen" else 0
+    return total + (2 * image * dim**2 if variant == "vo+ffn" else 0)
