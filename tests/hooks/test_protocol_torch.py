@@ -79,6 +79,9 @@ def padding(n=6, batch=3, end=False):
 
 
 CAUSAL = torch.ones(6, 6, dtype=torch.bool).triu(1)
+SEED = torch.Generator().manual_seed(5)
+PER_HEAD = torch.randn(12, 6, 6, generator=SEED) > 1
+PER_HEAD[..., 3] = False  # everybody reads something
 SETTINGS = {
     "plain": {},
     "second": {"batch_first": False},
@@ -94,8 +97,8 @@ CALLS = {
     "padding": {"key_padding_mask": padding()},
     "causal": {"attn_mask": CAUSAL, "need_weights": False},
     "is-causal": {"attn_mask": CAUSAL, "is_causal": True, "need_weights": False},
-    "float-mask": {"attn_mask": torch.randn(6, 6), "need_weights": False},
-    "per-head": {"attn_mask": torch.randn(12, 6, 6) > 1, "key_padding_mask": padding()},
+    "float-mask": {"attn_mask": torch.randn(6, 6, generator=SEED), "need_weights": False},
+    "per-head": {"attn_mask": PER_HEAD, "key_padding_mask": padding()},
 }
 
 
@@ -233,7 +236,7 @@ def encoder(norm_first=False, batch_first=True, **settings):
 @pytest.mark.parametrize("norm_first, batch_first", [(False, True), (True, True), (False, False)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_inside_an_encoder_with_its_fused_path(norm_first, batch_first, masked):
-    """Unattached: the fused path. Attached: the ordinary one, whose sites are reached; the same bits under gradients."""
+    """Unattached: the fused path. Attached: the ordinary one, whose sites are reached; the same bits with gradients."""
     model, x = encoder(norm_first, batch_first), tokens() if batch_first else tokens().transpose(0, 1)
     call = {"src_key_padding_mask": padding(end=True)} if masked else {}
     exists = ~padding(end=True) if masked else torch.ones(3, 6, dtype=torch.bool)
