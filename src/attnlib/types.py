@@ -86,6 +86,20 @@ def check_valid(name: str, valid: Tensor | None, shape: Sequence[int]) -> None:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(valid.shape)}")
 
 
+def check_index(name: str, index: Tensor, shape: Sequence[int], count: int, what: str) -> None:
+    """Raise ``ValueError`` unless ``index`` has ``shape`` and points at one of ``count`` things called ``what``.
+
+    While ``torch.compile`` or ``torch.export`` trace, only the shape is looked at.
+    """
+    if tuple(index.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(index.shape)}")
+    if torch.compiler.is_compiling() or not index.numel():
+        return
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= count:
+        raise ValueError(f"{name} points at {what} {low if low < 0 else high}; possible: 0 to {count - 1}")
+
+
 def to_tuple(name: str, value: int | bool | Sequence[Any], rank: int) -> tuple[Any, ...]:
     """``value`` for each of ``rank`` axes; raises ``ValueError`` when a sequence has another length."""
     if isinstance(value, (int, bool, float)):

@@ -215,6 +215,9 @@ class TinyLM(TinyModel):
     def forward(self, tokens: Tensor) -> Prediction:
         """Logits (B, N, vocab) of the symbol after each of ``tokens`` (B, N)."""
         check_rank("tokens", tokens, 2, "(B, N)")
+        longest = len(self.positions)
+        if tokens.shape[1] > longest:
+            raise ValueError(f"tokens has {tokens.shape[1]} tokens, more than the positions of length={longest}")
         out = self.backbone(self.embed(tokens) + self.positions[: tokens.shape[1]])
         return Prediction(self.head(out.y), out.losses)
 

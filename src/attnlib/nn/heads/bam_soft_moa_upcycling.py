@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...types import Output, Plan, State, Traits, check_choice, check_divides, stats_dtype
+from ...types import Output, Plan, State, Traits, check_choice, check_divides, check_index, stats_dtype
 from ..dense.softmax_attention import SoftmaxAttention
 from ..registry import register
 
@@ -137,8 +137,10 @@ class SoftMixtureOfAttention(SoftmaxAttention):
         """(B, N, E) zeros and ones; ``None`` when all experts are on."""
         if not self._routed:
             return None
-        plan = self._choose(logits.detach()) if plan is None else plan
-        index = plan.expect("experts", N=logits.shape[1])["index"]
+        made = self._choose(logits.detach()) if plan is None else plan
+        index = made.expect("experts", N=logits.shape[1])["index"]
+        if plan is not None:
+            check_index("plan's index", index, (*logits.shape[:2], self.top_k or 0), self.num_experts, "expert")
         return torch.zeros_like(logits).scatter(-1, index, 1.0)
 
     def _gates(self, logits: Tensor, chosen: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...types import Plan, Traits, check_choice
+from ...types import Plan, Traits, check_choice, check_index
 from ..dense.softmax_attention import SoftmaxAttention
 from ..registry import register
 
@@ -189,6 +189,7 @@ class KeyDrivenGQA(SoftmaxAttention):
                 raise ValueError(
                     f"plan maps {tuple(chosen.shape)} heads, but this module has num_heads={self.num_heads}"
                 )
+            check_index("plan's map", chosen, (self.num_heads,), self.num_kv_heads, "key head")
         return super()._mix_heads(q, k.index_select(1, chosen), v.index_select(1, chosen), shared, **call)
 
     # ---- PGQA

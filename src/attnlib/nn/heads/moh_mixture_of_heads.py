@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import attention
-from ...types import Plan, Traits, check_choice
+from ...types import Plan, Traits, check_choice, check_index
 from ..dense.softmax_attention import SoftmaxAttention
 from ..registry import register
 
@@ -111,6 +111,8 @@ class MixtureOfHeads(SoftmaxAttention):
         p = self._scores(x, q)
         plan: Plan = self._choose(p.detach()) if call["plan"] is None else call["plan"]
         index = plan.expect("routed-heads", N=x.shape[1])["index"]
+        if call["plan"] is not None:
+            check_index("plan's index", index, (*p.shape[:2], self.active_heads), self.routed_heads, "routed head")
         chosen = torch.zeros_like(p).scatter(-1, index, 1.0)
         gates = self._gates(x, p, chosen)
         shared: dict[str, Any] = {"gates": gates.transpose(1, 2), "chosen": chosen}
