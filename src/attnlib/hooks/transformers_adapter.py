@@ -145,11 +145,46 @@ def evicted_layer_class() -> type:
         def __init__(self, session: Session, keys: Tensor, values: Tensor, positions: Tensor, seen: int, capacity: int):
             super().__init__()
             self.lazy_initialization(keys, values)
-            self.keys, self.values, self.positions = keys, values, positions
+            self.keys, self.values = keys, values
+            self._chosen, self._first_new = positions, seen
             self.seen, self.capacity, self.session = seen, capacity, weakref.ref(session)
             self.evicted_from = self.evicted_at = seen
             self.padded = bool((positions < 0).any())
             self.memory: dict[str, Tensor] = {}
+            self._places: dict[str, Tensor] = {}
+
+        @property
+        def positions(self) -> Tensor:
+            new = self.keys.shape[2] - self._chosen.shape[2]
+            if not new:
+                return self._chosen
+            slots = torch.arange(self._first_new, self._first_new + new, device=self._chosen.device)
+            return torch.cat([self._chosen, slots.expand(*self._chosen.shape[:2], new)], -1)
+
+        def __copy__(self) -> Any:
+            new = object.__new__(type(self))
+            # Two layers must not write behind the same keys.
+            new.__dict__.update(self.__dict__, _places={})
+            return new
+
+        def _longer(self, name: str, new: Tensor) -> Tensor:
+            """What is held under ``name`` (B, Hk, K, D) and ``new`` behind it, mostly without copying what is held."""
+            held, place = getattr(self, name), self._places.get(name)
+            if torch.is_grad_enabled() and (held.requires_grad or new.requires_grad):
+                return torch.cat([held, new], 2)
+            stop = held.shape[2] + new.shape[2]
+            if (
+                place is None
+                or place.shape[2] < stop
+                or place.shape[:2] != held.shape[:2]
+                or place.data_ptr() != held.data_ptr()
+                or place.is_inference() != torch.is_inference_mode_enabled()
+            ):
+                place = held.new_empty(*held.shape[:2], stop + 16 + stop // 16, held.shape[3])
+                place[:, :, : held.shape[2]] = held
+                self._places[name] = place
+            place[:, :, held.shape[2] : stop] = new
+            return place[:, :, :stop]
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             session = self.session()
@@ -159,11 +194,9 @@ def evicted_layer_class() -> type:
                     "more; "
                     "decode inside the session, or start from the prompt"
                 )
-            count = key_states.shape[-2]
-            new = torch.arange(self.seen, self.seen + count, device=self.positions.device)
-            self.positions = torch.cat([self.positions, new.expand(*self.positions.shape[:2], count)], -1)
-            self.seen += count
-            return super().update(key_states, value_states)
+            self.seen += key_states.shape[-2]
+            self.keys, self.values = self._longer("keys", key_states), self._longer("values", value_states)
+            return self.keys, self.values
 
         def get_seq_length(self) -> int:
             return self.seen
@@ -180,7 +213,8 @@ def evicted_layer_class() -> type:
                 )
             if remove:
                 self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
-                self.positions, self.seen = self.positions[..., :-remove], self.seen - remove
+                self._chosen, self.seen = self._chosen[..., : self.keys.shape[2]], self.seen - remove
+                self._first_new = min(self._first_new, self.seen)
                 self.evicted_at = min(self.evicted_at, self.seen)
                 for name, held in list(self.memory.items()):
                     if held.dim() > 2:
@@ -188,18 +222,18 @@ def evicted_layer_class() -> type:
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             super().reorder_cache(beam_idx)
-            rows = beam_idx.to(self.positions.device)
-            self.positions = self.positions.index_select(0, rows)
+            rows = beam_idx.to(self._chosen.device)
+            self._chosen = self._chosen.index_select(0, rows)
             self.memory.update({name: t.index_select(0, rows) for name, t in self.memory.items()})
 
         def batch_repeat_interleave(self, repeats: int) -> None:
             super().batch_repeat_interleave(repeats)
-            self.positions = self.positions.repeat_interleave(repeats, 0)
+            self._chosen = self._chosen.repeat_interleave(repeats, 0)
             self.memory.update({name: t.repeat_interleave(repeats, 0) for name, t in self.memory.items()})
 
         def batch_select_indices(self, indices: Tensor) -> None:
             super().batch_select_indices(indices)
-            self.positions = self.positions[indices]
+            self._chosen = self._chosen[indices]
             self.memory.update({name: t[indices] for name, t in self.memory.items()})
 
         def reset(self) -> None:
@@ -278,6 +312,9 @@ class LayerRuntime:
         self.module = site.module
         parameters = inspect.signature(_forward_of(self.module)).parameters
         self.names = list(parameters)[1:]
+        # Nothing to do here while decoding but to read what is left of the cache.
+        self.prompt_only = stages.used == ["on_cache"] and not stages.probes
+        self.prompt_only &= not any(i.while_decoding for i in stages.all)
 
     # ---- hooks on the module
 
@@ -525,6 +562,8 @@ class LayerRuntime:
         m = k.shape[2]
         k_pos = None
         if isinstance(layer, evicted_layer_class()):
+            if call.offset and self.prompt_only and n == 1 and mask is None and not layer.padded:  # type: ignore[attr-defined]
+                return self.kernel(self.module, q, k, v, mask, *args, **kwargs)
             k_pos = layer.positions  # type: ignore[attr-defined]
             mask = self._mask_of_kept(mask, k_pos, call, batch, heads, n, layer.padded)  # type: ignore[attr-defined]
         elif call.kept is not None:
@@ -539,6 +578,8 @@ class LayerRuntime:
             call.start = call.offset + n - m
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] > m:
             mask = mask[..., :m]
+        if call.offset and self.prompt_only:
+            return self.kernel(self.module, q, k, v, mask, *args, **kwargs)
         is_causal = kwargs.get("is_causal")
         pair = self.pairs(mask, n, m, getattr(self.module, "is_causal", True) if is_causal is None else is_causal)
         site = self.describe(call, batch, n, m, q.device, pair, k_pos=k_pos, **shape)
