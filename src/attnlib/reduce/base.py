@@ -7,6 +7,7 @@ images is left alone, bit for bit.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,21 +147,29 @@ class Grid:
     def keep(self, scores: Tensor, there: Tensor, of: Tensor) -> Tensor:
         if bool((there.sum(1) != of).any()):
             raise ValueError("a grid can only be laid over whole images; some of their tokens were removed before")
-        h, w = grid_size(int(of.max()), self.size)
+        h, w = grid_size(of, self.size)
         number = (there.to(torch.long).cumsum(1) - 1).clamp(min=0) % (h * w)
         return there & (number // w % self.stride == 0) & (number % w % self.stride == 0)
 
 
-def grid_size(count: int, size: tuple[int, int] | None) -> tuple[int, int]:
-    """(h, w) of images: as given, or the square root of their number of tokens."""
+def grid_size(counts: Tensor, size: tuple[int, int] | None, per_image: int | None = None) -> tuple[int, int]:
+    """(h, w) of images in tokens: as given, or the root of ``per_image``, or of what the samples' counts share.
+
+    >>> grid_size(torch.tensor([16, 0, 32]), None)
+    (4, 4)
+    """
+    share = math.gcd(*counts.tolist())
     if size is not None:
-        if len(size) != 2 or min(size) < 1 or (count and count % (size[0] * size[1])):
-            raise ValueError(f"size={size} does not divide the {count} visual tokens of a sample into images")
+        if len(size) != 2 or min(size) < 1 or share % (size[0] * size[1]):
+            raise ValueError(f"images of size={size} do not fit the {counts.tolist()} visual tokens of the samples")
         return size
-    side = round(count**0.5)
-    if side * side != count:
-        raise ValueError(f"{count} visual tokens are no square; give the size (h, w) of one image")
-    return max(side, 1), max(side, 1)
+    for count in (per_image, share):
+        side = round((count or 0) ** 0.5)
+        if count and side * side == count and not share % count:
+            return side, side
+    if not share:
+        return 1, 1
+    raise ValueError(f"{share} visual tokens are no square; give the size (h, w) of one image")
 
 
 def as_selector(keep: int | float | Selector) -> Selector:
