@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +15,10 @@ from rich.table import Table
 from ..types import check_choice
 
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.operators`.
-ENGINES = ("linear", "local", "sparse", "multimodal")
+ENGINES = ("linear", "local", "sparse", "multimodal", "cache")
+
+#: Those that run models of transformers.
+NEEDS_HF = ("multimodal", "cache")
 
 
 def suites() -> list[str]:
@@ -24,14 +29,13 @@ def suites() -> list[str]:
 
 
 def _engine(name: str, out: Path | None, progress: Any) -> dict[str, Any]:
-    import importlib
-
     result = importlib.import_module(f".{name}", __name__).measure(progress=progress)
     if out is not None:
         path = out / f"{name}-cpu.json"
         held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if "mechanisms" in held:  # recorded against the authors' code, which is not at hand here
-            result["mechanisms"] = held["mechanisms"]
+        for beside in ("mechanisms", "kvpress"):  # recorded against others' code, which is not at hand here
+            if beside in held:
+                result[beside] = held[beside]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
@@ -91,7 +95,9 @@ def run_bench(
         return results
     check_choice("suite", suite, [*suites(), "all"])
     for name in suites() if suite == "all" else [suite]:
-        if name in ENGINES:
+        if name in NEEDS_HF and suite == "all" and importlib.util.find_spec("transformers") is None:
+            progress(f"{name}: left out, it needs transformers; pip install 'attnlib[hf]'")
+        elif name in ENGINES:
             results[name] = _engine(name, folder, progress)
         else:
             path = None if folder is None else folder / "operators-cpu.json"
