@@ -7,13 +7,16 @@ embedding and order of streams; a kernel that bypasses it is noticed and refused
 processor.
 
 Steps and passes come from the pipeline's own ``cache_context`` or from ``session.at(...)``; rows of a
-classifier-free-guidance batch come from the user. Layouts come from the shapes the denoiser was called with.
+classifier-free-guidance batch come from the user. Layouts come from the shapes the denoiser was called with: an image
+grid for images, one of rank three (frames, height, width) for videos, both under the name ``"image"``; ``"text"``
+beside it in joint attention, in the order in which the processor lays the two streams out.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,21 +25,44 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..grids import Layout
-from .core import Adapter, PairMask, Session, Site, Stages, run_attention
-from .transformers_adapter import swap_sources
+from .core import Adapter, Session, Site, Stages, run_attention
+from .torch_adapter import Intercept, pair_mask
+from .transformers_adapter import block_of, swap_sources
 
 #: In which order a processor concatenates the two streams of joint attention.
 JOINT_ORDER = {
-    "FluxAttnProcessor": ("text", "image"),
-    "FusedFluxAttnProcessor2_0": ("text", "image"),
+    "AuraFlowAttnProcessor2_0": ("text", "image"),
     "CogVideoXAttnProcessor2_0": ("text", "image"),
+    "CogView4AttnProcessor": ("text", "image"),
+    "FluxAttnProcessor": ("text", "image"),
     "FusedCogVideoXAttnProcessor2_0": ("text", "image"),
-    "JointAttnProcessor2_0": ("image", "text"),
+    "FusedFluxAttnProcessor2_0": ("text", "image"),
     "FusedJointAttnProcessor2_0": ("image", "text"),
+    "HunyuanVideoAttnProcessor2_0": ("image", "text"),
+    "JointAttnProcessor2_0": ("image", "text"),
+    "QwenDoubleStreamAttnProcessor2_0": ("text", "image"),
 }
+
+#: Processors that join the streams without projections of their own for text.
+JOINT_WITHOUT_PROJECTIONS = (
+    "CogVideoXAttnProcessor2_0",
+    "CogView4AttnProcessor",
+    "FluxAttnProcessor",
+    "FusedCogVideoXAttnProcessor2_0",
+    "FusedFluxAttnProcessor2_0",
+)
+
+#: Processors that attend several times per call when there are image conditions: what the keys of each call are.
+BRANCHES = {"WanAttnProcessor": ("image", "text")}
+
+#: Words in the names of modules that attend along something else than the image.
+FOLDED = {"motion_modules": "frames", "temp_attentions": "frames", "temporal": "frames", "transformer_in": "frames",
+          "refiner": "text", "context_embedder": "text"}  # fmt: skip
+
+#: Denoisers of videos whose latents are (B, T, C, H, W); all others take (B, C, T, H, W).
+FRAMES_FIRST = ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
 
 
 def _need() -> Any:
@@ -47,26 +73,6 @@ def _need() -> Any:
         return processors
     except ImportError as error:
         raise ImportError("acting on diffusers models needs diffusers: pip install 'attnlib[hf]'") from error
-
-
-class _Intercept(TorchFunctionMode):
-    """Hands the attention call of one processor to the stages."""
-
-    def __init__(self, runtime: ModuleRuntime):
-        super().__init__()
-        self.runtime = runtime
-        self.count = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            self.count += 1
-            if self.count > 1:
-                raise ValueError(
-                    f"{self.runtime.where}: {self.runtime.processor} computes attention more than once per call; a "
-                    "description of its branches is missing"
-                )
-            return self.runtime.run(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 #: By attention module, since one processor object may serve many.
@@ -98,26 +104,83 @@ class ModuleRuntime:
         self.processor = type(site.module.processor).__name__
         signature = inspect.signature(type(site.module.processor).__call__)
         self.names = list(signature.parameters)[2:]
+        self.module = site.module
         self.given: dict[str, Any] = {}
+        self.intercept: Any = None
 
     @property
     def where(self) -> str:
         return f"layer {self.site.layer} ({self.site.name})"
 
     def around(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        """The processor's call under the stages."""
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if not self.stages["around_sublayer"]:
+            return self.attend(call, args, kwargs, given)
+        hidden = given["hidden_states"]
+        if hidden.dim() != 3:
+            raise ValueError(f"{self.where}: its input has rank {hidden.dim()}, not (B, N, C)")
+        context = given.get("encoder_hidden_states")
+        m = hidden.shape[1] if context is None else context.shape[1]
+        q_layout, k_layout = self.layouts(hidden.shape[1], m, given)
+        site = self.session.described(
+            self.site, hidden.shape[0], n_queries=hidden.shape[1], n_keys=m, q_layout=q_layout, k_layout=k_layout,
+            q_pos=torch.arange(hidden.shape[1], device=hidden.device), k_pos=torch.arange(m, device=hidden.device),
+        )  # fmt: skip
+
+        def innermost(x: Tensor) -> Tensor:
+            if args:
+                return self.attend(call, (x, *args[1:]), kwargs, {**given, "hidden_states": x})
+            return self.attend(call, args, {**kwargs, "hidden_states": x}, {**given, "hidden_states": x})
+
+        chain: Callable[[Tensor], Tensor] = innermost
+        for i in reversed(self.stages["around_sublayer"]):
+            chain = functools.partial(_around, i, site, chain)
+        result = chain(hidden)
+        if not isinstance(result, Tensor) or result.shape[:2] != hidden.shape[:2]:
+            got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise ValueError(f"{self.where}: around_sublayer must return (B, N, C)={tuple(hidden.shape)}, got {got}")
+        return result
+
+    def attend(
+        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]
+    ) -> Any:
+        """The processor itself, its attention through the stages."""
+        if not self.stages.in_attention:
+            return call(*args, **kwargs)
+        before, self.given = self.given, given
+        branches = BRANCHES.get(self.processor, ()) if self._has_image_keys() else ()
         try:
-            with _Intercept(self) as intercept:
+            with Intercept(self.run, self.where, self.processor, max(1, len(branches))) as self.intercept:
                 result = call(*args, **kwargs)
         finally:
-            self.given = {}
-        if not intercept.count:
+            self.given = before
+        if not self.intercept.count:
             raise ValueError(
                 f"{self.where}: {self.processor} did not call torch's scaled_dot_product_attention, so nothing could "
-                "act "
-                "there; use a processor that does (AttnProcessor2_0) and the native attention backend"
+                "act there; use a processor that does (AttnProcessor2_0) and the native attention backend"
             )
         return result
+
+    def before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``on_block_input``: the stream of image tokens."""
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+            raise ValueError(f"{self.where}: the input of its block is not (B, N, C)")
+        n, edited = hidden.shape[1], hidden
+        layout = None if self.site.kind == "joint" else self.layouts(n, n, {})[0]
+        site = self.session.described(
+            self.site, hidden.shape[0], n_queries=n, q_pos=torch.arange(n, device=hidden.device), q_layout=layout
+        )
+        for i in self.stages["on_block_input"]:
+            new = i.on_block_input(site, edited)
+            edited = edited if new is None else new
+        if edited is hidden:
+            return None
+        return ((edited, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": edited})
+
+    def _has_image_keys(self) -> bool:
+        return getattr(self.module, "add_k_proj", None) is not None and self.site.kind != "joint"
 
     def run(
         self,
@@ -136,22 +199,18 @@ class ModuleRuntime:
         if dropout_p and (stages.edits or stages["around_attention"]):
             raise ValueError(f"{self.where}: attention dropout {dropout_p} is active; call model.eval()")
         n, m = q.shape[2], k.shape[2]
-        if attn_mask is None:
-            pair = PairMask(n, m, causal=is_causal)
-        else:
-            mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
-            mask = mask.expand(*mask.shape[:2], n, m)
-            if mask.dtype == torch.bool:
-                pair = PairMask(n, m, allowed=mask)
-            else:
-                # diffusers writes -10000 for "no": as a bias it means the same.
-                pair = PairMask(n, m, bias=mask)
-        q_layout, k_layout = self.layouts(n, m)
+        # diffusers writes -10000 for "no": as a bias it means the same.
+        pair = pair_mask(attn_mask, n, m, is_causal)
+        q_layout, k_layout = self.layouts(n, m, self.given)
+        if self._has_image_keys():
+            branches = BRANCHES[self.processor]
+            k_layout = Layout(((branches[self.intercept.count - 1], m),))
+        rotary = any(self.given.get(name) is not None for name in ("image_rotary_emb", "rotary_emb"))
         site = self.session.described(
             self.site, q.shape[0], heads=q.shape[1], kv_heads=k.shape[1], head_dim=q.shape[3],
             scale=float(q.shape[3] ** -0.5 if scale is None else scale), n_queries=n, n_keys=m, mask=pair,
             q_pos=torch.arange(n, device=q.device), k_pos=torch.arange(m, device=q.device),
-            q_layout=q_layout, k_layout=k_layout, rotary=self.given.get("image_rotary_emb") is not None or None,
+            q_layout=q_layout, k_layout=k_layout, rotary=rotary or None,
         )  # fmt: skip
         for i in stages["on_qkv"]:
             q, k, v = i.on_qkv(site, q, k, v)
@@ -170,24 +229,58 @@ class ModuleRuntime:
 
         return run_attention(site, q, k, v, stages, kernel)
 
-    def layouts(self, n: int, m: int) -> tuple[Layout | None, Layout | None]:
+    def layouts(self, n: int, m: int, given: dict[str, Any]) -> tuple[Layout | None, Layout | None]:
         """What queries and keys are, from the shapes of the denoiser's inputs."""
         if self.site.kind == "joint":
-            order, text = JOINT_ORDER.get(self.processor), self.frame.get("text")
+            context = given.get("encoder_hidden_states")
+            order = JOINT_ORDER.get(self.processor)
+            text = context.shape[1] if isinstance(context, Tensor) else self.frame.get("text")
             if order is None or text is None or n != m or text > n:
                 return None, None
             sizes = {"text": text, "image": self.grid(n - text)}
             layout = Layout(tuple((name, sizes[name]) for name in order))
             return layout, layout
+        folded = next((what for word, what in FOLDED.items() if word in self.site.name), None)
+        if folded is not None:
+            own = Layout(((folded, n),))
+            return (own, own) if self.site.kind == "self" else (own, Layout((("text", m),)))
         image = Layout((("image", self.grid(n)),))
         return (image, image) if self.site.kind == "self" else (image, Layout((("text", m),)))
 
     def grid(self, tokens: int) -> int | tuple[int, ...]:
-        """The image grid of so many tokens: a halving of the latent's sides, or their count when it is none."""
+        """The grid of so many tokens, or their count when they are none.
+
+        Videos: the latent's sides over the patch; images: a halving of the latent's sides.
+        """
+        if "video" in self.frame:
+            video = self.frame["video"]
+            return video if math.prod(video) == tokens else tokens
         height, width = self.frame.get("grid", (0, 0))
         while height and width and height * width > tokens:
             height, width = -(-height // 2), -(-width // 2)
         return (height, width) if height and height * width == tokens else tokens
+
+
+def _around(intervention: Any, site: Site, inner: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    return intervention.around_sublayer(site, hidden, inner)
+
+
+def _video_grid(model: Any, given: dict[str, Any], sample: Any) -> tuple[int, int, int] | None:
+    """(frames, height, width) of the tokens of a video denoiser; ``None`` for images."""
+    sides = [given.get(name) for name in ("num_frames", "height", "width")]
+    if all(isinstance(side, int) for side in sides):
+        return sides[0], sides[1], sides[2]  # type: ignore[return-value]
+    if not isinstance(sample, Tensor) or sample.dim() != 5:
+        return None
+    sizes = list(sample.shape[-3:])
+    if type(model).__name__ in FRAMES_FIRST:
+        sizes[0] = sample.shape[1]
+    patch = getattr(model.config, "patch_size", 1)
+    if isinstance(patch, (tuple, list)):
+        steps = list(patch)
+    else:
+        steps = [getattr(model.config, "patch_size_t", None) or 1, patch, patch]
+    return tuple(-(-size // step) for size, step in zip(sizes, steps, strict=True))  # type: ignore[return-value]
 
 
 class DiffusersAdapter(Adapter):
@@ -195,7 +288,8 @@ class DiffusersAdapter(Adapter):
 
     name = "diffusers"
     stages: ClassVar[frozenset[str]] = frozenset(
-        "on_context on_qkv on_kv_read around_attention on_scores on_weights on_output".split()
+        "on_block_input around_sublayer on_context on_qkv on_kv_read around_attention on_scores on_weights on_output "
+        "on_step".split()
     )
 
     def sites(self, model: nn.Module, part: str | None) -> list[Site]:
@@ -222,7 +316,7 @@ class DiffusersAdapter(Adapter):
                     layer=len(sites),
                     name=prefix + name,
                     module=module,
-                    kind=self._kind(module),
+                    kind=self._kind(prefix + name, module),
                     heads=heads,
                     kv_heads=kv_heads,
                     head_dim=q_dim // heads if q_dim else 0,
@@ -237,10 +331,17 @@ class DiffusersAdapter(Adapter):
         return sites
 
     @staticmethod
-    def _kind(module: nn.Module) -> str:
-        if getattr(module, "add_q_proj", None) is not None or type(module).__name__ == "FluxAttention":
+    def _kind(name: str, module: Any) -> str:
+        processor = type(module.processor).__name__
+        if getattr(module, "add_q_proj", None) is not None or processor in JOINT_WITHOUT_PROJECTIONS:
             return "joint"
-        return "cross" if getattr(module, "is_cross_attention", False) else "self"
+        # Hunyuan's single blocks join the streams without projections, its text refiner has none to join.
+        if processor == "HunyuanVideoAttnProcessor2_0" and "refiner" not in name:
+            return "joint"
+        if hasattr(module, "is_cross_attention"):
+            return "cross" if module.is_cross_attention else "self"
+        last = name.rpartition(".")[2]
+        return "cross" if last.endswith("attn2") or "cross" in last else "self"
 
     def install(self, session: Session, plan: list[tuple[Site, Stages]]) -> None:
         frame: dict[str, Any] = {}
@@ -250,12 +351,31 @@ class DiffusersAdapter(Adapter):
         for site, stages in plan:
             module: Any = site.module
             original = module.processor
-            if getattr(module, "add_k_proj", None) is not None and site.kind != "joint":
+            extra = getattr(module, "add_k_proj", None) is not None and site.kind != "joint"
+            if extra and stages.in_attention and type(original).__name__ not in BRANCHES:
                 raise ValueError(
                     f"layer {site.layer} ({site.name}): {type(original).__name__} concatenates text keys to its own; a "
                     "description of that is missing"
                 )
+            if stages["around_sublayer"]:
+                if site.kind == "joint":
+                    raise ValueError(
+                        f"layer {site.layer} ({site.name}): joint attention reads and gives two streams; "
+                        "around_sublayer is missing there"
+                    )
+                if getattr(module, "residual_connection", False):
+                    raise ValueError(
+                        f"layer {site.layer} ({site.name}): it adds its residual by itself; around_sublayer is missing "
+                        "there"
+                    )
             runtime = ModuleRuntime(session, site, stages, frame)
+            if stages["on_block_input"]:
+                block = block_of(session.model, site)
+                session.hook(block.register_forward_pre_hook(runtime.before_block, with_kwargs=True))
+            if not (stages.in_attention or stages["around_sublayer"]):
+                if stages["on_context"]:
+                    self._swap(session, stages, site, module)
+                continue
             processor_class: Any = type(original)
             attached: Any = object.__new__(_hooked(processor_class))
             # The same dictionary: what is set on one (a backend, a scale) is set on the other.
@@ -268,12 +388,15 @@ class DiffusersAdapter(Adapter):
             else:
                 session.set_attribute(module, "processor", attached)
             if stages["on_context"]:
-                if site.kind == "joint":
-                    raise ValueError(
-                        f"layer {site.layer} ({site.name}): joint attention reads two sources; on_context is missing "
-                        "there"
-                    )
-                swap_sources(session, stages, self._source_site(session, site), module.to_k, module.to_v)
+                self._swap(session, stages, site, module)
+
+    @classmethod
+    def _swap(cls, session: Session, stages: Stages, site: Site, module: Any) -> None:
+        if site.kind == "joint":
+            raise ValueError(
+                f"layer {site.layer} ({site.name}): joint attention reads two sources; on_context is missing there"
+            )
+        swap_sources(session, stages, cls._source_site(session, site), module.to_k, module.to_v)
 
     @staticmethod
     def _source_site(session: Session, site: Site) -> Callable[[Tensor], Site]:
@@ -290,6 +413,9 @@ class DiffusersAdapter(Adapter):
             if isinstance(text, Tensor) and text.dim() == 3:
                 frame["text"] = text.shape[1]
             sample = given.get("sample", given.get("hidden_states"))
+            video = _video_grid(model, given, sample)
+            if video is not None:
+                frame["video"] = video
             ids = given.get("img_ids")
             if isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] == 3 and len(ids):
                 frame["grid"] = (int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1)

@@ -32,19 +32,20 @@ from .core import ATTENTION_STAGES, Adapter, PairMask, Session, Site, Stages, ru
 
 
 class Intercept(TorchFunctionMode):
-    """Hands the one attention call inside it to ``run``."""
+    """Hands the attention call inside it to ``run``, or each of the ``calls`` that are known."""
 
-    def __init__(self, run: Callable[..., Tensor], where: str, what: str):
+    def __init__(self, run: Callable[..., Tensor], where: str, what: str, calls: int = 1):
         super().__init__()
-        self.run, self.where, self.what = run, where, what
+        self.run, self.where, self.what, self.calls = run, where, what, calls
         self.count = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             self.count += 1
-            if self.count > 1:
+            if self.count > self.calls:
+                times = "once" if self.calls == 1 else f"{self.calls} times"
                 raise ValueError(
-                    f"{self.where}: {self.what} computes attention more than once per call; a description of its "
+                    f"{self.where}: {self.what} computes attention more than {times} per call; a description of its "
                     "branches is missing"
                 )
             return self.run(*args, **(kwargs or {}))
