@@ -112,7 +112,8 @@ MODELS = {
     ),
     "sd3": (
         sd3, sd3_inputs,
-        [("joint", (image, text), (image, text)), ("self", (image,), (image,)), ("joint", (image, text), (image, text))],
+        [("joint", (image, text), (image, text)), ("self", (image,), (image,)),
+         ("joint", (image, text), (image, text))],
     ),
 }  # fmt: skip
 
