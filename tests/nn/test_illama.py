@@ -1,4 +1,5 @@
 import math
+import pickle
 
 import pytest
 import torch
@@ -147,6 +148,12 @@ def test_the_rate_is_saved_and_decides_what_is_claimed():
     assert float(fresh.rate) == 0.5 and fresh.traits.patterns == {"noncausal-self"}
     x = torch.randn(1, 6, 16)
     torch.testing.assert_close(fresh(x), soft(x))
+    in_place = make(mask_mode="pre")
+    in_place.rate.fill_(0.5)  # some loaders copy into the buffer, past load_state_dict
+    assert in_place.traits.patterns == {"noncausal-self"}
+    again = pickle.loads(pickle.dumps(fresh))
+    again.load_state_dict(soft.state_dict())
+    torch.testing.assert_close(again(x), soft(x))
     with pytest.raises(ValueError, match="cannot return 'state'"):
         fresh(x, returns=("state",))
     fresh.set_progress(1.0)

@@ -101,20 +101,19 @@ class SoftMaskedAttention(SoftmaxAttention):
         super().__init__(dim, num_heads, rotary=rotary, rotary_interleaved=rotary_interleaved, **settings)
         self.mask_mode, self.soft_rate, self.cutoff, self.schedule = mask_mode, soft_rate, cutoff, schedule
         self.register_buffer("rate", torch.zeros(()))
-        self._harden(0.0)
-        self.register_load_state_dict_post_hook(lambda module, _: module._harden())  # type: ignore[attr-defined]
+        self._harden()
 
-    def _harden(self, rate: float | None = None) -> None:
-        """Whether the mask is soft decides how to compute; it changes with the buffer and is known without reading it.
+    def _harden(self) -> None:
+        """Set ``causal``, which the base class goes by: whether the mask is hard decides how to compute.
 
-        ``causal`` is what the base class goes by.
+        The buffer is asked each time, for it may have been loaded in whatever way; a trace keeps what it began with.
         """
-        if rate is None:
-            rate = 0.0 if self.rate.is_meta else float(self.rate)
-        self.causal = self.mask_mode == "pre" and rate == 0.0
+        if self.mask_mode == "pre" and not torch.compiler.is_compiling():
+            self.causal = self.rate.is_meta or float(self.rate) == 0.0
 
     @property
     def traits(self) -> Traits:
+        self._harden()
         traits = super().traits
         return traits.but(
             patterns=frozenset({"causal-self" if self.causal else "noncausal-self"}),
@@ -130,9 +129,8 @@ class SoftMaskedAttention(SoftmaxAttention):
 
     def set_progress(self, progress: float) -> None:
         super().set_progress(progress)
-        rate = self.rate_at(progress)
-        self.rate.fill_(rate)
-        self._harden(rate)
+        self.rate.fill_(self.rate_at(progress))
+        self._harden()
 
     # ---- attention
 
