@@ -95,10 +95,8 @@ class ReadOnly(Intervention):
 
 def only(kept, site, since):
     """(B, H, 1, M) boolean: the kept slots, and everything from ``since`` on."""
-    stays = torch.zeros(*kept.shape[:2], site.n_keys + 1, dtype=torch.bool)
-    stays.scatter_(-1, torch.where(kept < 0, site.n_keys, kept), True)
-    stays = stays[..., :-1]
-    stays[..., since:] = True
+    slots = site.k_pos if site.k_pos.dim() == 3 else site.k_pos[None, None]
+    stays = (slots.unsqueeze(-1) == kept[:, :, None]).any(-1) & (slots >= 0) | (slots >= since)
     return stays.repeat_interleave(site.heads // site.kv_heads, 1)[:, :, None]
 
 
@@ -116,7 +114,7 @@ def view_of(seed=0, n=15, pad=(4, 0), dtype=torch.float64):
     allowed = ((torch.arange(n) <= torch.arange(n)[:, None]) & valid[:, None])[:, None]
     site = call_site(q, k, allowed=allowed, layer=1)
     order = (valid.long().cumsum(-1) - 1).masked_fill(~valid, -1)
-    return CacheView(site, q, order, k, v, valid[:, None], site.k_pos, n - 1), allowed, pad
+    return CacheView(site, q, order, site.q_pos.expand(2, n), k, v, valid[:, None], site.k_pos), allowed, pad
 
 
 def test_observed_and_last_attention_by_their_equations():

@@ -101,7 +101,7 @@ def test_scores_equal_kvpress(recorded, name):
     scorer.prepare(recorded.model, [site])
     valid = torch.ones(1, 1, k.shape[2], dtype=torch.bool)
     order = torch.arange(k.shape[2])[None]
-    mine = scorer.score(CacheView(site, q, order, k, v, valid, site.k_pos, k.shape[2] - 1)).expand(theirs.shape)
+    mine = scorer.score(CacheView(site, q, order, order, k, v, valid, site.k_pos)).expand(theirs.shape)
     if name == "tova":  # the last key stays, which the compression adds to every score
         mine = torch.cat([mine[..., :-1], torch.full_like(mine[..., :1], torch.inf)], -1)
     if name == "snapkv":

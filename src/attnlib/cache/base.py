@@ -125,35 +125,40 @@ class KVCompression(Intervention):
             if valid is not None and (first or "missing" not in memory):
                 memory["missing"] = last + 1 - valid.any(1).sum(-1).expand(k.shape[0])
             real = last + 1 - memory["missing"]
-            queries, order = self._remembered(memory, q, self._order_of(q, real, valid if first else None))
+            seen = self._remembered(memory, q, *self._described(site, q, real, valid if first else None))
             if not due:
                 return None
             assert valid is not None and site.k_pos is not None
-            if not first:
-                most = max(1, self.scorer.queries)
-                queries, order = queries[:, :, -most:], order[:, -most:]
-            return self._choose(CacheView(site, queries, order, k, v, valid, site.k_pos, last), real)
+            return self._choose(CacheView(site, *seen, k, v, valid, site.k_pos), real, last + 1)
 
     @staticmethod
-    def _order_of(q: Tensor, real: Tensor, valid: Tensor | None) -> Tensor:
-        """(B, n) number of each query's token among those of its sample; -1 for padding."""
-        n = q.shape[2]
+    def _described(site: Site, q: Tensor, real: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, n) number of each query's token among those of its sample, -1 for padding, and its slot."""
+        batch, n = q.shape[0], q.shape[2]
+        new = torch.arange(n, device=q.device)
+        slots = site.offset + new if site.q_pos is None else site.q_pos
+        slots = slots.expand(batch, n)
         if valid is None:
-            return real.unsqueeze(-1) - n + torch.arange(n, device=q.device)
-        there = valid.any(1)[:, -n:].expand(q.shape[0], n)
-        return (there.cumsum(-1) - 1).masked_fill(~there, -1)
+            return real.unsqueeze(-1) - n + new, slots
+        there = valid.any(1)[:, -n:].expand(batch, n)
+        return (there.cumsum(-1) - 1).masked_fill(~there, -1), slots
 
-    def _remembered(self, memory: dict[str, Tensor], q: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    def _remembered(
+        self, memory: dict[str, Tensor], q: Tensor, order: Tensor, slots: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries to score with; those that a later eviction may ask for stay in the cache layer's memory."""
         past, most = memory.get("queries"), self.scorer.queries
         if past is not None:
-            q, order = torch.cat([past, q], 2), torch.cat([memory["order"][:, 0], order], 1)
+            order, slots = (torch.cat([memory[name][:, 0], t], 1) for name, t in (("order", order), ("slots", slots)))
+            q = torch.cat([past, q], 2)[:, :, -most:]
+            order, slots = order[:, -most:], slots[:, -most:]
         if most and self.every is not None:
             # Copies, so that the queries of a whole prompt are not kept alive.
-            memory["queries"], memory["order"] = q[:, :, -most:].clone(), order[:, None, -most:].clone()
-        return q, order
+            memory["queries"] = q[:, :, -most:].clone()
+            memory["order"], memory["slots"] = (t[:, None, -most:].clone() for t in (order, slots))
+        return q, order, slots
 
-    def _choose(self, view: CacheView, real: Tensor) -> Tensor | dict[int, Tensor] | None:
+    def _choose(self, view: CacheView, real: Tensor, seen: int) -> Tensor | dict[int, Tensor] | None:
         """What stays of a layer; with a budget for all layers, of all of them once the last has run."""
         layer, shape = view.site.layer, view.k.shape[:3]
         place = (self._order.index(layer), len(self._order)) if layer in self._order else (0, 1)
@@ -166,7 +171,7 @@ class KVCompression(Intervention):
             scores = scores.masked_fill(view.valid & (order >= shape[2] - self.scorer.protected), torch.inf)
         ready = self.selector.ready(scores)
         if self.budget.scope != "layers":
-            return self._done(view, ready, self.budget.counts([ready], [real], [place])[0])
+            return self._done(view, ready, self.budget.counts([ready], [real], [place])[0], seen)
         if place[0] == 0:
             self._waiting.clear()
         self._waiting[layer] = (view, ready, real)
@@ -182,7 +187,7 @@ class KVCompression(Intervention):
         counts = self.budget.counts(scored, reals, [(n, len(self._order)) for n in range(len(self._order))])
         answers = {}
         for one, score, count in zip(views, scored, counts, strict=True):
-            kept = self._done(one, score, count)
+            kept = self._done(one, score, count, seen)
             if kept is not None:
                 answers[one.site.layer] = kept
         return answers or None
@@ -192,12 +197,12 @@ class KVCompression(Intervention):
             return None
         return torch.arange(view.k.shape[2], device=view.k.device).expand(view.k.shape[:3])
 
-    def _done(self, view: CacheView, ready: Tensor, counts: Tensor) -> Tensor | None:
+    def _done(self, view: CacheView, ready: Tensor, counts: Tensor, seen: int) -> Tensor | None:
         if bool((counts >= view.k.shape[2]).all()):
             return self._everything(view)
         kept = self.selector.pick(ready, counts)
         slots = view.slots.expand(view.k.shape[:3]).gather(-1, kept.clamp(min=0)).masked_fill(kept < 0, -1)
-        self._kept[view.site.layer] = (view.last + 1, slots)
+        self._kept[view.site.layer] = (seen, slots)
         return kept
 
     def results(self) -> dict[int, dict[str, Any]]:

@@ -29,21 +29,21 @@ class CacheView:
         q: (B, H, n, D) the last ``n`` queries, rotary positions applied: all of them after prefill, as many as the
             scorer's ``queries`` while decoding.
         q_order: (B, n) number of each query's token among those of its sample, from 0; -1 for padding.
+        q_slots: (B, n) slots of the queries in the sequence.
         k: (B, Hk, M, D) cached keys.
         v: (B, Hk, M, Dv) cached values.
         valid: (B or 1, Hk or 1, M) boolean, keys that hold a token.
         slots: (M,) or (B, Hk, M), slots of the keys in the sequence, -1 where none is held.
-        last: slot of the last query.
     """
 
     site: Site
     q: Tensor
     q_order: Tensor
+    q_slots: Tensor
     k: Tensor
     v: Tensor
     valid: Tensor
     slots: Tensor
-    last: int
 
     def order(self) -> Tensor:
         """(B or 1, Hk or 1, M) number of each key among those that hold a token, from 0."""
@@ -70,7 +70,7 @@ class CacheView:
             allowed = None
         if allowed is None:  # queries of earlier calls, whose masks are gone: causal
             slots = self.slots if self.slots.dim() == 3 else self.slots[None, None]
-            allowed = slots[:, :, None] <= (self.last - n + 1 + rows).unsqueeze(-1)
+            allowed = slots[:, :, None] <= self.q_slots[:, None, rows].unsqueeze(-1)
             allowed = allowed.repeat_interleave(groups, 1) if allowed.shape[1] > 1 else allowed
         valid = self.valid[:, :, None]
         allowed = allowed & (valid.repeat_interleave(groups, 1) if valid.shape[1] > 1 else valid)
@@ -385,8 +385,8 @@ class ExpectedAttention(Scorer):
     def statistics(self, view: CacheView) -> tuple[Tensor, Tensor | None]:
         """(B, H, D) mean and (B, H, D, D) covariance of future queries."""
         layer, q = view.site.layer, view.q.to(stats_dtype(view.q.dtype))
-        n, turn = q.shape[2], self._rotary[layer][1]
-        ago = torch.arange(n - 1, -1, -1, device=q.device).unsqueeze(0)
+        turn = self._rotary[layer][1]
+        ago = view.q_slots[:, -1:] - view.q_slots
         q, _ = turn(q, q, *self._angles(layer, ago, q))
         ahead = torch.arange(1, self.future + 1, device=q.device).unsqueeze(0)
         cos, sin = (t.mean(1, keepdim=True) for t in self._angles(layer, ahead, q))

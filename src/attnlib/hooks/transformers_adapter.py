@@ -164,7 +164,7 @@ def evicted_layer_class() -> type:
         def __copy__(self) -> Any:
             new = object.__new__(type(self))
             # Two layers must not write behind the same keys.
-            new.__dict__.update(self.__dict__, _places={})
+            new.__dict__.update(self.__dict__, _places={}, memory=dict(self.memory))
             return new
 
         def _longer(self, name: str, new: Tensor) -> Tensor:
