@@ -268,6 +268,7 @@ SETTINGS = {
     "s2-attention-dkernel": {"block_size": 2, "local_blocks": 2, "stride": 2},
     "illama": {"mask_mode": "pre"},
     "pldr-llm-plga": {"metric_hidden": 6, "residual_units": 1, "metric": "cached"},
+    "rcmha": {"attn_drop": 0.0},
     "softplus-attention-lssar": {"power": 3.0},
 }
 
@@ -318,3 +319,19 @@ def test_a_weight_of_zero_leaves_losses_out():
     ids = torch.randint(1, 41, (2, 6))
     assert model(spec)(ids).mechanism_losses["balance"] > 0
     assert model(spec, loss_weights={"balance": 0.0})(ids).mechanism_losses is None
+
+
+@pytest.mark.parametrize("name", ["softmax-attention", "moh-mixture-of-heads", "lightning-attention-2", "rcmha"])
+def test_compiles_whole(name):
+    m = model([{"name": name, **SETTINGS.get(name, {})}]).train()
+    ids = torch.randint(1, 41, (2, 9))
+    want = m(ids, labels=ids).loss
+    want.backward()
+    grads = {n: p.grad.clone() for n, p in m.named_parameters()}
+    m.zero_grad()
+    torch._dynamo.reset()
+    loss = torch.compile(m, backend="aot_eager", fullgraph=True)(ids, labels=ids).loss
+    loss.backward()
+    torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-5)
+    for n, p in m.named_parameters():
+        torch.testing.assert_close(p.grad, grads[n], atol=1e-4, rtol=1e-3, msg=n)

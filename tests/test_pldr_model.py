@@ -277,3 +277,11 @@ def test_a_file_that_is_no_g_cache(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="not a G-cache"):
         GCache.load(tmp_path / "x.safetensors")
+
+
+def test_compiles_whole():
+    m = small().train()
+    ids = torch.randint(1, 41, (2, 9))
+    torch._dynamo.reset()
+    loss = torch.compile(m, backend="aot_eager", fullgraph=True)(ids, labels=ids).loss
+    torch.testing.assert_close(loss, m(ids, labels=ids).loss, atol=1e-5, rtol=1e-5)

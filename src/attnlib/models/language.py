@@ -173,7 +173,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def mix(self, x: Tensor, valid: Tensor | None, layer: StateLayer | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The mechanism's output and losses; reads and moves on this layer's state when there is one."""
-        returns: tuple[str, ...] = ("losses",) if set(self.mixer.traits.losses) - self.unwanted else ()
+        returns: tuple[str, ...] = ("losses",) if set(self.mixer._claims().losses) - self.unwanted else ()
         call: dict[str, Any] = {"valid": valid}
         if layer is not None:
             returns = (*returns, "state")
