@@ -510,6 +510,87 @@ def test_token_types_of_uneven_heads(llama):
     assert torch.equal(slots, k_pos + 1)
 
 
+class Drop(Intervention):
+    """Remove some tokens at the input of a block; a different number in each sample."""
+
+    def __init__(self, layer=1):
+        self.at = layer
+
+    def wants(self, site):
+        return site.layer == self.at
+
+    def on_tokens(self, site, hidden):
+        index = torch.tensor([[-1, -1, 6, 7, *range(9, 20)], [0, 2, 5, 7, *range(9, 20)]])
+        return hidden.gather(1, index.clamp(min=0).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])), index
+
+
+@pytest.mark.parametrize("scorer", ["votes", "observed", "expected", "recency"])
+def test_composes_with_removed_tokens(llama, scorer):
+    """What is left of a shorter layer is read at its true slots."""
+    inputs = prompt(length=20, pad=(5, 0))
+    with attnlib.attach(llama, Drop(), KVCompression(SCORERS[scorer](), AcrossHeads(Ratio(0.5)))) as session:
+        mine, _ = scores(llama, inputs, new=4)
+    kept = kept_of(session)
+    for layer in (1, 2):
+        assert not torch.isin(kept[layer], torch.tensor([1, 3, 4, 8])).any()
+        assert (kept[layer] >= 0).sum((1, 2)).tolist() == [2 * 6, 2 * 7]  # of 13 and 15 tokens
+    with attnlib.attach(llama, Drop(), ReadOnly(kept, 20)):
+        oracle, _ = scores(llama, inputs, new=4)
+    torch.testing.assert_close(mine, oracle, atol=1e-5, rtol=1e-4)
+
+
+def test_removed_tokens_then_evicted_again(llama):
+    inputs = prompt(length=20, pad=(5, 0))
+    cache = transformers.DynamicCache(config=llama.config)
+    mask = inputs["attention_mask"]
+    with torch.no_grad(), attnlib.attach(llama, Drop(), KVCompression(Recency(2), Cap(6), every=1)):
+        llama(**inputs, past_key_values=cache)
+        for t in range(3):
+            mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+            llama(torch.randint(3, 60, (2, 1)), attention_mask=mask, past_key_values=cache)
+            recent = list(range(17 + t, 21 + t))
+            assert cache.layers[0].positions[:, 0].tolist() == [[5, 6, *recent], [0, 1, *recent]]
+            assert cache.layers[2].positions[:, 0].tolist() == [[6, 7, *recent], [0, 2, *recent]]
+
+
+@pytest.mark.parametrize("every", [None, 1, 2])
+def test_composes_with_a_module_that_runs_twice(llama, every):
+    class Twice(Intervention):
+        """The mean of two runs of the module on the same input, which is that of one."""
+
+        def around_sublayer(self, site, hidden, call):
+            return (call(hidden) + call(hidden)) / 2
+
+    inputs = prompt(length=18)
+
+    def compression():
+        return KVCompression(SnapKVVotes(3, 3), AcrossHeads(Cap(7)), every=every)
+
+    with attnlib.attach(llama, compression()) as session:
+        once, _ = scores(llama, inputs)
+        kept = kept_of(session)
+    with attnlib.attach(llama, Twice(), compression()) as session:
+        twice, _ = scores(llama, inputs)
+        for layer, slots in kept_of(session).items():
+            assert torch.equal(slots, kept[layer])
+    torch.testing.assert_close(twice, once, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+def test_eager_and_fused_attention_decode_alike(llama, mode):
+    """Masks are added by one kernel and boolean in the other; heads and samples are uneven in both."""
+    inputs, out = prompt(length=18), []
+    for implementation in ("sdpa", "eager"):
+        model = copy.deepcopy(llama)
+        model.set_attn_implementation(implementation)
+        with attnlib.attach(
+            model, KVCompression(ObservedAttention(), AcrossHeads(Ratio(0.6), 0.1), every=3)
+        ) as session:
+            out.append(scores(model, inputs, new=7, **mode)[0])
+            assert any((slots < 0).any() for slots in kept_of(session).values())
+    torch.testing.assert_close(*out, atol=1e-5, rtol=1e-4)
+
+
 def test_two_compressions_on_different_layers(llama):
     a, b = KVCompression(KeyNorm(), Cap(6), layers=[0]), SnapKV(cap=8, window_size=4, layers=[1, 2])
     cache = transformers.DynamicCache(config=llama.config)
