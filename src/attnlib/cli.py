@@ -115,6 +115,7 @@ def info(
     """
     import inspect
 
+    from .bench.mixing import passes_table, unified_view
     from .catalog import papers
     from .nn.registry import find
 
@@ -123,10 +124,12 @@ def info(
     traits = (cls(**config).traits if config else cls.class_traits).to_dict()  # type: ignore[attr-defined]
     slug = cls.slug  # type: ignore[attr-defined]
     entries = [p.to_dict() for p in papers() if slug in p.mechanisms]
+    mechanism = cls(**config) if config else cls
+    view, passes = unified_view(mechanism), passes_table(mechanism)
     if as_json:
         _print_json(
             {"name": slug, "doc": inspect.getdoc(cls), "signature": str(inspect.signature(cls)), "traits": traits,
-             "papers": entries}
+             "view": view, "passes": passes, "papers": entries}
         )  # fmt: skip
         return
     console.print(f"[bold]{slug}[/]  [dim]{cls.__module__}.{cls.__qualname__}[/]\n")
@@ -135,6 +138,15 @@ def info(
     for key, value in traits.items():
         table.add_row(key, json.dumps(value))
     console.print(table)
+    table = Table("Y = M(X) V", "", box=None, title="as a mixing matrix")
+    for key, text in view.items():
+        table.add_row(key, text)
+    console.print(table)
+    if passes:
+        table = Table(*passes[0], box=None, title="passes, footprint of one query or head, least traffic")
+        for row in passes:
+            table.add_row(*(str(value) for value in row.values()))
+        console.print(table)
     for entry in entries:
         console.print(f"[bold]{entry['title']}[/] ({entry['authors']}, {entry['year']})  {entry['link']}")
         for line in entry["verified"]:

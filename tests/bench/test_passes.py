@@ -13,7 +13,7 @@ from attnlib.bench.passes import (
     unstable_cascade,
 )
 from attnlib.normalizers import Activated, ClippedSoftmax, Relu, Sigmoid, Softmax, SoftplusL1, Uniform, normalizer_names
-from attnlib.ops import block_sparse, linear, neighborhood, partition, reduced, sampled
+from attnlib.ops import block_sparse, linear, neighborhood, partition, reduced, sampled, split_decoding
 from attnlib.ops.modulation import channel_attention, depthwise, gated_sum, modulate, pool
 from attnlib.ops.toeplitz import toeplitz_attention
 from attnlib.types import Partial
@@ -219,6 +219,12 @@ def check_merge():
     return given, {}, {"AV": attnlib.attention(q, k, v)}
 
 
+def check_split():
+    q, k, v = rand(1, 2, 3, 3), rand(1, 2, 12, 3), rand(1, 2, 12, 4)
+    given = {"Q": q, "K": blocks(k, 4), "V": blocks(v, 4), "SCALE": 3**-0.5}
+    return given, {}, {"AV": split_decoding(q, k, v, tile=4, workers=3)}
+
+
 def check_block_sparse():
     q, k, v = rand(1, 2, 8, 3), rand(1, 2, 12, 3), rand(1, 2, 12, 4)
     index = torch.stack([torch.randperm(4)[:3] for _ in range(8)]).view(1, 2, 4, 3)
@@ -356,7 +362,7 @@ def check_channel_attention():
 
 
 CHECKS = {
-    "attention": check_attention, "attention_partial": check_partial, "merge": check_merge,
+    "attention": check_attention, "attention_partial": check_partial, "merge": check_merge, "split": check_split,
     "block_sparse": check_block_sparse, "neighborhood": check_neighborhood, "partition": check_partition,
     "reduced": check_reduced, "agent": check_agent, "linear_recurrent": check_linear_recurrent,
     "linear_chunkwise": check_linear_chunkwise, "linear_parallel": check_linear_parallel,
@@ -383,11 +389,12 @@ def test_passes_and_footprints_of_the_operators():
     found = {n: (d.cascade().passes(), d.cascade().footprint_text()) for n, d in OPERATORS.items()}
     assert found == {
         "attention": (1, "E + F + 2"), "attention_partial": (1, "E + F + 2"), "merge": (1, "F + 2"),
+        "split": (1, "F S + 3 S"),
         "block_sparse": (1, "E + F + 2"), "neighborhood": (1, "E + F + 2"), "partition": (1, "E + F + 2"),
         "reduced": (1, "E + F + 2"), "agent": (1, "A E + A F + 2 A"), "linear_recurrent": (1, "D F + D"),
         "linear_chunkwise": (1, "D F"), "linear_parallel": (1, "D + F + 1"), "linear_bidirectional": (1, "D F + D"),
         "toeplitz": (1, "D + F + 1"), "deformable": (1, "F"), "deformable_3d": (1, "F"),
-        "modulation": (2, "2 C T + C"), "channel_attention": (2, "C D"),
+        "modulation": (2, "2 T C + C"), "channel_attention": (2, "C D"),
     }  # fmt: skip
 
 

@@ -239,6 +239,8 @@ class Cascade:
         over: the rank walked along, outermost part first: ``("m",)``, or ``("m1", "m0")`` when it is cut into blocks.
         per: ranks of the independent problems; footprints are told for one of them.
         name: for messages.
+        letters: what ranks that stand together are called in :meth:`footprint_text`, by default the first letter of
+            ``over`` for all of it.
 
     Raises:
         ValueError: a line that cannot be read, or a tensor that is read before anything made it.
@@ -256,8 +258,10 @@ class Cascade:
         over: Sequence[str],
         per: Sequence[str] = ("b", "h", "p"),
         name: str = "cascade",
+        letters: Mapping[tuple[str, ...], str] | None = None,
     ):
         self.name, self.outputs, self.over, self.per = name, list(outputs), tuple(over), tuple(per)
+        self.letters = {self.over: self.over[0].rstrip("0123456789").upper(), **(letters or {})}
         self.inputs = {n: tuple(r.split()) for n, r in inputs.items()}
         self.einsums = [Einsum.parse(line) for line in text.strip().splitlines() if line.strip()]
         made = set(self.inputs) | {e.out for e in self.einsums}
@@ -386,7 +390,7 @@ class Cascade:
 
     def footprint_text(self) -> str:
         """:meth:`footprint` as text, e.g. ``"E + F + 2"``; the whole rank is called by its letter."""
-        return _poly_text(self.footprint(), self.over)
+        return _poly_text(self.footprint(), self.letters)
 
     # ---- counting
 
@@ -469,13 +473,11 @@ class Cascade:
         for o in self.outputs:
             total[tuple(sorted(r for r in self._ranks_of(o) if r not in ("b", "h")))] += 1
         for name, ranks in self.inputs.items():
-            when = {
-                math.ceil(runs[n]) for n, e in enumerate(self.einsums) for ref, _, _ in e.reads if ref == name
-            }
+            when = {math.ceil(runs[n]) for n, e in enumerate(self.einsums) for ref, _, _ in e.reads if ref == name}
             if ranks:
                 times = len(when) if set(ranks) & set(self.over) else 1
                 total[tuple(sorted(r for r in ranks if r not in ("b", "h")))] += times
-        return _poly_text(total, self.over)
+        return _poly_text(total, self.letters)
 
     def _sources(self, tensor: str) -> set[str]:
         """Inputs that a tensor stems from along the rank, up to what was reduced over it."""
@@ -709,16 +711,16 @@ class _Machine:
         return self._value(index, ranks, fixed).long()
 
 
-def _poly_text(poly: Poly, over: Sequence[str]) -> str:
-    whole = over[0].rstrip("0123456789").upper()
+def _poly_text(poly: Poly, letters: Mapping[tuple[str, ...], str]) -> str:
+    whole = next(iter(letters.values()))
 
     def monomial(mono: tuple[str, ...]) -> str:
-        names = list(mono)
-        if len(over) > 1 and set(over) <= set(names):
-            for r in over:
-                names.remove(r)
-            names.insert(0, whole)
-        return " ".join(n.upper() for n in names)
+        names, called = list(mono), []
+        for ranks, letter in letters.items():
+            if set(ranks) <= set(names):
+                names = [n for n in names if n not in ranks]
+                called.append(letter)
+        return " ".join([*called, *(n.upper() for n in names)])
 
     parts = sorted(
         ((monomial(m), c) for m, c in poly.items() if m),
@@ -966,6 +968,24 @@ def _merge() -> Cascade:
     return Cascade(_dedent(text), inputs, ["AV"], ("s",), name="merge of parts")
 
 
+def _split() -> Cascade:
+    text = """
+    QK[~p,s,m] += Q[~p,e] * K[~s,m,e]
+    S[~p,s,m] = QK[~p,s,m] * SCALE
+    LM[~p,s] max= S[~p,s,m]
+    SLN[~p,s,m] = expsub(S[~p,s,m], LM[~p,s])
+    SLD[~p,s] += SLN[~p,s,m]
+    SLNV[~p,f,s] += SLN[~p,s,m] * V[~s,m,f]
+    GM[~p] max= LM[~p,s]
+    PLM[~p,s] = expsub(LM[~p,s], GM[~p])
+    SD[~p] += SLD[~p,s] * PLM[~p,s]
+    SNV[~p,f] += SLNV[~p,f,s] * PLM[~p,s]
+    AV[~p,f] = SNV[~p,f] / SD[~p]
+    """
+    inputs = {"Q": "b h p e", "K": "b h s m e", "V": "b h s m f", "SCALE": ""}
+    return Cascade(_dedent(text), inputs, ["AV"], ("s", "m"), name="split decoding", letters={("s", "m"): "M"})
+
+
 def _block_sparse() -> Cascade:
     text = """
     QK[~t,i,c,k] += Q[~t,i,e] * K[~IDX[~t,c],k,e]
@@ -973,7 +993,8 @@ def _block_sparse() -> Cascade:
     """
     text = _dedent(text) + _online("S[~t,i,c,k]", "V[~IDX[~t,c],k,f]", "c", "k", q="t,i")
     inputs = {"Q": "b h t i e", "K": "b h n k e", "V": "b h n k f", "IDX": "b h t c", "W": "b h t i c k", "SCALE": ""}
-    return Cascade(text, inputs, ["AV"], ("c", "k"), per=("b", "h", "t", "i"), name="block-sparse attention")
+    return Cascade(text, inputs, ["AV"], ("c", "k"), per=("b", "h", "t", "i"), name="block-sparse attention",
+                   letters={("c", "k"): "M", ("t", "i"): "P", ("k", "n"): "N"})  # fmt: skip
 
 
 def _neighborhood() -> Cascade:
@@ -995,7 +1016,8 @@ def _partition() -> Cascade:
     text += "\nAV[~p,f] = OG[~GROUP[p],SLOT[p],f]"
     inputs = {"Q": "b h p e", "K": "b h n e", "V": "b h n f", "QI": "g i", "KI": "g j", "GROUP": "p", "SLOT": "p",
               "SCALE": ""}  # fmt: skip
-    return Cascade(text, inputs, ["AV"], ("j",), per=("b", "h", "g", "i"), name="partition attention")
+    return Cascade(text, inputs, ["AV"], ("j",), per=("b", "h", "g", "i"), name="partition attention",
+                   letters={("j",): "M", ("g", "i"): "P", ("g", "j"): "N"})  # fmt: skip
 
 
 def _reduced() -> Cascade:
@@ -1007,7 +1029,7 @@ def _reduced() -> Cascade:
     """
     text = _dedent(text) + _online("S[~p,r]", "VR[~r,f]", "r")
     inputs = {"Q": "b h p e", "K": "b h r j e", "V": "b h r j f", "SHARE": "j", "SCALE": ""}
-    return Cascade(text, inputs, ["AV"], ("r", "j"), name="reduced attention")
+    return Cascade(text, inputs, ["AV"], ("r", "j"), name="reduced attention", letters={("r", "j"): "M"})
 
 
 def _agent() -> Cascade:
@@ -1050,7 +1072,8 @@ def _chunkwise() -> Cascade:
     """
     inputs = {"Q": "b h c i d", "K": "b h c i d", "V": "b h c i f", "INSIDE": "h i j", "REACH": "h i", "STAY": "h i",
               "KEEP": "h"}  # fmt: skip
-    return Cascade(_dedent(text), inputs, ["AV"], ("c", "i"), per=("b", "h"), name="linear attention, chunkwise")
+    return Cascade(_dedent(text), inputs, ["AV"], ("c", "i"), per=("b", "h"), name="linear attention, chunkwise",
+                   letters={("c", "i"): "T"})  # fmt: skip
 
 
 def _parallel() -> Cascade:
@@ -1137,6 +1160,7 @@ OPERATORS: dict[str, Described] = {
     "attention": Described(("attention", "window_attention"), lambda: attention_cascade("softmax", bias=False), "keys"),
     "attention_partial": Described(("attention_partial",), _partial, "keys"),
     "merge": Described(("attention_partial",), _merge, "parts of the keys"),
+    "split": Described(("split_decoding", "split_partial"), _split, "keys"),
     "block_sparse": Described(
         ("block_sparse_attention", "block_sparse_partial"), _block_sparse, "chosen blocks of keys"
     ),
