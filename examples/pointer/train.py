@@ -40,8 +40,9 @@ def train(task: str, minutes: float, seed: int, progress: Progress) -> tuple[Poi
     net = PointerNetwork(hidden=HIDDEN, stop=task != "tsp")
     optimizer = torch.optim.Adam(net.parameters(), lr=RATE)
     bar = progress.add_task(task, total=1.0, loss=float("nan"))
-    steps, used, losses = 0, 0.0, []
-    while used < 1.0:
+    steps, used = 0, 0.0
+    losses: list[float] = []
+    while used < 1.0 or not losses:
         for group in optimizer.param_groups:
             group["lr"] = RATE * (1.0 - used) + 1e-5
         points, answers = sets[int(torch.randint(len(sets), ()))]
@@ -106,15 +107,16 @@ def _lines(task: str, given: Problems) -> list[torch.Tensor]:
     return [given.points[0][[*ring, ring[0]]] for ring in rings if ring]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=[*SETTINGS, "all"], default="all")
     parser.add_argument("--minutes", type=float, default=9.0, help="processor time for all tasks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("pointer.json"))
     parser.add_argument("--picture", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     chosen = list(SETTINGS) if args.task == "all" else [args.task]
     share = sum(SETTINGS[task]["share"] for task in chosen)
     report: dict[str, Any] = {

@@ -1,0 +1,39 @@
+"""The training script of pointer networks runs from end to end, small."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "pointer" / "train.py"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    spec = importlib.util.spec_from_file_location("pointer_train", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for settings in module.SETTINGS.values():
+        monkeypatch.setitem(settings, "made", 20)
+        monkeypatch.setitem(settings, "test", settings["test"][-2:])
+    monkeypatch.setattr(module, "TESTED", 5)
+    return module
+
+
+def test_it_runs_and_leaves_results_and_a_picture(script, tmp_path):
+    out, picture = tmp_path / "new" / "pointer.json", tmp_path / "pointer.png"
+    script.main(["--minutes", "0.01", "--out", str(out), "--picture", str(picture)])
+    records = json.loads(out.read_text())["records"]
+    assert [r["task"] for r in records] == ["hull", "delaunay", "tsp"]
+    assert all(r["steps"] >= 1 and r["loss"] > 0 and len(r["test"]) == 2 for r in records)
+    assert picture.stat().st_size > 1000
+
+
+def test_one_task_alone(script, tmp_path):
+    script.main(["--task", "tsp", "--minutes", "0.005", "--out", str(tmp_path / "tsp.json")])
+    (record,) = json.loads((tmp_path / "tsp.json").read_text())["records"]
+    assert all(row["ratio"] >= 1 - 1e-5 and row["nearest_neighbour_ratio"] > 1 for row in record["test"])
