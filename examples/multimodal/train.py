@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
     parser.add_argument("--work", type=Path, default=Path("multimodal-checkpoints"), help="folder for checkpoints")
     parser.add_argument("--pictures", type=int, default=48_000, help="pictures the vision tower sees")
-    parser.add_argument("--conversations", type=int, default=24_000, help="conversations the decoder sees")
+    parser.add_argument("--conversations", type=int, default=20_000, help="conversations the decoder sees")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -199,11 +199,11 @@ def main() -> None:
         data_collator=collate,
     )  # fmt: skip
     answering.eval()
-    for kind, share in report(model, tokenizer).items():
-        print(f"{kind:10} {share:.3f}")
-    model.save_pretrained(args.out)
+    model.to(torch.float16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     save_file({"embedding": answering.null.embedding.detach()}, args.out / "null_image.safetensors")
+    for kind, share in report(*scenes.load_model(args.out)).items():
+        print(f"{kind:10} {share:.3f}")
 
 
 if __name__ == "__main__":

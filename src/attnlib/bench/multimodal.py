@@ -218,23 +218,92 @@ def answered_batches(bench: Workbench, items: Sequence[Item], size: int = 16) ->
     return found
 
 
-def _gated(bench: Workbench, dyvte: Any, settings: dict[str, Any]) -> Any:
-    """DyVTE with gates trained on questions about training scenes."""
+def _train(bench: Workbench, module: nn.Module, steps: int, rate: float) -> None:
+    """transformers' Trainer on the calibration questions and their answers."""
     from transformers import Trainer, TrainingArguments
 
+    data: Any = answered_batches(bench, bench.calibration)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=1, max_steps=steps, learning_rate=rate, report_to=[],
+            remove_unused_columns=False, save_strategy="no", use_cpu=True, disable_tqdm=True, seed=0,
+            logging_strategy="no",
+        )  # fmt: skip
+        Trainer(model=module, args=arguments, train_dataset=data, data_collator=lambda rows: rows[0]).train()
+
+
+class _ThresholdTraining(nn.Module):
+    """ATP's thresholds as transformers' Trainer takes them: the model's own loss and that of the budget."""
+
+    def __init__(self, bench: Workbench, gates: nn.ModuleDict, settings: Mapping[str, Any]):
+        super().__init__()
+        self.gates, self.settings = gates, settings
+        self.bench = (bench,)
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        from ..reduce import ATP
+
+        (bench,) = self.bench
+        atp = ATP(self.gates, **self.settings)
+        bench.model.train()
+        try:
+            with attach(bench.model, atp, token_types=bench.types):
+                return {"loss": bench.model(**batch).loss + atp.losses()["total"]}
+        finally:
+            bench.model.eval()
+
+
+def _thresholds(bench: Workbench, atp: Any, settings: dict[str, Any]) -> Any:
+    """ATP with thresholds trained on questions about training scenes."""
+    from ..reduce import atp_gates
+
+    torch.manual_seed(0)
+    settings = dict(settings)
+    gates = atp_gates(bench.model, settings.pop("layers"), settings.pop("rate"))
+    steps = settings.pop("steps")
+    _train(bench, _ThresholdTraining(bench, gates, settings), steps, 3e-3)
+    return atp(gates.eval(), **settings)
+
+
+def _policy_score(bench: Workbench, scheduled: Any) -> Callable[[tuple[int, ...]], float]:
+    """Accuracy of a vector of counts on calibration questions with short answers."""
+    items = [item for item in bench.calibration if item.question.kind != "list"][:96]
+
+    def score(counts: tuple[int, ...]) -> float:
+        said, _, _ = answer_with(bench, "pruning", items, scheduled(counts=list(counts)))
+        return sum(s == i.question.answer for s, i in zip(said, items, strict=True)) / len(items)
+
+    return score
+
+
+def _greedy(bench: Workbench, scheduled: Any, settings: dict[str, Any]) -> Any:
+    from ..reduce import greedy_search
+
+    layers = bench.model.config.text_config.num_hidden_layers
+    found = greedy_search(
+        _policy_score(bench, scheduled), layers, scenes.PATCHES, settings["tolerance"], first_layer=2,
+        grid=(0, 2, 4, 8, 16, 32, 64),
+    )  # fmt: skip
+    return scheduled(counts=list(found.counts))
+
+
+def _sigmoid(bench: Workbench, scheduled: Any, settings: dict[str, Any]) -> Any:
+    from ..reduce import sigmoid_search
+
+    layers = bench.model.config.text_config.num_hidden_layers
+    found = sigmoid_search(
+        _policy_score(bench, scheduled), layers, scenes.PATCHES, settings["budget"], evaluations=10, first_layer=2
+    )
+    return scheduled(counts=list(found.counts))
+
+
+def _gated(bench: Workbench, dyvte: Any, settings: dict[str, Any]) -> Any:
+    """DyVTE with gates trained on questions about training scenes."""
     from ..reduce import ExitGates
 
     torch.manual_seed(0)
     gates = ExitGates.of(bench.model, hidden=settings["hidden"])
-    data: Any = answered_batches(bench, bench.calibration)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=1, max_steps=settings["steps"], learning_rate=1e-3,
-            report_to=[], remove_unused_columns=False, save_strategy="no", use_cpu=True, disable_tqdm=True, seed=0,
-            logging_strategy="no",
-        )  # fmt: skip
-        training = _GateTraining(bench, gates)
-        Trainer(model=training, args=arguments, train_dataset=data, data_collator=lambda rows: rows[0]).train()
+    _train(bench, _GateTraining(bench, gates), settings["steps"], 1e-3)
     return dyvte(gates.eval())
 
 
@@ -253,6 +322,10 @@ LINES: tuple[Line, ...] = (
     Line("by attention at layer 4", "pruning", "reduce:ReduceByAttention", {"layer": 4}, ("keep", (32, 16, 8, 4)),
          _late),
     Line("DyVTE, fixed layer", "pruning", "reduce:DyVTE", {}, ("exit_layer", (0, 1, 2, 3, 4))),
+    Line("ATP, trained thresholds", "pruning", "reduce:ATP",
+         {"layers": (1, 2, 3), "rate": 0.0625, "scores": "sigmoid", "steps": 120}, ("target", (32, 12)), _thresholds),
+    Line("greedy search", "pruning", "reduce:ScheduledPruning", {}, ("tolerance", (0.0, 0.02)), _greedy),
+    Line("sigmoid schedule", "pruning", "reduce:ScheduledPruning", {}, ("budget", (0.5, 0.25, 0.1)), _sigmoid),
     Line("DyVTE, trained gates", "pruning", "reduce:DyVTE", {"hidden": 64, "steps": 120}, None, _gated),
     # cache
     *_caches("random keys", "cache:RandomScores", {}),
@@ -275,6 +348,7 @@ LINES: tuple[Line, ...] = (
          ("alpha", (0.3, 0.7))),
     Line("sink calibration (ACT)", "hallucination", "steer:SinkCalibration", {"threshold": 0.1},
          ("beta", (0.4, 0.0)), _searched),
+    Line("head reinforcement (VHR)", "hallucination", "steer:HeadReinforcement", {}, ("alpha", (1.5, 2.0))),
     Line("inhibition (CMAI)", "hallucination", "reduce:CMAI", {}, ("threshold", (0.2, 0.5))),
     Line("visual redistribution (VAR)", "hallucination", "steer:VisualRedistribution",
          {"sink_dims": "auto", "first_layer": 1, "tau": 5.0}, ("p", (0.6, 0.2))),
