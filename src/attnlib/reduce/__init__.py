@@ -19,6 +19,15 @@ from .composite import CompositeLayers
 from .dyvte import DyVTE, ExitGate, ExitGates, exit_features, exit_labels, gate_loss
 from .flops import BlockCost, prefill_flops
 from .mergers import ClusterMerge, NearestMerge, cosine_kmeans, merge_clusters
+from .token_search import (
+    ScheduledPruning,
+    SearchResult,
+    SigmoidSchedule,
+    bayesian_search,
+    greedy_search,
+    rank_consistency,
+    sigmoid_search,
+)
 from .vision import VisionAttention, class_attention, ensemble, received_attention
 from .vmtc_cmai import CMAI, VMTC, focus
 from .vtc_cls import VTCCLS
@@ -44,14 +53,18 @@ __all__ = [
     "Reduce",
     "ReduceByAttention",
     "Reduction",
+    "ScheduledPruning",
     "Scorer",
+    "SearchResult",
     "Selector",
+    "SigmoidSchedule",
     "Threshold",
     "TopK",
     "VisionAttention",
     "adaptive_rate",
     "atp_gates",
     "atp_losses",
+    "bayesian_search",
     "class_attention",
     "cosine_kmeans",
     "ensemble",
@@ -59,8 +72,11 @@ __all__ = [
     "exit_labels",
     "focus",
     "gate_loss",
+    "greedy_search",
     "merge_clusters",
     "prefill_flops",
+    "rank_consistency",
     "received_attention",
+    "sigmoid_search",
     "spatial_scores",
 ]

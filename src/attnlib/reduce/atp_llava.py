@@ -237,7 +237,8 @@ class ATP(Reduction):
         image, text = site.q_types == IMAGE, is_text(site.q_types)
         batch, heads, n = q.shape[:3]
         # A static cache shows slots that nothing was written to yet.
-        k, site = k[:, :, :n], site.but(n_keys=n, mask=site.mask.first_keys(n))
+        mask = site.mask.first_keys(n)
+        k, site = k[:, :, :n], site.but(n_keys=n, mask=mask)
         dtype = stats_dtype(q.dtype)
         mean_k = k.to(dtype).repeat_interleave(heads // k.shape[1], 1)
         own = torch.zeros(batch, n, dtype=dtype, device=q.device)
@@ -248,7 +249,7 @@ class ATP(Reduction):
             keys = pairs.to(dtype)[:, None] @ mean_k / pairs.sum(-1).clamp(min=1)[:, None, :, None]
             own[:, rows] = (q[:, :, rows].to(dtype) * keys).sum(-1).mean(1) * site.scale
         for rows in row_blocks(text.any(0).nonzero().squeeze(1), batch * heads * n):
-            logits, _ = score_rows(site, q, k, rows, site.mask)
+            logits, _ = score_rows(site, q, k, rows, mask)
             weights = logits.softmax(-1).nan_to_num(0.0).mean(1)
             pairs = self._pairs(site, rows, batch, n) & text[:, rows, None]
             cross = cross + (weights * pairs).sum(1)

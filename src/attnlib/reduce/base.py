@@ -455,7 +455,7 @@ class ReduceByAttention(Reduce, Probe):
     Raises:
         ValueError: a layer before ``first_layer``.
 
-    >>> ReduceByAttention({2: 0.5}).layers
+    >>> sorted(ReduceByAttention({2: 0.5}).layers)
     [1, 2]
     """
 
@@ -485,7 +485,8 @@ class ReduceByAttention(Reduce, Probe):
                 f"{first_layer} their ranks are not those of later blocks"
             )
         self.schedule = {n: s for n, s in self.schedule.items() if n in leaving}
-        self.layers = sorted(leaving | {n - 1 for n in leaving}) or [0]
+        # Where tokens leave comes first, so that a layer that does not exist is named as it was given.
+        self.layers = list(dict.fromkeys([*sorted(leaving), *sorted(n - 1 for n in leaving)])) or [0]
 
     def probe(self, site: Site) -> tuple[Tensor, Sequence[int] | None] | None:
         if site.phase != "prefill" or site.layer + 1 not in self.schedule:
