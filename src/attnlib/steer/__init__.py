@@ -11,6 +11,7 @@ from .contrastive import (
     contrast,
 )
 from .damro import DAMRO, select_outliers
+from .head_reinforcement import HeadReinforcement, head_divergence, sensitive_heads, token_divergence
 from .head_scaling import HeadScale
 from .lacing import DualAttention
 from .sink_calibration import HeadSearch, SinkCalibration, calibrate, label_accuracy, search_heads
@@ -19,6 +20,7 @@ from .softpag import SoftPAG, guide, hunt_heads
 from .uniform_maps import UniformMaps
 from .visual_boost import VisualBoost, boost, boost_sets
 from .visual_redistribution import VisualRedistribution, find_sink_dims, redistribute, sink_tokens
+from .wings import VisualWings, Wings
 
 __all__ = [
     "AGLA",
@@ -27,6 +29,7 @@ __all__ = [
     "Branch",
     "ContrastiveDecoding",
     "DualAttention",
+    "HeadReinforcement",
     "HeadScale",
     "HeadSearch",
     "ImageTokens",
@@ -40,6 +43,8 @@ __all__ = [
     "UniformMaps",
     "VisualBoost",
     "VisualRedistribution",
+    "VisualWings",
+    "Wings",
     "boost",
     "boost_sets",
     "calibrate",
@@ -47,6 +52,7 @@ __all__ = [
     "find_sink_dims",
     "grad_cam",
     "guide",
+    "head_divergence",
     "hunt_heads",
     "label_accuracy",
     "mask_pixels",
@@ -54,6 +60,8 @@ __all__ = [
     "relevance_mask",
     "search_heads",
     "select_outliers",
+    "sensitive_heads",
     "sink_tokens",
     "spread_relevance",
+    "token_divergence",
 ]

@@ -1,0 +1,291 @@
+"""VHR: amplify the heads that look at the image.
+
+With ``A[l, i]`` the output of head ``i`` of layer ``l`` at the last position of the prompt, before the output
+projection, and ``A'[l, i]`` the same after the image tokens are taken out of the prompt, the divergence of a head is
+
+    ``VHD[l, i] = |A[l, i] - A'[l, i]|_2``.
+
+Heads whose divergence is an outlier because they are loud without the image do not count:
+``VHD[l, i] = 0`` if ``VHD[l, i] > mean + std`` and ``|A'[l, i]|^2 > mean + std``, over the heads of the layer. Heads
+above the median of their layer are multiplied by ``alpha``, at the whole prompt and at all new tokens.
+
+Heads are chosen per sample, once per prompt, layer by layer: at a layer both prompts have earlier layers reinforced
+already (``selection="layers"``, which reads the prompt without image twice); ``selection="passes"`` compares the two
+untouched prompts and takes one more forward pass of the full prompt. Positions of the prompt without image are counted
+anew.
+
+No code of the authors is available; this follows the paper. It does not say whether ``std`` divides by ``H`` or by
+``H - 1``: here by ``H - 1``.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..hooks.core import Intervention, Session, Site, implements
+from ..hooks.tokens import IMAGE, PAD
+from ..hooks.transformers_adapter import block_of
+from ..types import check_choice
+from .contrastive import NoImage, Prompt, Reading
+
+
+def head_divergence(with_image: Tensor, without: Tensor, outliers: bool = True) -> Tensor:
+    """How much each head's output changes when the image is taken away.
+
+    Args:
+        with_image: (B, H, D) A.
+        without: (B, H, D) A'.
+        outliers: set heads to 0 that stand out and are loud without the image.
+
+    Returns:
+        (B, H).
+
+    >>> head_divergence(torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]), torch.zeros(1, 2, 2)).tolist()
+    [[5.0, 1.0]]
+    """
+    if with_image.shape != without.shape or with_image.dim() != 3:
+        raise ValueError(f"outputs must be (B, H, D), got {tuple(with_image.shape)} and {tuple(without.shape)}")
+    divergence = (with_image.float() - without.float()).norm(dim=-1)
+    if not outliers or divergence.shape[1] < 2:
+        return divergence
+    loud = without.float().square().sum(-1)
+
+    def above(x: Tensor) -> Tensor:
+        return x > x.mean(1, keepdim=True) + x.std(1, keepdim=True)
+
+    return divergence.masked_fill(above(divergence) & above(loud), 0.0)
+
+
+def sensitive_heads(divergence: Tensor) -> Tensor:
+    """(B, H) boolean: heads above the median of their layer; half of them, where all differ.
+
+    >>> sensitive_heads(torch.tensor([[1.0, 4.0, 3.0, 2.0]])).tolist()
+    [[False, True, True, False]]
+    """
+    return divergence > divergence.median(1, keepdim=True).values
+
+
+def token_divergence(divergences: Mapping[int, Tensor], k: int) -> Tensor:
+    """T-VHD: how much a token relies on the image, the sum over layers of their ``k`` largest divergences.
+
+    Args:
+        divergences: ``{layer: (B, H)}``.
+        k: heads of each layer.
+
+    Returns:
+        (B,).
+
+    >>> token_divergence({0: torch.tensor([[1.0, 2.0, 4.0]])}, 2).tolist()
+    [6.0]
+    """
+    if not divergences:
+        raise ValueError("divergences is empty")
+    return torch.stack([d.topk(k, 1).values.sum(1) for d in divergences.values()]).sum(0)
+
+
+class HeadReinforcement(Intervention):
+    """Amplify, per sample, the heads whose output depends most on the image.
+
+    Token types come from ``attach(..., token_types=...)``. Prompts and rows without image are left alone.
+
+    Args:
+        alpha: factor of the chosen heads.
+        layers: layers to reinforce; by default the second one and the last 14 (LLaVA-1.5 and LLaVA-NeXT with 32
+            layers), as far as the model has them.
+        outliers: leave out heads that stand out and are loud without the image.
+        selection: ``"layers"`` or ``"passes"``, see the module.
+
+    Raises:
+        ValueError: a factor that is not positive, layers that do not exist.
+
+    Reference: He et al., 2024, arXiv 2412.13949, sections 3 and 4.
+
+    >>> HeadReinforcement(alpha=2.0, layers=[1, -1]).layers
+    [1, -1]
+    """
+
+    name: ClassVar[str] = "head-reinforcement"
+    kinds: ClassVar[tuple[str, ...]] = ("self",)
+    needs_types: ClassVar[bool] = True
+
+    #: Branches of the passes that only look.
+    TEXT, LOOK = "vhr-text", "vhr-look"
+
+    def __init__(
+        self,
+        alpha: float = 2.0,
+        layers: Sequence[int | str] | None = None,
+        outliers: bool = True,
+        selection: str = "layers",
+    ):
+        if not alpha > 0:
+            raise ValueError(f"alpha must be positive, got {alpha}")
+        check_choice("selection", selection, ("layers", "passes"))
+        self.alpha, self.outliers, self.selection = float(alpha), outliers, selection
+        self.layers = None if layers is None else list(layers)
+        self.reset()
+
+    @property
+    def identity(self) -> bool:
+        return self.alpha == 1.0
+
+    def reset(self) -> None:
+        self._heads: dict[int, Tensor] = {}
+        self._divergence: dict[int, Tensor] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._text: _TextPass | None = None
+        self._image: Tensor | None = None
+        self._last: dict[tuple[str, int], Tensor] = {}
+
+    def results(self) -> dict[str, Any]:
+        """Of the last prompt: ``{layer: (B, H)}`` divergences, and which heads were chosen."""
+        return {"divergence": dict(self._divergence), "heads": dict(self._heads)}
+
+    def wants(self, site: Site) -> bool:
+        if self.layers is not None:
+            return True
+        count = getattr(getattr(site.module, "config", None), "num_hidden_layers", None)
+        return not isinstance(count, int) or site.layer == 1 or site.layer >= count - 14
+
+    def conflicts(self, other: Intervention) -> str | None:
+        if implements(other, "on_tokens") and self.selection == "layers":
+            return (
+                "the prompt without image is read block by block beside the other, where tokens cannot be removed; "
+                "selection='passes' composes"
+            )
+        return None
+
+    # ---- the prompt without image
+
+    def on_attach(self, session: Session) -> None:
+        model: Any = session.model
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ValueError(f"HeadReinforcement serves decoders; {type(model).__name__} has an encoder")
+        if any(hasattr(m, "rope_deltas") for m in model.modules()):
+            raise ValueError(
+                f"HeadReinforcement: {type(model).__name__} keeps the positions of its last prompt in the model "
+                "(rope_deltas), where the prompt without image would overwrite them"
+            )
+        session.undo(self._forget)
+
+    def on_step(self, step: int) -> None:
+        if step:
+            return
+        self.reset()
+        session = self.session
+        assert session.tracker is not None and session.tracker.types is not None
+        types, given = session.tracker.types, session.prompt
+        image = (types == IMAGE).any(1)
+        if not bool(image.any()):
+            return
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        read = ids if embeds is None else embeds
+        assert isinstance(read, Tensor)
+        if session.notes.get("prompt_length", read.shape[1]) > read.shape[1]:
+            raise ValueError(
+                "HeadReinforcement compares the whole prompt with and without image, but it is read in chunks; leave "
+                "prefill_chunk_size out"
+            )
+        self._image = image
+        with torch.no_grad():
+            reading = NoImage().read(Prompt(session, ids, embeds, types, given))
+            self._text = _TextPass(session, reading, self.TEXT)
+            if self.selection == "passes":
+                with session.at(branch=self.LOOK):
+                    session.model(**{**given, "use_cache": False})
+                for branch, layer in list(self._last):
+                    if branch == self.LOOK:
+                        self._choose(layer, self._last[self.LOOK, layer], self._last[self.TEXT, layer])
+                self._text, self._last = None, {}
+
+    def _choose(self, layer: int, with_image: Tensor, without: Tensor) -> None:
+        assert self._image is not None
+        divergence = head_divergence(with_image, without, self.outliers)
+        self._divergence[layer] = divergence
+        self._heads[layer] = sensitive_heads(divergence) & self._image[:, None].to(divergence.device)
+
+    # ---- stages
+
+    def on_output(self, site: Site, out: Tensor) -> Tensor:
+        layer, last = site.layer, out[:, :, -1].detach()
+        if site.branch in (self.TEXT, self.LOOK):
+            self._last[str(site.branch), layer] = last
+            if self._text is None or not self._text.stepping:
+                return out
+            self._choose(layer, self._last["main", layer], last)
+            return self._scaled(layer, out)
+        if site.branch is not None:
+            return out
+        if self._text is not None and layer not in self._heads:
+            self._last["main", layer] = last
+            with torch.no_grad():
+                self._text.advance(layer)
+        return self._scaled(layer, out)
+
+    def _scaled(self, layer: int, out: Tensor) -> Tensor:
+        heads = self._heads.get(layer)
+        if heads is None:
+            return out
+        factor = torch.where(heads, self.alpha, 1.0).to(out)
+        return out * factor[:, :, None, None]
+
+
+class _TextPass:
+    """The prompt without image: read once to learn how its blocks are called, then block by block."""
+
+    def __init__(self, session: Session, reading: Reading, branch: str):
+        self.session, self.branch, self.types = session, branch, reading.types
+        self.stepping, self.done = False, -1
+        sites = {s.layer: s for s in session.sites if s.kind == "self"}
+        self.blocks = [(layer, block_of(session.model, sites[layer])) for layer in sorted(sites)]
+        self.calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.cache: Any = None
+        handles = [
+            block.register_forward_pre_hook(self._remember(layer), with_kwargs=True) for layer, block in self.blocks
+        ]
+        valid = reading.types != PAD
+        positions = (valid.long().cumsum(1) - 1).clamp(min=0)
+        known = inspect.signature(session.model.forward).parameters
+        given = {"attention_mask": valid.long(), "position_ids": positions, "logits_to_keep": 1}
+        try:
+            with session.at(branch=branch, token_types=reading.types):
+                session.model(**reading.inputs, **{k: v for k, v in given.items() if k in known}, use_cache=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _remember(self, layer: int) -> Any:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.cache is None and "past_key_values" in kwargs:
+                self.cache = copy.deepcopy(kwargs["past_key_values"])  # nothing is in it yet
+            if not args:
+                kwargs = dict(kwargs)
+                args = (kwargs.pop("hidden_states"),)
+            # What enters later blocks is made anew.
+            self.calls[layer] = (args if not self.calls else args[1:], kwargs)
+
+        return before
+
+    def advance(self, layer: int) -> None:
+        """Read on to the end of the block of ``layer``."""
+        self.stepping = True
+        with self.session.at(branch=self.branch, token_types=self.types):
+            for number, block in self.blocks:
+                if not self.done < number <= layer:
+                    continue
+                args, kwargs = self.calls[number]
+                if self.done < 0:
+                    self.hidden, args = args[0], args[1:]
+                if "past_key_values" in kwargs:
+                    kwargs = {**kwargs, "past_key_values": self.cache}
+                out = block(self.hidden, *args, **kwargs)
+                self.hidden = out[0] if isinstance(out, tuple) else out
+                self.done = number
