@@ -101,7 +101,10 @@ def _sites(m: nn.Module) -> Sites:
     if slug in SITES and all(hasattr(m, name) for name, _ in SITES[slug].values):
         return SITES[slug]
     for name, share in _VALUES:
-        if isinstance(getattr(m, name, None), nn.Linear):
+        maker = getattr(m, name, None)
+        if isinstance(maker, nn.Sequential) and len(maker) and isinstance(maker[-1], nn.Linear):
+            name, maker = f"{name}.{len(maker) - 1}", maker[-1]  # a map in several steps: the last one makes them
+        if isinstance(maker, nn.Linear):
             for mixed in _MIXED:
                 if isinstance(getattr(m, mixed, None), nn.Module):
                     return Sites(((name, share),), mixed)
