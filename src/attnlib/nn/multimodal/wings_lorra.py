@@ -1,0 +1,266 @@
+"""Low-rank residual attention beside a model's own: visual and textual learners (Wings, Zhang et al., 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...masks import Mask
+from ...ops import attention
+from ...positions import rotary_angles, rotate
+from ...types import Output, Traits, check_choice, check_width
+from ..base import Mechanism
+from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
+from ..registry import register
+
+
+def _low_rank(dim: int, rank: int) -> nn.Sequential:
+    pair = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim, bias=False))
+    nn.init.trunc_normal_(pair[0].weight, std=0.02)  # type: ignore[arg-type]
+    nn.init.zeros_(pair[1].weight)  # type: ignore[arg-type]
+    return pair
+
+
+@register("wings-lorra", "lorra", "low-rank-residual-attention")
+class LowRankResidualAttention(Mechanism):
+    """Cross-attention whose projections are the identity plus a low-rank map.
+
+    ``q = h + h A_q B_q``, ``k = E + E A_k B_k``, ``v = E + E A_v B_v``, ``y = softmax(q k^T / sqrt(D)) v A_o B_o`` for
+    states ``h`` and features ``E`` of the same width. Every ``B`` starts at zero, so a fresh learner adds nothing, and
+    ``B_o`` gets the first gradient. Rotary positions are those that queries and features had in the sequence; as a
+    mechanism of its own both count from zero.
+
+    Args:
+        dim: width of states and of features.
+        num_heads: heads. Queries, keys and values have the same number: features are added to keys as they are.
+        num_kv_heads: refused unless equal to ``num_heads``.
+        rank: ``r`` (8 in the authors' class, 64 in their training).
+        rotary: base of rotary positions; ``None`` for none.
+
+    Without projections the products of a deep layer's states can be large; weights are computed in float32.
+
+    Reference: Zhang et al., 2024, arXiv 2406.03496, section 3.2.
+
+    >>> learner = LowRankResidualAttention(dim=16, num_heads=2, rank=4)
+    >>> float(learner(torch.randn(1, 3, 16), torch.randn(1, 5, 16)).detach().abs().max())
+    0.0
+    """
+
+    class_traits = Traits(
+        patterns=frozenset({"noncausal-cross"}),
+        grid_ranks=frozenset({1, 2, 3}),
+        mask=True,
+        work={"N": 2},
+        memory={"N": 1},
+        permutation_equivariant=True,
+        weights=True,
+    )
+
+    def __init__(
+        self, dim: int, num_heads: int = 8, num_kv_heads: int | None = None, rank: int = 8, rotary: float | None = None
+    ):
+        super().__init__(dim)
+        self.num_heads, self.head_dim = num_heads, head_dim_of(dim, num_heads)
+        if num_kv_heads is not None and num_kv_heads != num_heads:
+            raise ValueError(
+                f"num_kv_heads={num_kv_heads} must equal num_heads={num_heads}: a low-rank map is added to features of "
+                "the full width, so keys cannot have fewer heads"
+            )
+        if rank < 1:
+            raise ValueError(f"rank={rank} must be at least 1")
+        self.rotary = rotary
+        self.q, self.k, self.v, self.proj = (_low_rank(dim, rank) for _ in range(4))
+
+    @property
+    def traits(self) -> Traits:
+        if self.rotary is None:
+            return self.class_traits
+        return self.class_traits.but(permutation_equivariant=False, grid_ranks=frozenset({1}))
+
+    def attend(
+        self,
+        h: Tensor,
+        features: Tensor,
+        q_pos: Tensor | None = None,
+        k_pos: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        mask: Mask | Tensor | None = None,
+        return_weights: bool = False,
+    ) -> Any:
+        """The learner on states of a sequence.
+
+        Args:
+            h: (B, N, C).
+            features: (B, M, C).
+            q_pos: (N,) or (B, N) positions of the states; from zero by default.
+            k_pos: (M,) or (B, M) positions of the features.
+            valid: (B, M) boolean, which features exist; a sample without any gets zeros.
+            mask: which pairs meet, on indices, or a boolean tensor.
+            return_weights: also return (B, H, N, M).
+        """
+        q, k, v = (
+            split_heads(t + f(t), self.num_heads) for t, f in ((h, self.q), (features, self.k), (features, self.v))
+        )
+        if self.rotary is not None:
+            q_pos = torch.arange(h.shape[1], device=h.device) if q_pos is None else q_pos
+            k_pos = torch.arange(features.shape[1], device=h.device) if k_pos is None else k_pos
+            q = rotate(q, rotary_angles(q_pos, self.head_dim, self.rotary))
+            k = rotate(k, rotary_angles(k_pos, self.head_dim, self.rotary))
+        weights = None
+        if return_weights:
+            out, weights = attention(q, k, v, mask=mask, valid=valid, return_weights=True)
+        else:
+            out = attention(q, k, v, mask=mask, valid=valid)
+        y = self.proj(merge_heads(out))
+        return (y, weights) if return_weights else y
+
+    def mix(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        context_valid: Tensor | None = None,
+        mask: Mask | None = None,
+        returns: tuple[str, ...] = (),
+        **_: Any,
+    ) -> Output:
+        assert context is not None
+        asked = "weights" in returns
+        result = self.attend(
+            x.flatten(1, -2), context.flatten(1, -2), valid=flat_valid(context_valid), mask=mask, return_weights=asked
+        )
+        y, weights = result if asked else (result, None)
+        return Output(y.view(x.shape), weights=weights)
+
+    @staticmethod
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From the authors' ``WingsAttention`` (``q_proj.0.weight`` and so on)."""
+        out = {}
+        for key, value in state_dict.items():
+            name = key.replace("o_proj.", "proj.")
+            for letter in "qkv":
+                name = name.replace(f"{letter}_proj.", f"{letter}.")
+            out[name] = value
+        return out
+
+
+class LearnerRouter(nn.Module):
+    """Weighs two learners per token by what the layer's own attention looks at.
+
+    ``w = softmax(silu(a W + b))`` with ``a`` (N, keys) the attention weights summed over heads; the first ``keys`` rows
+    of ``W`` are used, so the router knows absolute positions up to ``max_keys``.
+
+    Args:
+        max_keys: longest sequence.
+
+    >>> LearnerRouter(8)(torch.rand(2, 3, 4)).sum(-1).allclose(torch.ones(2, 3))
+    True
+    """
+
+    def __init__(self, max_keys: int = 4096):
+        super().__init__()
+        if max_keys < 1:
+            raise ValueError(f"max_keys={max_keys} must be at least 1")
+        self.linear = nn.Linear(max_keys, 2)
+
+    def forward(self, attended: Tensor) -> Tensor:
+        """(B, N, M) weights summed over heads to (B, N, 2) weights of the visual and the textual learner."""
+        count = attended.shape[-1]
+        check = self.linear.in_features
+        if count > check:
+            raise ValueError(f"the router knows {check} keys (max_keys), this layer attends to {count}")
+        weight = self.linear.weight[:, :count]
+        return F.silu(F.linear(attended.to(weight.dtype), weight, self.linear.bias)).softmax(-1)
+
+
+class LayerWings(nn.Module):
+    """The learners of one decoder layer, and their router.
+
+    Args:
+        dim, num_heads, rank, rotary: of :class:`LowRankResidualAttention`.
+        textual: a textual learner and a router beside the visual learner (the second stage of training).
+        max_keys: of :class:`LearnerRouter`.
+        compat: ``"authors"`` adds both learners twice, as the authors' released layer does.
+
+    >>> sum(p.numel() for p in LayerWings(32, 4, rank=2, textual=False).parameters()) == 8 * 32 * 2
+    True
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        rank: int = 64,
+        rotary: float | None = 10000.0,
+        textual: bool = True,
+        max_keys: int = 4096,
+        compat: str | None = None,
+    ):
+        super().__init__()
+        check_choice("compat", compat, (None, "authors"))
+        self.dim, self.compat = dim, compat
+        self.visual = LowRankResidualAttention(dim, num_heads, rank=rank, rotary=rotary)
+        self.textual = LowRankResidualAttention(dim, num_heads, rank=rank, rotary=rotary) if textual else None
+        self.router = LearnerRouter(max_keys) if textual else None
+
+    def forward(
+        self,
+        h: Tensor,
+        image: Tensor | None = None,
+        text: Tensor | None = None,
+        attended: Tensor | None = None,
+        *,
+        q_pos: Tensor | None = None,
+        image_pos: Tensor | None = None,
+        text_pos: Tensor | None = None,
+        image_valid: Tensor | None = None,
+        text_valid: Tensor | None = None,
+    ) -> Tensor:
+        """What is added to the states after attention.
+
+        Args:
+            h: (B, N, C) residual plus attention.
+            image: (B, P, C) projected image features, ``None`` without an image.
+            text: (B, M, C) input embeddings of the text.
+            attended: (B, N, keys) attention weights summed over heads; needed when both learners act.
+            q_pos, image_pos, text_pos: (.., N), (.., P), (.., M) slots in the sequence; text reads earlier text only.
+            image_valid, text_valid: which features exist.
+
+        Returns:
+            (B, N, C); samples without an image get the textual learner alone, weighed by the router.
+        """
+        check_width("h", h, self.dim)
+        seen = None
+        if image is not None:
+            seen = self.visual.attend(h, image, q_pos, image_pos, valid=image_valid)
+        if self.textual is None or text is None:
+            return torch.zeros_like(h) if seen is None else seen
+        q_pos = torch.arange(h.shape[1], device=h.device) if q_pos is None else q_pos
+        text_pos = torch.arange(text.shape[1], device=h.device) if text_pos is None else text_pos
+        before = (text_pos.unsqueeze(-2) <= q_pos.unsqueeze(-1)).expand(h.shape[0], -1, -1)[:, None]
+        read = self.textual.attend(h, text, q_pos, text_pos, valid=text_valid, mask=before)
+        if seen is None:
+            return read
+        if attended is None:
+            raise ValueError("attended is needed when both learners act: the layer's weights, summed over heads")
+        assert self.router is not None
+        weigh = self.router(attended).to(h.dtype)
+        added = weigh[..., :1] * seen + weigh[..., 1:] * read
+        return 2 * added if self.compat == "authors" else added
+
+    @staticmethod
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From a decoder layer of the authors' model: ``attn_pool.*``, ``attn_t_pool.*``, ``reweight_module.*``."""
+        out: dict[str, Tensor] = {}
+        for prefix, name in (("attn_pool.", "visual."), ("attn_t_pool.", "textual.")):
+            part = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+            out |= {name + k: v for k, v in LowRankResidualAttention.convert_state_dict(part).items()}
+        for key, value in state_dict.items():
+            if key.startswith("reweight_module."):
+                out[key.replace("reweight_module.", "router.")] = value
+        return out
