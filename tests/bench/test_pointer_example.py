@@ -33,7 +33,13 @@ def test_it_runs_and_leaves_results_and_a_picture(script, tmp_path):
     assert picture.stat().st_size > 1000
 
 
-def test_one_task_alone(script, tmp_path):
-    script.main(["--task", "tsp", "--minutes", "0.005", "--out", str(tmp_path / "tsp.json")])
-    (record,) = json.loads((tmp_path / "tsp.json").read_text())["records"]
+def test_one_task_alone_goes_on_from_what_was_kept(script, tmp_path, monkeypatch):
+    out = tmp_path / "tsp.json"
+    arguments = ["--task", "tsp", "--minutes", "0.005", "--out", str(out), "--keep", str(tmp_path / "nets")]
+    script.main(arguments)
+    first = json.loads(out.read_text())["records"]
+    monkeypatch.setattr(script, "train", lambda *_: pytest.fail("it trains again"))
+    script.main(arguments)
+    assert json.loads(out.read_text())["records"] == first
+    (record,) = first
     assert all(row["ratio"] >= 1 - 1e-5 and row["nearest_neighbour_ratio"] > 1 for row in record["test"])
