@@ -51,7 +51,7 @@ class ScheduledPruning(ReduceByAttention):
         ValueError: both or neither of ``rates`` and ``counts``, values that grow, or that drop tokens before
             ``first_layer``; when attached, not one value per layer.
 
-    Reference: 2024, arXiv 2412.00556 (searching optimal vision token reduction).
+    Reference: Zhao et al., 2024, arXiv 2412.00556 (searching optimal vision token reduction).
 
     >>> sorted(ScheduledPruning([1.0, 1.0, 0.5, 0.25]).layers)
     [1, 2, 3]
@@ -182,7 +182,7 @@ def greedy_search(
     Raises:
         ValueError: no layers, a minimum above n, a grid without n.
 
-    Reference: 2024, arXiv 2412.00556 (G-Search).
+    Reference: Zhao et al., 2024, arXiv 2412.00556 (G-Search).
 
     >>> greedy_search(lambda k: float(k[0] >= 5 and k[1] >= 2), layers=2, n=8).counts
     (5, 2)
@@ -453,7 +453,7 @@ def sigmoid_search(
     Returns:
         The counts, with ``parameters`` (low, high, steepness, centre).
 
-    Reference: 2024, arXiv 2412.00556 (P-Sigmoid).
+    Reference: Zhao et al., 2024, arXiv 2412.00556 (P-Sigmoid).
 
     >>> sigmoid_search(lambda k: k[1], layers=4, n=16, budget=0.5, evaluations=8).evaluations
     8

@@ -61,7 +61,7 @@ class VMTC(VTCCLS):
     Raises:
         ValueError: a share outside [0, 1], a negative ``merge``; when run, K + M larger than an image.
 
-    Reference: 2024, arXiv 2411.15453 (visual-modality token compression).
+    Reference: Yang et al., 2024, arXiv 2411.15453 (visual-modality token compression).
 
     >>> VMTC(keep=32, merge=8).merge
     8
@@ -222,7 +222,7 @@ class CMAI(Intervention):
     Raises:
         ValueError: a negative threshold, a quantile above 1.
 
-    Reference: 2024, arXiv 2411.15453 (cross-modality attention inhibition).
+    Reference: Yang et al., 2024, arXiv 2411.15453 (cross-modality attention inhibition).
 
     >>> CMAI(0.3).rule
     'quantile'
