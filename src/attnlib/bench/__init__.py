@@ -15,10 +15,10 @@ from rich.table import Table
 from ..types import check_choice
 
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.operators`.
-ENGINES = ("linear", "local", "sparse", "multimodal", "cache")
+ENGINES = ("linear", "local", "sparse", "multimodal", "cache", "hooks")
 
 #: Those that run models of transformers.
-NEEDS_HF = ("multimodal", "cache")
+NEEDS_HF = ("multimodal", "cache", "hooks")
 
 
 def suites() -> list[str]:

@@ -192,7 +192,14 @@ class Site:
 
     def but(self, **changes: Any) -> Site:
         """A copy with some fields changed."""
-        return replace(self, **changes)
+        if not changes.keys() <= self.__dataclass_fields__.keys():
+            unknown = sorted(changes.keys() - self.__dataclass_fields__.keys())
+            raise TypeError(f"a site has no {unknown[0]!r}; its fields are {list(self.__dataclass_fields__)}")
+        # Sites are made in every layer of every decoding step; setting thirty fields one by one is what would cost.
+        new = object.__new__(Site)
+        new.__dict__.update(self.__dict__)
+        new.__dict__.update(changes)
+        return new
 
     def rows_named(self, names: Sequence[str], device: torch.device | str | None = None) -> Tensor:
         """(B,) boolean: rows of the batch that carry one of ``names``."""

@@ -110,6 +110,7 @@ class TypeTracker:
         self.source = source
         self.types: Tensor | None = None
         self._padded: Tensor | None = None
+        self._asked: tuple[Tensor, int, torch.device, Tensor] | None = None
 
     def advance(self, ids: Tensor | None, offset: int, count: int, attention_mask: Any) -> None:
         """The model is about to read ``count`` tokens after ``offset`` others."""
@@ -171,5 +172,8 @@ class TypeTracker:
             raise ValueError("no token types yet: the attached model itself was not called, only a part of it")
         if self.types.shape[0] != rows:
             raise ValueError(self._wrong_rows(self.types.shape[0], rows))
-        types = self.types[:, :count].to(device)
-        return F.pad(types, (0, count - types.shape[1]), value=PAD)
+        if self._asked is None or self._asked[0] is not self.types or self._asked[1:3] != (count, device):
+            # All layers of a step ask for the same.
+            types = self.types[:, :count].to(device)
+            self._asked = self.types, count, device, F.pad(types, (0, count - types.shape[1]), value=PAD)
+        return self._asked[3]

@@ -242,6 +242,13 @@ def evicted_layer_class() -> type:
     return EvictedLayer
 
 
+@functools.lru_cache(maxsize=16)
+def slots(start: int, count: int, device: torch.device) -> Tensor:
+    """``start``, ``start + 1``, ...: all layers of a step ask for the same ones. Never written to."""
+    with torch.inference_mode(False):
+        return torch.arange(start, start + count, device=device)
+
+
 @dataclass(frozen=True, eq=False)
 class Kept:
     """What is left of a prompt in one layer while the prompt is read, when tokens were removed before it.
@@ -256,6 +263,13 @@ class Kept:
 
     slots: Tensor
     seen: int
+
+
+def _snapshot(layer: Any) -> Any:
+    """A shallow copy of a cache layer; its tensors are never written to, except by static layers."""
+    new = object.__new__(type(layer))
+    new.__dict__.update(layer.__dict__)
+    return new
 
 
 class _DeferredCache:
@@ -355,7 +369,7 @@ class LayerRuntime:
             call = self.call
             outputs: list[Any] = []
             if call.cache is not None and self.site.kind != "cross" and len(call.cache.layers) > self.site.layer:
-                call.before = copy.copy(call.cache.layers[self.site.layer])
+                call.before = _snapshot(call.cache.layers[self.site.layer])
 
             def innermost(x: Tensor) -> Tensor:
                 new = kwargs
@@ -397,7 +411,7 @@ class LayerRuntime:
             again.lazy_initialization(before.keys, before.values)
             again.keys, again.values = before.keys[:, :, : call.offset], before.values[:, :, : call.offset]
         elif type(before) in (hf.cache.DynamicLayer, hf.cache.DynamicSlidingWindowLayer, evicted_layer_class()):
-            again = copy.copy(before)
+            again = _snapshot(before)
         else:
             raise ValueError(
                 f"{self.where}: around_sublayer called the module several times, but a {type(before).__name__} cannot "
@@ -481,12 +495,12 @@ class LayerRuntime:
     ) -> Site:
         cross = self.site.kind == "cross"
         if call.kept is None:
-            q_pos = torch.arange(call.offset, call.offset + n, device=device)
+            q_pos = slots(call.offset, n, device)
         else:
             q_pos = call.kept.slots.to(device)
         k_pos = fields.pop("k_pos", None)
         if k_pos is None and call.start is not None:
-            k_pos = torch.arange(call.start, call.start + m, device=device)
+            k_pos = slots(call.start, m, device)
         q_types = k_types = None
         tracker = self.session.tracker
         if tracker is not None and not cross and k_pos is not None:
@@ -497,7 +511,7 @@ class LayerRuntime:
             else:
                 q_types = seen.gather(1, q_pos.clamp(min=0)).masked_fill(q_pos < 0, PAD)
             if k_pos.dim() == 1:
-                k_types = seen.index_select(1, k_pos)
+                k_types = seen[:, call.start : call.start + m] if call.start is not None else seen[:, k_pos]
             else:
                 k_types = seen[:, None].expand(-1, k_pos.shape[1], -1).gather(-1, k_pos.clamp(min=0))
                 k_types = k_types.masked_fill(k_pos < 0, PAD)
@@ -568,8 +582,8 @@ class LayerRuntime:
             mask = self._mask_of_kept(mask, k_pos, call, batch, heads, n, layer.padded)  # type: ignore[attr-defined]
         elif call.kept is not None:
             # A static cache holds slots that nothing was written to yet.
-            slots = torch.nn.functional.pad(call.kept.slots, (0, m - n), value=-1)
-            k_pos = slots[:, None].expand(-1, k.shape[1], -1)
+            left = torch.nn.functional.pad(call.kept.slots, (0, m - n), value=-1)
+            k_pos = left[:, None].expand(-1, k.shape[1], -1)
         elif self.site.kind == "cross" or (layer is not None and not layer.is_sliding):
             call.start = 0
         elif isinstance(layer, _need().cache.StaticLayer):
@@ -585,17 +599,21 @@ class LayerRuntime:
         site = self.describe(call, batch, n, m, q.device, pair, k_pos=k_pos, **shape)
 
         maps: list[Tensor | None] = []
+        plain: list[tuple[Tensor, Tensor]] = []
 
         def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out, weights = self.kernel(self.module, q, k, v, mask, *args, **kwargs)
             maps.append(weights)
-            return out.transpose(1, 2)
+            plain.append((out.transpose(1, 2), out))
+            return plain[-1][0]
 
         out = run_attention(site, q, k, v, stages, kernel)
         if stages["on_cache"]:
             self._evict(call, site, q, k, v, n)
         edited = stages.edits or stages["around_attention"]
-        return out.transpose(1, 2).contiguous(), maps[0] if len(maps) == 1 and not edited else None
+        own = next((theirs for ours, theirs in plain if ours is out), None)
+        result = out.transpose(1, 2).contiguous() if own is None else own
+        return result, maps[0] if len(maps) == 1 and not edited else None
 
     def _cache_layer(self, call: _Call) -> Any:
         if call.cache is None or self.site.layer >= len(getattr(call.cache, "layers", ())):
