@@ -292,17 +292,18 @@ def test_decoding_equals_full_attention_over_the_kept_keys(models, budget, famil
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
-def test_padded_batch_equals_single_prompts(llama, scorer):
+def test_padded_batch_equals_single_prompts(models, scorer):
     """With every scorer; shares are of the tokens that a sample has, while decoding too."""
     inputs = prompt(length=22, pad=(7, 0))
+    model = models[FAMILIES[list(SCORERS).index(scorer) % 3]]
     for budget in (Ratio(0.5), AcrossHeads(Cap(7))):
         compression = KVCompression(SCORERS[scorer](), budget, every=2)
-        with attnlib.attach(llama, compression) as session:
-            together, _ = scores(llama, inputs, new=5)
+        with attnlib.attach(model, compression) as session:
+            together, _ = scores(model, inputs, new=5)
             alone = []
             for row, start in ((0, 7), (1, 0)):
                 single = {name: t[row : row + 1, start:] for name, t in inputs.items()}
-                alone.append(scores(llama, single, new=5)[0])
+                alone.append(scores(model, single, new=5)[0])
                 assert session.results["kv-compression"]
         torch.testing.assert_close(together, torch.cat(alone, 1), atol=2e-5, rtol=1e-4)
 

@@ -104,7 +104,7 @@ class KVCompression(Intervention):
         self.scorer.prepare(model, sites)
 
     def reset(self) -> None:
-        self._kept: dict[int, tuple[int, Tensor]] = {}
+        self._kept: dict[int, tuple[int, Tensor, Tensor]] = {}
         self._waiting: dict[int, tuple[CacheView, Tensor, Tensor]] = {}
 
     # ---- the stage
@@ -201,8 +201,7 @@ class KVCompression(Intervention):
         if bool((counts >= view.k.shape[2]).all()):
             return self._everything(view)
         kept = self.selector.pick(ready, counts)
-        slots = view.slots.expand(view.k.shape[:3]).gather(-1, kept.clamp(min=0)).masked_fill(kept < 0, -1)
-        self._kept[view.site.layer] = (seen, slots)
+        self._kept[view.site.layer] = (seen, view.slots, kept)
         return kept
 
     def results(self) -> dict[int, dict[str, Any]]:
@@ -210,4 +209,8 @@ class KVCompression(Intervention):
 
         Layers that kept everything are left out.
         """
-        return {layer: {"kept": kept, "of": count} for layer, (count, kept) in sorted(self._kept.items())}
+        shown = {}
+        for layer, (seen, slots, kept) in sorted(self._kept.items()):
+            there = slots.expand(*kept.shape[:2], -1).gather(-1, kept.clamp(min=0)).masked_fill(kept < 0, -1)
+            shown[layer] = {"kept": there, "of": seen}
+        return shown

@@ -560,7 +560,7 @@ def prefers(call: AttentionCall) -> str | None:
     if call.valid.numel() * size < PAYS:
         return f"keys and values have fewer than {PAYS} elements"
     missing = call.valid.numel() - int(call.valid.sum())
-    if missing * size < PAYS or missing * 4 < call.valid.numel():
+    if missing * size < PAYS or missing * 3 < call.valid.numel():
         return "too few keys are missing to read samples one by one"
     return None
 
