@@ -168,6 +168,16 @@ def test_weights_under_generate(family, mode):
         torch.testing.assert_close(edited, want, atol=1e-6, rtol=1e-5)
 
 
+def test_somebody_who_looks_at_a_few_rows_sees_them_edited():
+    model = language_model()
+    inputs = prompt()
+    act = SinkCalibration({1: [0, 2]}, **SETTINGS)
+    whole, last = Record(layers=[1], rows="all"), Record(layers=[1], rows="last")
+    with attnlib.attach(model, act, whole, last), torch.no_grad():
+        model(**inputs)
+    torch.testing.assert_close(last.results()[1]["weights"][0], whole.results()[1]["weights"][0][:, :, -1:])
+
+
 def test_batch_with_padding_equals_single_prompts():
     model = language_model()
     inputs = prompt()

@@ -6,6 +6,7 @@ import torch
 import attnlib
 from attnlib.cache import SnapKV
 from attnlib.hooks import PAD, TokenTypes
+from attnlib.reduce import DyVTE
 from attnlib.steer import (
     ContrastiveDecoding,
     HeadReinforcement,
@@ -32,7 +33,7 @@ def test_divergence_and_its_outliers_head_by_head():
     a, b = torch.randn(3, 8, 5), torch.randn(3, 8, 5)
     b[0, 2] *= 9
     b[1, 5], a[1, 5] = b[1, 5] * 9, b[1, 5] * 9  # loud, but it does not change
-    a[2, 1] *= 9  # it changes, but is not loud without the image
+    a[2, 1], b[2, 1] = a[2, 1] * 9, b[2, 1] * 0.1  # it changes, but is not loud without the image
     got, plain = head_divergence(a, b), head_divergence(a, b, outliers=False)
     zeroed = 0
     for i in range(3):
@@ -293,10 +294,12 @@ def test_it_composes():
         text = [row[(row != IMAGE_ID) & (row != 0)] for row in inputs["input_ids"]]
     for others, check in (
         ([SnapKV(cap=10, window_size=3, kernel_size=3)], False),
+        ([DyVTE(exit_layer=2)], False),
         ([VisualBoost(0.7, sets="all")], False),
         ([ContrastiveDecoding(NoImage(), 1.8, -0.8)], True),
     ):
-        vhr = HeadReinforcement(2.0, [1, 3])
+        removes = isinstance(others[0], DyVTE)
+        vhr = HeadReinforcement(2.0, [1, 3], selection="passes" if removes else "layers")
         with attnlib.attach(model, vhr, *others, token_types=RULE):
             got, _ = generated(model, inputs, {"suppress_tokens": None}, new=1 if check else 4)
         assert not got.isnan().any() and vhr.results()["heads"][3].any()
@@ -319,6 +322,11 @@ def test_refusals():
         attnlib.attach(model, HeadReinforcement(layers=[9]), token_types=RULE)
     with pytest.raises(ValueError, match=r"must be \(B, H, D\)"):
         head_divergence(torch.zeros(2, 3), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="two HeadReinforcements"):
+        attnlib.attach(model, HeadReinforcement(layers=[1]), HeadReinforcement(layers=[2]), token_types=RULE)
+    with pytest.raises(ValueError, match="selection='passes' composes"):
+        attnlib.attach(model, HeadReinforcement(layers=[1]), DyVTE(exit_layer=2), token_types=RULE)
+    assert not model._forward_pre_hooks
     vhr = HeadReinforcement(layers=[1])
     with attnlib.attach(model, vhr, token_types=RULE), pytest.raises(ValueError, match="attached already"):
         attnlib.attach(language_model(seed=1), vhr, token_types=RULE)

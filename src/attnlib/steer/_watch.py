@@ -15,9 +15,10 @@ from ..hooks.tokens import IMAGE
 from ..types import check_choice, stats_dtype
 
 
-def named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call of ``model`` by name."""
-    return {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+def reader(model: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:
+    """A function from the arguments of a call of ``model`` to the same by name."""
+    names = list(inspect.signature(model.forward).parameters)
+    return lambda args, kwargs: {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
 
 
 def cached_tokens(given: dict[str, Any]) -> int:
@@ -29,8 +30,10 @@ def cached_tokens(given: dict[str, Any]) -> int:
 def watch_prompts(session: Session, started: Callable[[dict[str, Any]], None]) -> None:
     """Call ``started(inputs by name)`` before every call of the model that begins a sequence."""
 
+    named = reader(session.model)
+
     def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = named_inputs(model, args, kwargs)
+        given = named(args, kwargs)
         if cached_tokens(given) == 0:
             started(given)
 

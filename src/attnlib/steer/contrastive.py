@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..hooks.core import Intervention, Session
 from ..hooks.tokens import IMAGE, PAD
 from ..types import check_choice
-from ._watch import cached_tokens, named_inputs
+from ._watch import reader, watch_prompts
 
 #: Inputs of a prompt that a second reading of it makes anew.
 _OWN = frozenset(
@@ -415,18 +415,24 @@ class ContrastiveDecoding(Intervention):
         self._branch_name = self.branch.name + (f"-{number + 1}" if number else "")
         self.branch.watch(session)
 
-        def started(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if session.branch is None and cached_tokens(named_inputs(module, args, kwargs)) == 0:
+        known = inspect.signature(model.forward).parameters
+        self._takes = {n for n, p in known.items() if p.kind is not p.VAR_KEYWORD}
+        if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            self._takes.add("position_ids")
+
+        def started(given: dict[str, Any]) -> None:
+            if session.branch is None:
                 self._read.clear()
                 self._fresh = True
 
-        session.hook(model.register_forward_pre_hook(started, with_kwargs=True))
+        watch_prompts(session, started)
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
         if isinstance(decoder, nn.Module) and decoder is not model:
+            named = reader(decoder)
 
             def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if session.branch is None and self._fresh:
-                    self._read.append(named_inputs(module, args, kwargs).get("inputs_embeds"))
+                    self._read.append(named(args, kwargs).get("inputs_embeds"))
 
             session.hook(decoder.register_forward_pre_hook(look, with_kwargs=True))
         session.undo(self._read.clear)
@@ -509,12 +515,8 @@ class ContrastiveDecoding(Intervention):
         self._call(state, {"input_ids": new, "position_ids": positions, "past_key_values": state.cache})
 
     def _call(self, state: _State, inputs: dict[str, Any]) -> None:
-        model = self.session.model
-        known = inspect.signature(model.forward).parameters
         inputs = {**inputs, "attention_mask": state.valid.long(), "use_cache": True, "logits_to_keep": 1}
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
-        inputs = {k: v for k, v in inputs.items() if k in known or (open_ended and k == "position_ids")}
         with self.session.at(branch=self._branch_name, token_types=state.types):
-            out = model(**inputs)
+            out = self.session.model(**{k: v for k, v in inputs.items() if k in self._takes})
         self.forwards += 1
         state.cache, state.logits = out.past_key_values, out.logits[:, -1]

@@ -155,14 +155,6 @@ class HeadReinforcement(Intervention):
         count = getattr(getattr(site.module, "config", None), "num_hidden_layers", None)
         return not isinstance(count, int) or site.layer == 1 or site.layer >= count - 14
 
-    def conflicts(self, other: Intervention) -> str | None:
-        if implements(other, "on_tokens") and self.selection == "layers":
-            return (
-                "the prompt without image is read block by block beside the other, where tokens cannot be removed; "
-                "selection='passes' composes"
-            )
-        return None
-
     # ---- the prompt without image
 
     def on_attach(self, session: Session) -> None:
@@ -173,6 +165,15 @@ class HeadReinforcement(Intervention):
             raise ValueError(
                 f"HeadReinforcement: {type(model).__name__} keeps the positions of its last prompt in the model "
                 "(rope_deltas), where the prompt without image would overwrite them"
+            )
+        others = [i for i in session.interventions if i is not self and not i.identity]
+        if any(isinstance(i, HeadReinforcement) for i in others):
+            raise ValueError("two HeadReinforcements cannot both act on a model; name all layers in one")
+        if self.selection == "layers" and (remover := next((i for i in others if implements(i, "on_tokens")), None)):
+            raise ValueError(
+                f"HeadReinforcement and {type(remover).__name__} cannot both act on this model: the prompt without "
+                "image is read block by block beside the full one, where tokens cannot be removed; "
+                "selection='passes' composes"
             )
         session.undo(self._forget)
 
@@ -200,7 +201,7 @@ class HeadReinforcement(Intervention):
             self._text = _TextPass(session, reading, self.TEXT)
             if self.selection == "passes":
                 with session.at(branch=self.LOOK):
-                    session.model(**{**given, "use_cache": False})
+                    session.model(**{**given, "use_cache": True})
                 for branch, layer in list(self._last):
                     if branch == self.LOOK:
                         self._choose(layer, self._last[self.LOOK, layer], self._last[self.TEXT, layer])

@@ -203,10 +203,10 @@ class SinkCalibration(Intervention):
 
     def on_weights(self, site: Site, weights: Tensor, rows: Tensor) -> Tensor:
         key = (site.branch, site.layer)
-        if self._first_call(site):
+        if self._first_call(site) and len(rows) == site.n_queries:
             sinks = self._find(site, weights)
             self._sinks[key] = self._by_slot(site, sinks)
-        else:
+        else:  # new tokens, or a few rows for somebody who looks
             sinks = self._at_keys(site, self._sinks[key])
         if not bool(sinks.any()):
             return weights
@@ -214,10 +214,9 @@ class SinkCalibration(Intervention):
 
     def _find(self, site: Site, weights: Tensor) -> Tensor:
         """(B, H, M) sinks of the prompt among the keys."""
-        assert site.mask is not None and site.q_pos is not None and site.k_pos is not None
+        assert site.mask is not None
         allowed = site.mask.dense(weights.device)
-        queries = site.q_pos[:, None, :, None] if site.q_pos.dim() == 2 else site.q_pos[None, None, :, None]
-        itself = self._slots(site)[..., None, :] == queries
+        itself = site.key_slots() == site.query_slots()
         # A token that exists reads itself; a row of padding does not.
         exists = (allowed & itself).any(-1)
         seen = allowed & exists.unsqueeze(-1)
@@ -234,23 +233,15 @@ class SinkCalibration(Intervention):
         chosen[list(self._chosen(site))] = True
         return sinks & chosen[:, None]
 
-    @staticmethod
-    def _slots(site: Site) -> Tensor:
-        """(1, 1, M), or (B, H, M) where heads hold different keys: slots of the keys."""
-        assert site.k_pos is not None
-        if site.k_pos.dim() == 1:
-            return site.k_pos[None, None]
-        return site.k_pos.repeat_interleave(site.heads // site.kv_heads, 1)
-
     def _by_slot(self, site: Site, sinks: Tensor) -> Tensor:
         """(B, H, L): sinks among keys as sinks by slot of the sequence."""
-        slots = self._slots(site).expand_as(sinks)
+        slots = site.key_slots()[:, :, 0].expand_as(sinks)
         out = sinks.new_zeros(*sinks.shape[:2], int(slots.max()) + 1)
         return out.scatter(-1, slots.clamp(min=0), sinks & (slots >= 0))
 
     def _at_keys(self, site: Site, by_slot: Tensor) -> Tensor:
         """(B, H, M): and back, for the keys of this call; tokens after the prompt are none."""
-        slots = self._slots(site).expand(*by_slot.shape[:2], -1)
+        slots = site.key_slots()[:, :, 0].expand(*by_slot.shape[:2], -1)
         inside = (slots >= 0) & (slots < by_slot.shape[-1])
         return by_slot.gather(-1, slots.clamp(0, by_slot.shape[-1] - 1)) & inside
 
