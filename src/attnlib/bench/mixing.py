@@ -277,13 +277,13 @@ def _solve(slug: str, x: Tensor, run: Any) -> Mixing:
 
 def _by_head(matrix: Tensor) -> Tensor:
     """(B, C, N, M) as (B, G, N, M) for the fewest groups of neighbouring channels that share a matrix."""
-    channels = matrix.shape[1]
+    channels, tiny = matrix.shape[1], 1e-9 if matrix.dtype == torch.float64 else 1e-5
     scale = matrix.abs().max().clamp(min=1e-30)
     for groups in range(1, channels):
         if channels % groups:
             continue
         grouped = matrix.unflatten(1, (groups, channels // groups))
-        if bool(((grouped - grouped[:, :, :1]).abs() <= 1e-9 * scale + 1e-6 * grouped.abs()).all()):
+        if bool(((grouped - grouped[:, :, :1]).abs() <= tiny * (scale + grouped.abs())).all()):
             return grouped[:, :, 0].contiguous()
     return matrix
 

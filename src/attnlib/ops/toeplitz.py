@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ..positions import toeplitz_spectrum
-from ..types import check_choice, check_rank, check_valid, stats_dtype
+from ..types import check_choice, check_rank, check_valid, exactly, stats_dtype
 from ._call import expand_heads
-from .linear import _exactly
 
 FORMS = ("fft", "fft64", "direct")
 #: Elements of one slice of products; below it, more features at once only take memory.
@@ -89,7 +88,7 @@ def toeplitz_attention(
     dtype = stats_dtype(q.dtype)
     if not torch.compiler.is_compiling() and 0 in (batch, n, m):
         form = "direct"  # there is no transform of nothing
-    with _exactly(q):
+    with exactly(q):
         fq, fk, fv = q.to(dtype), expand_heads(k.to(dtype), heads), expand_heads(v.to(dtype), heads)
         if valid is not None:
             fk, fv = (t.masked_fill(~valid[:, None, :, None], 0.0) for t in (fk, fv))
@@ -137,43 +136,54 @@ def _seen(meets: Tensor, valid: Tensor | None, grid: Sequence[int], keys: Sequen
     """(B, H or 1, N) boolean: does the row see a key? Counted, so that rounding of sums cannot decide it."""
     if not torch.compiler.is_compiling() and 0 in (batch, *grid, *keys):
         return meets.new_zeros(batch, 1, math.prod(grid), dtype=torch.bool)
-    exists = meets.new_ones(1, 1, *keys, 1) if valid is None else valid.to(meets.dtype).view(batch, 1, *keys, 1)
+    exists = meets.new_ones(1, 1, *keys) if valid is None else valid.to(meets.dtype).view(batch, 1, *keys)
     spectrum, sizes = toeplitz_spectrum(meets.detach(), grid)
-    return (_correlate(spectrum, exists, sizes, grid) > 0.5).flatten(2)
+    return (_back(spectrum.conj() * _transform(exists, sizes), sizes, grid) > 0.5).flatten(2)
+
+
+# Below, tokens stand last: transforms along the contiguous axis take half the time.
 
 
 def _transform(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    return torch.fft.rfftn(x, s=tuple(sizes), dim=tuple(range(-1 - len(sizes), -1)))
+    return torch.fft.rfftn(x, s=tuple(sizes), dim=tuple(range(-len(sizes), 0)))
 
 
 def _back(spectrum: Tensor, sizes: Sequence[int], keep: Sequence[int]) -> Tensor:
-    axes = tuple(range(-1 - len(sizes), -1))
+    axes = tuple(range(-len(sizes), 0))
     out = torch.fft.irfftn(spectrum, s=tuple(sizes), dim=axes)
     for axis, n in zip(axes, keep, strict=True):
         out = out.narrow(axis, 0, n)
     return out
 
 
-def _correlate(spectrum: Tensor, x: Tensor, sizes: Sequence[int], keep: Sequence[int]) -> Tensor:
-    return _back(spectrum.conj().unsqueeze(-1) * _transform(x, sizes), sizes, keep)
-
-
 def _slice(q: Tensor, v: Tensor) -> int:
     """How many features go through the transform at once."""
     if torch.compiler.is_compiling():
-        return min(q.shape[3], 8)  # not from N, which may be free
-    each = 2 * q.shape[0] * q.shape[1] * max(q.shape[2], v.shape[2]) * v.shape[3]
-    return max(1, min(q.shape[3], SLICE // max(each, 1)))
+        return min(q.shape[2], 8)  # not from N, which may be free
+    each = 2 * q.shape[0] * q.shape[1] * max(q.shape[3], v.shape[3]) * v.shape[2]
+    return max(1, min(q.shape[2], SLICE // max(each, 1)))
+
+
+def _outer(a: Tensor, b: Tensor, sizes: Sequence[int]) -> Tensor:
+    """(B, H, s, N) and (B, H, F, N) to all products (B, H, s, F, *sizes)."""
+    return (a.unsqueeze(3) * b.unsqueeze(2)).unflatten(-1, tuple(sizes))
+
+
+def _spectrum(c: Tensor, grid: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+    """The spectrum of (H, ..), to be multiplied with (B, H, s, F, ..)."""
+    spectrum, sizes = toeplitz_spectrum(c, grid)
+    return spectrum.unsqueeze(1).unsqueeze(1), sizes
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, c: Tensor, grid: Sequence[int], keys: Sequence[int]) -> Tensor:
-    """(B, H, N, F): ``sum_r q_r * T(c) (k_r * v)``."""
-    spectrum, sizes = toeplitz_spectrum(c, grid)
+    """(B, H, F, N): ``sum_r q_r * T(c) (k_r * v)`` of (B, H, m, N), (B, H, m, M) and (B, H, F, M)."""
+    spectrum, sizes = _spectrum(c, grid)
+    spectrum = spectrum.conj().resolve_conj()
     step, out = _slice(q, v), 0.0
-    for a in range(0, q.shape[3], step):
-        part = (k[..., a : a + step, None] * v[..., None, :]).flatten(3).unflatten(2, tuple(keys))
-        moved = _correlate(spectrum, part, sizes, grid).flatten(2, -2).unflatten(-1, (-1, v.shape[3]))
-        out = out + (q[..., a : a + step, None] * moved).sum(3)
+    for a in range(0, q.shape[2], step):
+        part = _transform(_outer(k[:, :, a : a + step], v, keys), sizes)
+        moved = _back(part * spectrum, sizes, grid).flatten(4)
+        out = out + (q[:, :, a : a + step].unsqueeze(3) * moved).sum(2)
     assert isinstance(out, Tensor)
     return out
 
@@ -192,27 +202,22 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         q, k, v, c = ctx.saved_tensors
         grid, keys = ctx.grid, ctx.keys
-        spectrum, sizes = toeplitz_spectrum(c, grid)
-        forth, back = spectrum.conj().unsqueeze(-1), spectrum.unsqueeze(-1)
-        width, step = v.shape[3], _slice(q, v)
+        back, sizes = _spectrum(c, grid)
+        forth = back.conj().resolve_conj()
+        step = _slice(q, v)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.zeros_like(v)
         dc: Tensor | float = 0.0
-
-        def tokens(x: Tensor) -> Tensor:
-            return x.flatten(2, -2).unflatten(-1, (-1, width))
-
-        for a in range(0, q.shape[3], step):
+        for a in range(0, q.shape[2], step):
             at = slice(a, a + step)
-            into = (k[..., at, None] * v[..., None, :]).flatten(3).unflatten(2, tuple(keys))
-            out = (q[..., at, None] * grad[..., None, :]).flatten(3).unflatten(2, tuple(grid))
-            f_into, f_out = _transform(into, sizes), _transform(out, sizes)
-            dq[..., at] = (tokens(_back(forth * f_into, sizes, grid)) * grad[..., None, :]).sum(-1)
-            d_into = tokens(_back(back * f_out, sizes, keys))
-            dk[..., at] = (d_into * v[..., None, :]).sum(-1)
-            dv += (d_into * k[..., at, None]).sum(3)
+            into = _transform(_outer(k[:, :, at], v, keys), sizes)
+            out = _transform(_outer(q[:, :, at], grad, grid), sizes)
+            dq[:, :, at] = (_back(into * forth, sizes, grid).flatten(4) * grad.unsqueeze(2)).sum(3)
+            d_into = _back(out * back, sizes, keys).flatten(4)
+            dk[:, :, at] = (d_into * v.unsqueeze(2)).sum(3)
+            dv += (d_into * k[:, :, at].unsqueeze(3)).sum(2)
             if ctx.needs_input_grad[3]:
                 # dc_t = sum_i out_i into_{i + t}: the same correlation, of the two sides of the product
-                dc = dc + (f_out.conj() * f_into).sum(-1).sum(0)
+                dc = dc + (out.conj() * into).sum((0, 2, 3))
         d_c = None
         if isinstance(dc, Tensor):
             axes = tuple(range(-len(sizes), 0))
@@ -224,6 +229,8 @@ class _Products(torch.autograd.Function):
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, c: Tensor, grid: Sequence[int], keys: Sequence[int]) -> Tensor:
+    """(B, H, N, F) of (B, H, N, m), (B, H, M, m) and (B, H, M, F)."""
+    q, k, v = (t.mT.contiguous() for t in (q, k, v))
     if torch.compiler.is_compiling():
-        return _forward(q, k, v, c, grid, keys)
-    return _Products.apply(q, k, v, c, tuple(grid), tuple(keys))
+        return _forward(q, k, v, c, grid, keys).mT
+    return _Products.apply(q, k, v, c, tuple(grid), tuple(keys)).mT
