@@ -57,4 +57,21 @@ def image_slots(inputs):
     return inputs["input_ids"] == IMAGE_ID
 
 
-__all__ = ["IMAGE_ID", "SIDE", "SIZES", "TOKENS", "image_slots", "picture_inputs", "picture_model"]
+def shorter(model, inputs, keep):
+    """The oracle: embeddings of the prompt without the tokens that left, padded on the left."""
+    model_inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}
+    caught = {}
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda m, a, k: caught.update(k), with_kwargs=True
+    )  # fmt: skip
+    with torch.no_grad():
+        model(**model_inputs, attention_mask=inputs["attention_mask"])
+    handle.remove()
+    rows = [caught["inputs_embeds"][b, keep[b] & (inputs["attention_mask"][b] == 1)] for b in range(len(keep))]
+    length = max(len(r) for r in rows)
+    embeds = torch.stack([torch.cat([r.new_zeros(length - len(r), r.shape[1]), r]) for r in rows])
+    mask = torch.stack([torch.cat([torch.zeros(length - len(r)), torch.ones(len(r))]) for r in rows]).long()
+    return {"inputs_embeds": embeds, "attention_mask": mask}
+
+
+__all__ = ["IMAGE_ID", "SIDE", "SIZES", "TOKENS", "image_slots", "picture_inputs", "picture_model", "shorter"]

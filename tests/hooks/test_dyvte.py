@@ -266,6 +266,15 @@ def test_composes_with_fewer_tokens_before_and_a_compressed_cache(model):
     close(got, want)
 
 
+def test_gates_keep_their_own_precision():
+    model = picture_model().to(torch.bfloat16)
+    inputs = picture_inputs((1, 2))
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    with attnlib.attach(model, DyVTE(ExitGates.of(model, 8)), token_types=TYPES) as session:
+        assert torch.isfinite(scores(model, inputs)[0]).all()
+    assert all(g.dtype == torch.float32 for g in session.results["dyvte"]["gates"].values())
+
+
 # ---- training
 
 

@@ -12,6 +12,7 @@ from attnlib.cache import SnapKV  # noqa: E402
 from attnlib.hooks import Intervention, Record, TokenTypes  # noqa: E402
 from attnlib.hooks.removal import decode_mask, pack, prompt_mask, take  # noqa: E402
 from hooks.llava import IMAGE_ID, llava, llava_inputs  # noqa: E402
+from hooks.pictures import image_slots, picture_inputs, picture_model  # noqa: E402
 
 
 class Drop(Intervention):
@@ -384,6 +385,69 @@ def test_in_a_vision_language_model_with_types_and_records():
     with attnlib.attach(model, Drop({2: keep}), record, token_types=TokenTypes(IMAGE_ID)):
         got, _ = scores(model, inputs)
     close(got, want)
+
+
+@pytest.mark.parametrize("technique", ["boost", "scale", "record"])
+def test_other_techniques_behind_a_removal(technique):
+    """They see what is left; the oracle forbids the rest to the untouched sequence."""
+    from attnlib.steer import HeadScale, VisualBoost
+
+    model = picture_model(num_hidden_layers=4)
+    inputs = picture_inputs((1, 2))
+    torch.manual_seed(0)
+    keep = ~image_slots(inputs) | (torch.rand(inputs["input_ids"].shape) > 0.5)
+    make = {
+        "boost": lambda: VisualBoost(first_layer=2),
+        "scale": lambda: HeadScale({2: [0.5, 1.0, 1.0, 2.0]}),
+        "record": lambda: Record(layers=[2], rows="all", what=("received",)),
+    }[technique]
+    types = TokenTypes(IMAGE_ID)
+    with attnlib.attach(model, make(), Forbid({2: keep}), token_types=types) as session:
+        want, _ = scores(model, inputs)
+        theirs = session.results
+    with attnlib.attach(model, Drop({2: keep}), make(), token_types=types) as session:
+        got, _ = scores(model, inputs)
+        mine = session.results
+    close(got, want)
+    if technique == "record":
+        # Queries that left give nothing, so only what generated tokens and kept text give can be compared.
+        received = mine["record"][2]["received"]
+        assert received.shape == theirs["record"][2]["received"].shape
+        gone = ~keep | (inputs["attention_mask"] == 0)
+        assert (received[:, :, : keep.shape[1]].transpose(1, 2)[gone] == 0).all()
+        assert (received[:, :, : keep.shape[1]].transpose(1, 2)[~gone] > 0).all()
+    else:
+        with attnlib.attach(model, Drop({2: keep}), token_types=types):
+            assert not torch.allclose(scores(model, inputs)[0], got, atol=1e-3)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("how", ["lookup", "cache", "chunks"])
+def test_other_ways_through_generate(how, compact):
+    """Drafts that are taken back, a cache of the user's own, and a limit on how much of a prompt is read at once."""
+    model, inputs = language_model(), prompt(batch=1, pad=(0,))
+    inputs["input_ids"][0, 5:10] = inputs["input_ids"][0, 12:17]
+    keep = keeps(inputs, (1, 2))
+    settings = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    extra = {
+        "lookup": lambda: {"prompt_lookup_num_tokens": 3},
+        "cache": lambda: {"past_key_values": transformers.DynamicCache()},
+        "chunks": lambda: {"prefill_chunk_size": 64},
+    }[how]
+    with attnlib.attach(model, Drop(keep, compact)):
+        want = model.generate(**inputs, **settings)
+        got = model.generate(**inputs, **settings, **extra())
+    assert torch.equal(got, want)
+
+
+def test_half_precision():
+    model, inputs = language_model().to(torch.bfloat16), prompt()
+    keep = keeps(inputs, (1, 2))
+    with attnlib.attach(model, Forbid(keep)):
+        want, _ = scores(model, inputs, new=1)
+    with attnlib.attach(model, Drop(keep)):
+        got, _ = scores(model, inputs, new=1)
+    torch.testing.assert_close(got, want, atol=3e-2, rtol=3e-2)
 
 
 def test_merged_tokens_go_on_with_new_states():

@@ -13,7 +13,7 @@ from attnlib.cache import SnapKV  # noqa: E402
 from attnlib.hooks import IMAGE, PAD, TEXT, Intervention, TokenTypes  # noqa: E402
 from attnlib.reduce import CMAI, VMTC, VTCCLS, cosine_kmeans, focus, merge_clusters  # noqa: E402
 from attnlib.reduce.mergers import cluster_rest  # noqa: E402
-from hooks.pictures import IMAGE_ID, TOKENS, image_slots, picture_inputs, picture_model  # noqa: E402
+from hooks.pictures import IMAGE_ID, TOKENS, image_slots, picture_inputs, picture_model, shorter  # noqa: E402
 
 TYPES = TokenTypes(IMAGE_ID)
 
@@ -351,6 +351,30 @@ def test_behind_a_removal(model):
         got, _ = scores(model, inputs)
     close(got, want)
     assert session.results["vmtc"]["saved"] > 0.2 and all(v > 0 for v in session.results["cmai"]["blocked"].values())
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
+def test_behind_a_removal_equals_a_shorter_prompt(model, mode):
+    inputs = picture_inputs((1, 2))
+    vtc = VTCCLS(6, start=1)
+    with attnlib.attach(model, vtc, CMAI(0.5), token_types=TYPES) as session:
+        got, _ = scores(model, inputs, **mode)
+        with torch.no_grad():
+            model(**inputs)
+        slots = session.results["vtc-cls"]["slots"]
+    keep = torch.zeros_like(image_slots(inputs))
+    for b in range(2):
+        keep[b, slots[b][slots[b] >= 0]] = True
+    short = shorter(model, inputs, keep)
+    types = torch.full(short["attention_mask"].shape, PAD)
+    whole = TYPES(inputs["input_ids"])
+    for b in range(2):
+        left = whole[b, keep[b] & (inputs["attention_mask"][b] == 1)]
+        types[b, types.shape[1] - len(left) :] = left
+    types = types.repeat_interleave(mode.get("num_beams", 1), 0)
+    with attnlib.attach(model, CMAI(0.5), token_types=types):
+        want, _ = scores(model, short, **mode)
+    close(got, want)
 
 
 def test_identity_and_image_free_prompts(model):

@@ -15,7 +15,7 @@ import attnlib  # noqa: E402
 from attnlib.cache import SnapKV  # noqa: E402
 from attnlib.hooks import Record, TokenTypes  # noqa: E402
 from attnlib.reduce import VTCCLS, Rate, class_attention, ensemble  # noqa: E402
-from hooks.pictures import IMAGE_ID, TOKENS, image_slots, picture_inputs, picture_model  # noqa: E402
+from hooks.pictures import IMAGE_ID, TOKENS, image_slots, picture_inputs, picture_model, shorter  # noqa: E402
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "vtc-cls.safetensors"
 TYPES = TokenTypes(IMAGE_ID)
@@ -39,23 +39,6 @@ def class_rows(model, inputs):
         maps = tower(inputs["pixel_values"], output_attentions=True).attentions
     tower.set_attn_implementation(before)
     return torch.stack([m.mean(1)[:, 0, 1:] for m in maps])
-
-
-def shorter(model, inputs, keep):
-    """The oracle: embeddings of the prompt without the tokens that left, padded on the left."""
-    model_inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}
-    caught = {}
-    handle = model.model.language_model.register_forward_pre_hook(
-        lambda m, a, k: caught.update(k), with_kwargs=True
-    )  # fmt: skip
-    with torch.no_grad():
-        model(**model_inputs, attention_mask=inputs["attention_mask"])
-    handle.remove()
-    rows = [caught["inputs_embeds"][b, keep[b] & (inputs["attention_mask"][b] == 1)] for b in range(len(keep))]
-    length = max(len(r) for r in rows)
-    embeds = torch.stack([torch.cat([r.new_zeros(length - len(r), r.shape[1]), r]) for r in rows])
-    mask = torch.stack([torch.cat([torch.zeros(length - len(r)), torch.ones(len(r))]) for r in rows]).long()
-    return {"inputs_embeds": embeds, "attention_mask": mask}
 
 
 def chosen_slots(inputs, scores, k):

@@ -64,6 +64,15 @@ class Lengths:
     slots: tuple[Tensor | None, ...]
 
 
+class _Memory(dict[str, Tensor]):
+    """What a cache layer carries: tokens that are taken back change all of it but how far positions moved."""
+
+    def clear(self) -> None:
+        moved = self[SHIFT]
+        super().clear()
+        self[SHIFT] = moved
+
+
 def pack(keep: Tensor) -> Tensor:
     """Indices of the tokens that go on, ready to be returned by ``on_tokens``.
 
@@ -214,6 +223,11 @@ class _Prompt:
         here = torch.zeros(self.slots.shape[0], self.total + 1, dtype=torch.bool, device=self.slots.device)
         here.scatter_(1, self.slots.masked_fill(self.slots < 0, self.total), True)
         return ~here[:, : self.total]
+
+    def whole_from(self) -> int:
+        """The slot from which on nothing is missing."""
+        place = torch.arange(1, self.total + 1, device=None if self.slots is None else self.slots.device)
+        return int((self.gone() * place).max())
 
     def mask(self, given: Any, causal: bool) -> Tensor | None:
         """The model's mask at the tokens that are left; made once for all blocks that share it."""
@@ -397,10 +411,12 @@ class Removal:
         else:
             slots = prompt.slots[:, None].expand(-1, layer.keys.shape[1], -1)
             layer = evicted(self.session, layer.keys, layer.values, slots, prompt.total, capacity)
-            cache.layers[site.layer] = layer
+            # Drafted tokens at the end of a prompt may be taken back, up to the last token that left.
+            layer.evicted_from = prompt.whole_from()
             layer.shared = True
+            cache.layers[site.layer] = layer
         if prompt.moved is not None:
-            layer.memory[SHIFT] = prompt.moved
+            layer.memory = _Memory({**layer.memory, SHIFT: prompt.moved})
 
     def _shorten(self, site: Site, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a block, made by the model for all tokens, for those that are left."""

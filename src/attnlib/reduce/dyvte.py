@@ -121,6 +121,12 @@ def exit_features(hidden: Tensor, types: Tensor) -> Tensor:
     return torch.cat([(hidden * weight).sum(1) / weight.sum(1), hidden[:, -1]], -1)
 
 
+def _ask(gate: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    """The answer of a gate, in the type of its own weights."""
+    weight = next(gate.parameters(), None) if isinstance(gate, nn.Module) else None
+    return gate(features if weight is None else features.to(weight))
+
+
 def exit_labels(
     full: Tensor,
     left: Tensor,
@@ -228,7 +234,7 @@ class DyVTE(Reduction):
         else:
             assert self.gates is not None
             with torch.no_grad():
-                gate = self.gates[layer](exit_features(hidden, site.q_types))
+                gate = _ask(self.gates[layer], exit_features(hidden, site.q_types))
             self._logits[layer] = gate
             leave = there & (gate[:, 1] > gate[:, 0])
         self._left = torch.where(leave, layer, self._left)
@@ -307,5 +313,5 @@ def gate_loss(
     source = torch.arange(n, device=labels.device) - (n - first)[:, None]
     moved = types.gather(1, source.clamp(min=0)).masked_fill(source < 0, PAD)
     hidden = state.hidden.gather(1, source.clamp(min=0).unsqueeze(-1).expand(-1, -1, state.hidden.shape[-1]))
-    gate = gates[layer](exit_features(hidden, moved))
+    gate = _ask(gates[layer], exit_features(hidden, moved))
     return F.cross_entropy(gate, target), target
