@@ -142,6 +142,10 @@ def test_what_mixes_channels_or_bends_values_is_refused():
 def test_where_nothing_is_known_it_says_so():
     with pytest.raises(ValueError, match="where its values are made and mixed is not known"):
         mixing(nn.Sequential(nn.Linear(4, 4)), torch.randn(1, 3, 4))
+    twice = Plain(lambda v: v)
+    twice.forward = lambda x: twice.proj(twice.v(x)) + twice.proj(x)
+    with pytest.raises(ValueError, match="reads 2 things"):
+        mixing(twice, torch.randn(1, 3, 4))
     bypass = Plain(lambda v: v)
     bypass.forward = lambda x: x
     with pytest.raises(ValueError, match="did not make its values"):

@@ -89,6 +89,7 @@ NOT_LINEAR: dict[str, str] = {
     "focalnet": "a GELU stands between the levels of its context, and the gated context is a factor of the query",
     "gaussian-adaptive-attention": "it multiplies every number by a weight of its own; no token reads another's values",
     "maxvit": "it is two attentions with a residual and a norm between them, each of which has its own matrix",
+    "p-adapter": "behind its output projection an adapter reads the values again, through distances between them",
     "activator-geglu": "it has a gate for every token and no mixing; values pass a LayerNorm first",
 }
 
@@ -126,6 +127,11 @@ class _Probe(TorchFunctionMode):
         self.seen: list[Tensor | None] = [None] * len(self.rows)
         self.probes: list[Tensor] | None = None
         self.mixed: Tensor | None = None
+        self.read = 0
+
+    def reads(self, mixed: Tensor) -> None:
+        """The mixed values arrive where they are read."""
+        self.mixed, self.read = mixed.clone(), self.read + 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -195,7 +201,7 @@ def mixing(mechanism: nn.Module, x: Tensor, context: Tensor | None = None, **cal
         handle = None
         if isinstance(getattr(mechanism, sites.mixed, None), nn.Module):
             handle = mechanism.get_submodule(sites.mixed).register_forward_pre_hook(
-                lambda _, args: setattr(probe, "mixed", args[0].clone())
+                lambda _, args: probe.reads(args[0])
             )
         try:
             with probe:
@@ -217,6 +223,10 @@ def _solve(slug: str, x: Tensor, run: Any) -> Mixing:
     plain = run(None)
     if plain.mixed is None or any(s is None for s in plain.seen):
         raise ValueError(f"{slug}: the layer did not make its values, or did not mix them, where they were looked for")
+    if plain.read > 1:
+        raise ValueError(
+            f"{slug} has no mixing matrix: its output map reads {plain.read} things, not only mixed values"
+        )
     seen = plain.seen
     widths, counts = [s.shape[-1] for s in seen], [s[0].numel() // s.shape[-1] for s in seen]
     total = sum(counts)

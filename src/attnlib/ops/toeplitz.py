@@ -104,10 +104,10 @@ def toeplitz_attention(
             sums = torch.cat([weights @ fv, weights.sum(-1, keepdim=True)], -1)
         else:
             ones = fv.new_ones(*fv.shape[:3], 1)
-            parts = [fq, fk, torch.cat([fv, ones], -1), c]
+            values = torch.cat([fv, ones], -1)
             if form == "fft64":
-                parts = [t.double() for t in parts]
-            sums = _products(*parts, grid, keys)
+                fq, fk, values, c = fq.double(), fk.double(), values.double(), c.double()
+            sums = _products(fq, fk, values, c, grid, keys)
             dtype = sums.dtype
         den = sums[..., -1:]
         if positive:
@@ -179,7 +179,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, c: Tensor, grid: Sequence[int], ke
     """(B, H, F, N): ``sum_r q_r * T(c) (k_r * v)`` of (B, H, m, N), (B, H, m, M) and (B, H, F, M)."""
     spectrum, sizes = _spectrum(c, grid)
     spectrum = spectrum.conj().resolve_conj()
-    step, out = _slice(q, v), 0.0
+    step = _slice(q, v)
+    out: Tensor | float = 0.0
     for a in range(0, q.shape[2], step):
         part = _transform(_outer(k[:, :, a : a + step], v, keys), sizes)
         moved = _back(part * spectrum, sizes, grid).flatten(4)
