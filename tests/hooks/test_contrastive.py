@@ -85,6 +85,9 @@ def test_the_best_tokens_of_each_image():
         inputs, kept = ImageTokens(2, lambda p: scores, order).read(made)
         rows = [row[t != PAD].tolist() for row, t in zip(inputs["input_ids"], kept, strict=True)]
         assert rows == want and (kept[0, :2] == PAD).all() and kept.shape == (2, 8)
+    kinds = {"token_type_ids": (types == IMAGE).long()}
+    inputs, kept = ImageTokens(2, lambda p: scores).read(Prompt(None, ids, None, types, kinds))
+    assert torch.equal(inputs["token_type_ids"][kept != PAD] == 1, (kept == IMAGE)[kept != PAD])
     shuffled = torch.tensor([0, 1, 4, 2, 3, 5, 6, 7, 8])
     inputs, _ = ImageTokens(2, lambda p: scores[:, shuffled]).read(made)
     assert inputs["input_ids"][0, 2:].tolist() == [1, 4, 2, 5, 8, 6]  # the choice follows the patches
@@ -318,6 +321,25 @@ def test_an_image_free_branch_of_a_vision_language_model(mode):
     want = generated(model, inputs, mode, processor=Scratch(other, 1.5, -0.5, 0.1, beams=rows))
     with attnlib.attach(model, ContrastiveDecoding(NoImage(), 1.5, -0.5, 0.1), token_types=rule):
         equal(generated(model, inputs, mode), want)
+
+
+def test_positions_are_counted_as_the_model_counts_them():
+    """With learned positions the start of counting matters; OPT's own count is kept by its prompt."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    model = hf.OPTForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.decoder.embed_positions.weight.normal_(0, 0.3)
+        model.lm_head.weight.mul_(20)
+    inputs = image_prompt()
+    want = generated(model, inputs, processor=Scratch(without_image(model), 1.8, -0.8))
+    with attnlib.attach(model, ContrastiveDecoding(NoImage(), 1.8, -0.8), token_types=RULE):
+        equal(generated(model, inputs), want, atol=1e-3)
 
 
 # ---- beside other techniques

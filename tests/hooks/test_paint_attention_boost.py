@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import attnlib
 from attnlib.cache import SnapKV
 from attnlib.hooks import IMAGE, PAD, TEXT, Record, TokenTypes
-from attnlib.steer import VisualBoost, boost_sets
+from attnlib.steer import VisualBoost, boost_sets, contrast, image_guidance
 from hooks.models import call_site, dense_attention, language_model, prompt, run, scores
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "paint-attention-boost.safetensors"
@@ -118,6 +118,15 @@ def test_equal_gains_on_a_split_of_the_image_are_one_gain_on_all_of_it():
     assert torch.equal(run(split, site, q, k, v), run(VisualBoost(0.6, sets="all"), site, q, k, v))
 
 
+def test_guidance_equals_the_authors(recorded):
+    for scale in (1, 2):
+        guide = image_guidance(float(scale))
+        out = contrast(recorded["z"], recorded["u"], guide.a, guide.b, guide.cutoff, guide.normalize)
+        want = recorded[f"guided_{scale}"]
+        assert torch.equal(out.isinf(), want.isinf()) and bool(want.isinf().any()) == (scale == 2)
+        torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+
+
 # ---- in a model
 
 pytest.importorskip("transformers")
@@ -194,6 +203,22 @@ def test_sampling_with_a_seed_is_reproducible_and_branches_are_kept_apart():
             other = model(**inputs).logits
     assert torch.equal(*runs)
     assert torch.equal(other, model(**inputs).logits) and not torch.allclose(boosted, other, atol=1e-3)
+
+
+def test_guidance_beside_the_boost():
+    model = language_model()
+    inputs, rule = image_prompt(pad=(0, 0))
+    ids = inputs["input_ids"]
+    boost = dict(alpha=1.5, sets="all", first_layer=0)
+    with torch.no_grad():
+        with attnlib.attach(model, VisualBoost(**boost), token_types=rule):
+            c = model(input_ids=ids).logits[:, -1].log_softmax(-1)
+        u = model(input_ids=torch.stack([row[row != IMAGE_ID] for row in ids])).logits[:, -1].log_softmax(-1)
+        with attnlib.attach(model, VisualBoost(**boost), image_guidance(2.0, 0.5), token_types=rule) as session:
+            got = session.logits(ids, model(input_ids=ids).logits[:, -1])
+    kept = c >= c.amax(-1, keepdim=True) + torch.tensor(0.5).log()
+    assert torch.equal(got.isfinite(), kept)
+    torch.testing.assert_close(got[kept], (2 * (c - u) + u)[kept], atol=1e-4, rtol=1e-4)
 
 
 def test_it_composes_with_a_compressed_cache():

@@ -9,6 +9,7 @@ from attnlib.hooks import PAD, TokenTypes
 from attnlib.reduce import DyVTE
 from attnlib.steer import (
     ContrastiveDecoding,
+    HeadDivergence,
     HeadReinforcement,
     HeadScale,
     NoImage,
@@ -280,6 +281,44 @@ def test_vision_language_model(mode, selection):
         equal(got, generated(model, inputs, mode))
     assert not torch.equal(got[0], plain[0])
     equal(generated(model, inputs, mode), plain, atol=0)
+
+
+# ---- looking, token by token
+
+
+@pytest.mark.parametrize("mode", [{}, {"do_sample": True}, {"use_cache": False}], ids=str)
+def test_reliance_of_every_new_token_equals_full_passes(mode):
+    model = language_model()
+    inputs = image_prompt()
+    plain = generated(model, inputs, mode)
+    look = HeadDivergence(k=2, layers=[0, 2])
+    with attnlib.attach(model, look, token_types=RULE):
+        equal(generated(model, inputs, mode), plain, atol=0)
+        equal(generated(model, inputs, mode), plain, atol=0)
+    results = look.results()
+    assert results["reliance"].shape == (5, 2) and results["divergence"][2].shape == (5, 2, 4)
+    for step in range(5):
+        for row, start in enumerate((5, 0)):
+            ids, total = plain[1][row, start : 20 + step], 0.0
+            for layer in (0, 2):
+                a = last_outputs(model, layer, {}, input_ids=ids[None])
+                b = last_outputs(model, layer, {}, input_ids=ids[ids != IMAGE_ID][None])
+                want = (a - b).norm(dim=-1)[0]
+                torch.testing.assert_close(results["divergence"][layer][step, row], want, atol=1e-3, rtol=1e-3)
+                total += float(want.sort().values[-2:].sum())
+            assert float(results["reliance"][step, row]) == pytest.approx(total, rel=1e-3)
+
+
+def test_looking_refuses_and_rests():
+    model = language_model()
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        HeadDivergence(0)
+    with pytest.raises(ValueError, match="has 4 heads"):
+        attnlib.attach(model, HeadDivergence(5), token_types=RULE)
+    look = HeadDivergence(1)
+    with attnlib.attach(model, look, token_types=TokenTypes(63)):
+        generated(model, image_prompt())
+    assert look.results()["reliance"] is None and look.forwards == 0
 
 
 # ---- beside other techniques

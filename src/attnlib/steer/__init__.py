@@ -11,14 +11,15 @@ from .contrastive import (
     contrast,
 )
 from .damro import DAMRO, select_outliers
-from .head_reinforcement import HeadReinforcement, head_divergence, sensitive_heads, token_divergence
+from .head_reinforcement import HeadDivergence, HeadReinforcement, head_divergence, sensitive_heads, token_divergence
 from .head_scaling import HeadScale
 from .lacing import DualAttention
+from .p_laplacian import PLaplacian
 from .sink_calibration import HeadSearch, SinkCalibration, calibrate, label_accuracy, search_heads
 from .soft_guidance import NullImage, SoftImageGuidance
 from .softpag import SoftPAG, guide, hunt_heads
 from .uniform_maps import UniformMaps
-from .visual_boost import VisualBoost, boost, boost_sets
+from .visual_boost import VisualBoost, boost, boost_sets, image_guidance
 from .visual_redistribution import VisualRedistribution, find_sink_dims, redistribute, sink_tokens
 from .wings import VisualWings, Wings
 
@@ -29,6 +30,7 @@ __all__ = [
     "Branch",
     "ContrastiveDecoding",
     "DualAttention",
+    "HeadDivergence",
     "HeadReinforcement",
     "HeadScale",
     "HeadSearch",
@@ -37,6 +39,7 @@ __all__ = [
     "NullImage",
     "NullTokens",
     "OtherPixels",
+    "PLaplacian",
     "SinkCalibration",
     "SoftImageGuidance",
     "SoftPAG",
@@ -54,6 +57,7 @@ __all__ = [
     "guide",
     "head_divergence",
     "hunt_heads",
+    "image_guidance",
     "label_accuracy",
     "mask_pixels",
     "redistribute",

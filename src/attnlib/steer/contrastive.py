@@ -37,6 +37,9 @@ _OWN = frozenset(
     "output_attentions output_hidden_states cache_position token_type_ids mm_token_type_ids".split()
 )
 
+#: Inputs with one number per token, which go with the tokens.
+_PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+
 
 def contrast(logits: Tensor, other: Tensor, a: float, b: float, cutoff: float = 0.0, normalize: bool = False) -> Tensor:
     """``a z + b z'`` where ``z`` is plausible, ``-inf`` elsewhere.
@@ -135,11 +138,17 @@ class Prompt:
         """
         at = index.clamp(min=0)
         types = self.types.gather(1, at).masked_fill(index < 0, PAD)
+        rest = {name: value.gather(1, at) for name, value in self.per_token().items()}
         if self.embeds is None:
             assert self.ids is not None
-            return Reading({"input_ids": self.ids.gather(1, at)}, types)
+            return Reading({**rest, "input_ids": self.ids.gather(1, at)}, types)
         embeds = self.embeds.gather(1, at[..., None].expand(-1, -1, self.embeds.shape[-1]))
-        return Reading({"inputs_embeds": embeds.masked_fill((index < 0)[..., None], 0)}, types)
+        return Reading({**rest, "inputs_embeds": embeds.masked_fill((index < 0)[..., None], 0)}, types)
+
+    def per_token(self) -> dict[str, Tensor]:
+        """Inputs of the model that hold one number (B, L) per token."""
+        found = {name: self.inputs.get(name) for name in _PER_TOKEN}
+        return {n: v for n, v in found.items() if isinstance(v, Tensor) and v.shape == self.types.shape}
 
     def order(self, keys: Tensor) -> Tensor:
         """(B, K) index of the tokens with a finite key, by ascending key; padding of the prompt leaves it."""
@@ -258,7 +267,7 @@ class NullTokens(Branch):
         slots = torch.arange(image.shape[1], device=image.device)
         at = torch.where(image, (slots - runs) % size, 0)
         embeds = torch.where(image[..., None], null.to(embeds)[at], embeds)
-        return Reading({"inputs_embeds": embeds}, prompt.types)
+        return Reading({**prompt.per_token(), "inputs_embeds": embeds}, prompt.types)
 
 
 class OtherPixels(Branch):
@@ -316,7 +325,8 @@ class OtherPixels(Branch):
             per_sample = pixels.unflatten(0, (samples, -1))
             pixels = per_sample.repeat_interleave(repeats, 0).flatten(0, 1)
         rest = {k: v for k, v in given.items() if k not in _OWN and k not in ("mm_encoder_outputs", "pixel_values")}
-        return Reading({**rest, "input_ids": prompt.ids, "pixel_values": pixels.to(self._like(prompt))}, prompt.types)
+        rest.update(prompt.per_token(), input_ids=prompt.ids, pixel_values=pixels.to(self._like(prompt)))
+        return Reading(rest, prompt.types)
 
     @staticmethod
     def _like(prompt: Prompt) -> Tensor:
@@ -338,6 +348,7 @@ class _State:
     cache: Any
     logits: Tensor
     image: Tensor
+    base: int = 0
 
 
 class ContrastiveDecoding(Intervention):
@@ -364,6 +375,8 @@ class ContrastiveDecoding(Intervention):
     name: ClassVar[str] = "contrastive-decoding"
     kinds: ClassVar[tuple[str, ...]] = ("self",)
     needs_types: ClassVar[bool] = True
+    #: Run the second branch even where it has no weight.
+    always: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -478,7 +491,7 @@ class ContrastiveDecoding(Intervention):
             prompt = self._prompt(ids)
             image = (prompt.types == IMAGE).any(1)
             state = _State(ids.shape[1], ids.shape[1], image, prompt.types, None, logits, image)
-            if self.b and bool(image.any()):
+            if (self.b or self.always) and bool(image.any()):
                 self._begin(state, prompt)
             notes[key] = state
             self._fresh = False
@@ -502,8 +515,18 @@ class ContrastiveDecoding(Intervention):
         reading = self.branch.read(prompt)
         valid = reading.types != PAD
         state.types, state.valid = reading.types, valid
-        positions = (valid.long().cumsum(1) - 1).clamp(min=0)
+        state.base = self._first_position(prompt)
+        positions = (valid.long().cumsum(1) - 1).clamp(min=0) + state.base
         self._call(state, {**reading.inputs, "position_ids": positions, "past_key_values": None})
+
+    @staticmethod
+    def _first_position(prompt: Prompt) -> int:
+        """Where the model starts to count: most at 0, some at 1."""
+        given = prompt.inputs.get("position_ids")
+        if not isinstance(given, Tensor) or given.dim() != 2 or given.shape[1] > prompt.types.shape[1]:
+            return 0
+        exists = prompt.types[: len(given), : given.shape[1]] != PAD
+        return int(given.expand(exists.shape).masked_fill(~exists, torch.iinfo(given.dtype).max).min())
 
     def _extend(self, state: _State, new: Tensor) -> None:
         parents = self.session.parents()
@@ -511,7 +534,7 @@ class ContrastiveDecoding(Intervention):
             state.cache.reorder_cache(parents)
             state.valid = state.valid[parents]
         state.valid = F.pad(state.valid, (0, new.shape[1]), value=True)
-        positions = state.valid.long().cumsum(1)[:, -new.shape[1] :] - 1
+        positions = state.valid.long().cumsum(1)[:, -new.shape[1] :] - 1 + state.base
         self._call(state, {"input_ids": new, "position_ids": positions, "past_key_values": state.cache})
 
     def _call(self, state: _State, inputs: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from ..hooks.core import Intervention, Session, Site, implements
 from ..hooks.tokens import IMAGE, PAD
 from ..hooks.transformers_adapter import block_of
 from ..types import check_choice
-from .contrastive import NoImage, Prompt, Reading
+from .contrastive import ContrastiveDecoding, NoImage, Prompt, Reading
 
 
 def head_divergence(with_image: Tensor, without: Tensor, outliers: bool = True) -> Tensor:
@@ -87,6 +87,78 @@ def token_divergence(divergences: Mapping[int, Tensor], k: int) -> Tensor:
     if not divergences:
         raise ValueError("divergences is empty")
     return torch.stack([d.topk(k, 1).values.sum(1) for d in divergences.values()]).sum(0)
+
+
+class HeadDivergence(ContrastiveDecoding):
+    """Measure, token by token, how much each head and each token relies on the image; nothing is changed.
+
+    The prompt without image is decoded beside the full one and reads the same new tokens. Results, a row per token:
+    ``"divergence"``: ``{layer: (steps, B, H)}``, ``"reliance"``: T-VHD, (steps, B). Rows without image are 0.
+
+    Args:
+        k: heads of each layer that count for T-VHD.
+        layers: layers to look at; ``None`` for all.
+        outliers: see :func:`head_divergence`.
+
+    Reference: He et al., 2024, arXiv 2412.13949, section 3.
+
+    >>> HeadDivergence(k=4).k
+    4
+    """
+
+    name: ClassVar[str] = "head-divergence"
+    always: ClassVar[bool] = True
+
+    def __init__(self, k: int = 1, layers: Sequence[int | str] | None = None, outliers: bool = False):
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        super().__init__(NoImage(), 1.0, 0.0)
+        self.k, self.outliers = k, outliers
+        self.layers = None if layers is None else list(layers)
+
+    @property
+    def identity(self) -> bool:
+        return False
+
+    def reset(self) -> None:
+        super().reset()
+        self._last: dict[tuple[str | None, int], Tensor] = {}
+        self._steps: list[dict[int, Tensor]] = []
+
+    def wants(self, site: Site) -> bool:
+        if self.k > site.heads:
+            raise ValueError(f"k={self.k}, but layer {site.layer} ({site.name}) has {site.heads} heads")
+        return True
+
+    def on_output(self, site: Site, out: Tensor) -> Tensor:
+        if site.branch in (None, self._branch_name):
+            self._last[site.branch, site.layer] = out[:, :, -1].detach()
+        return out
+
+    def on_logits(self, ids: Tensor, logits: Tensor) -> Tensor:
+        if self.session.branch is not None:
+            return logits
+        before = self.forwards
+        state = self._follow(ids, logits)
+        if state is not None and self.forwards > before:
+            if ids.shape[1] == state.start:
+                self._steps.clear()
+            layers = sorted(layer for branch, layer in self._last if branch is None)
+            found = {n: (self._last[None, n], self._last[self._branch_name, n]) for n in layers}
+            self._steps.append(
+                {n: head_divergence(a, b, self.outliers) * state.image[:, None] for n, (a, b) in found.items()}
+            )
+        return logits
+
+    def results(self) -> dict[str, Any]:
+        """Of the last prompt and its new tokens, see the class."""
+        if not self._steps:
+            return {"divergence": {}, "reliance": None}
+        table = {layer: torch.stack([step[layer] for step in self._steps]) for layer in self._steps[0]}
+        return {
+            "divergence": table,
+            "reliance": torch.stack([token_divergence(step, self.k) for step in self._steps]),
+        }
 
 
 class HeadReinforcement(Intervention):

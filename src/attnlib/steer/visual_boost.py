@@ -28,6 +28,7 @@ from ..hooks.core import Intervention, Session, Site
 from ..hooks.tokens import IMAGE, PAD
 from ..types import check_choice
 from ._watch import VisionEncoder, at_keys, image_slots, prompt_types, reads_images, watch_prompts
+from .contrastive import ContrastiveDecoding, NoImage
 
 
 def boost_sets(first: Tensor, late: Tensor, ratio: float = 0.25) -> tuple[Tensor, Tensor]:
@@ -238,3 +239,20 @@ class VisualBoost(Intervention):
     def results(self) -> dict[str, object]:
         """The gain (B, L) of each token of the last prompt, by branch."""
         return {"gain": dict(self._gain)}
+
+
+def image_guidance(scale: float = 2.0, cutoff: float = 0.1) -> ContrastiveDecoding:
+    """PAI's guidance, to be attached beside a boost: ``scale (c - u) + u`` on log-probabilities.
+
+    ``u`` is a branch without image, which is not boosted.
+
+    Args:
+        scale: 1 leaves the model's log-probabilities, without a cut-off.
+        cutoff: share of the largest probability that a token needs.
+
+    Reference: Liu et al., 2024, arXiv 2407.21771.
+
+    >>> image_guidance(2.0).b
+    -1.0
+    """
+    return ContrastiveDecoding(NoImage(), scale, 1 - scale, 0.0 if scale == 1 else cutoff, normalize=True)
