@@ -667,6 +667,10 @@ def test_refusals(llama):
     gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)).eval()
     with pytest.raises(ValueError, match="no rotary positions that can be reached"):
         attnlib.attach(gpt, KVCompression(ExpectedAttention(), Cap(4)))
+    repeating = prompt(batch=1, pad=(0,))
+    repeating["input_ids"][0, 17:] = repeating["input_ids"][0, 7:10]
+    with attnlib.attach(llama, SnapKV(cap=9, window_size=4)), pytest.raises(ValueError, match="drafts"):
+        llama.generate(**repeating, max_new_tokens=4, prompt_lookup_num_tokens=3)
     once = KVCompression(KeyNorm(), Cap(4))
     with attnlib.attach(llama, once), pytest.raises(ValueError, match="attached already"):
         attnlib.attach(language_model("llama"), once)

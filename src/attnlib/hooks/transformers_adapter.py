@@ -209,7 +209,7 @@ def evicted_layer_class() -> type:
             if remove > self.seen - self.evicted_from:
                 raise ValueError(
                     f"cannot remove {remove} tokens: only {self.seen - self.evicted_from} came after the keys were "
-                    "evicted"
+                    "evicted; drafts (assistant_model, prompt_lookup_num_tokens) would be among the tokens that chose"
                 )
             if remove:
                 self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
