@@ -7,6 +7,7 @@ Everything here is a plain frozen value, registered as a pytree so that it passe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +23,12 @@ PATTERNS = ("noncausal-self", "causal-self", "noncausal-cross", "causal-cross")
 def register_pytree(cls: type, flatten: Callable, unflatten: Callable) -> None:
     """Register ``cls`` as a pytree node that ``torch.export`` can name."""
     pytree.register_pytree_node(cls, flatten, unflatten, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
+
+
+def exactly(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off on the device of ``x``, where that device has it: statistics and states keep their precision."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -179,6 +179,13 @@ def test_generation_equals_the_model_written_out(textual):
         want = _oracle(model, learners, ids, textual)[:, 15:-1]
     torch.testing.assert_close(got.transpose(0, 1), want, rtol=1e-4, atol=3e-5)
     assert not torch.allclose(got, plain, atol=1e-2)
+    from attnlib.hooks import Record, TokenTypes
+    from attnlib.steer import VisualWings, Wings
+
+    with attnlib.attach(
+        model, (Wings if textual else VisualWings)(learners), Record(rows="all"), token_types=TokenTypes(image=61)
+    ):
+        assert torch.equal(scores(model, inputs)[0], got)
 
 
 @pytest.mark.parametrize("textual", [False, True])

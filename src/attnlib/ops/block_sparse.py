@@ -24,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import masks
 from ..positions import AxisBias, Bias, DenseBias, RelativeBias, raise_bias
-from ..types import Partial, Plan, check_choice, register_pytree, stats_dtype
+from ..types import Partial, Plan, check_choice, exactly, register_pytree, stats_dtype
 from ._call import AttentionCall, prepare
 
 ORDERS = ("queries", "keys")
@@ -601,7 +601,7 @@ def _op(
     work = _Work(
         q, k, v, index, count, valid, q_pos, k_pos, mask, mask_tensors, bias, bias_tensors, q_block, k_block, scale
     )
-    with torch.autocast(q.device.type, enabled=False):  # q, k and v were cast already; the sums keep their precision
+    with exactly(q):  # q, k and v were cast already; the sums keep their precision
         out, lse = work.forward_by_keys() if by_keys else work.forward_by_queries(need_lse)
     batch, heads, n, _ = q.shape
     padded = work.nq * q_block
@@ -662,7 +662,7 @@ def _op_backward(
         for t in bias_tensors
     ]
     run = work.backward_by_keys if by_keys else work.backward_by_queries
-    with torch.autocast(q.device.type, enabled=False):
+    with exactly(q):
         grad_q, grad_k, grad_v = run(rows(grad), rows(delta), rows(lse, float("inf")), grad_bias)
 
     def tokens(g: Tensor, like: Tensor, padded: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import Partial, stats_dtype
+from ..types import Partial, exactly, stats_dtype
 from ._call import AttentionCall
 
 NAME = "eager"
@@ -24,7 +24,7 @@ def scores(call: AttentionCall) -> Tensor:
     """(B, H, N, M) scaled and biased scores in the statistics dtype, ``-inf`` where a pair may not meet."""
     dtype = stats_dtype(call.q.dtype)
     k, _ = call.expanded()
-    with torch.autocast(call.q.device.type, enabled=False):
+    with exactly(call.q):
         s = (call.q.to(dtype) @ k.to(dtype).transpose(-2, -1)) * call.scale
     if call.bias is not None:
         s = s + call.bias.dense().to(dtype)
@@ -37,7 +37,7 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, Tensor] | Partial:
     s = scores(call)
     _, v = call.expanded()
     v = v.to(s.dtype)
-    with torch.autocast(call.q.device.type, enabled=False):
+    with exactly(call.q):
         if call.want == "partial":
             top = s.detach().amax(-1) if s.shape[-1] else s.detach().sum(-1) - float("inf")
             reference = torch.where(torch.isinf(top), torch.zeros_like(top), top)

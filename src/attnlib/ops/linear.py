@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..types import Partial, State, check_choice, check_rank, check_valid, stats_dtype
+from ..types import Partial, State, check_choice, check_rank, check_valid, exactly, stats_dtype
 from ._call import expand_heads
 
 FORMS = ("parallel", "chunkwise", "recurrent")
@@ -54,12 +53,6 @@ class _Call:
 
 # --------------------------------------------------------------------------------------------------------------------
 # The door
-
-
-def _exactly(x: Tensor) -> Any:
-    """States keep their precision under autocast (which not every device has)."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _check_decay(decay: Tensor, q: Tensor, dtype: torch.dtype) -> Tensor:
@@ -252,7 +245,7 @@ def linear_attention(
     """
     check_choice("normalizer", normalizer, NORMALIZERS)
     norm = normalizer == "sum"
-    with _exactly(q):
+    with exactly(q):
         call = _prepare(q, k, v, decay, key_weights, norm, causal, cu_seqlens, valid, state, chunk)
         out, final = _run(call, form)
         if norm:
@@ -289,7 +282,7 @@ def linear_partial(
     >>> torch.allclose(linear_partial(q, k, v).finish(), linear_attention(q, k, v, normalizer="sum"), atol=1e-6)
     True
     """
-    with _exactly(q):
+    with exactly(q):
         call = _prepare(q, k, v, decay, key_weights, True, causal, cu_seqlens, valid, state, chunk)
         out, final = _run(call, form)
         part = Partial(torch.zeros_like(out[..., -1]), out[..., -1], out[..., :-1])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..masks import Causal, Mask, as_mask, causal
 from ..positions import Bias
-from ..types import Partial, check_choice, check_rank, check_valid, stats_dtype, to_tuple
+from ..types import Partial, check_choice, check_rank, check_valid, exactly, stats_dtype, to_tuple
 from ._call import AttentionCall, prepare
 from .attention import attention, attention_partial
 from .block_policies import pool_blocks
@@ -84,7 +84,7 @@ def _whole_map(call: AttentionCall, few_keys: bool) -> Tensor:
     high = stats_dtype(call.q.dtype)
     k, v = call.expanded()
     keys = -2 if few_keys and k.shape[2] < NARROW else -1
-    with torch.autocast(call.q.device.type, enabled=False):
+    with exactly(call.q):
         q, k = call.q.to(high), k.to(high)
         q, k = (q, k * call.scale) if few_keys else (q * call.scale, k)
         s = q @ k.mT if keys == -1 else k @ q.mT

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import check_choice, check_rank, check_valid, stats_dtype
+from ..types import check_choice, check_rank, check_valid, exactly, stats_dtype
 from ._call import expand_heads
 
 Shapes = Sequence[Sequence[int]]
@@ -204,7 +204,7 @@ def deformable_attention(
     if valid is not None:
         value = value.masked_fill(~valid[:, None, :, None], 0.0)
     value, locations, weights = (t.to(high) for t in (value, sampling_locations, attention_weights))
-    with torch.autocast(value.device.type, enabled=False):
+    with exactly(value):
         if backend == "grid_sample":
             return _grid_sample(value, shapes, locations, weights).to(dtype)
         numbers, bilinear = _corners(locations, shapes)
@@ -283,7 +283,7 @@ def deformable_attention_3d(
         dead = ~valid[:, None, :, None]
         value, depth = value.masked_fill(dead, 0.0), depth.masked_fill(dead, 0.0)
     value, depth, locations, weights = (t.to(high) for t in (value, depth, sampling_locations, attention_weights))
-    with torch.autocast(value.device.type, enabled=False):
+    with exactly(value):
         numbers, bilinear = _corners(locations[..., :2], shapes)
         score = _depth_score(depth, numbers, locations[..., 2])
         corner_weights = bilinear * score * weights.unsqueeze(-1)

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..masks import raise_mask
 from ..normalizers import Normalizer, raise_normalizer
 from ..positions import Bias, raise_bias
-from ..types import Partial, stats_dtype
+from ..types import Partial, exactly, stats_dtype
 from . import _tiles
 from ._call import AttentionCall
 
@@ -311,7 +311,7 @@ def _forward(
     row), otherwise nothing.
     """
     out, lse = _empty_outputs(q, v, normalizer, partial)
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    with torch.no_grad(), exactly(q):
         p = _Problem(q, k, v, valid, q_pos, k_pos, mask_tensors, bias_tensors, mask, bias, normalizer, scale, partial)
         score_buffer, out_buffer = p.buffer(), p.buffer()
         for tiles, chunks in p.planes():
@@ -369,7 +369,7 @@ def _backward(
     bias_tensors: list[Tensor], mask: str, bias: str, normalizer: str, scale: float, partial: bool, wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k and v, then one per bias tensor (empty where ``wanted`` says so)."""
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    with torch.no_grad(), exactly(q):
         p = _Problem(q, k, v, valid, q_pos, k_pos, mask_tensors, bias_tensors, mask, bias, normalizer, scale, partial)
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         # Tokens last: the products that fill them then read the scores as they lie.

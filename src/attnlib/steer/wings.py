@@ -144,7 +144,9 @@ class Wings(VisualWings):
 
     def on_weights(self, site: Site, weights: Tensor, rows: Tensor) -> Tensor:
         if self.session.notes.get("wings", {}).get("image") is not None:
-            self._attended.setdefault((site.branch, site.layer), []).append(weights.sum(1))
+            pieces = self._attended.setdefault((site.branch, site.layer), [])
+            if sum(a.shape[1] for a in pieces) < site.n_queries:  # later ones are for probes that look on
+                pieces.append(weights.sum(1))
         return weights
 
     def _added(self, site: Site, h: Tensor, found: dict[str, Any]) -> Tensor | None:

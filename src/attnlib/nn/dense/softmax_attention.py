@@ -132,6 +132,10 @@ class SoftmaxAttention(Mechanism):
         """(B, H, N, D) head outputs, before the output projection."""
         return out
 
+    def _project(self, out: Tensor, shared: dict[str, Any], grid: torch.Size) -> Tensor:
+        """The output projection: (B, H, N, D) to (B, *grid, C)."""
+        return self.proj(merge_heads(out, grid))
+
     def mix(
         self,
         x: Tensor,
@@ -188,7 +192,7 @@ class SoftmaxAttention(Mechanism):
             out = self._mix_heads(q, k, v, shared, **call)
         if new_state is not None:
             new_state = new_state.replace(**shared.get("state", {}))
-        y = self.proj(merge_heads(self._gate(out, shared), grid))
+        y = self._project(self._gate(out, shared), shared, grid)
         return Output(y, state=new_state, weights=weights, losses=shared.get("losses"))
 
     @staticmethod

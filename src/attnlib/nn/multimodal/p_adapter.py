@@ -1,0 +1,257 @@
+"""p-Laplacian adapter: attention as a graph whose edges are weighed by how much its nodes differ (Wu et al., 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...types import Traits, check_divides, exactly, stats_dtype
+from ..dense.softmax_attention import SoftmaxAttention
+from ..layers import merge_heads
+from ..registry import register
+
+#: Keeps powers of distances finite.
+EPS = 1e-8
+
+
+class PLaplacianAdapter(nn.Module):
+    """One step of p-Laplacian message passing in a bottleneck, gated, beside an attention's output projection.
+
+    With attention ``A`` and node features ``F = Dense(nodes) W_i`` per head,
+
+    ``g_ij = |sqrt(A_ij) (F_j - F_i)|^(p-2)``, ``A~ = A g``, ``alpha_i = 1 / (sum_j A~_ij + 2 mu / p)``,
+    ``F'_i = alpha_i (sum_j A~_ij F_j + (2 mu / p) F_i)``, ``y = out + (gelu(out W_g) F') W_o``.
+
+    For ``p < 2`` edges between unlike nodes weigh less than in plain attention only relative to those between like
+    ones: a token's edge to itself has distance zero and weighs most, so that in self-attention one step stays close to
+    the identity. ``p = 2`` is attention's own message passing.
+
+    Args:
+        dim: width of the output projection.
+        num_heads: heads of the attention.
+        reduction: the bottleneck is ``dim / reduction`` wide.
+        p: initial exponent, 1.25 in the paper; learned.
+        learn_p: learn it.
+        mu: ``mu_0``; ``mu = mu_0 (2 + tanh(theta))`` with a learned ``theta`` that starts at 0.
+        restart: the term ``(2 mu / p) F_i`` also where queries and nodes are different tokens. The authors' code loses
+            it there, the paper has it.
+
+    Computed in float32: for ``p < 2``, ``1e-8`` to a negative power does not fit half precision.
+
+    Reference: Wu et al., 2023, arXiv 2312.10613, equations 8 to 12.
+
+    >>> adapter = PLaplacianAdapter(16, num_heads=2)
+    >>> adapter(torch.randn(1, 3, 16), torch.rand(1, 2, 3, 3).softmax(-1), torch.randn(1, 3, 16)).shape
+    torch.Size([1, 3, 16])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        reduction: int = 8,
+        p: float = 1.25,
+        learn_p: bool = True,
+        mu: float = 0.1,
+        restart: bool = True,
+    ):
+        super().__init__()
+        check_divides("reduction", reduction, "dim", dim)
+        check_divides("num_heads", num_heads, "dim / reduction", dim // reduction)
+        if p <= 0 or mu <= 0:
+            raise ValueError(f"p and mu must be positive, got p={p}, mu={mu}")
+        self.dim, self.num_heads, self.mu, self.restart = dim, num_heads, mu, restart
+        self.inner = nn.Linear(dim, dim // reduction)
+        self.gate = nn.Linear(dim, dim // reduction)
+        self.outer = nn.Linear(dim // reduction, dim)
+        self.p = nn.Parameter(torch.tensor([float(p)]), requires_grad=learn_p)
+        self.theta = nn.Parameter(torch.zeros(1))
+
+    def pass_messages(self, weights: Tensor, keys: Tensor, queries: Tensor, restart: bool = True) -> Tensor:
+        """``F'`` of the queries.
+
+        Args:
+            weights: (B, H, N, M) attention.
+            keys: (B, H, M, D') features of the nodes that are read.
+            queries: (B, H, N, D') features of the nodes that read; the same ones in self-attention.
+            restart: keep the term of the node itself.
+
+        Returns:
+            (B, H, N, D') in float32.
+        """
+        dtype = stats_dtype(keys.dtype)
+        with exactly(keys):
+            a, fk, fq = weights.to(dtype), keys.to(dtype), queries.to(dtype)
+            p, mu = self.p.to(dtype), self.mu * (2 + torch.tanh(self.theta.to(dtype)))
+            soft = a + EPS
+            apart = torch.cdist(fq, fk, compute_mode="donot_use_mm_for_euclid_dist")
+            # |sqrt(s) (F_j - F_i) + eps|^2, multiplied out, so that no tensor of pairs has a feature axis.
+            lean = fk.sum(-1).unsqueeze(-2) - fq.sum(-1).unsqueeze(-1)
+            square = soft * apart.square() + 2 * EPS * soft.sqrt() * lean + keys.shape[-1] * EPS**2
+            edges = a * square.clamp(min=EPS**2).pow((p - 2) / 2)
+            again = 2 * mu / p
+            total = edges.sum(-1, keepdim=True) + again
+            mixed = edges @ fk
+            return (mixed + again * fq if restart else mixed) / total
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, out: Tensor, weights: Tensor, nodes: Tensor, queries: Tensor | None = None) -> Tensor:
+        """What attention and its output projection gave, adapted.
+
+        Args:
+            out: (B, N, C) output of the attention's projection.
+            weights: (B, H, N, M).
+            nodes: (B, M, C) the values of all heads, through that same projection.
+            queries: (B, N, C) the queries, through it, in cross-attention. ``None`` in self-attention: the last N nodes
+
+        Returns:
+            (B, N, C).
+        """
+        n, m = weights.shape[-2:]
+        if queries is None and m < n:
+            raise ValueError(
+                f"weights are {n} by {m}: without queries the nodes are the queries' own, at least as many"
+            )
+        keys = self._split(self.inner(nodes))
+        own = keys[:, :, m - n :] if queries is None else self._split(self.inner(queries))
+        moved = self.pass_messages(weights, keys, own, self.restart or queries is None)
+        bottle = F.gelu(self.gate(out)) * moved.transpose(1, 2).flatten(2).to(out.dtype)
+        return out + self.outer(bottle)
+
+    @staticmethod
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From the authors' ``BertSelfOutput`` (``text_laplacian_adapter_*``, ``laplacian_adapter_*``), whose other
+        names stay out."""
+        names = {
+            "text_laplacian_adapter_i": "inner", "text_laplacian_adapter_gate": "gate",
+            "text_laplacian_adapter_o": "outer", "laplacian_adapter_p": "p", "laplacian_adapter_mu": "theta",
+        }  # fmt: skip
+        out = {}
+        for key, value in state_dict.items():
+            head, _, kind = key.partition(".")
+            if head in names:
+                out[names[head] + ("." + kind if kind else "")] = value
+        return out
+
+
+def pool_nodes(weights: Tensor, nodes: Tensor, count: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Keys of cross-attention averaged to ``count`` nodes, and the columns of attention with them.
+
+    Args:
+        weights: (B, H, N, M).
+        nodes: (B, M, C).
+        count: nodes that are left, runs of neighbouring keys (as ``adaptive_avg_pool1d`` cuts them).
+        valid: (B, M) boolean, which keys exist; nodes are means of those.
+
+    Returns:
+        (B, H, N, count) and (B, count, C).
+    """
+    pooled = F.adaptive_avg_pool1d(weights.flatten(1, 2), count).unflatten(1, weights.shape[1:3])
+    if valid is None:
+        return pooled, F.adaptive_avg_pool1d(nodes.transpose(1, 2), count).transpose(1, 2)
+    there = valid.unsqueeze(-1).to(nodes.dtype)
+    both = torch.cat([nodes.masked_fill(~valid.unsqueeze(-1), 0.0), there], -1)
+    both = F.adaptive_avg_pool1d(both.transpose(1, 2), count).transpose(1, 2)
+    share = both[..., -1:]
+    return pooled, both[..., :-1] / torch.where(share == 0, torch.ones_like(share), share)
+
+
+@register("p-adapter", "p-laplacian-adapter")
+class PLaplacianAttention(SoftmaxAttention):
+    """Softmax attention with a :class:`PLaplacianAdapter` behind its output projection.
+
+    Freeze everything but ``adapter`` to train as the paper does. In self-attention the nodes are the values; in
+    cross-attention the queries read the keys averaged to ``pooled`` nodes.
+
+    Args:
+        dim, num_heads, num_kv_heads, ...: as in :class:`~attnlib.nn.dense.softmax_attention.SoftmaxAttention`.
+        cross: for a context. It takes no mask then: averaged nodes would show hidden keys to every query.
+        reduction, p, learn_p, mu, restart: of :class:`PLaplacianAdapter`.
+        pooled: nodes of a context.
+
+    It reads the attention map, so memory is quadratic.
+
+    Reference: Wu et al., 2023, arXiv 2312.10613.
+
+    >>> PLaplacianAttention(dim=16, num_heads=2)(torch.randn(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
+    """
+
+    class_traits = SoftmaxAttention.class_traits.but(memory={"N": 2})
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        num_kv_heads: int | None = None,
+        *,
+        cross: bool = False,
+        reduction: int = 8,
+        p: float = 1.25,
+        learn_p: bool = True,
+        mu: float = 0.1,
+        restart: bool = True,
+        pooled: int = 16,
+        **settings: Any,
+    ):
+        if pooled < 1:
+            raise ValueError(f"pooled={pooled} must be at least 1")
+        if settings.get("attn_drop"):
+            raise ValueError("attn_drop is not possible: the adapter reads the weights themselves")
+        if settings.get("head_dim") not in (None, dim // num_heads):
+            raise ValueError(
+                f"head_dim={settings['head_dim']} is not possible: queries go through the projection of values"
+            )
+        super().__init__(dim, num_heads, num_kv_heads, **settings)
+        self.cross, self.pooled = cross, pooled
+        self.adapter = PLaplacianAdapter(dim, num_heads, reduction, p, learn_p, mu, restart)
+
+    @property
+    def traits(self) -> Traits:
+        traits = super().traits
+        kind = "cross" if self.cross else "self"
+        return traits.but(
+            patterns=frozenset(p for p in traits.patterns if p.endswith(kind)),
+            mask=not self.cross,
+            layout=not self.cross,
+            streaming=traits.streaming and not self.cross,
+            memory={"N": 2},
+        )
+
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
+        asked = call.pop("return_weights", False)
+        out, weights = super()._mix_heads(q, k, v, shared, return_weights=True, **call)
+        if self.cross:
+            v = v if call["valid"] is None else v.masked_fill(~call["valid"][:, None, :, None], 0.0)
+            shared["queries"] = self._nodes(q)
+        shared |= {"weights": weights, "nodes": self._nodes(v), "exists": call["valid"]}
+        return (out, weights) if asked else out
+
+    def _nodes(self, heads: Tensor) -> Tensor:
+        return merge_heads(heads.repeat_interleave(self.num_heads // heads.shape[1], 1))
+
+    def _project(self, out: Tensor, shared: dict[str, Any], grid: torch.Size) -> Tensor:
+        y = self.proj(merge_heads(out))
+        weights, nodes, queries = shared["weights"], shared["nodes"], shared.get("queries")
+        if queries is not None:
+            weights, nodes = pool_nodes(weights, nodes, self.pooled, shared["exists"])
+            queries = self.proj(queries)
+        return self.adapter(y, weights, self.proj(nodes), queries).unflatten(1, grid)
+
+    @staticmethod
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From the authors' BERT attention: ``self.query``, ``output.dense`` and the adapter's names."""
+        names = {"self.query.": "q.", "self.key.": "k.", "self.value.": "v.", "output.dense.": "proj."}
+        out: dict[str, Tensor] = {}
+        for key, value in state_dict.items():
+            for theirs, ours in names.items():
+                if key.startswith(theirs):
+                    out[ours + key[len(theirs) :]] = value
+        inner = {k.removeprefix("output."): v for k, v in state_dict.items()}
+        return out | {"adapter." + k: v for k, v in PLaplacianAdapter.convert_state_dict(inner).items()}
