@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hooks.models import language_model, prompt, scores
+from hooks.models import SIZES, language_model, prompt, scores
 
 transformers = pytest.importorskip("transformers")
 
@@ -101,6 +101,37 @@ def test_decoding_equals_forbidden_keys(family, implementation, layers):
     close(got, want)
     assert torch.equal(ids, mine)
     assert not torch.allclose(scores(model, inputs)[0][0], got[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("Qwen3", {"head_dim": 8}),
+        ("Phi3", {}),
+        ("GPTNeoX", {}),
+        ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+        ("Gemma", {"head_dim": 8}),
+        ("Mixtral", {"num_local_experts": 2}),
+    ],
+)
+def test_other_families(name, settings):
+    """Other blocks, names of arguments and kinds of positions."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **settings})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    inputs = prompt()
+    keep = keeps(inputs, (1, 2))
+    with torch.no_grad():
+        want = model(**inputs).logits[:, -1]
+    with attnlib.attach(model, Drop(keep)):
+        again, _ = scores(model, inputs, use_cache=False)
+        got, _ = scores(model, inputs)
+    close(got, again)
+    assert not torch.allclose(got[0], want, atol=1e-3)
+    if name != "GPTNeoX":  # its attached layers do not show their cache
+        with attnlib.attach(model, Forbid(keep)):
+            want, _ = scores(model, inputs)
+        close(got, want)
 
 
 @pytest.mark.parametrize("mode", sorted(MODES))

@@ -343,7 +343,12 @@ class Removal:
         hidden = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(hidden, Tensor):
             raise ValueError(f"{_where(site)}: the input of its block is not passed as hidden_states")
-        cache = kwargs.get("past_key_values")
+        if len(args) > 1:
+            raise ValueError(
+                f"{_where(site)}: its block gets more than the hidden states by position, so mask and positions cannot "
+                "be told apart"
+            )
+        cache = _cache_of(kwargs)
         if self._seen(cache, site):
             return None
         if self.prompt is None:
@@ -399,7 +404,7 @@ class Removal:
 
     def _store(self, site: Site, block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After a block has read its part of a prompt: its cache layer knows the slots and counts every token."""
-        prompt, cache = self.prompt, kwargs.get("past_key_values")
+        prompt, cache = self.prompt, _cache_of(kwargs)
         if prompt is None or prompt.slots is None or cache is None or site.layer not in prompt.lengths:
             return
         layer, evicted = cache.layers[site.layer], evicted_layer_class()
@@ -499,7 +504,7 @@ class Removal:
     # ---- decoding
 
     def _decode(self, site: Site, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = _cache_of(kwargs)
         if not self._seen(cache, site):
             return None
         layer: Any = cache.layers[site.layer]  # type: ignore[union-attr]
@@ -600,6 +605,15 @@ class Removal:
             tokens=torch.stack([prompt.tokens.get(n, everything) for n in layers]),
             slots=tuple(prompt.kept.get(n) for n in layers),
         )
+
+
+def _cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache among the arguments of a block, whatever its name."""
+    given = kwargs.get("past_key_values")
+    if given is None:
+        kind = _need().cache.Cache
+        given = next((value for value in kwargs.values() if isinstance(value, kind)), None)
+    return given
 
 
 def _where(site: Site) -> str:
