@@ -329,3 +329,44 @@ def test_has_no_sites_in_a_text_model():
     )
     with pytest.raises(ValueError, match="acts on cross attention"):
         attnlib.attach(LlamaForCausalLM(config), UniformMaps())
+
+
+def test_inside_a_whole_pipeline(unet):
+    """Guided sampling by diffusers' own pipeline, uniform maps on the unconditional rows, equals the loop by hand."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    vae = AutoencoderKL(
+        block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+        latent_channels=4, norm_num_groups=4, sample_size=8,
+    )  # fmt: skip
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=8,
+            hidden_size=12,
+            intermediate_size=12,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            projection_dim=12,
+        )  # fmt: skip
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=encoder, tokenizer=None, unet=unet, scheduler=scheduler(), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    noise, text, empty = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 12), torch.randn(1, 5, 12)
+
+    def run():
+        return pipe(
+            prompt_embeds=text, negative_prompt_embeds=empty, latents=noise, num_inference_steps=4,
+            guidance_scale=5.0, output_type="latent",
+        ).images  # fmt: skip
+
+    plain = run()
+    with attnlib.attach(unet, UniformMaps(rows=("uncond",)), rows=("uncond", "cond")):
+        got = run()
+        # the pipeline moves its scheduler's timesteps by one
+        expected = ddim_sample(noise_predictor(unet, text, empty, 5.0), pipe.scheduler, noise, 4)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert (got - plain).abs().max() > 1e-3 and torch.equal(run(), plain)

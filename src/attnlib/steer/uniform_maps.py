@@ -164,7 +164,9 @@ def _fresh(scheduler: Any, steps: int, inverse: bool = False) -> Any:
         )
     if not 1 <= steps <= config.num_train_timesteps:
         raise ValueError(f"steps must lie in [1, {config.num_train_timesteps}], got {steps}")
-    new = (DDIMInverseScheduler if inverse else DDIMScheduler).from_config(config)
+    # Without the private keys, by which diffusers would undo what a pipeline has set (steps_offset).
+    settings = {name: value for name, value in config.items() if not name.startswith("_")}
+    new = (DDIMInverseScheduler if inverse else DDIMScheduler).from_config(settings)
     new.set_timesteps(steps)
     return new
 
