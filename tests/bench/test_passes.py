@@ -176,6 +176,18 @@ def test_every_normalizer_is_its_cascade(norm):
     assert c.passes() == norm.passes
 
 
+def test_a_uniform_mixture_can_be_had_in_one_pass():
+    """Passes belong to an algorithm: mixing the two results instead of the two maps saves one."""
+    one = softmax_cascade(1)
+    text = f"{one}\nCNT[~p] += finite(QK[~p,m1,m0])\nSUM[~p,f] += finite(QK[~p,m1,m0]) * V[~m1,m0,f]\n"
+    text += "MIX[~p,f] = AV[~p,f] * 0.7 + SUM[~p,f] / CNT[~p] * 0.3"
+    c = Cascade(text, {n: " ".join(r) for n, r in one.inputs.items()}, ["MIX"], one.over)
+    q, k, v = rand(1, 2, 5, 3), rand(1, 2, 12, 3), rand(1, 2, 12, 4)
+    got = c.evaluate({"Q": q, "K": blocks(k, 4), "V": blocks(v, 4)})["MIX"]
+    close(got, attnlib.attention(q, k, v, scale=1.0, normalizer=Uniform(u=0.3), backend="eager"))
+    assert c.passes() == 1 < Uniform(u=0.3).passes and not c.crossing()
+
+
 def test_no_normalizer_is_left_out():
     assert {n.name for n in NORMALIZERS} == set(normalizer_names())
 

@@ -855,6 +855,9 @@ def attention_cascade(normalizer: str | Normalizer = "softmax", bias: bool = Tru
         normalizer: one of :mod:`attnlib.normalizers`.
         bias: scores have a bias ``W`` (b h p m), ``-inf`` where a pair may not meet.
 
+    Passes are those of the algorithm as written: a mixture with uniform rows, for one, takes two where weights are made
+    and then mixed, and would take one if the two results were mixed instead.
+
     Returns:
         A cascade with inputs ``Q, K, V, SCALE`` (and ``W``) and the output ``AV``.
 
