@@ -52,6 +52,7 @@ class HeadScale(Intervention):
         elif not callable(factors):
             self.everywhere = factors
         self.layers = None if layers is None else list(layers)
+        self.reset()
 
     @classmethod
     def ablate(cls, heads: Mapping[int, Sequence[int]]) -> HeadScale:
@@ -72,6 +73,9 @@ class HeadScale(Intervention):
         if self.function is not None:
             return False
         return not self.table if self.table is not None else self._ones(self.everywhere)
+
+    def reset(self) -> None:
+        self._rows: dict[int, Tensor] = {}  # of fixed factors, made once
 
     def _factors(self, site: Site) -> Factors | None:
         if self.function is not None:
@@ -100,12 +104,14 @@ class HeadScale(Intervention):
         return row
 
     def on_output(self, site: Site, out: Tensor) -> Tensor:
-        factors = self._factors(site)
-        if factors is None:
-            return out
-        row = self._row(site, factors).to(out)
-        if row.dim() == 2 and row.shape[0] != out.shape[0]:
-            raise ValueError(
-                f"HeadScale: factors have {row.shape[0]} rows, the batch of layer {site.layer} has {out.shape[0]}"
-            )
-        return out * (row if row.dim() == 2 else row[None])[:, :, None, None]
+        row = self._rows.get(site.layer) if self.function is None else None
+        if row is None or row.dtype != out.dtype or row.device != out.device:
+            factors = self._factors(site)
+            if factors is None:
+                return out
+            row = self._row(site, factors).to(out)
+            row = (row if row.dim() == 2 else row[None])[:, :, None, None]
+            self._rows[site.layer] = row
+        if len(row) not in (1, len(out)):
+            raise ValueError(f"HeadScale: factors have {len(row)} rows, the batch of layer {site.layer} has {len(out)}")
+        return out * row
