@@ -280,10 +280,11 @@ def llava_case():
     return model, inputs, TokenTypes(LLAVA_IMAGE)
 
 
-@pytest.mark.parametrize("mode", MODES[:3], ids=str)
+@pytest.mark.parametrize("mode", [*MODES[:3], {"do_sample": True, "num_return_sequences": 2}], ids=str)
 def test_other_pixels_of_a_vision_language_model(mode):
     model, inputs, rule = llava_case()
-    rows = mode.get("num_beams", 1)
+    beams = mode.get("num_beams", 1)
+    rows = beams * mode.get("num_return_sequences", 1)
     masked = inputs["pixel_values"].clone()
     masked[..., :4] = 0
 
@@ -296,7 +297,7 @@ def test_other_pixels_of_a_vision_language_model(mode):
         with torch.no_grad():
             return model(**keep).logits[:, -1]
 
-    want = generated(model, inputs, mode, processor=Scratch(other, 1.0, 2.0, 0.3, beams=rows))
+    want = generated(model, inputs, mode, processor=Scratch(other, 1.0, 2.0, 0.3, beams=beams))
     plain = generated(model, inputs, mode)
 
     def black(pixels):
@@ -399,6 +400,24 @@ def test_state_of_other_techniques_is_kept_per_branch():
         generated(model, inputs)
     for layer, sinks in alone.results()["sinks"].items():
         assert sinks.any() and torch.equal(both.results()["sinks"][layer], sinks)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions(dtype):
+    model, inputs, rule = llava_case()
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    plain, _ = generated(model.to(dtype), inputs, {"suppress_tokens": None}, new=1)
+    null = torch.zeros(4, 32)
+    for decoding in (
+        ContrastiveDecoding(OtherPixels(inputs["pixel_values"]), 1.0, 1.0),
+        ContrastiveDecoding(ImageTokens(4, lambda p: torch.zeros(p.types.shape), "place"), 1.0, 1.0),
+        ContrastiveDecoding(NullTokens(null), 1.0, 1.0),
+    ):
+        with attnlib.attach(model, decoding, token_types=rule):
+            got, _ = generated(model, inputs, {"suppress_tokens": None}, new=1)
+        assert got.dtype == torch.float32 and got.isfinite().all()
+        if not isinstance(decoding.branch, NullTokens):
+            torch.testing.assert_close(got, 2 * plain, atol=2e-3 if dtype == torch.float64 else 0.5, rtol=1e-2)
 
 
 # ---- bad input
