@@ -133,6 +133,41 @@ def test_decoding_equals_two_models(case, mode, head_merge):
     assert not q_proj._forward_hooks and not model._forward_pre_hooks
 
 
+def test_several_images_each_keep_their_outliers():
+    from hooks.pictures import IMAGE_ID, TOKENS, picture_inputs, picture_model
+
+    model = picture_model()
+    inputs = picture_inputs(images=(2, 1))
+    tower = model.model.vision_tower
+    with torch.no_grad():
+        states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+        layer = tower.encoder.layers[-2]
+        read = layer.layer_norm1(states[-3])
+        q, k = layer.self_attn.q_proj(read), layer.self_attn.k_proj(read)
+        chosen = (q[:, :1] @ k.transpose(1, 2))[:, 0, 1:].argsort(1, descending=True)[:, :3]
+        images = model.model.multi_modal_projector(states[-2][:, 1:])
+        kept = [image[some] for image, some in zip(images, chosen, strict=True)]
+        pieces, number = [], 0
+        for row in inputs["input_ids"]:
+            row, parts = row[row != 0], []
+            for run in torch.split(row, [1] * len(row)):
+                parts.append(model.get_input_embeddings()(run) if run != IMAGE_ID else None)
+            embeds, i = [], 0
+            while i < len(parts):
+                if parts[i] is None:
+                    embeds.append(kept[number])
+                    number, i = number + 1, i + TOKENS
+                else:
+                    embeds.append(parts[i])
+                    i += 1
+            pieces.append(model(inputs_embeds=torch.cat(embeds)[None]).logits[:, -1])
+        other = torch.cat(pieces)
+        z = model(**inputs).logits[:, -1]
+        with attnlib.attach(model, DAMRO(1.0, 3, 0.0), token_types=TokenTypes(IMAGE_ID)) as session:
+            got = session.logits(inputs["input_ids"], model(**inputs).logits[:, -1])
+    torch.testing.assert_close(got, 2 * z - other, atol=1e-4, rtol=1e-4)
+
+
 def test_all_tokens_in_place_are_the_model(case):
     model, inputs, rule = case
     plain = generated(model, inputs)
