@@ -148,12 +148,11 @@ def test_planted_attention_survives_in_raster_order(model):
             self.scorer.reset()
             rows = torch.full((2, TOKENS), 0.1)
             rows[:, planted] = torch.tensor([0.4, 0.3, 0.2, 0.15])
-            self.scorer._runs = [rows]
+            self.scorer._runs = {None: [rows]}
             self.scorer._end = lambda *a: None
 
     vtc = Planted(4, start=1)
     with attnlib.attach(model, vtc, token_types=TYPES) as session, torch.no_grad():
-        vtc.scorer._used = False
         model.model.vision_tower._forward_hooks.clear()
         model(**inputs)
     slots = session.results["vtc-cls"]["slots"]
@@ -251,6 +250,40 @@ def test_composes_with_a_compressed_cache_and_records(model):
     kept = session.results["snapkv"][0]["kept"]
     slots = session.results["vtc-cls"]["slots"]
     assert all(set(kept[b, h].tolist()) <= set(slots[b].tolist()) for b in range(2) for h in range(2))
+
+
+def test_beside_a_second_branch(model):
+    """A branch that chooses image tokens by itself is left alone; one with other pixels keeps its own best."""
+    from attnlib.steer import DAMRO, ContrastiveDecoding, OtherPixels
+
+    inputs = picture_inputs((1, 2))
+    other = torch.randn_like(inputs["pixel_values"])
+    keep = chosen_slots(inputs, class_rows(model, inputs)[1:-1].sum(0), 5)
+    with attnlib.attach(model, VTCCLS(5, start=1), DAMRO(k=4, alpha=0.5), token_types=TYPES) as session:
+        got, _ = scores(model, inputs)
+        assert torch.isfinite(got).all()
+        slots = session.results["vtc-cls"]["slots"]
+        assert all(keep[b, slots[b][slots[b] >= 0]].all() for b in range(2))
+    there = {**inputs, "pixel_values": other}
+    far = chosen_slots(inputs, class_rows(model, there)[1:-1].sum(0), 5)
+    assert not torch.equal(keep, far)
+    near_logits, _ = scores(model, shorter(model, inputs, keep), new=1)
+    far_logits, _ = scores(model, shorter(model, there, far), new=1)
+    seen = []
+
+    class Look(ContrastiveDecoding):
+        def on_logits(self, ids, logits):
+            after = super().on_logits(ids, logits)
+            seen.append((logits, after))
+            return after
+
+    both = Look(OtherPixels(other), a=2.0, b=-1.0)
+    with attnlib.attach(model, VTCCLS(5, start=1), both, token_types=TYPES) as session:
+        scores(model, inputs, new=1)
+        slots = session.results["vtc-cls"]["slots"]
+    assert all(keep[b, slots[b][slots[b] >= 0]].all() for b in range(2))
+    close(seen[0][0], near_logits[0])
+    close(seen[0][1], 2 * near_logits[0] - far_logits[0])
 
 
 def test_prompts_without_images_are_left_alone(model):

@@ -1,4 +1,15 @@
-"""Removing tokens from the sequence inside pretrained models: a scorer, a selector, a merger, a schedule."""
+"""Removing tokens from the sequence inside pretrained models: a scorer, a selector, a merger, a schedule.
+
+::
+
+    with attnlib.attach(model, VTCCLS(keep=64, start=18), token_types=TokenTypes(image=IMAGE_TOKEN_ID)) as session:
+        model.generate(**inputs)
+    session.results["vtc-cls"]["saved"]  # share of the decoder's operations on the prompt
+
+Before the decoder: :class:`VTCCLS`, :class:`VMTC`, or any scorer with :class:`Reduce`. Inside it: :class:`ATP`,
+:class:`DyVTE`, :class:`ScheduledPruning` with the counts of :func:`greedy_search` or :func:`sigmoid_search`, or
+:class:`ReduceByAttention`. They compose; tokens, cached keys and operations saved are those of all together.
+"""
 
 from .atp_llava import ATP, ATPGate, adaptive_rate, atp_gates, atp_losses, spatial_scores
 from .base import (

@@ -280,7 +280,8 @@ class ATP(Reduction):
             theta_r, theta_s = gate(own, cross, image)
         else:
             theta_r, theta_s = (red.new_full((len(red), 1), t) for t in self.thresholds)
-        self._thetas[site.layer] = (theta_r.detach(), theta_s.detach())
+        if site.branch is None:
+            self._thetas[site.layer] = (theta_r.detach(), theta_s.detach())
         if site.training:
             log_mask = gate.log_mask(red, spatial, theta_r, theta_s)
             self._of = everywhere.sum(1)
@@ -306,7 +307,9 @@ class ATP(Reduction):
     def around_attention(self, site: Site, q: Tensor, k: Tensor, v: Tensor, call: Callable[..., Tensor]) -> Tensor:
         if site.phase == "prefill":
             if site.layer == self.at[0]:
-                self._masks, self._choices, self._thetas, self._soft, self._kept = {}, {}, {}, {}, {}
+                self._masks, self._choices = {}, {}
+                if site.branch is None:
+                    self._thetas, self._soft, self._kept = {}, {}, {}
             if site.layer in self.gates:
                 assert site.q_types is not None
                 image = site.q_types == IMAGE
@@ -336,7 +339,8 @@ class ATP(Reduction):
             return None
         assert site.q_types is not None
         stays = site.per_query(keep)
-        self._kept[site.layer - 1] = (stays & (site.q_types == IMAGE)).sum(1)
+        if site.branch is None:
+            self._kept[site.layer - 1] = (stays & (site.q_types == IMAGE)).sum(1)
         return self.go_on(hidden, site, stays)
 
     # ---- results

@@ -206,8 +206,7 @@ class DyVTE(Reduction):
 
     def reset(self) -> None:
         super().reset()
-        self._left: Tensor | None = None
-        self._logits: dict[int, Tensor] = {}
+        self._decided: dict[str | None, tuple[Tensor, dict[int, Tensor]]] = {}
 
     def wants(self, site: Site) -> bool:
         return site.layer > 0
@@ -224,27 +223,26 @@ class DyVTE(Reduction):
         image = site.q_types == IMAGE
         there = image.any(1)
         layer = site.layer - 1
-        if self._left is None or site.layer == self._first:
-            self._left, self._logits = torch.full_like(there, -1, dtype=torch.long), {}
+        if site.layer == self._first:
+            self._decided[site.branch] = (torch.full_like(there, -1, dtype=torch.long), {})
+        left, said = self._decided[site.branch]
         if not bool(there.any()):
             return None
-        if self.exit_layer is not None:
-            leave = there
-            self._logits[layer] = hidden.new_zeros(0)
-        else:
-            assert self.gates is not None
+        leave = there
+        if self.gates is not None:
             with torch.no_grad():
-                gate = _ask(self.gates[layer], exit_features(hidden, site.q_types))
-            self._logits[layer] = gate
+                said[layer] = gate = _ask(self.gates[layer], exit_features(hidden, site.q_types))
             leave = there & (gate[:, 1] > gate[:, 0])
-        self._left = torch.where(leave, layer, self._left)
+        self._decided[site.branch] = (torch.where(leave, layer, left), said)
         return self.go_on(hidden, site, image & ~leave[:, None])
 
     def results(self) -> dict[str, Any]:
         """What every reduction reports, ``exit`` (B,) the layer after which each sample left (-1: never), and
         ``gates``: what each gate said, by layer."""
-        gates = {n: g for n, g in sorted(self._logits.items()) if g.numel()}
-        return {**super().results(), **({} if self._left is None else {"exit": self._left}), "gates": gates}
+        if None not in self._decided:
+            return super().results()
+        left, said = self._decided[None]
+        return {**super().results(), "exit": left, "gates": dict(sorted(said.items()))}
 
 
 class _StateAt(Intervention):

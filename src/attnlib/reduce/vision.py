@@ -85,14 +85,16 @@ class VisionAttention(Scorer):
         self.reset()
 
     def reset(self) -> None:
-        self._runs: list[Tensor] = []
-        self._used = False
+        # What the tower read, by branch; and the branches whose prompt was reduced with it.
+        self._runs: dict[str | None, list[Tensor]] = {}
+        self._used: set[str | None] = set()
         self._layers: list[Tensor] = []
         self._taken: dict[nn.Module, Tensor] = {}
 
     # ---- watching
 
     def on_attach(self, session: Session) -> None:
+        self._session = session
         tower = self._find(session.model)
         layers = [
             m for m in tower.modules() if all(isinstance(getattr(m, p, None), nn.Linear) for p in ("q_proj", "k_proj"))
@@ -143,24 +145,48 @@ class VisionAttention(Scorer):
         self._layers.append(read(q, k, scale))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._used:
+        branch = self._session.branch
+        if branch in self._used:
             # What was read so far belongs to a prompt that is done.
-            self._runs, self._used = [], False
-        self._runs.append(ensemble(self._layers, self.ensemble))
+            self._runs.pop(branch, None)
+            self._used.discard(branch)
+        self._runs.setdefault(branch, []).append(ensemble(self._layers, self.ensemble))
         self._layers = []
 
     # ---- scores
 
     @property
+    def runs(self) -> int:
+        """How often the tower ran for the prompt of the current branch so far."""
+        return len(self._runs.get(self._session.branch, ()))
+
+    def source(self) -> str | None:
+        """The branch whose images the current one reads: its own, or those of the prompt itself."""
+        branch = self._session.branch
+        return branch if branch in self._runs else None
+
+    @property
     def images(self) -> Tensor:
         """(I, n) scores of the images last seen."""
-        if not self._runs:
+        branch = self.source()
+        if branch not in self._runs:
             raise RuntimeError(
                 "the prompt has image tokens, but the vision tower did not run in this session; give the model "
                 "pixel_values"
             )
-        self._used = True
-        return torch.cat(self._runs)
+        self._used.add(branch)
+        return torch.cat(self._runs[branch])
+
+    def fits(self, image: Tensor) -> bool:
+        """Whether the image tokens (B, L) of a prompt may be those that the tower scored."""
+        runs = self._runs.get(self.source())
+        rows = image.sum(1)
+        if not runs:
+            return False
+        n, total = runs[0].shape[1], int(rows.sum())
+        repeats = total // sum(run.numel() for run in runs)
+        return bool(repeats and total == repeats * sum(run.numel() for run in runs) and not (rows % n).any()
+                    and not len(rows) % repeats)  # fmt: skip
 
     def of_prompt(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Images in the order of the prompt's image tokens.
@@ -175,14 +201,13 @@ class VisionAttention(Scorer):
         scores = self.images
         count, n = scores.shape
         rows = image.sum(1)
-        total = int(rows.sum())
-        repeats = total // (count * n)
-        if total % (count * n) or bool((rows % n).any()) or not repeats or len(rows) % repeats:
+        if not self.fits(image):
             hint = "; a tower without class token needs what='received'" if self.what == "class" else ""
             raise ValueError(
-                f"the prompt has {total} image tokens ({rows.tolist()} by sample), the vision tower scored {count} "
-                f"images of {n} patches; they must be the same{hint}"
+                f"the prompt has {int(rows.sum())} image tokens ({rows.tolist()} by sample), the vision tower scored "
+                f"{count} images of {n} patches; they must be the same{hint}"
             )
+        repeats = int(rows.sum()) // (count * n)
         if repeats == 1:
             return scores, torch.arange(count, device=scores.device)
         per_row = (rows // n)[::repeats]

@@ -96,7 +96,7 @@ class VMTC(VTCCLS):
 
     def reset(self) -> None:
         super().reset()
-        self._features: list[Tensor] = []
+        self._features: dict[str | None, list[Tensor]] = {}
         self._projecting = False
 
     def on_attach(self, session: Session) -> None:
@@ -125,14 +125,18 @@ class VMTC(VTCCLS):
     def _take(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not self._projecting and args:
             # One entry per run of the vision tower, which came just before.
-            self._features = [*self._features[: len(self.scorer._runs) - 1], args[0]]
+            branch = self.session.branch
+            self._features[branch] = [*self._features.get(branch, [])[: self.scorer.runs - 1], args[0]]
 
     def reduce(self, site: Site, hidden: Tensor, image: Tensor, selector: Selector) -> tuple[Tensor, Tensor] | None:
         everywhere = self.all_types(site) == IMAGE
+        if self.elsewhere(site, everywhere):
+            return None
         if int(everywhere.sum()) != int(image.sum()):
             raise ValueError(f"layer {site.layer}: tokens of images were removed before; give VMTC first")
         scores, source = self.scorer.of_prompt(everywhere)
-        self._scores = scores
+        if site.branch is None:
+            self._scores = scores
         count, n = scores.shape
         keep = self.chosen(scores, everywhere.sum(1) // n, selector)
         most = int(keep.sum(1).max()) + self.merge
@@ -160,7 +164,8 @@ class VMTC(VTCCLS):
         return self.go_on(hidden, site, site.per_query(spread(stays, everywhere)))
 
     def _vision_features(self, source: Tensor, n: int) -> Tensor:
-        features = torch.cat(self._features) if self._features else None
+        found = self._features.get(self.scorer.source())
+        features = torch.cat(found) if found else None
         if features is None or features.dim() != 3 or features.shape[1] != n or len(features) <= int(source.max()):
             shape = None if features is None else tuple(features.shape)
             raise ValueError(
@@ -263,7 +268,8 @@ class CMAI(Intervention):
         where = (site.branch, site.layer)
         if site.phase == "prefill":
             self._past.pop(where, None)
-            self._counts[site.layer] = (0, 0)
+            if site.branch is None:
+                self._counts[site.layer] = (0, 0)
         assert site.q_types is not None and site.mask is not None
         key_types = site.key_types()[:, 0].expand(q.shape[0], -1)
         columns = pack(key_types == IMAGE)
@@ -282,8 +288,9 @@ class CMAI(Intervention):
         at = slots.clamp(min=0)[:, None, :, None].expand(-1, past.shape[1], -1, past.shape[-1])
         values = focus(weights * is_text(key_types)[:, None, None], past.gather(2, at))
         inhibited = low(values, visible & is_text(site.q_types)[:, None, rows, None], self.threshold, self.rule)
-        done, of = self._counts.get(site.layer, (0, 0))
-        self._counts[site.layer] = (done + int(inhibited.sum()), of + int(visible.sum()) * inhibited.shape[1])
+        if site.branch is None:
+            done, of = self._counts.get(site.layer, (0, 0))
+            self._counts[site.layer] = (done + int(inhibited.sum()), of + int(visible.sum()) * inhibited.shape[1])
         if not bool(inhibited.any()):
             return call(q, k, v)
         m = k.shape[2]

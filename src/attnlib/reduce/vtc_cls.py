@@ -96,13 +96,20 @@ class VTCCLS(Reduce):
         wide[there] = scores.reshape(-1)
         return selector.keep(wide, there, of)[there].reshape(count, n)
 
+    def elsewhere(self, site: Site, image: Tensor) -> bool:
+        """A branch of the decoding that shows the decoder some of the image tokens by its own choice: left alone."""
+        return site.branch is not None and not self.scorer.fits(image)
+
     def reduce(self, site: Site, hidden: Tensor, image: Tensor, selector: Selector) -> tuple[Tensor, Tensor] | None:
         everywhere = self.all_types(site) == IMAGE
+        if self.elsewhere(site, everywhere):
+            return None
         scores, _ = self.scorer.of_prompt(everywhere)
         per_row = everywhere.sum(1) // scores.shape[1]
         if self.rank == "sample":
             per_row = per_row[per_row > 0]
-        self._scores = scores
+        if site.branch is None:
+            self._scores = scores
         keep = spread(self.chosen(scores, per_row, selector), everywhere)
         return self.go_on(hidden, site, site.per_query(keep))
 
