@@ -12,7 +12,7 @@ from hooks.models import language_model, prompt, scores
 pytest.importorskip("transformers")
 
 import attnlib  # noqa: E402
-from attnlib.cache import SnapKV  # noqa: E402
+from attnlib.cache import AcrossHeads, Cap, KeyNorm, KVCompression, LastQuery, Ratio, SnapKV  # noqa: E402
 from attnlib.hooks import Record, TokenTypes  # noqa: E402
 from attnlib.reduce import VTCCLS, Rate, class_attention, ensemble  # noqa: E402
 from hooks.pictures import IMAGE_ID, TOKENS, image_slots, picture_inputs, picture_model, shorter  # noqa: E402
@@ -250,6 +250,26 @@ def test_composes_with_a_compressed_cache_and_records(model):
     kept = session.results["snapkv"][0]["kept"]
     slots = session.results["vtc-cls"]["slots"]
     assert all(set(kept[b, h].tolist()) <= set(slots[b].tolist()) for b in range(2) for h in range(2))
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize(
+    "compression",
+    [
+        lambda: SnapKV(ratio=0.4, window_size=3),
+        lambda: KVCompression(KeyNorm(), Cap(9), every=2),
+        lambda: KVCompression(LastQuery(), AcrossHeads(Ratio(0.4))),
+    ],
+    ids=["snapkv", "while-decoding", "across-heads"],
+)
+def test_a_compressed_cache_behind_it_equals_that_of_a_shorter_prompt(model, compression, mode):
+    inputs = picture_inputs((1, 2))
+    keep = chosen_slots(inputs, class_rows(model, inputs)[1:-1].sum(0), 5)
+    with attnlib.attach(model, VTCCLS(5, start=1), compression(), token_types=TYPES):
+        got, _ = scores(model, inputs, **mode)
+    with attnlib.attach(model, compression()):
+        want, _ = scores(model, shorter(model, inputs, keep), **mode)
+    close(got, want)
 
 
 def test_beside_a_second_branch(model):
