@@ -26,7 +26,7 @@ def script(monkeypatch):
 
 def test_it_runs_and_leaves_results_and_a_picture(script, tmp_path):
     out, picture = tmp_path / "new" / "pointer.json", tmp_path / "pointer.png"
-    script.main(["--minutes", "0.01", "--out", str(out), "--picture", str(picture)])
+    script.main(["--times", "0.001", "--out", str(out), "--picture", str(picture)])
     records = json.loads(out.read_text())["records"]
     assert [r["task"] for r in records] == ["hull", "delaunay", "tsp"]
     assert all(r["steps"] >= 1 and r["loss"] > 0 and len(r["test"]) == 2 for r in records)
@@ -35,7 +35,7 @@ def test_it_runs_and_leaves_results_and_a_picture(script, tmp_path):
 
 def test_one_task_alone_goes_on_from_what_was_kept(script, tmp_path, monkeypatch):
     out = tmp_path / "tsp.json"
-    arguments = ["--task", "tsp", "--minutes", "0.005", "--out", str(out), "--keep", str(tmp_path / "nets")]
+    arguments = ["--task", "tsp", "--times", "0.001", "--out", str(out), "--keep", str(tmp_path / "nets")]
     script.main(arguments)
     first = json.loads(out.read_text())["records"]
     monkeypatch.setattr(script, "train", lambda *_: pytest.fail("it trains again"))
