@@ -3,7 +3,7 @@
     python examples/pointer/train.py                             # all three tasks, minutes on one thread
     python examples/pointer/train.py --task hull --times 3 --out hull.json
 
-Points come from left to right, which makes minutes enough. Results go to a JSON file after every task, networks
+Points come from left to right, which is learnt faster. Results go to a JSON file after every task, networks
 to the folder of `--keep`, from which a run that was interrupted goes on; `--picture` draws answers beside the truth.
 """
 

@@ -161,7 +161,7 @@ def problems(task: str, count: int, n: int, seed: int = 0, ordered: bool = False
     """``count`` problems of one task with ``n`` points each.
 
     The paper's points come in random order. ``ordered`` ones come from left to right, which says nothing that the
-    points do not say, but is learnt in minutes where random order takes hours.
+    points do not say, and is learnt much faster.
 
     >>> problems("tsp", 3, 5).answers.shape
     torch.Size([3, 5])
