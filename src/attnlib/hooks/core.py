@@ -192,13 +192,11 @@ class Site:
 
     def but(self, **changes: Any) -> Site:
         """A copy with some fields changed."""
-        if not changes.keys() <= self.__dataclass_fields__.keys():
+        if not changes.keys() <= _FIELDS:
             unknown = sorted(changes.keys() - self.__dataclass_fields__.keys())
             raise TypeError(f"a site has no {unknown[0]!r}; its fields are {list(self.__dataclass_fields__)}")
-        # Sites are made in every layer of every decoding step; setting thirty fields one by one is what would cost.
         new = object.__new__(Site)
-        new.__dict__.update(self.__dict__)
-        new.__dict__.update(changes)
+        object.__setattr__(new, "__dict__", {**self.__dict__, **changes})
         return new
 
     def rows_named(self, names: Sequence[str], device: torch.device | str | None = None) -> Tensor:
@@ -256,6 +254,9 @@ class Site:
 
     def __repr__(self) -> str:
         return f"Site(layer={self.layer}, {self.kind}, {self.name!r}, heads={self.heads}/{self.kv_heads})"
+
+
+_FIELDS = frozenset(Site.__dataclass_fields__)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -848,17 +849,24 @@ class Session:
 
     def described(self, site: Site, batch: int, **fields: Any) -> Site:
         """A template site with what the user said about this call."""
+        return self.made(site.but(**fields).__dict__, batch, fields)
+
+    def made(self, fields: dict[str, Any], batch: int, given: dict[str, Any] | None = None) -> Site:
+        """A site of these fields, all of them, with what the user said about this call; ``fields`` become its own."""
         if self.rows is not None and len(self.rows) != batch:
             raise ValueError(
-                f"rows names {len(self.rows)} rows of the batch ({list(self.rows)}), but layer {site.layer} "
-                f"({site.name}) got a batch of {batch}; give one name per row"
+                f"rows names {len(self.rows)} rows of the batch ({list(self.rows)}), but layer {fields['layer']} "
+                f"({fields['name']}) got a batch of {batch}; give one name per row"
             )
-        return site.but(
-            rows=self.rows,
-            pass_name=self.pass_name,
-            branch=self.branch,
-            **{"step": self.step, "training": site.module.training, **fields},
-        )
+        fields["rows"], fields["pass_name"], fields["branch"] = self.rows, self.pass_name, self.branch
+        if given is None or "step" not in given:
+            fields["step"] = self.step
+        if given is None or "training" not in given:
+            fields["training"] = fields["module"].training
+        new = object.__new__(Site)
+        # Sites are made in every layer of every decoding step; setting thirty fields one by one is what would cost.
+        object.__setattr__(new, "__dict__", fields)
+        return new
 
     # ---- for the user
 

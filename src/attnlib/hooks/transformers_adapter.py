@@ -243,6 +243,11 @@ def evicted_layer_class() -> type:
 
 
 @functools.lru_cache(maxsize=16)
+def _unmasked(n: int, m: int, causal: bool) -> PairMask:
+    return PairMask(n, m, causal=causal)
+
+
+@functools.lru_cache(maxsize=16)
 def slots(start: int, count: int, device: torch.device) -> Tensor:
     """``start``, ``start + 1``, ...: all layers of a step ask for the same ones. Never written to."""
     with torch.inference_mode(False):
@@ -326,41 +331,52 @@ class LayerRuntime:
         self.module = site.module
         parameters = inspect.signature(_forward_of(self.module)).parameters
         self.names = list(parameters)[1:]
+        self.rotary = True if "position_embeddings" in self.names else None
         # Nothing to do here while decoding but to read what is left of the cache.
         self.prompt_only = stages.used == ["on_cache"] and not stages.probes
         self.prompt_only &= not any(i.while_decoding for i in stages.all)
 
-    # ---- hooks on the module
+    # ---- around the module
 
     @property
     def call(self) -> _Call:
         """The call that is running; a call may run within another one."""
         return self._calls[-1] if self._calls else _Call()
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = self.look({**dict(zip(self.names, args, strict=False)), **kwargs})
-        self._calls.append(call)
-        if self.stages["on_qkv"] and call.cache is not None:
-            if "past_key_values" not in kwargs:
-                raise ValueError(f"{self.where}: on_qkv needs the cache to be passed by keyword")
-            call.deferred = _DeferredCache(call.cache)
-            return args, {**kwargs, "past_key_values": call.deferred}
-        return None
+    def wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The module's forward, with what is known about its call put down for the time it runs.
 
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Also called when the module raised; there is no output then."""
-        call = self._calls.pop() if self._calls else _Call(ran=True)
-        if not call.ran and output is not None and self.stages.in_attention:
-            raise RuntimeError(
-                f"{self.where}: its forward ran without calling the attention function it was given, so nothing could "
-                "act there; this model's attention is not reachable through AttentionInterface"
-            )
+        In place of hooks around it: they cost a module more than all else that is done here.
+        """
+        calls, edits_new, in_attention = self._calls, self.stages["on_qkv"], self.stages.in_attention
+        inner = self.around_module(forward) if self.stages["around_sublayer"] else forward
+
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            call = self.look({**dict(zip(self.names, args, strict=False)), **kwargs} if len(args) > 1 else kwargs)
+            calls.append(call)
+            try:
+                if edits_new and call.cache is not None:
+                    if "past_key_values" not in kwargs:
+                        raise ValueError(f"{self.where}: on_qkv needs the cache to be passed by keyword")
+                    call.deferred = _DeferredCache(call.cache)
+                    kwargs = {**kwargs, "past_key_values": call.deferred}
+                output = inner(*args, **kwargs)
+            finally:
+                last = calls.pop()
+            if in_attention and not (call.ran or last.ran):
+                raise RuntimeError(
+                    f"{self.where}: its forward ran without calling the attention function it was given, so nothing "
+                    "could act there; this model's attention is not reachable through AttentionInterface"
+                )
+            return output
+
+        return run
 
     def around_module(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """The module's forward under ``around_sublayer``."""
         first = self.names[0]
 
-        @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
             given = {**dict(zip(self.names, args, strict=False)), **kwargs}
             hidden = given.get(first)
@@ -447,7 +463,7 @@ class LayerRuntime:
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] > m:
             mask = mask[..., :m]
         pair = self.pairs(mask, n, m, getattr(self.module, "is_causal", True))
-        return self.describe(call, batch, n, m, hidden.device, pair, k_pos=k_pos)
+        return self.describe(call, batch, n, m, hidden.device, pair, k_pos)
 
     def before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         site, hidden = self.block_site(module, args, kwargs)
@@ -491,14 +507,21 @@ class LayerRuntime:
         return self.session.notes.get("kept", {}).get(self.site.layer)
 
     def describe(
-        self, call: _Call, batch: int, n: int, m: int, device: torch.device, pair: PairMask | None, **fields: Any
+        self,
+        call: _Call,
+        batch: int,
+        n: int,
+        m: int,
+        device: torch.device,
+        pair: PairMask | None,
+        k_pos: Tensor | None = None,
+        shape: dict[str, Any] | None = None,
     ) -> Site:
         cross = self.site.kind == "cross"
         if call.kept is None:
             q_pos = slots(call.offset, n, device)
         else:
             q_pos = call.kept.slots.to(device)
-        k_pos = fields.pop("k_pos", None)
         if k_pos is None and call.start is not None:
             k_pos = slots(call.start, m, device)
         q_types = k_types = None
@@ -515,11 +538,14 @@ class LayerRuntime:
             else:
                 k_types = seen[:, None].expand(-1, k_pos.shape[1], -1).gather(-1, k_pos.clamp(min=0))
                 k_types = k_types.masked_fill(k_pos < 0, PAD)
-        return self.session.described(
-            self.site, batch, n_queries=n, n_keys=m, mask=pair, q_pos=q_pos, k_pos=k_pos, q_types=q_types,
-            k_types=k_types, offset=call.offset, phase=None if cross else "decode" if call.offset else "prefill",
-            **fields,
-        )  # fmt: skip
+        fields = {
+            **self.site.__dict__, "n_queries": n, "n_keys": m, "mask": pair, "q_pos": q_pos, "k_pos": k_pos,
+            "q_types": q_types, "k_types": k_types, "offset": call.offset,
+            "phase": None if cross else "decode" if call.offset else "prefill",
+        }  # fmt: skip
+        if shape is not None:
+            fields.update(shape)
+        return self.session.made(fields, batch)
 
     def pairs(self, mask: Any, n: int, m: int, is_causal: bool) -> PairMask:
         """The model's own mask, whatever its form."""
@@ -532,7 +558,7 @@ class LayerRuntime:
             )  # fmt: skip
         if mask is None:
             # SDPA turns causal by itself when it gets no mask; eager attention does not.
-            return PairMask(n, m, causal=self.implementation == "sdpa" and n > 1 and is_causal)
+            return _unmasked(n, m, self.implementation == "sdpa" and n > 1 and is_causal)
         if mask.dtype == torch.bool:
             return PairMask(n, m, allowed=mask)
         allowed = mask > torch.finfo(mask.dtype).min / 2
@@ -553,9 +579,9 @@ class LayerRuntime:
             kv_heads=k.shape[1],
             head_dim=dim,
             scale=float(dim**-0.5 if scaling is None else scaling),
-            rotary=True if "position_embeddings" in self.names else None,
+            rotary=self.rotary,
         )
-        special = [name for name in SPECIAL if kwargs.get(name) is not None]
+        special = [name for name in kwargs if name in SPECIAL and kwargs[name] is not None]
         if special and (stages.reads_map or stages["around_attention"]):
             raise ValueError(f"{self.where}: it uses {special[0]}, so its weights cannot be computed beside its kernel")
         dropout = kwargs.get("dropout", args[0] if args else 0.0)
@@ -566,7 +592,7 @@ class LayerRuntime:
                 "edit; call model.eval()"
             )
         if stages["on_qkv"]:
-            site = self.describe(call, batch, n, n, q.device, None, **shape)
+            site = self.describe(call, batch, n, n, q.device, None, None, shape)
             for i in stages["on_qkv"]:
                 q, k, v = i.on_qkv(site, q, k, v)
             if call.deferred is not None:
@@ -596,7 +622,7 @@ class LayerRuntime:
             return self.kernel(self.module, q, k, v, mask, *args, **kwargs)
         is_causal = kwargs.get("is_causal")
         pair = self.pairs(mask, n, m, getattr(self.module, "is_causal", True) if is_causal is None else is_causal)
-        site = self.describe(call, batch, n, m, q.device, pair, k_pos=k_pos, **shape)
+        site = self.describe(call, batch, n, m, q.device, pair, k_pos, shape)
 
         maps: list[Tensor | None] = []
         plain: list[tuple[Tensor, Tensor]] = []
@@ -611,9 +637,10 @@ class LayerRuntime:
         if stages["on_cache"]:
             self._evict(call, site, q, k, v, n)
         edited = stages.edits or stages["around_attention"]
-        own = next((theirs for ours, theirs in plain if ours is out), None)
-        result = out.transpose(1, 2).contiguous() if own is None else own
-        return result, maps[0] if len(maps) == 1 and not edited else None
+        weights = maps[0] if len(maps) == 1 and not edited else None
+        if len(plain) == 1 and plain[0][0] is out:
+            return plain[0][1], weights
+        return out.transpose(1, 2).contiguous(), weights
 
     def _cache_layer(self, call: _Call) -> Any:
         if call.cache is None or self.site.layer >= len(getattr(call.cache, "layers", ())):
@@ -812,11 +839,8 @@ class TransformersAdapter(Adapter):
                 session.set_attribute(module, "config", view)
                 _runtimes[module] = runtime
                 session.undo(functools.partial(_forget, module))
-            if stages["around_sublayer"]:
-                session.set_attribute(module, "forward", runtime.around_module(module.forward))
             if stages.in_attention or stages["around_sublayer"] or stages["on_context"]:
-                session.hook(module.register_forward_pre_hook(runtime.before, with_kwargs=True))
-                session.hook(module.register_forward_hook(runtime.after, always_call=True))
+                session.set_attribute(module, "forward", runtime.wrap(module.forward))
             if stages["on_block_input"]:
                 block = block_of(session.model, site)
                 session.hook(block.register_forward_pre_hook(runtime.before_block, with_kwargs=True))
