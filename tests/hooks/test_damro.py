@@ -249,6 +249,42 @@ def test_refusals(case):
         select_outliers(torch.zeros(1, 5, 2), torch.zeros(1, 3), 2)
 
 
+def test_a_class_token_among_the_image_tokens_and_line_breaks():
+    import transformers as hf
+
+    from hooks.llava import llava, llava_inputs
+
+    model = llava()
+    model.config.vision_feature_select_strategy = "full"
+    inputs = llava_inputs(model)
+    inputs["input_ids"][:, 7] = 62  # five tokens per image, the class token first
+    rule = TokenTypes(62)
+    plain = generated(model, inputs)
+    with attnlib.attach(model, DAMRO(2.0, 5, 0.0, order="place"), token_types=rule):
+        equal(generated(model, inputs), plain, atol=2e-3)
+    with attnlib.attach(model, DAMRO(2.0, 4, 0.0, order="place"), token_types=rule) as session:
+        seen = []
+        session.hook(
+            model.model.language_model.register_forward_pre_hook(lambda m, a, k: seen.append(k), with_kwargs=True)
+        )
+        generated(model, inputs, new=1)
+    kept = torch.tensor([0, 1, 2, 4, 5, 6, 7, *range(8, 14)])  # all but the class token
+    assert torch.equal(seen[1]["inputs_embeds"], seen[0]["inputs_embeds"][:, kept])
+    # Crops with line breaks between rows of patches: ten tokens are not four patches of four crops.
+    torch.manual_seed(0)
+    config = hf.LlavaNextConfig(
+        text_config=model.config.text_config, vision_config=model.config.vision_config, image_token_id=62,
+        image_grid_pinpoints=[[8, 8]], vision_feature_select_strategy="default",
+    )  # fmt: skip
+    anyres = hf.LlavaNextForConditionalGeneration(config).eval()
+    ids = torch.randint(3, 60, (2, 16))
+    ids[:, 2:12] = 62
+    crops = {"pixel_values": torch.randn(2, 2, 3, 8, 8), "image_sizes": torch.tensor([[8, 8], [8, 8]])}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **crops}
+    with attnlib.attach(anyres, DAMRO(2.0, 2), token_types=rule), pytest.raises(ValueError, match="line breaks"):
+        generated(anyres, inputs)
+
+
 def test_an_encoder_without_class_token_is_refused():
     import transformers as hf
 

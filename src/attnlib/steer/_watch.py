@@ -61,13 +61,14 @@ def reads_images(given: dict[str, Any]) -> bool:
     return given.get("pixel_values") is not None or bool(given.get("mm_encoder_outputs"))
 
 
-def image_slots(types: Tensor, values: Tensor, fill: float | bool) -> Tensor:
+def image_slots(types: Tensor, values: Tensor, fill: float | bool, class_token: bool = False) -> Tensor:
     """Values of patches, image after image, at the image tokens of a batch.
 
     Args:
         types: (B, L) token types.
         values: (images, patches) of the batch, or of the samples whose rows are repeated in it (beams).
-        fill: for tokens that are no patch: text, and the class token where image tokens include it.
+        fill: for tokens that are no patch: text, and class tokens.
+        class_token: the first token of each image stands for the class token.
 
     Returns:
         (B, L).
@@ -79,18 +80,17 @@ def image_slots(types: Tensor, values: Tensor, fill: float | bool) -> Tensor:
     [[0.0, 5.0, 7.0, 0.0]]
     """
     image = types == IMAGE
-    count, (images, patches) = int(image.sum()), values.shape
-    if count % (images * patches):
-        if count % (images * (patches + 1)):
-            raise ValueError(
-                f"the vision encoder saw {images} images of {patches} patches, but {count} tokens of the prompt are "
-                "image tokens; tokens that are not one per patch (a Q-Former's, or several crops) cannot be told apart"
-            )
+    if class_token:
         values = F.pad(values, (1, 0), value=fill)  # type: ignore[arg-type]
-    repeats = max(1, count // values.numel())
-    if types.shape[0] % repeats:
-        raise ValueError(f"{images} images are not repeated evenly over {types.shape[0]} rows of the batch")
-    out = torch.full(types[::repeats].shape, fill, dtype=values.dtype, device=types.device)
+    count, repeats = int(image.sum()), max(1, int(image.sum()) // values.numel())
+    first = types[::repeats]
+    if count != repeats * values.numel() or not torch.equal(first.repeat_interleave(repeats, 0)[: len(types)], types):
+        raise ValueError(
+            f"the vision encoder saw {values.shape[0]} images of {values.shape[1]} tokens, but {count} tokens of the "
+            "prompt are image tokens; tokens that are not one per patch (a Q-Former's, or those of several crops with "
+            "line breaks) cannot be told apart"
+        )
+    out = torch.full(first.shape, fill, dtype=values.dtype, device=types.device)
     out = out.masked_scatter(image[::repeats], values.reshape(-1).to(types.device))
     return out.repeat_interleave(repeats, 0)
 
@@ -157,6 +157,9 @@ class VisionEncoder:
                 "source of scores"
             )
         self.layers = tuple(layers)
+        config: Any = getattr(model, "config", None)
+        #: Whether the class token is among the image tokens.
+        self.class_token = getattr(config, "vision_feature_select_strategy", "default") == "full"
         self.modules: dict[int, nn.Module] = {}
         for layer in self.layers:
             if not -len(found) <= layer < len(found):

@@ -316,7 +316,10 @@ class OtherPixels(Branch):
             pixels = pixels(seen)
         images = len(own) if own is not None else len(encoded.pooler_output)
         if images % len(pixels):
-            raise ValueError(f"the second branch has pixels of {len(pixels)} images, the prompt has {images}")
+            raise ValueError(
+                f"the second branch has pixels of {len(pixels)} images, the prompt has {images}"
+                + ("" if isinstance(self.pixels, Tensor) else "; where images come in crops, give them as a tensor")
+            )
         repeats, rows = images // len(pixels), len(prompt.ids)
         if repeats > 1:
             samples = rows // repeats

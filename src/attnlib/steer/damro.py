@@ -85,9 +85,8 @@ class _Outliers(ImageTokens):
                 "DAMRO: the prompt has image tokens, but the vision encoder did not run for it, so there is nothing to "
                 "choose outliers by; score='norm' needs no encoder"
             )
-        images, patches = values.shape
-        size = patches if int((prompt.types == IMAGE).sum()) % (images * patches) == 0 else patches + 1
-        return image_slots(prompt.types, values, float("-inf")), size
+        at_slots = image_slots(prompt.types, values, float("-inf"), self.encoder.class_token)
+        return at_slots, values.shape[1] + self.encoder.class_token
 
 
 class DAMRO(ContrastiveDecoding):

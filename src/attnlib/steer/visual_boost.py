@@ -184,7 +184,7 @@ class VisualBoost(Intervention):
                 "nothing to choose them by; give sets='all' or two boolean tensors"
             )
         local, summary = boost_sets(first, late, self.local_ratio)
-        return image_slots(types, local * self.alpha + summary * self.beta, 0.0)
+        return image_slots(types, local * self.alpha + summary * self.beta, 0.0, self.encoder.class_token)
 
     def _given(self, types: Tensor) -> Tensor:
         rows = types.shape[0]
