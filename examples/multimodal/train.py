@@ -37,7 +37,7 @@ VISION = dict(
 )  # fmt: skip
 TEXT = dict(
     hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
-    max_position_embeddings=512, tie_word_embeddings=False,
+    max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.06,
 )  # fmt: skip
 FEATURE_LAYER = -2
 
@@ -195,7 +195,7 @@ def main() -> None:
     model.set_attn_implementation("eager")  # faster than sdpa at this size, with bfloat16 on a CPU
     answering = Answering(model)
     train(
-        answering, Conversations(args.conversations, tokenizer), args.work / "decoder", batch=16, rate=1.5e-3,
+        answering, Conversations(args.conversations, tokenizer), args.work / "decoder", batch=16, rate=2e-3,
         data_collator=collate,
     )  # fmt: skip
     answering.eval()

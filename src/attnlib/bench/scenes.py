@@ -37,12 +37,14 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "purple": (0.75, 0.2, 0.85),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SHAPED = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-NUMBERED = tuple(f"digit {n}" for n in range(10))
+SHAPED = tuple(f"{colour}-{shape}" for colour in COLOURS for shape in SHAPES)
+NUMBERED = tuple(f"digit-{n}" for n in range(10))
 #: Everything that can stand in a cell.
 NAMES = (*SHAPED, *NUMBERED)
 #: Things that come together in the training scenes.
-PAIRS = (("red circle", "blue square"), ("green triangle", "yellow cross"), ("purple square", "red triangle"))
+PAIRS = (("red-circle", "blue-square"), ("green-triangle", "yellow-cross"), ("purple-square", "red-triangle"))
+#: Names of the cells.
+PLACES = tuple(f"{row}{column}" for row in "abcd" for column in "1234")
 #: Kinds of questions.
 KINDS = ("presence", "colour", "count", "position", "content", "digit", "list")
 
@@ -63,12 +65,12 @@ class Thing:
 
     @property
     def place(self) -> str:
-        """Where it stands, in words.
+        """Where it stands.
 
-        >>> Thing("red circle", 6, 1.0, (0, 0), 0).place
-        'row 2 column 3'
+        >>> Thing("red-circle", 6, 1.0, (0, 0), 0).place
+        'b3'
         """
-        return f"row {self.cell // GRID + 1} column {self.cell % GRID + 1}"
+        return PLACES[self.cell]
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _draw(things: Sequence[Thing], part: str, noise: np.ndarray) -> Tensor:
     image = np.full((3, SIDE, SIDE), BACKGROUND, dtype=np.float32)
     for thing in things:
         row, column = thing.cell // GRID * CELL, thing.cell % GRID * CELL
-        first, second = thing.name.split()
+        first, second = thing.name.split("-")
         if first == "digit":
             samples = _digit_images()[part][int(second)]
             cover = np.zeros((CELL, CELL), dtype=np.float32)
@@ -230,17 +232,16 @@ def questions(scene: Scene, kind: str) -> list[Question]:
     if kind == "list":
         return [Question(kind, "list the objects", " , ".join(scene.names))]
     if kind == "position":
-        return [Question(kind, f"where is the {t.name} ?", f"in {t.place}", t.name) for t in scene.things]
+        return [Question(kind, f"where is {t.name} ?", f"it is in {t.place}", t.name) for t in scene.things]
     if kind == "content":
         there = {t.cell: t.name for t in scene.things}
-        for cell in range(GRID * GRID):
-            place = Thing("", cell, 0, (0, 0), 0).place
-            found.append(Question(kind, f"what is in {place} ?", f"there is {there.get(cell, 'nothing')}", place))
+        for cell, place in enumerate(PLACES):
+            found.append(Question(kind, f"what is in {place} ?", f"it is {there.get(cell, 'nothing')}", place))
         return found
     if kind == "digit":
         held = [name for name in scene.names if name.startswith("digit")]
-        return [Question(kind, "which digit is there ?", f"it is {held[0].split()[1]}", held[0])] if held else []
-    shaped = [name.split() for name in scene.names if not name.startswith("digit")]
+        return [Question(kind, "which digit is there ?", f"it is {held[0].split('-')[1]}", held[0])] if held else []
+    shaped = [name.split("-") for name in scene.names if not name.startswith("digit")]
     for shape in SHAPES:
         colours = [c for c, s in shaped if s == shape]
         if kind == "count":
@@ -262,7 +263,7 @@ def ask(scene: Scene, rng: np.random.Generator, count: int = 7) -> list[Question
         possible = [q for q in questions(scene, kind) if q not in picked]
         if kind in ("presence", "content"):
             wanted = rng.random() < (0.5 if kind == "presence" else 0.75)
-            possible = [q for q in possible if (q.answer not in ("no", "there is nothing")) == wanted] or possible
+            possible = [q for q in possible if (q.answer not in ("no", "it is nothing")) == wanted] or possible
         if possible:
             picked.append(possible[rng.integers(len(possible))])
     return picked
@@ -273,18 +274,18 @@ def ask(scene: Scene, rng: np.random.Generator, count: int = 7) -> list[Question
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<q>", "<a>")
 WORDS = (
-    "is there a ? yes no what colour the it how many are where in row column nothing which digit list objects ,".split()
+    "is there a ? yes no what colour the it how many are where in nothing which digit list objects ,".split()
 )
 
 
 def make_tokenizer() -> Any:
-    """One token per word (a ``PreTrainedTokenizerFast``), padded on the left."""
+    """One token per word, thing and place (a ``PreTrainedTokenizerFast``), padded on the left."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    words = (*SPECIAL, *WORDS, *COLOURS, *SHAPES, *map(str, range(10)))
+    words = (*SPECIAL, *WORDS, *COLOURS, *SHAPES, *map(str, range(10)), *NAMES, *PLACES)
     inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
@@ -401,7 +402,7 @@ def answer(
 def named(text: str) -> list[str]:
     """Things that an answer to "list the objects" names.
 
-    >>> named("red circle , digit 7 , red circle")
-    ['red circle', 'digit 7']
+    >>> named("red-circle , digit-7 , red-circle")
+    ['red-circle', 'digit-7']
     """
     return [name for name in dict.fromkeys(part.strip() for part in text.split(",")) if name in NAMES]
