@@ -248,3 +248,12 @@ def test_refusals(llama):
     sliding = language_model("mistral", sliding_window=6)
     with attnlib.attach(sliding, snap), pytest.raises(ValueError, match="DynamicSlidingWindowLayer"):
         sliding(**inputs)
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [0, 2]])
+def test_static_layers_beside_compressed_ones_hide_unwritten_slots(layers):
+    model, inputs = language_model("llama"), prompt(pad=(0, 0))
+    with attnlib.attach(model, SnapKV(ratio=0.5, window_size=4, layers=layers)):
+        dynamic, _ = scores(model, inputs)
+        static, _ = scores(model, inputs, cache_implementation="static")
+    torch.testing.assert_close(static, dynamic, atol=1e-6, rtol=1e-5)

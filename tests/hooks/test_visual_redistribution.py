@@ -314,3 +314,32 @@ def test_refusals():
         attnlib.attach(model, VisualRedistribution((1,)))
     with pytest.raises(ValueError, match="nothing of this model fits"):
         attnlib.attach(model, VisualRedistribution((1,), first_layer=5), token_types=TokenTypes(IMAGE_ID))
+
+
+def test_sinks_are_kept_by_slot_where_tokens_were_removed_before():
+    """Text that leaves before the layer changes no weight there: the sinks, the image and the new rows stay."""
+    from attnlib.hooks import Intervention
+    from hooks.llava import IMAGE_ID, llava, llava_inputs
+
+    class DropText(Intervention):
+        name = "drop-text"
+        layers = [1]
+
+        def on_tokens(self, site, hidden):
+            index = torch.tensor([0, 2, 3, 4, 5, 6, *range(8, hidden.shape[1])]).expand(len(hidden), -1)
+            return hidden[:, index[0]], index
+
+    model = llava()
+    inputs = llava_inputs(model)
+    types = TokenTypes(image=IMAGE_ID)
+
+    def run(*others):
+        edit = VisualRedistribution(sink_dims=(1, 4), p=0.5, rho=1.0, summ=0.0, tau=1.2, layers=[2])
+        with torch.no_grad(), attnlib.attach(model, *others, edit, token_types=types) as session:
+            model(**inputs)
+            return session.results["visual-redistribution"]
+
+    kept, shorter = run(), run(DropText())
+    assert shorter["sinks"][2].shape == kept["sinks"][2].shape == (2, 14)
+    assert not bool(shorter["sinks"][2][:, [1, 7]].any()) and bool(shorter["sinks"][2].any())
+    assert shorter["edited"][2] > 0

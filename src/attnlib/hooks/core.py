@@ -230,6 +230,16 @@ class Site:
             return values.index_select(-1, self.q_pos)
         return values.expand(self.q_pos.shape[0], -1).gather(-1, self.q_pos.clamp(min=0))
 
+    def by_slot(self, values: Tensor) -> Tensor:
+        """Values by query (B, N) as values by slot of the sequence (B, L), L up to the last query; 0 elsewhere."""
+        if self.q_pos is None:
+            raise ValueError(f"layer {self.layer} ({self.name}): positions of the queries are not known")
+        slots = self.q_pos.expand(values.shape[0], -1)
+        length = int(slots.max()) + 1 if slots.numel() else 0
+        # Padding writes into a column of its own, which is cut off.
+        out = values.new_zeros(values.shape[0], length + 1)
+        return out.scatter(1, slots.masked_fill(slots < 0, length), values)[:, :length]
+
     def query_slots(self) -> Tensor:
         """Slots of the queries as (B or 1, 1, N, 1), to be compared with :meth:`key_slots`."""
         if self.q_pos is None:

@@ -38,6 +38,8 @@ from .transformers_adapter import (
     _runtimes,
     block_of,
     evicted_layer_class,
+    implementation_of,
+    mask_unwritten,
     register,
 )
 
@@ -278,7 +280,7 @@ class Removal:
             return
         behind = self.sites[acting[0] :]
         for site in behind:
-            implementation = self._implementation(site)
+            implementation = implementation_of(site.module)
             if implementation not in READABLE:
                 raise ValueError(
                     f"layer {site.layer} ({site.name}): tokens cannot be removed under "
@@ -310,7 +312,7 @@ class Removal:
         if runtime is None or runtime.stages.in_attention or not runtime.stages["around_sublayer"]:
             return
         view = copy.copy(site.module.config)
-        view.__dict__["_attn_implementation_internal"] = register(self._implementation(site))
+        view.__dict__["_attn_implementation_internal"] = register(implementation_of(site.module))
         self.session.set_attribute(site.module, "config", view)
         _runtimes[site.module] = runtime
         self.session.undo(functools.partial(_forget, site.module))
@@ -436,7 +438,7 @@ class Removal:
             raise ValueError(
                 f"{_where(site)}: its mask is a {type(mask).__name__}, which cannot be read at the tokens that are left"
             )
-        causal = bool(getattr(site.module, "is_causal", True)) and self._implementation(site) == "sdpa"
+        causal = bool(getattr(site.module, "is_causal", True)) and implementation_of(site.module) == "sdpa"
         new["attention_mask"] = prompt.mask(mask, causal)
         ids = prompt.position_ids(kwargs.get("position_ids"))
         if "position_ids" in kwargs or prompt.ids is not None:
@@ -510,7 +512,8 @@ class Removal:
         layer: Any = cache.layers[site.layer]  # type: ignore[union-attr]
         hidden = args[0] if args else kwargs["hidden_states"]
         if isinstance(layer, _need().cache.StaticLayer):
-            return self._whole_static(site, layer, hidden, args, kwargs)
+            mask = kwargs.get("attention_mask")
+            return args, {**kwargs, "attention_mask": mask_unwritten(site, layer, hidden, mask)}
         evicted: Any = evicted_layer_class()
         if not isinstance(layer, evicted):
             return None
@@ -528,22 +531,7 @@ class Removal:
             new["attention_mask"] = decode_mask(given, slots, n, layer.seen, site.heads, layer.padded)
         return args, new
 
-    def _whole_static(self, site: Site, layer: Any, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
-        """A static layer before the removal hands out slots that nothing was written to. The model leaves its mask out
-        when it has one new token and not all layers are static, so it is made here."""
-        if kwargs.get("attention_mask") is not None or layer.is_sliding or self._implementation(site) != "sdpa":
-            return None
-        n, seen = hidden.shape[1], int(layer.get_seq_length())
-        slots = torch.arange(layer.max_cache_len, device=hidden.device)
-        allowed = slots <= torch.arange(seen, seen + n, device=hidden.device)[:, None]
-        return args, {**kwargs, "attention_mask": allowed.expand(hidden.shape[0], 1, -1, -1)}
-
     # ---- description
-
-    @staticmethod
-    def _implementation(site: Site) -> str:
-        config: Any = site.module.config
-        return (config._attn_implementation or "eager").removeprefix("attnlib_")
 
     def _describe(self, site: Site, hidden: Tensor, kwargs: dict[str, Any]) -> Site:
         """The tokens before a removal, queries and keys alike."""

@@ -846,6 +846,11 @@ class TransformersAdapter(Adapter):
                 session.hook(block.register_forward_pre_hook(runtime.before_block, with_kwargs=True))
             if stages["on_context"]:
                 self._swap_sources(session, runtime)
+        if any(stages["on_cache"] for _, stages in plan):
+            for site in session.sites:
+                if site.kind == "self":
+                    hide = functools.partial(_hide_unwritten, site)
+                    session.hook(block_of(session.model, site).register_forward_pre_hook(hide, with_kwargs=True))
         if any(stages["on_tokens"] for _, stages in plan):
             removal = importlib.import_module(".removal", __package__)
             removal.install(session, runtimes)
@@ -874,6 +879,37 @@ def block_of(model: nn.Module, site: Site) -> nn.Module:
     if not parent:
         raise ValueError(f"layer {site.layer} ({site.name}) is not inside a numbered block, so it has no block input")
     return model.get_submodule(parent)
+
+
+def implementation_of(module: nn.Module) -> str:
+    """Which attention a module runs, under whatever name."""
+    config: Any = module.config
+    return (config._attn_implementation or "eager").removeprefix(PREFIX)
+
+
+def mask_unwritten(site: Site, layer: Any, hidden: Tensor, mask: Any) -> Any:
+    """The mask of a static cache layer that shares its cache with layers that lost keys.
+
+    The model leaves the mask out when it has one new token and not all layers are static, but such a layer hands out
+    slots to which nothing was written.
+    """
+    if mask is not None or layer.is_sliding or implementation_of(site.module) != "sdpa":
+        return mask
+    n, seen = hidden.shape[1], int(layer.get_seq_length())
+    slots = torch.arange(layer.max_cache_len, device=hidden.device)
+    allowed = slots <= torch.arange(seen, seen + n, device=hidden.device)[:, None]
+    return allowed.expand(hidden.shape[0], 1, -1, -1)
+
+
+def _hide_unwritten(site: Site, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    cache: Any = kwargs.get("past_key_values")
+    layers = getattr(cache, "layers", ())
+    if site.layer >= len(layers) or type(layers[site.layer]) is not _need().cache.StaticLayer:
+        return None
+    if not layers[site.layer].get_seq_length() or kwargs.get("attention_mask") is not None:
+        return None
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return args, {**kwargs, "attention_mask": mask_unwritten(site, layers[site.layer], hidden, None)}
 
 
 def _around(intervention: Intervention, site: Site, inner: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ class VisualRedistribution(Intervention):
             return
         assert site.q_types is not None
         sinks = sink_tokens(hidden.detach(), self.sink_dims, self.tau) & (site.q_types != PAD)
-        self._sinks[site.branch, site.layer] = sinks
+        self._sinks[site.branch, site.layer] = site.by_slot(sinks)
         self._moved[site.branch, site.layer] = 0
 
     def edit_rows(self, site: Site) -> Tensor | None:
@@ -210,7 +210,7 @@ class VisualRedistribution(Intervention):
         """(B, length) boolean; while decoding the prompt's image keys may be fewer, which the edit itself sees."""
         if site.phase == "prefill":
             assert site.q_types is not None
-            return site.q_types == IMAGE
+            return site.by_slot(site.q_types == IMAGE)
         return torch.ones(1, length, dtype=torch.bool, device=None if site.k_pos is None else site.k_pos.device)
 
     @staticmethod
