@@ -107,6 +107,19 @@ def check_index(name: str, index: Tensor, shape: Sequence[int], count: int, what
         raise ValueError(f"{name} points at {what} {low if low < 0 else high}; possible: 0 to {count - 1}")
 
 
+def to_list(name: str, value: Iterable[Any] | None, example: str = "[0, 1]") -> list[Any] | None:
+    """``value`` as a list, ``None`` as it is; raises ``TypeError`` for one number or one string.
+
+    >>> to_list("layers", (2, 3))
+    [2, 3]
+    """
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence such as {example}, got {value!r}; write {name}=[{value!r}]")
+    return list(value)
+
+
 def to_tuple(name: str, value: int | bool | Sequence[Any], rank: int) -> tuple[Any, ...]:
     """``value`` for each of ``rank`` axes; raises ``ValueError`` when a sequence has another length."""
     if isinstance(value, (int, bool, float)):

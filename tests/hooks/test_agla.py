@@ -267,6 +267,8 @@ def test_refusals(case):
         AGLA(torch.zeros(1), 1.0, -0.5)
     with pytest.raises(ValueError, match="token_types"):
         attnlib.attach(model, AGLA(inputs["pixel_values"]))
+    with pytest.raises(TypeError, match="model must be a BlipForImageTextRetrieval, got LlavaForCond"):
+        BlipRelevance(model)
     with pytest.raises(ValueError, match=r"must be \(B, h, w\)"):
         spread_relevance(torch.zeros(4, 4))
     with pytest.raises(ValueError, match="2 entries for 3 images"):

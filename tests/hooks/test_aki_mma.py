@@ -412,6 +412,16 @@ def test_bad_rules(llama):
         attnlib.attach(llama, MaskByType(modality_mutual(), [7]), token_types=TYPES)
     with pytest.raises(ValueError, match="token_types"):
         attnlib.attach(llama, MaskByType(modality_mutual()))
+    for rule in (modality_mutual(), bidirectional((IMAGE, SYSTEM, QUESTION))):
+        with pytest.raises(ValueError, match="without an answer marker.*TokenTypes.image=..., answer=...."):
+            attnlib.attach(llama, MaskByType(rule), token_types=TokenTypes(image=IMG))
+    for rule in (bidirectional(), composite(), composite(reads_text=True)):
+        attnlib.attach(llama, MaskByType(rule), token_types=TokenTypes(image=IMG)).detach()
+    for bad in ("<image>", None, 1.5, ["<image>"]):
+        with pytest.raises(TypeError, match="image must be a token id or several"):
+            TokenTypes(image=bad)
+    with pytest.raises(TypeError, match="answer must be a token id or several.*got 'ASSISTANT:'"):
+        TokenTypes(image=IMG, answer="ASSISTANT:")
     for bad in ((0, 1, 1), (1, 2.0, 1), (1, 1, -1)):
         with pytest.raises(ValueError, match="at least 1"):
             causal_frames(*bad)

@@ -457,6 +457,8 @@ def test_bad_settings_and_use(model):
         ReduceByAttention(0.5)
     with pytest.raises(TypeError, match="scorer must be"):
         Reduce("attention", 3)
+    with pytest.raises(TypeError, match="merger must have merge.*got 'mean'"):
+        ReduceByAttention({2: 0.5}, merger="mean")
     with pytest.raises(ValueError, match="rows"):
         ByAttention(rows="image")
     with pytest.raises(ValueError, match="token_types"):

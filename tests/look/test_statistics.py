@@ -278,6 +278,8 @@ def test_token_types_are_asked_for():
         ({"epsilon": 1.0}, ValueError, "epsilon"),
         ({"sketch": 0}, ValueError, "sketch"),
         ({"grid": (0, 3)}, ValueError, "grid"),
+        ({"grid": 8}, ValueError, r"\(rows, columns\) or a Layout, got 8"),
+        ({"grid": (2.5, 3)}, ValueError, "grid must be two positive numbers"),
     ],
 )
 def test_bad_settings(kwargs, error, match):

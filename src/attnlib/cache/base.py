@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks.core import Intervention, Site
+from ..types import to_list
 from .budgets import Budget
 from .scorers import CacheView, Scorer
 from .selectors import TopK
@@ -77,13 +78,15 @@ class KVCompression(Intervention):
             if not isinstance(value, kind):
                 hint = f"; make one: {value.__name__}(...)" if isinstance(value, type) else ""
                 raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}{hint}")
+        if selector is not None and not isinstance(selector, TopK):
+            raise TypeError(f"selector must be a TopK, got {selector!r}")
         if every is not None and (not isinstance(every, int) or every < 1):
             raise ValueError(f"every must be at least 1: the new tokens after which keys are evicted; got {every!r}")
         if every is None and not prefill:
             raise ValueError("prefill=False needs every=...; nothing would ever be evicted")
         self.scorer, self.budget, self.selector = scorer, budget, selector or TopK()
         self.every, self.prefill = every, prefill
-        self.layers = None if layers is None else list(layers)
+        self.layers = to_list("layers", layers)
         self._order: list[int] = []
         self.reset()
 

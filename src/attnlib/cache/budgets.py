@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -179,6 +179,8 @@ class PerLayer(Budget):
     budgets: Sequence[Budget] | Mapping[int, Budget]
 
     def __post_init__(self) -> None:
+        if isinstance(self.budgets, Budget) or not isinstance(self.budgets, Iterable):
+            raise TypeError(f"budgets must be a sequence or {{place: budget}}, got {self.budgets!r}")
         given = self.budgets if isinstance(self.budgets, Mapping) else dict(enumerate(self.budgets))
         if not given:
             raise ValueError("budgets must name at least one layer")
@@ -222,6 +224,8 @@ class AcrossHeads(Budget):
     scope: ClassVar[str] = "heads"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.budget, Budget):
+            raise TypeError(f"budget must be a Budget such as Ratio(0.5) or Cap(512), got {self.budget!r}")
         check_choice("budget.scope", self.budget.scope, ("head",))
         _check_minimum(self.minimum)
 

@@ -80,6 +80,9 @@ def snapkv_votes(
 
 
 def check_window(window_size: int, kernel_size: int) -> None:
+    for name, value in (("window_size", window_size), ("kernel_size", kernel_size)):
+        if not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
     if window_size < 1:
         raise ValueError(f"window_size must be at least 1, got {window_size}")
     if kernel_size < 1 or kernel_size % 2 == 0:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import check_choice
+from ..types import check_choice, to_list
 from .core import Probe, Site, check_heads
 
 #: What a :class:`Record` can keep.
@@ -82,9 +82,9 @@ class Record(Probe):
             raise ValueError(f"epsilon must lie in (0, 1), got {epsilon}")
         if sinks < 1:
             raise ValueError(f"sinks must be at least 1, got {sinks}")
-        self.layers = None if layers is None else list(layers)
-        self.heads = None if heads is None else list(heads)
-        self.rows = rows if isinstance(rows, str) else list(rows)
+        self.layers = to_list("layers", layers)
+        self.heads = to_list("heads", heads)
+        self.rows: Any = rows if isinstance(rows, str) else to_list("rows", rows)
         self.what, self.phase, self.epsilon, self.sinks, self.calls = tuple(what), phase, epsilon, sinks, calls
         self._layers: dict[int | str, _Layer] = {}
         self._kinds: dict[int, set[str]] = {}

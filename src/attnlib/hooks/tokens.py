@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,16 @@ NAMES = ("pad", "text", "image", "system", "question", "generated")
 def is_text(types: Tensor) -> Tensor:
     """Boolean: neither padding nor image."""
     return (types != PAD) & (types != IMAGE)
+
+
+def _ids(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    ids = (value,) if isinstance(value, int) else value
+    if isinstance(ids, str) or not isinstance(ids, Iterable) or not all(isinstance(i, int) for i in ids):
+        raise TypeError(
+            f"{name} must be a token id or several, such as model.config.image_token_id or "
+            f"tokenizer.encode(..., add_special_tokens=False); got {value!r}"
+        )
+    return tuple(ids)
 
 
 class TokenTypes:
@@ -50,10 +60,10 @@ class TokenTypes:
         answer: int | Sequence[int] | None = None,
         compat: str | None = None,
     ):
-        self.image = (image,) if isinstance(image, int) else tuple(image)
+        self.image = _ids("image", image)
         if not self.image:
             raise ValueError("image must name at least one token id")
-        self.answer = (answer,) if isinstance(answer, int) else None if answer is None else tuple(answer)
+        self.answer = None if answer is None else _ids("answer", answer)
         if self.answer is not None and not self.answer:
             raise ValueError("answer must name at least one token id")
         check_choice("compat", compat, (None, "authors"))

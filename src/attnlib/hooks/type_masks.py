@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from ..masks import CausalFrames, Mask, causal, causal_frames, modality, recent
-from .core import Intervention, Site
-from .tokens import GENERATED, IMAGE, NAMES, QUESTION, SYSTEM, TEXT
+from ..types import to_list
+from .core import Intervention, Session, Site
+from .tokens import GENERATED, IMAGE, NAMES, QUESTION, SYSTEM, TEXT, TokenTypes
 
 Pairs = frozenset[tuple[int, int]]
 
@@ -183,8 +184,9 @@ class MaskByType(Intervention):
 
     Raises:
         TypeError: something that is no rule.
-        ValueError: while running: a prompt read in pieces, so that cached tokens could not read what they should; a
-            model that adds a bias to its scores.
+        ValueError: when attached, a rule on types that the given ``TokenTypes`` does not tell apart; while running, a
+            prompt read in pieces, so that cached tokens could not read what they should, or a model that adds a bias
+            to its scores.
 
     >>> MaskByType(modality_mutual(), layers=[0, 1]).layers
     [0, 1]
@@ -200,11 +202,27 @@ class MaskByType(Intervention):
             hint = "; call it" if callable(rule) else ""
             raise TypeError(f"rule must be a TypeRule, got {rule!r}{hint}")
         self.rule = rule
-        self.layers = None if layers is None else list(layers)
+        self.layers = to_list("layers", layers)
 
     @property
     def identity(self) -> bool:
         return self.rule.empty
+
+    def on_attach(self, session: Session) -> None:
+        source = None if session.tracker is None else session.tracker.source
+        if not isinstance(source, TokenTypes) or source.answer is not None:
+            return
+
+        def told(t: int) -> int:
+            return TEXT if t in (SYSTEM, QUESTION) else t
+
+        for pairs in (self.rule.unlock, self.rule.lock):
+            for query, key in sorted(pairs):
+                if (told(query), told(key)) not in pairs:
+                    raise ValueError(
+                        f"MaskByType: the rule speaks of ({NAMES[query]}, {NAMES[key]}), but without an answer marker "
+                        "all text is of type 'text' and nothing would happen; give TokenTypes(image=..., answer=...)"
+                    )
 
     def around_attention(self, site: Site, q: Tensor, k: Tensor, v: Tensor, call: Callable[..., Tensor]) -> Tensor:
         assert site.q_types is not None and site.k_types is not None and site.mask is not None

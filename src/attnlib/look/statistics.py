@@ -129,9 +129,9 @@ class Statistics(Record):
             raise ValueError(f"the effective rank is that of a whole map: rows must be 'all', got {rows!r}")
         super().__init__(layers, heads, rows, ("sink",), phase, epsilon)
         if grid is not None and not isinstance(grid, Layout):
-            grid = (int(grid[0]), int(grid[1]))
-            if min(grid) < 1:
-                raise ValueError(f"grid must be two positive numbers, got {grid}")
+            if not isinstance(grid, Sequence) or len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+                raise ValueError(f"grid must be two positive numbers (rows, columns) or a Layout, got {grid!r}")
+            grid = (grid[0], grid[1])
         self.what, self.grid, self.sketch = tuple(what), grid, sketch
         self.needs_types = "mass" in what or isinstance(grid, tuple)  # type: ignore[misc]
         self._sums: dict[int | str, _Sums] = {}

@@ -347,6 +347,10 @@ class Reduce(Reduction):
     ):
         if not isinstance(scorer, Scorer):
             raise TypeError(f"scorer must be an attnlib.reduce.Scorer, got {scorer!r}")
+        if merger is not None and not hasattr(merger, "merge"):
+            raise TypeError(
+                f"merger must have merge(scores, keep, image, hidden), such as NearestMerge(); got {merger!r}"
+            )
         check_choice("positions", positions, ("original", "contiguous"))
         schedule = keep if isinstance(keep, Mapping) else {0: keep}
         if not schedule:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..hooks import IMAGE, Intervention, Probe
 from ..hooks.core import Site, implements
-from ..types import check_choice
+from ..types import check_choice, to_list
 
 
 class CompositeLayers(Intervention):
@@ -43,7 +43,7 @@ class CompositeLayers(Intervention):
 
     def __init__(self, layers: Sequence[int | str] | None = None, aligner: str = "vo"):
         check_choice("aligner", aligner, ("vo", "none"))
-        self.layers = None if layers is None else list(layers)
+        self.layers = to_list("layers", layers)
         self.aligner = aligner
         self.reset()
 

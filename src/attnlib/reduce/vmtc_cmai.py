@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ..hooks.core import Intervention, Session, Site, implements, row_blocks, score_rows
 from ..hooks.removal import pack
 from ..hooks.tokens import IMAGE, is_text
-from ..types import check_choice
+from ..types import check_choice, to_list
 from .base import Selector
 from .mergers import cluster_rest
 from .vision import spread
@@ -248,7 +248,7 @@ class CMAI(Intervention):
         if threshold < 0 or (rule == "quantile" and threshold > 1):
             raise ValueError(f"threshold must not be negative, and at most 1 as a quantile; got {threshold}")
         self.threshold, self.rule, self.per_head = threshold, rule, per_head
-        self.layers = None if layers is None else list(layers)
+        self.layers = to_list("layers", layers)
         self.reset()
 
     @property

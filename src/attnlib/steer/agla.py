@@ -175,12 +175,15 @@ class BlipRelevance:
         layer: layer of the text encoder whose cross-attention is read.
 
     Raises:
+        TypeError: another model.
         ValueError: no such layer.
     """
 
     def __init__(self, model: nn.Module, layer: int = 6):
         self.model = model
-        encoder: Any = model.text_encoder
+        encoder: Any = getattr(model, "text_encoder", None)
+        if encoder is None or not hasattr(model, "itm_head"):
+            raise TypeError(f"model must be a BlipForImageTextRetrieval, got {type(model).__name__}")
         layers = encoder.encoder.layer
         if not -len(layers) <= layer < len(layers):
             raise ValueError(f"layer {layer} of the text encoder does not exist; it has {len(layers)}")

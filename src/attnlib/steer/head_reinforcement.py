@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ..hooks.core import Intervention, Session, Site, implements
 from ..hooks.tokens import IMAGE, PAD
 from ..hooks.transformers_adapter import block_of
-from ..types import check_choice
+from ..types import check_choice, to_list
 from .contrastive import ContrastiveDecoding, NoImage, Prompt, Reading
 
 
@@ -114,7 +114,7 @@ class HeadDivergence(ContrastiveDecoding):
             raise ValueError(f"k must be at least 1, got {k}")
         super().__init__(NoImage(), 1.0, 0.0)
         self.k, self.outliers = k, outliers
-        self.layers = None if layers is None else list(layers)
+        self.layers = to_list("layers", layers)
 
     @property
     def identity(self) -> bool:
@@ -200,7 +200,7 @@ class HeadReinforcement(Intervention):
             raise ValueError(f"alpha must be positive, got {alpha}")
         check_choice("selection", selection, ("layers", "passes"))
         self.alpha, self.outliers, self.selection = float(alpha), outliers, selection
-        self.layers = None if layers is None else list(layers)
+        self.layers = to_list("layers", layers)
         self.reset()
 
     @property

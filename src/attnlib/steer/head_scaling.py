@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..hooks.core import Intervention, Site
+from ..types import to_list
 
 Factors = Tensor | Sequence[float] | Mapping[int, float]
 
@@ -51,7 +52,7 @@ class HeadScale(Intervention):
             layers = sorted(self.table) or None
         elif not callable(factors):
             self.everywhere = factors
-        self.layers = None if layers is None else list(layers)
+        self.layers = to_list("layers", layers)
         self.reset()
 
     @classmethod

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..hooks.core import Intervention, Probe, Site, implements
 from ..hooks.tokens import IMAGE, is_text
-from ..types import check_choice
+from ..types import check_choice, to_list
 
 
 class DualAttention(Intervention):
@@ -51,7 +51,7 @@ class DualAttention(Intervention):
     def __init__(self, image_mask: str = "full", layers: Sequence[int | str] | None = None):
         check_choice("image_mask", image_mask, ("full", "causal"))
         self.image_mask = image_mask
-        self.layers = None if layers is None else list(layers)
+        self.layers = to_list("layers", layers)
 
     def conflicts(self, other: Intervention) -> str | None:
         if isinstance(other, Probe) or implements(other, "on_scores") or implements(other, "on_weights"):

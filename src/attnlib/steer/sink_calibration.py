@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks.core import Intervention, Session, Site, attach, check_heads
-from ..types import check_choice
+from ..types import check_choice, to_list
 from ._watch import watch_prompts
 
 #: Heads that the authors' search kept, ``{layer: heads}``.
@@ -164,7 +164,7 @@ class SinkCalibration(Intervention):
             layers = sorted(heads) or None
         self.heads, self.beta, self.threshold, self.relative = heads, beta, threshold, relative
         self.decode, self.compat = decode, compat
-        self.layers = None if layers is None else list(layers)
+        self.layers = to_list("layers", layers)
         self.reset()
 
     @property

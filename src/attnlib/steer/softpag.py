@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..hooks.core import Intervention, Site, check_heads
-from ..types import check_choice
+from ..types import check_choice, to_list
 
 Head = TypeVar("Head", bound=Hashable)
 
@@ -72,7 +72,7 @@ class SoftPAG(Intervention):
             layers = sorted(heads)
         self.strength, self.heads, self.pass_name, self.joint = strength, heads, pass_name, joint
         self.rows = None if rows is None else tuple(rows)
-        self.layers = None if layers is None or heads == {} else list(layers)
+        self.layers = None if heads == {} else to_list("layers", layers)
 
     @property
     def identity(self) -> bool:

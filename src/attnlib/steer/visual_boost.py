@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..hooks.core import Intervention, Session, Site
 from ..hooks.tokens import IMAGE, PAD
-from ..types import check_choice
+from ..types import check_choice, to_list
 from ._watch import VisionEncoder, at_keys, image_slots, prompt_types, reads_images, watch_prompts
 from .contrastive import ContrastiveDecoding, NoImage
 
@@ -122,7 +122,7 @@ class VisualBoost(Intervention):
         self.alpha, self.beta, self.local_ratio, self.sets = alpha, beta, local_ratio, sets
         self.head_gain, self.first_layer, self.vision = head_gain, first_layer, vision
         self.branches = tuple(branches)
-        self.layers = None if layers is None else list(layers)
+        self.layers = to_list("layers", layers)
         self.encoder: VisionEncoder | None = None
         self.reset()
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..hooks.core import Intervention, Site, attach
 from ..hooks.tokens import IMAGE, PAD
-from ..types import check_choice
+from ..types import check_choice, to_list
 
 #: Sink dimensions of known language models.
 SINK_DIMS: dict[str, tuple[int, ...]] = {"llama-2-7b": (1415, 2533), "llama-2-13b": (2100, 4743)}
@@ -149,7 +149,7 @@ class VisualRedistribution(Intervention):
         if not self.automatic and not self.sink_dims:
             raise ValueError("sink_dims is empty")
         self.p, self.rho, self.summ, self.tau, self.first_layer, self.compat = p, rho, summ, tau, first_layer, compat
-        self.layers = None if layers is None else list(layers)
+        self.layers = to_list("layers", layers)
         self.reset()
 
     @property
