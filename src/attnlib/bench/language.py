@@ -312,7 +312,7 @@ def measure(
     contestants: Sequence[Contestant] = CONTESTANTS,
     lengths: Sequence[int] = LENGTHS,
     seeds: Sequence[int] = (0, 1, 2),
-    steps: int = 300,
+    steps: int = 250,
     settings: Settings | None = None,
     num_heads: int = 8,
     path: Path | None = None,
@@ -639,7 +639,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", default="benchmarks/results/language-cpu.json", help="results")
     parser.add_argument("--plots", help="folder for pictures")
     parser.add_argument("--minutes", type=float, help="start no run after so many minutes")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--depth", type=int, default=2)
