@@ -448,6 +448,12 @@ def rotate(x: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
         angles = angles[:, None]
     work = x.to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = angles.cos().to(work.dtype), angles.sin().to(work.dtype)
+    if interleaved and x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+        # One complex product instead of six real ones; compilers do not take complex numbers.
+        pairs = work.unflatten(-1, (-1, 2))
+        if pairs.stride(-1) != 1 or pairs.storage_offset() % 2 or any(s % 2 for s in pairs.stride()[:-1]):
+            pairs = pairs.contiguous()
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
     if interleaved:
         a, b = work[..., 0::2], work[..., 1::2]
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import masks
-from ...ops.attention import attention, attention_partial
-from ...types import Traits, check_choice
+from ...ops import eager
+from ...ops._call import prepare
+from ...ops.attention import attention_partial
+from ...types import Traits, check_choice, exactly, stats_dtype
 from ..registry import register
 from .softmax_attention import SoftmaxAttention
 
 #: Below so many pairs one dense map is faster than two streamed halves.
-DENSE_PAIRS = 1 << 16
+DENSE_PAIRS = 1 << 20
 _PAST, _LATER = masks.causal(), ~masks.causal()
 
 
@@ -153,16 +156,21 @@ class SoftMaskedAttention(SoftmaxAttention):
         rest = rest._replace(num=rest.num * rate) if self.mask_mode == "post" else rest.shift(rate.log())
         return seen.merge(rest).finish().to(q.dtype)
 
-    def _dense(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
-        _, weights = attention(q, k, v, return_weights=True, **call)
-        rate = self.rate.to(weights.dtype)
-        lower = torch.ones(weights.shape[-2:], dtype=weights.dtype, device=weights.device).tril()
-        weights = weights * (rate + (1 - rate) * lower)
-        if self.mask_mode == "pre":
-            weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-        v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-        with torch.autocast(q.device.type, enabled=False):
-            return (weights @ v.to(weights.dtype)).to(q.dtype), weights
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **call: Any) -> tuple[Tensor, Tensor]:
+        dtype = stats_dtype(q.dtype)
+        asked = prepare(q, k, v, scale=1.0, **call)
+        with exactly(q):
+            # The scale goes to the queries, which are fewer numbers than the scores.
+            scores = eager.scores(replace(asked, q=asked.q.to(dtype) * scale))
+            whole = asked.mask is None and asked.valid is None and asked.bias is None
+            weights = scores.softmax(-1) if whole else asked.normalizer.weights(scores)
+            rate = self.rate.to(dtype)
+            m = rate + (1 - rate) * torch.ones(weights.shape[-2:], dtype=dtype, device=q.device).tril()
+            # Another map is another third of the memory; autograd needs the first one, evaluation does not.
+            weights = weights * m if torch.is_grad_enabled() else weights.mul_(m)
+            if self.mask_mode == "pre":
+                weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+            return (weights @ asked.expanded()[1].to(dtype)).to(q.dtype), weights
 
     @staticmethod
     def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
