@@ -330,6 +330,7 @@ class Intervention:
         whole_map: score and weight edits need all query rows at once.
         needs_types: it reads ``site.k_types``.
         replaces_mask: it calls the rest with a mask of its own; two of them cannot act on one layer.
+        splits_softmax: it calls the rest several times on parts of the keys, so that nobody inside sees one map.
         while_decoding: ``on_cache`` is asked after every call of the model, not only after prefill.
 
     >>> class Silence(Intervention):
@@ -342,6 +343,7 @@ class Intervention:
     whole_map: ClassVar[bool] = False
     needs_types: ClassVar[bool] = False
     replaces_mask: ClassVar[bool] = False
+    splits_softmax: ClassVar[bool] = False
     while_decoding: bool = False
     layers: Sequence[int | str] | None = None
     _owner: Session | None = None
@@ -607,6 +609,11 @@ def realise_mask(site: Site, mask: Mask | Tensor) -> Tensor:
     return allowed if k_pos.dim() == 1 else allowed & (k_pos >= 0)[:, :, None]
 
 
+def _full(allowed: Tensor, n: int, m: int) -> Tensor:
+    """A mask with all its rows and columns, whatever it left to broadcasting."""
+    return allowed.expand(*torch.broadcast_shapes(allowed.shape, (1, 1, n, m)))
+
+
 def run_attention(
     site: Site,
     q: Tensor,
@@ -646,9 +653,8 @@ def run_attention(
             pair = given
             out = kernel(q, k, v)
         else:
-            allowed = realise_mask(site, mask)
-            pair = PairMask(q.shape[2], k.shape[2], allowed)
-            full = allowed.expand(*torch.broadcast_shapes(allowed.shape, (1, 1, q.shape[2], k.shape[2])))
+            full = _full(realise_mask(site, mask), q.shape[2], k.shape[2])
+            pair = PairMask(q.shape[2], k.shape[2], full)
             out = attention(q, k, v, mask=full, scale=site.scale) if masked is None else masked(q, k, v, full)
         if stages.edits:
             out = _apply_edits(site, q, k, v, pair, out, stages.edits)
@@ -676,7 +682,8 @@ def _wrap(intervention: Intervention, site: Site, inner: Callable[..., Tensor]) 
         # The mask that was put in its place is the model's for those further in.
         here = site
         if q.shape[2] == site.n_queries and k.shape[2] == site.n_keys:
-            here = site.but(mask=PairMask(site.n_queries, site.n_keys, realise_mask(site, mask)))
+            n, m = site.n_queries, site.n_keys
+            here = site.but(mask=PairMask(n, m, _full(realise_mask(site, mask), n, m)))
         return intervention.around_attention(here, q, k, v, masked)
 
     return wrapped

@@ -262,6 +262,8 @@ class CMAI(Intervention):
     def conflicts(self, other: Intervention) -> str | None:
         if implements(other, "on_cache"):
             return "the focus of a new token needs all keys of the text before it, and a compressed cache lost some"
+        if other.splits_softmax:
+            return "image and text keys are normalised apart, so there is no map in which the focus could be found"
         return None
 
     def around_attention(self, site: Site, q: Tensor, k: Tensor, v: Tensor, call: Callable[..., Tensor]) -> Tensor:

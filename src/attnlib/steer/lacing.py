@@ -47,6 +47,7 @@ class DualAttention(Intervention):
     kinds: ClassVar[tuple[str, ...]] = ("self",)
     needs_types: ClassVar[bool] = True
     replaces_mask: ClassVar[bool] = True
+    splits_softmax: ClassVar[bool] = True
 
     def __init__(self, image_mask: str = "full", layers: Sequence[int | str] | None = None):
         check_choice("image_mask", image_mask, ("full", "causal"))
