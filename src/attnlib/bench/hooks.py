@@ -1,9 +1,9 @@
 """What it costs a decoding step when interventions that do nothing are attached to every layer.
 
 ``python -m attnlib.bench.hooks benchmarks/results/hooks-cpu.json`` measures again what that file holds. Each contender
-is attached to the same model with the same weights, runs a few steps on the same cache, and is detached; contenders
-take turns, and each turn is compared to the untouched steps right before it. Times are those of the processor, on one
-thread.
+is attached to the same model with the same weights, runs a few steps on the same cache, the first of them untimed, and
+is detached; contenders take turns, and each turn is compared to the untouched steps right before it. Times are those of
+the processor, on one thread.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def measure(
     layers: int = 8,
     head_dim: int = 64,
     context: int = 1024,
-    rounds: int = 31,
-    steps: int = 2,
+    rounds: int = 21,
+    steps: int = 4,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Medians of interleaved decoding steps, and of their ratio to the untouched model.
@@ -157,11 +157,13 @@ def _rounds(
         cache = model(ids, use_cache=True).past_key_values
 
         def run() -> tuple[float, Tensor]:
-            start = time.process_time()
-            for _ in range(steps):
+            start = 0.0
+            for done in range(steps + 1):
+                if done == 1:  # the step right after attaching, or detaching, finds cold caches
+                    start = time.process_time()
                 logits = model(token, past_key_values=cache, use_cache=True).logits
             seconds = (time.process_time() - start) / steps
-            cache.crop(-steps)
+            cache.crop(-steps - 1)
             return seconds, logits
 
         _, reference = run()
@@ -174,7 +176,8 @@ def _rounds(
                 before, _ = run()
                 attached: Any = nullcontext()
                 if interventions:
-                    attached = attach(model, *interventions, token_types=types)
+                    needed = types if any(i.needs_types for i in interventions) else None
+                    attached = attach(model, *interventions, token_types=needed)
                 with attached:
                     seconds, logits = run()
                 if not torch.equal(logits, reference):
