@@ -4,6 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 import attnlib
+from attnlib.catalog import papers
 from attnlib.cli import app, parse_grid, parse_settings
 
 RUN = CliRunner()
@@ -33,6 +34,15 @@ def test_info_narrows_claims_to_the_instance():
     assert "verified" in invoke("info", "sigmoid-attention").stdout
 
 
+def test_info_tells_of_every_paper():
+    for entry in papers():
+        told = json.loads(invoke("info", entry.slug, "--json").stdout)
+        assert entry.slug in [p["slug"] for p in told["papers"]] and (told.get("doc") or told["techniques"][0]["doc"])
+    shown = invoke("info", "SnapKV").stdout
+    assert "attnlib.cache.SnapKV" in shown and "window_size" in shown and "verified" in shown
+    assert json.loads(invoke("info", "vtccls", "--json").stdout)["name"] == "vtc-cls"
+
+
 def test_papers_and_explain():
     assert json.loads(invoke("papers", "sigmoid", "--json").stdout)[0]["arxiv"] == "2409.04431"
     told = json.loads(invoke("explain", "--shape", "1,2,16,8", "--normalizer", "sigmoid", "--json").stdout)
@@ -48,6 +58,8 @@ def test_help_shows_an_example(command):
     "args, words",
     [
         (("info", "sofmax-attention"), "did you mean 'softmax-attention'"),
+        (("info", "snapkw"), "unknown mechanism or paper 'snapkw'; did you mean 'snapkv'"),
+        (("info", "snapkv", "--set", "cap=8"), "--set is not possible"),
         (("explain", "--shape", "1,2"), "four numbers"),
         (("explain", "--backend", "cuda"), "choose one of"),
         (("info", "mha", "--set", "dim"), "name=value"),

@@ -109,9 +109,10 @@ def info(
     settings: Settings = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """What a mechanism is, takes and claims.
+    """What a mechanism or technique is, takes and claims.
 
-    [dim]attnlib info biformer[/]  ·  [dim]attnlib info softmax-attention --set dim=64 --set causal=true[/]
+    [dim]attnlib info biformer[/]  ·  [dim]attnlib info softmax-attention --set dim=64 --set causal=true[/]  ·
+    [dim]attnlib info snapkv[/]
     """
     import inspect
 
@@ -119,7 +120,11 @@ def info(
     from .catalog import papers
     from .nn.registry import find
 
-    cls = find(name)
+    try:
+        cls = find(name)
+    except ValueError as error:
+        _info_of_paper(name, bool(settings), as_json, error)
+        return
     config = parse_settings(settings)
     traits = (cls(**config).traits if config else cls.class_traits).to_dict()  # type: ignore[attr-defined]
     slug = cls.slug  # type: ignore[attr-defined]
@@ -148,13 +153,54 @@ def info(
             table.add_row(*(str(value) for value in row.values()))
         console.print(table)
     for entry in entries:
-        console.print(f"[bold]{entry['title']}[/] ({entry['authors']}, {entry['year']})  {entry['link']}")
-        for line in entry["verified"]:
-            console.print(f"  [green]verified[/] {line}", highlight=False)
-        for line in entry["differs"]:
-            console.print(f"  [yellow]differs[/]  {line}", highlight=False)
-        for line in entry["not_shown"]:
-            console.print(f"  [dim]not shown {line}[/]", highlight=False)
+        _print_paper(entry)
+
+
+def _info_of_paper(name: str, configured: bool, as_json: bool, error: ValueError) -> None:
+    """``info`` for what is no registered mechanism: a paper of the catalogue, or a technique by its class."""
+    import difflib
+    import importlib
+    import inspect
+
+    from .catalog import papers
+    from .nn.registry import list_mechanisms
+
+    names: dict[str, Any] = {p.slug: p for p in papers()}
+    classes = {m.rpartition(".")[2].lower(): p for p in papers() for m in p.mechanisms if "." in m}
+    entry = names.get(name.lower()) or classes.get(name.lower())
+    if entry is None:
+        near = difflib.get_close_matches(name.lower(), [*list_mechanisms(), *names], n=3, cutoff=0.6)
+        if "unknown" not in str(error) or not near:
+            raise error
+        raise ValueError(f"unknown mechanism or paper {name!r}; did you mean {' or '.join(map(repr, near))}?")
+    if configured:
+        raise ValueError(f"{name!r} is no mechanism that attnlib.create builds, so --set is not possible")
+    found = []
+    for path in entry.mechanisms:
+        module, _, attribute = path.rpartition(".")
+        if module:
+            value = getattr(importlib.import_module(module), attribute)
+            found.append({"name": path, "doc": inspect.getdoc(value), "signature": str(inspect.signature(value))})
+        else:
+            found.append({"name": path, "doc": f"A mechanism: attnlib info {path}", "signature": ""})
+    if as_json:
+        _print_json({"name": entry.slug, "techniques": found, "papers": [entry.to_dict()]})
+        return
+    for one in found:
+        console.print(f"[bold]{one['name']}[/][dim]", end="")
+        console.print(one["signature"], markup=False, highlight=False)
+        console.print(f"\n{one['doc']}\n", markup=False, highlight=False)
+    _print_paper(entry.to_dict())
+
+
+def _print_paper(entry: dict[str, Any]) -> None:
+    console.print(f"[bold]{entry['title']}[/] ({entry['authors']}, {entry['year']})  {entry['link']}")
+    for line in entry["verified"]:
+        console.print(f"  [green]verified[/] {line}", highlight=False)
+    for line in entry["differs"]:
+        console.print(f"  [yellow]differs[/]  {line}", highlight=False)
+    for line in entry["not_shown"]:
+        console.print(f"  [dim]not shown {line}[/]", highlight=False)
 
 
 @app.command()
