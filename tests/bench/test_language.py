@@ -103,6 +103,9 @@ class Fixed(torch.nn.Module):
     class traits:  # noqa: N801
         weights, losses, streaming = True, (), False
 
+    def _claims(self):
+        return self.traits
+
     def forward(self, x, returns=(), **_):
         from attnlib.types import Output
 
