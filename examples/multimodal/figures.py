@@ -46,13 +46,12 @@ def looks(folder: Path) -> None:
     rule = TokenTypes(image=model.config.image_token_id)
     number = next(n for n in range(500) if _asks_well(scenes.make_scene(n, "test")))
     scene = scenes.make_scene(number, "test")
-    thing = next(t for t in scene.things if t.name in scenes.SHAPED and t.contrast > 0.7)
-    asked = [scenes.Item(scene, q) for q in scenes.questions(scene, "position") if q.about == thing.name]
+    asked = [scenes.Item(scene, q) for q in scenes.questions(scene, "colour")[:1]]
     inputs = next(scenes.batches(asked, tokenizer))[1]
     record = Record(rows="last", what=("weights",), calls=1)
     with attnlib.attach(model, record, token_types=rule), torch.no_grad():
-        # "it is in" are the first words of the answer; the fourth call reads "in" and has to find the place.
-        model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        # "it is" are the first words of the answer; the third call reads "is" and has to find the colour.
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
     types = rule(inputs["input_ids"])
     maps = torch.cat([image_map(entry, types, GRID, call=-1) for entry in record.results().values()])
     head_grid(maps, image=scene.image).savefig(folder / "heads.png", dpi=80)
@@ -61,7 +60,7 @@ def looks(folder: Path) -> None:
     best = [divmod(int(i), maps.shape[1]) for i in mass.flatten().topk(4).indices]
     titles = [f"layer {layer}, head {head}\n{mass[layer, head]:.0%} on the image" for layer, head in best]
     figure = map_over_image(torch.stack([maps[layer, head] for layer, head in best]), scene.image, titles)
-    figure.suptitle(f"{asked[0].question.text}  it is in …", fontsize=9)
+    figure.suptitle(f"{asked[0].question.text}  it is …", fontsize=9)
     figure.savefig(folder / "maps.png", dpi=100)
 
     statistics = Statistics(what=("entropy", "distance", "mass", "sink", "rank"), grid=GRID, phase="prefill")
@@ -80,7 +79,8 @@ def looks(folder: Path) -> None:
 
 
 def _asks_well(scene: scenes.Scene) -> bool:
-    return len(scene.things) >= 5 and all(t.contrast > 0.6 for t in scene.things)
+    clear = all(t.contrast > 0.6 for t in scene.things)
+    return len(scene.things) >= 5 and clear and bool(scenes.questions(scene, "colour"))
 
 
 def _curves(axis, records: list[dict], rate: str, place, xlabel: str) -> None:
