@@ -527,3 +527,37 @@ def test_a_probe_that_also_reads_logits_still_looks(llama):
     with attnlib.attach(llama, both):
         scores(llama, prompt(), new=2)
     assert (both.rows, both.logits) == (6, 2)
+
+
+# ---- sites after a removal
+
+
+def test_values_by_slot_follow_queries_and_keys_that_are_left():
+    from hooks.models import call_site
+
+    q, k = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8)
+    values = torch.arange(12.0).view(2, 6)
+    left = torch.tensor([[-1, 2, 5], [0, 3, 4]])
+    site = call_site(q, k).but(q_pos=left, k_pos=left[:, None].expand(-1, 2, -1))
+    assert site.per_query(values)[1].tolist() == [6.0, 9.0, 10.0] and site.per_query(values)[0, 1:].tolist() == [2, 5]
+    assert site.per_key(values).shape == (2, 4, 3) and site.per_key(values)[0, 0].tolist() == [0.0, 2.0, 5.0]
+    itself = site.query_slots() == site.key_slots()
+    assert torch.equal(itself, torch.eye(3, dtype=torch.bool).expand(2, 4, 3, 3))
+    plain = call_site(q, k, offset=3)
+    assert torch.equal(plain.per_query(values), values[:, 3:]) and plain.query_slots().shape == (1, 1, 3, 1)
+    with pytest.raises(TypeError, match="a site has no 'layr'"):
+        plain.but(layr=3)
+    with pytest.raises(ValueError, match="positions of the queries are not known"):
+        plain.but(q_pos=None).per_query(values)
+
+
+def test_masks_of_the_library_do_not_read_keys_that_are_not_there():
+    from attnlib import masks
+    from attnlib.hooks.core import realise_mask
+    from hooks.models import call_site
+
+    q, k = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
+    left = torch.tensor([[-1, 2, 5]])
+    site = call_site(q, k).but(q_pos=left, k_pos=left[:, None].expand(-1, 2, -1))
+    allowed = realise_mask(site, masks.causal())
+    assert allowed[0, 0, 1:].tolist() == [[False, True, False], [False, True, True]]
