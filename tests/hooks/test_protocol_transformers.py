@@ -236,6 +236,57 @@ def test_new_keys_are_edited_before_they_are_cached(llama):
             torch.testing.assert_close(scores(llama, inputs, **mode)[0], want, atol=1e-5, rtol=1e-4)
 
 
+def test_a_cache_under_another_name():
+    """GPT-NeoX passes its cache as layer_past: positions, edits of new keys and evictions know it."""
+    torch.manual_seed(0)
+    config = transformers.GPTNeoXConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        eos_token_id=None,
+    )  # fmt: skip
+    model, inputs = transformers.GPTNeoXForCausalLM(config).eval(), prompt()
+    length = inputs["input_ids"].shape[1]
+
+    class Shift(Intervention):
+        def __init__(self):
+            self.seen = []
+
+        def on_qkv(self, site, q, k, v):
+            self.seen.append((site.phase, site.q_pos.tolist()))
+            return q, k, v + 0.25
+
+    class Twice(Intervention):
+        def around_sublayer(self, site, hidden, call):
+            return (call(hidden) + call(hidden)) / 2
+
+    class Keep(Intervention):
+        def on_cache(self, site, q, k, v):
+            return torch.arange(8, k.shape[2]).expand(*k.shape[:2], -1)
+
+    class Hide(Intervention):
+        def around_attention(self, site, q, k, v, call):
+            old = site.query_slots() >= length
+            allowed = site.mask.dense(q.device) & ~(old & (site.key_slots() < 8))
+            return call(q, k, v, mask=allowed)
+
+    plain, _ = scores(model, inputs)
+    shift = Shift()
+    with attnlib.attach(model, shift):
+        edited, _ = scores(model, inputs)
+    assert shift.seen[-1] == ("decode", [length + 3]) and shift.seen[0] == ("prefill", list(range(length)))
+    with attnlib.attach(model, Shift()):
+        again, _ = scores(model, inputs, use_cache=False)
+    torch.testing.assert_close(edited, again, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(edited, plain, atol=1e-3)
+    with attnlib.attach(model, Twice()):
+        torch.testing.assert_close(scores(model, inputs)[0], plain, atol=1e-5, rtol=1e-4)
+    with attnlib.attach(model, Keep()):
+        evicted, _ = scores(model, inputs)
+    with attnlib.attach(model, Hide()):
+        hidden, _ = scores(model, inputs)
+    torch.testing.assert_close(evicted, hidden, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(evicted, plain, atol=1e-4)
+
+
 def test_read_keys_are_edited_without_changing_the_cache(llama):
     class NoValues(Intervention):
         def on_kv_read(self, site, k, v):

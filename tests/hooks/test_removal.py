@@ -128,10 +128,9 @@ def test_other_families(name, settings):
         got, _ = scores(model, inputs)
     close(got, again)
     assert not torch.allclose(got[0], want, atol=1e-3)
-    if name != "GPTNeoX":  # its attached layers do not show their cache
-        with attnlib.attach(model, Forbid(keep)):
-            want, _ = scores(model, inputs)
-        close(got, want)
+    with attnlib.attach(model, Forbid(keep)):
+        want, _ = scores(model, inputs)
+    close(got, want)
 
 
 @pytest.mark.parametrize("mode", sorted(MODES))

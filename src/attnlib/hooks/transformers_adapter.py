@@ -321,6 +321,11 @@ class _Call:
         return self.offset + n if self.kept is None else self.kept.seen
 
 
+def _cache_name(kwargs: dict[str, Any]) -> str | None:
+    """The name under which an attention module gets its cache."""
+    return next((name for name in ("past_key_values", "layer_past") if kwargs.get(name) is not None), None)
+
+
 class LayerRuntime:
     """Stages of one attention module, and what is known about its current call."""
 
@@ -357,10 +362,11 @@ class LayerRuntime:
             calls.append(call)
             try:
                 if edits_new and call.cache is not None:
-                    if "past_key_values" not in kwargs:
+                    name = _cache_name(kwargs)
+                    if name is None:
                         raise ValueError(f"{self.where}: on_qkv needs the cache to be passed by keyword")
                     call.deferred = _DeferredCache(call.cache)
-                    kwargs = {**kwargs, "past_key_values": call.deferred}
+                    kwargs = {**kwargs, name: call.deferred}
                 output = inner(*args, **kwargs)
             finally:
                 last = calls.pop()
@@ -390,7 +396,7 @@ class LayerRuntime:
             def innermost(x: Tensor) -> Tensor:
                 new = kwargs
                 if outputs and call.cache is not None:
-                    new = {**kwargs, "past_key_values": self._read_again(call)}
+                    new = {**kwargs, _cache_name(kwargs) or "past_key_values": self._read_again(call)}
                     mask, m = kwargs.get("attention_mask"), call.offset + x.shape[1]
                     if type(call.before) is _need().cache.StaticLayer and isinstance(mask, Tensor):
                         new["attention_mask"] = mask[..., :m]  # only the slots that are written
@@ -492,6 +498,8 @@ class LayerRuntime:
     def look(self, given: dict[str, Any]) -> _Call:
         """How many tokens came before, from the cache itself."""
         cache = given.get("past_key_values")
+        if cache is None:
+            cache = given.get("layer_past")  # GPT-NeoX
         hf = _need()
         if isinstance(cache, hf.cache.EncoderDecoderCache):
             cache = cache.cross_attention_cache if self.site.kind == "cross" else cache.self_attention_cache
@@ -902,7 +910,7 @@ def mask_unwritten(site: Site, layer: Any, hidden: Tensor, mask: Any) -> Any:
 
 
 def _hide_unwritten(site: Site, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    cache: Any = kwargs.get("past_key_values")
+    cache: Any = kwargs.get(_cache_name(kwargs) or "past_key_values")
     layers = getattr(cache, "layers", ())
     if site.layer >= len(layers) or type(layers[site.layer]) is not _need().cache.StaticLayer:
         return None
