@@ -249,6 +249,10 @@ def test_outside_of_generate():
             out = model(input_ids=ids[:, -1:], past_key_values=out.past_key_values)
         with pytest.raises(ValueError, match="became shorter"):
             session.logits(ids[:, :-2], z)
+    drafts = {"assistant_model": language_model(seed=1, num_hidden_layers=1), "num_assistant_tokens": 2}
+    with attnlib.attach(model, ContrastiveDecoding(NoImage(), 1.8, -0.8), token_types=RULE):
+        with pytest.raises(ValueError, match="another model drafts first.*not served"):
+            model.generate(ids[:1], max_new_tokens=4, do_sample=False, pad_token_id=0, **drafts)
     torch.testing.assert_close(got, 1.8 * z - 0.8 * other(ids[:, :-1]), atol=2e-4, rtol=1e-4)
 
 

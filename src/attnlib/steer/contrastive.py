@@ -455,8 +455,12 @@ class ContrastiveDecoding(Intervention):
 
     def _prompt(self, ids: Tensor) -> Prompt:
         session = self.session
-        assert session.tracker is not None and session.tracker.types is not None
-        types = session.tracker.types
+        types = None if session.tracker is None else session.tracker.types
+        if types is None:
+            raise ValueError(
+                f"{type(self).__name__}: scores came before the model read its prompt, as when another model drafts "
+                "first (assistant_model); tokens that are taken back are not served"
+            )
         given = session.prompt
         embeds: Tensor | None = None
         if any(e is not None for e in self._read):

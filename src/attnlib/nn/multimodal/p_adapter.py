@@ -204,6 +204,7 @@ class PLaplacianAttention(SoftmaxAttention):
             raise ValueError(f"pooled={pooled} must be at least 1")
         if settings.get("attn_drop"):
             raise ValueError("attn_drop is not possible: the adapter reads the weights themselves")
+        check_divides("num_heads", num_heads, "dim", dim)
         if settings.get("head_dim") not in (None, dim // num_heads):
             raise ValueError(
                 f"head_dim={settings['head_dim']} is not possible: queries go through the projection of values"
