@@ -117,8 +117,9 @@ def exit_features(hidden: Tensor, types: Tensor) -> Tensor:
     body = after & ~last
     # One token of text after the image: there is nothing before it to average.
     body = torch.where(body.any(1, keepdim=True), body, last.expand_as(body))
-    weight = body.to(hidden.dtype).unsqueeze(-1)
-    return torch.cat([(hidden * weight).sum(1) / weight.sum(1), hidden[:, -1]], -1)
+    start = int(body.any(0).to(torch.uint8).argmax())  # what comes before is the image and need not be read
+    weight = body[:, start:].to(hidden.dtype).unsqueeze(-1)
+    return torch.cat([(hidden[:, start:] * weight).sum(1) / weight.sum(1), hidden[:, -1]], -1)
 
 
 def _ask(gate: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:

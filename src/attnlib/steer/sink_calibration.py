@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks.core import Intervention, Session, Site, attach, check_heads
-from ..types import check_choice, to_list
+from ..types import check_choice, exactly, to_list
 from ._watch import watch_prompts
 
 #: Heads that the authors' search kept, ``{layer: heads}``.
@@ -104,14 +104,12 @@ def calibrate(weights: Tensor, sinks: Tensor, beta: float = 0.4) -> Tensor:
     >>> calibrate(torch.tensor([[[[0.5, 0.25, 0.25]]]]), torch.tensor([[[True, False, False]]]), 0.5).tolist()
     [[[[0.25, 0.375, 0.375]]]]
     """
-    sinks = sinks.unsqueeze(-2)
-    zero = torch.zeros_like(weights)
-    on_sinks = torch.where(sinks, weights, zero).sum(-1, keepdim=True)
-    rest = torch.where(sinks, zero, weights)
-    total = rest.sum(-1, keepdim=True)
-    moved = torch.where(sinks, weights * beta, weights)
-    moved = moved + (1 - beta) * on_sinks * rest / torch.where(total > 0, total, 1.0)
-    return torch.where((on_sinks > 0) & (total > 0), moved, weights)
+    with exactly(weights):
+        on_sinks = weights @ sinks.unsqueeze(-1).to(weights.dtype)
+        total = weights @ (~sinks).unsqueeze(-1).to(weights.dtype)
+    moves = (on_sinks > 0) & (total > 0)
+    grown = torch.where(moves, 1 + (1 - beta) * on_sinks / torch.where(moves, total, 1.0), 1.0)
+    return weights * torch.where(sinks.unsqueeze(-2), torch.where(moves, beta, 1.0), grown)
 
 
 class SinkCalibration(Intervention):
@@ -208,9 +206,12 @@ class SinkCalibration(Intervention):
             self._sinks[key] = self._by_slot(site, sinks)
         else:  # new tokens, or a few rows for somebody who looks
             sinks = self._at_keys(site, self._sinks[key])
-        if not bool(sinks.any()):
+        some = sinks.any(-1).any(0).nonzero().squeeze(1)
+        if len(some) == weights.shape[1]:
+            return calibrate(weights, sinks, self.beta)
+        if not len(some):
             return weights
-        return calibrate(weights, sinks, self.beta)
+        return weights.index_copy(1, some, calibrate(weights[:, some], sinks[:, some], self.beta))
 
     def _find(self, site: Site, weights: Tensor) -> Tensor:
         """(B, H, M) sinks of the prompt among the keys."""
@@ -221,17 +222,17 @@ class SinkCalibration(Intervention):
         exists = (allowed & itself).any(-1)
         seen = allowed & exists.unsqueeze(-1)
         seen = seen.expand(max(seen.shape[0], 1), seen.shape[1], *weights.shape[2:])
-        scores = column_scores(weights, seen)
+        chosen = torch.tensor(list(self._chosen(site)), dtype=torch.long, device=weights.device)
+        scores = column_scores(weights[:, chosen], seen if seen.shape[1] == 1 else seen[:, chosen])
         key_exists = seen.any(-2)[:, 0]
         index = torch.arange(weights.shape[-1], device=weights.device)
         first = torch.where(key_exists, index, weights.shape[-1]).amin(-1).expand(weights.shape[0])
         threshold: float | Tensor = self.threshold
         if self.relative:
             threshold = self.threshold / key_exists.sum(-1).clamp(min=1)[:, None, None]
-        sinks = find_sinks(scores, threshold, first, self.compat)
-        chosen = torch.zeros(weights.shape[1], dtype=torch.bool, device=weights.device)
-        chosen[list(self._chosen(site))] = True
-        return sinks & chosen[:, None]
+        sinks = torch.zeros(*weights.shape[:2], weights.shape[-1], dtype=torch.bool, device=weights.device)
+        sinks[:, chosen] = find_sinks(scores, threshold, first, self.compat)
+        return sinks
 
     def _by_slot(self, site: Site, sinks: Tensor) -> Tensor:
         """(B, H, L): sinks among keys as sinks by slot of the sequence."""

@@ -64,7 +64,8 @@ def boost(scores: Tensor, gain: Tensor) -> Tensor:
     >>> boost(torch.tensor([-2.0, 2.0, float("-inf")]), torch.tensor([0.5, 0.5, 0.5])).tolist()
     [-1.0, 3.0, -inf]
     """
-    return torch.where(scores.isfinite(), scores + gain * scores.abs(), scores)
+    size = scores.abs()
+    return torch.where(size < float("inf"), torch.addcmul(scores, gain, size), scores)
 
 
 class VisualBoost(Intervention):
