@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
     parser.add_argument("--work", type=Path, default=Path("multimodal-checkpoints"), help="folder for checkpoints")
     parser.add_argument("--pictures", type=int, default=48_000, help="pictures the vision tower sees")
-    parser.add_argument("--conversations", type=int, default=20_000, help="conversations the decoder sees")
+    parser.add_argument("--conversations", type=int, default=64_000, help="conversations the decoder sees")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
