@@ -164,7 +164,10 @@ class SoftmaxAttention(Mechanism):
             now = torch.ones(x.shape[0], q.shape[2], dtype=torch.bool, device=x.device) if exists is None else exists
             past = now.new_zeros(now.shape[0]).long() if state is None else state["tokens"]
         if self.rotary is not None:
-            angles = rotary_angles(past[:, None] + now.long().cumsum(1) - 1, self.head_dim, self.rotary)
+            at = past[:, None] + now.long().cumsum(1) - 1
+            # Without padding and past every sample stands at the same positions.
+            at = at[:1] if exists is None and state is None else at
+            angles = rotary_angles(at, self.head_dim, self.rotary)
             q, k = self._rotate(q, k, angles)
         new_state, start = None, 0
         if streaming:

@@ -133,6 +133,7 @@ class ReconstructionHead(nn.Module):
         layer = nn.TransformerEncoderLayer(
             dim, dim // head_dim, 4 * dim, drop, nn.functional.gelu, layer_norm_eps=1e-12, batch_first=True
         )
+        layer.dropout = nn.Dropout(0.0)  # BERT's layer, the authors', drops nothing inside the feed-forward
         self.layers = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
         self.out = nn.Linear(dim, dim)
 
