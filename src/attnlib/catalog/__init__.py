@@ -73,7 +73,7 @@ def _load() -> dict[str, Paper]:
 def papers(text: str = "") -> list[Paper]:
     """Every paper whose slug, title, authors or mechanisms contain ``text``, by year.
 
-    >>> [p.slug for p in papers("sigmoid")]
+    >>> [p.slug for p in papers("theory, analysis")]
     ['sigmoid-attention']
     """
     text = text.lower()
