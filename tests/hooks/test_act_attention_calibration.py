@@ -323,6 +323,9 @@ def test_bad_settings(kwargs, match):
 
 def test_refusals():
     model = language_model()
+    for heads in ([0, 1], {0: 1}, 3):
+        with pytest.raises(TypeError, match=r"heads must be \{layer: \[head, ...\]\}"):
+            SinkCalibration(heads=heads)
     with pytest.raises(ValueError, match="head 4 does not exist"):
         attnlib.attach(model, SinkCalibration({1: [4]}))
     with pytest.raises(ValueError, match="layer 3 does not exist"):

@@ -430,6 +430,8 @@ def test_other_precisions(dtype):
 def test_bad_settings():
     with pytest.raises(TypeError, match="must be a Branch"):
         ContrastiveDecoding("no-image", 2.0, -1.0)
+    with pytest.raises(TypeError, match="pixels must be a tensor, or a function.*got None"):
+        OtherPixels(None)
     with pytest.raises(ValueError, match=r"cutoff must lie in \[0, 1\]"):
         ContrastiveDecoding(NoImage(), 2.0, -1.0, 1.5)
     with pytest.raises(ValueError, match="interval must not be negative"):

@@ -107,6 +107,8 @@ def test_refusals():
         attnlib.attach(model, HeadScale.ablate({7: [0]}))
     with pytest.raises(ValueError, match="4 heads; factors of shape"):
         attnlib.attach(model, HeadScale([1.0, 2.0]))
+    with pytest.raises(TypeError, match=r"heads must be \{layer: \[head, ...\]\}, got \[0, 1\]"):
+        HeadScale.ablate([0, 1])
     with pytest.raises(ValueError, match="names its layers already"):
         HeadScale({0: [1.0, 2.0, 1.0, 1.0]}, layers=[0])
     scale = HeadScale({0: {0: 2.0}})

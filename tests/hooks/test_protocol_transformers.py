@@ -489,12 +489,25 @@ def test_attaching_twice_is_refused(llama):
         (lambda: Record(heads=[4]), ValueError, "head 4 does not exist.*possible: 0 to 3"),
         (lambda: SoftPAG(1.0, heads={1: [7]}), ValueError, "head 7 does not exist in layer 1"),
         (lambda: SnapKV, TypeError, r"make one: SnapKV\(...\)"),
+        (lambda: [Record(), Record()], TypeError, r"give several as attach\(model, a, b\)"),
         (lambda: object(), TypeError, "not an intervention"),
     ],
 )
 def test_unknown_layers_heads_and_things(llama, make, error, match):
     with pytest.raises(error, match=match):
         attnlib.attach(llama, make())
+
+
+def test_compiled_models_are_refused_and_not_left_changed(llama):
+    inputs = {"input_ids": torch.arange(3, 15)[None]}
+    compiled = torch.compile(llama, backend="eager")
+    with pytest.raises(TypeError, match="attach to the model that it was made of, model._orig_mod"):
+        attnlib.attach(compiled, Record())
+    with torch.no_grad():
+        plain = compiled(**inputs).logits
+        with attnlib.attach(compiled._orig_mod, SoftPAG(1.0)):
+            assert not torch.allclose(compiled._orig_mod(**inputs).logits, plain, atol=1e-3)
+        torch.testing.assert_close(compiled(**inputs).logits, plain, atol=0, rtol=0)
 
 
 def test_stages_that_are_not_served_are_named(llama, monkeypatch):

@@ -457,6 +457,8 @@ def test_bad_settings_and_use(model):
         ReduceByAttention(0.5)
     with pytest.raises(TypeError, match="scorer must be"):
         Reduce("attention", 3)
+    with pytest.raises(TypeError, match=r"size must be the two sides \(h, w\).*got 4"):
+        Grid(2, 4)
     with pytest.raises(TypeError, match="merger must have merge.*got 'mean'"):
         ReduceByAttention({2: 0.5}, merger="mean")
     with pytest.raises(ValueError, match="rows"):

@@ -993,6 +993,11 @@ def _adapter(model: Any) -> Adapter:
         return DiffusersAdapter()
     if attention_modules(model):
         return ModuleAdapter()
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            f"{type(model).__name__} is a compiled model; attach to the model that it was made of, model._orig_mod, "
+            "and run that one"
+        )
     raise TypeError(
         f"{type(model).__name__} is neither a transformers nor a diffusers model, and none of its modules is a "
         "mechanism of attnlib, a torch.nn.MultiheadAttention or an attention of timm; its attention cannot be reached: "
@@ -1102,6 +1107,7 @@ def attach(
     for i in interventions:
         if not isinstance(i, Intervention):
             hint = f"; make one: {i.__name__}(...)" if isinstance(i, type) and issubclass(i, Intervention) else ""
+            hint = "; give several as attach(model, a, b)" if isinstance(i, (list, tuple)) else hint
             raise TypeError(f"{i!r} is not an intervention{hint}")
         if i._owner is not None:
             raise ValueError(f"this {type(i).__name__} is attached already, to {type(i._owner.model).__name__}")

@@ -139,6 +139,8 @@ class Grid:
     def __post_init__(self) -> None:
         if not isinstance(self.stride, int) or self.stride < 1:
             raise ValueError(f"stride must be an integer of at least 1, got {self.stride!r}")
+        if self.size is not None and (not isinstance(self.size, Sequence) or len(self.size) != 2):
+            raise TypeError(f"size must be the two sides (h, w) of an image in tokens, got {self.size!r}")
 
     @property
     def everything(self) -> bool:

@@ -279,8 +279,14 @@ class OtherPixels(Branch):
     """
 
     def __init__(self, pixels: Tensor | Callable[[Tensor], Tensor], name: str = "other-pixels"):
+        self._check(pixels, callable(pixels))
         self.pixels, self.name = pixels, name
         self._seen: Tensor | None = None
+
+    @staticmethod
+    def _check(pixels: Any, function: bool = False) -> None:
+        if not function and not isinstance(pixels, Tensor):
+            raise TypeError(f"pixels must be a tensor, or a function from pixels to pixels; got {pixels!r}")
 
     def watch(self, session: Session) -> None:
         if isinstance(self.pixels, Tensor):
@@ -314,6 +320,7 @@ class OtherPixels(Branch):
             if seen is None:
                 raise ValueError("the pixels of the prompt were not seen; give the second branch's as a tensor")
             pixels = pixels(seen)
+            self._check(pixels)
         images = len(own) if own is not None else len(encoded.pooler_output)
         if images % len(pixels):
             raise ValueError(

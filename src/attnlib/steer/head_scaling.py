@@ -62,6 +62,8 @@ class HeadScale(Intervention):
         >>> HeadScale.ablate({1: [0, 2]}).layers
         [1]
         """
+        if not isinstance(heads, Mapping):
+            raise TypeError(f"heads must be {{layer: [head, ...]}}, got {heads!r}")
         return cls({layer: {head: 0.0 for head in some} for layer, some in heads.items()})
 
     @staticmethod

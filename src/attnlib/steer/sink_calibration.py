@@ -158,6 +158,8 @@ class SinkCalibration(Intervention):
         if heads is not None:
             if layers is not None:
                 raise ValueError("heads names its layers already; leave layers out")
+            if not isinstance(heads, Mapping) or any(isinstance(some, int) for some in heads.values()):
+                raise TypeError(f"heads must be {{layer: [head, ...]}}, the name of a list or None, got {heads!r}")
             heads = {layer: tuple(some) for layer, some in heads.items() if len(some)}
             layers = sorted(heads) or None
         self.heads, self.beta, self.threshold, self.relative = heads, beta, threshold, relative
