@@ -574,6 +574,15 @@ def test_rows_are_given_and_checked(llama):
     assert (last.branch, last.pass_name, last.step) == (None, None, None)
 
 
+def test_token_types_that_are_too_few_are_refused(llama):
+    inputs = {"input_ids": torch.arange(3, 15)[None], "attention_mask": torch.ones(1, 12, dtype=torch.long)}
+    few = torch.ones(1, 9, dtype=torch.long)
+    with attnlib.attach(llama, NoOp(), token_types=few), pytest.raises(ValueError, match="tells of 9 tokens.*has 12"):
+        scores(llama, inputs)
+    with attnlib.attach(llama, NoOp(), token_types=torch.ones(1, 12, dtype=torch.long)):
+        scores(llama, inputs, use_cache=False)
+
+
 def test_token_types_follow_generation(llama):
     class Types(Intervention):
         needs_types = True

@@ -126,6 +126,11 @@ class TypeTracker:
         """The model is about to read ``count`` tokens after ``offset`` others."""
         total = offset + count
         if isinstance(self.source, Tensor):
+            if self.types is None and not offset and count > self.source.shape[1]:
+                raise ValueError(
+                    f"token_types tells of {self.source.shape[1]} tokens, but the prompt has {count}; give the type of "
+                    "every token of the prompt"
+                )
             types = F.pad(self.source[:, :total], (0, max(0, total - self.source.shape[1])), value=GENERATED)
         else:
             if ids is None:
