@@ -451,7 +451,7 @@ def test_llava(models):
         KVCompression(ObservedAttention(), AcrossHeads(Cap(64)), every=2),
         KVCompression(ObservedAttention(), AcrossLayers(Cap(64)), every=2),
     ],
-    ids=str,
+    ids=lambda same: f"{type(same.budget).__name__}-{same.every}",
 )
 def test_budgets_that_keep_everything_change_no_bit(llama, same):
     inputs = prompt(length=18, pad=(0, 0))
