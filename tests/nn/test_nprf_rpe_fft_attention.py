@@ -266,3 +266,10 @@ def test_redraw_changes_the_features_and_nothing_else():
     assert not torch.equal(m.directions, before)
     block = m.directions[:4] @ m.directions[:4].T
     assert (block - torch.diag(block.diagonal())).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_an_empty_sequence_gives_an_empty_sequence(causal):
+    m = attnlib.create("nprf-rpe-fft-attention", dim=8, num_heads=2, causal=causal)
+    out = m(torch.randn(2, 0, 8), returns=("weights",))
+    assert out.y.shape == (2, 0, 8) and out.weights.shape == (2, 2, 0, 0)

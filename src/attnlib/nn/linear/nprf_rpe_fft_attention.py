@@ -191,6 +191,9 @@ class KernelizedRelativeAttention(Mechanism):
                 exists = torch.cat([state["valid"], exists], 1)
             if "state" in returns:
                 new_state = State({"k": k, "v": v, "valid": exists})
+        if not torch.compiler.is_compiling() and n == 0:  # there are no displacements
+            weights = q.new_zeros(*q.shape[:3], k.shape[2]) if "weights" in returns else None
+            return Output(self.proj(merge_heads(q, grid)), state=new_state, weights=weights)
         start = k.shape[2] - n
         if self.rank == 1:
             bias = self.displacement_bias((1 - n - start,), (n + k.shape[2] - 1,))
