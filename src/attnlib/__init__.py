@@ -29,7 +29,8 @@ _LAZY = {
     "attach": "attnlib.hooks",
 }
 _MODULES = frozenset(
-    "bench cache catalog check grids hooks look masks models nn normalizers ops optim positions reduce steer types".split()
+    "bench cache catalog check grids hooks look masks models nn normalizers ops optim positions reduce steer "
+    "types".split()
 )
 
 __all__ = ["__version__", *_LAZY]

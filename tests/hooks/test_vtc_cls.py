@@ -353,3 +353,14 @@ def test_bad_use(model):
         with pytest.raises(ValueError, match="they must be the same"):
             model(**inputs)
     assert prompt()["input_ids"].shape == (2, 20)
+
+
+def test_a_wrong_image_id_is_refused():
+    model = picture_model()
+    inputs = picture_inputs()
+    with (
+        attnlib.attach(model, VTCCLS(keep=2, start=0), token_types=TokenTypes(image=2)),
+        torch.no_grad(),
+        pytest.raises(ValueError, match="finds no image token"),
+    ):
+        model(**inputs)

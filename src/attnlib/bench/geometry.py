@@ -129,25 +129,19 @@ def shortest_tours(points: Tensor) -> tuple[Tensor, Tensor]:
     return found, tour_length(points, found)
 
 
-def convex_hulls(
-    count: int, n: int, generator: torch.Generator | None = None, ordered: bool = False
-) -> Problems:
+def convex_hulls(count: int, n: int, generator: torch.Generator | None = None, ordered: bool = False) -> Problems:
     """Convex hulls of ``n`` uniform points."""
     points = _points(count, n, 3, generator, ordered)
     return Problems(points, _pad([hull_of(p) for p in points]))
 
 
-def triangulations(
-    count: int, n: int, generator: torch.Generator | None = None, ordered: bool = False
-) -> Problems:
+def triangulations(count: int, n: int, generator: torch.Generator | None = None, ordered: bool = False) -> Problems:
     """Delaunay triangulations of ``n`` uniform points, three indices per triangle."""
     points = _points(count, n, 3, generator, ordered)
     return Problems(points, _pad([[i for t in triangles_of(p) for i in t] for p in points]))
 
 
-def tours(
-    count: int, n: int, generator: torch.Generator | None = None, ordered: bool = False
-) -> Problems:
+def tours(count: int, n: int, generator: torch.Generator | None = None, ordered: bool = False) -> Problems:
     """Shortest tours through ``n`` uniform points; answers have no end mark, for all have ``n`` cities."""
     points = _points(count, n, 2, generator, ordered)
     return Problems(points, shortest_tours(points)[0])

@@ -273,9 +273,7 @@ def ask(scene: Scene, rng: np.random.Generator, count: int = 7) -> list[Question
 # Words
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<q>", "<a>")
-WORDS = (
-    "is there a ? yes no what colour the it how many are where in nothing which digit list objects ,".split()
-)
+WORDS = "is there a ? yes no what colour the it how many are where in nothing which digit list objects ,".split()
 
 
 def make_tokenizer() -> Any:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import Adapter, Intervention, PairMask, Session, Site, Stages, run_attention
-from .tokens import PAD, TypeTracker
+from .tokens import IMAGE, PAD, TypeTracker
 
 PREFIX = "attnlib_"
 
@@ -982,6 +982,11 @@ class _Follow:
         if read is None:
             raise ValueError(f"{type(model).__name__} was called without input_ids or inputs_embeds")
         tracker.advance(ids, offset, read.shape[1], given.get("attention_mask"))
+        if given.get("pixel_values") is not None and not bool((tracker.types == IMAGE).any()):
+            raise ValueError(
+                f"{type(model).__name__} was given pixel_values, but token_types finds no image token in the prompt; "
+                "TokenTypes(image=...) takes the id of the image placeholder, often model.config.image_token_id"
+            )
 
     def _step(self, given: dict[str, Any], cache: Any, offset: int, read: Any) -> None:
         session, notes = self.session, self.session.notes
