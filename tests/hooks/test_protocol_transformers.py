@@ -484,6 +484,7 @@ def test_attaching_twice_is_refused(llama):
     [
         (lambda: Record(layers=[3]), ValueError, r"layer 3 does not exist.*possible: \[0, 1, 2\]"),
         (lambda: Record(layers=[-4]), ValueError, "layer -4 does not exist"),
+        (lambda: Record(layers=[]), ValueError, "layers is empty"),
         (lambda: Record(layers=["model.layers.9*"]), ValueError, "model.layers.0.self_attn"),
         (lambda: Record(layers=2), TypeError, "not iterable|sequence"),
         (lambda: Record(heads=[4]), ValueError, "head 4 does not exist.*possible: 0 to 3"),

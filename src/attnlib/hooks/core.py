@@ -1022,6 +1022,8 @@ def check_layers(intervention: Intervention, sites: Sequence[Site]) -> list[Site
     if intervention.layers is not None:
         if isinstance(intervention.layers, (int, str)):
             raise TypeError(f"{name}: layers must be a sequence, got {intervention.layers!r}")
+        if not intervention.layers:
+            raise ValueError(f"{name}: layers is empty; name at least one, or leave it out for all")
         last = max((s.layer for s in sites), default=-1)
         numbers = sorted({s.layer for s in fitting})
         for layer in intervention.layers:

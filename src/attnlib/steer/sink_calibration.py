@@ -120,7 +120,8 @@ class SinkCalibration(Intervention):
         beta: share of their weight that sinks keep; 1 changes nothing.
         threshold: theta on the mean weight a key gets.
         relative: theta is ``threshold / M`` with M the tokens of the sample, as the paper writes (``threshold=5``).
-        decode: also edit the rows of new tokens, with the sinks of the prompt.
+        decode: also edit the rows of new tokens, with the sinks of the prompt. Without a cache every step reads all
+            tokens anew, and sinks are those of all of them.
         layers: when ``heads`` does not name them.
         compat: ``"authors"``, see :func:`find_sinks`.
 
