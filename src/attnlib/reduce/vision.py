@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks.core import Session, Site
+from ..hooks.vision import class_row
 from ..types import check_choice, stats_dtype
 from .base import Scorer
 
@@ -30,9 +31,7 @@ def class_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     >>> class_attention(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4)).tolist()
     [[0.20000000298023224, 0.20000000298023224, 0.20000000298023224, 0.20000000298023224]]
     """
-    dtype = stats_dtype(q.dtype)
-    scores = q[:, :, :1].to(dtype) @ k.to(dtype).transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return scores.softmax(-1)[:, :, 0, 1:].mean(1)
+    return class_row(q, k, scale).mean(1)
 
 
 def received_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:

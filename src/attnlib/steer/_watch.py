@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..hooks.core import Session, Site
 from ..hooks.tokens import IMAGE
-from ..types import check_choice, stats_dtype
+from ..hooks.vision import class_row
+from ..types import check_choice
 
 
 def reader(model: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:
@@ -113,12 +114,11 @@ def class_attention(q: Tensor, k: Tensor, num_heads: int, scale: float, head_mer
     [[0.6666666865348816, 0.6666666865348816]]
     """
     check_choice("head_merge", head_merge, ("heads", "mean", "sum", "concat"))
-    dtype = stats_dtype(q.dtype)
-    q, k = q[:, :1].to(dtype), k.to(dtype)
+    q = q[:, :1]
     if head_merge == "concat":
-        return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1)[:, 0, 1:]
+        return class_row(q[:, None], k[:, None])[:, 0]
     q, k = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k))
-    row = torch.softmax(q @ k.transpose(-1, -2) * scale, -1)[:, :, 0, 1:]
+    row = class_row(q, k, scale)
     return row if head_merge == "heads" else row.mean(1) if head_merge == "mean" else row.sum(1)
 
 
