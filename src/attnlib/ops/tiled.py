@@ -148,7 +148,7 @@ class _Problem:
         one, limit = self.q_tile * width * self.dtype.itemsize, self.buffer_bytes
         if self.piecewise and self.device.type == "cpu":
             one, limit = min(one, PIECE), PIECE * self.threads  # each thread keeps one piece in its cache
-        fit = max(1, limit // max(1, one))
+        fit = max(self.threads, limit // max(1, one))  # a product of fewer maps than threads leaves some idle
         if not samples:
             return []
         if head is not None:
