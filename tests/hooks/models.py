@@ -2,6 +2,7 @@
 
 import torch
 
+from attnlib.hooks import Intervention
 from attnlib.hooks.core import PairMask, Site, Stages, run_attention
 
 SIZES = dict(
@@ -73,3 +74,45 @@ def run(intervention, site, q, k, v):
     return run_attention(
         site, q, k, v, Stages([intervention]), lambda q, k, v: dense_attention(q, k, v, allowed)[0]
     )  # fmt: skip
+
+
+class NoOp(Intervention):
+    """Every call goes through the stages and comes out as it went in."""
+
+    name = "no-op"
+
+    def __init__(self, layers=None):
+        self.layers, self.sites = layers, []
+
+    def around_attention(self, site, q, k, v, call):
+        self.sites.append(site)
+        return call(q, k, v)
+
+    def on_weights(self, site, weights, rows):
+        return weights * 1.0
+
+    def on_qkv(self, site, q, k, v):
+        return q, k, v
+
+
+class Watch(Intervention):
+    """Keeps the sites and tensors of every call, and goes through the weights without changing them."""
+
+    name = "watch"
+
+    def __init__(self, layers=None):
+        self.layers, self.calls = layers, []
+
+    def around_attention(self, site, q, k, v, call):
+        out = call(q, k, v)
+        self.calls.append((site, q, k, v, out))
+        return out
+
+    def on_weights(self, site, weights, rows):
+        return weights * 1.0
+
+
+def predict(model, inputs):
+    """What a denoiser predicts."""
+    with torch.no_grad():
+        return model(**inputs).sample

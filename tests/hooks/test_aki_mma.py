@@ -216,7 +216,7 @@ def test_generate_equals_the_full_forward_pass(model, name):
         got, ids = scores(model, inputs)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 5), value=1)
     want = full_forward(model, ids, mask, RULES[name])[:, 19:-1]
-    torch.testing.assert_close(got.transpose(0, 1), want, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(got.transpose(0, 1), want, atol=2e-5, rtol=1e-5)
     assert not torch.allclose(got, plain, atol=1e-3)
 
 
@@ -227,7 +227,7 @@ def test_every_way_of_decoding(llama, mode):
         ids = llama.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, **mode)
         greedy, _ = scores(llama, inputs)
         if "num_beams" not in mode:
-            torch.testing.assert_close(scores(llama, inputs, **mode)[0], greedy, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(scores(llama, inputs, **mode)[0], greedy, atol=1e-5, rtol=1e-5)
         again, _ = scores(llama, {"input_ids": ids[:, :20], "attention_mask": inputs["attention_mask"]})
         assert torch.equal(again, greedy)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 5), value=1)
@@ -284,7 +284,7 @@ def test_padding_on_either_side_changes_nothing(llama):
             mask = (padded != 0).long()
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             got = llama(input_ids=padded, attention_mask=mask, position_ids=positions).logits
-            torch.testing.assert_close(got[:, left : left + 20], alone, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(got[:, left : left + 20], alone, atol=2e-5, rtol=1e-5)
             assert got.isfinite().all()
 
 
@@ -303,7 +303,7 @@ def test_without_image_or_question_it_is_the_model(llama):
     plain, _ = scores(llama, half)
     with attnlib.attach(llama, MaskByType(modality_mutual()), token_types=TYPES):
         mixed, _ = scores(llama, half)
-    torch.testing.assert_close(mixed[:, 0], plain[:, 0], atol=1e-5, rtol=1e-4)  # a sample without image, in the batch
+    torch.testing.assert_close(mixed[:, 0], plain[:, 0], atol=1e-5, rtol=1e-5)  # a sample without image, in the batch
     assert not torch.allclose(mixed[0, 1], plain[0, 1], atol=1e-3)
 
 
@@ -358,7 +358,7 @@ def test_in_a_vision_language_model():
         for i in range(4):
             out = model(input_ids=ids[:, 14 + i : 15 + i], past_key_values=out.past_key_values, use_cache=True)
             steps.append(out.logits[:, -1])
-    torch.testing.assert_close(got, torch.stack(steps), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got, torch.stack(steps), atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_flow_through_the_forward_edge(llama):
@@ -396,7 +396,7 @@ def test_prompts_in_chunks_are_refused_where_they_would_be_wrong(llama):
     with attnlib.attach(llama, MaskByType(composite()), token_types=TYPES(inputs["input_ids"])):
         whole, _ = scores(llama, inputs)
         pieces, _ = scores(llama, inputs, prefill_chunk_size=9)
-    torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-5)
 
 
 def test_bad_rules(llama):

@@ -179,7 +179,7 @@ def test_expected_attention_by_its_equation(llama):
         logits = (k @ mean.unsqueeze(-1)).squeeze(-1) * 8**-0.5
         logits = logits + torch.einsum("hnd,hde,hne->hn", k, covariance, k) / 16
         w = torch.softmax(logits[:, sinks:], -1).reshape(2, 2, -1).mean(1) + 0.01
-        torch.testing.assert_close(mine[b, :, start + sinks :].double(), w, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(mine[b, :, start + sinks :].double(), w, atol=1e-5, rtol=1e-5)
         assert mine[b, :, start : start + sinks].isinf().all()
 
 
@@ -276,7 +276,7 @@ def test_decoding_equals_full_attention_over_the_kept_keys(models, budget, famil
     assert len(kept) == 3
     with attnlib.attach(model, ReadOnly(kept, 24)):
         oracle, oracle_ids = scores(model, inputs, new=4, **mode)
-    torch.testing.assert_close(mine, oracle, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mine, oracle, atol=1e-5, rtol=1e-5)
     assert torch.equal(ids, oracle_ids)
     plain, _ = scores(model, inputs, new=4, **mode)
     assert not torch.allclose(mine, plain, atol=1e-3)
@@ -305,7 +305,7 @@ def test_padded_batch_equals_single_prompts(models, scorer):
                 single = {name: t[row : row + 1, start:] for name, t in inputs.items()}
                 alone.append(scores(model, single, new=5)[0])
                 assert session.results["kv-compression"]
-        torch.testing.assert_close(together, torch.cat(alone, 1), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(together, torch.cat(alone, 1), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scorer", ["votes", "low norm", "recency", "observed", "expected"])
@@ -337,7 +337,7 @@ def test_keys_evicted_while_decoding_are_gone_and_the_rest_is_exact(llama, score
             held.update({n: layer.positions for n, layer in enumerate(cache.layers)})
             mine = llama(more[:, t : t + 1], past_key_values=cache).logits
             oracle = other(more[:, t : t + 1], past_key_values=whole).logits
-            torch.testing.assert_close(mine, oracle, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(mine, oracle, atol=1e-5, rtol=1e-5)
             assert [cache.get_seq_length(n) for n in range(3)] == [17 + t] * 3
             total = sum(int((layer.positions >= 0).sum()) for layer in cache.layers)
             # At steps 2, 4, 6 down to the budget, and one token more after each.
@@ -386,11 +386,11 @@ def test_remembered_queries_follow_their_beam(llama, mode):
             for mine, score in zip(alone, out.scores, strict=True):
                 there = score[row].isfinite()  # the 50 best
                 ours, theirs = (t[there].log_softmax(-1) for t in (mine, score[row]))
-                torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         else:
             got = llama.compute_transition_scores(out.sequences, out.scores, out.beam_indices)[row]
             chosen = alone.gather(-1, out.sequences[row, 18:].unsqueeze(-1)).squeeze(-1)
-            torch.testing.assert_close(got, chosen, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(got, chosen, atol=1e-5, rtol=1e-5)
 
 
 def test_beams_are_exchanged_in_that_test(llama):
@@ -433,7 +433,7 @@ def test_llava(models):
     assert sum(int((slots >= 0).sum()) for slots in kept.values()) == 2 * 2 * 3 * 6
     with attnlib.attach(model, ReadOnly(kept, n)):
         oracle, _ = scores(model, inputs, new=4)
-    torch.testing.assert_close(mine, oracle, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mine, oracle, atol=1e-5, rtol=1e-5)
 
 
 # ---- identity
@@ -486,7 +486,7 @@ def test_composes_with_edits_and_records(llama):
     assert nothing.any() and (entry["weights"][1].squeeze(2)[nothing] == 0).all()
     with attnlib.attach(llama, Louder(), ReadOnly(kept, 20)):
         oracle, _ = scores(llama, inputs, new=3)
-    torch.testing.assert_close(mine, oracle, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mine, oracle, atol=1e-5, rtol=1e-5)
 
 
 def test_token_types_of_uneven_heads(llama):
@@ -537,7 +537,7 @@ def test_composes_with_removed_tokens(llama, scorer):
         assert (kept[layer] >= 0).sum((1, 2)).tolist() == [2 * 6, 2 * 7]  # of 13 and 15 tokens
     with attnlib.attach(llama, Drop(), ReadOnly(kept, 20)):
         oracle, _ = scores(llama, inputs, new=4)
-    torch.testing.assert_close(mine, oracle, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mine, oracle, atol=1e-5, rtol=1e-5)
 
 
 def test_removed_tokens_then_evicted_again(llama):
@@ -574,7 +574,7 @@ def test_composes_with_a_module_that_runs_twice(llama, every):
         twice, _ = scores(llama, inputs)
         for layer, slots in kept_of(session).items():
             assert torch.equal(slots, kept[layer])
-    torch.testing.assert_close(twice, once, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(twice, once, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mode", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
@@ -589,7 +589,7 @@ def test_eager_and_fused_attention_decode_alike(llama, mode):
         ) as session:
             out.append(scores(model, inputs, new=7, **mode)[0])
             assert any((slots < 0).any() for slots in kept_of(session).values())
-    torch.testing.assert_close(*out, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(*out, atol=1e-5, rtol=1e-5)
 
 
 def test_two_compressions_on_different_layers(llama):

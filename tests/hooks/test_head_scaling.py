@@ -31,7 +31,7 @@ def test_it_equals_folding_factors_into_the_output_projection(family, mode):
     with attnlib.attach(model, HeadScale(factors)) as session:
         got, mine = scores(model, inputs, **mode)
         assert [s.layer for s in session.attached] == [0, 2]
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert torch.equal(mine, ids) and not torch.allclose(got, plain, atol=1e-3)
     assert torch.equal(scores(model, inputs, **mode)[0], plain)
 

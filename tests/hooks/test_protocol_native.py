@@ -196,7 +196,7 @@ def test_new_keys_are_edited_before_they_join_the_state():
     for mode in MODES:
         want, _ = scores(other, prompt(), **mode)
         with attnlib.attach(model, stage("on_qkv", shift)):
-            torch.testing.assert_close(scores(model, prompt(), **mode)[0], want, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(scores(model, prompt(), **mode)[0], want, atol=1e-5, rtol=1e-5)
     assert seen[0] == (False, "prefill", 20) and seen[3] == (False, "decode", 1)
 
 
@@ -239,14 +239,14 @@ def test_masks_by_type_and_dual_attention_in_our_decoder():
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 5), value=1)
         with torch.no_grad():
             full = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 19:-1]
-    torch.testing.assert_close(cached.transpose(0, 1), full, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(cached.transpose(0, 1), full, atol=1e-5, rtol=1e-5)
     plain, _ = scores(model, inputs)
     assert not torch.allclose(plain, cached, atol=1e-3)
     with attnlib.attach(model, DualAttention(), token_types=types):
         dual, ids = scores(model, inputs)
         with torch.no_grad():
             full = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 19:-1]
-    torch.testing.assert_close(dual.transpose(0, 1), full, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(dual.transpose(0, 1), full, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 2}])
@@ -264,14 +264,14 @@ def test_mechanisms_without_heads_of_their_own_serve_sublayers(mode):
             layer.mixer_norm.weight *= 0.5
     want, _ = scores(other, inputs, **mode)
     with attnlib.attach(model, stage("around_sublayer", lambda site, h, call: call(h * 0.5))):
-        torch.testing.assert_close(scores(model, inputs, **mode)[0], want, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(scores(model, inputs, **mode)[0], want, atol=1e-5, rtol=1e-5)
     skipped = stage("around_sublayer", lambda site, h, call: h * 0)
     with attnlib.attach(model, skipped):
         cached, ids = scores(model, inputs)
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 5), value=1)
         with torch.no_grad():
             full = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 19:-1]
-    torch.testing.assert_close(cached.transpose(0, 1), full, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(cached.transpose(0, 1), full, atol=1e-5, rtol=1e-5)
     for name in FRAMED:
         with pytest.raises(ValueError, match=f"{name}, which LightningAttention.*not built around one operator"):
             attnlib.attach(model, stage(name, lambda *args: None))

@@ -65,7 +65,7 @@ def test_what_the_module_reads_and_gives_is_edited(llama, mode):
     want, _ = scores(other, prompt(), **mode)
     with attnlib.attach(llama, Sublayer(lambda x, call: 3 * call(x * 0.5))):
         got, _ = scores(llama, prompt(), **mode)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -75,7 +75,7 @@ def test_several_calls_leave_the_cache_of_the_first(llama, mode):
     before, _ = scores(llama, inputs, **mode)
     twice = Sublayer(lambda x, call: 2 * call(x) - call(x))
     with attnlib.attach(llama, twice):
-        torch.testing.assert_close(scores(llama, inputs, **mode)[0], before, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(scores(llama, inputs, **mode)[0], before, atol=2e-5, rtol=1e-5)
     first = Sublayer(lambda x, call: (call(x), call(-x), call(x * 7))[0])
     with attnlib.attach(llama, first):
         assert torch.equal(scores(llama, inputs, **mode)[0], before)
@@ -179,7 +179,7 @@ def test_sublayers_of_cross_attention_and_vision():
     with torch.no_grad():
         before = model(**inputs).logits
         with attnlib.attach(model, Sublayer(lambda x, call: 2 * call(x) - call(x)), part="model.vision_tower"):
-            torch.testing.assert_close(model(**inputs).logits, before, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(model(**inputs).logits, before, atol=1e-5, rtol=1e-5)
     torch.manual_seed(0)
     config = transformers.BartConfig(
         vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
@@ -257,7 +257,7 @@ def test_beams_add_normalised_scores(llama):
     with attnlib.attach(llama, Logits(lambda ids, z: z * 20)):
         got = llama.generate(**prompt(), **settings, return_dict_in_generate=True, output_scores=True)
     assert torch.equal(got.sequences, want.sequences)
-    torch.testing.assert_close(got.sequences_scores, want.sequences_scores, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got.sequences_scores, want.sequences_scores, atol=1e-5, rtol=1e-5)
 
 
 def test_logits_pass_in_order_also_outside_generate(llama):
@@ -340,7 +340,7 @@ def test_a_branch_with_its_own_cache_equals_one_without(llama, mode):
             found.append(llama.generate(**prompt(), **settings))
     assert torch.equal(found[0].sequences, found[1].sequences)
     for a, b in zip(found[0].scores, found[1].scores, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     plain = llama.generate(**prompt(), **settings)
     assert not torch.allclose(plain.scores[0], found[0].scores[0], atol=1e-2)
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from hooks.models import dense_attention, language_model, prompt, scores
+from hooks.models import NoOp, dense_attention, language_model, prompt, scores
 
 transformers = pytest.importorskip("transformers")
 
@@ -17,25 +17,6 @@ from attnlib.hooks import Intervention, Record, TokenTypes  # noqa: E402
 from attnlib.hooks import core as hooks_core  # noqa: E402
 from attnlib.hooks import transformers_adapter as adapter  # noqa: E402
 from attnlib.steer import SoftPAG  # noqa: E402
-
-
-class NoOp(Intervention):
-    """Every call goes through the stages and comes out as it went in."""
-
-    name = "no-op"
-
-    def __init__(self, layers=None):
-        self.layers, self.sites = layers, []
-
-    def around_attention(self, site, q, k, v, call):
-        self.sites.append(site)
-        return call(q, k, v)
-
-    def on_weights(self, site, weights, rows):
-        return weights * 1.0
-
-    def on_qkv(self, site, q, k, v):
-        return q, k, v
 
 
 def fingerprint(model):
@@ -141,7 +122,7 @@ def test_recorded_weights_are_the_models_own(implementation):
     real = inputs["attention_mask"].bool()
     for layer, weights in enumerate(truth):
         mine = session.results["record"][layer]["weights"][0]
-        torch.testing.assert_close(mine.transpose(1, 2)[real], weights.transpose(1, 2)[real], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(mine.transpose(1, 2)[real], weights.transpose(1, 2)[real], atol=1e-5, rtol=1e-5)
 
 
 class Halve(Intervention):
@@ -174,7 +155,7 @@ def test_score_edits_equal_scaled_queries_whatever_the_blocks(implementation, mo
         monkeypatch.setattr(hooks_core, "BLOCK_ELEMENTS", elements)
         with attnlib.attach(model, Halve(whole)):
             got, _ = scores(model, inputs)
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 def test_edits_that_write_in_place_or_reshape_are_refused(llama):
@@ -233,7 +214,7 @@ def test_new_keys_are_edited_before_they_are_cached(llama):
     want, _ = scores(other, inputs)
     for mode in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
         with attnlib.attach(llama, Shift()):
-            torch.testing.assert_close(scores(llama, inputs, **mode)[0], want, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(scores(llama, inputs, **mode)[0], want, atol=1e-5, rtol=1e-5)
 
 
 def test_a_cache_under_another_name():
@@ -275,15 +256,15 @@ def test_a_cache_under_another_name():
     assert shift.seen[-1] == ("decode", [length + 3]) and shift.seen[0] == ("prefill", list(range(length)))
     with attnlib.attach(model, Shift()):
         again, _ = scores(model, inputs, use_cache=False)
-    torch.testing.assert_close(edited, again, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(edited, again, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(edited, plain, atol=1e-3)
     with attnlib.attach(model, Twice()):
-        torch.testing.assert_close(scores(model, inputs)[0], plain, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(scores(model, inputs)[0], plain, atol=1e-5, rtol=1e-5)
     with attnlib.attach(model, Keep()):
         evicted, _ = scores(model, inputs)
     with attnlib.attach(model, Hide()):
         hidden, _ = scores(model, inputs)
-    torch.testing.assert_close(evicted, hidden, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(evicted, hidden, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(evicted, plain, atol=1e-4)
 
 
@@ -357,7 +338,7 @@ def test_masks_of_the_library_replace_the_models(llama):
         a, _ = scores(llama, inputs)
     with attnlib.attach(llama, Oracle()):
         b, _ = scores(llama, inputs)
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_interventions_compose_in_order(llama):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hooks.models import dense_attention
+from hooks.models import Watch, dense_attention, predict
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -127,26 +127,6 @@ def case(request):
     return model, inputs(), sites
 
 
-def predict(model, inputs):
-    with torch.no_grad():
-        return model(**inputs).sample
-
-
-class Watch(Intervention):
-    name = "watch"
-
-    def __init__(self, layers=None):
-        self.layers, self.calls = layers, []
-
-    def around_attention(self, site, q, k, v, call):
-        out = call(q, k, v)
-        self.calls.append((site, q, k, v, out))
-        return out
-
-    def on_weights(self, site, weights, rows):
-        return weights * 1.0
-
-
 def stage(name, fn, layers=None, kinds=("self", "cross", "joint")):
     made = type("Stage", (Intervention,), {name: lambda self, *args: fn(*args)})()
     made.layers, made.kinds = layers, kinds
@@ -187,8 +167,8 @@ def test_sites_layouts_and_weights(case):
         scores = (q @ k.transpose(-1, -2) * site.scale + bias).masked_fill(
             ~allowed if allowed is not None else torch.tensor(False), float("-inf")
         )
-        torch.testing.assert_close(weights, scores.softmax(-1), atol=1e-6, rtol=1e-4)
-        torch.testing.assert_close(weights @ v, out, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(weights, scores.softmax(-1), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(weights @ v, out, atol=1e-5, rtol=1e-5)
 
 
 def _key(record, site):
@@ -207,7 +187,7 @@ def test_masks_on_the_grid_of_a_video(case):
         frame = torch.where(inside, (slot - start) // size, -1)
         allowed = (frame[:, None] == frame) | ~inside[:, None] | ~inside
         out = call(q, k, v, mask=allowed)
-        torch.testing.assert_close(out, dense_attention(q, k, v, allowed)[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(out, dense_attention(q, k, v, allowed)[0], atol=1e-5, rtol=1e-5)
         seen.append(site.layer)
         return out
 
@@ -307,7 +287,7 @@ def test_masks_of_the_library_on_the_tokens_of_a_video():
 
     def look(site, q, k, v, call):
         out = call(q, k, v, mask=near)
-        torch.testing.assert_close(out, dense_attention(q, k, v, near.dense(12))[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(out, dense_attention(q, k, v, near.dense(12))[0], atol=1e-5, rtol=1e-5)
         return out
 
     before = predict(model, inputs)

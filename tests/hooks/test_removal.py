@@ -76,7 +76,7 @@ def keeps(inputs, layers=(1,), seed=0, ragged=True):
 
 
 def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 MODES = {

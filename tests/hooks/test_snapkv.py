@@ -120,7 +120,7 @@ def test_decoding_equals_full_attention_over_the_kept_keys(model, mode):
     with attnlib.attach(model, ReadOnly(kept, 28)):
         oracle, oracle_ids = scores(model, inputs, **mode)
     plain, _ = scores(model, inputs, **mode)
-    torch.testing.assert_close(mine, oracle, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mine, oracle, atol=1e-5, rtol=1e-5)
     assert torch.equal(ids, oracle_ids) and not torch.allclose(mine, plain, atol=1e-3)
 
 
@@ -132,7 +132,7 @@ def test_batch_with_padding_equals_single_prompts(llama):
         for row, start in ((0, 9), (1, 0)):
             single = {name: t[row : row + 1, start:] for name, t in inputs.items()}
             alone.append(scores(llama, single)[0])
-    torch.testing.assert_close(together, torch.cat(alone, 1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together, torch.cat(alone, 1), atol=1e-5, rtol=1e-5)
 
 
 def test_short_prompts_and_full_caps_are_identical(llama):
@@ -166,7 +166,7 @@ def test_cache_lengths_windows_and_positions(llama):
         cache.crop(-3)
         assert [layer.keys.shape[2] for layer in cache.layers] == [9, 28, 9]
         at_once = llama(more, attention_mask=mask, past_key_values=cache).logits
-        torch.testing.assert_close(torch.cat([s.logits for s in steps], 1), at_once, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(torch.cat([s.logits for s in steps], 1), at_once, atol=1e-5, rtol=1e-5)
         with pytest.raises(ValueError, match="only 3 came after"):
             cache.crop(-4)
         cache.batch_repeat_interleave(2)

@@ -118,7 +118,7 @@ def test_masked_edit_equals_the_authors(case):
     )  # fmt: skip
     expected = T[f"loop/{case}"]
     assert expected.abs().max() < 100 and (expected[0] - expected[1]).abs().max() > 0.1
-    torch.testing.assert_close(latents, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
+    torch.testing.assert_close(latents, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-5)
 
 
 # ---- the map
@@ -193,7 +193,7 @@ def test_padding_counts_or_not(unet):
             with attnlib.attach(unet, UniformMaps(padding=padding)):
                 got = unet(x, 3, encoder_hidden_states=text, encoder_attention_mask=mask).sample
                 expected = unet(x, 3, encoder_hidden_states=reference).sample
-            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_composes_with_guidance_on_self_attention(unet):
@@ -219,7 +219,7 @@ def test_prompts_of_the_same_mean_value_reconstruct_alike(unet):
             ddim_invert(noise_predictor(unet, t, session=session, pass_name="u"), scheduler(), x, 5)[-1]
             for t in (text, other)
         ]
-    torch.testing.assert_close(*paths, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(*paths, atol=1e-5, rtol=1e-5)
     plain = [ddim_invert(noise_predictor(unet, t), scheduler(), x, 5)[-1] for t in (text, other)]
     assert (plain[0] - plain[1]).abs().max() > 10 * (paths[0] - paths[1]).abs().max()
 
@@ -284,7 +284,8 @@ def test_editing_a_tiny_pipeline(unet):
         pair, branch = masked_edit(uniform, uniform, scheduler(), twins, noise, steps=10, below=1000)
         alone = ddim_sample(uniform, scheduler(), noise, 10)
         for z in (pair[:1], pair[1:], branch):
-            torch.testing.assert_close(z, alone, atol=1e-4, rtol=1e-4)
+            # Rounding of a batch and of a single row adds up over the steps.
+            torch.testing.assert_close(z, alone, atol=5e-5, rtol=1e-4)
         edit = noise_predictor(unet, torch.cat([empty, text]), empty, 7.5, session, "text")
         pair, branch = masked_edit(edit, uniform, scheduler(), twins, noise, steps=10, below=500)
     assert torch.isfinite(pair).all() and (pair[0] - pair[1]).abs().max() > 1e-3
@@ -368,5 +369,5 @@ def test_inside_a_whole_pipeline(unet):
         got = run()
         # the pipeline moves its scheduler's timesteps by one
         expected = ddim_sample(noise_predictor(unet, text, empty, 5.0), pipe.scheduler, noise, 4)
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert (got - plain).abs().max() > 1e-3 and torch.equal(run(), plain)

@@ -146,7 +146,7 @@ def test_heads_equal_full_passes_layer_after_layer(family, selection):
     with attnlib.attach(model, vhr, token_types=RULE):
         got = generated(model, inputs)
     for layer in layers:
-        torch.testing.assert_close(vhr.results()["divergence"][layer], divergence[layer], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(vhr.results()["divergence"][layer], divergence[layer], atol=1e-5, rtol=1e-5)
         assert torch.equal(vhr.results()["heads"][layer], want[layer]) and (want[layer].sum(1) <= 2).all()
     # The same as scaling these heads throughout.
     factors = {layer: torch.where(want[layer], 3.0, 1.0) for layer in layers}
@@ -163,7 +163,7 @@ def test_both_selections_differ_once_a_layer_was_scaled():
         with attnlib.attach(model, vhr, token_types=RULE), torch.no_grad():
             model(**inputs)
         found.append(vhr.results()["divergence"])
-    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(found[0][3], found[1][3], rtol=0.05)
 
 
@@ -200,7 +200,7 @@ def test_batch_with_padding_equals_single_prompts():
             got, _ = generated(model, some)
         together, alone = (got, alone) if row is None else (together, [*alone, got])
     torch.testing.assert_close(
-        together.nan_to_num(neginf=0), torch.cat(alone, 1).nan_to_num(neginf=0), atol=1e-3, rtol=1e-3
+        together.nan_to_num(neginf=0), torch.cat(alone, 1).nan_to_num(neginf=0), atol=1e-5, rtol=1e-5
     )
 
 
@@ -304,7 +304,7 @@ def test_reliance_of_every_new_token_equals_full_passes(mode):
                 a = last_outputs(model, layer, {}, input_ids=ids[None])
                 b = last_outputs(model, layer, {}, input_ids=ids[ids != IMAGE_ID][None])
                 want = (a - b).norm(dim=-1)[0]
-                torch.testing.assert_close(results["divergence"][layer][step, row], want, atol=1e-3, rtol=1e-3)
+                torch.testing.assert_close(results["divergence"][layer][step, row], want, atol=1e-5, rtol=1e-5)
                 total += float(want.sort().values[-2:].sum())
             assert float(results["reliance"][step, row]) == pytest.approx(total, rel=1e-3)
 
@@ -346,7 +346,7 @@ def test_it_composes():
             # The second branch is not reinforced.
             with torch.no_grad():
                 other = torch.cat([model(input_ids=row[None]).logits[:, -1] for row in text])
-            torch.testing.assert_close(got[0], 1.8 * main[0] - 0.8 * other, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(got[0], 1.8 * main[0] - 0.8 * other, atol=1e-5, rtol=1e-5)
 
 
 def test_refusals():

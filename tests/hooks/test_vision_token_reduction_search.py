@@ -42,7 +42,7 @@ def model():
 
 
 def close(a, b, atol=1e-5):
-    torch.testing.assert_close(a, b, atol=atol, rtol=1e-4)
+    torch.testing.assert_close(a, b, atol=atol, rtol=1e-5)
 
 
 # ---- search

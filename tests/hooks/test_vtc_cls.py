@@ -27,7 +27,7 @@ def model():
 
 
 def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def class_rows(model, inputs):

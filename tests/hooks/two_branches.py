@@ -48,12 +48,12 @@ def generated(model, inputs, mode=None, new=5, processor=None, seed=3):
     return torch.stack(out.scores), out.sequences
 
 
-def equal(got, want, atol=2e-4):
+def equal(got, want, atol=1e-5):
     """Same support, same scores there, same tokens."""
     (mine, sequences), (theirs, expected) = got, want
     assert torch.equal(sequences, expected)
     assert torch.equal(mine.isinf(), theirs.isinf())
-    torch.testing.assert_close(mine.nan_to_num(neginf=0.0), theirs.nan_to_num(neginf=0.0), atol=atol, rtol=1e-4)
+    torch.testing.assert_close(mine.nan_to_num(neginf=0.0), theirs.nan_to_num(neginf=0.0), atol=atol, rtol=1e-5)
 
 
 def by_rows(model, rows):

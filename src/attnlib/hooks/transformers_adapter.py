@@ -914,10 +914,11 @@ def _hide_unwritten(site: Site, block: nn.Module, args: tuple[Any, ...], kwargs:
     layers = getattr(cache, "layers", ())
     if site.layer >= len(layers) or type(layers[site.layer]) is not _need().cache.StaticLayer:
         return None
-    if not layers[site.layer].get_seq_length() or kwargs.get("attention_mask") is not None:
+    if not layers[site.layer].get_seq_length():
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
-    return args, {**kwargs, "attention_mask": mask_unwritten(site, layers[site.layer], hidden, None)}
+    mask = kwargs.get("attention_mask")
+    return args, {**kwargs, "attention_mask": mask_unwritten(site, layers[site.layer], hidden, mask)}
 
 
 def _around(intervention: Intervention, site: Site, inner: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -982,6 +983,7 @@ class _Follow:
         if read is None:
             raise ValueError(f"{type(model).__name__} was called without input_ids or inputs_embeds")
         tracker.advance(ids, offset, read.shape[1], given.get("attention_mask"))
+        assert tracker.types is not None
         if given.get("pixel_values") is not None and not bool((tracker.types == IMAGE).any()):
             raise ValueError(
                 f"{type(model).__name__} was given pixel_values, but token_types finds no image token in the prompt; "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,19 @@ from ..hooks.core import Session, Site
 from ..hooks.tokens import IMAGE
 from ..hooks.vision import class_row
 from ..types import check_choice
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def by_layer(name: str, given: Any, kind: type[M]) -> dict[int, M]:
+    """Modules by number of the layer, from a mapping, or from a sequence for the layers from 0 on."""
+    modules = dict(given.items() if isinstance(given, Mapping) else enumerate(given))
+    if not modules:
+        raise ValueError(f"{name} is empty; give at least one {kind.__name__}")
+    for layer, one in modules.items():
+        if not isinstance(one, kind):
+            raise TypeError(f"{name}[{layer}] is a {type(one).__name__}, not a {kind.__name__}")
+    return modules
 
 
 def reader(model: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:

@@ -12,6 +12,7 @@ from ..hooks import Intervention
 from ..hooks.core import Site
 from ..nn.layers import merge_heads
 from ..nn.multimodal.p_adapter import PLaplacianAdapter, pool_nodes
+from ._watch import by_layer
 
 #: Names of output projections.
 PROJECTIONS = ("o_proj", "out_proj", "dense", "proj")
@@ -52,13 +53,7 @@ class PLaplacian(Intervention):
             raise ValueError(f"kind={kind!r} is not possible; choose 'self' or 'cross'")
         if pooled < 1:
             raise ValueError(f"pooled={pooled} must be at least 1")
-        pairs = adapters.items() if isinstance(adapters, Mapping) else enumerate(adapters)
-        self.adapters: dict[int, PLaplacianAdapter] = dict(pairs)  # type: ignore[arg-type]
-        if not self.adapters:
-            raise ValueError("adapters is empty; give at least one PLaplacianAdapter")
-        for layer, one in self.adapters.items():
-            if not isinstance(one, PLaplacianAdapter):
-                raise TypeError(f"adapters[{layer}] is a {type(one).__name__}, not a PLaplacianAdapter")
+        self.adapters = by_layer("adapters", adapters, PLaplacianAdapter)
         self.kinds = (kind,)  # type: ignore[misc]
         self.layers = sorted(self.adapters)
         self.pooled = pooled

@@ -12,6 +12,7 @@ from ..hooks import IMAGE, PAD, SYSTEM, Intervention
 from ..hooks.core import Session, Site
 from ..hooks.removal import pack, take
 from ..nn.multimodal.wings_lorra import LayerWings
+from ._watch import by_layer
 
 
 class VisualWings(Intervention):
@@ -39,13 +40,7 @@ class VisualWings(Intervention):
     needs_types: ClassVar[bool] = True
 
     def __init__(self, learners: Mapping[int, LayerWings] | Sequence[LayerWings] | nn.ModuleList):
-        pairs = learners.items() if isinstance(learners, Mapping) else enumerate(learners)
-        self.learners: dict[int, LayerWings] = dict(pairs)  # type: ignore[arg-type]
-        if not self.learners:
-            raise ValueError("learners is empty; give at least one LayerWings")
-        for layer, one in self.learners.items():
-            if not isinstance(one, LayerWings):
-                raise TypeError(f"learners[{layer}] is a {type(one).__name__}, not a LayerWings")
+        self.learners = by_layer("learners", learners, LayerWings)
         self.layers = sorted(self.learners)
         self.reset()
 
