@@ -154,7 +154,7 @@ def test_the_prompt_s_metric_is_kept():
     plain = greedy(m.freeze_metric(ids), ids, use_cache=False)
     assert torch.equal(cached.sequences, plain.sequences)
     for a, b in zip(cached.logits, plain.logits, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
@@ -204,7 +204,7 @@ def test_a_g_cache_is_saved_and_belongs_to_one_model(tmp_path):
     again = GCache.load(tmp_path / "g.safetensors")
     assert again.source == cache.source == m.fingerprint()
     want = m(ids, use_cache=False).logits
-    torch.testing.assert_close(m.use_g_cache(again)(ids).logits, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(m.use_g_cache(again)(ids).logits, want, atol=1e-5, rtol=1e-5)
     twin = small(seed=1)
     before = twin(ids, use_cache=False).logits
     with pytest.raises(ValueError, match="G-cache of another model"):
@@ -258,7 +258,7 @@ def test_gradient_checkpointing():
     m.gradient_checkpointing_enable()
     m(ids, labels=ids).loss.backward()
     for n, p in m.named_parameters():
-        torch.testing.assert_close(p.grad, want[n], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(p.grad, want[n], atol=1e-5, rtol=1e-5)
 
 
 def test_bad_input():

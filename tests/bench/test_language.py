@@ -86,7 +86,7 @@ def test_bits_are_those_of_the_logits(text, monkeypatch):
     with torch.no_grad():
         bits = t.bits(m, 128)
         expected = -torch.log2(m(x).y.softmax(-1).gather(-1, y[..., None])[..., 0])
-    torch.testing.assert_close(bits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(bits, expected, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         found = t.evaluate(m)
     assert found["bits per byte at 2x"] == pytest.approx(float(bits.mean()), abs=1e-5)

@@ -31,3 +31,16 @@ def llava_inputs(model, batch=2, seed=1):
         "attention_mask": torch.ones_like(ids),
         "pixel_values": torch.randn(batch, 3, 8, 8),
     }
+
+
+def outspoken_llava():
+    """A model whose scores and answer to the image differ clearly, and a batch with padding on the left."""
+    model = llava()
+    inputs = llava_inputs(model)
+    inputs["input_ids"][0, :2] = 0
+    inputs["attention_mask"][0, :2] = 0
+    with torch.no_grad():
+        model.lm_head.weight.mul_(15)
+        for p in model.model.multi_modal_projector.parameters():
+            p.mul_(40)
+    return model, inputs

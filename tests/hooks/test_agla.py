@@ -189,16 +189,9 @@ def test_relevance_of_a_matching_model_of_transformers():
 
 @pytest.fixture
 def case():
-    from hooks.llava import IMAGE_ID, llava, llava_inputs
+    from hooks.llava import IMAGE_ID, outspoken_llava
 
-    model = llava()
-    inputs = llava_inputs(model)
-    inputs["input_ids"][0, :2] = 0
-    inputs["attention_mask"][0, :2] = 0
-    with torch.no_grad():
-        model.lm_head.weight.mul_(15)
-        for p in model.model.multi_modal_projector.parameters():
-            p.mul_(40)
+    model, inputs = outspoken_llava()
     return model, inputs, TokenTypes(IMAGE_ID)
 
 

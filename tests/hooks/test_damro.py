@@ -69,16 +69,10 @@ pytest.importorskip("transformers")
 
 @pytest.fixture
 def case():
-    from hooks.llava import IMAGE_ID, llava, llava_inputs
+    from hooks.llava import IMAGE_ID, outspoken_llava
 
-    model = llava()
-    inputs = llava_inputs(model)
-    inputs["input_ids"][0, :2] = 0
-    inputs["attention_mask"][0, :2] = 0
+    model, inputs = outspoken_llava()
     with torch.no_grad():
-        model.lm_head.weight.mul_(15)
-        for p in model.model.multi_modal_projector.parameters():
-            p.mul_(40)
         for name, p in model.model.vision_tower.named_parameters():
             if "q_proj" in name or "k_proj" in name:
                 p.mul_(20)

@@ -188,7 +188,7 @@ def test_layers_of_a_model_equal_the_mask(model, mode):
                 assert all(row["scored"] * 20 == row["of"] * 15 for row in shown.values())
         (ids, ours), (expected, spec) = got[-2:]
         assert torch.equal(ids, expected)
-        torch.testing.assert_close(ours, spec, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(ours, spec, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(got[0][1], got[2][1])
 
 

@@ -31,8 +31,8 @@ def test_equals_the_authors(case):
     torch.testing.assert_close(y, data["y"], rtol=1e-5, atol=1e-5)
     (y * data["g"]).sum().backward()
     for ours, name in ((h.grad, "dx/h"), (a.grad, "dx/a"), (adapter.p.grad, "dw/p"), (adapter.theta.grad, "dw/theta")):
-        torch.testing.assert_close(ours, data[name], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(adapter.inner.weight.grad, data["dw/inner"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, data[name], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adapter.inner.weight.grad, data["dw/inner"], rtol=1e-5, atol=1e-5)
 
 
 def _pieces(n=6, m=6, seed=0):
@@ -143,9 +143,9 @@ def test_generation_equals_the_equation_and_a_closed_map_changes_nothing(family)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
             whole = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, 19:-1]
-    torch.testing.assert_close(got.transpose(0, 1), whole, rtol=1e-4, atol=3e-5)
-    torch.testing.assert_close(got[:, :1], alone, rtol=1e-4, atol=3e-5)
-    torch.testing.assert_close(static, got, rtol=1e-4, atol=3e-5)
+    torch.testing.assert_close(got.transpose(0, 1), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[:, :1], alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(static, got, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(got, plain, atol=1e-3)
     # One layer against the equation, from recorded weights and values.
     seen = {}

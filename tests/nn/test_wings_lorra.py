@@ -177,7 +177,7 @@ def test_generation_equals_the_model_written_out(textual):
         got, ids = scores(model, inputs)
     with torch.no_grad():
         want = _oracle(model, learners, ids, textual)[:, 15:-1]
-    torch.testing.assert_close(got.transpose(0, 1), want, rtol=1e-4, atol=3e-5)
+    torch.testing.assert_close(got.transpose(0, 1), want, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(got, plain, atol=1e-2)
     from attnlib.hooks import Record, TokenTypes
     from attnlib.steer import VisualWings, Wings
@@ -199,10 +199,10 @@ def test_padding_samples_without_image_and_beams(textual):
     with _attach(model, learners, textual):
         together, _ = scores(model, inputs)
         alone, _ = scores(model, {k: v[:1, 4:] for k, v in inputs.items()})
-        torch.testing.assert_close(together[:, :1], alone, rtol=1e-4, atol=3e-5)
+        torch.testing.assert_close(together[:, :1], alone, rtol=1e-5, atol=1e-5)
         model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, num_beams=2, do_sample=False)
         static, _ = scores(model, inputs, cache_implementation="static")
-    torch.testing.assert_close(static, together, rtol=1e-4, atol=3e-5)
+    torch.testing.assert_close(static, together, rtol=1e-5, atol=1e-5)
     if not textual:
         plain, _ = scores(model, inputs)
         torch.testing.assert_close(together[:, 1], plain[:, 1])
