@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa: E402
 
 import attnlib  # noqa: E402
-from attnlib.hooks.hf_state import StateLayer, state_cache  # noqa: E402
+from attnlib.hooks.hf.state import StateLayer, state_cache  # noqa: E402
 from attnlib.models.language import DecoderConfig, DecoderForCausalLM, build_mixer  # noqa: E402
 from attnlib.nn.registry import find  # noqa: E402
 

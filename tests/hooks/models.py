@@ -3,7 +3,9 @@
 import torch
 
 from attnlib.hooks import Intervention
-from attnlib.hooks.core import PairMask, Site, Stages, run_attention
+from attnlib.hooks.call import run_attention
+from attnlib.hooks.intervention import Stages
+from attnlib.hooks.site import PairMask, Site
 
 SIZES = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 import attnlib  # noqa: E402
 from attnlib.cache import SnapKV  # noqa: E402
 from attnlib.hooks import IMAGE, PAD, TEXT, Intervention, TokenTypes  # noqa: E402
-from attnlib.hooks import core as hooks_core  # noqa: E402
+from attnlib.hooks import call as hooks_call  # noqa: E402
 from attnlib.reduce import ATP, ATPGate, DyVTE, adaptive_rate, atp_gates, atp_losses, spatial_scores  # noqa: E402
 from attnlib.reduce.base import grid_size  # noqa: E402
 from hooks.pictures import IMAGE_ID, TOKENS, image_slots, picture_inputs, picture_model  # noqa: E402
@@ -104,7 +104,7 @@ def test_scores_thresholds_masks_losses_and_gradients_equal_the_reimplementation
 @pytest.mark.parametrize("elements", [1 << 22, 40])
 def test_statistics_equal_an_oracle_under_a_causal_mask(elements, monkeypatch):
     """Only pairs that may meet count; blocks of rows give the same."""
-    monkeypatch.setattr(hooks_core, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(hooks_call, "BLOCK_ELEMENTS", elements)
     torch.manual_seed(0)
     q, k = torch.randn(2, 4, 10, 8, dtype=torch.float64), torch.randn(2, 2, 10, 8, dtype=torch.float64)
     types = torch.full((2, 10), TEXT)

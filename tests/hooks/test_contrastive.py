@@ -6,6 +6,7 @@ import torch
 import attnlib
 from attnlib.cache import SnapKV
 from attnlib.hooks import IMAGE, PAD, TokenTypes
+from attnlib.hooks.branches import Prompt, image_runs
 from attnlib.steer import (
     Branch,
     ContrastiveDecoding,
@@ -17,7 +18,6 @@ from attnlib.steer import (
     VisualRedistribution,
     contrast,
 )
-from attnlib.steer.contrastive import Prompt, image_runs
 from hooks import models
 from hooks.models import prompt
 from hooks.two_branches import Scratch, by_rows, equal, generated

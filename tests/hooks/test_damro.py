@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 import attnlib
 from attnlib.cache import SnapKV
 from attnlib.hooks import TokenTypes
+from attnlib.hooks.vision import class_attention
 from attnlib.steer import DAMRO, contrast, select_outliers
-from attnlib.steer._watch import class_attention
 from hooks.models import language_model, prompt
 from hooks.two_branches import Scratch, equal, generated
 

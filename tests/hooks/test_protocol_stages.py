@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 import attnlib  # noqa: E402
 from attnlib.cache import SnapKV  # noqa: E402
 from attnlib.hooks import Intervention, Probe, TokenTypes  # noqa: E402
-from attnlib.hooks import core as hooks_core  # noqa: E402
+from attnlib.hooks import session as hooks_session  # noqa: E402
 
 MODES = [
     pytest.param({}, id="greedy"),
@@ -500,7 +500,7 @@ def test_interventions_of_the_whole_model_meet_everyone(llama):
 
     with pytest.raises(ValueError, match="cannot both act on this model: there can be only one"):
         attnlib.attach(llama, Alone(), Logits())
-    assert not hooks_core._sessions.get(llama) and "_get_logits_processor" not in llama.__dict__
+    assert not hooks_session._sessions.get(llama) and "_get_logits_processor" not in llama.__dict__
 
 
 def test_an_intervention_that_is_not_attached_has_no_session():
@@ -553,7 +553,7 @@ def test_values_by_slot_follow_queries_and_keys_that_are_left():
 
 def test_masks_of_the_library_do_not_read_keys_that_are_not_there():
     from attnlib import masks
-    from attnlib.hooks.core import realise_mask
+    from attnlib.hooks.call import realise_mask
     from hooks.models import call_site
 
     q, k = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)

@@ -243,7 +243,7 @@ def test_inside_an_encoder_with_its_fused_path(norm_first, batch_first, masked):
 
 
 def hooks_session(model):
-    from attnlib.hooks import core
+    from attnlib.hooks import session as core
 
     return core._sessions[model]
 

@@ -14,8 +14,9 @@ import attnlib  # noqa: E402
 from attnlib import masks  # noqa: E402
 from attnlib.cache import SnapKV  # noqa: E402
 from attnlib.hooks import Intervention, Record, TokenTypes  # noqa: E402
-from attnlib.hooks import core as hooks_core  # noqa: E402
-from attnlib.hooks import transformers_adapter as adapter  # noqa: E402
+from attnlib.hooks import call as hooks_call  # noqa: E402
+from attnlib.hooks import session as hooks_session  # noqa: E402
+from attnlib.hooks.hf import adapter as adapter  # noqa: E402
 from attnlib.steer import SoftPAG  # noqa: E402
 
 
@@ -152,7 +153,7 @@ def test_score_edits_equal_scaled_queries_whatever_the_blocks(implementation, mo
             layer.self_attn.q_proj.weight[: layer.self_attn.head_dim] *= 0.5
     want, _ = scores(other, inputs)
     for elements, whole in ((1 << 22, False), (200, False), (200, True)):
-        monkeypatch.setattr(hooks_core, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(hooks_call, "BLOCK_ELEMENTS", elements)
         with attnlib.attach(model, Halve(whole)):
             got, _ = scores(model, inputs)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -391,7 +392,7 @@ def test_a_failed_attach_leaves_nothing(llama):
     mark = fingerprint(odd)
     with pytest.raises(ValueError, match="k_proj"):
         attnlib.attach(odd, Missing())
-    assert fingerprint(odd) == mark and not hooks_core._sessions.get(odd)
+    assert fingerprint(odd) == mark and not hooks_session._sessions.get(odd)
 
 
 def test_gradients_pass(llama):

@@ -261,7 +261,7 @@ def test_sublayers_and_block_inputs(case):
 
 
 def _detach(model):
-    from attnlib.hooks import core
+    from attnlib.hooks import session as core
 
     core._sessions[model].detach()
 

@@ -7,7 +7,7 @@ import torch
 
 import attnlib
 from attnlib.hooks import Record
-from attnlib.hooks import core as hooks_core
+from attnlib.hooks import call as hooks_call
 from attnlib.hooks.probes import sink_rate
 from hooks.models import call_site, dense_attention, language_model, prompt, run, scores
 
@@ -49,7 +49,7 @@ def test_sink_rate_counts_from_the_first_token_that_exists():
 
 @pytest.mark.parametrize("elements", [1 << 22, 60])
 def test_statistics_equal_those_of_the_map_whatever_the_blocks(elements, monkeypatch):
-    monkeypatch.setattr(hooks_core, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(hooks_call, "BLOCK_ELEMENTS", elements)
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 11, 8), torch.randn(2, 2, 11, 8), torch.randn(2, 2, 11, 8)
     site = call_site(q, k)
@@ -68,16 +68,16 @@ def test_statistics_equal_those_of_the_map_whatever_the_blocks(elements, monkeyp
 
 def test_maps_are_never_whole_unless_asked(monkeypatch):
     """Statistics of a long sequence touch only blocks of rows."""
-    monkeypatch.setattr(hooks_core, "BLOCK_ELEMENTS", 2000)
+    monkeypatch.setattr(hooks_call, "BLOCK_ELEMENTS", 2000)
     largest = []
-    plain = hooks_core.score_rows
+    plain = hooks_call.score_rows
 
     def spy(*args):
         out = plain(*args)
         largest.append(out[0].numel())
         return out
 
-    monkeypatch.setattr(hooks_core, "score_rows", spy)
+    monkeypatch.setattr(hooks_call, "score_rows", spy)
     torch.manual_seed(0)
     q, k = torch.randn(1, 2, 300, 4), torch.randn(1, 1, 300, 4)
     record = Record(rows="all", what=("entropy", "sink"))

@@ -10,7 +10,8 @@ transformers = pytest.importorskip("transformers")
 import attnlib  # noqa: E402
 from attnlib.cache import SnapKV  # noqa: E402
 from attnlib.hooks import Intervention, Record, TokenTypes  # noqa: E402
-from attnlib.hooks.removal import decode_mask, pack, prompt_mask, take  # noqa: E402
+from attnlib.hooks.choose import pack, take  # noqa: E402
+from attnlib.hooks.hf.removal import decode_mask, prompt_mask  # noqa: E402
 from hooks.llava import IMAGE_ID, llava, llava_inputs  # noqa: E402
 from hooks.pictures import image_slots, picture_inputs, picture_model  # noqa: E402
 

@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: E402
 import attnlib  # noqa: E402
 from attnlib.hooks import Record  # noqa: E402
 from attnlib.steer import SoftPAG, UniformMaps  # noqa: E402
-from attnlib.steer.uniform_maps import (  # noqa: E402
+from attnlib.steer.diffusion.uniform_maps import (  # noqa: E402
     blend,
     ddim_invert,
     ddim_sample,

@@ -9,7 +9,7 @@ from hooks.models import call_site, dense_attention, language_model, prompt, run
 import attnlib
 from attnlib.grids import Layout
 from attnlib.hooks import IMAGE, PAD, TEXT, Record, TokenTypes
-from attnlib.hooks import core as hooks_core
+from attnlib.hooks import call as hooks_core
 from attnlib.look import Statistics, effective_rank, image_map
 from attnlib.look.statistics import WHAT
 

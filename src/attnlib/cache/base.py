@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..hooks.core import Intervention, Site
+from ..hooks.intervention import Intervention
+from ..hooks.site import Site
 from ..types import to_list
 from .budgets import Budget
 from .scorers import CacheView, Scorer

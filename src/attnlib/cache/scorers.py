@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..hooks.core import BLOCK_ELEMENTS, Site
+from ..hooks.call import BLOCK_ELEMENTS
+from ..hooks.site import Site
 from ..types import check_choice, stats_dtype
 from .votes import check_window, snapkv_votes
 

@@ -3,8 +3,11 @@
 >>> from attnlib.hooks import Intervention, Record, attach
 """
 
-from .core import KINDS, STAGES, Intervention, PairMask, Probe, Session, Site, attach
+from .attach import attach
+from .intervention import STAGES, Intervention, Probe
 from .probes import Record
+from .session import Session
+from .site import KINDS, PairMask, Site
 from .tokens import GENERATED, IMAGE, PAD, QUESTION, SYSTEM, TEXT, TokenTypes
 from .type_masks import MaskByType, TypeRule, bidirectional, causal_frames, composite, modality_mutual
 

@@ -27,9 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..grids import Layout
-from .core import Adapter, Session, Site, Stages, run_attention
-from .torch_adapter import Intercept, pair_mask
-from .transformers_adapter import block_of, swap_sources
+from .blocks import around, block_of, swap_sources
+from .call import run_attention
+from .intercept import Intercept, pair_mask
+from .intervention import Stages
+from .session import Adapter, Session
+from .site import Site
 
 #: In which order a processor concatenates the two streams of joint attention.
 JOINT_ORDER = {
@@ -135,7 +138,7 @@ class ModuleRuntime:
 
         chain: Callable[[Tensor], Tensor] = innermost
         for i in reversed(self.stages["around_sublayer"]):
-            chain = functools.partial(_around, i, site, chain)
+            chain = functools.partial(around, i, site, chain)
         result = chain(hidden)
         if not isinstance(result, Tensor) or result.shape[:2] != hidden.shape[:2]:
             got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
@@ -259,10 +262,6 @@ class ModuleRuntime:
         while height and width and height * width > tokens:
             height, width = -(-height // 2), -(-width // 2)
         return (height, width) if height and height * width == tokens else tokens
-
-
-def _around(intervention: Any, site: Site, inner: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    return intervention.around_sublayer(site, hidden, inner)
 
 
 def _video_grid(model: Any, given: dict[str, Any], sample: Any) -> tuple[int, int, int] | None:

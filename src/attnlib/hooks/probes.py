@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import check_choice, to_list
-from .core import Probe, Site, check_heads
+from .intervention import Probe, check_heads
+from .site import Site
 
 #: What a :class:`Record` can keep.
 WHAT = ("weights", "entropy", "received", "sink")

@@ -27,7 +27,9 @@ from torch import Tensor
 
 from ..masks import CausalFrames, Mask, causal, causal_frames, modality, recent
 from ..types import to_list
-from .core import Intervention, Session, Site
+from .intervention import Intervention
+from .session import Session
+from .site import Site
 from .tokens import GENERATED, IMAGE, NAMES, QUESTION, SYSTEM, TEXT, TokenTypes
 
 Pairs = frozenset[tuple[int, int]]

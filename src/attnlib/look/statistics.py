@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ..grids import Layout, coordinates
-from ..hooks.core import Site
 from ..hooks.probes import Record, _Layer, sink_rate
+from ..hooks.site import Site
 from ..hooks.tokens import IMAGE, NAMES, PAD
 from ..types import check_choice
 

@@ -20,7 +20,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
-from ..hooks.hf_state import StateLayer, state_cache, state_layers
+from ..hooks.hf.state import StateLayer, state_cache, state_layers
 from ..nn.base import Mechanism
 from ..nn.registry import create, find
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 
-from ..hooks.hf_state import StateLayer
+from ..hooks.hf.state import StateLayer
 from ..nn.dense.pldr_llm_plga import Deductive, PowerLawGraphAttention, _SwiGLU
 from .language import DecoderConfig, DecoderForCausalLM, DecoderLayer, DecoderModel
 

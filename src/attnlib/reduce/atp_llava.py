@@ -38,7 +38,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..hooks.core import Site, row_blocks, score_rows
+from ..hooks.call import row_blocks, score_rows
+from ..hooks.site import Site
 from ..hooks.tokens import IMAGE, is_text
 from ..types import check_choice, stats_dtype
 from .base import Reduction, best, grid_size

@@ -1,8 +1,8 @@
 """Fewer visual tokens: a scorer says what each is worth, a selector which stay, a merger what becomes of the rest.
 
-Tokens leave the sequence for real (:mod:`attnlib.hooks.removal`), before the decoder (at the input of its first block)
-or inside it. Only image tokens ever leave; which they are is told by ``attach(..., token_types=...)``. A prompt without
-images is left alone, bit for bit.
+Tokens leave the sequence for real (:mod:`attnlib.hooks.hf.removal`), before the decoder (at the input of its first
+block) or inside it. Only image tokens ever leave; which they are is told by ``attach(..., token_types=...)``. A prompt
+without images is left alone, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..hooks.core import Intervention, Probe, Session, Site
-from ..hooks.removal import Lengths, pack
+from ..hooks.blocks import block_of
+from ..hooks.choose import pack
+from ..hooks.hf.removal import Lengths
+from ..hooks.intervention import Intervention, Probe
+from ..hooks.session import Session
+from ..hooks.site import Site
 from ..hooks.tokens import IMAGE, is_text
-from ..hooks.transformers_adapter import block_of
 from ..types import check_choice
 from .flops import BlockCost, prefill_flops
 

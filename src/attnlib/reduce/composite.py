@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..hooks import IMAGE, Intervention, Probe
-from ..hooks.core import Site, implements
+from ..hooks.intervention import implements
+from ..hooks.site import Site
 from ..types import check_choice, to_list
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..hooks.core import Site
+from ..hooks.site import Site
 
 
 @dataclass(frozen=True)

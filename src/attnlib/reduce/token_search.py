@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..hooks.core import Site
+from ..hooks.site import Site
 from .base import ByAttention, Rate, ReduceByAttention, Selector, TopK
 
 # --------------------------------------------------------------------------------------------------------------------

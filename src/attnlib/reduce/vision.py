@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hooks.core import Session, Site
+from ..hooks.session import Session
+from ..hooks.site import Site
 from ..hooks.vision import class_row
 from ..types import check_choice, stats_dtype
 from .base import Scorer

@@ -30,8 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..hooks.core import Intervention, Session, Site, implements, row_blocks, score_rows
-from ..hooks.removal import pack
+from ..hooks.call import row_blocks, score_rows
+from ..hooks.choose import pack
+from ..hooks.intervention import Intervention, implements
+from ..hooks.session import Session
+from ..hooks.site import Site
 from ..hooks.tokens import IMAGE, is_text
 from ..types import check_choice, to_list
 from .base import Selector

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..hooks.core import Site
+from ..hooks.site import Site
 from ..hooks.tokens import IMAGE
 from ..types import check_choice
 from .base import Reduce, Selector, TopK

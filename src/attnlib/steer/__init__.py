@@ -1,24 +1,17 @@
 """Steering attention inside pretrained models, attached with :func:`attnlib.attach`."""
 
+from ..hooks.branches import Branch, ImageTokens, NoImage, NullTokens, OtherPixels
 from .agla import AGLA, BlipRelevance, grad_cam, mask_pixels, relevance_mask, spread_relevance
-from .contrastive import (
-    Branch,
-    ContrastiveDecoding,
-    ImageTokens,
-    NoImage,
-    NullTokens,
-    OtherPixels,
-    contrast,
-)
+from .contrastive import ContrastiveDecoding, contrast
 from .damro import DAMRO, select_outliers
+from .diffusion.softpag import SoftPAG, guide, hunt_heads
+from .diffusion.uniform_maps import UniformMaps
 from .head_reinforcement import HeadDivergence, HeadReinforcement, head_divergence, sensitive_heads, token_divergence
 from .head_scaling import HeadScale
 from .lacing import DualAttention
 from .p_laplacian import PLaplacian
 from .sink_calibration import HeadSearch, SinkCalibration, calibrate, label_accuracy, search_heads
 from .soft_guidance import NullImage, SoftImageGuidance
-from .softpag import SoftPAG, guide, hunt_heads
-from .uniform_maps import UniformMaps
 from .visual_boost import VisualBoost, boost, boost_sets, image_guidance
 from .visual_redistribution import VisualRedistribution, find_sink_dims, redistribute, sink_tokens
 from .wings import VisualWings, Wings

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contrastive import ContrastiveDecoding, OtherPixels
+from ..hooks.branches import OtherPixels
+from .contrastive import ContrastiveDecoding
 
 # --------------------------------------------------------------------------------------------------------------------
 # From relevance to a mask

@@ -19,11 +19,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..hooks.core import Session
+from ..hooks.branches import ImageTokens, Prompt
+from ..hooks.session import Session
 from ..hooks.tokens import IMAGE
+from ..hooks.vision import VisionEncoder
 from ..types import check_choice
-from ._watch import VisionEncoder, image_slots
-from .contrastive import ContrastiveDecoding, ImageTokens, Prompt
+from ._watch import image_slots
+from .contrastive import ContrastiveDecoding
 
 
 def select_outliers(features: Tensor, attention: Tensor, k: int, compat: str | None = None) -> Tensor:

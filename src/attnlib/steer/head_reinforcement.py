@@ -28,11 +28,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..hooks.core import Intervention, Session, Site, implements
+from ..hooks.blocks import block_of
+from ..hooks.branches import NoImage, Prompt, Reading
+from ..hooks.intervention import Intervention, implements
+from ..hooks.session import Session
+from ..hooks.site import Site
 from ..hooks.tokens import IMAGE, PAD
-from ..hooks.transformers_adapter import block_of
 from ..types import check_choice, to_list
-from .contrastive import ContrastiveDecoding, NoImage, Prompt, Reading
+from .contrastive import ContrastiveDecoding
 
 
 def head_divergence(with_image: Tensor, without: Tensor, outliers: bool = True) -> Tensor:

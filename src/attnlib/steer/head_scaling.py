@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..hooks.core import Intervention, Site
+from ..hooks.intervention import Intervention
+from ..hooks.site import Site
 from ..types import to_list
 
 Factors = Tensor | Sequence[float] | Mapping[int, float]

@@ -23,7 +23,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..hooks.core import Intervention, Probe, Site, implements
+from ..hooks.intervention import Intervention, Probe, implements
+from ..hooks.site import Site
 from ..hooks.tokens import IMAGE, is_text
 from ..types import check_choice, to_list
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks import Intervention
-from ..hooks.core import Site
+from ..hooks.site import Site
 from ..nn.layers import merge_heads
 from ..nn.multimodal.p_adapter import PLaplacianAdapter, pool_nodes
 from ._watch import by_layer

@@ -25,9 +25,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..hooks.core import Intervention, Session, Site, attach, check_heads
+from ..hooks.attach import attach
+from ..hooks.hf.follow import watch_prompts
+from ..hooks.intervention import Intervention, check_heads
+from ..hooks.session import Session
+from ..hooks.site import Site
 from ..types import check_choice, exactly, to_list
-from ._watch import watch_prompts
 
 #: Heads that the authors' search kept, ``{layer: heads}``.
 HEADS: dict[str, dict[int, tuple[int, ...]]] = {

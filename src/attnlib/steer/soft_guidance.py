@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .contrastive import ContrastiveDecoding, NullTokens
+from ..hooks.branches import NullTokens
+from .contrastive import ContrastiveDecoding
 
 
 class NullImage(nn.Module):

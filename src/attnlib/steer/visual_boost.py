@@ -24,11 +24,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..hooks.core import Intervention, Session, Site
+from ..hooks.branches import NoImage
+from ..hooks.hf.follow import watch_prompts
+from ..hooks.intervention import Intervention
+from ..hooks.session import Session
+from ..hooks.site import Site
 from ..hooks.tokens import IMAGE, PAD
+from ..hooks.vision import VisionEncoder
 from ..types import check_choice, to_list
-from ._watch import VisionEncoder, at_keys, image_slots, prompt_types, reads_images, watch_prompts
-from .contrastive import ContrastiveDecoding, NoImage
+from ._watch import at_keys, image_slots, prompt_types, reads_images
+from .contrastive import ContrastiveDecoding
 
 
 def boost_sets(first: Tensor, late: Tensor, ratio: float = 0.25) -> tuple[Tensor, Tensor]:

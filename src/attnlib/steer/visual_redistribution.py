@@ -23,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..hooks.core import Intervention, Site, attach
+from ..hooks.attach import attach
+from ..hooks.intervention import Intervention
+from ..hooks.site import Site
 from ..hooks.tokens import IMAGE, PAD
 from ..types import check_choice, to_list
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks import IMAGE, PAD, SYSTEM, Intervention
-from ..hooks.core import Session, Site
-from ..hooks.removal import pack, take
+from ..hooks.choose import pack, take
+from ..hooks.session import Session
+from ..hooks.site import Site
 from ..nn.multimodal.wings_lorra import LayerWings
 from ._watch import by_layer
 

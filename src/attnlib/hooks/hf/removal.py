@@ -28,20 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .core import Intervention, Session, Site
-from .transformers_adapter import (
-    READABLE,
-    Kept,
-    LayerRuntime,
-    _forget,
-    _need,
-    _runtimes,
-    block_of,
-    evicted_layer_class,
-    implementation_of,
-    mask_unwritten,
-    register,
-)
+from ..blocks import block_of
+from ..choose import take
+from ..intervention import Intervention
+from ..session import Session
+from ..site import Site
+from .cache import Kept, evicted_layer_class, mask_unwritten
+from .layer import LayerRuntime, _forget, _runtimes, register
+from .names import READABLE, _cache_of, _need, implementation_of
 
 #: Under this name a cache layer carries by how much the positions of its sample moved.
 SHIFT = "position_shift"
@@ -73,38 +67,6 @@ class _Memory(dict[str, Tensor]):
         moved = self[SHIFT]
         super().clear()
         self[SHIFT] = moved
-
-
-def pack(keep: Tensor) -> Tensor:
-    """Indices of the tokens that go on, ready to be returned by ``on_tokens``.
-
-    Args:
-        keep: (B, N) boolean.
-
-    Returns:
-        (B, K) ascending, K the largest number that a sample keeps; -1 on the left of samples that keep fewer.
-
-    >>> pack(torch.tensor([[True, False, True], [False, False, True]])).tolist()
-    [[0, 2], [-1, 2]]
-    """
-    n = keep.shape[1]
-    index = torch.arange(n, device=keep.device).expand_as(keep).masked_fill(~keep, -1)
-    return index.sort(1).values[:, n - int(keep.sum(1).max()) :]
-
-
-def take(values: Tensor, slots: Tensor, dim: int) -> Tensor:
-    """Values along ``dim`` at the slots (B, K), for every sample its own; padding reads slot 0.
-
-    ``values`` has the batch (or 1) as the axis before ``dim``, whatever stands around them.
-    """
-    batch, count = slots.shape
-    lead = dim - 1
-    index = slots.clamp(min=0).reshape(*([1] * lead), batch, count, *([1] * (values.dim() - dim - 1)))
-    shape = [*values.shape]
-    shape[lead] = batch
-    values = values.expand(shape)
-    shape[dim] = count
-    return values.gather(dim, index.expand(shape))
 
 
 def fill(mask: Tensor, dead: Tensor) -> Tensor:
@@ -166,10 +128,6 @@ def decode_mask(mask: Any, k_slots: Tensor, n: int, offset: int, heads: int, pad
     wide = mask.expand(batch, groups, n, mask.shape[-1])
     picked = wide.gather(-1, slots.clamp(min=0)[:, :, None].expand(batch, groups, n, count))
     return fill(picked, (slots < 0)[:, :, None]) if padded else picked
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# One prompt
 
 
 class _Prompt:
@@ -593,15 +551,6 @@ class Removal:
             tokens=torch.stack([prompt.tokens.get(n, everything) for n in layers]),
             slots=tuple(prompt.kept.get(n) for n in layers),
         )
-
-
-def _cache_of(kwargs: dict[str, Any]) -> Any:
-    """The cache among the arguments of a block, whatever its name."""
-    given = kwargs.get("past_key_values")
-    if given is None:
-        kind = _need().cache.Cache
-        given = next((value for value in kwargs.values() if isinstance(value, kind)), None)
-    return given
 
 
 def _where(site: Site) -> str:

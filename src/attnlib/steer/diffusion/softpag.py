@@ -22,8 +22,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..hooks.core import Intervention, Site, check_heads
-from ..types import check_choice, to_list
+from ...hooks.intervention import Intervention, check_heads
+from ...hooks.site import Site
+from ...types import check_choice, to_list
 
 Head = TypeVar("Head", bound=Hashable)
 

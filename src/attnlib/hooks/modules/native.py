@@ -18,24 +18,27 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import masks
-from ..nn.base import Mechanism
-from ..nn.layers import split_heads
-from ..normalizers import as_normalizer
-from ..types import Output
-from .core import PairMask, Session, Site, Stages, run_attention, weight_rows
-from .torch_adapter import ModuleRuntime, _block
+from ... import masks
+from ...nn.base import Mechanism
+from ...nn.layers import split_heads
+from ...normalizers import as_normalizer
+from ...types import Output
+from ..call import run_attention, weight_rows
+from ..intervention import Stages
+from ..session import Session
+from ..site import PairMask, Site
+from .runtime import ModuleRuntime, _block
 
 
 def _framed(module: nn.Module) -> bool:
     """Whether a mechanism has the frame of softmax attention: its ``mix`` with an operator of its own in it."""
-    from ..nn.dense.softmax_attention import SoftmaxAttention
+    from ...nn.dense.softmax_attention import SoftmaxAttention
 
     return isinstance(module, SoftmaxAttention) and type(module).mix is SoftmaxAttention.mix
 
 
 def _softmax(module: nn.Module) -> bool:
-    from ..nn.dense.softmax_attention import SoftmaxAttention
+    from ...nn.dense.softmax_attention import SoftmaxAttention
 
     return (
         _framed(module)
@@ -74,7 +77,7 @@ class MechanismRuntime(ModuleRuntime):
         if self.stages.in_attention:
             self.session.set_attribute(module, "_mix_heads", self._operator(module._mix_heads))
         if self.stages["on_context"]:
-            from .transformers_adapter import swap_sources
+            from ..blocks import swap_sources
 
             def site(source: Tensor) -> Site:
                 return self.described(source.shape[0], 0, source.flatten(1, -2).shape[1], source.device, None)
@@ -228,6 +231,3 @@ class MechanismRuntime(ModuleRuntime):
         if bias is not None:
             bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
         return PairMask(n, m, allowed=allowed, bias=bias)
-
-
-__all__ = ["MechanismRuntime"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..types import State
+from ...types import State
 
 
 class StateLayer(CacheLayerMixin):

@@ -27,7 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..hooks.core import Intervention, Session, Site
+from ...hooks.intervention import Intervention
+from ...hooks.session import Session
+from ...hooks.site import Site
 
 #: ``predict(latents (B, C, H, W), timestep) -> noise (B, C, H, W)``.
 Predict = Callable[[Tensor, Any], Tensor]
@@ -105,10 +107,6 @@ class UniformMaps(Intervention):
             uniform = call(torch.zeros_like(q), k, v, mask=every)
             return uniform if chosen is None else torch.where(chosen, uniform, call(q, k, v))
         return call(torch.zeros_like(q) if chosen is None else q.masked_fill(chosen, 0.0), k, v)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Inversion and editing. The schedulers of diffusers do the arithmetic of noise.
 
 
 def noise_predictor(

@@ -1,0 +1,177 @@
+"""Attaching: which interventions act where in a model, checked before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..types import check_choice
+from .intervention import MODEL_STAGES, STAGES, Intervention, Probe, Stages, check_layers, implements
+from .session import Adapter, Session, _sessions
+from .site import KINDS, Site
+from .tokens import TypeTracker
+
+
+def _adapter(model: Any) -> Adapter:
+    families = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
+    if not isinstance(model, nn.Module):
+        hint = "; attach to the denoiser itself, pipe.unet or pipe.transformer" if "diffusers" in families else ""
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hint}")
+    from .modules.adapter import ModuleAdapter, attention_modules
+
+    if "transformers" in families:
+        from .hf.adapter import TransformersAdapter
+        from .hf.names import reachable
+
+        # A transformers model may be built of our own mechanisms.
+        ours = not any(reachable(m) for m in model.modules()) and bool(attention_modules(model))
+        return ModuleAdapter() if ours else TransformersAdapter()
+    if "diffusers" in families:
+        from .diffusers_adapter import DiffusersAdapter
+
+        return DiffusersAdapter()
+    if attention_modules(model):
+        return ModuleAdapter()
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            f"{type(model).__name__} is a compiled model; attach to the model that it was made of, model._orig_mod, "
+            "and run that one"
+        )
+    raise TypeError(
+        f"{type(model).__name__} is neither a transformers nor a diffusers model, and none of its modules is a "
+        "mechanism of attnlib, a torch.nn.MultiheadAttention or an attention of timm; its attention cannot be reached: "
+        "an adapter that describes its sites is missing"
+    )
+
+
+def _only_model_stages(intervention: Intervention) -> bool:
+    """Whether all it does belongs to the model as a whole, so that no layer is touched for it."""
+    used = [stage for stage in STAGES if implements(intervention, stage)]
+    return bool(used) and not isinstance(intervention, Probe) and all(stage in MODEL_STAGES for stage in used)
+
+
+def _check_pair(site: Site | None, a: Intervention, b: Intervention) -> None:
+    reason = a.conflicts(b) or b.conflicts(a)
+    if reason is None and implements(a, "on_cache") and implements(b, "on_cache"):
+        reason = "both evict from the same cache; combine their scores in one"
+    if reason is None and a.replaces_mask and b.replaces_mask:
+        reason = "both say which query reads which key; combine their masks in one"
+    if reason:
+        where = "this model" if site is None else f"layer {site.layer} ({site.name})"
+        raise ValueError(f"{type(a).__name__} and {type(b).__name__} cannot both act on {where}: {reason}")
+
+
+def attach(
+    model: nn.Module,
+    *interventions: Intervention,
+    rows: Sequence[str] | None = None,
+    token_types: Tensor | Callable[[Tensor], Tensor] | None = None,
+    part: str | None = None,
+) -> Session:
+    """Attach interventions to a model that exists; leaving the session restores it bit for bit.
+
+    ::
+
+        with attnlib.attach(model, SnapKV(ratio=0.5), Record(layers=[3])) as session:
+            model.generate(**inputs)
+        session.results["record"][3]["weights"]
+
+    Args:
+        model: a transformers or diffusers model, or any module with mechanisms of attnlib,
+            ``torch.nn.MultiheadAttention`` or timm's attention in it.
+        interventions: what to do, in order: inputs pass through the first one first.
+        rows: name of each row of the batch, for example ``("uncond", "cond")``.
+        token_types: (B, N) integer types of the prompt's tokens, or a rule from token ids to types such as
+            :class:`attnlib.hooks.TokenTypes`; extended while decoding.
+        part: dotted path of the submodule to act on; by default the text decoder of a transformers model.
+
+    Returns:
+        The :class:`Session`, active at once.
+
+    Raises:
+        TypeError: a model whose family is not known, or something that is no intervention.
+        ValueError: attaching twice, unknown layers or heads, interventions that do not compose, a stage that this
+            family does not serve.
+        ImportError: the extra of that family is not installed.
+    """
+    if not interventions:
+        raise ValueError("attach needs at least one intervention")
+    for i in interventions:
+        if not isinstance(i, Intervention):
+            hint = f"; make one: {i.__name__}(...)" if isinstance(i, type) and issubclass(i, Intervention) else ""
+            hint = "; give several as attach(model, a, b)" if isinstance(i, (list, tuple)) else hint
+            raise TypeError(f"{i!r} is not an intervention{hint}")
+        if i._owner is not None:
+            raise ValueError(f"this {type(i).__name__} is attached already, to {type(i._owner.model).__name__}")
+    if len({id(i) for i in interventions}) != len(interventions):
+        raise ValueError("the same intervention object is given twice")
+    adapter = _adapter(model)
+    mine = set(model.modules())
+    for other, session in list(_sessions.items()):
+        if other in mine or model in set(other.modules()):
+            raise ValueError(
+                f"{type(model).__name__} has a session already ({session}); detach it first, or give all "
+                "interventions to one attach"
+            )
+    sites = adapter.sites(model, part)
+    plan: dict[int, list[Intervention]] = {}
+    for i in interventions:
+        for kind in i.kinds:
+            check_choice("kinds", kind, KINDS)
+        served = [stage for stage in STAGES if implements(i, stage) and stage not in adapter.stages]
+        if served:
+            raise ValueError(
+                f"{type(i).__name__} needs the stage {served[0]}, which is missing for {adapter.name} models; "
+                f"they serve {sorted(adapter.stages)}"
+            )
+        chosen = check_layers(i, sites)
+        if i.identity:
+            continue
+        if i.needs_types and token_types is None:
+            raise ValueError(
+                f"{type(i).__name__} has to know which tokens are image tokens: give attach(..., token_types=...), "
+                "a (B, N) tensor or attnlib.hooks.TokenTypes(image=IMAGE_TOKEN_ID)"
+            )
+        if _only_model_stages(i):
+            continue
+        for site in chosen:
+            plan.setdefault(sites.index(site), []).append(i)
+    for index, members in plan.items():
+        for a in range(len(members)):
+            for b in range(a + 1, len(members)):
+                _check_pair(sites[index], members[a], members[b])
+    planned = [(n, sites[n]) for n in plan]
+    able = [i for i in interventions if not i.identity]
+    for number, a_ in enumerate(able):
+        for b_ in able[number + 1 :]:
+            if _only_model_stages(a_) or _only_model_stages(b_):
+                _check_pair(None, a_, b_)
+    for i in interventions:
+        i.reset()
+        if not i.identity:
+            everywhere = _only_model_stages(i)
+            i.prepare(model, check_layers(i, sites) if everywhere else [s for n, s in planned if i in plan[n]])
+    tracker = None if token_types is None else TypeTracker(token_types)
+    session = Session(model, interventions, rows, tracker)
+    session.sites = sites
+    session.active = True
+    try:
+        if able:
+            session.attached = [sites[n] for n in sorted(plan)]
+            adapter.install(session, [(sites[n], Stages(plan[n])) for n in sorted(plan)])
+    except BaseException:
+        session.detach()
+        raise
+    _sessions[model] = session
+    for i in interventions:
+        i._owner = session
+    try:
+        for i in interventions:
+            if not i.identity:
+                i.on_attach(session)
+    except BaseException:
+        session.detach()
+        raise
+    return session

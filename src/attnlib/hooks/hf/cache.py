@@ -1,0 +1,188 @@
+"""Cache layers of transformers that lost keys, and caches that wait."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..session import Session
+from ..site import Site
+from .names import _need, implementation_of
+
+
+@functools.cache
+def evicted_layer_class() -> type:
+    """The cache layer of a compressed layer (a class made on first use, since transformers is imported only then)."""
+    hf = _need()
+
+    class EvictedLayer(hf.cache.DynamicLayer):  # type: ignore[name-defined, misc]
+        """Keys and values that are left, the slots they came from, and the count of all tokens seen.
+
+        ``keys``, ``values``: (B, Hk, K, D); ``positions``: (B, Hk, K) slots in the sequence, new tokens appended, -1 on
+        the left of heads that hold fewer; ``memory``: named tensors, batch first, that follow the samples, and where
+        they have a third axis, the tokens along it, the newest last.
+        """
+
+        is_croppable = True
+
+        def __init__(self, session: Session, keys: Tensor, values: Tensor, positions: Tensor, seen: int, capacity: int):
+            super().__init__()
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys, values
+            self._chosen, self._first_new = positions, seen
+            self.seen, self.capacity, self.session = seen, capacity, weakref.ref(session)
+            self.evicted_from = self.evicted_at = seen
+            self.padded = bool((positions < 0).any())
+            self.memory: dict[str, Tensor] = {}
+            self._places: dict[str, Tensor] = {}
+
+        @property
+        def positions(self) -> Tensor:
+            new = self.keys.shape[2] - self._chosen.shape[2]
+            if not new:
+                return self._chosen
+            slots = torch.arange(self._first_new, self._first_new + new, device=self._chosen.device)
+            return torch.cat([self._chosen, slots.expand(*self._chosen.shape[:2], new)], -1)
+
+        def __copy__(self) -> Any:
+            new = object.__new__(type(self))
+            # Two layers must not write behind the same keys.
+            new.__dict__.update(self.__dict__, _places={}, memory=dict(self.memory))
+            return new
+
+        def _longer(self, name: str, new: Tensor) -> Tensor:
+            """What is held under ``name`` (B, Hk, K, D) and ``new`` behind it, mostly without copying what is held."""
+            held, place = getattr(self, name), self._places.get(name)
+            if torch.is_grad_enabled() and (held.requires_grad or new.requires_grad):
+                return torch.cat([held, new], 2)
+            stop = held.shape[2] + new.shape[2]
+            if (
+                place is None
+                or place.shape[2] < stop
+                or place.shape[:2] != held.shape[:2]
+                or place.data_ptr() != held.data_ptr()
+                or place.is_inference() != torch.is_inference_mode_enabled()
+            ):
+                place = held.new_empty(*held.shape[:2], stop + 16 + stop // 16, held.shape[3])
+                place[:, :, : held.shape[2]] = held
+                self._places[name] = place
+            place[:, :, held.shape[2] : stop] = new
+            return place[:, :, :stop]
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            session = self.session()
+            if session is None or not session.active:
+                raise RuntimeError(
+                    "this cache lost keys inside an attnlib session that is over, and nothing adapts its masks any "
+                    "more; "
+                    "decode inside the session, or start from the prompt"
+                )
+            self.seen += key_states.shape[-2]
+            self.keys, self.values = self._longer("keys", key_states), self._longer("values", value_states)
+            return self.keys, self.values
+
+        def get_seq_length(self) -> int:
+            return self.seen
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            return (self.capacity, 0) if self.capacity > 0 else (self.seen + query_length, 0)
+
+        def crop(self, tokens_to_remove: int) -> None:
+            remove = abs(tokens_to_remove)
+            if remove > self.seen - self.evicted_from:
+                raise ValueError(
+                    f"cannot remove {remove} tokens: only {self.seen - self.evicted_from} came after the keys were "
+                    "evicted; drafts (assistant_model, prompt_lookup_num_tokens) would be among the tokens that chose"
+                )
+            if remove:
+                self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
+                self._chosen, self.seen = self._chosen[..., : self.keys.shape[2]], self.seen - remove
+                self._first_new = min(self._first_new, self.seen)
+                self.evicted_at = min(self.evicted_at, self.seen)
+                for name, held in list(self.memory.items()):
+                    if held.dim() > 2:
+                        self.memory[name] = held[:, :, :-remove]
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            rows = beam_idx.to(self._chosen.device)
+            self._chosen = self._chosen.index_select(0, rows)
+            self.memory.update({name: t.index_select(0, rows) for name, t in self.memory.items()})
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            self._chosen = self._chosen.repeat_interleave(repeats, 0)
+            self.memory.update({name: t.repeat_interleave(repeats, 0) for name, t in self.memory.items()})
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            self._chosen = self._chosen[indices]
+            self.memory.update({name: t[indices] for name, t in self.memory.items()})
+
+        def reset(self) -> None:
+            raise RuntimeError("a cache that lost keys cannot be reset; make a new one")
+
+    return EvictedLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What is left of a prompt in one layer while the prompt is read, when tokens were removed before it.
+
+    Whoever removes tokens puts ``session.notes["kept"][layer]`` down for every layer behind, before it runs, and gives
+    those layers masks and positions of what is left.
+
+    Args:
+        slots: (B, N) slot in the sequence of each token that is left, -1 for padding.
+        seen: tokens of the prompt, removed ones included.
+    """
+
+    slots: Tensor
+    seen: int
+
+
+def _snapshot(layer: Any) -> Any:
+    """A shallow copy of a cache layer; its tensors are never written to, except by static layers."""
+    new = object.__new__(type(layer))
+    new.__dict__.update(layer.__dict__)
+    return new
+
+
+class _DeferredCache:
+    """Stands for a cache during one attention call, so that new keys can be edited before they are stored."""
+
+    def __init__(self, cache: Any):
+        self._cache = cache
+        self.arguments: tuple[Any, ...] | None = None
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.arguments = (layer_idx, args, kwargs)
+        return key, value
+
+    def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.arguments is None:
+            return key, value
+        layer_idx, args, kwargs = self.arguments
+        return self._cache.update(key, value, layer_idx, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def mask_unwritten(site: Site, layer: Any, hidden: Tensor, mask: Any) -> Any:
+    """The mask of a static cache layer that shares its cache with layers that lost keys.
+
+    The model leaves the mask out when it has one new token and not all layers are static, but such a layer hands out
+    slots to which nothing was written.
+    """
+    if mask is not None or layer.is_sliding or implementation_of(site.module) != "sdpa":
+        return mask
+    n, seen = hidden.shape[1], int(layer.get_seq_length())
+    slots = torch.arange(layer.max_cache_len, device=hidden.device)
+    allowed = slots <= torch.arange(seen, seen + n, device=hidden.device)[:, None]
+    return allowed.expand(hidden.shape[0], 1, -1, -1)

@@ -1,0 +1,222 @@
+"""Where in a model, and in which call of it, something acts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..grids import Layout
+
+KINDS = ("self", "cross", "joint")
+
+
+@dataclass(frozen=True, eq=False)
+class PairMask:
+    """Which query may read which key at a site, as the model said it; realised only for the rows asked.
+
+    Args:
+        n_queries: N.
+        n_keys: M.
+        allowed: (B or 1, H or 1, N, M) boolean, ``None`` when every pair may meet (up to ``causal``).
+        bias: (B or 1, H or 1, N, M) what the model adds to the scaled scores.
+        causal: key ``j`` is visible to query ``i`` only if ``j <= i``, counted from the first query and the first key.
+        opaque: why the pairs cannot be known, when they cannot; asking for rows then raises.
+
+    >>> PairMask(2, 3, causal=True).dense()[0, 0].tolist()
+    [[True, False, False], [True, True, False]]
+    """
+
+    n_queries: int
+    n_keys: int
+    allowed: Tensor | None = None
+    bias: Tensor | None = None
+    causal: bool = False
+    opaque: str | None = None
+
+    def rows(self, index: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """``(allowed, bias)`` of the query rows ``index`` (r,), each ``None`` or broadcastable to (B, H, r, M)."""
+        if self.opaque:
+            raise ValueError(self.opaque)
+        allowed = None if self.allowed is None else self.allowed[:, :, index]
+        if self.causal:
+            keys = torch.arange(self.n_keys, device=index.device)
+            below = (keys <= index.unsqueeze(-1))[None, None]
+            allowed = below if allowed is None else allowed & below
+        return allowed, None if self.bias is None else self.bias[:, :, index]
+
+    def dense(self, device: torch.device | str | None = None) -> Tensor:
+        """(B or 1, H or 1, N, M) boolean: all rows."""
+        allowed, _ = self.rows(torch.arange(self.n_queries, device=device))
+        if allowed is None:
+            return torch.ones(1, 1, self.n_queries, self.n_keys, dtype=torch.bool, device=device)
+        return allowed
+
+    def first_keys(self, count: int) -> PairMask:
+        """The mask without the keys from ``count`` on."""
+        return replace(
+            self,
+            n_keys=count,
+            allowed=None if self.allowed is None else self.allowed[..., :count],
+            bias=None if self.bias is None else self.bias[..., :count],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where in a model, and in which call of it, an intervention acts.
+
+    Nothing here is guessed from a batch size or from how often something was called: what the model or the user did not
+    say is ``None``.
+
+    Args:
+        layer: number of the layer, as the model counts.
+        name: dotted path of the attention module.
+        module: the attention module.
+        kind: ``"self"``, ``"cross"`` or ``"joint"`` (two streams concatenated).
+        heads: query heads.
+        kv_heads: key/value heads.
+        head_dim: width of a head.
+        scale: what scores are multiplied by.
+        n_queries: N of this call.
+        n_keys: M of this call.
+        mask: which pairs may meet.
+        q_pos: (N,) slots of the queries in the sequence, or (B, N) where tokens of the prompt were removed; -1 for the
+            padding of samples that kept fewer.
+        k_pos: (M,), or (B, kv_heads, M) in an evicted cache or after a removal, slots of the keys; -1 where a
+            head holds no key or a sample is padded.
+        q_types: (B, N) token types, see :mod:`attnlib.hooks.tokens`.
+        k_types: (B, M), or (B, kv_heads, M) in an evicted cache.
+        q_layout: what the queries are.
+        k_layout: what the keys are.
+        rows: name of each row of the batch ("cond", "uncond", "source", ...), as the user gave them.
+        pass_name: name of this forward pass of the model, as the user or the pipeline gave it.
+        branch: name of the decoding branch, as the user gave it.
+        phase: ``"prefill"`` when no token was cached before this call, ``"decode"`` afterwards, ``None`` without a
+            cache protocol.
+        step: denoising step, as the user or the pipeline gave it.
+        offset: tokens of the sequence before the first query, counted by the cache.
+        rotary: whether q and k carry rotary positions already; ``None`` when the model has none or it is not known.
+        training: the model is in training mode.
+        memory: in ``on_cache``, named tensors with the batch first that the cache layer carries along: they are
+            reordered, repeated and selected with it, and cropped along a third axis, of tokens. Kept only in a layer
+            that lost keys or is evicted while decoding.
+        evicted_at: tokens seen when keys of this cache layer were last chosen; ``None`` when they never were.
+    """
+
+    layer: int
+    name: str
+    module: nn.Module
+    kind: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float = 1.0
+    n_queries: int = 0
+    n_keys: int = 0
+    mask: PairMask | None = None
+    q_pos: Tensor | None = None
+    k_pos: Tensor | None = None
+    q_types: Tensor | None = None
+    k_types: Tensor | None = None
+    q_layout: Layout | None = None
+    k_layout: Layout | None = None
+    rows: tuple[str, ...] | None = None
+    pass_name: str | None = None
+    branch: str | None = None
+    phase: str | None = None
+    step: int | None = None
+    offset: int = 0
+    rotary: bool | None = None
+    training: bool = False
+    memory: dict[str, Tensor] | None = None
+    evicted_at: int | None = None
+
+    def but(self, **changes: Any) -> Site:
+        """A copy with some fields changed."""
+        if not changes.keys() <= _FIELDS:
+            unknown = sorted(changes.keys() - self.__dataclass_fields__.keys())
+            raise TypeError(f"a site has no {unknown[0]!r}; its fields are {list(self.__dataclass_fields__)}")
+        new = object.__new__(Site)
+        object.__setattr__(new, "__dict__", {**self.__dict__, **changes})
+        return new
+
+    def rows_named(self, names: Sequence[str], device: torch.device | str | None = None) -> Tensor:
+        """(B,) boolean: rows of the batch that carry one of ``names``."""
+        if self.rows is None:
+            raise ValueError(
+                f"layer {self.layer} ({self.name}): rows of the batch have no names, but {list(names)} were asked for; "
+                'say what they are: attach(..., rows=("uncond", "cond"))'
+            )
+        return torch.tensor([row in names for row in self.rows], device=device)
+
+    def per_key(self, values: Tensor) -> Tensor:
+        """Values by slot of the sequence (B, L) as values by key: (B, 1, M), or (B, heads, M) in an evicted cache.
+
+        Where there is no key (slot -1) the value is 0.
+        """
+        if self.k_pos is None:
+            raise ValueError(f"layer {self.layer} ({self.name}): positions of the keys are not known")
+        if self.k_pos.dim() == 1:
+            return values.index_select(-1, self.k_pos)[:, None]
+        index = self.k_pos.clamp(min=0)
+        picked = values[:, None].expand(index.shape[0], index.shape[1], -1).gather(-1, index)
+        picked = picked.masked_fill(self.k_pos < 0, 0)
+        return picked.repeat_interleave(self.heads // self.kv_heads, 1)
+
+    def per_query(self, values: Tensor) -> Tensor:
+        """Values by slot of the sequence (B, L) as values by query: (B, N)."""
+        if self.q_pos is None:
+            raise ValueError(f"layer {self.layer} ({self.name}): positions of the queries are not known")
+        if self.q_pos.dim() == 1:
+            return values.index_select(-1, self.q_pos)
+        return values.expand(self.q_pos.shape[0], -1).gather(-1, self.q_pos.clamp(min=0))
+
+    def by_slot(self, values: Tensor) -> Tensor:
+        """Values by query (B, N) as values by slot of the sequence (B, L), L up to the last query; 0 elsewhere."""
+        if self.q_pos is None:
+            raise ValueError(f"layer {self.layer} ({self.name}): positions of the queries are not known")
+        slots = self.q_pos.expand(values.shape[0], -1)
+        length = int(slots.max()) + 1 if slots.numel() else 0
+        # Padding writes into a column of its own, which is cut off.
+        out = values.new_zeros(values.shape[0], length + 1)
+        return out.scatter(1, slots.masked_fill(slots < 0, length), values)[:, :length]
+
+    def query_slots(self) -> Tensor:
+        """Slots of the queries as (B or 1, 1, N, 1), to be compared with :meth:`key_slots`."""
+        if self.q_pos is None:
+            raise ValueError(f"layer {self.layer} ({self.name}): positions of the queries are not known")
+        return (self.q_pos if self.q_pos.dim() == 2 else self.q_pos[None])[:, None, :, None]
+
+    def key_slots(self) -> Tensor:
+        """Slots of the keys as (B or 1, heads or 1, 1, M)."""
+        if self.k_pos is None:
+            raise ValueError(f"layer {self.layer} ({self.name}): positions of the keys are not known")
+        if self.k_pos.dim() == 1:
+            return self.k_pos[None, None, None]
+        return self.k_pos.repeat_interleave(self.heads // self.kv_heads, 1)[:, :, None]
+
+    def key_types(self) -> Tensor:
+        """Types of the keys, (B, 1, M) or (B, heads, M)."""
+        if self.k_types is None:
+            raise ValueError(f"layer {self.layer} ({self.name}): no token types; give attach(..., token_types=...)")
+        if self.k_types.dim() == 2:
+            return self.k_types[:, None]
+        return self.k_types.repeat_interleave(self.heads // self.kv_heads, 1)
+
+    def __repr__(self) -> str:
+        return f"Site(layer={self.layer}, {self.kind}, {self.name!r}, heads={self.heads}/{self.kv_heads})"
+
+
+_FIELDS = frozenset(Site.__dataclass_fields__)
+
+
+@functools.lru_cache(maxsize=16)
+def slots(start: int, count: int, device: torch.device) -> Tensor:
+    """``start``, ``start + 1``, ...: all layers of a step ask for the same ones. Never written to."""
+    with torch.inference_mode(False):
+        return torch.arange(start, start + count, device=device)
