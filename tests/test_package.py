@@ -65,7 +65,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 FLOORS = [
-    {"types", "grids", "masks", "positions", "normalizers"},
+    {"checks", "types", "grids", "masks", "positions", "normalizers"},
     {"ops", "optim"},
     {"nn"},
     {"models", "hooks"},

@@ -29,7 +29,7 @@ _LAZY = {
     "attach": "attnlib.hooks",
 }
 _MODULES = frozenset(
-    "bench cache catalog check grids hooks look masks models nn normalizers ops optim positions reduce steer "
+    "bench cache catalog check checks grids hooks look masks models nn normalizers ops optim positions reduce steer "
     "types".split()
 )
 

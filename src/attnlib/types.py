@@ -6,7 +6,7 @@ Everything here is a plain frozen value, registered as a pytree so that it passe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeVar
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from .checks import check_choice, check_divides, check_index, check_rank, check_valid, check_width, to_list, to_tuple  # noqa: F401, E501
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,90 +45,6 @@ def traced_as_constant(fn: F) -> F:
     """
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fn
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Checks at the door. Each names the argument, what was given and what is possible.
-
-
-def check_rank(name: str, value: Tensor, ranks: int | Sequence[int], layout: str) -> None:
-    """Raise ``ValueError`` unless ``value`` has one of ``ranks`` dimensions; ``layout`` spells the expected shape."""
-    allowed = (ranks,) if isinstance(ranks, int) else tuple(ranks)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of shape {layout}, got {type(value).__name__}")
-    if value.dim() not in allowed:
-        raise ValueError(f"{name} must have shape {layout}, got a tensor of shape {tuple(value.shape)}")
-
-
-def check_width(name: str, value: Tensor, width: int, what: str = "dim") -> None:
-    """Raise ``ValueError`` unless the last axis of ``value`` is ``width`` long."""
-    if value.shape[-1] != width:
-        raise ValueError(
-            f"{name} has {value.shape[-1]} channels in its last axis (shape {tuple(value.shape)}), "
-            f"but this module was built with {what}={width}"
-        )
-
-
-def check_divides(name: str, divisor: int, whole_name: str, whole: int) -> None:
-    """Raise ``ValueError`` unless ``divisor`` divides ``whole``; says which divisors would do."""
-    if divisor <= 0 or whole % divisor:
-        possible = [n for n in range(1, whole + 1) if whole % n == 0]
-        shown = possible if len(possible) <= 12 else [*possible[:6], "...", *possible[-5:]]
-        raise ValueError(f"{name}={divisor} does not divide {whole_name}={whole}; possible: {shown}")
-
-
-def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
-    options = list(choices)
-    if value not in options:
-        raise ValueError(f"{name}={value!r} is not possible; choose one of {options}")
-
-
-def check_valid(name: str, valid: Tensor | None, shape: Sequence[int]) -> None:
-    """Raise unless ``valid`` is ``None`` or a boolean tensor of exactly ``shape``."""
-    if valid is None:
-        return
-    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
-        given = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
-        raise TypeError(f"{name} must be a boolean tensor (True: the token exists), got {given}")
-    if tuple(valid.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(valid.shape)}")
-
-
-def check_index(name: str, index: Tensor, shape: Sequence[int], count: int, what: str) -> None:
-    """Raise ``ValueError`` unless ``index`` has ``shape`` and points at one of ``count`` things called ``what``.
-
-    While ``torch.compile`` or ``torch.export`` trace, only the shape is looked at.
-    """
-    if tuple(index.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(index.shape)}")
-    if torch.compiler.is_compiling() or not index.numel():
-        return
-    low, high = int(index.min()), int(index.max())
-    if low < 0 or high >= count:
-        raise ValueError(f"{name} points at {what} {low if low < 0 else high}; possible: 0 to {count - 1}")
-
-
-def to_list(name: str, value: Iterable[Any] | None, example: str = "[0, 1]") -> list[Any] | None:
-    """``value`` as a list, ``None`` as it is; raises ``TypeError`` for one number or one string.
-
-    >>> to_list("layers", (2, 3))
-    [2, 3]
-    """
-    if value is None:
-        return None
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be a sequence such as {example}, got {value!r}; write {name}=[{value!r}]")
-    return list(value)
-
-
-def to_tuple(name: str, value: int | bool | Sequence[Any], rank: int) -> tuple[Any, ...]:
-    """``value`` for each of ``rank`` axes; raises ``ValueError`` when a sequence has another length."""
-    if isinstance(value, (int, bool, float)):
-        return (value,) * rank
-    if len(value) != rank:
-        raise ValueError(f"{name}={tuple(value)} names {len(value)} axes, but the grid has {rank}")
-    return tuple(value)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,300 @@
+"""What is checked at a door, written once.
+
+Every refusal says three things: the argument, what was given, what is possible. A wrong kind of value raises
+``TypeError``, a wrong value of the right kind ``ValueError``. The functions take plain values and tensors and look at
+shapes, types and devices only; the few that read numbers out of a tensor say so, and do not while a compiler traces.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor
+
+
+def describe(value: Any) -> str:
+    """What was given, in a few words.
+
+    >>> describe(torch.zeros(2, 3)), describe([1]), describe("relu")
+    ('a torch.float32 tensor of shape (2, 3)', '[1]', "'relu'")
+    """
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    if value is None or isinstance(value, (bool, int, float, str, tuple, list, dict, torch.dtype, torch.device)):
+        text = repr(value)
+        return text if len(text) <= 80 else f"{type(value).__name__} {text[:70]}..."
+    return f"{type(value).__name__}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def _bounds(least: float | None, above: float | None, most: float | None, below: float | None) -> str:
+    low = f"at least {least}" if least is not None else f"above {above}" if above is not None else ""
+    high = f"at most {most}" if most is not None else f"below {below}" if below is not None else ""
+    return " and ".join(part for part in (low, high) if part)
+
+
+def check_int(name: str, value: Any, least: int | None = None, most: int | None = None, also: str = "") -> int:
+    """``value`` as a plain integer within ``least..most``; ``TypeError`` for what is none, booleans and floats too.
+
+    Args:
+        also: what else the caller takes, for the message: ``"or a tensor (B,)"``.
+
+    >>> check_int("window", 3, least=1)
+    3
+    """
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        if isinstance(value, (bool, Tensor)) or not isinstance(value, SupportsIndex):
+            wanted = _bounds(least, None, most, None)
+            raise TypeError(
+                f"{name} must be an integer{' of ' + wanted if wanted else ''}{' ' + also if also else ''}, "
+                f"got {describe(value)}"
+            )
+        value = operator.index(value)  # integers of numpy
+    if (least is not None and value < least) or (most is not None and value > most):
+        raise ValueError(
+            f"{name} must be an integer of {_bounds(least, None, most, None)}{' ' + also if also else ''}, got {value}"
+        )
+    return value
+
+
+def check_real(
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    finite: bool = True,
+) -> float:
+    """``value`` as a number within bounds; ``TypeError`` for booleans and tensors, ``ValueError`` for NaN.
+
+    Args:
+        least, most: bounds that may be met.
+        above, below: bounds that may not.
+        finite: refuse infinity.
+
+    >>> check_real("dropout_p", 0.1, least=0, below=1)
+    0.1
+    """
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
+        if isinstance(value, (bool, str, Tensor)) or not hasattr(type(value), "__float__"):
+            raise TypeError(f"{name} must be {_number(least, above, most, below, finite)}, got {describe(value)}")
+        value = float(value)  # numbers of numpy
+    if (
+        value != value
+        or (finite and (value == math.inf or value == -math.inf))
+        or (least is not None and value < least)
+        or (above is not None and value <= above)
+        or (most is not None and value > most)
+        or (below is not None and value >= below)
+    ):
+        raise ValueError(f"{name} must be {_number(least, above, most, below, finite)}, got {value}")
+    return value
+
+
+def _number(least: float | None, above: float | None, most: float | None, below: float | None, finite: bool) -> str:
+    wanted = _bounds(least, above, most, below)
+    return f"a {'finite ' if finite else ''}number{' of ' + wanted if least is not None else ' ' + wanted}".rstrip()
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """``value``, or ``TypeError`` unless it is ``True`` or ``False``."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+    return value
+
+
+def check_divides(name: str, divisor: int, whole_name: str, whole: int) -> None:
+    """Raise unless the positive integer ``divisor`` divides ``whole``; says which divisors would do."""
+    divisor, whole = check_int(name, divisor), check_int(whole_name, whole)
+    if divisor <= 0 or whole % divisor:
+        possible = [n for n in range(1, whole + 1) if whole % n == 0]
+        shown = possible if len(possible) <= 12 else [*possible[:6], "...", *possible[-5:]]
+        raise ValueError(f"{name}={divisor} does not divide {whole_name}={whole}; possible: {shown}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
+    options = list(choices)
+    if isinstance(value, Tensor) or value not in options:
+        raise ValueError(f"{name}={describe(value)} is not possible; choose one of {options}")
+
+
+def check_type(name: str, value: Any, kind: type | tuple[type, ...], what: str = "") -> None:
+    """Raise ``TypeError`` unless ``value`` is a ``kind``; ``what`` says it in words."""
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        raise TypeError(f"{name} must be {what or ' or '.join(k.__name__ for k in kinds)}, got {describe(value)}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sequences
+
+
+def to_list(name: str, value: Iterable[Any] | None, example: str = "[0, 1]") -> list[Any] | None:
+    """``value`` as a list, ``None`` as it is; raises ``TypeError`` for one number or one string.
+
+    >>> to_list("layers", (2, 3))
+    [2, 3]
+    """
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence such as {example}, got {value!r}; write {name}=[{value!r}]")
+    return list(value)
+
+
+def to_tuple(name: str, value: Any, rank: int) -> tuple[Any, ...]:
+    """``value`` for each of ``rank`` axes; raises ``ValueError`` when a sequence has another length."""
+    if isinstance(value, (int, bool, float, torch.SymInt)):
+        return (value,) * rank
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be one number or {rank} of them, one per axis, got {describe(value)}")
+    if len(value) != rank:
+        raise ValueError(f"{name}={tuple(value)} names {len(value)} axes, but the grid has {rank}")
+    return tuple(value)
+
+
+def check_ints(name: str, value: Any, least: int | None = None, most: int | None = None) -> tuple[int, ...]:
+    """A sequence of integers as a tuple, each checked by :func:`check_int`."""
+    if isinstance(value, (str, Tensor, Mapping)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence of integers such as (14, 14), got {describe(value)}")
+    return tuple([check_int(f"{name}[{i}]", v, least, most) for i, v in enumerate(value)])
+
+
+def check_grid(name: str, grid: Any, ranks: Sequence[int] = (1, 2, 3)) -> tuple[int, ...]:
+    """Sides of a grid as a tuple of positive integers; ``ValueError`` for another number of axes."""
+    sides = check_ints(name, grid, least=1)
+    if len(sides) not in ranks:
+        raise ValueError(f"{name} must have {' or '.join(map(str, ranks))} axes, got {sides}")
+    return sides
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+def check_tensor(name: str, value: Any, what: str = "a torch.Tensor") -> None:
+    """Raise ``TypeError`` unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be {what}, got {describe(value)}")
+
+
+def check_rank(name: str, value: Any, ranks: int | Sequence[int], layout: str) -> None:
+    """Raise unless ``value`` is a tensor with one of ``ranks`` dimensions; ``layout`` spells the expected shape."""
+    allowed = (ranks,) if isinstance(ranks, int) else tuple(ranks)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of shape {layout}, got {describe(value)}")
+    if value.dim() not in allowed:
+        raise ValueError(f"{name} must have shape {layout}, got a tensor of shape {tuple(value.shape)}")
+
+
+def check_axes(name: str, value: Any, **axes: int | None) -> None:
+    """Raise unless ``value`` is a tensor with exactly these axes, in order; ``None`` leaves a size open.
+
+    >>> check_axes("k", torch.zeros(2, 4, 5, 8), B=2, Hk=None, M=None, D=8)
+    """
+    shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+    if (
+        not isinstance(value, Tensor)
+        or len(shape) != len(axes)
+        or any(size is not None and given != size for given, size in zip(shape, axes.values(), strict=True))
+    ):
+        spelled = ", ".join([axis if size is None else f"{axis}={size}" for axis, size in axes.items()])
+        error = ValueError if isinstance(value, Tensor) else TypeError
+        raise error(f"{name} must be a tensor of shape ({spelled}), got {describe(value)}")
+
+
+def check_width(name: str, value: Tensor, width: int, what: str = "dim") -> None:
+    """Raise ``ValueError`` unless the last axis of ``value`` is ``width`` long."""
+    check_tensor(name, value)
+    if value.dim() == 0 or value.shape[-1] != width:
+        raise ValueError(
+            f"{name} has {value.shape[-1] if value.dim() else 0} channels in its last axis (shape "
+            f"{tuple(value.shape)}), but this module was built with {what}={width}"
+        )
+
+
+def check_valid(name: str, valid: Any, shape: Sequence[int]) -> None:
+    """Raise unless ``valid`` is ``None`` or a boolean tensor of exactly ``shape``."""
+    if valid is None:
+        return
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+        raise TypeError(f"{name} must be a boolean tensor (True: the token exists), got {describe(valid)}")
+    if tuple(valid.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(valid.shape)}")
+
+
+def check_float(name: str, value: Any, what: str = "a floating-point tensor") -> None:
+    """Raise ``TypeError`` unless ``value`` is a real floating-point tensor."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be {what}, got {describe(value)}")
+
+
+def check_whole(name: str, value: Any, what: str = "an integer tensor") -> None:
+    """Raise ``TypeError`` unless ``value`` is a tensor of integers (booleans are none)."""
+    if not isinstance(value, Tensor) or value.dtype not in _WHOLE:
+        raise TypeError(f"{name} must be {what}, got {describe(value)}")
+
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_dtype(**tensors: Tensor | None) -> None:
+    """Raise ``TypeError`` unless all of these share one floating dtype; names them in order."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    dtypes = {name: t.dtype for name, t in given.items()}
+    if len(set(dtypes.values())) > 1 or not all(t.is_floating_point() for t in given.values()):
+        listed = ", ".join(f"{name} has {dtype}" for name, dtype in dtypes.items())
+        raise TypeError(f"{_and(dtypes)} must share one floating dtype, but {listed}")
+
+
+def check_device(**tensors: Tensor | None) -> None:
+    """Raise ``ValueError`` unless all of these lie on the device of the first one."""
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{_and(devices)} must lie on one device, but {listed} was given")
+
+
+def check_batch(**tensors: Tensor | None) -> None:
+    """Raise ``ValueError`` unless all of these have the same first axis."""
+    sizes = {name: t.shape[0] for name, t in tensors.items() if t is not None}
+    first = next(iter(sizes.values()), 0)
+    if any(size != first for size in sizes.values()):
+        listed = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+        raise ValueError(f"{_and(sizes)} must share the batch, but {listed} samples")
+
+
+def check_serves(name: str, count: int, batch: int, what: str = "samples") -> None:
+    """Raise ``ValueError`` unless something for ``count`` samples (or heads) can serve ``batch``: as many, or one."""
+    if count != 1 and count != batch:
+        raise ValueError(f"{name} is for {count} {what}, but there are {batch}; possible: {batch} or 1")
+
+
+def check_index(name: str, index: Any, shape: Sequence[int] | None, count: int, what: str) -> None:
+    """Raise unless ``index`` is an integer tensor of ``shape`` (``None``: any) that points at ``count`` of ``what``.
+
+    Reads the numbers, except while ``torch.compile`` or ``torch.export`` trace and on tensors without any.
+    """
+    check_whole(name, index)
+    if shape is not None and tuple(index.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(index.shape)}")
+    if torch.compiler.is_compiling() or not index.numel() or index.is_meta:
+        return
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= count:
+        raise ValueError(f"{name} points at {what} {low if low < 0 else high}; possible: 0 to {count - 1}")
+
+
+def _and(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
