@@ -237,9 +237,9 @@ def test_bad_input():
         m()
     with pytest.raises(ValueError, match="attention_mask must be"):
         m(ids, attention_mask=torch.ones(2, 1, 5, 5))
-    with pytest.raises(TypeError, match="past_key_values must be made by"):
+    with pytest.raises(TypeError, match="cache must be made by"):
         m(ids, past_key_values=DynamicCache(), use_cache=True)
-    with pytest.raises(TypeError, match="past_key_values must be made by"):
+    with pytest.raises(TypeError, match="cache must be made by"):
         m(ids, past_key_values=state_cache(2), use_cache=True)
     with pytest.raises(ValueError, match="unknown mechanism 'softmax-atention'"):
         model(["softmax-atention"])

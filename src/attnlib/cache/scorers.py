@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks.call import BLOCK_ELEMENTS
+from ..hooks.hf.names import parameters_of, rotary_of, turn_of
 from ..hooks.site import Site
 from ..types import check_choice, stats_dtype
 from .votes import check_window, snapkv_votes
@@ -363,17 +364,15 @@ class ExpectedAttention(Scorer):
         self._rotary = {site.layer: self._find(model, site) for site in sites}
 
     def _find(self, model: nn.Module, site: Site) -> tuple[nn.Module, Callable[..., Any]]:
-        apply = inspect.unwrap(type(site.module).forward).__globals__.get("apply_rotary_pos_emb")
+        apply = turn_of(site.module)
         parts = site.name.split(".")
         for depth in range(len(parts), -1, -1):
-            rotary = getattr(model.get_submodule(".".join(parts[:depth])), "rotary_emb", None)
-            if isinstance(rotary, nn.Module) and apply is not None:
-                takes = list(inspect.signature(inspect.unwrap(type(rotary).forward)).parameters)
-                if takes[1:] == ["x", "position_ids"]:
-                    return rotary, apply
+            rotary = rotary_of(model.get_submodule(".".join(parts[:depth])))
+            if rotary is not None and apply is not None and parameters_of(rotary) == ["x", "position_ids"]:
+                return rotary, apply
         raise ValueError(
             f"{self.needs}, but layer {site.layer} ({site.name}) has no rotary positions that can be reached "
-            "(rotary_emb(x, position_ids) and apply_rotary_pos_emb)"
+            "(a module that makes angles of position_ids, and a function that applies them)"
         )
 
     def _angles(self, layer: int, offsets: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,17 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..types import check_choice
+from .hf.names import ENCODED, OWN_INPUTS, PER_TOKEN, VISION_TOWERS, encoded_images, vision_towers
 from .session import Session
 from .tokens import IMAGE, PAD
-
-#: Inputs of a prompt that a second reading of it makes anew.
-_OWN = frozenset(
-    "input_ids inputs_embeds attention_mask position_ids past_key_values use_cache logits_to_keep return_dict labels "
-    "output_attentions output_hidden_states cache_position token_type_ids mm_token_type_ids".split()
-)
-
-#: Inputs with one number per token, which go with the tokens.
-_PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
 
 def image_runs(types: Tensor, size: int | None = None) -> Tensor:
@@ -99,7 +91,7 @@ class Prompt:
 
     def per_token(self) -> dict[str, Tensor]:
         """Inputs of the model that hold one number (B, L) per token."""
-        found = {name: self.inputs.get(name) for name in _PER_TOKEN}
+        found = {name: self.inputs.get(name) for name in PER_TOKEN}
         return {n: v for n, v in found.items() if isinstance(v, Tensor) and v.shape == self.types.shape}
 
     def order(self, keys: Tensor) -> Tensor:
@@ -243,12 +235,11 @@ class OtherPixels(Branch):
     def watch(self, session: Session) -> None:
         if isinstance(self.pixels, Tensor):
             return
-        names = ("vision_tower", "vision_model", "visual", "vision_encoder")
-        found = [m for n, m in session.model.named_modules() if n.rsplit(".", 1)[-1] in names]
+        found = [m for _, m in vision_towers(session.model)]
         if not found:
             raise ValueError(
                 f"{type(session.model).__name__} has no vision encoder whose pixels could be read (looked for "
-                f"{', '.join(names)}); give the second branch's pixels as a tensor"
+                f"{', '.join(VISION_TOWERS)}); give the second branch's pixels as a tensor"
             )
 
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -260,7 +251,7 @@ class OtherPixels(Branch):
 
     def read(self, prompt: Prompt) -> Reading:
         given = prompt.inputs
-        encoded: Any = (given.get("mm_encoder_outputs") or {}).get("image")
+        encoded = encoded_images(given)
         own = given.get("pixel_values")
         if prompt.ids is None or (own is None and encoded is None):
             raise ValueError(
@@ -286,7 +277,7 @@ class OtherPixels(Branch):
                 raise ValueError(f"{len(pixels)} images do not belong evenly to {samples} samples")
             per_sample = pixels.unflatten(0, (samples, -1))
             pixels = per_sample.repeat_interleave(repeats, 0).flatten(0, 1)
-        rest = {k: v for k, v in given.items() if k not in _OWN and k not in ("mm_encoder_outputs", "pixel_values")}
+        rest = {k: v for k, v in given.items() if k not in OWN_INPUTS and k not in (ENCODED, "pixel_values")}
         rest.update(prompt.per_token(), input_ids=prompt.ids, pixel_values=pixels.to(self._like(prompt)))
         return Reading(rest, prompt.types)
 

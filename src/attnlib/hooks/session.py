@@ -93,10 +93,10 @@ class Session:
             ) from None
 
     def new_prompt(self, given: dict[str, Any]) -> None:
-        """For adapters: the current branch starts to read a prompt."""
+        """For adapters: the current branch starts to read a prompt, given the model's named arguments but the cache."""
         keep = {k: v for k, v in self.notes.items() if k in ("beams", "prompt_length")}
         self.notes.clear()
-        self.notes.update(keep, prompt={k: v for k, v in given.items() if k != "past_key_values"})
+        self.notes.update(keep, prompt=dict(given))
         if self.branch is None:
             self._announced = None
 

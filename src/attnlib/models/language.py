@@ -20,6 +20,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
+from ..hooks.hf.names import output_field
 from ..hooks.hf.state import StateLayer, state_cache, state_layers
 from ..nn.base import Mechanism
 from ..nn.registry import create, find
@@ -53,7 +54,7 @@ class DecoderConfig(PreTrainedConfig):
     """
 
     model_type = "attnlib-decoder"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -189,13 +190,13 @@ class DecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         valid: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, N, C) tokens and the mechanism's losses."""
         layer: StateLayer | None = None
-        if use_cache and past_key_values is not None:
-            layer = past_key_values.layers[self.index]  # type: ignore[assignment]
+        if use_cache and cache is not None:
+            layer = cache.layers[self.index]  # type: ignore[assignment]
             assert isinstance(layer, StateLayer)
         return self.combine(hidden_states, valid, layer)
 
@@ -206,6 +207,13 @@ class DecoderLayer(GradientCheckpointingLayer):
         return x + self.mlp(self.mlp_norm(x)), losses
 
 
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache that a model was given under either name; ``ValueError`` when it was given two."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+    return past_key_values if cache is None else cache
+
+
 @dataclass
 class DecoderOutput(ModelOutput):
     """Output of :class:`DecoderModel` and :class:`DecoderForCausalLM`; what does not apply is ``None``.
@@ -214,7 +222,8 @@ class DecoderOutput(ModelOutput):
         loss: () language modelling loss plus weighted mechanism losses, when ``labels`` were given.
         logits: (B, N, vocab_size).
         last_hidden_state: (B, N, hidden_size) after the last norm.
-        past_key_values: cache of states.
+        cache: of states; ``past_key_values`` is its older name, and where generation of the installed transformers
+            looks for that one it is what the field is called.
         hidden_states: input of each layer, and the last one normed, when asked for.
         mechanism_losses: each mechanism's own losses, summed over layers.
     """
@@ -222,7 +231,15 @@ class DecoderOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
+    if output_field() == "cache":
+        cache: Cache | None = None
+    else:
+        past_key_values: Cache | None = None
+
+        @property
+        def cache(self) -> Cache | None:
+            return self.past_key_values
+
     hidden_states: tuple[Tensor, ...] | None = None
     mechanism_losses: dict[str, Tensor] | None = None
 
@@ -235,7 +252,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _is_stateful = True  # a state cannot be rolled back, as assisted generation would need
 
     def initialize_weights(self) -> None:
@@ -305,10 +322,11 @@ class DecoderModel(DecoderPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        past_key_values: Cache | None = None,
         **_: Any,
     ) -> DecoderOutput:
         """Hidden states of the new tokens.
@@ -316,7 +334,8 @@ class DecoderModel(DecoderPreTrainedModel):
         Args:
             input_ids: (B, N) tokens, those that the cache has not seen.
             attention_mask: (B, M) with M >= N, nonzero for tokens that exist; its last N columns are these tokens.
-            past_key_values: cache made by an earlier call.
+            cache: made by an earlier call.
+            past_key_values: the older name of ``cache``.
             inputs_embeds: (B, N, hidden_size) instead of ``input_ids``.
             use_cache: return a cache; by default what the configuration says, except in training.
             output_hidden_states: return the input of every layer.
@@ -324,6 +343,7 @@ class DecoderModel(DecoderPreTrainedModel):
         Raises:
             ValueError: neither or both inputs, a mask of another shape, or a cache for a layer that cannot stream.
         """
+        cache = one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
@@ -332,26 +352,26 @@ class DecoderModel(DecoderPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if use_cache:
             self.check_streaming()
-            if past_key_values is None:
-                past_key_values = state_cache(len(self.layers))
-            state_layers(past_key_values, len(self.layers))
-        elif past_key_values is not None:
-            raise ValueError("past_key_values was given with use_cache=False")
+            if cache is None:
+                cache = state_cache(len(self.layers))
+            state_layers(cache, len(self.layers))
+        elif cache is not None:
+            raise ValueError("cache was given with use_cache=False")
         valid = self._valid(attention_mask, batch, n)
         hidden: list[Tensor] = []
         losses: dict[str, Tensor] = {}
         for layer in self.layers:
             if output_hidden_states:
                 hidden.append(x)
-            x, own = layer(x, valid=valid, past_key_values=past_key_values, use_cache=use_cache)
+            x, own = layer(x, valid=valid, cache=cache, use_cache=use_cache)
             for name, loss in own.items():
                 losses[name] = losses[name] + loss if name in losses else loss
         x = self.close(x)
         return DecoderOutput(
             last_hidden_state=x,
-            past_key_values=past_key_values,
             hidden_states=(*hidden, x) if output_hidden_states else None,
             mechanism_losses=losses or None,
+            **{output_field(): cache},  # type: ignore[arg-type]
         )
 
     @staticmethod
@@ -401,13 +421,14 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> DecoderOutput | tuple[Any, ...]:
         """Logits of the token after each; arguments as in :meth:`DecoderModel.forward`.
@@ -417,7 +438,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             logits_to_keep: only the last so many positions, or those indexed.
         """
         out = self.model(
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states
+            input_ids, attention_mask, one_cache(cache, past_key_values), inputs_embeds, use_cache, output_hidden_states
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         out.logits = self.lm_head(out.last_hidden_state[:, kept])

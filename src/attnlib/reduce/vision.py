@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hooks.hf.names import VISION_TOWERS, vision_towers
 from ..hooks.session import Session
 from ..hooks.site import Site
 from ..hooks.vision import class_row
 from ..types import check_choice, stats_dtype
 from .base import Scorer
-
-#: Names under which models keep their vision tower.
-TOWERS = ("vision_tower", "vision_model", "visual", "image_encoder")
 
 
 def class_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
@@ -123,11 +121,11 @@ class VisionAttention(Scorer):
             except AttributeError as error:
                 names = [n for n, _ in model.named_modules() if n and n.count(".") < 2]
                 raise ValueError(f"tower={self.tower!r} is not in {type(model).__name__}; it has {names}") from error
-        for name, module in model.named_modules():
-            if name.rpartition(".")[2] in TOWERS:
-                return module
+        for _, module in vision_towers(model):
+            return module
         raise ValueError(
-            f"{type(model).__name__} has no vision tower under the names {list(TOWERS)}; give its path, tower='...'"
+            f"{type(model).__name__} has no vision tower under the names {list(VISION_TOWERS)}; give its path, "
+            "tower='...'"
         )
 
     def _begin(self, module: nn.Module, args: Any) -> None:

@@ -43,11 +43,6 @@ def at_keys(site: Site, by_slot: Tensor) -> Tensor:
     return site.per_key(F.pad(by_slot, (0, max(0, top - by_slot.shape[1]))))
 
 
-def reads_images(given: dict[str, Any]) -> bool:
-    """Whether a call of the model comes with images, to be encoded or already encoded."""
-    return given.get("pixel_values") is not None or bool(given.get("mm_encoder_outputs"))
-
-
 def image_slots(types: Tensor, values: Tensor, fill: float | bool, class_token: bool = False) -> Tensor:
     """Values of patches, image after image, at the image tokens of a batch.
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..hooks.branches import Branch, Prompt
 from ..hooks.hf.follow import watch_prompts
-from ..hooks.hf.names import reader
+from ..hooks.hf.names import cache_argument, cache_out, reader
 from ..hooks.intervention import Intervention
 from ..hooks.session import Session
 from ..hooks.tokens import IMAGE, PAD
@@ -244,7 +244,7 @@ class ContrastiveDecoding(Intervention):
         state.types, state.valid = reading.types, valid
         state.base = self._first_position(prompt)
         positions = (valid.long().cumsum(1) - 1).clamp(min=0) + state.base
-        self._call(state, {**reading.inputs, "position_ids": positions, "past_key_values": None})
+        self._call(state, {**reading.inputs, "position_ids": positions})
 
     @staticmethod
     def _first_position(prompt: Prompt) -> int:
@@ -262,11 +262,13 @@ class ContrastiveDecoding(Intervention):
             state.valid = state.valid[parents]
         state.valid = F.pad(state.valid, (0, new.shape[1]), value=True)
         positions = state.valid.long().cumsum(1)[:, -new.shape[1] :] - 1 + state.base
-        self._call(state, {"input_ids": new, "position_ids": positions, "past_key_values": state.cache})
+        self._call(
+            state, {"input_ids": new, "position_ids": positions, **cache_argument(self.session.model, state.cache)}
+        )
 
     def _call(self, state: _State, inputs: dict[str, Any]) -> None:
         inputs = {**inputs, "attention_mask": state.valid.long(), "use_cache": True, "logits_to_keep": 1}
         with self.session.at(branch=self._branch_name, token_types=state.types):
             out = self.session.model(**{k: v for k, v in inputs.items() if k in self._takes})
         self.forwards += 1
-        state.cache, state.logits = out.past_key_values, out.logits[:, -1]
+        state.cache, state.logits = cache_out(out), out.logits[:, -1]

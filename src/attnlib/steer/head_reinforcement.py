@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ..hooks.blocks import block_of
 from ..hooks.branches import NoImage, Prompt, Reading
+from ..hooks.hf.names import cache_in, cache_name
 from ..hooks.intervention import Intervention, implements
 from ..hooks.session import Session
 from ..hooks.site import Site
@@ -340,8 +341,8 @@ class _TextPass:
 
     def _remember(self, layer: int) -> Any:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.cache is None and "past_key_values" in kwargs:
-                self.cache = copy.deepcopy(kwargs["past_key_values"])  # nothing is in it yet
+            if self.cache is None:
+                self.cache = copy.deepcopy(cache_in(kwargs))  # nothing is in it yet
             if not args:
                 kwargs = dict(kwargs)
                 args = (kwargs.pop("hidden_states"),)
@@ -360,8 +361,8 @@ class _TextPass:
                 args, kwargs = self.calls[number]
                 if self.done < 0:
                     self.hidden, args = args[0], args[1:]
-                if "past_key_values" in kwargs:
-                    kwargs = {**kwargs, "past_key_values": self.cache}
+                if (name := cache_name(kwargs)) is not None:
+                    kwargs = {**kwargs, name: self.cache}
                 out = block(self.hidden, *args, **kwargs)
                 self.hidden = out[0] if isinstance(out, tuple) else out
                 self.done = number

@@ -26,13 +26,14 @@ from torch import Tensor
 
 from ..hooks.branches import NoImage
 from ..hooks.hf.follow import watch_prompts
+from ..hooks.hf.names import reads_images
 from ..hooks.intervention import Intervention
 from ..hooks.session import Session
 from ..hooks.site import Site
 from ..hooks.tokens import IMAGE, PAD
 from ..hooks.vision import VisionEncoder
 from ..types import check_choice, to_list
-from ._watch import at_keys, image_slots, prompt_types, reads_images
+from ._watch import at_keys, image_slots, prompt_types
 from .contrastive import ContrastiveDecoding
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..hooks import IMAGE, PAD, SYSTEM, Intervention
 from ..hooks.choose import pack, take
+from ..hooks.hf.names import cached_tokens
 from ..hooks.session import Session
 from ..hooks.site import Site
 from ..nn.multimodal.wings_lorra import LayerWings
@@ -58,8 +59,7 @@ class VisualWings(Intervention):
         decoder: Any = session.model.get_decoder()  # type: ignore[operator]
 
         def embedded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            cache: Any = kwargs.get("past_key_values")
-            if hasattr(cache, "get_seq_length") and cache.get_seq_length():
+            if cached_tokens(kwargs):
                 return
             embeds = kwargs.get("inputs_embeds")
             if embeds is None:

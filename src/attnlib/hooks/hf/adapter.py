@@ -32,7 +32,17 @@ from ..site import Site
 from .cache import mask_unwritten
 from .follow import _Follow, _processors
 from .layer import LayerRuntime, _forget, _runtimes, register
-from .names import READABLE, _cache_name, _need, kernel_of, reachable
+from .names import (
+    PROCESSORS,
+    READABLE,
+    _need,
+    cache_in,
+    cache_parameter,
+    implementation_of,
+    kernel_of,
+    reachable,
+    set_implementation,
+)
 
 
 class TransformersAdapter(Adapter):
@@ -92,16 +102,17 @@ class TransformersAdapter(Adapter):
 
     def install(self, session: Session, plan: list[tuple[Site, Stages]]) -> None:
         session.counts_steps = True
+        cache_parameter(session.model)
         follows = [i for stage in ("on_logits", "on_step", "on_tokens") for i in session.acting(stage)]
         if session.tracker is not None or follows:
             session.hook(session.model.register_forward_pre_hook(_Follow(session, bool(follows)), with_kwargs=True))
-        if follows and callable(getattr(session.model, "_get_logits_processor", None)):
-            session.set_attribute(session.model, "_get_logits_processor", _processors(session))
+        if follows and callable(getattr(session.model, PROCESSORS, None)):
+            session.set_attribute(session.model, PROCESSORS, _processors(session))
         runtimes = []
         for site, stages in plan:
             module = site.module
             config: Any = module.config
-            implementation = config._attn_implementation or "eager"
+            implementation = implementation_of(module)
             runtime = LayerRuntime(session, site, stages, kernel_of(module, implementation), implementation)
             if stages["on_qkv"] and site.kind == "cross":
                 raise ValueError(
@@ -114,7 +125,7 @@ class TransformersAdapter(Adapter):
             runtimes.append(runtime)
             if stages.in_attention:
                 view = copy.copy(config)
-                view.__dict__["_attn_implementation_internal"] = register(implementation)
+                set_implementation(view, register(implementation))
                 session.set_attribute(module, "config", view)
                 _runtimes[module] = runtime
                 session.undo(functools.partial(_forget, module))
@@ -151,8 +162,7 @@ class TransformersAdapter(Adapter):
 
 
 def _hide_unwritten(site: Site, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    cache: Any = kwargs.get(_cache_name(kwargs) or "past_key_values")
-    layers = getattr(cache, "layers", ())
+    layers = getattr(cache_in(kwargs), "layers", ())
     if site.layer >= len(layers) or type(layers[site.layer]) is not _need().cache.StaticLayer:
         return None
     if not layers[site.layer].get_seq_length():

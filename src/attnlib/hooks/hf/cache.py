@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..session import Session
 from ..site import Site
-from .names import _need, implementation_of
+from .names import _need, implementation_of, tokens_to_remove
 
 
 @functools.cache
@@ -92,8 +92,8 @@ def evicted_layer_class() -> type:
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
             return (self.capacity, 0) if self.capacity > 0 else (self.seen + query_length, 0)
 
-        def crop(self, tokens_to_remove: int) -> None:
-            remove = abs(tokens_to_remove)
+        def crop(self, tokens: int) -> None:
+            remove = tokens_to_remove(tokens, self.seen)
             if remove > self.seen - self.evicted_from:
                 raise ValueError(
                     f"cannot remove {remove} tokens: only {self.seen - self.evicted_from} came after the keys were "

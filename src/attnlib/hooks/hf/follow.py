@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..session import Session
 from ..tokens import IMAGE, TypeTracker
-from .names import cached_tokens, reader
+from .names import PROCESSORS, cache_in, cached_tokens, reader, without_cache
 
 
 def _processors(session: Session) -> Callable[..., Any]:
     """``generate``'s own list of processors, with ``on_logits`` in front of it."""
-    original = session.model._get_logits_processor
+    original = getattr(session.model, PROCESSORS)
 
     @functools.wraps(original)  # type: ignore[arg-type]
     def make(generation_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -54,8 +54,8 @@ class _Follow:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        cache: Any = given.get("past_key_values")
-        offset = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        cache = cache_in(given)
+        offset = 0 if cache is None else int(cache.get_seq_length())
         decoder = given.get("decoder_input_ids")
         ids = given.get("input_ids") if decoder is None else decoder
         embeds = given.get("inputs_embeds")
@@ -83,17 +83,17 @@ class _Follow:
     def _step(self, given: dict[str, Any], cache: Any, offset: int, read: Any) -> None:
         session, notes = self.session, self.session.notes
         count = read.shape[1] if isinstance(read, Tensor) else 0
-        cached = hasattr(cache, "get_seq_length")
+        cached = cache is not None
         length: int = notes.get("length", -1)
         if not offset:
             notes.pop("kept", None)
             if cached or length < 0 or not _continues(notes.get("read"), read):
-                session.new_prompt(given)
+                session.new_prompt(without_cache(given))
                 length = notes.get("prompt_length", count)
             if not cached:
                 notes["read"] = read
         elif length < 0:
-            session.new_prompt(given)
+            session.new_prompt(without_cache(given))
             length = notes.get("prompt_length", offset + count)
         elif "prompt_length" not in notes and count > 1 and offset == length == notes["total"]:
             length = offset + count  # the prompt is read in chunks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,19 @@ from ..session import Session
 from ..site import PairMask, Site, slots
 from ..tokens import PAD
 from .cache import Kept, _DeferredCache, _snapshot, evicted_layer_class
-from .names import PREFIX, READABLE, SPECIAL, _cache_name, _forward_of, _need, kernel_of
+from .names import (
+    PREFIX,
+    READABLE,
+    SPECIAL,
+    _need,
+    cache_in,
+    cache_name,
+    cache_parameter,
+    gets_angles,
+    implementation_of,
+    kernel_of,
+    parameters_of,
+)
 
 _runtimes: weakref.WeakKeyDictionary[nn.Module, LayerRuntime] = weakref.WeakKeyDictionary()
 
@@ -35,8 +46,7 @@ def _dispatch(
     """The registered function: through the stages of an attached layer, straight to the kernel elsewhere."""
     runtime = _runtimes.get(module)
     if runtime is None:
-        implementation = module.config._attn_implementation.removeprefix(PREFIX)  # type: ignore[union-attr, operator]
-        return kernel_of(module, implementation)(module, query, key, value, attention_mask, *args, **kwargs)
+        return kernel_of(module, implementation_of(module))(module, query, key, value, attention_mask, *args, **kwargs)
     return runtime.run(query, key, value, attention_mask, args, kwargs)
 
 
@@ -86,9 +96,9 @@ class LayerRuntime:
         self.implementation = implementation
         self._calls: list[_Call] = []
         self.module = site.module
-        parameters = inspect.signature(_forward_of(self.module)).parameters
-        self.names = list(parameters)[1:]
-        self.rotary = True if "position_embeddings" in self.names else None
+        self.names = parameters_of(self.module)
+        self.takes_cache = cache_parameter(self.module)
+        self.rotary = True if gets_angles(self.module) else None
         # Nothing to do here while decoding but to read what is left of the cache.
         self.prompt_only = stages.used == ["on_cache"] and not stages.probes
         self.prompt_only &= not any(i.while_decoding for i in stages.all)
@@ -114,7 +124,7 @@ class LayerRuntime:
             calls.append(call)
             try:
                 if edits_new and call.cache is not None:
-                    name = _cache_name(kwargs)
+                    name = cache_name(kwargs)
                     if name is None:
                         raise ValueError(f"{self.where}: on_qkv needs the cache to be passed by keyword")
                     call.deferred = _DeferredCache(call.cache)
@@ -148,7 +158,7 @@ class LayerRuntime:
             def innermost(x: Tensor) -> Tensor:
                 new = kwargs
                 if outputs and call.cache is not None:
-                    new = {**kwargs, _cache_name(kwargs) or "past_key_values": self._read_again(call)}
+                    new = {**kwargs, cache_name(kwargs) or self.takes_cache: self._read_again(call)}
                     mask, m = kwargs.get("attention_mask"), call.offset + x.shape[1]
                     if type(call.before) is _need().cache.StaticLayer and isinstance(mask, Tensor):
                         new["attention_mask"] = mask[..., :m]  # only the slots that are written
@@ -234,8 +244,7 @@ class LayerRuntime:
 
     def block_site(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Site, Tensor]:
         """The site and the tokens (B, N, C) at the input of the block of this attention."""
-        names = list(inspect.signature(_forward_of(block)).parameters)[1:]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = {**dict(zip(parameters_of(block), args, strict=False)), **kwargs}
         hidden = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(hidden, Tensor):
             raise ValueError(f"{self.where}: the input of its block is not passed as hidden_states")
@@ -249,10 +258,7 @@ class LayerRuntime:
 
     def look(self, given: dict[str, Any]) -> _Call:
         """How many tokens came before, from the cache itself."""
-        cache = given.get("past_key_values")
-        if cache is None:
-            cache = given.get("layer_past")  # GPT-NeoX
-        hf = _need()
+        cache, hf = cache_in(given), _need()
         if isinstance(cache, hf.cache.EncoderDecoderCache):
             cache = cache.cross_attention_cache if self.site.kind == "cross" else cache.self_attention_cache
         if self.site.kind == "cross" or not isinstance(cache, hf.cache.Cache):

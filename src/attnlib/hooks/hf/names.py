@@ -1,24 +1,21 @@
-"""Everything that is not public in transformers, in one place."""
+"""Everything that is not public in transformers, in one place; no other file says these names.
+
+What is asked here is asked when interventions are attached, and what is not known is refused there by name. A cache is
+recognised by its type, so that a new name of the argument changes nothing.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-
-def _cache_of(kwargs: dict[str, Any]) -> Any:
-    """The cache among the arguments of a block, whatever its name."""
-    given = kwargs.get("past_key_values")
-    if given is None:
-        kind = _need().cache.Cache
-        given = next((value for value in kwargs.values() if isinstance(value, kind)), None)
-    return given
-
+#: Releases of transformers at whose two ends the whole adapter is tested; the first that is not.
+OLDEST, BEYOND = "5.13", "5.25"
 
 PREFIX = "attnlib_"
 
@@ -27,6 +24,33 @@ READABLE = ("sdpa", "eager")
 
 #: Extra arguments that change the softmax itself; where one is in use only the model's own kernel is right.
 SPECIAL = ("softcap", "s_aux", "position_bias", "sinks", "block_indices")
+
+#: Names under which models and their modules take a cache, the newest first.
+CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
+
+#: What ``generate`` asks the model for: the processors of scores that it makes for itself.
+PROCESSORS = "_get_logits_processor"
+
+#: Where a configuration keeps the name of its attention implementation.
+IMPLEMENTATION = "_attn_implementation_internal"
+
+#: Names under which models keep the encoder of their images.
+VISION_TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_encoder")
+
+#: A decoder's module that makes rotary angles, what its attention modules are handed, and how those apply them.
+ROTARY, ANGLES, TURN = "rotary_emb", "position_embeddings", "apply_rotary_pos_emb"
+
+#: Images that ``generate`` encoded before the model is called.
+ENCODED = "mm_encoder_outputs"
+
+#: Inputs of a prompt that a second reading of it makes anew, its cache apart.
+OWN_INPUTS = frozenset(
+    "input_ids inputs_embeds attention_mask position_ids use_cache logits_to_keep return_dict labels "
+    "output_attentions output_hidden_states cache_position token_type_ids mm_token_type_ids".split()
+).union(CACHE_ARGUMENTS)
+
+#: Inputs with one number per token, which go with the tokens.
+PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
 
 @functools.cache
@@ -45,13 +69,32 @@ def _need() -> types.SimpleNamespace:
         )
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            "acting on transformers models needs transformers 5 or newer with its AttentionInterface and "
-            "AttentionMaskInterface: pip install 'attnlib[hf]'"
+            f"acting on transformers models needs transformers from {OLDEST} to below {BEYOND}, with its "
+            "AttentionInterface and AttentionMaskInterface: pip install 'attnlib[hf]'"
         ) from error
+
+
+def installed() -> tuple[str, bool]:
+    """The release of transformers in use, and whether it is inside the range that is tested."""
+    import transformers
+    from packaging.version import Version
+
+    version = str(transformers.__version__)
+    # Development versions of the first release beyond are beyond too.
+    return version, Version(OLDEST) <= Version(Version(version).base_version) < Version(BEYOND)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Modules
 
 
 def _forward_of(module: nn.Module) -> Any:
     return inspect.unwrap(type(module).forward)
+
+
+def parameters_of(module: nn.Module) -> list[str]:
+    """Names of the arguments of a module's forward, past decorators."""
+    return list(inspect.signature(_forward_of(module)).parameters)[1:]
 
 
 def reachable(module: nn.Module) -> bool:
@@ -74,15 +117,40 @@ def kernel_of(module: nn.Module, implementation: str) -> Callable[..., Any]:
     return function
 
 
-def _cache_name(kwargs: dict[str, Any]) -> str | None:
-    """The name under which an attention module gets its cache."""
-    return next((name for name in ("past_key_values", "layer_past") if kwargs.get(name) is not None), None)
-
-
 def implementation_of(module: nn.Module) -> str:
     """Which attention a module runs, under whatever name."""
     config: Any = module.config
     return (config._attn_implementation or "eager").removeprefix(PREFIX)
+
+
+def set_implementation(config: Any, name: str) -> None:
+    """Let one configuration, and no other that it was copied from or belongs to, name another implementation."""
+    config.__dict__[IMPLEMENTATION] = name
+
+
+def rotary_of(module: nn.Module) -> nn.Module | None:
+    """The module that makes rotary positions, where a decoder or an attention module has one."""
+    rotary = getattr(module, ROTARY, None)
+    return rotary if isinstance(rotary, nn.Module) else None
+
+
+def gets_angles(module: nn.Module) -> bool:
+    """Whether an attention module is handed rotary angles, so that queries and keys carry positions when they meet."""
+    return ANGLES in parameters_of(module)
+
+
+def turn_of(module: nn.Module) -> Callable[..., Any] | None:
+    """The function with which an attention module applies rotary positions to queries and keys."""
+    return _forward_of(module).__globals__.get(TURN)
+
+
+def vision_towers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Encoders of images inside a model, by the names that models give them."""
+    return [(name, m) for name, m in model.named_modules() if name.rsplit(".", 1)[-1] in VISION_TOWERS]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Caches among arguments
 
 
 def reader(model: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:
@@ -91,7 +159,115 @@ def reader(model: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], dict
     return lambda args, kwargs: {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
 
 
-def cached_tokens(given: dict[str, Any]) -> int:
+def cache_name(given: Mapping[str, Any]) -> str | None:
+    """The name under which a call was given a cache, whatever it is; ``None`` when it was given none."""
+    for name in CACHE_ARGUMENTS:
+        if hasattr(given.get(name), "get_seq_length"):
+            return name
+    return next((name for name, value in given.items() if hasattr(value, "get_seq_length")), None)
+
+
+def cache_in(given: Mapping[str, Any]) -> Any:
+    """The cache that a call was given, ``None`` without one."""
+    name = cache_name(given)
+    return None if name is None else given[name]
+
+
+def without_cache(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call but for its cache."""
+    return {k: v for k, v in given.items() if k not in CACHE_ARGUMENTS and k != cache_name(given)}
+
+
+def cached_tokens(given: Mapping[str, Any]) -> int:
     """Tokens that the cache of a call holds before it."""
-    cache: Any = given.get("past_key_values")
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    cache = cache_in(given)
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def cache_parameter(module: nn.Module) -> str | None:
+    """The name under which a module's forward takes a cache; ``None`` where it takes none.
+
+    Raises:
+        ValueError: it uses a cache, but under a name that is not known here, or hides its arguments.
+    """
+    function = _forward_of(module)
+    given = inspect.signature(function).parameters
+    for name in CACHE_ARGUMENTS:
+        if name in given:
+            return name
+    for name, parameter in given.items():
+        if "Cache" in str(parameter.annotation):
+            return name
+    hidden = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for n, p in given.items() if n != "self")
+    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    if hidden and given.keys() - {"self"}:
+        raise ValueError(
+            f"{type(module).__name__}.forward({', '.join(list(given)[1:])}) hides its arguments, so its cache cannot "
+            "be followed; attach to the model inside it"
+        )
+    if "update" in names and "layer_idx" in names:
+        raise ValueError(
+            f"{type(module).__name__}.forward updates a cache that it takes under none of the names "
+            f"{list(CACHE_ARGUMENTS)}; its arguments are {list(given)[1:]}"
+        )
+    return None
+
+
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """``cache`` as the argument under which ``model`` takes it.
+
+    Raises:
+        ValueError: the model takes no cache, or one that cannot be named.
+    """
+    name = cache_parameter(model)
+    if name is None:
+        raise ValueError(f"{type(model).__name__}.forward takes no cache; its arguments are {parameters_of(model)}")
+    return {name: cache}
+
+
+def cache_out(output: Any) -> Any:
+    """The cache that a call of a model returned.
+
+    Raises:
+        ValueError: it returned none.
+    """
+    cache = cache_in(dict(output))
+    if cache is None:
+        raise ValueError(f"{type(output).__name__} holds no cache; it has {list(output)}")
+    return cache
+
+
+@functools.cache
+def output_field() -> str:
+    """The name under which ``generate`` looks for a cache among a model's outputs."""
+    from transformers.generation import utils
+
+    return str(utils.ALL_CACHE_NAMES[0])
+
+
+@functools.cache
+def _crops_to_length() -> bool:
+    return "max_length" in inspect.signature(_need().cache.DynamicLayer.crop).parameters
+
+
+def tokens_to_remove(given: int, seen: int) -> int:
+    """How many tokens ``crop(given)`` is to remove of ``seen``: older releases say which length is to stay."""
+    if given < 0:
+        return -given
+    return max(0, seen - given) if _crops_to_length() else given
+
+
+def crop(cache: Any, tokens: int) -> None:
+    """Remove the newest tokens from a cache, in every release the same."""
+    if tokens:
+        cache.crop(-tokens)
+
+
+def encoded_images(given: Mapping[str, Any]) -> Any:
+    """Images that were encoded before the call, ``None`` without them."""
+    return (given.get(ENCODED) or {}).get("image")
+
+
+def reads_images(given: Mapping[str, Any]) -> bool:
+    """Whether a call of a model comes with images, to be encoded or already encoded."""
+    return isinstance(given.get("pixel_values"), Tensor) or bool(given.get(ENCODED))

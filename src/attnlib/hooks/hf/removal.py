@@ -35,7 +35,7 @@ from ..session import Session
 from ..site import Site
 from .cache import Kept, evicted_layer_class, mask_unwritten
 from .layer import LayerRuntime, _forget, _runtimes, register
-from .names import READABLE, _cache_of, _need, implementation_of
+from .names import ANGLES, READABLE, _need, cache_in, implementation_of, rotary_of, set_implementation
 
 #: Under this name a cache layer carries by how much the positions of its sample moved.
 SHIFT = "position_shift"
@@ -248,7 +248,7 @@ class Removal:
             self._intercept(site)
         blocks = [block_of(session.model, site) for site in self.sites]
         decoder = self._decoder(blocks)
-        self.rotary = getattr(decoder, "rotary_emb", None)
+        self.rotary = rotary_of(decoder)
         session.hook(decoder.register_forward_pre_hook(self._start, with_kwargs=True))
         for site, block in zip(behind, blocks[acting[0] :], strict=True):
             # Reading a prompt, stages that look at the input of a block see the tokens that are left; while decoding
@@ -270,7 +270,7 @@ class Removal:
         if runtime is None or runtime.stages.in_attention or not runtime.stages["around_sublayer"]:
             return
         view = copy.copy(site.module.config)
-        view.__dict__["_attn_implementation_internal"] = register(implementation_of(site.module))
+        set_implementation(view, register(implementation_of(site.module)))
         self.session.set_attribute(site.module, "config", view)
         _runtimes[site.module] = runtime
         self.session.undo(functools.partial(_forget, site.module))
@@ -308,7 +308,7 @@ class Removal:
                 f"{_where(site)}: its block gets more than the hidden states by position, so mask and positions cannot "
                 "be told apart"
             )
-        cache = _cache_of(kwargs)
+        cache = cache_in(kwargs)
         if self._seen(cache, site):
             return None
         if self.prompt is None:
@@ -364,7 +364,7 @@ class Removal:
 
     def _store(self, site: Site, block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After a block has read its part of a prompt: its cache layer knows the slots and counts every token."""
-        prompt, cache = self.prompt, _cache_of(kwargs)
+        prompt, cache = self.prompt, cache_in(kwargs)
         if prompt is None or prompt.slots is None or cache is None or site.layer not in prompt.lengths:
             return
         layer, evicted = cache.layers[site.layer], evicted_layer_class()
@@ -408,15 +408,15 @@ class Removal:
                     f"{_where(site)}: contiguous positions need position_ids (B, N); keep the original ones"
                 )
             prompt.moved = original[:, -1:] - ids[:, -1:]
-        embeddings = kwargs.get("position_embeddings")
+        embeddings = kwargs.get(ANGLES)
         if isinstance(embeddings, tuple):
             if prompt.ids is not None:
-                new["position_embeddings"] = self._rotate(site, hidden, ids)
+                new[ANGLES] = self._rotate(site, hidden, ids)
             else:
-                new["position_embeddings"] = tuple(take(t, prompt.slots, t.dim() - 2) for t in embeddings)
+                new[ANGLES] = tuple(take(t, prompt.slots, t.dim() - 2) for t in embeddings)
         elif embeddings is not None:
             raise ValueError(
-                f"{_where(site)}: its position_embeddings are a {type(embeddings).__name__}; removing tokens knows a "
+                f"{_where(site)}: its rotary angles are a {type(embeddings).__name__}; removing tokens knows a "
                 "tuple (cos, sin)"
             )
         return new
@@ -424,8 +424,8 @@ class Removal:
     def _rotate(self, site: Site, hidden: Tensor, position_ids: Any) -> Any:
         if self.rotary is None:
             raise ValueError(
-                f"{_where(site)}: contiguous positions need the decoder's rotary_emb, which this model has not; keep "
-                "the original positions"
+                f"{_where(site)}: contiguous positions need a decoder that makes rotary angles, which this one does "
+                "not; keep the original positions"
             )
         return self.rotary(hidden, position_ids)
 
@@ -464,7 +464,7 @@ class Removal:
     # ---- decoding
 
     def _decode(self, site: Site, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cache = _cache_of(kwargs)
+        cache = cache_in(kwargs)
         if not self._seen(cache, site):
             return None
         layer: Any = cache.layers[site.layer]  # type: ignore[union-attr]
@@ -478,7 +478,7 @@ class Removal:
         n, new, slots = hidden.shape[1], dict(kwargs), layer.positions  # type: ignore[attr-defined]
         if SHIFT in layer.memory:
             ids = kwargs["position_ids"] - layer.memory[SHIFT].to(hidden.device)
-            new["position_ids"], new["position_embeddings"] = ids, self._rotate(site, hidden, ids)
+            new["position_ids"], new[ANGLES] = ids, self._rotate(site, hidden, ids)
         runtime = self.runtimes.get(site.name)
         if runtime is None or site.module not in _runtimes:
             if getattr(layer, "shared", False):

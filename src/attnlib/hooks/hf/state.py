@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ...types import State
+from .names import tokens_to_remove
 
 
 class StateLayer(CacheLayerMixin):
@@ -97,10 +98,10 @@ class StateLayer(CacheLayerMixin):
         if self.state is not None and hasattr(self, "device"):
             self._map(lambda t: t.to(self.device, non_blocking=True))
 
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
+    def crop(self, tokens: int) -> None:
+        if tokens_to_remove(tokens, self.seen):
             raise ValueError(
-                f"crop({tokens_to_remove}) is not possible: a state that has read a token cannot forget it; "
+                f"crop({tokens}) is not possible: a state that has read a token cannot forget it; "
                 "keep a copy (state.map(torch.clone)) from before instead"
             )
 
@@ -132,7 +133,7 @@ def state_layers(cache: Any, num_layers: int) -> Sequence[StateLayer]:
     layers = getattr(cache, "layers", None)
     if layers is None or len(layers) != num_layers or not all(isinstance(layer, StateLayer) for layer in layers):
         raise TypeError(
-            f"past_key_values must be made by attnlib.hooks.hf_state.state_cache({num_layers}) or left out, "
+            f"cache must be made by attnlib.hooks.hf.state.state_cache({num_layers}) or left out, "
             f"got {cache!r:.200}"
         )
     return layers

@@ -10,7 +10,7 @@ for bit.
 ``nn.TransformerEncoder`` packs padded batches for it. Both are turned off around attached layers; what remains is their
 ordinary path, which agrees with the fused one to rounding, and leaves values instead of zeros at padded positions.
 
-Mechanisms of attnlib are served by :mod:`attnlib.hooks.native_adapter`. A module serves what its mathematics allows,
+Mechanisms of attnlib are served by :mod:`attnlib.hooks.modules.native`. A module serves what its mathematics allows,
 and refuses other stages by name.
 """
 
@@ -23,6 +23,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..hf.follow import _Follow, _processors
+from ..hf.names import PROCESSORS, cached_tokens
 from ..intervention import Stages
 from ..session import Adapter, Session
 from ..site import Site
@@ -114,19 +116,16 @@ class ModuleAdapter(Adapter):
     @staticmethod
     def _follow(session: Session, frame: dict[str, Any]) -> None:
         model = session.model
-        generates = callable(getattr(model, "_get_logits_processor", None))
+        generates = callable(getattr(model, PROCESSORS, None))
         follows = bool(session.acting("on_logits") or session.acting("on_step")) and generates
         if generates:
-            from ..hf.follow import _Follow, _processors
-
             session.counts_steps = True
             if follows:
-                session.set_attribute(model, "_get_logits_processor", _processors(session))
+                session.set_attribute(model, PROCESSORS, _processors(session))
             watch = _Follow(session, follows)
 
             def look(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                cache: Any = kwargs.get("past_key_values")
-                frame["offset"] = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+                frame["offset"] = cached_tokens(kwargs)
                 watch(model, args, kwargs)
 
             session.hook(model.register_forward_pre_hook(look, with_kwargs=True))
