@@ -1,4 +1,6 @@
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -8,8 +10,12 @@ from torch.utils import _pytree as pytree
 
 from attnlib import masks as M
 from attnlib.grids import Layout
+from attnlib.nn.heads.s2_attention_dkernel import sharded_context
 
 N = 24  # tokens of every mask below
+INF, NAN = float("inf"), float("nan")
+IDS = torch.zeros(3, dtype=torch.long)
+LAYOUT = Layout((("text", 2), ("image", (3, 3))))
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -53,8 +59,8 @@ def _kinds() -> dict[str, M.Mask]:
         "on_segment": M.on_segment(layout, "image", M.neighborhood((4, 4), 3)),
         "causal_frames": M.causal_frames(N, 5, 6),
         "causal_frames_batch": M.causal_frames(N, torch.tensor([2, 7]), 3),
-        "causal_frames_many": M.causal_frames(4, 7, 4),
-        "sharded": M.sharded_context(2, 1, 3, num_heads=3),
+        "causal_frames_many": M.causal_frames(N, 31, 1),
+        "sharded": sharded_context(2, 1, 3, num_heads=3),
         "and": M.causal() & M.strided(3, local=2),
         "or": M.sliding_window(3) | M.documents(ids),
         "not": ~M.terraced(5),
@@ -277,7 +283,8 @@ def test_value_semantics():
     assert M.sliding_window(5) == M.sliding_window(5) != M.sliding_window(7)
     assert len({M.causal(), M.causal(), M.recent(3)}) == 2
     tensor = torch.zeros(3, dtype=torch.long)
-    assert M.documents(tensor) == M.documents(tensor) and M.documents(tensor) != M.documents(tensor.clone())
+    assert M.documents(tensor) == M.documents(tensor.clone()) != M.documents(tensor + 1)
+    assert hash(M.documents(tensor)) == hash(M.documents(tensor.clone()))
 
 
 # ---- bad arguments
@@ -287,7 +294,7 @@ def test_value_semantics():
     "make,error,words",
     [
         (lambda: M.sliding_window(0), ValueError, "window"),
-        (lambda: M.recent(2.5), ValueError, "window"),
+        (lambda: M.recent(2.5), TypeError, "window"),
         (lambda: M.terraced(0), ValueError, "window"),
         (lambda: M.strided(0), ValueError, "stride"),
         (lambda: M.neighborhood((4, 4), 5), ValueError, "larger than the grid"),
@@ -297,14 +304,191 @@ def test_value_semantics():
         (lambda: M.neighborhood((8, 8), (3, 3, 3)), ValueError, "3 axes"),
         (lambda: M.circular_window((4, 4), 0.0), ValueError, "radius"),
         (lambda: M.document([1, 3]), ValueError, "start at 0"),
-        (lambda: M.documents(torch.zeros(3)), ValueError, "integer"),
+        (lambda: M.documents(torch.zeros(3)), TypeError, "integer"),
         (lambda: M.modality(torch.zeros(3, dtype=torch.long), [[True, False]]), ValueError, "square"),
         (lambda: M.explicit(torch.zeros(3, 3)), TypeError, "boolean"),
         (lambda: M.explicit(torch.zeros(3, dtype=torch.bool)), ValueError, "mask tensor"),
-        (lambda: M.explicit(torch.zeros(3, 3, dtype=torch.bool)).dense(4), ValueError, "rows"),
+        (lambda: M.explicit(torch.zeros(3, 3, dtype=torch.bool)).dense(4), ValueError, "queries 0 to 2"),
         (lambda: M.as_mask([1]), TypeError, "mask"),
+        (lambda: M.sliding_window(True), TypeError, "window.*True"),
+        (lambda: M.recent(INF), TypeError, "window.*inf"),
+        (lambda: M.terraced(2, -1), ValueError, "previous.*-1"),
+        (lambda: M.prefix_lm(-1), ValueError, "prefix.*-1"),
+        (lambda: M.prefix_lm(2.0), TypeError, "prefix.*2.0"),
+        (lambda: M.prefix_lm(torch.tensor([2, -3])), ValueError, "prefix.*-3"),
+        (lambda: M.prefix_lm(torch.tensor([2.0])), TypeError, "prefix.*float32"),
+        (lambda: M.prefix_lm(torch.tensor(3)), ValueError, "prefix"),
+        (lambda: M.strided(3, local=-1), ValueError, "local.*-1"),
+        (lambda: M.strided(3, num_heads=0), ValueError, "num_heads.*0"),
+        (lambda: M.strided(3, offset=0.5), TypeError, "offset.*0.5"),
+        (lambda: M.document([0, 3, 2]), ValueError, r"cu_seqlens.*\[0, 3, 2\]"),
+        (lambda: M.document([0]), ValueError, r"cu_seqlens.*\[0\]"),
+        (lambda: M.document([0, 1.5]), TypeError, "cu_seqlens.*1.5"),
+        (lambda: M.document(torch.tensor([0.0, 2.0])), TypeError, "cu_seqlens.*float32"),
+        (lambda: M.document(torch.zeros(2, 2, dtype=torch.long)), ValueError, "cu_seqlens"),
+        (lambda: M.document("02"), TypeError, "cu_seqlens"),
+        (lambda: M.documents(torch.zeros(3, dtype=torch.bool)), TypeError, "ids.*bool"),
+        (lambda: M.documents([0, 0, 1]), TypeError, r"ids.*\[0, 0, 1\]"),
+        (lambda: M.documents(torch.zeros(1, 1, 3, dtype=torch.long)), ValueError, "ids"),
+        (lambda: M.modality(IDS - 1, [[True]]), ValueError, "types holds -1"),
+        (lambda: M.modality(IDS + 1, [[True]]), ValueError, "types holds 1.*0 to 0"),
+        (lambda: M.modality(IDS.float(), [[True]]), TypeError, "types.*float32"),
+        (lambda: M.modality(IDS, [[0.5]]), TypeError, "rule.*0.5"),
+        (lambda: M.modality(IDS, []), TypeError, "rule"),
+        (lambda: M.circular_window((4, 4), INF), ValueError, "radius.*inf"),
+        (lambda: M.circular_window((4, 4), NAN), ValueError, "radius.*nan"),
+        (lambda: M.circular_window((4, 4), -1.0), ValueError, "radius.*-1.0"),
+        (lambda: M.circular_window((4, 4), True), TypeError, "radius.*True"),
+        (lambda: M.circular_window((4, -4), 1.0), ValueError, "grid.*-4"),
+        (lambda: M.circular_window(4, 1.0), TypeError, "grid.*4"),
+        (lambda: M.neighborhood((4.0, 4), 3), TypeError, "grid.*4.0"),
+        (lambda: M.neighborhood((4, 4), 3.0), TypeError, "kernel_size.*3.0"),
+        (lambda: M.neighborhood((4, 4), 3, causal=2), TypeError, "causal.*2"),
+        (lambda: M.neighborhood((4, 4, 4, 4), 3), ValueError, "grid"),
+        (lambda: M.causal_frames(0, 2, 2), ValueError, "queries.*0"),
+        (lambda: M.causal_frames(2, torch.tensor([2, 0]), 2), ValueError, "frames.*0"),
+        (lambda: M.blocks(torch.ones(2, 2, dtype=torch.bool), 0, 1), ValueError, "q_block.*0"),
+        (lambda: M.blocks(torch.ones(2, 2), 1, 1), TypeError, "chosen.*float32"),
+        (lambda: M.on_segment(LAYOUT, "video", M.causal()), ValueError, "video.*image"),
+        (lambda: M.on_segment(LAYOUT, "image", M.neighborhood((2, 2), 2)), ValueError, "knows 4 positions"),
+        (lambda: M.on_segment(LAYOUT, "image", IDS), TypeError, "inner"),
+        (lambda: M.on_segment(None, "image", M.causal()), TypeError, "layout.*None"),
+        # indexed beyond what it knows
+        (lambda: M.documents(IDS).dense(4), ValueError, "queries 0 to 2.*0 to 3"),
+        (lambda: M.documents(IDS).dense(3, 4), ValueError, "keys 0 to 2"),
+        (lambda: M.documents(IDS).at(IDS + 3, IDS), ValueError, "position 3"),
+        (lambda: M.documents(IDS).at(IDS - 1, IDS), ValueError, "position -1"),
+        (lambda: (M.causal() & M.documents(IDS)).dense(4), ValueError, "0 to 2"),
+        (lambda: (~M.modality(IDS, [[True]])).count(4), ValueError, "0 to 2"),
+        (lambda: M.neighborhood((4, 4), 3).dense(17), ValueError, "0 to 15"),
+        (lambda: M.circular_window((4, 4), 2.0).at(IDS + 16, IDS), ValueError, "position 16"),
+        (lambda: M.blocks(torch.ones(2, 2, dtype=torch.bool), 2, 2).picture(5), ValueError, "0 to 3"),
+        (lambda: M.causal().dense(-1), ValueError, "start"),
+        (lambda: M.causal().dense(2.0), TypeError, "2.0"),
+        (lambda: M.causal().block((3, 1), (0, 4)), ValueError, "start"),
+        # positions that are none
+        (lambda: M.causal().at(IDS.float(), IDS), TypeError, "q_pos.*float32"),
+        (lambda: M.causal().at(IDS, IDS[0]), ValueError, "k_pos"),
+        (lambda: M.causal().at(IDS, [1]), TypeError, r"k_pos.*\[1\]"),
+        (lambda: M.causal().at(IDS.expand(2, 3), IDS.expand(3, 3)), ValueError, "k_pos is for 3 samples.*2"),
+        (lambda: M.documents(IDS.expand(2, 3)).at(IDS.expand(3, 3), IDS), ValueError, "q_pos is for 3.*for 2"),
+        # other devices
+        (lambda: M.documents(IDS).dense(3, device="meta"), ValueError, "lies on cpu.*meta"),
+        (lambda: M.documents(IDS.to("meta")).at(IDS, IDS), ValueError, "lies on meta.*cpu"),
+        (lambda: M.documents(IDS.to("meta")) & M.documents(IDS), ValueError, "lies on meta.*on cpu"),
+        # compositions
+        (lambda: M.causal() & 3, TypeError, "&.*3"),
+        (lambda: 3 | M.causal(), TypeError, r"\|.*3"),
+        (lambda: M.causal() & None, TypeError, "&.*None"),
+        (lambda: M.causal() | torch.ones(3, 3), TypeError, "boolean.*float32"),
+        (lambda: M.documents(IDS.expand(2, 3)) & M.prefix_lm(IDS), ValueError, "for 2 samples.*for 3"),
+        (lambda: M.And(M.causal(), 3), TypeError, "right.*3"),
+        (lambda: M.Not(None), TypeError, "inner.*None"),
     ],
 )
 def test_bad_arguments_are_refused(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    "kw, words",
+    [
+        (dict(n=5, m=3), "queries 0 to 2, but there are 5"),
+        (dict(n=3, m=5), "keys 0 to 2, but there are 5"),
+        (dict(n=3, m=3, batch=3), "for 2 samples.*3"),
+        (dict(n=3, m=3, device=torch.device("meta")), "lies on cpu.*meta"),
+        (dict(n=3, m=3, q_pos=IDS + 1, k_pos=IDS + 4), "position 4"),
+    ],
+)
+def test_a_call_that_the_mask_does_not_serve(kw, words):
+    mask = M.causal() & M.documents(IDS.expand(2, 3))
+    mask.check(3, 3, batch=2, heads=7, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=words):
+        mask.check(**kw)
+    with pytest.raises(ValueError, match="for N=2 queries"):
+        (M.causal() | torch.ones(3, 3, dtype=torch.bool)).check(2, 2)
+
+
+# ---- frozen
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_nothing_changes_a_mask(name):
+    mask = _kinds()[name]
+    before, number = mask.dense(N).clone(), hash(mask)
+    for field in (*mask.fields, "new"):
+        with pytest.raises(AttributeError, match="frozen"):
+            setattr(mask, field, 1)
+        with pytest.raises(AttributeError, match="frozen"):
+            delattr(mask, field)
+    for field in mask.fields:
+        value = getattr(mask, field)
+        if isinstance(value, torch.Tensor):
+            value.fill_(1)
+    assert torch.equal(mask.dense(N), before) and hash(mask) == number
+    assert mask == KINDS[name] and hash(KINDS[name]) == number
+    for copied in (copy.copy(mask), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask)), mask.to("cpu")):
+        assert copied == mask and hash(copied) == number and torch.equal(copied.dense(N), before)
+
+
+def test_the_tensor_that_was_given_does_not_change_the_mask():
+    ids, allowed, frames = torch.zeros(4, dtype=torch.long), torch.ones(4, 4, dtype=torch.bool), torch.tensor([1, 2])
+    masks = [M.documents(ids), M.explicit(allowed), M.causal_frames(4, frames, 2), M.causal() & allowed]
+    before = [m.dense(4) for m in masks]
+    ids[2:] = 1
+    allowed[1:] = False
+    frames += 5
+    assert all(torch.equal(m.dense(4), b) for m, b in zip(masks, before, strict=True))
+
+
+def test_tensors_join_the_algebra_from_both_sides():
+    allowed = torch.rand(4, 4) > 0.5
+    for mask in (M.causal() & allowed, allowed & M.causal()):
+        assert torch.equal(mask.dense(4), M.causal().dense(4) & allowed)
+    for mask in (M.causal() | allowed, allowed | M.causal()):
+        assert torch.equal(mask.dense(4), M.causal().dense(4) | allowed)
+
+
+def test_an_empty_segment_changes_nothing():
+    layout = Layout((("text", 3), ("image", (0, 4))))
+    assert bool(M.on_segment(layout, "image", M.causal()).dense(3).all())
+
+
+def test_masks_are_built_composed_and_read_inside_a_graph():
+    def f(x, ids):
+        mask = M.causal() & (M.documents(ids) | M.sliding_window(2))
+        mask.check(x.shape[0], x.shape[0], device=x.device)
+        at = torch.arange(x.shape[0])
+        return x.masked_fill(~mask.at(at, at), 0) + mask.dense(x.shape[0])
+
+    compiled = torch.compile(f, fullgraph=True, backend="eager", dynamic=True)
+    for n in (4, 6, 9):
+        x, ids = torch.randn(n, n), torch.arange(n) // 2
+        assert torch.equal(compiled(x, ids), f(x, ids))
+    size = torch.export.Dim("n", min=2, max=64)
+    ids = torch.arange(4) // 2
+    program = torch.export.export(
+        Module(f), (torch.randn(4, 4), ids), dynamic_shapes=({0: size, 1: size}, {0: size}), strict=False
+    )
+    x, ids = torch.randn(7, 7), torch.arange(7) // 2
+    assert torch.equal(program.module()(x, ids), f(x, ids))
+
+
+class Module(torch.nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x, ids):
+        return self.fn(x, ids)
+
+
+def test_a_mask_enters_a_graph_as_an_argument():
+    def f(x, mask):
+        return x.masked_fill(~mask.dense(x.shape[0]), 0)
+
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    x = torch.randn(N, N)
+    for name in ("documents", "modality", "prefix", "and", "neighborhood_2d", "blocks"):
+        assert torch.equal(compiled(x, KINDS[name]), f(x, KINDS[name]))

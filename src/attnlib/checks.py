@@ -283,16 +283,29 @@ def check_serves(name: str, count: int, batch: int, what: str = "samples") -> No
 def check_index(name: str, index: Any, shape: Sequence[int] | None, count: int, what: str) -> None:
     """Raise unless ``index`` is an integer tensor of ``shape`` (``None``: any) that points at ``count`` of ``what``.
 
-    Reads the numbers, except while ``torch.compile`` or ``torch.export`` trace and on tensors without any.
+    Reads the numbers where :func:`readable`.
     """
     check_whole(name, index)
     if shape is not None and tuple(index.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(index.shape)}")
-    if torch.compiler.is_compiling() or not index.numel() or index.is_meta:
-        return
-    low, high = int(index.min()), int(index.max())
+    low, high = extremes(index, (0, -1))
     if low < 0 or high >= count:
         raise ValueError(f"{name} points at {what} {low if low < 0 else high}; possible: 0 to {count - 1}")
+
+
+def readable(value: Tensor) -> bool:
+    """Whether numbers can be read out of ``value``: not while tracing, nor of meta, fake or batched tensors."""
+    if torch.compiler.is_compiling() or value.is_meta or type(value) not in (Tensor, torch.nn.Parameter):
+        return False
+    return not torch._C._functorch.is_batchedtensor(value)
+
+
+def extremes(value: Tensor, unread: tuple[int, int]) -> tuple[int, int]:
+    """The least and the greatest number of a tensor; ``unread`` for one without numbers or that is not readable."""
+    if not readable(value) or not value.numel():
+        return unread
+    low, high = torch.aminmax(value)
+    return int(low), int(high)
 
 
 def _and(names: Iterable[str]) -> str:

@@ -21,8 +21,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .checks import (
+    check_flag,
+    check_grid,
+    check_int,
+    check_ints,
+    check_rank,
+    check_real,
+    check_serves,
+    check_type,
+    check_whole,
+    describe,
+    extremes,
+    to_tuple,
+)
 from .grids import Layout
-from .types import check_divides, register_pytree, to_tuple
+from .types import register_pytree
 
 Classes = tuple[Tensor, Tensor]  # (may some pair of the tile meet, do all pairs of the tile meet)
 _KINDS: dict[str, type[Mask]] = {}
@@ -31,8 +45,10 @@ _KINDS: dict[str, type[Mask]] = {}
 class Mask:
     """Base of all masks. A subclass gives ``fields`` (names of its arguments) and :meth:`pair`.
 
-    Arguments are plain values, other masks, or integer/boolean tensors; a tensor may carry the batch as its first axis
-    when the subclass says so in ``batched``.
+    Arguments are plain values, other masks, or integer/boolean tensors, which may carry the batch as their first axis.
+    A constructor assigns each of them once, after which nothing changes: a mask keeps a copy of its own of every
+    tensor, under the name with an underscore, and what it shows under the plain name is another copy. Two masks are
+    equal when they are of one kind with equal arguments, tensors compared by value.
     """
 
     name: ClassVar[str]
@@ -66,6 +82,31 @@ class Mask:
         """The number of query rows that this mask treats alike, where it has such a grain."""
         return next((g for a in self._args() if isinstance(a, Mask) and (g := a.q_tile()) is not None), None)
 
+    def extent(self) -> tuple[int | None, int | None]:
+        """How many positions of queries and of keys this mask knows, counted from 0; ``None``: any integer."""
+        parts = [a.extent() for a in self._args() if isinstance(a, Mask)]
+        rows, cols = [[e[i] for e in parts if e[i] is not None] for i in (0, 1)]
+        return min(rows) if rows else None, min(cols) if cols else None
+
+    # ---- frozen values
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.fields or name in self.__dict__ or f"_{name}" in self.__dict__:
+            raise AttributeError(f"{self.name} is frozen, {name} cannot be set; make a new mask")
+        _put(self, name, value.detach().clone() if isinstance(value, Tensor) else value)
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{self.name} is frozen, {name} cannot be deleted; make a new mask")
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).fields and f"_{name}" in self.__dict__:
+            return self.__dict__[f"_{name}"].clone()
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; it has {list(type(self).fields)}")
+
+    def _args(self) -> list[Any]:
+        held = self.__dict__
+        return [held[f"_{f}"] if f"_{f}" in held else held[f] for f in self.fields]
+
     # ---- shape of the mask
 
     def heads(self) -> int:
@@ -76,14 +117,68 @@ class Mask:
         """Number of samples this mask distinguishes (1: the same for all)."""
         return max([1, *(a.batch() for a in self._args() if isinstance(a, Mask))])
 
-    def _args(self) -> list[Any]:
-        return [getattr(self, f) for f in self.fields]
+    def device(self) -> torch.device | None:
+        """Where the tensors of this mask lie; ``None`` when it has none."""
+        for a in self._args():
+            here = a.device if isinstance(a, Tensor) else a.device() if isinstance(a, Mask) else None
+            if here is not None:
+                return here
+        return None
+
+    def to(self, device: torch.device | str) -> Mask:
+        """This mask with its tensors on ``device``."""
+        return _build(type(self), [a.to(device) if isinstance(a, (Tensor, Mask)) else a for a in self._args()])
 
     def plane(self, b: int, h: int) -> Mask:
         """The mask of sample ``b`` and head ``h`` alone."""
         if self.batch() == 1 and self.heads() == 1:
             return self
         return _build(type(self), [a.plane(b, h) if isinstance(a, Mask) else a for a in self._args()])
+
+    # ---- at the door
+
+    def check(
+        self,
+        n: int,
+        m: int,
+        *,
+        batch: int | None = None,
+        heads: int | None = None,
+        device: torch.device | None = None,
+        q_pos: Tensor | None = None,
+        k_pos: Tensor | None = None,
+        name: str = "mask",
+    ) -> None:
+        """Raise ``ValueError`` unless this mask serves ``n`` queries and ``m`` keys.
+
+        Args:
+            batch, heads: of the call; ``None`` to leave them open.
+            device: of the call.
+            q_pos, k_pos: positions, where they are not ``0..n-1`` and ``0..m-1``. Read on the CPU; on an accelerator
+                they are asserted there, without waiting.
+        """
+        if batch is not None:
+            check_serves(name, self.batch(), batch)
+        if heads is not None:
+            check_serves(name, self.heads(), heads, "heads")
+        self._check_device(device, name)
+        if q_pos is None and k_pos is None:
+            _check_dense(self, n, m, name)
+        rows, cols = self.extent()
+        for what, known, size, pos in (("queries", rows, n, q_pos), ("keys", cols, m, k_pos)):
+            if known is None:
+                continue
+            if pos is not None:
+                _check_positions(name, self, what, pos, known)
+            elif size > known:
+                raise ValueError(f"{name}={self!r} knows {what} 0 to {known - 1}, but there are {size}")
+
+    def _check_device(self, device: torch.device | None, name: str = "mask") -> None:
+        own = None if device is None else self.device()
+        if own is not None and device is not None and own != device and (own.type, device.index) != (device.type, None):
+            raise ValueError(
+                f"{name}={self!r} lies on {own}, what it is asked for on {device}; move it: mask.to({str(device)!r})"
+            )
 
     # ---- realisations
 
@@ -96,13 +191,34 @@ class Mask:
 
         Returns:
             (N, M) when neither positions nor mask know samples or heads, otherwise (B or 1, H or 1, N, M).
-        """
 
+        Raises:
+            ValueError: positions that the mask does not know, or of another batch or device.
+        """
+        for name, pos, axis in (("q_pos", q_pos, "N"), ("k_pos", k_pos, "M")):
+            check_whole(name, pos)
+            check_rank(name, pos, (1, 2, 3), f"({axis},), (B, {axis}) or (B, H, {axis})")
+        self._check_device(q_pos.device)
+        rows, cols = self.extent()
+        for name, pos, known in (("queries", q_pos, rows), ("keys", k_pos, cols)):
+            if known is not None:
+                _check_positions("mask", self, name, pos, known)
+        return self._at(q_pos, k_pos)
+
+    def _at(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         def lift(p: Tensor) -> Tensor:
             return p if p.dim() == 1 else p[:, None] if p.dim() == 2 else p
 
         q, k = lift(q_pos).unsqueeze(-1), lift(k_pos).unsqueeze(-2)
         batch, heads = self.batch(), self.heads()
+        for name, p in (("q_pos", q), ("k_pos", k)):
+            if p.dim() == 4 and batch > 1 and p.shape[0] not in (1, batch):
+                raise ValueError(f"{name} is for {p.shape[0]} samples, but mask={self!r} is for {batch}")
+            if p.dim() == 4 and heads > 1 and p.shape[1] not in (1, heads):
+                raise ValueError(f"{name} is for {p.shape[1]} heads, but mask={self!r} is for {heads}")
+        if q.dim() == k.dim() == 4:
+            check_serves("k_pos", k.shape[0], q.shape[0]) if q.shape[0] > 1 else None
+            check_serves("k_pos", k.shape[1], q.shape[1], "heads") if q.shape[1] > 1 else None
         b = torch.zeros((), dtype=torch.long, device=q.device)
         h = b
         if batch > 1:
@@ -119,11 +235,31 @@ class Mask:
 
     def block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
         """:meth:`at` for the queries ``rows[0]..rows[1]-1`` and the keys ``cols[0]..cols[1]-1``."""
-        return self.at(torch.arange(*rows, device=device), torch.arange(*cols, device=device))
+        device = self._check_block(rows, cols, device)
+        return self._at(torch.arange(*rows, device=device), torch.arange(*cols, device=device))
+
+    def _check_block(
+        self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | str | None
+    ) -> torch.device | None:
+        known = self.extent()
+        for name, (start, stop), size in (("queries", rows, known[0]), ("keys", cols, known[1])):
+            check_int(f"{name}' start", start)
+            check_int(f"{name}' stop", stop)
+            if stop < start:
+                raise ValueError(f"{name} {start}..{stop - 1} of a mask: the start must not lie behind the stop")
+            if size is not None and (start < 0 or stop > size):
+                raise ValueError(f"mask={self!r} knows {name} 0 to {size - 1}, but was asked for {start} to {stop - 1}")
+        if device is None:
+            return self.device()
+        device = torch.device(device)
+        self._check_device(device)
+        return device
 
     def count(self, n: int, m: int | None = None, chunk: int = 1024) -> Tensor:
         """Visible keys of each row: (n,) or (B or 1, H or 1, n). Never assume it is ``m``."""
         keys = (0, n if m is None else m)
+        check_int("n", n, least=0)
+        check_int("chunk", chunk, least=1)
         rows = [self.block((i, min(i + chunk, n)), keys).sum(-1) for i in range(0, n, chunk)]
         return torch.cat(rows, -1) if rows else torch.zeros(0, dtype=torch.long)
 
@@ -140,25 +276,33 @@ class Mask:
 
     # ---- algebra
 
-    def __and__(self, other: Mask) -> Mask:
-        return And(self, other)
+    def __and__(self, other: Mask | Tensor) -> Mask:
+        return And(self, _part("&", other))
 
-    def __or__(self, other: Mask) -> Mask:
-        return Or(self, other)
+    def __rand__(self, other: Tensor) -> Mask:
+        return And(_part("&", other), self)
+
+    def __or__(self, other: Mask | Tensor) -> Mask:
+        return Or(self, _part("|", other))
+
+    def __ror__(self, other: Tensor) -> Mask:
+        return Or(_part("|", other), self)
 
     def __invert__(self) -> Mask:
         return self.inner if isinstance(self, Not) else Not(self)
 
     # ---- value semantics
 
-    def _key(self) -> tuple[Any, ...]:
-        return (type(self), *(id(a) if isinstance(a, Tensor) else a for a in self._args()))
-
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mask) and self._key() == other._key()
+        if self is other:
+            return True
+        if not isinstance(other, Mask) or type(self) is not type(other):
+            return False
+        return all(_same(a, b) for a, b in zip(self._args(), other._args(), strict=True))
 
     def __hash__(self) -> int:
-        return hash(self._key())
+        # Tensors by shape alone: equal masks must hash alike, and their values stay unread.
+        return hash((type(self), *((a.dtype, a.shape) if isinstance(a, Tensor) else a for a in self._args())))
 
     def __repr__(self) -> str:
         def show(a: Any) -> str:
@@ -168,6 +312,7 @@ class Mask:
 
     def picture(self, n: int = 16, m: int | None = None, width: int = 32) -> str:
         """A character picture: ``#`` all pairs of the cell may meet, ``+`` some, ``.`` none."""
+        check_int("width", width, least=1)
         grid = self.dense(n, m)
         while grid.dim() > 2:
             grid = grid[0]
@@ -197,8 +342,53 @@ def _build(cls: type[Mask], args: Sequence[Any]) -> Any:
     """A mask from its arguments, without the checks of its constructor."""
     mask = object.__new__(cls)
     for f, a in zip(cls.fields, args, strict=True):
-        setattr(mask, f, a)
+        _put(mask, f, a)
     return mask
+
+
+def _put(mask: Mask, name: str, value: Any) -> None:
+    object.__setattr__(mask, f"_{name}" if isinstance(value, Tensor) else name, value)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal arguments of two masks of one kind."""
+    if a is b:
+        return True
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
+    if (a.dtype, a.shape, a.device) != (b.dtype, b.shape, b.device) or a.is_meta:
+        return False
+    return torch.equal(a, b)
+
+
+def _part(sign: str, other: Any) -> Mask:
+    if not isinstance(other, (Mask, Tensor)):
+        raise TypeError(f"a mask can be combined by {sign} with a mask or a boolean tensor, got {describe(other)}")
+    return other if isinstance(other, Mask) else Explicit(other)
+
+
+def _check_dense(mask: Mask, n: int, m: int, name: str) -> None:
+    """Raise ``ValueError`` when a dense mask, alone or inside a composition, is not for ``n`` queries, ``m`` keys."""
+    if isinstance(mask, Explicit):
+        shape = tuple(mask._allowed.shape)
+        if shape[-2:] != (n, m):
+            raise ValueError(f"{name} must be (..., {n}, {m}) for N={n} queries and M={m} keys, got {shape}")
+    elif not isinstance(mask, Within):
+        for part in mask._args():
+            if isinstance(part, Mask):
+                _check_dense(part, n, m, name)
+
+
+def _check_positions(name: str, mask: Mask, what: str, pos: Tensor, known: int) -> None:
+    """Raise ``ValueError`` unless all of ``pos`` lie in ``0..known-1``."""
+    if pos.device.type not in ("cpu", "meta") and not torch.compiler.is_compiling():
+        # Not read back: a decoding step must not wait for the accelerator.
+        torch._assert_async(((pos >= 0) & (pos < known)).all(), f"{name}: positions of {what} beyond the {known} known")
+        return
+    low, high = extremes(pos, (0, known - 1))
+    if low < 0 or high >= known:
+        bad = low if low < 0 else high
+        raise ValueError(f"{name}={mask!r} knows {what} 0 to {known - 1}, but was asked for position {bad}")
 
 
 def _unflatten(leaves: Any, context: Any) -> Mask:
@@ -246,11 +436,23 @@ def raise_mask(spec: str, tensors: Sequence[Tensor] = ()) -> Mask:
 # Algebra
 
 
+def _pair_up(left: Mask, right: Mask) -> tuple[Mask, Mask]:
+    check_type("left", left, Mask, "an attnlib mask")
+    check_type("right", right, Mask, "an attnlib mask")
+    for what, one, two in (("samples", left.batch(), right.batch()), ("heads", left.heads(), right.heads())):
+        if one != two and 1 not in (one, two):
+            raise ValueError(f"{left!r} is for {one} {what}, {right!r} for {two}; they must agree, or one of them be 1")
+    here, there = left.device(), right.device()
+    if here is not None and there is not None and here != there:
+        raise ValueError(f"{left!r} lies on {here}, {right!r} on {there}; move one: mask.to({str(here)!r})")
+    return left, right
+
+
 class And(Mask):
     name, fields = "and", ("left", "right")
 
     def __init__(self, left: Mask, right: Mask):
-        self.left, self.right = left, right
+        self.left, self.right = _pair_up(left, right)
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.left.pair(b, h, q, k) & self.right.pair(b, h, q, k)
@@ -270,7 +472,7 @@ class Or(Mask):
     name, fields = "or", ("left", "right")
 
     def __init__(self, left: Mask, right: Mask):
-        self.left, self.right = left, right
+        self.left, self.right = _pair_up(left, right)
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.left.pair(b, h, q, k) | self.right.pair(b, h, q, k)
@@ -290,6 +492,7 @@ class Not(Mask):
     name, fields = "not", ("inner",)
 
     def __init__(self, inner: Mask):
+        check_type("inner", inner, Mask, "an attnlib mask")
         self.inner = inner
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -331,9 +534,7 @@ class SlidingWindow(Mask):
     name, fields = "sliding_window", ("window",)
 
     def __init__(self, window: int):
-        if not isinstance(window, int) or window < 1:
-            raise ValueError(f"window must be an integer of at least 1, got {window!r}")
-        self.window = window
+        self.window = check_int("window", window, least=1)
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         left, right = self.window // 2, (self.window - 1) // 2
@@ -351,9 +552,7 @@ class Recent(Mask):
     name, fields = "recent", ("window",)
 
     def __init__(self, window: int):
-        if not isinstance(window, int) or window < 1:
-            raise ValueError(f"window must be an integer of at least 1, got {window!r}")
-        self.window = window
+        self.window = check_int("window", window, least=1)
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (k > q - self.window)
@@ -368,9 +567,7 @@ class Terraced(Mask):
     name, fields = "terraced", ("window", "previous")
 
     def __init__(self, window: int, previous: int = 1):
-        if window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
-        self.window, self.previous = window, previous
+        self.window, self.previous = check_int("window", window, least=1), check_int("previous", previous, least=0)
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (q // self.window - k // self.window <= self.previous)
@@ -387,30 +584,43 @@ class PrefixLM(Mask):
     name, fields = "prefix_lm", ("prefix",)
 
     def __init__(self, prefix: int | Tensor):
-        if isinstance(prefix, Tensor) and prefix.dim() != 1:
-            raise ValueError(f"prefix must be an int or a (B,) tensor, got shape {tuple(prefix.shape)}")
-        self.prefix = prefix
+        self.prefix = _per_sample("prefix", prefix, 0)
 
     def batch(self) -> int:
-        return self.prefix.shape[0] if isinstance(self.prefix, Tensor) else 1
+        prefix = self._args()[0]
+        return prefix.shape[0] if isinstance(prefix, Tensor) else 1
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        prefix = _of_sample(self.prefix, b) if isinstance(self.prefix, Tensor) else self.prefix
-        return (q >= k) | (k < prefix)
+        return (q >= k) | (k < _of_sample(self._args()[0], b))
 
     def plane(self, b: int, h: int) -> Mask:
-        return PrefixLM(self.prefix[b : b + 1]) if self.batch() > 1 else self  # type: ignore[index]
+        return _build(PrefixLM, [self._args()[0][b : b + 1]]) if self.batch() > 1 else self
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
-        if isinstance(self.prefix, Tensor):
-            low, high = int(self.prefix.min()), int(self.prefix.max())
-        else:
-            low = high = self.prefix
+        low = high = self._args()[0]
+        if isinstance(low, Tensor):
+            low, high = int(low.min()), int(low.max())
         return (q_hi >= k_lo) | (k_lo < high), (q_lo >= k_hi) | (k_hi < low)
 
 
-def _of_sample(values: Tensor, b: Tensor) -> Tensor:
-    """``values`` (B,) of sample ``b``; a single one serves every sample."""
+def _per_sample(name: str, value: Any, least: int) -> Any:
+    """An integer of at least ``least``, or a tensor (B,) of them."""
+    if not isinstance(value, Tensor):
+        return check_int(name, value, least=least, also="or a tensor (B,) of such")
+    check_whole(name, value, "an integer or an integer tensor (B,)")
+    check_rank(name, value, 1, "(B,)")
+    if not value.numel():
+        raise ValueError(f"{name} must hold one integer per sample, got {describe(value)}")
+    low, _ = extremes(value, (least, least))
+    if low < least:
+        raise ValueError(f"{name} must hold integers of at least {least}, got {low}")
+    return value
+
+
+def _of_sample(values: Any, b: Tensor) -> Any:
+    """``values`` (B,) of sample ``b``; a single one, or a plain number, serves every sample."""
+    if not isinstance(values, Tensor):
+        return values
     return values[b] if values.shape[0] > 1 else values[0]
 
 
@@ -447,21 +657,24 @@ class Document(Mask):
     name, fields = "document", ("ids",)
 
     def __init__(self, ids: Tensor):
-        if ids.dim() not in (1, 2) or ids.is_floating_point():
-            raise ValueError(f"ids must be an integer tensor (N,) or (B, N), got {ids.dtype} {tuple(ids.shape)}")
+        check_whole("ids", ids, "an integer tensor (N,) or (B, N)")
+        check_rank("ids", ids, (1, 2), "(N,) or (B, N)")
         self.ids = ids
 
+    def extent(self) -> tuple[int | None, int | None]:
+        return self._ids.shape[-1], self._ids.shape[-1]
+
     def batch(self) -> int:
-        return self.ids.shape[0] if self.ids.dim() == 2 else 1
+        return self._ids.shape[0] if self._ids.dim() == 2 else 1
 
     def plane(self, b: int, h: int) -> Mask:
-        return Document(self.ids[b]) if self.batch() > 1 else self
+        return _build(Document, [self._ids[b]]) if self.batch() > 1 else self
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return _of_token(self.ids, b, q) == _of_token(self.ids, b, k)
+        return _of_token(self._ids, b, q) == _of_token(self._ids, b, k)
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
-        ids = self.ids.reshape(-1, self.ids.shape[-1])
+        ids = self._ids.reshape(-1, self._ids.shape[-1])
         (q_min, q_max), (k_min, k_max) = _extremes(ids, q_lo, q_hi), _extremes(ids, k_lo, k_hi)
         some = (q_min <= k_max) & (k_min <= q_max)
         every = (q_min == q_max) & (k_min == k_max) & (q_min == k_min)
@@ -477,9 +690,9 @@ class Strided(Mask):
     name, fields = "strided", ("stride", "offset", "local", "per_head", "num_heads")
 
     def __init__(self, stride: int, offset: int = 0, local: int = 1, per_head: int = 0, num_heads: int = 1):
-        if stride < 1 or local < 0:
-            raise ValueError(f"stride must be at least 1 and local at least 0, got stride={stride}, local={local}")
-        self.stride, self.offset, self.local, self.per_head, self.num_heads = stride, offset, local, per_head, num_heads
+        self.stride, self.local = check_int("stride", stride, least=1), check_int("local", local, least=0)
+        self.offset, self.per_head = check_int("offset", offset), check_int("per_head", per_head)
+        self.num_heads = check_int("num_heads", num_heads, least=1)
 
     def heads(self) -> int:
         return self.num_heads if self.per_head else 1
@@ -501,94 +714,13 @@ class Strided(Mask):
         return some | ((self.offset - k_lo) % self.stride <= k_hi - k_lo), every
 
 
-class ShardedContext(Mask):
-    """Causal; every head reads a local window and its own stripe of key blocks.
-
-    With blocks of ``block_size`` tokens, head ``h`` lets query block i read key block j up to the query when
-    ``i - j < local`` or ``(j + g step + offset) % stride == 0``, where ``g = h // (num_heads / num_patterns)`` is the
-    pattern of the head. The last ``num_dense`` patterns read everything.
-    """
-
-    name = "sharded_context"
-    fields = ("block_size", "local", "stride", "step", "offset", "num_heads", "num_patterns", "num_dense")
-
-    def __init__(
-        self,
-        block_size: int,
-        local: int,
-        stride: int,
-        step: int = 1,
-        offset: int = 0,
-        num_heads: int = 1,
-        num_patterns: int | None = None,
-        num_dense: int = 0,
-    ):
-        if min(block_size, local, stride, num_heads) < 1 or step < 0:
-            raise ValueError(
-                "block_size, local, stride and num_heads must be at least 1 and step at least 0, got "
-                f"block_size={block_size}, local={local}, stride={stride}, num_heads={num_heads}, step={step}"
-            )
-        num_patterns = num_heads if num_patterns is None else num_patterns
-        check_divides("num_patterns", num_patterns, "num_heads", num_heads)
-        if not 0 <= num_dense <= num_patterns:
-            raise ValueError(f"num_dense={num_dense} must lie between 0 and num_patterns={num_patterns}")
-        self.block_size, self.local, self.stride, self.step, self.offset = block_size, local, stride, step, offset
-        self.num_heads, self.num_patterns, self.num_dense = num_heads, num_patterns, num_dense
-
-    def heads(self) -> int:
-        return self.num_heads if len(self._stripes()) > 1 else 1
-
-    def _stripes(self) -> set[int | None]:
-        """The first key block of each pattern's stripe; ``None`` for patterns that read everything."""
-        sparse = self.num_patterns - self.num_dense
-        stripes: set[int | None] = {-(g * self.step + self.offset) % self.stride for g in range(sparse)}
-        return stripes | {None} if self.num_dense else stripes
-
-    def uncovered(self) -> list[int]:
-        """Residues of key blocks modulo ``stride`` that no head reads from afar; empty: heads together see all."""
-        stripes = self._stripes()
-        return [] if None in stripes else sorted(set(range(self.stride)) - stripes)  # type: ignore[arg-type]
-
-    def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        i, j = q // self.block_size, k // self.block_size
-        pattern = h // (self.num_heads // self.num_patterns)
-        far = ((j + pattern * self.step + self.offset) % self.stride == 0) | (
-            pattern >= self.num_patterns - self.num_dense
-        )
-        return (q >= k) & ((i - j < self.local) | far)
-
-    def plane(self, b: int, h: int) -> Mask:
-        if self.heads() == 1:
-            return self
-        pattern = h // (self.num_heads // self.num_patterns)
-        if pattern >= self.num_patterns - self.num_dense:
-            return Causal()
-        offset = (pattern * self.step + self.offset) % self.stride
-        return ShardedContext(self.block_size, self.local, self.stride, 0, offset)
-
-    def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
-        size, first, last = self.block_size, k_lo // self.block_size, k_hi // self.block_size
-        # Of the band that the window and causality leave, a rectangle that meets both meets both at once.
-        some = (q_hi >= k_lo) & (q_lo // size - last < self.local)
-        every = torch.ones_like(some)
-        for stripe in self._stripes():
-            if stripe is None:
-                some = some | (q_hi >= k_lo)
-                continue
-            nearest = first + (stripe - first) % self.stride  # first block of the stripe in or after the tile
-            key = torch.maximum(k_lo, nearest * size)
-            some = some | ((key <= k_hi) & (q_hi >= key))
-            every = every & ((nearest == first) & ((first == last) | (self.stride == 1)))
-        return some, (q_lo >= k_hi) & (every | (q_hi // size - first < self.local))
-
-
 class Everything(Mask):
     """Every pair may meet."""
 
     name = "everything"
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= 0) | (k >= 0)
+        return (q >= 0) | (q < 0) | (k >= 0)  # true, in the shape of the pairs
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
         shape = torch.broadcast_shapes(q_lo.shape, k_lo.shape)
@@ -602,35 +734,42 @@ class Explicit(Mask):
     name, fields = "explicit", ("allowed",)
 
     def __init__(self, allowed: Tensor):
-        if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
-            raise TypeError(
-                f"mask tensor must be boolean (True: may attend), got {getattr(allowed, 'dtype', type(allowed))}"
-            )
-        if allowed.dim() not in (2, 3, 4):
-            raise ValueError(f"mask tensor must be (N, M), (B, N, M) or (B, H, N, M), got {tuple(allowed.shape)}")
-        self.allowed = allowed[:, None] if allowed.dim() == 3 else allowed
+        self.allowed = _grid_of("mask tensor", allowed)
+
+    def extent(self) -> tuple[int | None, int | None]:
+        return self._allowed.shape[-2], self._allowed.shape[-1]
 
     def batch(self) -> int:
-        return self.allowed.shape[0] if self.allowed.dim() == 4 else 1
+        return self._allowed.shape[0] if self._allowed.dim() == 4 else 1
 
     def heads(self) -> int:
-        return self.allowed.shape[1] if self.allowed.dim() == 4 else 1
+        return self._allowed.shape[1] if self._allowed.dim() == 4 else 1
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        if self.allowed.dim() == 2:
-            return self.allowed[q, k]
-        b = b if self.allowed.shape[0] > 1 else torch.zeros_like(b)
-        h = h if self.allowed.shape[1] > 1 else torch.zeros_like(h)
-        return self.allowed[b, h, q, k]
+        return _cell(self._allowed, b, h, q, k)
 
     def block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
-        n, m = self.allowed.shape[-2:]
-        if rows[1] > n or cols[1] > m:
-            raise ValueError(f"mask tensor {tuple(self.allowed.shape)} has no rows {rows} and columns {cols}")
-        return self.allowed[..., slice(*rows), slice(*cols)]
+        self._check_block(rows, cols, device)
+        return self._allowed[..., slice(*rows), slice(*cols)]
 
     def plane(self, b: int, h: int) -> Mask:
-        return Explicit(_plane_of(self.allowed, b, h))
+        return _build(Explicit, [_plane_of(self._allowed, b, h)])
+
+
+def _grid_of(name: str, value: Any, rows: str = "N", cols: str = "M") -> Tensor:
+    """A boolean tensor (N, M), (B, N, M) or (B, H, N, M), the second brought to the third's form."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        raise TypeError(f"{name} must be boolean (True: may attend), got {describe(value)}")
+    check_rank(name, value, (2, 3, 4), f"({rows}, {cols}), (B, {rows}, {cols}) or (B, H, {rows}, {cols})")
+    return value[:, None] if value.dim() == 3 else value
+
+
+def _cell(grid: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    if grid.dim() == 2:
+        return grid[q, k]
+    b = b if grid.shape[0] > 1 else torch.zeros_like(b)
+    h = h if grid.shape[1] > 1 else torch.zeros_like(h)
+    return grid[b, h, q, k]
 
 
 def _plane_of(grid: Tensor, b: int, h: int) -> Tensor:
@@ -646,31 +785,29 @@ class Blocks(Mask):
     name, fields = "blocks", ("chosen", "q_block", "k_block")
 
     def __init__(self, chosen: Tensor, q_block: int, k_block: int):
-        self.chosen = Explicit(chosen).allowed
-        self.q_block, self.k_block = q_block, k_block
+        self.chosen = _grid_of("chosen", chosen, "nq", "nk")
+        self.q_block, self.k_block = check_int("q_block", q_block, least=1), check_int("k_block", k_block, least=1)
+
+    def extent(self) -> tuple[int | None, int | None]:
+        return self._chosen.shape[-2] * self.q_block, self._chosen.shape[-1] * self.k_block
 
     def batch(self) -> int:
-        return self.chosen.shape[0] if self.chosen.dim() == 4 else 1
+        return self._chosen.shape[0] if self._chosen.dim() == 4 else 1
 
     def heads(self) -> int:
-        return self.chosen.shape[1] if self.chosen.dim() == 4 else 1
+        return self._chosen.shape[1] if self._chosen.dim() == 4 else 1
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        q, k = q // self.q_block, k // self.k_block
-        if self.chosen.dim() == 2:
-            return self.chosen[q, k]
-        b = b if self.chosen.shape[0] > 1 else torch.zeros_like(b)
-        h = h if self.chosen.shape[1] > 1 else torch.zeros_like(h)
-        return self.chosen[b, h, q, k]
+        return _cell(self._chosen, b, h, q // self.q_block, k // self.k_block)
 
     def plane(self, b: int, h: int) -> Mask:
-        return Blocks(_plane_of(self.chosen, b, h), self.q_block, self.k_block)
+        return _build(Blocks, [_plane_of(self._chosen, b, h), self.q_block, self.k_block])
 
     def q_tile(self) -> int | None:
         return self.q_block
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
-        chosen = self.chosen if self.chosen.dim() == 2 else self.chosen.flatten(0, 1)
+        chosen = self._chosen if self._chosen.dim() == 2 else self._chosen.flatten(0, 1)
         some, every = (chosen, chosen) if chosen.dim() == 2 else (chosen.any(0), chosen.all(0))
 
         # Number of chosen blocks inside a rectangle, from an integral image.
@@ -727,14 +864,12 @@ class Neighborhood(Mask):
         stride: int | Sequence[int] = 1,
         causal: bool | Sequence[bool] = False,
     ):
-        grid = tuple(int(s) for s in grid)
-        if not 1 <= len(grid) <= 3:
-            raise ValueError(f"grid must have 1 to 3 axes, got {grid}")
+        grid = check_grid("grid", grid)
         self.grid = grid
-        self.kernel = to_tuple("kernel_size", kernel, len(grid))
-        self.dilation = to_tuple("dilation", dilation, len(grid))
-        self.stride = to_tuple("stride", stride, len(grid))
-        self.causal = to_tuple("causal", causal, len(grid))
+        self.kernel = check_ints("kernel_size", to_tuple("kernel_size", kernel, len(grid)))
+        self.dilation = check_ints("dilation", to_tuple("dilation", dilation, len(grid)))
+        self.stride = check_ints("stride", to_tuple("stride", stride, len(grid)))
+        self.causal = tuple([check_flag("causal", c) for c in to_tuple("causal", causal, len(grid))])
         for axis, (x, w, d, s) in enumerate(zip(grid, self.kernel, self.dilation, self.stride, strict=True)):
             if w < 2:
                 raise ValueError(f"kernel_size={w} on axis {axis} is too small; at least 2 is needed")
@@ -747,6 +882,9 @@ class Neighborhood(Mask):
                 )
             if not 1 <= s <= w:
                 raise ValueError(f"stride={s} on axis {axis} must be between 1 and kernel_size={w}")
+
+    def extent(self) -> tuple[int | None, int | None]:
+        return math.prod(self.grid), math.prod(self.grid)
 
     def window(self, axis: int, i: Tensor, length: Tensor | int) -> tuple[Tensor, Tensor]:
         """First and last key (inclusive) of query ``i`` in a residue class of ``length`` tokens."""
@@ -794,34 +932,34 @@ class CausalFrames(Mask):
     name, fields = "causal_frames", ("queries", "frames", "size")
 
     def __init__(self, queries: int, frames: int | Tensor, size: int):
-        whole = {"queries": queries, "size": size} | ({} if isinstance(frames, Tensor) else {"frames": frames})
-        for name, value in whole.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if isinstance(frames, Tensor) and (frames.dim() != 1 or frames.is_floating_point()):
-            raise ValueError(f"frames must be an integer or integers (B,), got {frames.dtype} {tuple(frames.shape)}")
-        self.queries, self.frames, self.size = queries, frames, size
+        self.queries, self.size = check_int("queries", queries, least=1), check_int("size", size, least=1)
+        self.frames = _per_sample("frames", frames, 1)
+
+    def extent(self) -> tuple[int | None, int | None]:
+        # Samples of unlike length: keys behind the last frame of a sample are those of a longer one, never read.
+        frames = self._args()[1]
+        return self.queries, None if isinstance(frames, Tensor) else frames * self.size
 
     def batch(self) -> int:
-        return self.frames.shape[0] if isinstance(self.frames, Tensor) else 1
+        frames = self._args()[1]
+        return frames.shape[0] if isinstance(frames, Tensor) else 1
 
     def plane(self, b: int, h: int) -> Mask:
         if self.batch() == 1:
             return self
-        return CausalFrames(self.queries, self.frames[b : b + 1], self.size)  # type: ignore[index]
+        return _build(CausalFrames, [self.queries, self._args()[1][b : b + 1], self.size])
 
     def _last(self, q: Tensor, frames: int | Tensor) -> Tensor:
         # The second term is larger only where there are more frames than queries.
         return torch.maximum(q * frames // self.queries, (q + 1) * frames // self.queries - 1)
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        frames = _of_sample(self.frames, b) if isinstance(self.frames, Tensor) else self.frames
-        return k // self.size <= self._last(q, frames)
+        return k // self.size <= self._last(q, _of_sample(self._args()[1], b))
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
-        low = high = self.frames
-        if isinstance(self.frames, Tensor):
-            low, high = int(self.frames.min()), int(self.frames.max())
+        low = high = self._args()[1]
+        if isinstance(low, Tensor):
+            low, high = int(low.min()), int(low.max())
         return k_lo // self.size <= self._last(q_hi, high), k_hi // self.size <= self._last(q_lo, low)
 
 
@@ -831,9 +969,10 @@ class CircularWindow(Mask):
     name, fields = "circular_window", ("grid", "radius")
 
     def __init__(self, grid: Sequence[int], radius: float):
-        if radius <= 0:
-            raise ValueError(f"radius must be positive, got {radius}")
-        self.grid, self.radius = tuple(int(s) for s in grid), radius
+        self.grid, self.radius = check_grid("grid", grid), check_real("radius", radius, above=0)
+
+    def extent(self) -> tuple[int | None, int | None]:
+        return math.prod(self.grid), math.prod(self.grid)
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         total = None
@@ -864,25 +1003,31 @@ class Modality(Mask):
     name, fields = "modality", ("types", "rule")
 
     def __init__(self, types: Tensor, rule: Sequence[Sequence[bool]]):
-        if types.dim() not in (1, 2):
-            raise ValueError(f"types must be (N,) or (B, N), got {tuple(types.shape)}")
+        check_whole("types", types, "an integer tensor (N,) or (B, N)")
+        check_rank("types", types, (1, 2), "(N,) or (B, N)")
+        self.rule = _square_rule(rule)
+        low, high = extremes(types, (0, 0))
+        if low < 0 or high >= len(self.rule):
+            raise ValueError(
+                f"types holds {low if low < 0 else high}, but rule knows types 0 to {len(self.rule) - 1}"
+            )
         self.types = types
-        self.rule = tuple(tuple(bool(v) for v in row) for row in rule)
-        if len({len(row) for row in self.rule}) != 1 or len(self.rule) != len(self.rule[0]):
-            raise ValueError(f"rule must be square, got rows of lengths {[len(r) for r in self.rule]}")
+
+    def extent(self) -> tuple[int | None, int | None]:
+        return self._types.shape[-1], self._types.shape[-1]
 
     def batch(self) -> int:
-        return self.types.shape[0] if self.types.dim() == 2 else 1
+        return self._types.shape[0] if self._types.dim() == 2 else 1
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        table = torch.tensor(self.rule, device=self.types.device)
-        return table[_of_token(self.types, b, q), _of_token(self.types, b, k)]
+        table = torch.tensor(self.rule, device=self._types.device)
+        return table[_of_token(self._types, b, q), _of_token(self._types, b, k)]
 
     def plane(self, b: int, h: int) -> Mask:
-        return _build(Modality, [self.types[b], self.rule]) if self.batch() > 1 else self
+        return _build(Modality, [self._types[b], self.rule]) if self.batch() > 1 else self
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
-        types = self.types.reshape(-1, self.types.shape[-1])
+        types = self._types.reshape(-1, self._types.shape[-1])
         some = torch.zeros(torch.broadcast_shapes(q_lo.shape, k_lo.shape), dtype=torch.bool, device=types.device)
         every = ~some
         for i, row in enumerate(self.rule):
@@ -893,21 +1038,43 @@ class Modality(Mask):
         return some, every
 
 
+def _square_rule(rule: Any) -> tuple[tuple[bool, ...], ...]:
+    rows = rule.tolist() if isinstance(rule, Tensor) and rule.dim() == 2 else rule
+    if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(r, (list, tuple)) for r in rows):
+        raise TypeError(f"rule must be rows of True and False, rule[type of query][type of key], got {describe(rule)}")
+    if {len(row) for row in rows} != {len(rows)}:
+        raise ValueError(f"rule must be square, got rows of lengths {[len(r) for r in rows]}")
+    return tuple(tuple([check_flag(f"rule[{i}][{j}]", v) for j, v in enumerate(row)]) for i, row in enumerate(rows))
+
+
 class Within(Mask):
     """``inner`` between tokens ``start..stop-1`` (with positions counted from ``start``); all other pairs may meet."""
 
     name, fields = "within", ("inner", "start", "stop")
 
     def __init__(self, inner: Mask, start: int, stop: int):
+        check_type("inner", inner, Mask, "an attnlib mask")
+        check_int("start", start, least=0)
+        check_int("stop", stop, least=start)
+        for known in inner.extent():
+            if known is not None and known < stop - start:
+                raise ValueError(f"inner={inner!r} knows {known} positions, but {start}..{stop - 1} are {stop - start}")
         self.inner, self.start, self.stop = inner, start, stop
 
+    def extent(self) -> tuple[int | None, int | None]:
+        return None, None
+
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if self.stop == self.start:
+            return Everything().pair(b, h, q, k)
         top = self.stop - self.start - 1
         q_in, k_in = (q >= self.start) & (q < self.stop), (k >= self.start) & (k < self.stop)
         inner = self.inner.pair(b, h, (q - self.start).clamp(0, top), (k - self.start).clamp(0, top))
         return ~q_in | ~k_in | inner
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
+        if self.stop == self.start:
+            return Everything().tile(q_lo, q_hi, k_lo, k_hi)
         last = self.stop - 1
         q_out, k_out = (q_hi < self.start) | (q_lo > last), (k_hi < self.start) | (k_lo > last)
         sticks_out = (q_lo < self.start) | (q_hi > last) | (k_lo < self.start) | (k_hi > last)
@@ -953,9 +1120,13 @@ def document(cu_seqlens: Tensor | Sequence[int]) -> Mask:
     ##.
     ..#
     """
-    ends = torch.as_tensor(cu_seqlens)
-    if ends.dim() != 1 or len(ends) < 2 or int(ends[0]) != 0 or bool((ends.diff() < 0).any()):
-        raise ValueError(f"cu_seqlens must be non-decreasing and start at 0, got {ends.tolist()}")
+    if not isinstance(cu_seqlens, Tensor):
+        cu_seqlens = torch.tensor(check_ints("cu_seqlens", cu_seqlens), dtype=torch.long)
+    check_whole("cu_seqlens", cu_seqlens)
+    check_rank("cu_seqlens", cu_seqlens, 1, "(documents + 1,)")
+    ends = cu_seqlens
+    if len(ends) < 2 or int(ends[0]) != 0 or bool((ends.long().diff() < 0).any()):
+        raise ValueError(f"cu_seqlens must be non-decreasing and start at 0, got {describe(ends.tolist())}")
     lengths = ends.diff()
     return Document(torch.repeat_interleave(torch.arange(len(lengths), device=ends.device), lengths))
 
@@ -979,29 +1150,6 @@ def neighborhood(
 def strided(stride: int, offset: int = 0, local: int = 1, per_head: int = 0, num_heads: int = 1) -> Mask:
     """Every ``stride``-th key plus a local band; see :class:`Strided`."""
     return Strided(stride, offset, local, per_head, num_heads)
-
-
-def sharded_context(
-    block_size: int,
-    local: int,
-    stride: int,
-    step: int = 1,
-    offset: int = 0,
-    num_heads: int = 1,
-    num_patterns: int | None = None,
-    num_dense: int = 0,
-) -> Mask:
-    """Causal local window plus a stripe of key blocks per head; see :class:`ShardedContext`.
-
-    >>> print(sharded_context(1, 1, 3, num_heads=3).plane(0, 1).picture(6))
-    #.....
-    .#....
-    ..#...
-    ..##..
-    ..#.#.
-    ..#..#
-    """
-    return ShardedContext(block_size, local, stride, step, offset, num_heads, num_patterns, num_dense)
 
 
 def modality(types: Tensor, rule: Sequence[Sequence[bool]]) -> Mask:
@@ -1048,6 +1196,7 @@ def blocks(chosen: Tensor, q_block: int, k_block: int) -> Mask:
 
 def on_segment(layout: Layout, name: str, inner: Mask) -> Mask:
     """``inner`` inside one segment of a layout; tokens outside it attend and are attended globally."""
+    check_type("layout", layout, Layout)
     return Within(inner, *layout.span(name))
 
 
@@ -1082,5 +1231,5 @@ def as_mask(mask: Mask | Tensor | None) -> Mask | None:
     if mask is None or isinstance(mask, Mask):
         return mask
     if isinstance(mask, Tensor):
-        return Explicit(mask)
-    raise TypeError(f"mask must be an attnlib mask or a boolean tensor, got {type(mask).__name__}")
+        return _build(Explicit, [_grid_of("mask", mask)])  # for one call: not copied
+    raise TypeError(f"mask must be an attnlib mask or a boolean tensor, got {describe(mask)}")

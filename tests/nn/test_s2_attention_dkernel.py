@@ -6,7 +6,7 @@ import torch
 
 import attnlib
 from attnlib import attention, masks
-from attnlib.nn.heads.s2_attention_dkernel import S2Attention
+from attnlib.nn.heads.s2_attention_dkernel import S2Attention, sharded_context
 from attnlib.ops.block_sparse import BlockPlan, block_sparse_attention
 
 SLUG = "s2-attention-dkernel"
@@ -70,7 +70,7 @@ def test_tile_bounds_are_exact_about_some_and_never_wrong_about_all(pattern):
 
 
 def test_blocks_of_a_head_are_ruled_out_by_its_tile_list():
-    mask = masks.sharded_context(8, 1, 4, num_heads=4).plane(0, 1)
+    mask = sharded_context(8, 1, 4, num_heads=4).plane(0, 1)
     start = torch.arange(0, 128, 8)
     some, every = mask.tile(start[:, None], start[:, None] + 7, start[None], start[None] + 7)
     exact = mask.dense(128).reshape(16, 8, 16, 8)
@@ -205,4 +205,4 @@ def test_bad_settings():
         with pytest.raises(ValueError, match=words):
             S2Attention(16, 4, **settings)
     with pytest.raises(ValueError, match="num_patterns=3"):
-        masks.sharded_context(2, 1, 2, num_heads=4, num_patterns=3)
+        sharded_context(2, 1, 2, num_heads=4, num_patterns=3)

@@ -281,7 +281,7 @@ def _t(*shape: int) -> torch.Tensor:
         (TypeError, "one floating dtype", tuple(_t(1, 1, 3, 4).long() for _ in range(3)), {}),
         (ValueError, r"valid must have shape \(1, 3\)", None, {"valid": torch.ones(1, 4, dtype=torch.bool)}),
         (TypeError, "valid must be a boolean", None, {"valid": torch.ones(1, 3)}),
-        (TypeError, "mask tensor must be boolean", None, {"mask": torch.zeros(3, 3)}),
+        (TypeError, "mask must be boolean", None, {"mask": torch.zeros(3, 3)}),
         (ValueError, "N=3 queries and M=3 keys", None, {"mask": torch.ones(3, 4, dtype=torch.bool)}),
         (ValueError, "mask knows 2 samples", None, {"mask": torch.ones(2, 3, 3, dtype=torch.bool)}),
         (ValueError, "mask knows 5 heads", None, {"mask": torch.ones(1, 5, 3, 3, dtype=torch.bool)}),

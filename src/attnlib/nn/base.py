@@ -176,7 +176,7 @@ class Mechanism(nn.Module):
                 raise ValueError(f"{name} takes no {argument} (trait {trait} is False)")
         if mask is not None and state is None:
             source = x if context is None else context
-            _check_explicit(mask, math.prod(x.shape[1:-1]), math.prod(source.shape[1:-1]))
+            mask.check(math.prod(x.shape[1:-1]), math.prod(source.shape[1:-1]), batch=x.shape[0], device=x.device)
         if isinstance(returns, str):
             raise TypeError(
                 f"returns must be a tuple of names, got the string {returns!r}; write returns=({returns!r},)"
@@ -193,16 +193,6 @@ class Mechanism(nn.Module):
             if not supported[extra]:
                 possible = [e for e in EXTRAS if supported[e]]
                 raise ValueError(f"{name} cannot return {extra!r}; possible: {possible}")
-
-
-def _check_explicit(mask: Mask, n: int, m: int) -> None:
-    """Raise ``ValueError`` when a dense mask, alone or inside a composition, is not for ``n`` queries, ``m`` keys."""
-    allowed = getattr(mask, "allowed", None)
-    if isinstance(allowed, Tensor) and tuple(allowed.shape[-2:]) != (n, m):
-        raise ValueError(f"mask must be (..., {n}, {m}) for N={n} queries and M={m} keys, got {tuple(allowed.shape)}")
-    for part in mask._args():
-        if isinstance(part, Mask):
-            _check_explicit(part, n, m)
 
 
 class Fusion(nn.Module):

@@ -9,13 +9,117 @@ import torch
 from torch import Tensor
 
 from ... import masks
+from ...checks import check_choice, check_divides, check_int
 from ...normalizers import Softmax
 from ...ops.block_sparse import BlockPlan, block_sparse_attention
-from ...types import State, Traits, check_choice
+from ...types import State, Traits
 from ..dense.softmax_attention import SoftmaxAttention
 from ..registry import register
 
 COVERAGE = ("warn", "error", "ignore")
+
+
+class ShardedContext(masks.Mask):
+    """Causal; every head reads a local window and its own stripe of key blocks.
+
+    With blocks of ``block_size`` tokens, head ``h`` lets query block i read key block j up to the query when
+    ``i - j < local`` or ``(j + g step + offset) % stride == 0``, where ``g = h // (num_heads / num_patterns)`` is the
+    pattern of the head. The last ``num_dense`` patterns read everything.
+    """
+
+    name = "sharded_context"
+    fields = ("block_size", "local", "stride", "step", "offset", "num_heads", "num_patterns", "num_dense")
+
+    def __init__(
+        self,
+        block_size: int,
+        local: int,
+        stride: int,
+        step: int = 1,
+        offset: int = 0,
+        num_heads: int = 1,
+        num_patterns: int | None = None,
+        num_dense: int = 0,
+    ):
+        for name, value in (("block_size", block_size), ("local", local), ("stride", stride), ("num_heads", num_heads)):
+            check_int(name, value, least=1)
+        check_int("step", step, least=0)
+        check_int("offset", offset)
+        num_patterns = num_heads if num_patterns is None else num_patterns
+        check_divides("num_patterns", num_patterns, "num_heads", num_heads)
+        if not 0 <= check_int("num_dense", num_dense) <= num_patterns:
+            raise ValueError(f"num_dense={num_dense} must lie between 0 and num_patterns={num_patterns}")
+        self.block_size, self.local, self.stride, self.step, self.offset = block_size, local, stride, step, offset
+        self.num_heads, self.num_patterns, self.num_dense = num_heads, num_patterns, num_dense
+
+    def heads(self) -> int:
+        return self.num_heads if len(self._stripes()) > 1 else 1
+
+    def _stripes(self) -> set[int | None]:
+        """The first key block of each pattern's stripe; ``None`` for patterns that read everything."""
+        sparse = self.num_patterns - self.num_dense
+        stripes: set[int | None] = {-(g * self.step + self.offset) % self.stride for g in range(sparse)}
+        return stripes | {None} if self.num_dense else stripes
+
+    def uncovered(self) -> list[int]:
+        """Residues of key blocks modulo ``stride`` that no head reads from afar; empty: heads together see all."""
+        stripes = self._stripes()
+        return [] if None in stripes else sorted(set(range(self.stride)) - stripes)  # type: ignore[arg-type]
+
+    def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        i, j = q // self.block_size, k // self.block_size
+        pattern = h // (self.num_heads // self.num_patterns)
+        far = ((j + pattern * self.step + self.offset) % self.stride == 0) | (
+            pattern >= self.num_patterns - self.num_dense
+        )
+        return (q >= k) & ((i - j < self.local) | far)
+
+    def plane(self, b: int, h: int) -> masks.Mask:
+        if self.heads() == 1:
+            return self
+        pattern = h // (self.num_heads // self.num_patterns)
+        if pattern >= self.num_patterns - self.num_dense:
+            return masks.causal()
+        offset = (pattern * self.step + self.offset) % self.stride
+        return ShardedContext(self.block_size, self.local, self.stride, 0, offset)
+
+    def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> masks.Classes:
+        size, first, last = self.block_size, k_lo // self.block_size, k_hi // self.block_size
+        # Of the band that the window and causality leave, a rectangle that meets both meets both at once.
+        some = (q_hi >= k_lo) & (q_lo // size - last < self.local)
+        every = torch.ones_like(some)
+        for stripe in self._stripes():
+            if stripe is None:
+                some = some | (q_hi >= k_lo)
+                continue
+            nearest = first + (stripe - first) % self.stride  # first block of the stripe in or after the tile
+            key = torch.maximum(k_lo, nearest * size)
+            some = some | ((key <= k_hi) & (q_hi >= key))
+            every = every & ((nearest == first) & ((first == last) | (self.stride == 1)))
+        return some, (q_lo >= k_hi) & (every | (q_hi // size - first < self.local))
+
+
+def sharded_context(
+    block_size: int,
+    local: int,
+    stride: int,
+    step: int = 1,
+    offset: int = 0,
+    num_heads: int = 1,
+    num_patterns: int | None = None,
+    num_dense: int = 0,
+) -> masks.Mask:
+    """Causal local window plus a stripe of key blocks per head; see :class:`ShardedContext`.
+
+    >>> print(sharded_context(1, 1, 3, num_heads=3).plane(0, 1).picture(6))
+    #.....
+    .#....
+    ..#...
+    ..##..
+    ..#.#.
+    ..#..#
+    """
+    return ShardedContext(block_size, local, stride, step, offset, num_heads, num_patterns, num_dense)
 
 
 @register("s2-attention-dkernel", "s2-attention", "sharded-context")
@@ -84,7 +188,7 @@ class S2Attention(SoftmaxAttention):
         check_choice("coverage", coverage, COVERAGE)
         super().__init__(dim, num_heads, num_kv_heads, causal=True, **settings)
         self.block_size, self.local_blocks, self.stride, self.coverage = block_size, local_blocks, stride, coverage
-        self.pattern = masks.ShardedContext(
+        self.pattern = ShardedContext(
             block_size, local_blocks, stride, max(1, stride // num_heads) if step is None else step, offset, num_heads,
             self.num_kv_heads, dense_heads,
         )  # fmt: skip
