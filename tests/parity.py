@@ -36,17 +36,17 @@ class Fixture:
         return attnlib.convert_state_dict(self.slug, self.under(f"{case}/{what}"), **options)
 
     def build(self, case: str, **changes):
-        """Our module with the authors' weights, and the names that the conversion did not fill."""
+        """Our module with the authors' weights, loaded strictly."""
         module = attnlib.create(self.slug, **{**self.config[case], **changes})
-        missing, unexpected = module.load_state_dict(self._convert(case, "sd"), strict=False)
-        assert not unexpected, unexpected
-        return module, missing
+        module.load_state_dict(self._convert(case, "sd"))
+        return module
 
     @staticmethod
-    def _close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str) -> None:
-        """Largest difference within ``tolerance`` of the largest entry (of 1, when all entries are smaller)."""
+    def _close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str, least: float = 0.0) -> None:
+        """Largest difference within ``tolerance`` of the largest entry, or of ``least`` when that is larger."""
         assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} against {tuple(theirs.shape)}"
-        error = float((ours.double() - theirs.double()).abs().max()) / max(1.0, float(theirs.abs().max()))
+        scale = max(float(theirs.abs().max()), least) or 1.0
+        error = float((ours.double() - theirs.double()).abs().max()) / scale
         assert error <= tolerance, f"{what}: differs by {error:.2e} of its scale"
 
     def holds(self, case: str, module, call, atol: float = 1e-5) -> None:
@@ -55,10 +55,12 @@ class Fixture:
         y = call(module, inputs)
         self._close(y.detach(), self.tensors[f"{case}/y"], atol, "y")
         (y * self.tensors[f"{case}/g"]).sum().backward()
-        for name, expected in self.under(f"{case}/dx").items():
-            self._close(inputs[name].grad, expected, atol, f"dx/{name}")
-        ours = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
-        theirs = self._convert(case, "dw")
-        assert set(theirs) & set(ours), "no weight gradient to compare"
+        theirs = {f"dx/{name}": value for name, value in self.under(f"{case}/dx").items()}
+        theirs |= {f"dw/{name}": value for name, value in self._convert(case, "dw").items()}
+        ours = {f"dx/{name}": x.grad for name, x in inputs.items()}
+        ours |= {f"dw/{name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
+        assert any(name.startswith("dw/") for name in theirs), "no weight gradient to compare"
+        # What is zero in exact arithmetic (a key bias under softmax) is rounding of larger numbers.
+        least = 3e-2 * max(float(value.abs().max()) for value in theirs.values())
         for name, expected in theirs.items():
-            self._close(ours[name], expected, atol, f"dw/{name}")
+            self._close(ours[name], expected, atol, name, least)

@@ -11,8 +11,7 @@ FIXTURE = Fixture(SLUG)
 
 
 def test_unit_equals_the_authors():
-    module, missing = FIXTURE.build("unit")
-    assert not missing
+    module = FIXTURE.build("unit")
     FIXTURE.holds("unit", module, lambda m, xs: m(xs["x"]))
 
 

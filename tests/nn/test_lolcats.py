@@ -18,14 +18,13 @@ def make(**config):
 
 @pytest.mark.parametrize("case", FIXTURE.config)
 def test_equals_the_authors(case):
-    module, missing = FIXTURE.build(case)
-    assert not missing
+    module = FIXTURE.build(case)
     FIXTURE.holds(case, module, lambda m, xs: m(xs["x"]))
 
 
 @pytest.mark.parametrize("case", FIXTURE.config)
 def test_attention_transfer_equals_the_authors(case):
-    module, _ = FIXTURE.build(case, attention_transfer=True)
+    module = FIXTURE.build(case, attention_transfer=True)
     want = FIXTURE.under(f"{case}/transfer")
     losses = module(FIXTURE.under(f"{case}/x")["x"], returns=("losses",)).losses
     torch.testing.assert_close(losses["transfer_mse"], want["mse"][0], atol=1e-6, rtol=1e-5)

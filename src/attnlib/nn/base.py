@@ -27,6 +27,9 @@ class Mechanism(nn.Module):
 
     class_traits: ClassVar[Traits] = Traits()
     slug: ClassVar[str]
+    #: Buffers that are ours alone, so that no released state dict holds them: one that lacks them leaves them as they
+    #: are, also when it is loaded strictly.
+    own_state: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, dim: int, context_dim: int | None = None):
         super().__init__()
@@ -120,6 +123,12 @@ class Mechanism(nn.Module):
     def deployed(self) -> nn.Module:
         """The equivalent module for inference, norms folded and branches merged; ``self`` when nothing folds."""
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.own_state:
+            if (kept := self._buffers.get(name)) is not None:
+                state_dict.setdefault(prefix + name, kept)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # ---- checks
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+from .released import unwrapped
 
 T = TypeVar("T", bound=type)
 
@@ -86,19 +89,38 @@ def create(name: str, **config: Any) -> Any:
     except TypeError as error:
         if "argument" not in str(error):
             raise
-        import inspect
-
         raise TypeError(f"{error}; {name!r} takes {inspect.signature(cls)}") from None
 
 
-def convert_state_dict(name: str, state_dict: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """The authors' state dict in the names and layouts of our module.
+def convert_state_dict(name: str, state_dict: Any, *, prefix: str = "", **options: Any) -> dict[str, Any]:
+    """The authors' state dict in the names and layouts of our module, ready to be loaded strictly.
+
+    Every entry is used, left out by a name that the converter knows, or refused. Names of wrappers before all entries
+    (``module.``, ``model.``) do not matter.
+
+    Args:
+        name: of the mechanism.
+        state_dict: theirs.
+        prefix: convert only the entries below it, for one layer out of a whole model: ``"blocks.0.attn."``.
+        options: of the mechanism's converter.
 
     Raises:
-        ValueError: when the mechanism has no released counterpart.
+        ValueError: when the mechanism has no released counterpart; nothing to convert, or entries that are unknown.
+        TypeError: no state dict, or an option that the converter does not take.
     """
-    cls = find(name)
-    convert = getattr(cls, "convert_state_dict", None)
+    convert = getattr(find(name), "convert_state_dict", None)
     if convert is None:
         raise ValueError(f"{name!r} has no released state dict to convert")
-    return convert(state_dict, **options)
+    if prefix:
+        entries = unwrapped(state_dict)
+        prefix = prefix if prefix.endswith(".") else prefix + "."
+        state_dict = {key[len(prefix) :]: value for key, value in entries.items() if key.startswith(prefix)}
+        if not state_dict:
+            near = difflib.get_close_matches(prefix, {key.rpartition(".")[0] + "." for key in entries}, n=3, cutoff=0.3)
+            raise ValueError(f"state_dict has no entries below prefix={prefix!r}; it has entries below {near}")
+    try:
+        return convert(state_dict, **options)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise TypeError(f"{error}; the converter of {name!r} takes {inspect.signature(convert)}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ...positions import rotary_angles, rotate
 from ...types import Output, Partial, Plan, State, Traits, check_choice, stats_dtype
 from ..layers import flat_valid, merge_heads, split_heads
 from ..registry import register
-from .selective_self_attention import SelectiveAttention
+from ..released import Released, grouped_rule
 from .softmax_attention import SoftmaxAttention
 
 SIMILARITIES = ("softmax", *ACTIVATIONS)
@@ -193,11 +194,19 @@ class SinkFreeAttention(SoftmaxAttention):
 
     @staticmethod
     def convert_state_dict(
-        state_dict: dict[str, Tensor], num_heads: int | None = None, num_kv_heads: int | None = None
+        state_dict: Mapping[str, Tensor], num_heads: int | None = None, num_kv_heads: int | None = None
     ) -> dict[str, Tensor]:
         """From the authors' ``CausalSelfAttention`` classes, whose ``attn`` interleaves the projections of a group."""
-        out = SelectiveAttention.convert_state_dict(state_dict, num_heads, num_kv_heads)
-        return {name.replace("kernel_mlp", "kernel.fc"): value for name, value in out.items()}
+        theirs = Released(state_dict, "the authors' CausalSelfAttention classes")
+        out = theirs.renamed(
+            {
+                r"attn\.(weight|bias)": grouped_rule(num_heads, num_kv_heads),
+                r"proj\.(weight|bias)": r"proj.\1",
+                r"kernel_mlp([12])\.(weight|bias)": r"kernel.fc\1.\2",
+                r"([kv]_bias)": r"\1",
+            }
+        )
+        return theirs.close(out)
 
 
 def sink_metric(weights: Tensor, eps: float = 0.3) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from ...ops._call import prepare
 from ...ops.attention import attention_partial
 from ...types import Traits, check_choice, exactly, stats_dtype
 from ..registry import register
+from ..released import Released, Rule
 from .softmax_attention import SoftmaxAttention
 
 #: Below so many pairs one dense map is faster than two streamed halves.
@@ -79,6 +80,7 @@ class SoftMaskedAttention(SoftmaxAttention):
     """
 
     rate: Tensor
+    own_state = ("rate",)
 
     def __init__(
         self,
@@ -173,14 +175,17 @@ class SoftMaskedAttention(SoftmaxAttention):
             return (weights @ asked.expanded()[1].to(dtype)).to(q.dtype), weights
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From the authors' ``Attention``, or their whole ``VisionTransformer`` for ``attnlib.models.illama``."""
-        out: dict[str, Tensor] = {}
-        for key, value in state_dict.items():
-            head, _, kind = key.rpartition("qkv.")
-            if kind in ("weight", "bias"):
-                for name, part in zip("qkv", value.chunk(3), strict=True):
-                    out[f"{head}{name}.{kind}"] = part
-            else:
-                out[key.replace("patch_embed.proj.", "patch_embed.")] = value
-        return out
+        theirs = Released(state_dict, "the authors' Attention or VisionTransformer")
+        block = r"((?:blocks\.\d+\.attn\.)?)"
+        rules: dict[str, Rule] = {
+            rf"{block}qkv\.(weight|bias)": lambda match, value: {
+                f"{match[1]}{name}.{match[2]}": part for name, part in zip("qkv", value.chunk(3), strict=True)
+            },
+            rf"{block}proj\.(weight|bias)": r"\1proj.\2",
+            r"(blocks\.\d+\.(?:norm[12]|mlp\.\w+)\.(?:weight|bias))": r"\1",
+            r"patch_embed\.proj\.(weight|bias)": r"patch_embed.\1",
+            r"(cls_token|pos_embed|(?:norm|head)\.(?:weight|bias))": r"\1",
+        }
+        return theirs.close(theirs.renamed(rules))

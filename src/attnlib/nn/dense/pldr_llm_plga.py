@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from ...positions import rotary_angles, rotate
 from ...types import State, Traits, check_choice, stats_dtype
 from ..layers import flat_valid, split_heads
 from ..registry import register
+from ..released import Released, Rule
 from .softmax_attention import SoftmaxAttention
 
 METRICS = ("learned", "cached")
@@ -138,6 +139,7 @@ class PowerLawGraphAttention(SoftmaxAttention):
 
     A_LM: Tensor
     G: Tensor
+    own_state = ("A_LM", "G")
 
     class_traits = SoftmaxAttention.class_traits.but(
         patterns=frozenset({"noncausal-self", "causal-self"}), layout=False, losses=("dag_lm", "dag_p", "dag_g")
@@ -314,23 +316,18 @@ class PowerLawGraphAttention(SoftmaxAttention):
         return super()._mix_heads(q, k, v, shared, **call)
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From the authors' ``plgMultiHeadAttention``."""
+        theirs = Released(state_dict, "plgMultiHeadAttention")
         heads = {"Wlst": "W", "blst": "b", "pwlst": "p", "alst": "a", "balst": "b_a"}
+        rules: dict[str, Rule] = {rf"plgatt_layer\.{name}": f"learner.{ours}" for name, ours in heads.items()}
         names = {"wq": "q", "wk": "k", "wv": "v", "dense": "proj", "layernorm1": "learner.norm"}
-        out = {}
-        for key, value in state_dict.items():
-            first, _, rest = key.partition(".")
-            if first == "plgatt_layer":
-                out[f"learner.{heads[rest]}"] = value
-            elif first == "reslayerAs":
-                rest = rest.replace("denseAs", "layers").replace("layernormA", "norm").replace("gluw", "w")
-                out[f"learner.units.{rest}"] = value
-            elif first in names:
-                out[f"{names[first]}.{rest}"] = value
-            else:
-                raise ValueError(f"{key!r} is not a weight of plgMultiHeadAttention")
-        return out
+        rules |= {rf"{name}\.(weight|bias)": rf"{ours}.\1" for name, ours in names.items()}
+        rules |= {
+            r"reslayerAs\.(\d+)\.denseAs\.(\d+)\.gluw([123])\.(weight|bias)": r"learner.units.\1.layers.\2.w\3.\4",
+            r"reslayerAs\.(\d+)\.layernormA\.(weight|bias)": r"learner.units.\1.norm.\2",
+        }
+        return theirs.close(theirs.renamed(rules))
 
 
 def dag_loss(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ...normalizers import ClippedSoftmax
 from ...types import Traits, check_choice
 from ..registry import register
+from ..released import Released
 from .softmax_attention import SoftmaxAttention
 
 GATES = ("none", "unconditional_per_head", "conditional_per_head", "conditional_per_token")
@@ -20,7 +22,11 @@ class HeadGate(nn.Module):
     """``sigmoid(G_h(x))``, one number per head and token (or per head): how much of a head's output passes.
 
     ``G_h`` reads only its own ``head_dim`` slice of the layer's input, through a linear map or a two-layer MLP, unless
-    ``all_features``. Shapes: ``x (B, N, C) -> (B, H, N, 1)``, with ``N = 1`` for the per-head kind.
+    ``all_features``, which gate every token, whichever conditional kind is asked for, as in the authors' code. Shapes:
+    ``x (B, N, C) -> (B, H, N, 1)``, with ``N = 1`` for the per-head kind.
+
+    Weights and biases start as those of ``nn.Linear``; of a linear gate ``init`` sets the bias, and ``tune`` draws the
+    weights from ``N(0, std^2)``.
     """
 
     def __init__(
@@ -32,26 +38,32 @@ class HeadGate(nn.Module):
         all_features: bool,
         init: float | None,
         tune: bool,
+        std: float,
     ):
         super().__init__()
         self.kind, self.num_heads, self.all_features = kind, num_heads, all_features
         width = dim // num_heads
         # A tuned gate starts as the identity: sigmoid(bias) = init, and the output is divided by init.
         self.scaling = 1.0 / init if tune and init is not None else 1.0
-        bias = 0.0 if init is None else -math.log(1.0 / init - 1.0)
         if kind == "unconditional_per_head":
             self.alpha = nn.Parameter(torch.zeros(num_heads))
         elif all_features:
             self.linear = nn.Linear(dim, num_heads)
         else:
             if hidden is not None:
-                self.w1 = nn.Parameter(torch.empty(num_heads, hidden, width).uniform_(-1, 1) * width**-0.5)
-                self.b1 = nn.Parameter(torch.empty(num_heads, hidden).uniform_(-1, 1) * width**-0.5)
+                self.w1, self.b1 = _linear(width, num_heads, hidden, width), _linear(width, num_heads, hidden)
             last = width if hidden is None else hidden
-            std = torch.empty(num_heads, last).uniform_(-1, 1) * last**-0.5
-            self.w2 = nn.Parameter(torch.randn(num_heads, last) * 0.01 if tune and hidden is None else std)
-            self.b2 = nn.Parameter(torch.full((num_heads,), bias))
+            self.w2, self.b2 = _linear(last, num_heads, last), _linear(last, num_heads)
+            if hidden is None and init is not None:
+                nn.init.constant_(self.b2, -math.log(1.0 / init - 1.0))
+            if hidden is None and tune:
+                nn.init.normal_(self.w2, std=std)
         self.hidden = hidden
+
+    @property
+    def pools(self) -> bool:
+        """Whether one gate speaks for all tokens of a sample, so that every token is read."""
+        return self.kind == "conditional_per_head" and not self.all_features
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
         if self.kind == "unconditional_per_head":
@@ -62,13 +74,18 @@ class HeadGate(nn.Module):
         if self.hidden is not None:
             z = torch.relu(torch.einsum("bnhd,hkd->bnhk", z, self.w1) + self.b1)
         score = (torch.einsum("bnhk,hk->bhn", z, self.w2) + self.b2[:, None]).unsqueeze(-1)
-        if self.kind == "conditional_per_head":
+        if self.pools:
             if valid is None:
                 score = score.mean(2, keepdim=True)
             else:
                 real = valid[:, None, :, None].to(score.dtype)
                 score = (score * real).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp(min=1)
         return score.sigmoid() * self.scaling
+
+
+def _linear(fan_in: int, *shape: int) -> nn.Parameter:
+    """Weights or biases drawn as those of ``nn.Linear(fan_in, ..)``."""
+    return nn.Parameter(torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5))
 
 
 @register("quantizable-transformers", "clipped-softmax-attention", "gated-attention")
@@ -87,9 +104,11 @@ class QuantizableAttention(SoftmaxAttention):
         gate_hidden: width of the gate's hidden layer (the authors use ``head_dim // 4``); ``None`` for a linear gate.
         gate_all_features: a gate reads the whole input instead of its head's slice.
         gate_init: initial opening of the gate.
-        fine_tuning: start as the ungated layer: output divided by ``gate_init``.
+        fine_tuning: start near the ungated layer: output divided by ``gate_init``, a linear gate's weights small.
+        gate_std: how small; the authors' BERT has 0.01, their OPT 0.001.
+        out_proj: the output projection, which in BERT stands in the next module.
 
-    What differs from the authors' code: this module has the output projection; their slip
+    What differs from the authors' code: their slip
     ``"clipped(-.005:1.005)" -> gamma=-0.003`` is not reproduced; a row that sees nothing gives zeros; the mean of
     ``conditional_per_head`` counts only tokens that exist.
 
@@ -114,6 +133,8 @@ class QuantizableAttention(SoftmaxAttention):
         gate_all_features: bool = False,
         gate_init: float | None = None,
         fine_tuning: bool = False,
+        gate_std: float = 0.01,
+        out_proj: bool = True,
         **settings: Any,
     ):
         if (alpha is None) != (max_length is None):
@@ -131,8 +152,12 @@ class QuantizableAttention(SoftmaxAttention):
             raise ValueError(
                 f"a gate reads head_dim={self.head_dim} slices of the input, so num_heads * head_dim must be dim={dim}"
             )
+        if not out_proj:
+            if self.head_dim * num_heads != dim:
+                raise ValueError(f"out_proj=False needs num_heads * head_dim to be dim={dim}")
+            self.proj = nn.Identity()  # type: ignore[assignment]
         self.gate = (
-            HeadGate(dim, num_heads, gate, gate_hidden, gate_all_features, gate_init, fine_tuning)
+            HeadGate(dim, num_heads, gate, gate_hidden, gate_all_features, gate_init, fine_tuning, gate_std)
             if gate != "none"
             else None
         )
@@ -140,7 +165,7 @@ class QuantizableAttention(SoftmaxAttention):
     @property
     def traits(self) -> Traits:
         traits = super().traits
-        if self.gate is not None and self.gate.kind == "conditional_per_head":  # reads the mean over all tokens
+        if self.gate is not None and self.gate.pools:  # reads the mean over all tokens
             return traits.but(
                 patterns=frozenset(p for p in traits.patterns if p.startswith("noncausal")), streaming=False, mask=False
             )
@@ -153,27 +178,32 @@ class QuantizableAttention(SoftmaxAttention):
         return out * shared["gate"] if "gate" in shared else out
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From ``BertSelfAttentionWithExtras`` (``query`` .. ``alpha``); ``output.dense`` becomes ``proj``."""
-        names = {"query": "q", "key": "k", "value": "v", "output.dense": "proj", "dense": "proj"}
-        out: dict[str, Tensor] = {}
-        heads: dict[str, dict[int, Tensor]] = {}
-        for key, tensor in state_dict.items():
-            module, _, kind = key.rpartition(".")
-            if module in names:
-                out[f"{names[module]}.{kind}"] = tensor
-            elif key == "alpha":
-                out["gate.alpha"] = tensor
-            elif module == "alpha":
-                out[f"gate.linear.{kind}"] = tensor
-            elif module.startswith("alpha."):
-                _, head, *layer = module.split(".")
-                first = bool(layer) and layer[0] == "0"
-                heads.setdefault(("w" if kind == "weight" else "b") + ("1" if first else "2"), {})[int(head)] = tensor
-        for name, parts in heads.items():
-            stacked = torch.stack([parts[i] for i in range(len(parts))])
-            out[f"gate.{name}"] = stacked.squeeze(1) if name.endswith("2") else stacked
-        return out
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From ``BertSelfAttentionWithExtras`` (with BERT's ``output.dense``, when it is there) or
+        ``OPTAttentionWithExtras``."""
+        theirs = Released(state_dict, "BertSelfAttentionWithExtras or OPTAttentionWithExtras")
+        out = theirs.renamed(
+            {
+                r"(q)(?:uery|_proj)\.(weight|bias)": r"\1.\2",
+                r"(k)(?:ey|_proj)\.(weight|bias)": r"\1.\2",
+                r"(v)(?:alue|_proj)\.(weight|bias)": r"\1.\2",
+                r"(?:output\.dense|dense|out_proj)\.(weight|bias)": r"proj.\1",
+                r"distance_embedding\.weight": "distance_keys",
+                r"alpha": "gate.alpha",
+                r"alpha\.(weight|bias)": r"gate.linear.\1",
+            }
+        )
+        # one predictor per head there, a linear map or two with a ReLU; stacked here
+        for layer, ours in ((r"", "2"), (r"0\.", "1"), (r"2\.", "2")):
+            for kind, letter in (("weight", "w"), ("bias", "b")):
+                parts = {int(m[1]): value for m, value in theirs.matching(rf"alpha\.(\d+)\.{layer}{kind}")}
+                if not parts:
+                    continue
+                if sorted(parts) != list(range(len(parts))):
+                    raise ValueError(f"alpha has predictors of the heads {sorted(parts)}; one per head is needed")
+                stacked = torch.stack([parts[i] for i in range(len(parts))])
+                out[f"gate.{letter}{ours}"] = stacked.squeeze(1) if ours == "2" else stacked
+        return theirs.close(out)
 
 
 def outlier_metrics(activations: Tensor) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ...types import Output, State, Traits
 from ..base import Mechanism
 from ..layers import head_dim_of, merge_heads, split_heads
 from ..registry import register
+from ..released import Released, Rule
 
 NAMES = ("q", "k", "v")
 
@@ -201,20 +203,16 @@ class RelativeConvAttention(Mechanism):
         return Output(self.proj(merge_heads(out)), state=new, weights=weights)
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From the authors' ``RelativeMultiHeadAttention``, or ``MultiHeadAttention`` without key and query biases."""
-        names = {"query": "q", "key": "k", "value": "v"}
-        tables = {
+        theirs = Released(state_dict, "the authors' RelativeMultiHeadAttention or MultiHeadAttention")
+        rules: dict[str, Rule] = {
+            r"output\.(weight|bias)": r"proj.\1",
             "key_pos_embeddings": "distance_keys",
             "key_pos_bias": "distance_bias",
             "query_pos_bias": "query_bias",
         }
-        out = {}
-        for key, value in state_dict.items():
-            head, _, rest = key.partition(".")
-            kind = rest.rpartition(".")[2]
-            if head in names:
-                out[f"{names[head]}{'_conv' if '.conv.' in rest else ''}.{kind}"] = value
-            else:
-                out[tables.get(key, key.replace("output.", "proj."))] = value
-        return out
+        for name in ("query", "key", "value"):
+            rules[rf"{name}\.(?:\w+\.)*conv\.(weight|bias)"] = rf"{name[0]}_conv.\1"
+            rules[rf"{name}\.(?:\w+\.)*(weight|bias)"] = rf"{name[0]}.\1"
+        return theirs.close(theirs.renamed(rules))

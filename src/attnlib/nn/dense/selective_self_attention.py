@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ...masks import visible_keys
 from ...types import check_choice, stats_dtype
 from ..layers import merge_heads
 from ..registry import register
+from ..released import Released, grouped_rule, split_rule
 from .softmax_attention import SoftmaxAttention
 
 POSITION = ("none", "sigmoid", "double_exponential", "linear")
@@ -95,22 +97,21 @@ class SelectiveAttention(SoftmaxAttention):
 
     @staticmethod
     def convert_state_dict(
-        state_dict: dict[str, Tensor], num_heads: int | None = None, num_kv_heads: int | None = None
+        state_dict: Mapping[str, Tensor], num_heads: int | None = None, num_kv_heads: int | None = None
     ) -> dict[str, Tensor]:
-        """From the authors' ``CausalSelfAttention``, whose ``attn`` interleaves the projections of every group."""
-        if num_heads is None:
-            raise ValueError("num_heads is needed to split the authors' interleaved projections")
-        groups = num_heads if num_kv_heads is None else num_kv_heads
-        out = {}
-        for key, value in state_dict.items():
-            module, _, kind = key.rpartition(".")
-            if module == "attn":
-                rows = value.unflatten(0, (groups, num_heads // groups + 2, -1))
-                parts = rows.split((num_heads // groups, 1, 1), 1)
-                out.update({f"{n}.{kind}": p.flatten(0, 2) for n, p in zip("qkv", parts, strict=True)})
-            else:
-                out[key] = value
-        return out
+        """From the authors' ``CausalSelfAttention``: lit-gpt's, whose ``attn`` interleaves the projections of every
+        group (give ``num_heads``), or GPT-2's, whose ``c_attn`` holds queries, keys and values one after another."""
+        theirs = Released(state_dict, "the authors' CausalSelfAttention")
+        theirs.leave(r"bias|attn_bias", because="GPT-2's constant causal mask")
+        out = theirs.renamed(
+            {
+                r"attn\.(weight|bias)": grouped_rule(num_heads, num_kv_heads),
+                r"c_attn\.(weight|bias)": split_rule("q", "k", "v"),
+                r"(?:c_proj|proj)\.(weight|bias)": r"proj.\1",
+                r"beta": "beta",
+            }
+        )
+        return theirs.close(out)
 
 
 def effective_support(weights: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ...types import Traits, stats_dtype
 from ..base import Mechanism
 from ..layers import flat_valid
 from ..registry import register
+from ..released import Released
 
 
 class NormedLinear(nn.Module):
@@ -159,10 +161,14 @@ class SingleHeadAttention(Mechanism):
         return out
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From the authors' ``SHSA``: 1x1 convolutions ``c`` with ``bn``; the projection sits behind a ReLU."""
-        out = {}
-        for key, value in state_dict.items():
-            key = key.replace("proj.1.", "proj.").replace(".c.weight", ".linear.weight").replace(".bn.", ".norm.")
-            out[key] = value.flatten(1) if key.endswith("linear.weight") else value
-        return out
+        theirs = Released(state_dict, "the authors' SHSA")
+        out = theirs.renamed(
+            {
+                r"pre_norm\.(weight|bias)": r"pre_norm.\1",
+                r"(qkv|proj)\.(?:1\.)?c\.weight": lambda match, value: {f"{match[1]}.linear.weight": value.flatten(1)},
+                r"(qkv|proj)\.(?:1\.)?bn\.(weight|bias|running_mean|running_var|num_batches_tracked)": r"\1.norm.\2",
+            }
+        )
+        return theirs.close(out)

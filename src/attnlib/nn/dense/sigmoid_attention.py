@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ...normalizers import Sigmoid
 from ...ops import attention
 from ...types import Traits, check_choice, stats_dtype
 from ..registry import register
+from ..released import Released, split_rule
 from .softmax_attention import SoftmaxAttention
 
 
@@ -100,16 +102,14 @@ class SigmoidAttention(SoftmaxAttention):
         return (out, rest[0] * factor[:, None]) if rest else out
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From the authors' ``Attention`` and ``CrossAttention``; their constant buffers become settings here."""
-        out = {}
-        for key, value in state_dict.items():
-            module, _, kind = key.rpartition(".")
-            if key in ("attn_bias", "attn_temp"):
-                continue
-            if module in ("qkv", "kv_proj"):
-                names = "qkv" if module == "qkv" else "kv"
-                out.update({f"{n}.{kind}": p for n, p in zip(names, value.chunk(len(names)), strict=True)})
-            else:
-                out[("q." + kind) if module == "q_proj" else key] = value
-        return out
+        theirs = Released(state_dict, "the authors' Attention or CrossAttention")
+        theirs.leave(r"attn_bias|attn_temp", because="constants, which are settings here")
+        rules = {
+            r"qkv\.(weight|bias)": split_rule("q", "k", "v"),
+            r"kv_proj\.(weight|bias)": split_rule("k", "v"),
+            r"q_proj\.(weight|bias)": r"q.\1",
+            r"(proj|[qkv]_norm)\.(weight|bias)": r"\1.\2",
+        }
+        return theirs.close(theirs.renamed(rules))

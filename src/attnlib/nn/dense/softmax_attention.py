@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ...types import Output, Plan, State, Traits, check_divides
 from ..base import Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
+from ..released import PLAIN, Released
 
 
 @register("softmax-attention", "mha", "gqa", "mqa")
@@ -199,14 +201,7 @@ class SoftmaxAttention(Mechanism):
         return Output(y, state=new_state, weights=weights, losses=shared.get("losses"))
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From ``torch.nn.MultiheadAttention`` (``in_proj_*``, ``out_proj.*``) or timm's ``Attention`` (``qkv.*``)."""
-        out = {}
-        for key, value in state_dict.items():
-            if key in ("in_proj_weight", "in_proj_bias", "qkv.weight", "qkv.bias"):
-                kind = "weight" if key.endswith("weight") else "bias"
-                for name, part in zip("qkv", value.chunk(3), strict=True):
-                    out[f"{name}.{kind}"] = part
-            else:
-                out[key.replace("out_proj.", "proj.")] = value
-        return out
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From ``torch.nn.MultiheadAttention``, timm's ``Attention`` (``qkv.*``), or a module of this one's names."""
+        theirs = Released(state_dict, "MultiheadAttention or timm's Attention")
+        return theirs.close(theirs.renamed(PLAIN))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ...types import Plan, Traits, check_choice, check_index
 from ..dense.softmax_attention import SoftmaxAttention
 from ..registry import register
+from ..released import PLAIN, Released
 
 KINDS = ("uniform", "key_norm", "difference", "average", "perturbed")
 
@@ -85,6 +87,7 @@ class KeyDrivenGQA(SoftmaxAttention):
     head_map: Tensor
     cache: Tensor
     calls: Tensor
+    own_state = ("head_map", "calls")
 
     class_traits = SoftmaxAttention.class_traits.but(needs_plan=True, batch_independent=False, gradient="stopped")
 
@@ -213,20 +216,20 @@ class KeyDrivenGQA(SoftmaxAttention):
 
     @staticmethod
     def convert_state_dict(
-        state_dict: dict[str, Tensor], num_heads: int | None = None, num_kv_heads: int | None = None
+        state_dict: Mapping[str, Tensor], num_heads: int | None = None, num_kv_heads: int | None = None
     ) -> dict[str, Tensor]:
         """The authors' classes; or, given head counts, a dense ``qkv`` checkpoint mean-pooled per group."""
-        if "qkv.weight" not in state_dict:
-            return dict(state_dict)
-        if num_heads is None or num_kv_heads is None:
-            raise ValueError("a dense checkpoint needs num_heads and num_kv_heads to be pooled into groups")
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
-        out = SoftmaxAttention.convert_state_dict(state_dict)
-        for key in list(out):
-            if key[:2] in ("k.", "v."):
+        theirs = Released(state_dict, "the authors' GQA, KDGQA, DGQA or PGQA, or a dense attention with qkv")
+        dense = "qkv.weight" in theirs
+        out = theirs.renamed({"cache": "cache"} | PLAIN)
+        if dense:
+            if num_heads is None or num_kv_heads is None:
+                raise ValueError("a dense checkpoint needs num_heads and num_kv_heads to be pooled into groups")
+            if num_heads % num_kv_heads:
+                raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
+            for key in [key for key in out if key[:2] in ("k.", "v.")]:
                 if out[key].shape[0] % num_heads:
                     raise ValueError(f"{key} has {out[key].shape[0]} rows, which num_heads={num_heads} does not divide")
                 heads = out[key].unflatten(0, (num_kv_heads, num_heads // num_kv_heads, -1))
                 out[key] = heads.mean(1).flatten(0, 1)
-        return out
+        return theirs.close(out)

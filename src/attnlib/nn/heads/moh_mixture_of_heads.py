@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ...ops import attention
 from ...types import Plan, Traits, check_choice, check_index
 from ..dense.softmax_attention import SoftmaxAttention
 from ..registry import register
+from ..released import PLAIN, Released, Rule
 
 
 @register("moh-mixture-of-heads", "moh")
@@ -182,11 +184,12 @@ class MixtureOfHeads(SoftmaxAttention):
         return out
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From the authors' ``MoHAttention`` (DiT), and MoH-LLaMA3's ``q_proj`` .. ``o_proj``."""
-        llama = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "proj"}
-        out = {}
-        for key, value in SoftmaxAttention.convert_state_dict(state_dict).items():
-            module, _, kind = key.rpartition(".")
-            out[f"{llama.get(module, module)}.{kind}"] = value
-        return out
+        theirs = Released(state_dict, "the authors' MoHAttention or MoH-LLaMA3's attention")
+        rules: dict[str, Rule] = {
+            r"([qkv])_proj\.(weight|bias)": r"\1.\2",
+            r"o_proj\.(weight|bias)": r"proj.\1",
+            r"(wg(?:_[01])?)\.(weight)": r"\1.\2",
+        }
+        return theirs.close(theirs.renamed(rules | PLAIN))

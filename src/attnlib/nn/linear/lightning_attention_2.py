@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ...types import Output, State, Traits, check_choice, stats_dtype
 from ..base import Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
+from ..released import Released, Rule, split_rule
 
 
 def decay_slopes(num_heads: int, layer: int = 0, num_layers: int | None = None) -> Tensor:
@@ -188,16 +190,16 @@ class LightningAttention2(Mechanism):
         return Output(self.proj(y), state=new_state)
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From ``NormLinearAttention`` of TransNormerLLM (with ``qkvu_proj``) or ``TnlAttention`` (with ``q_proj``)."""
-        names = {"out_proj.": "proj.", "o_proj.": "proj.", "output_gate.": "gate."}
-        out: dict[str, Tensor] = {}
-        for key, value in state_dict.items():
-            if key.startswith("qkvu_proj."):
-                for name, part in zip(("q", "k", "v", "gate"), value.chunk(4), strict=True):
-                    out[f"{name}.{key.removeprefix('qkvu_proj.')}"] = part
-                continue
-            for theirs, ours in names.items():
-                key = key.replace(theirs, ours)
-            out[key.replace("q_proj.", "q.").replace("k_proj.", "k.").replace("v_proj.", "v.")] = value
-        return out
+        theirs = Released(state_dict, "NormLinearAttention or TnlAttention")
+        rules: dict[str, Rule] = {
+            r"qkvu_proj\.(weight|bias)": split_rule("q", "k", "v", "gate"),
+            r"([qkv])_proj\.(weight|bias)": r"\1.\2",
+            r"(?:out_proj|o_proj)\.(weight|bias)": r"proj.\1",
+            r"output_gate\.(\d+)\.(weight|bias)": r"gate.\1.\2",
+            r"norm\.(weight|bias)": r"norm.\1",
+            r"lrpe\.theta": "lrpe.theta",
+        }
+        theirs.leave(r"slopes|.*\.slopes", because="a setting here, the same numbers")
+        return theirs.close(theirs.renamed(rules))

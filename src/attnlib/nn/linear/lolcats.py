@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ...types import Output, Partial, State, Traits, check_divides, stats_dtype
 from ..base import Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
+from ..released import Released, Rule
 from .feature_maps import HedgehogFeatures
 
 
@@ -278,16 +280,14 @@ class LoLCATs(Mechanism):
         return torch.zeros_like(y).scatter(1, order[..., None].expand_as(y), y)
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From ``LolcatsSlidingWindowAttention`` (``q_proj``, ``feature_map_q.mlp.layer``, ``window_factors``)."""
-        out: dict[str, Tensor] = {}
-        for key, value in state_dict.items():
-            if key == "window_factors":
-                out["window_factor"] = value.flatten()
-                continue
-            for side in "qk":
-                key = key.replace(f"feature_map_{side}.mlp.layer", f"phi_{side}.weight")
-            for theirs, ours in (("q_proj.", "q."), ("k_proj.", "k."), ("v_proj.", "v."), ("o_proj.", "proj.")):
-                key = key.replace(theirs, ours)
-            out[key] = value
-        return out
+        theirs = Released(state_dict, "LolcatsSlidingWindowAttention")
+        theirs.leave(r"rotary_emb\.inv_freq", because="a setting here: the rotary base")
+        rules: dict[str, Rule] = {
+            r"window_factors": lambda match, value: {"window_factor": value.flatten()},
+            r"feature_map_([qk])\.mlp\.layer": r"phi_\1.weight",
+            r"([qkv])_proj\.(weight|bias)": r"\1.\2",
+            r"o_proj\.(weight|bias)": r"proj.\1",
+        }
+        return theirs.close(theirs.renamed(rules))

@@ -33,6 +33,7 @@ from ...types import Output, State, Traits, to_tuple
 from ..base import Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
+from ..released import Released, Rule, join
 
 PerAxis = int | Sequence[int]
 
@@ -286,14 +287,15 @@ class FusedNeighborhoodAttention(Mechanism):
         return out, ring
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From NATTEN's modules (any release; ``rpb`` of 0.17 and before) or transformers' NAT and DiNAT attention."""
-        out = {}
-        for key, value in state_dict.items():
-            key = key.removeprefix("self.").replace("output.dense.", "proj.")
-            out[key] = value
-        for kind in ("weight", "bias"):
-            parts = [out.pop(f"{name}.{kind}", None) for name in ("query", "key", "value")]
-            if parts[0] is not None:
-                out[f"qkv.{kind}"] = torch.cat([p for p in parts if p is not None])
-        return out
+        theirs = Released(state_dict, "NATTEN's NeighborhoodAttention or transformers' NAT and DiNAT attention")
+        out: dict[str, Tensor] = {}
+        for prefix in ("self.", ""):
+            out |= join(theirs, "qkv", [f"{prefix}{name}" for name in ("query", "key", "value")])
+        rules: dict[str, Rule] = {
+            r"qkv\.(weight|bias)": r"qkv.\1",
+            r"(?:proj|output\.dense)\.(weight|bias)": r"proj.\1",
+            r"(?:self\.)?rpb": "rpb",
+        }
+        return theirs.close(out | theirs.renamed(rules))

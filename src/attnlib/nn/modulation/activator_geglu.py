@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...types import Output, State, Traits, check_rank
 from ..base import Mechanism
 from ..registry import register
+from ..released import Released
 
 
 @register("activator-geglu", "activator")
@@ -72,24 +73,23 @@ class ActivatorUnit(Mechanism):
         return Output(self.proj(gate * value), state=new)
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From the authors' ``ActivatorGatingUnit``, ``ActivatorBlock`` or ``ACTIVATORImageClassification``."""
-        names = (
-            (r"\bproj_1\.", "gate."),
-            (r"\bproj_2\.", "value."),
-            (r"\bproj_3\.", "proj."),
-            (r"\bactgu\.", "unit."),
-            (r"\bffn\.net\.", "ffn."),
-            (r"^model\.", "blocks."),
-            (r"^patcher\.", "patch."),
-            (r"^classifier\.", "head."),
-        )
+        theirs = Released(state_dict, "ActivatorGatingUnit, ActivatorBlock or ACTIVATORImageClassification")
         out = {}
-        for key, value in state_dict.items():
-            for old, new in names:
-                key = re.sub(old, new, key)
-            out[key] = value
-        return out
+        # a block in the classifier, a unit in a block, or either alone
+        for block, ours in ((r"model\.(\d+)\.", r"blocks.\1."), (r"()", r"\1")):
+            for unit, inside in ((r"actgu\.", "unit."), ("", "")):
+                out |= theirs.renamed(
+                    {
+                        rf"{block}{unit}proj_{i}\.(weight|bias)": rf"{ours}{inside}{name}.\2"
+                        for i, name in ((1, "gate"), (2, "value"), (3, "proj"))
+                    }
+                    | {rf"{block}{unit}norm\.(weight|bias)": rf"{ours}{inside}norm.\2"}
+                )
+            out |= theirs.renamed({rf"{block}ffn\.net\.(\d+)\.(weight|bias)": rf"{ours}ffn.\2.\3"})
+        out |= theirs.renamed({r"patcher\.(weight|bias)": r"patch.\1", r"classifier\.(weight|bias)": r"head.\1"})
+        return theirs.close(out)
 
 
 class ActivatorBlock(nn.Module):

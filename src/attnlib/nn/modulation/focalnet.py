@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from ...types import Traits, check_choice
 from ..base import Mechanism
 from ..layers import DepthwiseConv
 from ..registry import register
+from ..released import Released, Rule
 
 
 @register("focalnet", "focal-modulation")
@@ -129,15 +130,14 @@ class FocalModulation(Mechanism):
         return self.proj_drop(self.proj(self.norm(modulate(query, modulator))))
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From the authors' ``FocalModulation``: ``h`` is a 1x1 convolution there, the LayerNorm is called ``ln``."""
-        out = {}
-        for key, value in state_dict.items():
-            if key.startswith("focal_layers."):
-                key = key.replace(".0.weight", ".weight")
-            elif key.startswith("ln."):
-                key = "norm." + key.removeprefix("ln.")
-            elif key == "h.weight":
-                value = value.reshape(value.shape[0], math.prod(value.shape[1:]))
-            out[key] = value
-        return out
+        theirs = Released(state_dict, "the authors' FocalModulation")
+        rules: dict[str, Rule] = {
+            r"(f|proj)\.(weight|bias)": r"\1.\2",
+            r"h\.weight": lambda match, value: {"h.weight": value.flatten(1)},
+            r"h\.bias": "h.bias",
+            r"focal_layers\.(\d+)\.0\.weight": r"focal_layers.\1.weight",
+            r"ln\.(weight|bias)": r"norm.\1",
+        }
+        return theirs.close(theirs.renamed(rules))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ...types import Output, State, Traits, check_choice, check_valid, stats_dty
 from ..base import Mechanism
 from ..layers import zero_invalid
 from ..registry import register
+from ..released import Released
 
 AXES = ("features", "tokens")
 
@@ -192,16 +192,17 @@ class GaussianAdaptiveAttention(Mechanism):
         return Output(x + y if self.residual else y, state=new)
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From the authors' ``MultiHeadGaussianAdaptiveAttention``, or ``GaussianBlock`` for :class:`GaussianBlock`."""
-        names = {"mean_offsets": "offset", "c": "width"}
+        theirs = Released(state_dict, "MultiHeadGaussianAdaptiveAttention or GaussianBlock")
         heads: dict[str, dict[int, Tensor]] = {}
-        for key, value in state_dict.items():
-            match = re.fullmatch(r"(.*?)attention_heads\.(\d+)\.(mean_offsets|c)", key)
-            if match is None:
-                raise ValueError(f"{key!r} is not a name of the authors' classes (attention_heads.N.c, .mean_offsets)")
-            heads.setdefault(match[1] + names[match[3]], {})[int(match[2])] = value
-        return {key: torch.stack([rows[i] for i in sorted(rows)]) for key, rows in heads.items()}
+        for name, ours in (("mean_offsets", "offset"), ("c", "width")):
+            for match, value in theirs.matching(rf"((?:layers\.\d+\.)?)attention_heads\.(\d+)\.{name}"):
+                heads.setdefault(match[1] + ours, {})[int(match[2])] = value
+        for key, rows in heads.items():
+            if sorted(rows) != list(range(len(rows))):
+                raise ValueError(f"state_dict has {key} of the heads {sorted(rows)}; some are missing")
+        return theirs.close({key: torch.stack([rows[i] for i in sorted(rows)]) for key, rows in heads.items()})
 
 
 class GaussianBlock(nn.Module):

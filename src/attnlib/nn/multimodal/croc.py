@@ -7,6 +7,7 @@ reconstruct the image tokens as they were and write the caption.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ... import masks
 from ...types import check_choice, check_divides, check_rank, check_valid, check_width
+from ..released import Released, Rule
 
 
 class Replaced(NamedTuple):
@@ -150,26 +152,24 @@ class ReconstructionHead(nn.Module):
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From the authors' ``CustomTransformer`` (``transform_block.*`` of their model, with or without prefix)."""
+        theirs = Released(state_dict, "the authors' CustomTransformer", wrappers=("transform_block.",))
         names = {
             "attention.output.dense": "self_attn.out_proj", "attention.output.LayerNorm": "norm1",
             "intermediate.dense": "linear1", "output.dense": "linear2", "output.LayerNorm": "norm2",
         }  # fmt: skip
         out: dict[str, Tensor] = {}
-        packed: dict[str, dict[str, Tensor]] = {}
-        for key, value in state_dict.items():
-            key = key.removeprefix("transform_block.")
-            if not key.startswith("layers."):
-                out[key.replace("position_embeddings.", "positions.").replace("resize.", "out.")] = value
-                continue
-            number, _, rest = key.removeprefix("layers.").partition(".")
-            path, _, kind = rest.rpartition(".")
-            if path.startswith("attention.self."):
-                packed.setdefault(f"layers.layers.{number}.self_attn.in_proj_{kind}", {})[path[15:]] = value
-            else:
-                out[f"layers.layers.{number}.{names[path]}.{kind}"] = value
-        for key, parts in packed.items():
-            out[key] = torch.cat([parts["query"], parts["key"], parts["value"]])
-        return out
+        for number in sorted({name.split(".")[1] for name in theirs if name.startswith("layers.")}):
+            inside = f"layers.{number}.attention.self."
+            for kind in ("weight", "bias"):
+                packed = theirs.take_all(f"{inside}{part}.{kind}" for part in ("query", "key", "value"))
+                if packed is not None:
+                    out[f"layers.layers.{number}.self_attn.in_proj_{kind}"] = torch.cat(packed)
+        rules: dict[str, Rule] = {
+            rf"layers\.(\d+)\.{re.escape(path)}\.(weight|bias)": rf"layers.layers.\1.{ours}.\2"
+            for path, ours in names.items()
+        }
+        rules |= {r"position_embeddings\.weight": "positions.weight", r"resize\.(weight|bias)": r"out.\1"}
+        return theirs.close(out | theirs.renamed(rules))
 
 
 def mixed_mask(labels: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from ...types import Traits, check_divides, exactly, stats_dtype
 from ..dense.softmax_attention import SoftmaxAttention
 from ..layers import merge_heads
 from ..registry import register
+from ..released import Released, Rule
 
 #: Keeps powers of distances finite.
 EPS = 1e-8
@@ -126,18 +127,11 @@ class PLaplacianAdapter(nn.Module):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From the authors' ``BertSelfOutput`` (``text_laplacian_adapter_*``, ``laplacian_adapter_*``), whose other
-        names stay out."""
-        names = {
-            "text_laplacian_adapter_i": "inner", "text_laplacian_adapter_gate": "gate",
-            "text_laplacian_adapter_o": "outer", "laplacian_adapter_p": "p", "laplacian_adapter_mu": "theta",
-        }  # fmt: skip
-        out = {}
-        for key, value in state_dict.items():
-            head, _, kind = key.partition(".")
-            if head in names:
-                out[names[head] + ("." + kind if kind else "")] = value
-        return out
+        """From the authors' ``BertSelfOutput`` (``text_laplacian_adapter_*``, ``laplacian_adapter_*``), whose own
+        projection and norm stay out."""
+        theirs = Released(state_dict, "the authors' BertSelfOutput")
+        theirs.leave(r"(dense|LayerNorm)\.(weight|bias)", because="they are the model's, not the adapter's")
+        return theirs.close(theirs.renamed(_adapter_rules("", "")))
 
 
 def pool_nodes(weights: Tensor, nodes: Tensor, count: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -247,12 +241,23 @@ class PLaplacianAttention(SoftmaxAttention):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From the authors' BERT attention: ``self.query``, ``output.dense`` and the adapter's names."""
-        names = {"self.query.": "q.", "self.key.": "k.", "self.value.": "v.", "output.dense.": "proj."}
-        out: dict[str, Tensor] = {}
-        for key, value in state_dict.items():
-            for theirs, ours in names.items():
-                if key.startswith(theirs):
-                    out[ours + key[len(theirs) :]] = value
-        inner = {k.removeprefix("output."): v for k, v in state_dict.items()}
-        return out | {"adapter." + k: v for k, v in PLaplacianAdapter.convert_state_dict(inner).items()}
+        """From the authors' BERT attention: ``self.query``, ``output.dense`` and the adapter's names; the LayerNorm
+        behind them belongs to the block."""
+        theirs = Released(state_dict, "the authors' BertAttention")
+        theirs.leave(r"output\.LayerNorm\.(weight|bias)", because="it is behind the residual, in the block")
+        rules: dict[str, Rule] = {
+            r"self\.(q)uery\.(weight|bias)": r"\1.\2",
+            r"self\.(k)ey\.(weight|bias)": r"\1.\2",
+            r"self\.(v)alue\.(weight|bias)": r"\1.\2",
+            r"output\.dense\.(weight|bias)": r"proj.\1",
+        }
+        return theirs.close(theirs.renamed(rules | _adapter_rules(r"output\.", "adapter.")))
+
+
+def _adapter_rules(theirs: str, ours: str) -> dict[str, Rule]:
+    """Names of the adapter behind ``theirs``, ours behind ``ours``."""
+    maps = {"i": "inner", "gate": "gate", "o": "outer"}
+    rules: dict[str, Rule] = {
+        rf"{theirs}text_laplacian_adapter_{name}\.(weight|bias)": rf"{ours}{to}.\1" for name, to in maps.items()
+    }
+    return rules | {f"{theirs}laplacian_adapter_p": f"{ours}p", f"{theirs}laplacian_adapter_mu": f"{ours}theta"}

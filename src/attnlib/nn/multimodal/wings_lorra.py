@@ -16,6 +16,7 @@ from ...types import Output, Traits, check_choice, check_width
 from ..base import Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
+from ..released import Released, Rule
 
 
 def _low_rank(dim: int, rank: int) -> nn.Sequential:
@@ -140,13 +141,9 @@ class LowRankResidualAttention(Mechanism):
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From the authors' ``WingsAttention`` (``q_proj.0.weight`` and so on)."""
-        out = {}
-        for key, value in state_dict.items():
-            name = key.replace("o_proj.", "proj.")
-            for letter in "qkv":
-                name = name.replace(f"{letter}_proj.", f"{letter}.")
-            out[name] = value
-        return out
+        theirs = Released(state_dict, "WingsAttention")
+        theirs.leave(r"(?:\w+\.)?rotary_emb\.\w+", because="a setting here: the rotary base")
+        return theirs.close(theirs.renamed(_learner_rules("", "")))
 
 
 class LearnerRouter(nn.Module):
@@ -256,11 +253,16 @@ class LayerWings(nn.Module):
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From a decoder layer of the authors' model: ``attn_pool.*``, ``attn_t_pool.*``, ``reweight_module.*``."""
-        out: dict[str, Tensor] = {}
-        for prefix, name in (("attn_pool.", "visual."), ("attn_t_pool.", "textual.")):
-            part = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-            out |= {name + k: v for k, v in LowRankResidualAttention.convert_state_dict(part).items()}
-        for key, value in state_dict.items():
-            if key.startswith("reweight_module."):
-                out[key.replace("reweight_module.", "router.")] = value
-        return out
+        theirs = Released(state_dict, "the learners of a Wings decoder layer")
+        theirs.leave(r"(?:\w+\.)?rotary_emb\.\w+", because="a setting here: the rotary base")
+        rules = _learner_rules(r"attn_pool\.", "visual.") | _learner_rules(r"attn_t_pool\.", "textual.")
+        rules[r"reweight_module\.linear\.(weight|bias)"] = r"router.linear.\1"
+        return theirs.close(theirs.renamed(rules))
+
+
+def _learner_rules(theirs: str, ours: str) -> dict[str, Rule]:
+    """Names of a learner behind ``theirs``, ours behind ``ours``."""
+    return {
+        rf"{theirs}([qkv])_proj\.([01])\.weight": rf"{ours}\1.\2.weight",
+        rf"{theirs}o_proj\.([01])\.weight": rf"{ours}proj.\1.weight",
+    }

@@ -21,7 +21,8 @@ Differs from the PyTorch code in timm: the relative table is stored as key minus
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from ...types import Traits, check_choice, to_tuple
 from ..base import Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
+from ..released import Released, Rule
 
 PerAxis = int | Sequence[int]
 
@@ -131,7 +133,10 @@ class PartitionAttention(Mechanism):
 
     @staticmethod
     def convert_state_dict(
-        state_dict: dict[str, Tensor], num_heads: int | None = None, head_first: bool = False
+        state_dict: Mapping[str, Tensor],
+        num_heads: int | None = None,
+        head_first: bool = False,
+        window_size: PerAxis | None = None,
     ) -> dict[str, Tensor]:
         """From timm's ``AttentionCl``.
 
@@ -139,30 +144,43 @@ class PartitionAttention(Mechanism):
             state_dict: ``qkv.*``, ``proj.*`` and ``rel_pos.relative_position_bias_table``.
             num_heads: needed when ``head_first`` and the table does not tell.
             head_first: timm's setting: True for its ``rw`` models, False for weights from TensorFlow (``tf``).
+            window_size: needed for the flat table of a window that is not square.
         """
-        out = {}
-        table = state_dict.get("rel_pos.relative_position_bias_table")
-        if table is not None:
+        theirs = Released(state_dict, "timm's AttentionCl")
+        theirs.leave(r"rel_pos\.relative_position_index", because="a constant")
+        table_key = "rel_pos.relative_position_bias_table"
+        out: dict[str, Tensor] = {}
+        if table_key in theirs:
+            table = theirs.take(table_key)
             if table.dim() == 2:  # Swin's form: (displacements, heads), query minus key
-                side = math.isqrt(table.shape[0])
-                if side * side != table.shape[0]:
-                    raise ValueError(
-                        f"relative_position_bias_table {tuple(table.shape)} is not that of a square window"
-                    )
-                table = table.t().reshape(-1, side, side).flip(1, 2)
+                sides = _table_sides(table.shape[0], window_size)
+                table = table.t().reshape(-1, *sides).flip(*range(1, 1 + len(sides)))
             out["rel_bias"] = table
             num_heads = table.shape[0]
-        for kind in ("weight", "bias"):
-            if f"qkv.{kind}" in state_dict:
-                value = state_dict[f"qkv.{kind}"]
-                if head_first:  # (heads, 3, D) -> (3, heads, D)
-                    if num_heads is None:
-                        raise ValueError("num_heads is needed to convert head_first weights without a relative table")
-                    value = value.unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
-                out[f"qkv.{kind}"] = value
-            if f"proj.{kind}" in state_dict:
-                out[f"proj.{kind}"] = state_dict[f"proj.{kind}"]
-        return out
+
+        def qkv(match: re.Match[str], value: Tensor) -> dict[str, Tensor]:
+            if head_first:  # (heads, 3, D) -> (3, heads, D)
+                if num_heads is None:
+                    raise ValueError("num_heads is needed to convert head_first weights without a relative table")
+                value = value.unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+            return {match[0]: value}
+
+        rules: dict[str, Rule] = {r"qkv\.(?:weight|bias)": qkv, r"proj\.(weight|bias)": r"proj.\1"}
+        return theirs.close(out | theirs.renamed(rules))
+
+
+def _table_sides(entries: int, window_size: PerAxis | None) -> list[int]:
+    """Sides of a flat table of displacements; a square one unless ``window_size`` says otherwise."""
+    if window_size is None:
+        side = math.isqrt(entries)
+        sides = [side, side]
+        hint = "that of a square window; give window_size"
+    else:
+        sides = [2 * w - 1 for w in _window_of("window_size", window_size, None)]
+        hint = f"that of window_size={window_size}"
+    if math.prod(sides) != entries:
+        raise ValueError(f"relative_position_bias_table has {entries} displacements, which is not {hint}")
+    return sides
 
 
 @register("maxvit", "max-sa", "multi-axis-attention")
@@ -217,18 +235,29 @@ class MaxSA(Mechanism):
         return local + self.grid(self.norm(x + local), valid=valid)
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    def convert_state_dict(
+        state_dict: Mapping[str, Tensor],
+        window_size: PerAxis | None = None,
+        grid_size: PerAxis | None = None,
+        **options: Any,
+    ) -> dict[str, Tensor]:
         """From timm's ``MaxxVitBlock`` (``attn_block.attn.*``, ``attn_grid.norm1.*``, ``attn_grid.attn.*``).
 
-        The MLPs, the first norm and the convolution of that block are no part of this mechanism and are left out.
-        ``options`` as in :meth:`PartitionAttention.convert_state_dict`.
+        The MLPs, the first norm, the layer scales and the convolution of that block are no part of this mechanism and
+        are left out by these names. ``window_size``, ``grid_size`` (the same by default) and ``options`` as in
+        :meth:`PartitionAttention.convert_state_dict`.
         """
-        out = {}
-        for ours, theirs in (("block", "attn_block.attn."), ("grid", "attn_grid.attn.")):
-            half = {k.removeprefix(theirs): v for k, v in state_dict.items() if k.startswith(theirs)}
-            converted = PartitionAttention.convert_state_dict(half, **options)
-            out.update({f"{ours}.{k}": v for k, v in converted.items()})
-        for kind in ("weight", "bias"):
-            if f"attn_grid.norm1.{kind}" in state_dict:
-                out[f"norm.{kind}"] = state_dict[f"attn_grid.norm1.{kind}"]
-        return out
+        theirs = Released(state_dict, "timm's MaxxVitBlock")
+        theirs.leave(
+            r"conv\..*|attn_block\.norm1\..*|attn_(?:block|grid)\.(?:norm2|mlp|ls1|ls2)\..*",
+            because="parts of the block around the mechanism",
+        )
+        out = theirs.renamed({r"attn_grid\.norm1\.(weight|bias)": r"norm.\1"})
+        sizes = {"block": window_size, "grid": window_size if grid_size is None else grid_size}
+        for half, size in sizes.items():
+            part = {m[1]: value for m, value in theirs.matching(rf"attn_{half}\.attn\.(.+)")}
+            if not part:
+                raise ValueError(f"state_dict has no attn_{half}.attn.*, which timm's MaxxVitBlock has")
+            converted = PartitionAttention.convert_state_dict(part, window_size=size, **options)
+            out.update({f"{half}.{k}": v for k, v in converted.items()})
+        return theirs.close(out)

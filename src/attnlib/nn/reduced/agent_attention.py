@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ...types import Traits, check_choice, check_divides, to_tuple
 from ..base import Mechanism
 from ..layers import DepthwiseConv, flat_valid, merge_heads, split_heads, zero_invalid
 from ..registry import register
+from ..released import Released, Rule, join
 
 #: Side of the coarse bias tables, which are resized to every grid.
 COARSE = 7
@@ -335,7 +336,7 @@ class AgentAttention(Mechanism):
     # ---- weights
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor], host: str | None = None) -> dict[str, Tensor]:
+    def convert_state_dict(state_dict: Mapping[str, Tensor], host: str | None = None) -> dict[str, Tensor]:
         """From the authors' ``AgentAttention`` of DeiT, PVT or Swin, or the attention part of their ``CSWinBlock``.
 
         Args:
@@ -343,26 +344,24 @@ class AgentAttention(Mechanism):
             host: ``"deit"``, ``"pvt"``, ``"swin"`` or ``"cswin"``; told from the names by default.
         """
         check_choice("host", host, (None, "deit", "pvt", "swin", "cswin"))
-        cswin = any(key.startswith("attns.") for key in state_dict) if host is None else host == "cswin"
-        out: dict[str, Tensor] = {}
-        for key, value in state_dict.items():
-            name = key.rpartition(".")[2]
-            if cswin and key.split(".")[0] in ("norm1", "norm2", "mlp"):
-                continue
-            if key in ("q.weight", "q.bias") and "sr.weight" not in state_dict:
-                out[f"qkv.{name}"] = torch.cat([value, state_dict[f"kv.{name}"]])
-            elif key.startswith("kv.") and "sr.weight" not in state_dict:
-                continue
-            elif name.endswith("_bias") or key.startswith(("dwc.", "attns.")):
-                core = key.split(".")[1] if cswin else "0"
-                local = key.removeprefix(f"attns.{core}.").replace("get_v.", "dwc.")
-                if name in ("ah_bias", "aw_bias"):
-                    value = value.squeeze(0).flatten(2)
-                elif name in ("ha_bias", "wa_bias"):
-                    value = value.squeeze(0).flatten(1, 2).transpose(1, 2)
-                elif name in ("ac_bias", "ca_bias"):
-                    value = value.squeeze(0)
-                out[f"cores.{core}.{local}"] = value
-            else:
-                out[key] = value
-        return out
+        theirs = Released(state_dict, "the authors' AgentAttention or CSWinBlock")
+        cswin = any(key.startswith("attns.") for key in theirs) if host is None else host == "cswin"
+        if cswin:
+            theirs.leave(r"(?:norm1|norm2|mlp)\..*", because="parts of the block around the mechanism")
+        core = r"attns\.(\d+)\." if cswin else "()"
+
+        def put(shape: Callable[[Tensor], Tensor]) -> Rule:
+            return lambda match, value: {f"cores.{match[1] or 0}.{match[2]}": shape(value)}
+
+        rules: dict[str, Rule] = {
+            rf"{core}(an_bias|na_bias)": put(lambda t: t),
+            rf"{core}(ah_bias|aw_bias)": put(lambda t: t.squeeze(0).flatten(2)),
+            rf"{core}(ha_bias|wa_bias)": put(lambda t: t.squeeze(0).flatten(1, 2).transpose(1, 2)),
+            rf"{core}(ac_bias|ca_bias)": put(lambda t: t.squeeze(0)),
+            rf"{core}(?:dwc|get_v)\.(weight|bias)": lambda m, value: {f"cores.{m[1] or 0}.dwc.{m[2]}": value},
+            r"(qkv|proj)\.(weight|bias)": r"\1.\2",
+        }
+        if "sr.weight" in theirs:
+            rules[r"(q|kv|sr|norm)\.(weight|bias)"] = r"\1.\2"
+            return theirs.close(theirs.renamed(rules))
+        return theirs.close(join(theirs, "qkv", ("q", "kv")) | theirs.renamed(rules))

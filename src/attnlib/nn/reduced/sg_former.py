@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from ...types import Output, Plan, Traits, check_choice, check_divides
 from ..base import Mechanism
 from ..layers import DepthwiseConv, flat_valid, head_dim_of, merge_heads, split_heads, zero_invalid
 from ..registry import register
+from ..released import Released, Rule
 
 Groups = tuple[tuple[int, int], ...]
 
@@ -315,13 +316,11 @@ class SelfGuidedAttention(Mechanism):
         return Output(self.proj_drop(self.proj(out)), carry=carry)
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From the authors' ``Attention``: the merging layers are called ``f1``, ``f2``, ``f3`` there."""
-        names = {f"f{i + 1}.": f"merge.{i}." for i in range(3)}
-        out = {}
-        for key, value in state_dict.items():
-            for theirs, ours in names.items():
-                if key.startswith(theirs):
-                    key = ours + key.removeprefix(theirs)
-            out[key] = value
-        return out
+        theirs = Released(state_dict, "the authors' Attention")
+        rules: dict[str, Rule] = {
+            r"f([123])\.(weight|bias)": lambda match, value: {f"merge.{int(match[1]) - 1}.{match[2]}": value},
+            r"(q|q1|q2|kv|kv1|kv2|sr|norm|lepe_linear|lepe_conv|proj)\.(weight|bias)": r"\1.\2",
+        }
+        return theirs.close(theirs.renamed(rules))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ...types import Output, Traits, check_choice, stats_dtype
 from ..base import Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
+from ..released import Released
 
 Shapes = list[tuple[int, int]]
 
@@ -240,7 +242,8 @@ class DeformableAttention(Mechanism):
         return Output(y, carry=reference.unflatten(1, x.shape[1:-1]) if carry is None else carry)
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From MMCV's ``MultiScaleDeformableAttention`` (the names agree; other entries of a model are dropped)."""
-        names = ("sampling_offsets.", "attention_weights.", "value_proj.", "output_proj.")
-        return {key: value for key, value in state_dict.items() if key.startswith(names)}
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From MMCV's ``MultiScaleDeformableAttention`` or Deformable DETR's ``MSDeformAttn``; the names agree."""
+        theirs = Released(state_dict, "MultiScaleDeformableAttention or MSDeformAttn")
+        names = r"(sampling_offsets|attention_weights|value_proj|output_proj)\.(weight|bias)"
+        return theirs.close(theirs.renamed({names: r"\1.\2"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from ...ops.sampled import deformable_attention_3d
 from ...types import Output, Traits
 from ..layers import flat_valid, merge_heads, split_heads
 from ..registry import register
+from ..released import Released
 from .deformable_attention import DeformableAttention, directions
 
 
@@ -173,11 +175,9 @@ class DeformableAttention3D(DeformableAttention):
         return Output(self.output_proj(merge_heads(out, grid)), carry=new_carry)
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the authors' ``SpatialCrossAttention_DFA3D`` or its inner ``MSDeformableAttention3D_DFA3D``.
-
-        The inner module has no output projection; load it with ``strict=False`` then.
-        """
-        names = ("sampling_offsets.", "sampling_offsets_depth.", "attention_weights.", "value_proj.", "output_proj.")
-        plain = {key.removeprefix("deformable_attention."): value for key, value in state_dict.items()}
-        return {key: value for key, value in plain.items() if key.startswith(names)}
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From the authors' ``SpatialCrossAttention_DFA3D``: its projection and its ``deformable_attention``."""
+        theirs = Released(state_dict, "SpatialCrossAttention_DFA3D")
+        theirs.leave(r"empty_query\.weight", because="queries of a subclass for points that no camera sees")
+        names = r"sampling_offsets|sampling_offsets_depth|attention_weights|value_proj|output_proj"
+        return theirs.close(theirs.renamed({rf"(?:deformable_attention\.)?({names})\.(weight|bias)": r"\1.\2"}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ...types import Plan, Traits, check_choice, check_divides, to_tuple
 from ..base import Mechanism
 from ..layers import DepthwiseConv, split_heads, zero_invalid
 from ..registry import register
+from ..released import Released, Rule
 
 DOWNSAMPLE = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool")
 COMPAT = (None, "authors", "authors-nchw")
@@ -340,12 +341,17 @@ class BiLevelRoutingAttention(Mechanism):
     # ---- weights
 
     @staticmethod
-    def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From the authors' ``BiLevelRoutingAttention`` (channels last) or ``nchwBRA`` (1x1 convolutions)."""
-        names = {"qkv.qkv": "qkv", "qkv_linear": "qkv", "wo": "proj", "output_linear": "proj", "router.emb": "router"}
-        out = {}
-        for key, value in state_dict.items():
-            stem, _, kind = key.rpartition(".")
-            stem = names.get(stem, stem)
-            out[f"{stem}.{kind}"] = value.flatten(1) if kind == "weight" and stem in ("qkv", "proj") else value
-        return out
+        theirs = Released(state_dict, "the authors' BiLevelRoutingAttention or nchwBRA")
+
+        def flat(ours: str) -> Rule:
+            return lambda match, value: {f"{ours}.{match[1]}": value.flatten(1) if value.dim() > 1 else value}
+
+        rules: dict[str, Rule] = {
+            r"(?:qkv\.qkv|qkv_linear)\.(weight|bias)": flat("qkv"),
+            r"(?:wo|output_linear)\.(weight|bias)": flat("proj"),
+            r"router\.emb\.(weight|bias)": r"router.\1",
+            r"lepe\.(weight|bias)": r"lepe.\1",
+        }
+        return theirs.close(theirs.renamed(rules))
