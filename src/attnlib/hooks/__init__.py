@@ -5,6 +5,7 @@
 
 from .attach import attach
 from .intervention import STAGES, Intervention, Probe
+from .notes import Notes
 from .probes import Record
 from .session import Session
 from .site import KINDS, PairMask, Site
@@ -22,6 +23,7 @@ __all__ = [
     "TEXT",
     "Intervention",
     "MaskByType",
+    "Notes",
     "PairMask",
     "Probe",
     "Record",

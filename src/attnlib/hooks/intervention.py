@@ -90,7 +90,7 @@ class Intervention:
         denoisers when ``session.at(step=...)`` or the pipeline says another step than before. Not for branches.
 
     State that a technique keeps from one call to the next belongs to a branch: key it by ``(site.branch, site.layer)``,
-    or keep it in ``session.notes``, which is one dictionary per branch.
+    or keep it in ``session.notes[key]``; each branch has notes of its own.
 
     Attributes:
         name: key of ``session.results``.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .intervention import Intervention, Stages, implements
+from .notes import Notes
 from .site import Site
 from .tokens import TypeTracker
 
@@ -52,7 +53,7 @@ class Session:
         self.model = model
         self.interventions = tuple(interventions)
         self._trackers: dict[str | None, TypeTracker] = {} if tracker is None else {None: tracker}
-        self._notes: dict[str | None, dict[str, Any]] = {}
+        self._notes: dict[str | None, Notes] = {}
         self._announced: int | None = None
         self._in_logits = False
         self.counts_steps = False
@@ -77,26 +78,26 @@ class Session:
         return self._trackers[self.branch]
 
     @property
-    def notes(self) -> dict[str, Any]:
-        """What adapters and interventions remember of the current branch between calls; emptied by a new prompt."""
-        return self._notes.setdefault(self.branch, {})
+    def notes(self) -> Notes:
+        """What adapters and interventions remember of the current branch between calls; begun anew by a new prompt."""
+        if self.branch not in self._notes:
+            self._notes[self.branch] = Notes()
+        return self._notes[self.branch]
 
     @property
     def prompt(self) -> dict[str, Any]:
         """The named arguments with which the model read the prompt of the current branch, without its cache."""
-        try:
-            return self.notes["prompt"]
-        except KeyError:
+        prompt = self.notes.prompt
+        if prompt is None:
             raise RuntimeError(
                 "no prompt yet: the model was not called in this session, or nothing attached asks for it (only "
                 "interventions with on_logits or on_step do)"
-            ) from None
+            )
+        return prompt
 
     def new_prompt(self, given: dict[str, Any]) -> None:
         """For adapters: the current branch starts to read a prompt, given the model's named arguments but the cache."""
-        keep = {k: v for k, v in self.notes.items() if k in ("beams", "prompt_length")}
-        self.notes.clear()
-        self.notes.update(keep, prompt=dict(given))
+        self.notes.begin(dict(given))
         if self.branch is None:
             self._announced = None
 
@@ -125,7 +126,7 @@ class Session:
                 f"{tuple(logits.shape)}"
             )
         notes = self.notes
-        notes["last_ids"], notes["ids"] = notes.get("ids"), ids
+        notes.last_ids, notes.ids = notes.ids, ids
         self._in_logits = True
         try:
             for i in acting:
@@ -146,10 +147,10 @@ class Session:
         Beams change places from step to step, and whatever a branch keeps by row (a cache, above all) has to move with
         them. Rows are compared by their tokens, within the beams of one sample only.
         """
-        last, ids = self.notes.get("last_ids"), self.notes.get("ids")
+        last, ids = self.notes.last_ids, self.notes.ids
         if last is None or ids is None or last.shape != (len(ids), ids.shape[1] - 1):
             return None
-        beams = self.notes.get("beams", 1)
+        beams = self.notes.beams
         rows = torch.arange(len(ids), device=ids.device)
         if beams == 1:
             return rows

@@ -266,7 +266,7 @@ class HeadReinforcement(Intervention):
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         read = ids if embeds is None else embeds
         assert isinstance(read, Tensor)
-        if session.notes.get("prompt_length", read.shape[1]) > read.shape[1]:
+        if (session.notes.prompt_length or 0) > read.shape[1]:
             raise ValueError(
                 "HeadReinforcement compares the whole prompt with and without image, but it is read in chunks; leave "
                 "prefill_chunk_size out"

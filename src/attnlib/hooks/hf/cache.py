@@ -134,7 +134,7 @@ def evicted_layer_class() -> type:
 class Kept:
     """What is left of a prompt in one layer while the prompt is read, when tokens were removed before it.
 
-    Whoever removes tokens puts ``session.notes["kept"][layer]`` down for every layer behind, before it runs, and gives
+    Whoever removes tokens puts ``session.notes.kept[layer]`` down for every layer behind, before it runs, and gives
     those layers masks and positions of what is left.
 
     Args:

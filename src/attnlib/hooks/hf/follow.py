@@ -25,11 +25,11 @@ def _processors(session: Session) -> Callable[..., Any]:
         if session._in_logits:
             return processors  # a generate() that an intervention runs by itself
         beams = generation_config.num_beams or 1
-        session.notes.clear()
-        session.notes["beams"] = beams
+        notes = session.notes
+        notes.begin(None)
+        notes.beams = beams
         length = kwargs.get("input_ids_seq_length", args[0] if args else None)
-        if length:
-            session.notes["prompt_length"] = int(length)
+        notes.prompt_length = int(length) if length else None
 
         def process(ids: Tensor, scores: Tensor) -> Tensor:
             after = session.logits(ids, scores)
@@ -84,20 +84,20 @@ class _Follow:
         session, notes = self.session, self.session.notes
         count = read.shape[1] if isinstance(read, Tensor) else 0
         cached = cache is not None
-        length: int = notes.get("length", -1)
+        length = notes.length
         if not offset:
-            notes.pop("kept", None)
-            if cached or length < 0 or not _continues(notes.get("read"), read):
+            notes.kept.clear()
+            if cached or length is None or not _continues(notes.read, read):
                 session.new_prompt(without_cache(given))
-                length = notes.get("prompt_length", count)
+                length = notes.prompt_length or count
             if not cached:
-                notes["read"] = read
-        elif length < 0:
+                notes.read = read
+        elif length is None:
             session.new_prompt(without_cache(given))
-            length = notes.get("prompt_length", offset + count)
-        elif "prompt_length" not in notes and count > 1 and offset == length == notes["total"]:
+            length = notes.prompt_length or offset + count
+        elif notes.prompt_length is None and count > 1 and offset == length == notes.total:
             length = offset + count  # the prompt is read in chunks
-        notes["length"], notes["total"] = length, offset + count
+        notes.length, notes.total = length, offset + count
         if session.branch is None:
             session.announce(max(0, offset + 1 - length if cached else count - length))
 

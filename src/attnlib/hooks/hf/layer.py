@@ -270,7 +270,7 @@ class LayerRuntime:
     def _kept(self) -> Kept | None:
         if self.site.kind == "cross":
             return None
-        return self.session.notes.get("kept", {}).get(self.site.layer)
+        return self.session.notes.kept.get(self.site.layer)
 
     def describe(
         self,
@@ -483,7 +483,7 @@ class LayerRuntime:
         """Leave only the keys ``kept`` in one layer of a cache."""
         cache = call.cache
         layer, evicted = cache.layers[number], evicted_layer_class()
-        removed = None if call.kept is None else self.session.notes["kept"].get(number)
+        removed = None if call.kept is None else self.session.notes.kept.get(number)
         again = isinstance(layer, evicted)
         static = isinstance(layer, _need().cache.StaticLayer)
         seen = int(layer.get_seq_length())

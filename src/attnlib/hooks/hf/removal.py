@@ -297,7 +297,7 @@ class Removal:
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.prompt = None
-        self.session.notes.pop("kept", None)
+        self.session.notes.kept.clear()
 
     def _read(self, site: Site, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs.get("hidden_states")
@@ -389,7 +389,7 @@ class Removal:
         assert prompt is not None
         if prompt.slots is None:
             return kwargs
-        self.session.notes.setdefault("kept", {})[site.layer] = Kept(prompt.slots, prompt.total)
+        self.session.notes.kept[site.layer] = Kept(prompt.slots, prompt.total)
         new = dict(kwargs)
         mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
