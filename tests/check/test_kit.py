@@ -39,7 +39,7 @@ def test_its_honest_twin_passes(liar):
         ("StreamDrifts", "streaming", "token by token differs"),
         ("LooksAtItsNeighbours", "batch", "reaches other samples"),
         ("WritesIntoItsInput", "inputs untouched", "changes x in place"),
-        ("IgnoresValid", "validity", "changes when tokens that valid excludes change"),
+        ("IgnoresValid", "validity", "a bias stands in for their content"),
         ("ZeroesInsteadOfHiding", "validity", "a bias stands in for their content"),
         ("CalibratesItself", "no hidden state", "changes size of the module"),
         ("AnswersFromMemory", "no hidden state", "the second call answers differently"),

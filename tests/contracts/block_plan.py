@@ -18,7 +18,7 @@ class MixtureOfBlocks(Mechanism):
         self.num_heads, self.block, self.tau = num_heads, block, tau
         self.qkv = nn.Linear(dim, 3 * dim)
 
-    def make_plan(self, x: Tensor, context=None, **_) -> Plan:
+    def make_plan(self, x: Tensor) -> Plan:
         q, k, _v = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, -1))
         n = x.shape[1]
         gate = q @ k.unflatten(2, (-1, self.block)).mean(3).transpose(-2, -1)  # (B, H, N, blocks)
@@ -32,7 +32,7 @@ class MixtureOfBlocks(Mechanism):
         chosen = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order.indices, before < rest)
         return Plan("blocks", {"chosen": chosen.view_as(mass) & ~own}, (("N", n),))
 
-    def mix(self, x: Tensor, context=None, *, valid=None, plan=None, **_) -> Tensor:
+    def mix(self, x: Tensor, *, valid=None, plan=None) -> Tensor:
         n = x.shape[1]
         chosen = (self.plan(x) if plan is None else plan).expect("blocks", N=n)["chosen"]
         q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, -1))

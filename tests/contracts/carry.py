@@ -20,7 +20,7 @@ class HybridScale(Mechanism):
         self.half, self.window_size, self.pool = num_heads // 2, window_size, pool
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
-    def mix(self, x: Tensor, context=None, *, valid=None, **_) -> Output:
+    def mix(self, x: Tensor, *, valid=None) -> Output:
         b, h, w, c = x.shape
         q, k, v = self.qkv(x).chunk(3, -1)
         near, far = slice(0, c // 2), slice(c // 2, None)
@@ -60,12 +60,12 @@ class SelfGuided(Mechanism):
         self.num_heads = num_heads
         self.q, self.kv, self.merge = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(2, 1)
 
-    def make_plan(self, x: Tensor, context=None, *, carry=None, **_) -> Plan:
+    def make_plan(self, x: Tensor, *, carry=None) -> Plan:
         if carry is None:
             raise ValueError("self-guided attention needs carry: the significance map of the hybrid block before it")
         return Plan("significance", {"order": carry.flatten(1).argsort(dim=1, stable=True)}, (("N", carry[0].numel()),))
 
-    def mix(self, x: Tensor, context=None, *, valid=None, plan=None, carry=None, **_) -> Output:
+    def mix(self, x: Tensor, *, valid=None, plan=None, carry=None) -> Output:
         n = x.shape[1] * x.shape[2]
         plan = (self.plan(x, carry=carry) if plan is None else plan).expect("significance", N=n)
         flat = x.flatten(1, 2)

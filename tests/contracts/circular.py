@@ -17,7 +17,7 @@ class Clear(Mechanism):
         self.num_heads, self.radius = num_heads, radius
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
-    def mix(self, x: Tensor, context=None, *, layout=None, valid=None, mask=None, **_) -> Tensor:
+    def mix(self, x: Tensor, *, layout=None, valid=None, mask=None) -> Tensor:
         grid = x.shape[1:-1] if layout is None else layout.grid()
         circle = masks.circular_window(grid, self.radius)
         circle = circle if layout is None else masks.on_segment(layout, layout.grid_name(), circle)

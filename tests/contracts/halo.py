@@ -28,7 +28,7 @@ class Halo(Mechanism):
         t = F.pad(t, (0, 0, h, h, h, h)).unfold(1, self.window, self.block).unfold(2, self.window, self.block)
         return t.permute(0, 1, 2, 4, 5, 3).flatten(3, 4).flatten(0, 2)
 
-    def mix(self, x: Tensor, context=None, *, valid=None, **_) -> Tensor:
+    def mix(self, x: Tensor, *, valid=None) -> Tensor:
         queries = block_windows(self.q(x), self.block)
         q = split_heads(queries.flatten(0, 2), self.num_heads)
         k, v = (split_heads(t, self.num_heads) for t in self.halos(zero_invalid(self.kv(x), valid)).chunk(2, -1))

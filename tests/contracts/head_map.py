@@ -20,7 +20,7 @@ class KeyDrivenGQA(Mechanism):
         self.q = nn.Linear(dim, dim)
         self.k, self.v = (nn.Linear(dim, dim // num_heads * num_kv_heads) for _ in range(2))
 
-    def make_plan(self, x: Tensor, context=None, *, valid=None, **_) -> Plan:
+    def make_plan(self, x: Tensor, *, valid=None) -> Plan:
         k = split_heads(self.k(x), self.groups)
         if valid is not None:
             k = k * valid[:, None, :, None]
@@ -33,7 +33,7 @@ class KeyDrivenGQA(Mechanism):
             split[split.argmax() if excess > 0 else split.argmin()] -= 1 if excess > 0 else -1
         return Plan("head-map", {"map": torch.repeat_interleave(torch.arange(self.groups), split)})
 
-    def mix(self, x: Tensor, context=None, *, valid=None, mask=None, plan=None, **_) -> Tensor:
+    def mix(self, x: Tensor, *, valid=None, mask=None, plan=None) -> Tensor:
         head_map = (self.plan(x, valid=valid) if plan is None else plan).expect("head-map")["map"]
         q, k, v = split_heads(self.q(x), self.num_heads), *(split_heads(p(x), self.groups) for p in (self.k, self.v))
         return merge_heads(

@@ -19,11 +19,11 @@ class MixtureOfHeads(Mechanism):
         self.routed, self.common = nn.Linear(dim, num_heads - shared, bias=False), nn.Linear(dim, shared, bias=False)
         self.balance = nn.Linear(dim, 2, bias=False)
 
-    def make_plan(self, x: Tensor, context=None, **_) -> Plan:
+    def make_plan(self, x: Tensor) -> Plan:
         chosen = self.routed(x).topk(self.active, -1).indices
         return Plan("routed-heads", {"index": chosen}, (("N", x.shape[1]),))
 
-    def mix(self, x: Tensor, context=None, *, valid=None, plan=None, **_) -> Output:
+    def mix(self, x: Tensor, *, valid=None, plan=None) -> Output:
         plan = (self.plan(x) if plan is None else plan).expect("routed-heads", N=x.shape[1])
         p = self.routed(x).softmax(-1)
         m = torch.zeros_like(p).scatter(-1, plan["index"], 1.0)

@@ -27,7 +27,7 @@ class PowerLawGraphAttention(Mechanism):
         z = self.lift @ self.norm(q.transpose(-2, -1) @ q)
         return self.mix_in @ (z * z * z.sigmoid() + 1e-9) ** self.power
 
-    def mix(self, x: Tensor, context=None, *, valid=None, state=None, **_) -> Output:
+    def mix(self, x: Tensor, *, valid=None, state=None) -> Output:
         q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, -1))
         exists = torch.ones(x.shape[:2], dtype=torch.bool) if valid is None else flat_valid(valid)
         offset = 0

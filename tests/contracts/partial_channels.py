@@ -42,7 +42,7 @@ class SingleHead(Mechanism):
     def traits(self) -> Traits:
         return self.class_traits.but(batch_independent=not self.training)
 
-    def mix(self, x: Tensor, context=None, *, valid=None, **_) -> Tensor:
+    def mix(self, x: Tensor, *, valid=None) -> Tensor:
         x = zero_invalid(x, valid)
         some, rest = x.split([self.partial, self.dim - self.partial], -1)
         some = self.norm(some.movedim(-1, 1)).movedim(1, -1)

@@ -19,7 +19,7 @@ class Deformable3D(Mechanism):
         self.value, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.where, self.weight = nn.Linear(dim, num_heads * points * 3), nn.Linear(dim, num_heads * points)
 
-    def mix(self, x: Tensor, context: Tensor, *, context_valid=None, **_) -> Tensor:
+    def mix(self, x: Tensor, context: Tensor, *, context_valid=None) -> Tensor:
         b, n = x.shape[:2]
         features, depth = context.split([self.dim, self.depth], -1)
         value = zero_invalid(self.value(features), context_valid)

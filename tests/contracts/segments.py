@@ -25,7 +25,7 @@ class ScatteredLinear(Mechanism):
         self.num_heads = num_heads
         self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
 
-    def mix(self, x: Tensor, context=None, *, valid=None, plan=None, **_) -> Tensor:
+    def mix(self, x: Tensor, *, valid=None, plan=None) -> Tensor:
         if plan is None:
             raise ValueError(
                 "scattered attention needs plan: the window of each voxel, from window_plan(coords, window)"

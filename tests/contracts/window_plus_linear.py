@@ -24,7 +24,7 @@ class WindowPlusLinear(Mechanism):
         z = x @ self.phi[which]
         return torch.cat([z.softmax(-1), (-z).softmax(-1)], -1)
 
-    def mix(self, x: Tensor, context=None, *, valid=None, **_) -> Tensor:
+    def mix(self, x: Tensor, *, valid=None) -> Tensor:
         q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, -1))
         exists, near = flat_valid(valid), masks.recent(self.window_size)
         window = attention_partial(q, k, v, mask=near, valid=exists)

@@ -1,4 +1,3 @@
-from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +17,7 @@ class Pair(Mechanism):
         self.hybrid = SelfGuidedAttention(dim, num_heads, "hybrid", sr_ratio=2, window_size=4)
         self.guided = SelfGuidedAttention(dim, num_heads, "guided", sr_ratio=2)
 
-    def mix(self, x: Tensor, context: Tensor | None = None, *, valid: Tensor | None = None, **_: Any) -> Tensor:
+    def mix(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:
         first: Output = self.hybrid(x, valid=valid, returns=("carry",))
         return self.guided(x + first.y, valid=valid, carry=first.carry)
 

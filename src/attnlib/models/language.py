@@ -327,7 +327,6 @@ class DecoderModel(DecoderPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         past_key_values: Cache | None = None,
-        **_: Any,
     ) -> DecoderOutput:
         """Hidden states of the new tokens.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,16 +14,28 @@ from torch import Tensor, nn
 from ..grids import Layout
 from ..masks import Mask, as_mask
 from ..types import EXTRAS, Output, Plan, State, Traits, check_rank, check_valid, check_width, traced_as_constant
+from .layers import zero_invalid
 
 Extras = Sequence[str]
+
+#: What :meth:`Mechanism.forward` can hand to :meth:`Mechanism.mix` beside ``x``.
+CALL = ("context", "layout", "valid", "context_valid", "mask", "plan", "state", "carry", "returns")
+
+
+def _named(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Those of :data:`CALL` that a function takes."""
+    parameters = inspect.signature(function).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return tuple(name for name in CALL if anything or name in parameters)
 
 
 class Mechanism(nn.Module):
     """Base of all single-stream mechanisms: ``x (B, *grid, C) -> y (B, *grid, C)``.
 
     A subclass sets ``class_traits``, builds itself with ``dim`` and its own settings, and implements :meth:`mix`, which
-    receives every argument of :meth:`forward` after they were checked against the traits. Whatever :meth:`mix`
-    returns, tensor or :class:`Output`, invalid tokens of ``y`` come out as zeros.
+    names those arguments of :meth:`forward` that it takes; they were checked against the traits before. Tokens that do
+    not exist come in as zeros, whatever they held, and whatever :meth:`mix` returns, tensor or :class:`Output`, they
+    come out as zeros.
     """
 
     class_traits: ClassVar[Traits] = Traits()
@@ -30,6 +43,12 @@ class Mechanism(nn.Module):
     #: Buffers that are ours alone, so that no released state dict holds them: one that lacks them leaves them as they
     #: are, also when it is loaded strictly.
     own_state: ClassVar[tuple[str, ...]] = ()
+    _mix_takes: ClassVar[tuple[str, ...]] = CALL
+    _plan_takes: ClassVar[tuple[str, ...]] = CALL
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        cls._mix_takes, cls._plan_takes = _named(cls.mix), _named(cls.make_plan)
 
     def __init__(self, dim: int, context_dim: int | None = None):
         super().__init__()
@@ -83,33 +102,65 @@ class Mechanism(nn.Module):
         """
         mask = as_mask(mask)
         self._check_call(x, context, layout, valid, context_valid, mask, plan, state, carry, returns)
-        result = self.mix(
-            x, context, layout=layout, valid=valid, context_valid=context_valid, mask=mask, plan=plan, state=state,
+        x, context = zero_invalid(x, valid), context if context is None else zero_invalid(context, context_valid)
+        call = dict(
+            context=context, layout=layout, valid=valid, context_valid=context_valid, mask=mask, plan=plan, state=state,
             carry=carry, returns=tuple(returns),
         )  # fmt: skip
+        result = self.mix(x, **{name: call[name] for name in self._mix_takes})
         output = result if isinstance(result, Output) else Output(result)
         if valid is not None:
             output = output._replace(y=output.y.masked_fill(~valid.unsqueeze(-1), 0.0))
         return output if returns else output.y
 
-    def mix(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Tensor | Output:
-        """The mechanism itself; see :meth:`forward` for the arguments."""
+    def mix(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | Output:
+        """The mechanism itself. A subclass names what it takes of the arguments of :meth:`forward`, and no more."""
         raise NotImplementedError
 
-    def make_plan(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Plan:
-        """Subclasses with discrete choices implement this; called by :meth:`plan` without gradient."""
+    def make_plan(self, x: Tensor, *args: Any, **kwargs: Any) -> Plan:
+        """Subclasses with discrete choices implement this; called by :meth:`plan` without gradient.
+
+        It names those arguments of :meth:`plan` that its choices depend on.
+        """
         raise ValueError(f"{self._name()} makes no discrete choices, so it has no plan (trait needs_plan is False)")
 
-    def plan(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Plan:
+    def plan(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        layout: Layout | None = None,
+        valid: Tensor | None = None,
+        context_valid: Tensor | None = None,
+        mask: Mask | Tensor | None = None,
+        state: State | None = None,
+        carry: Any = None,
+    ) -> Plan:
         """The choices that ``forward`` would make for these inputs; hand it back as ``plan=`` to freeze them."""
+        mask = as_mask(mask)
+        self._check_call(x, context, layout, valid, context_valid, mask, None, state, carry, ())
+        x, context = zero_invalid(x, valid), context if context is None else zero_invalid(context, context_valid)
+        call = dict(
+            context=context, layout=layout, valid=valid, context_valid=context_valid, mask=mask, state=state,
+            carry=carry,
+        )  # fmt: skip
         with torch.no_grad():
-            return self.make_plan(x, context, **call)
+            return self.make_plan(x, **{name: call[name] for name in self._plan_takes if name in call})
 
-    def step(self, x_t: Tensor, state: State | None = None, **call: Any) -> tuple[Tensor, State]:
+    def step(
+        self,
+        x_t: Tensor,
+        state: State | None = None,
+        *,
+        layout: Layout | None = None,
+        valid: Tensor | None = None,
+        mask: Mask | Tensor | None = None,
+        plan: Plan | None = None,
+    ) -> tuple[Tensor, State]:
         """Continue a sequence by the tokens ``x_t`` (B, n, C); returns ``(y_t, state)``. ``state=None`` starts one."""
         if not self.traits.streaming:
             raise ValueError(f"{self._name()} cannot decode step by step (trait streaming is False)")
-        out = self.forward(x_t, state=state, returns=("state",), **call)
+        out = self.forward(x_t, layout=layout, valid=valid, mask=mask, plan=plan, state=state, returns=("state",))
         assert out.state is not None
         return out.y, out.state
 

@@ -1,10 +1,10 @@
 """Sites of attnlib's own mechanisms, alone or in any model: tiny models, backbones, ``DecoderForCausalLM``.
 
 Every mechanism serves ``around_sublayer`` and, in a numbered block, ``on_block_input``. Mechanisms that share the frame
-of :class:`attnlib.nn.dense.softmax_attention.SoftmaxAttention` (projections, rotary positions, cache, one operator on
-heads, output projection) also serve ``on_context``, ``on_qkv`` (before rotary positions and before the keys join the
-state), ``on_kv_read``, ``around_attention`` and ``on_output``, with their own operator as the kernel. Scores and
-weights are those of a softmax only in softmax attention itself; elsewhere edits of them and probes are refused by name.
+of :class:`attnlib.nn.frame.HeadFrame` (projections, rotary positions, cache, one operator on heads, output projection)
+also serve ``on_context``, ``on_qkv`` (before rotary positions and before the keys join the state), ``on_kv_read``,
+``around_attention`` and ``on_output``, with their own operator as the kernel. Scores and weights are those of a softmax
+only in softmax attention itself; elsewhere edits of them and probes are refused by name.
 
 States of a mechanism hold the validity of a token once for all heads, so keys cannot leave them head by head:
 ``on_cache`` is missing.
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ... import masks
 from ...nn.base import Mechanism
+from ...nn.frame import HeadCall, HeadFrame, Notes
 from ...nn.layers import split_heads
 from ...normalizers import as_normalizer
 from ...types import Output
@@ -32,17 +33,13 @@ from .runtime import ModuleRuntime, _block
 
 def _framed(module: nn.Module) -> bool:
     """Whether a mechanism has the frame of softmax attention: its ``mix`` with an operator of its own in it."""
-    from ...nn.dense.softmax_attention import SoftmaxAttention
-
-    return isinstance(module, SoftmaxAttention) and type(module).mix is SoftmaxAttention.mix
+    return isinstance(module, HeadFrame) and type(module).mix is HeadFrame.mix
 
 
 def _softmax(module: nn.Module) -> bool:
-    from ...nn.dense.softmax_attention import SoftmaxAttention
-
     return (
         _framed(module)
-        and type(module)._mix_heads is SoftmaxAttention._mix_heads  # type: ignore[attr-defined]
+        and type(module)._mix_heads is HeadFrame._mix_heads  # type: ignore[attr-defined]
         and as_normalizer(module.normalizer).name == "softmax"  # type: ignore[arg-type]
     )
 
@@ -176,12 +173,12 @@ class MechanismRuntime(ModuleRuntime):
         return dict(heads=q.shape[1], kv_heads=k.shape[1], head_dim=q.shape[3], scale=float(self.module.scale))  # type: ignore[arg-type]
 
     def _operator(self, operator: Callable[..., Any]) -> Callable[..., Any]:
-        def mix_heads(q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
+        def mix_heads(q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: Notes) -> Any:
             frame = self._calls[-1] if self._calls else {"kind": "self", "offset": 0, "phase": None}
-            want = call.pop("return_weights", False)
+            want = call.return_weights
             n, m, stages = q.shape[2], k.shape[2], self.stages
-            if call["dropout_p"] and (stages.edits or stages["around_attention"]):
-                raise ValueError(f"{self.where}: attention dropout {call['dropout_p']} is active; call model.eval()")
+            if call.dropout_p and (stages.edits or stages["around_attention"]):
+                raise ValueError(f"{self.where}: attention dropout {call.dropout_p} is active; call model.eval()")
             pair = self._pairs(call, n, m, q.device)
             site = self.described(
                 q.shape[0], n, m, q.device, pair, kind=frame["kind"], offset=m - n if frame["offset"] else 0,
@@ -190,18 +187,17 @@ class MechanismRuntime(ModuleRuntime):
             weights: list[Tensor] = []
 
             def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                out = operator(q, k, v, shared, **call, **({"return_weights": True} if want else {}))
+                out = operator(q, k, v, call, notes)
                 if want:
                     out, own = out
                     weights.append(own)
                 return out
 
             def masked(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
-                if call["bias"] is not None and k.shape[2] != m:
+                if call.bias is not None and k.shape[2] != m:
                     raise ValueError(f"{self.where}: its position bias is for {m} keys, got {k.shape[2]}")
-                return operator(
-                    q, k, v, shared, **{**call, "mask": masks.explicit(allowed), "valid": None, "q_pos": None}
-                )
+                alone = call.but(mask=masks.explicit(allowed), valid=None, q_pos=None, return_weights=False)
+                return operator(q, k, v, alone, notes)
 
             out = run_attention(site, q, k, v, stages, kernel, masked)
             if not want:
@@ -213,21 +209,19 @@ class MechanismRuntime(ModuleRuntime):
 
         return mix_heads
 
-    def _pairs(self, call: dict[str, Any], n: int, m: int, device: torch.device) -> PairMask:
+    def _pairs(self, call: HeadCall, n: int, m: int, device: torch.device) -> PairMask:
         """The mechanism's mask, validity and bias in one."""
         if not (self.stages.reads_map or self.stages["around_attention"]):
             return PairMask(n, m, opaque=f"{self.where}: its mask was not asked for")
         allowed = None
-        if call["mask"] is not None:
-            at = torch.arange(n, device=device) if call["q_pos"] is None else call["q_pos"]
-            allowed = call["mask"].at(at, torch.arange(m, device=device))
+        if call.mask is not None:
+            at = torch.arange(n, device=device) if call.q_pos is None else call.q_pos
+            allowed = call.mask.at(at, torch.arange(m, device=device))
             allowed = allowed if allowed.dim() == 4 else allowed[None, None]
-        if call["valid"] is not None:
-            exists = call["valid"][:, None, None]
+        if call.valid is not None:
+            exists = call.valid[:, None, None]
             allowed = exists.expand(-1, -1, n, -1) if allowed is None else allowed & exists
-        bias = call["bias"]
-        if bias is not None and not isinstance(bias, Tensor):
-            bias = bias.dense()
+        bias = None if call.bias is None else call.bias.dense()
         if bias is not None:
             bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
         return PairMask(n, m, allowed=allowed, bias=bias)

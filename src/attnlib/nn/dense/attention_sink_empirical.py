@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import masks
+from ...grids import Layout
 from ...normalizers import ACTIVATIONS, Activated
 from ...ops import attention_partial
 from ...ops.feature_maps import feature_map
 from ...ops.linear import linear_partial
-from ...positions import rotary_angles, rotate
+from ...positions import rotary_angles
 from ...types import Output, Partial, Plan, State, Traits, check_choice, stats_dtype
+from ..frame import HeadCall, HeadFrame, Notes, Stream
 from ..layers import flat_valid, merge_heads, split_heads
 from ..registry import register
 from ..released import Released, grouped_rule
-from .softmax_attention import SoftmaxAttention
 
 SIMILARITIES = ("softmax", *ACTIVATIONS)
 KERNELS = ("identity", "elu1", "mlp")
@@ -37,7 +38,7 @@ class _KernelMLP(nn.Module):
 
 
 @register("attention-sink-empirical", "kv-bias-attention")
-class SinkFreeAttention(SoftmaxAttention):
+class SinkFreeAttention(HeadFrame[Notes]):
     """The attentions with which the study moves the sink off the first token, or makes it vanish.
 
     ``A_ij = phi(s_ij)``, ``s_ij = q_i . k_j / sqrt(D)``, over the keys that row i sees; then ``A_i / sum A_i`` or not::
@@ -49,7 +50,7 @@ class SinkFreeAttention(SoftmaxAttention):
         kernel       s = phi(q) . phi(k) / sqrt(D) itself is the weight: linear work, a state of constant size
 
     Args:
-        dim, num_heads, ...: as in :class:`SoftmaxAttention`.
+        dim, num_heads, ...: as in :class:`HeadFrame`.
         k_bias, v_bias: learn ``k*`` and ``v*``; ``k_bias`` needs softmax, and rotary positions leave ``k*`` alone.
         per_head: one ``k*`` and ``v*`` per head, instead of one for all.
         similarity: ``"softmax"`` or one of :data:`attnlib.normalizers.ACTIVATIONS`.
@@ -120,23 +121,24 @@ class SinkFreeAttention(SoftmaxAttention):
         """(1, H, 1, D)."""
         return bias.expand(self.num_heads, self.head_dim)[None, :, None]
 
-    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: Notes) -> Any:
         if self.k_bias is None:
-            return super()._mix_heads(q, k, v, shared, **call)
-        seen = {name: value for name, value in call.items() if name not in ("dropout_p", "return_weights")}
-        part = attention_partial(q, k, v, scale=self.scale, **seen)
+            return super()._mix_heads(q, k, v, call, notes)
+        part = attention_partial(
+            q, k, v, scale=self.scale, mask=call.mask, valid=call.valid, q_pos=call.q_pos, bias=call.bias
+        )
         dtype = part.num.dtype
         with torch.autocast(q.device.type, enabled=False):
             score = (q.to(dtype) * self._rows(self.k_bias).to(dtype)).sum(-1) * self.scale
         value = part.num.new_zeros(()) if self.v_bias is None else self._rows(self.v_bias).to(dtype)
         whole = part.merge(Partial(score, torch.ones_like(score), value.expand_as(part.num)))
         out = whole.finish().to(q.dtype)
-        if not call.get("return_weights"):
+        if not call.return_weights:
             return out
-        _, weights = super()._mix_heads(q, k, v, shared, **call)
+        _, weights = super()._mix_heads(q, k, v, call, notes)
         return out, weights * torch.exp(part.lse() - whole.lse()).unsqueeze(-1).to(weights.dtype)
 
-    def _gate(self, out: Tensor, shared: dict[str, Any]) -> Tensor:
+    def _gate(self, out: Tensor, notes: Notes) -> Tensor:
         alone = self.v_bias is not None and self.k_bias is None
         return out + self._rows(self.v_bias).to(out.dtype) if alone else out  # type: ignore[arg-type]
 
@@ -154,31 +156,26 @@ class SinkFreeAttention(SoftmaxAttention):
         context: Tensor | None = None,
         *,
         valid: Tensor | None = None,
+        layout: Layout | None = None,
         context_valid: Tensor | None = None,
         mask: masks.Mask | None = None,
         plan: Plan | None = None,
         state: State | None = None,
         returns: tuple[str, ...] = (),
-        **call: Any,
     ) -> Output:
         if self.kernel_name is None:
             return super().mix(
-                x, context, valid=valid, context_valid=context_valid, mask=mask, plan=plan, state=state,
-                returns=returns, **call,
+                x, context, layout=layout, valid=valid, context_valid=context_valid, mask=mask, plan=plan, state=state,
+                returns=returns,
             )  # fmt: skip
         source = x if context is None else context
         q = self.q_norm(split_heads(self.q(x), self.num_heads))
         k = self.k_norm(split_heads(self.k(source), self.num_kv_heads))
         v = split_heads(self.v(source), self.num_kv_heads)
         exists = flat_valid(valid if context is None else context_valid)
-        tokens = None
-        if self.rotary is not None or "state" in returns:
-            now = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=x.device) if exists is None else exists
-            past = now.new_zeros(now.shape[0]).long() if state is None else state["tokens"]
-            tokens = past + now.long().sum(1)
-            if self.rotary is not None:
-                angles = rotary_angles(past[:, None] + now.long().cumsum(1) - 1, self.head_dim, self.rotary)
-                q, k = (rotate(t, angles, self.rotary_interleaved) for t in (q, k))
+        stream = Stream(x.flatten(1, -2), exists if context is None else None, state, "state" in returns)
+        if self.rotary is not None:
+            q, k = self._rotate(q, k, rotary_angles(stream.positions, self.head_dim, self.rotary))
         part, final = linear_partial(
             self._phi(q) * self.scale, self._phi(k), v, causal=self.causal and context is None, valid=exists,
             state=state, return_state=True,
@@ -189,8 +186,8 @@ class SinkFreeAttention(SoftmaxAttention):
             out = part.num / (part.den + 1e-8).unsqueeze(-1)
         else:
             out = part.num / part.den.abs().clamp(min=1).unsqueeze(-1)
-        y = self.proj(merge_heads(self._gate(out.to(q.dtype), {}), x.shape[1:-1]))
-        return Output(y, state=final.replace(tokens=tokens) if "state" in returns else None)
+        y = self.proj(merge_heads(self._gate(out.to(q.dtype), self._notes(None, None, state, returns)), x.shape[1:-1]))
+        return Output(y, state=stream.next(**final.tensors))
 
     @staticmethod
     def convert_state_dict(

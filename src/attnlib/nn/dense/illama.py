@@ -14,9 +14,9 @@ from ...ops import eager
 from ...ops._call import prepare
 from ...ops.attention import attention_partial
 from ...types import Traits, check_choice, exactly, stats_dtype
+from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
 from ..released import Released, Rule
-from .softmax_attention import SoftmaxAttention
 
 #: Below so many pairs one dense map is faster than two streamed halves.
 DENSE_PAIRS = 1 << 20
@@ -50,7 +50,7 @@ def select_weights(weight: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 @register("illama")
-class SoftMaskedAttention(SoftmaxAttention):
+class SoftMaskedAttention(HeadFrame[Notes]):
     """Softmax attention under a mask that goes from bidirectional to causal in training.
 
     ``M = r 1 + (1 - r) tril(1)``, where the soft mask rate ``r`` is a buffer that only :meth:`set_progress` changes.
@@ -61,7 +61,7 @@ class SoftMaskedAttention(SoftmaxAttention):
     Tokens count in raster order, class token last: under a causal mask only the last token sees all others.
 
     Args:
-        dim, num_heads, qkv_bias, ...: as in :class:`SoftmaxAttention`.
+        dim, num_heads, qkv_bias, ...: as in :class:`HeadFrame`.
         mask_mode: ``"post"`` or ``"pre"``.
         soft_rate: ``r`` at the start of training. Before the first :meth:`set_progress`, ``r`` is 0.
         cutoff: the fraction of training after which ``r`` is 0 (the authors: 50 of 300 epochs).
@@ -139,21 +139,18 @@ class SoftMaskedAttention(SoftmaxAttention):
 
     # ---- attention
 
-    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: Notes) -> Any:
         if self.causal:
-            return super()._mix_heads(q, k, v, shared, **call)
-        wanted = call.pop("return_weights", False)
-        call.pop("dropout_p")
-        call["scale"] = self.scale
-        if wanted or (not torch.compiler.is_compiling() and q.shape[2] * k.shape[2] < DENSE_PAIRS):
-            out, weights = self._dense(q, k, v, **call)
-            return (out, weights) if wanted else out
-        given = call.pop("mask")
+            return super()._mix_heads(q, k, v, call, notes)
+        seen_by = dict(mask=call.mask, valid=call.valid, q_pos=call.q_pos, bias=call.bias, scale=self.scale)
+        if call.return_weights or (not torch.compiler.is_compiling() and q.shape[2] * k.shape[2] < DENSE_PAIRS):
+            out, weights = self._dense(q, k, v, **seen_by)
+            return (out, weights) if call.return_weights else out
         past, later = _PAST, _LATER
-        if given is not None:
-            past, later = past & given, later & given
-        seen = attention_partial(q, k, v, mask=past, **call)
-        rest = attention_partial(q, k, v, mask=later, **call)
+        if call.mask is not None:
+            past, later = past & call.mask, later & call.mask
+        seen = attention_partial(q, k, v, **{**seen_by, "mask": past})
+        rest = attention_partial(q, k, v, **{**seen_by, "mask": later})
         rate = self.rate.to(rest.num.dtype)
         rest = rest._replace(num=rest.num * rate) if self.mask_mode == "post" else rest.shift(rate.log())
         return seen.merge(rest).finish().to(q.dtype)

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...grids import Layout
+from ...masks import Mask, as_mask
 from ...positions import rotary_angles, rotate
-from ...types import State, Traits, check_choice, stats_dtype
-from ..layers import flat_valid, split_heads
+from ...types import Plan, State, Traits, check_choice, stats_dtype
+from ..frame import HeadCall, HeadFrame, Notes
+from ..layers import flat_valid, split_heads, zero_invalid
 from ..registry import register
 from ..released import Released, Rule
-from .softmax_attention import SoftmaxAttention
 
 METRICS = ("learned", "cached")
 
@@ -101,7 +103,7 @@ def _xavier(module: nn.Module) -> None:
 
 
 @register("pldr-llm-plga", "plga", "power-law-graph-attention")
-class PowerLawGraphAttention(SoftmaxAttention):
+class PowerLawGraphAttention(HeadFrame[Notes]):
     """Bilinear attention ``softmax(q G k^T / sqrt(D)) v`` whose (D, D) metric ``G`` per head comes from the queries.
 
     With rotated queries and keys, for every sample and head::
@@ -119,7 +121,7 @@ class PowerLawGraphAttention(SoftmaxAttention):
     metric, and :meth:`step` keeps it. ``G = I`` is plain attention.
 
     Args:
-        dim, num_heads, ...: as in :class:`SoftmaxAttention`.
+        dim, num_heads, ...: as in :class:`HeadFrame`.
         metric_hidden: hidden width of the learner's SwiGLU layers.
         residual_units: ``R``.
         unit_depth: SwiGLU layers in a residual unit.
@@ -141,7 +143,7 @@ class PowerLawGraphAttention(SoftmaxAttention):
     G: Tensor
     own_state = ("A_LM", "G")
 
-    class_traits = SoftmaxAttention.class_traits.but(
+    class_traits = HeadFrame.class_traits.but(
         patterns=frozenset({"noncausal-self", "causal-self"}), layout=False, losses=("dag_lm", "dag_p", "dag_g")
     )
 
@@ -264,34 +266,38 @@ class PowerLawGraphAttention(SoftmaxAttention):
         if not self.causal:
             raise ValueError("prefill needs causal=True")
         self._check_call(x, None, None, valid, None, None, None, None, None, ())
-        out = self.mix(x, valid=valid, returns=("state",))
-        assert out.state is not None
-        y = out.y if valid is None else out.y.masked_fill(~valid.unsqueeze(-1), 0.0)
-        return y, out.state
+        return self._go_on(x, None, valid)
 
-    def step(self, x_t: Tensor, state: State | None = None, **call: Any) -> tuple[Tensor, State]:
+    def step(
+        self,
+        x_t: Tensor,
+        state: State | None = None,
+        *,
+        layout: Layout | None = None,
+        valid: Tensor | None = None,
+        mask: Mask | Tensor | None = None,
+        plan: Plan | None = None,
+    ) -> tuple[Tensor, State]:
         """As :meth:`Mechanism.step`; with a learned metric, only from the state of :meth:`prefill`."""
         if self.metric == "cached":
-            return super().step(x_t, state, **call)
+            return super().step(x_t, state, layout=layout, valid=valid, mask=mask, plan=plan)
         if state is None or "G" not in state:
             raise ValueError(
                 f"{self._name()} decodes step by step with a metric that no longer changes: call freeze_metric first, "
                 "or pass the state of prefill (trait streaming is False while the metric is learned)"
             )
-        valid = call.pop("valid", None)
-        self._check_call(x_t, None, None, valid, None, None, None, None, None, ())
-        out = self.mix(x_t, valid=valid, state=state, returns=("state",), **call)
+        self._check_call(x_t, None, layout, valid, None, as_mask(mask), plan, None, None, ())
+        return self._go_on(x_t, state, valid)
+
+    def _go_on(self, x: Tensor, state: State | None, valid: Tensor | None) -> tuple[Tensor, State]:
+        out = self.mix(zero_invalid(x, valid), valid=valid, state=state, returns=("state",))
         assert out.state is not None
-        y = out.y if valid is None else out.y.masked_fill(~valid.unsqueeze(-1), 0.0)
-        return y, out.state
+        return zero_invalid(out.y, valid), out.state
 
     # ---- the call
 
-    def _begin(self, x: Tensor, q: Tensor, **call: Any) -> dict[str, Any]:
-        return {"valid": call["valid"], "past": call["state"], "returns": call["returns"]}
-
-    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
-        past: State | None = shared["past"]
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: Notes) -> Any:
+        past = notes.state
         if past is not None and "G" in past:
             kept, metric = {"A_LM": past["A_LM"], "G": past["G"]}, past["G"]
             expected = (q.shape[0], *self.G.shape)
@@ -301,19 +307,19 @@ class PowerLawGraphAttention(SoftmaxAttention):
             kept, metric = {}, self.G
         else:
             assert self.learner is not None
-            made = self.learner(q, shared["valid"])
+            made = self.learner(q, notes.valid)
             kept, metric = {"A_LM": made.A_LM, "G": made.G}, made.G
-            if "losses" in shared["returns"]:
-                shared["losses"] = {
+            if "losses" in notes.returns:
+                notes.losses = {
                     "dag_lm": dag_loss(made.A_LM),
                     "dag_p": dag_loss(made.A_P),
                     "dag_g": dag_loss(made.G),
                 }
-        shared["state"] = kept
+        notes.kept = kept
         with torch.autocast(q.device.type, enabled=False):
             dtype = torch.promote_types(q.dtype, metric.dtype)
             q = (q.to(dtype) @ metric.to(dtype)).to(q.dtype)
-        return super()._mix_heads(q, k, v, shared, **call)
+        return super()._mix_heads(q, k, v, call, notes)
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

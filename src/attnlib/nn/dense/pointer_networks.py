@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -84,7 +82,6 @@ class PointerAttention(Mechanism):
         valid: Tensor | None = None,
         context_valid: Tensor | None = None,
         mask: masks.Mask | None = None,
-        **_: Any,
     ) -> Output:
         source, exists = (x, valid) if context is None else (context, context_valid)
         u = self.scores(x, self.w1(source))

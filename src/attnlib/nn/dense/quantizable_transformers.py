@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from ...normalizers import ClippedSoftmax
 from ...types import Traits, check_choice
+from ..frame import HeadFrame, Notes
 from ..registry import register
 from ..released import Released
-from .softmax_attention import SoftmaxAttention
 
 GATES = ("none", "unconditional_per_head", "conditional_per_head", "conditional_per_token")
 
@@ -88,15 +89,22 @@ def _linear(fan_in: int, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5))
 
 
+@dataclass
+class GateNotes(Notes):
+    """(B, H, N or 1, 1) how much of a head's output passes."""
+
+    gate: Tensor | None = None
+
+
 @register("quantizable-transformers", "clipped-softmax-attention", "gated-attention")
-class QuantizableAttention(SoftmaxAttention):
+class QuantizableAttention(HeadFrame[GateNotes]):
     """Softmax attention that can write exact zeros, or gate a head off, so that no logit has to explode.
 
     ``A = clip((zeta - gamma) softmax(s) + gamma, 0, 1)`` and ``o_h <- sigmoid(G_h(x)) o_h``: two independent remedies
     for the outliers that no-op heads grow.
 
     Args:
-        dim, num_heads, ...: as in :class:`SoftmaxAttention`; ``dim`` must equal ``num_heads * head_dim`` with a gate.
+        dim, num_heads, ...: as in :class:`HeadFrame`; ``dim`` must equal ``num_heads * head_dim`` with a gate.
         gamma, zeta: stretch of the clipped softmax; ``gamma=0, zeta=1`` is plain softmax.
         alpha, max_length: the length-robust form ``gamma = -alpha / max_length``; ``max_length`` is the longest
             sequence of training, never the current one.
@@ -118,6 +126,8 @@ class QuantizableAttention(SoftmaxAttention):
     >>> m(torch.randn(2, 5, 16)).shape
     torch.Size([2, 5, 16])
     """
+
+    notes_type = GateNotes
 
     def __init__(
         self,
@@ -171,11 +181,12 @@ class QuantizableAttention(SoftmaxAttention):
             )
         return traits
 
-    def _begin(self, x: Tensor, q: Tensor, **call: Any) -> dict[str, Any]:
-        return {} if self.gate is None else {"gate": self.gate(x, call["valid"])}
+    def _begin(self, x: Tensor, q: Tensor, notes: GateNotes) -> None:
+        if self.gate is not None:
+            notes.gate = self.gate(x, notes.valid)
 
-    def _gate(self, out: Tensor, shared: dict[str, Any]) -> Tensor:
-        return out * shared["gate"] if "gate" in shared else out
+    def _gate(self, out: Tensor, notes: GateNotes) -> Tensor:
+        return out if notes.gate is None else out * notes.gate
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from ... import masks
 from ...ops import attention
 from ...types import Output, State, Traits
 from ..base import Mechanism
+from ..frame import Stream
 from ..layers import head_dim_of, merge_heads, split_heads
 from ..registry import register
 from ..released import Released, Rule
@@ -152,18 +152,17 @@ class RelativeConvAttention(Mechanism):
         longer = torch.cat([tail.to(x.dtype), x], 2)
         return conv(longer.flatten(0, 1).mT).mT.unflatten(0, x.shape[:2])
 
-    def mix(
+    def mix(  # type: ignore[override]
         self,
         x: Tensor,
-        context: Tensor | None = None,
         *,
         valid: Tensor | None = None,
         mask: masks.Mask | None = None,
         state: State | None = None,
         returns: tuple[str, ...] = (),
-        **_: Any,
     ) -> Output:
-        start = 0 if state is None else state["k"].shape[2]
+        stream = Stream(x, valid, state, "state" in returns)
+        start = stream.start
         n, m = x.shape[1], start + x.shape[1]
         if self.relative and m > self.max_distance:
             raise ValueError(
@@ -182,21 +181,15 @@ class RelativeConvAttention(Mechanism):
                 part = self._convolve(name, part, tail)
             heads[name] = part
         q, k, v = (heads[name] for name in NAMES)
-        exists = valid
-        if self.causal and (state is not None or "state" in returns):
-            exists = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
-            if state is not None:
-                k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
-                exists = torch.cat([state["valid"], exists], 1)
-        new = State({"k": k, "v": v, "valid": exists, **tails}) if "state" in returns else None
+        k, v = stream.join(k=k, v=v)
+        exists = stream.exists
+        new = stream.next(k=k, v=v, valid=stream.slots, **tails)
         bias = self.distance_scores(q, m) * self.scale if self.relative else None
         if self.relative:
             q = q + self.query_bias[:, None].to(q.dtype)
-        if self.causal:
-            mask = masks.causal() if mask is None else masks.causal() & mask
         out = attention(
-            q, k, v, mask=mask, valid=exists, bias=bias, scale=self.scale,
-            q_pos=torch.arange(start, m, device=x.device) if start else None,
+            q, k, v, mask=stream.mask(mask) if self.causal else mask, valid=exists, bias=bias, scale=self.scale,
+            q_pos=stream.q_pos,
             dropout_p=self.attn_drop if self.training else 0.0, return_weights="weights" in returns,
         )  # fmt: skip
         out, weights = out if "weights" in returns else (out, None)

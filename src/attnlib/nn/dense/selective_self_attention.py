@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,16 +12,23 @@ from torch import Tensor, nn
 
 from ...masks import visible_keys
 from ...types import check_choice, stats_dtype
+from ..frame import HeadCall, HeadFrame, Notes
 from ..layers import merge_heads
 from ..registry import register
 from ..released import Released, grouped_rule, split_rule
-from .softmax_attention import SoftmaxAttention
 
 POSITION = ("none", "sigmoid", "double_exponential", "linear")
 
 
+@dataclass
+class TemperatureNotes(Notes):
+    """(B, 1, N, 1) temperature of each query's token."""
+
+    token: Tensor | None = None
+
+
 @register("selective-self-attention", "ssa")
-class SelectiveAttention(SoftmaxAttention):
+class SelectiveAttention(HeadFrame[TemperatureNotes]):
     """Softmax attention in which a token chooses how peaked its row is, and how loud its own value.
 
     ``q_i <- (tau_tok(x_i) + tau_pos(i)) q_i``, ``v_j <- (1 + tau_tok'(x_j)) v_j``, with ``n_i`` keys visible to row i::
@@ -29,7 +37,7 @@ class SelectiveAttention(SoftmaxAttention):
         tau_pos(i) = 1 + sigmoid(a) log(n_i)
 
     Args:
-        dim, num_heads, ...: as in :class:`SoftmaxAttention`.
+        dim, num_heads, ...: as in :class:`HeadFrame`.
         token_queries, token_values: the learned per-token temperatures; they start at zero, so that nothing changes.
         position: ``"sigmoid"`` as above; ``"double_exponential"``: ``1 + exp(-exp(b)) log(n_i)`` and ``"linear"``:
             ``1 + b log(n_i)``, the authors' released forms; ``"none"``.
@@ -45,6 +53,8 @@ class SelectiveAttention(SoftmaxAttention):
     >>> SelectiveAttention(dim=16, num_heads=2, causal=True)(torch.randn(2, 5, 16)).shape
     torch.Size([2, 5, 16])
     """
+
+    notes_type = TemperatureNotes
 
     def __init__(
         self,
@@ -78,22 +88,23 @@ class SelectiveAttention(SoftmaxAttention):
         """(B, 1, N, 1): ``tanh(w . GELU(W x))`` from the projected heads (B, H, N, D)."""
         return torch.tanh(F.gelu(merge_heads(heads)) @ weight)[:, None, :, None]
 
-    def _begin(self, x: Tensor, q: Tensor, **call: Any) -> dict[str, Any]:
+    def _begin(self, x: Tensor, q: Tensor, notes: TemperatureNotes) -> None:
         # from the queries before rotary: W x
-        return {} if self.tau_q is None else {"token": self._token(q, self.tau_q)}
+        if self.tau_q is not None:
+            notes.token = self._token(q, self.tau_q)
 
-    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: TemperatureNotes) -> Any:
         temperature: Tensor | float = 1.0
         if self.beta is not None:
-            count = visible_keys(call["mask"], q.shape[2], k.shape[2], call["valid"], call["q_pos"], q.device)
+            count = visible_keys(call.mask, q.shape[2], k.shape[2], call.valid, call.q_pos, q.device)
             temperature = 1 + self._growth() * torch.log(count.clamp(min=1).to(stats_dtype(q.dtype)))
-        if "token" in shared:
-            temperature = temperature + shared["token"]
+        if notes.token is not None:
+            temperature = temperature + notes.token
         if isinstance(temperature, Tensor):
             q = q * temperature.to(q.dtype)
         if self.tau_v is not None:
             v = v * (1 + self._token(v, self.tau_v)).to(v.dtype)
-        return super()._mix_heads(q, k, v, shared, **call)
+        return super()._mix_heads(q, k, v, call, notes)
 
     @staticmethod
     def convert_state_dict(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +141,7 @@ class SingleHeadAttention(Mechanism):
             normed = (centred * torch.rsqrt(var + norm.eps)).to(x.dtype)
         return torch.addcmul(norm.bias, normed, norm.weight)
 
-    def mix(self, x: Tensor, context: Tensor | None = None, *, valid: Tensor | None = None, **_: Any) -> Tensor:
+    def mix(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
         exists = flat_valid(valid)
         some, rest = x.flatten(1, -2).split([self.partial_dim, self.dim - self.partial_dim], -1)
         heads = self.qkv(self._normed(some, exists), exists).unsqueeze(1)

@@ -13,13 +13,13 @@ from ...masks import visible_keys
 from ...normalizers import Sigmoid
 from ...ops import attention
 from ...types import Traits, check_choice, stats_dtype
+from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
 from ..released import Released, split_rule
-from .softmax_attention import SoftmaxAttention
 
 
 @register("sigmoid-attention", "flash-sigmoid")
-class SigmoidAttention(SoftmaxAttention):
+class SigmoidAttention(HeadFrame[Notes]):
     """``A = sigmoid(q k^T e^t / sqrt(D) + b)``, ``o = A v``: no row depends on another score.
 
     With ``b = -log(n)`` for ``n`` visible keys the weights start near ``1 / n``, so outputs start at softmax's norm.
@@ -28,7 +28,7 @@ class SigmoidAttention(SoftmaxAttention):
 
     Args:
         dim, num_heads, num_kv_heads, head_dim, context_dim, causal, rotary, alibi, attn_drop: as in
-            :class:`SoftmaxAttention`.
+            :class:`~attnlib.nn.frame.HeadFrame`.
         qkv_bias, proj_bias: biases of projections, off as in the authors' code.
         qk_norm: LayerNorm of every head of queries and keys; on, as the authors advise.
         v_norm: LayerNorm of every head of values (their cross-attention has it).
@@ -80,23 +80,23 @@ class SigmoidAttention(SoftmaxAttention):
             return traits
         return traits.but(permutation_equivariant=False)
 
-    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: Notes) -> Any:
         v = self.v_norm(v)
         bias, scale = self.attn_bias or 0.0, self.scale
         if self.attn_bias is None:
             # Two more channels carry the row's bias, coarse and rest (so that half precision keeps its digits), against
             # ones in the keys: no (N, M) map appears.
-            count = visible_keys(call["mask"], q.shape[2], k.shape[2], call["valid"], call["q_pos"], q.device)
+            count = visible_keys(call.mask, q.shape[2], k.shape[2], call.valid, call.q_pos, q.device)
             rows = -torch.log(count.clamp(min=1).to(stats_dtype(q.dtype)))
             coarse = rows.to(q.dtype)
             rows = torch.cat([coarse, (rows - coarse).to(q.dtype)], -1)
             q = torch.cat([q * scale, rows.expand(*q.shape[:3], 2)], -1)
             k, scale = torch.cat([k, k.new_ones(*k.shape[:3], 2)], -1), 1.0
-        result = attention(q, k, v, scale=scale, normalizer=Sigmoid(bias), **call)
+        result = attention(q, k, v, scale=scale, normalizer=Sigmoid(bias), **call.options())
         if self.row_norm == "none":
             return result
         out, *rest = result if isinstance(result, tuple) else (result,)
-        at = torch.arange(q.shape[2], device=q.device) if call["q_pos"] is None else call["q_pos"]
+        at = torch.arange(q.shape[2], device=q.device) if call.q_pos is None else call.q_pos
         factor = (at + 1.0) ** (-0.5 if self.row_norm == "sqrt" else -1.0)
         out = out * factor.to(out.dtype)[:, None]
         return (out, rest[0] * factor[:, None]) if rest else out

@@ -13,12 +13,13 @@ from ...masks import visible_keys
 from ...normalizers import Activated
 from ...ops import attention
 from ...types import stats_dtype
+from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
 from .softmax_attention import SoftmaxAttention
 
 
 @register("softplus-attention-lssar", "lssar", "lssa")
-class SoftplusAttention(SoftmaxAttention):
+class SoftplusAttention(HeadFrame[Notes]):
     """Cosine scores, scaled by the length of the row, through softplus and an L1 norm, then sharpened.
 
     With ``N_i`` keys visible to row i, ``q^ = q / |q|``, ``k^ = k / |k|`` (after rotary)::
@@ -29,7 +30,7 @@ class SoftplusAttention(SoftmaxAttention):
     ``A_i N_i`` has mean one, so ``O = 1`` keeps what is above average; rows with at most three keys have ``O = 0``.
 
     Args:
-        dim, num_heads, ...: as in :class:`SoftmaxAttention`.
+        dim, num_heads, ...: as in :class:`HeadFrame`.
         power: ``p`` of the re-weighting; ``None`` for LSSA alone.
         phi: ``"softplus"``, or another activation of the paper's ablations: ``"exp"``, ``"sigmoid"``, ``"relu"``.
         cosine: scores from unit vectors with the row scale; ``False``: raw scores over ``sqrt(D)``.
@@ -56,10 +57,12 @@ class SoftplusAttention(SoftmaxAttention):
         super().__init__(dim, num_heads, normalizer=Activated(phi, True, power), **settings)
         self.cosine = cosine
 
-    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: Notes) -> Any:
         if not self.cosine:
-            return super()._mix_heads(q, k, v, shared, **call)
-        count = visible_keys(call["mask"], q.shape[2], k.shape[2], call["valid"], call["q_pos"], q.device)
+            return super()._mix_heads(q, k, v, call, notes)
+        count = visible_keys(call.mask, q.shape[2], k.shape[2], call.valid, call.q_pos, q.device)
         scale = math.log(self.head_dim) * torch.log(count.clamp(min=1).to(stats_dtype(q.dtype)))
         q = F.normalize(q, dim=-1) * scale.to(q.dtype)
-        return attention(q, F.normalize(k, dim=-1), v, scale=1.0, normalizer=self.normalizer, **call)
+        return attention(q, F.normalize(k, dim=-1), v, scale=1.0, normalizer=self.normalizer, **call.options())
+
+    convert_state_dict = staticmethod(SoftmaxAttention.convert_state_dict)

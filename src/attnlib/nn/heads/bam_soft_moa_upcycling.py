@@ -8,6 +8,7 @@ top-1 mixture, side by side in a parallel block. Everything that is no expert is
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ...types import Output, Plan, State, Traits, check_choice, check_divides, check_index, stats_dtype
 from ..dense.softmax_attention import SoftmaxAttention
+from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
 
 
@@ -48,8 +50,15 @@ def router_losses(logits: Tensor, chosen: Tensor, valid: Tensor | None = None) -
     return {"balance": balance, "z": (logits.logsumexp(-1, keepdim=True).square() * real).sum() / count}
 
 
+@dataclass
+class ExpertNotes(Notes):
+    """(B, N, E) weights of the experts."""
+
+    gates: Tensor | None = None
+
+
 @register("bam-soft-moa-upcycling", "bam", "soft-moa")
-class SoftMixtureOfAttention(SoftmaxAttention):
+class SoftMixtureOfAttention(HeadFrame[ExpertNotes]):
     """``y = sum_e g_e MHA_e(x)`` with ``g = softmax(x W_r)``: every attention expert computes, every token weighs them.
 
     Each expert has its own queries and output projection, and (``shared_kv=False``) its own keys and values. All
@@ -57,7 +66,7 @@ class SoftMixtureOfAttention(SoftmaxAttention):
     output projections add up.
 
     Args:
-        dim, head_dim, qkv_bias, proj_bias, causal, rotary, ...: as in :class:`SoftmaxAttention`.
+        dim, head_dim, qkv_bias, proj_bias, causal, rotary, ...: as in :class:`HeadFrame`.
         num_heads: query heads of one expert.
         num_kv_heads: key/value heads of one expert.
         num_experts: experts ``E``.
@@ -76,9 +85,10 @@ class SoftMixtureOfAttention(SoftmaxAttention):
     torch.Size([2, 5, 16])
     """
 
-    class_traits = SoftmaxAttention.class_traits.but(
+    class_traits = HeadFrame.class_traits.but(
         needs_plan=True, losses=("balance", "z"), work={"N": 2, "experts": 1}, memory={"N": 1, "experts": 1}
     )
+    notes_type = ExpertNotes
 
     def __init__(
         self,
@@ -128,9 +138,9 @@ class SoftMixtureOfAttention(SoftmaxAttention):
         assert self.top_k is not None
         return Plan("experts", {"index": logits.topk(self.top_k, -1).indices}, (("N", logits.shape[1]),))
 
-    def make_plan(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Plan:
+    def make_plan(self, x: Tensor) -> Plan:  # type: ignore[override]
         if not self._routed:
-            return super().make_plan(x, context)
+            return super().make_plan(x)
         return self._choose(self.router(x.flatten(1, -2)))
 
     def _chosen(self, logits: Tensor, plan: Plan | None) -> Tensor | None:
@@ -152,43 +162,42 @@ class SoftMixtureOfAttention(SoftmaxAttention):
                 p = p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
         return p
 
-    def _begin(self, x: Tensor, q: Tensor, **call: Any) -> dict[str, Any]:
+    def _begin(self, x: Tensor, q: Tensor, notes: ExpertNotes) -> None:
         logits = self.router(x)
-        chosen = self._chosen(logits, call["plan"])
-        shared: dict[str, Any] = {"gates": self._gates(logits, chosen).to(q.dtype)}
-        if "losses" in call["returns"] and chosen is not None:
-            shared["losses"] = router_losses(logits, chosen, call["valid"])
-        return shared
+        chosen = self._chosen(logits, notes.plan)
+        notes.gates = self._gates(logits, chosen).to(q.dtype)
+        if "losses" in notes.returns and chosen is not None:
+            notes.losses = router_losses(logits, chosen, notes.valid)
 
     # ---- attention
 
-    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: ExpertNotes) -> Any:
         experts, groups = self.num_experts, k.shape[1]
         if not self.shared_kv or experts == 1:
-            return super()._mix_heads(q, k, v, shared, **call)
-        if call["mask"] is not None and call["mask"].heads() > 1:
+            return super()._mix_heads(q, k, v, call, notes)
+        if call.mask is not None and call.mask.heads() > 1:
             k, v = k.repeat(1, experts, 1, 1), v.repeat(1, experts, 1, 1)
-            return super()._mix_heads(q, k, v, shared, **call)
+            return super()._mix_heads(q, k, v, call, notes)
         # The operator gives neighbouring query heads one key head: bring the experts' heads of a group together.
         q = q.unflatten(1, (experts, groups, -1)).transpose(1, 2).flatten(1, 3)
-        result = super()._mix_heads(q, k, v, shared, **call)
+        result = super()._mix_heads(q, k, v, call, notes)
         back = [
             t.unflatten(1, (groups, experts, -1)).transpose(1, 2).flatten(1, 3)
             for t in (result if isinstance(result, tuple) else (result,))
         ]
         return tuple(back) if isinstance(result, tuple) else back[0]
 
-    def _gate(self, out: Tensor, shared: dict[str, Any]) -> Tensor:
-        gates = shared["gates"].transpose(1, 2)  # (B, E, N)
+    def _gate(self, out: Tensor, notes: ExpertNotes) -> Tensor:
+        assert notes.gates is not None
+        gates = notes.gates.transpose(1, 2)  # (B, E, N)
         return (out.unflatten(1, (self.num_experts, -1)) * gates[:, :, None, :, None]).flatten(1, 2)
 
-    def mix(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Output:
-        output = super().mix(x, context, **call)
+    def _project(self, out: Tensor, notes: ExpertNotes, grid: torch.Size) -> Tensor:
+        y = super()._project(out, notes, grid)
         if self.proj_bias is None:
-            return output
-        logits = self.router(x.flatten(1, -2))
-        gates = self._gates(logits, self._chosen(logits, call.get("plan"))).to(output.y.dtype)
-        return output._replace(y=output.y + (gates @ self.proj_bias).view_as(output.y))
+            return y
+        assert notes.gates is not None
+        return y + (notes.gates.to(y.dtype) @ self.proj_bias).view_as(y)
 
     @staticmethod
     def convert_state_dict(
@@ -263,7 +272,7 @@ class ParallelBlock(nn.Module):
     """``u = norm(x)``, ``y = x + attention(u) + feed_forward(u)``: the block of BAM's seeds and of its mixtures.
 
     Args:
-        dim, num_heads, num_kv_heads: as in :class:`SoftmaxAttention`; heads of one expert.
+        dim, num_heads, num_kv_heads: as in :class:`HeadFrame`; heads of one expert.
         hidden: hidden width of the feed-forward of one expert.
         num_experts: 1 for a dense seed, more for a mixture.
         shared_kv, top_k: see :class:`SoftMixtureOfAttention`.
@@ -294,7 +303,7 @@ class ParallelBlock(nn.Module):
         self.norm = nn.LayerNorm(dim)
         if num_experts > 1 and moa:
             settings |= dict(num_experts=num_experts, shared_kv=shared_kv, top_k=top_k, renormalize=renormalize)
-            self.attn: SoftmaxAttention = SoftMixtureOfAttention(dim, num_heads, num_kv_heads, **settings)
+            self.attn: HeadFrame = SoftMixtureOfAttention(dim, num_heads, num_kv_heads, **settings)
         else:
             self.attn = SoftmaxAttention(dim, num_heads, num_kv_heads, **settings)
         self.ffn = ExpertFeedForward(dim, hidden, num_experts, renormalize)

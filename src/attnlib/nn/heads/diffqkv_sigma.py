@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...masks import Mask
 from ...ops import attention
 from ...positions import rotary_angles, rotate
-from ...types import Plan, Traits, check_choice, check_divides
-from ..dense.softmax_attention import SoftmaxAttention
+from ...types import Plan, State, Traits, check_choice, check_divides
+from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
 
 ACTIVATIONS: dict[str, type[nn.Module] | None] = {"none": None, "silu": nn.SiLU, "gelu": nn.GELU}
 
 
 @register("diffqkv-sigma", "diffqkv")
-class DiffQKVAttention(SoftmaxAttention):
+class DiffQKVAttention(HeadFrame[Notes]):
     """Keys compressed hard, values lightly, queries enlarged: the cache holds ``n_k d_k + n_v d_v`` numbers per token.
 
     ``o_i = softmax(q_i k_g(i)^T / sqrt(D)) v_u(i)``, ``g(i) = floor(i n_k / n_q)``, ``u(i) = floor(i n_v / n_q)``, with
@@ -29,7 +30,7 @@ class DiffQKVAttention(SoftmaxAttention):
                            without normalising again
 
     Args:
-        dim, num_heads, ...: as in :class:`SoftmaxAttention`, ``head_dim`` being that of queries and values.
+        dim, num_heads, ...: as in :class:`HeadFrame`, ``head_dim`` being that of queries and values.
         num_k_heads, num_v_heads: key and value heads, which divide ``num_heads``; ``num_heads`` by default.
         k_head_dim: ``d_k``; ``head_dim`` by default, which needs no map.
         q_hidden: total inner width of the augmented query; ``None`` for one matrix.
@@ -104,7 +105,7 @@ class DiffQKVAttention(SoftmaxAttention):
         selective = self.v_keep is not None  # the largest scores are searched in the whole map
         return super().traits.but(needs_plan=selective, memory={"N": 2 if selective else 1})
 
-    class_traits = SoftmaxAttention.class_traits.but(needs_plan=True, memory={"N": 2})
+    class_traits = HeadFrame.class_traits.but(needs_plan=True, memory={"N": 2})
 
     @property
     def cache_size(self) -> int:
@@ -130,27 +131,33 @@ class DiffQKVAttention(SoftmaxAttention):
 
     # ---- selective fetch
 
-    def make_plan(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Plan:
+    def make_plan(  # type: ignore[override]
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        context_valid: Tensor | None = None,
+        mask: Mask | None = None,
+        state: State | None = None,
+    ) -> Plan:
         if self.v_keep is None:
-            return super().make_plan(x, context)
+            return super().make_plan(x)
         made: dict[str, Tensor] = {}
         # the call itself chooses and leaves its choice in an empty plan
-        self.mix(x, context, plan=Plan("value-fetch", made), **call)
+        self.mix(
+            x, context, plan=Plan("value-fetch", made), valid=valid, context_valid=context_valid, mask=mask, state=state
+        )
         n, m = (t.shape[1:-1].numel() for t in (x, x if context is None else context))
         return Plan("value-fetch", made, (("N", n), ("M", m)))
 
-    def _begin(self, x: Tensor, q: Tensor, **call: Any) -> dict[str, Any]:
-        return {"plan": call["plan"]}
-
-    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
-        k = self._widen(k, call["valid"])
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: Notes) -> Any:
+        k = self._widen(k, call.valid)
         if self.v_keep is None:
-            return super()._mix_heads(q, k, v, shared, **call)
-        wanted = call.pop("return_weights", False)
-        _, weights = attention(
-            q, k, v[..., :0], scale=self.scale, normalizer=self.normalizer, return_weights=True, **call
-        )
-        plan: Plan | None = shared["plan"]
+            return super()._mix_heads(q, k, v, call, notes)
+        asked = call.but(return_weights=True)
+        _, weights = attention(q, k, v[..., :0], scale=self.scale, normalizer=self.normalizer, **asked.options())
+        plan = notes.plan
         if plan is not None and "index" in plan:
             index = plan.expect("value-fetch", N=q.shape[2])["index"]
             # slots are counted from the start of the cache, which may have grown since the plan was made
@@ -177,7 +184,7 @@ class DiffQKVAttention(SoftmaxAttention):
             kept = torch.zeros_like(weights).scatter(-1, index, chosen)
             out = kept @ v.repeat_interleave(group, 1).to(kept.dtype)
         out = out.to(q.dtype)
-        return (out, torch.zeros_like(weights).scatter(-1, index, chosen)) if wanted else out
+        return (out, torch.zeros_like(weights).scatter(-1, index, chosen)) if call.return_weights else out
 
     # The authors released no weights; those of plain attention do not fit.
     convert_state_dict = None  # type: ignore[assignment]

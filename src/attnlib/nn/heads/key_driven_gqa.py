@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...types import Plan, Traits, check_choice, check_index
-from ..dense.softmax_attention import SoftmaxAttention
+from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
 from ..released import PLAIN, Released
 
@@ -53,7 +53,7 @@ def allocate(shares: Tensor, num_heads: int, fix: str = "extreme") -> Tensor:
 
 
 @register("key-driven-gqa", "kdgqa", "dgqa", "pgqa")
-class KeyDrivenGQA(SoftmaxAttention):
+class KeyDrivenGQA(HeadFrame[Notes]):
     """Grouped-query attention in which a key head serves as many query heads as its norm deserves.
 
     ``m_g = sum_b ||k[b, g]||_F``; the split ``n_g`` (integers summing to the query heads) gives neighbouring query
@@ -61,7 +61,7 @@ class KeyDrivenGQA(SoftmaxAttention):
     frozen.
 
     Args:
-        dim, num_heads, num_kv_heads, ...: as in :class:`SoftmaxAttention`; ``num_kv_heads`` is half of ``num_heads`` by
+        dim, num_heads, num_kv_heads, ...: as in :class:`HeadFrame`; ``num_kv_heads`` is half of ``num_heads`` by
             default.
         kind: how groups are sized. ``"uniform"``: GQA. ``"key_norm"``: KDGQA, from ``(m - min) / (max - min)`` in every
             call. ``"difference"`` and ``"average"``: DGQA, from ``|cache - m|`` or ``beta m + (1 - beta) cache``, where
@@ -89,7 +89,7 @@ class KeyDrivenGQA(SoftmaxAttention):
     calls: Tensor
     own_state = ("head_map", "calls")
 
-    class_traits = SoftmaxAttention.class_traits.but(needs_plan=True, batch_independent=False, gradient="stopped")
+    class_traits = HeadFrame.class_traits.but(needs_plan=True, batch_independent=False, gradient="stopped")
 
     def __init__(
         self,
@@ -170,22 +170,26 @@ class KeyDrivenGQA(SoftmaxAttention):
         # one call behind, so that no token sees a choice made from later ones
         return current.clone() if self.causal else chosen
 
-    def make_plan(self, x: Tensor, context: Tensor | None = None, *, valid: Tensor | None = None, **call: Any) -> Plan:
+    def make_plan(  # type: ignore[override]
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        context_valid: Tensor | None = None,
+    ) -> Plan:
         if not self._adaptive:
-            return super().make_plan(x, context)
-        source, exists = (x, valid) if context is None else (context, call.get("context_valid"))
+            return super().make_plan(x)
+        source, exists = (x, valid) if context is None else (context, context_valid)
         k = self.k_norm(self.k(source.flatten(1, -2)).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2))
         if self.causal:
             return Plan("head-map", {"map": self.head_map.clone()})
         return Plan("head-map", {"map": self._map(key_norms(k, None if exists is None else exists.flatten(1)))})
 
-    def _begin(self, x: Tensor, q: Tensor, **call: Any) -> dict[str, Any]:
-        return {"plan": call["plan"]}
-
-    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
-        plan: Plan | None = shared["plan"]
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: Notes) -> Any:
+        plan = notes.plan
         if plan is None:
-            chosen = self._choose(k, call["valid"])
+            chosen = self._choose(k, call.valid)
         else:
             chosen = plan.expect("head-map")["map"]
             if chosen.shape != (self.num_heads,):
@@ -193,11 +197,11 @@ class KeyDrivenGQA(SoftmaxAttention):
                     f"plan maps {tuple(chosen.shape)} heads, but this module has num_heads={self.num_heads}"
                 )
             check_index("plan's map", chosen, (self.num_heads,), self.num_kv_heads, "key head")
-        return super()._mix_heads(q, k.index_select(1, chosen), v.index_select(1, chosen), shared, **call)
+        return super()._mix_heads(q, k.index_select(1, chosen), v.index_select(1, chosen), call, notes)
 
     # ---- PGQA
 
-    def _gate(self, out: Tensor, shared: dict[str, Any]) -> Tensor:
+    def _gate(self, out: Tensor, notes: Notes) -> Tensor:
         if self.kind != "perturbed" or not (self.training or self.compat == "authors"):
             return out
         group = self.num_heads // self.num_kv_heads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,13 +11,21 @@ from torch import Tensor, nn
 
 from ...ops import attention
 from ...types import Plan, Traits, check_choice, check_index
-from ..dense.softmax_attention import SoftmaxAttention
+from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
 from ..released import PLAIN, Released, Rule
 
 
+@dataclass
+class RoutedNotes(Notes):
+    """(B, H, N) gates of heads, and (B, N, E) which routed heads are on."""
+
+    gates: Tensor | None = None
+    chosen: Tensor | None = None
+
+
 @register("moh-mixture-of-heads", "moh")
-class MixtureOfHeads(SoftmaxAttention):
+class MixtureOfHeads(HeadFrame[RoutedNotes]):
     """``y = sum_h gate_h o_h W_O^h``: some heads always on, of the others every token picks ``active_heads``.
 
     With routers ``W_r``, ``W_s``, ``W_0`` (no biases)::
@@ -31,7 +40,7 @@ class MixtureOfHeads(SoftmaxAttention):
     evaluation, routed heads attend only with the queries that chose them.
 
     Args:
-        dim, num_heads, ...: as in :class:`SoftmaxAttention`.
+        dim, num_heads, ...: as in :class:`HeadFrame`.
         shared_heads: heads that are always on, ``h_s``.
         active_heads: routed heads per token, ``k``; ``None`` for all of them, 0 only when all heads are shared.
         router: ``"linear"`` or ``"norm"``.
@@ -49,7 +58,8 @@ class MixtureOfHeads(SoftmaxAttention):
     torch.Size([2, 5, 32])
     """
 
-    class_traits = SoftmaxAttention.class_traits.but(needs_plan=True, losses=("balance",))
+    class_traits = HeadFrame.class_traits.but(needs_plan=True, losses=("balance",))
+    notes_type = RoutedNotes
 
     def __init__(
         self,
@@ -98,32 +108,30 @@ class MixtureOfHeads(SoftmaxAttention):
     def _choose(self, p: Tensor) -> Plan:
         return Plan("routed-heads", {"index": p.topk(self.active_heads, -1).indices}, (("N", p.shape[1]),))
 
-    def make_plan(self, x: Tensor, context: Tensor | None = None, **call: Any) -> Plan:
+    def make_plan(self, x: Tensor) -> Plan:  # type: ignore[override]
         if not self.routed_heads:
-            return super().make_plan(x, context)
+            return super().make_plan(x)
         tokens = x.flatten(1, -2)
         q = self.q_norm(self.q(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
         return self._choose(self._scores(tokens, q))
 
-    def _begin(self, x: Tensor, q: Tensor, **call: Any) -> dict[str, Any]:
+    def _begin(self, x: Tensor, q: Tensor, notes: RoutedNotes) -> None:
         if not self.routed_heads:
-            if self.wg_1 is None:
-                return {}
-            return {"gates": (self.shared_heads * self.wg_1(x).softmax(-1)).transpose(1, 2)}
+            if self.wg_1 is not None:
+                notes.gates = (self.shared_heads * self.wg_1(x).softmax(-1)).transpose(1, 2)
+            return
         p = self._scores(x, q)
-        plan: Plan = self._choose(p.detach()) if call["plan"] is None else call["plan"]
+        plan = self._choose(p.detach()) if notes.plan is None else notes.plan
         index = plan.expect("routed-heads", N=x.shape[1])["index"]
-        if call["plan"] is not None:
+        if notes.plan is not None:
             check_index("plan's index", index, (*p.shape[:2], self.active_heads), self.routed_heads, "routed head")
         chosen = torch.zeros_like(p).scatter(-1, index, 1.0)
-        gates = self._gates(x, p, chosen)
-        shared: dict[str, Any] = {"gates": gates.transpose(1, 2), "chosen": chosen}
-        if "losses" in call["returns"]:
-            real = torch.ones_like(p[..., :1]) if call["valid"] is None else call["valid"].unsqueeze(-1).to(p.dtype)
+        notes.gates, notes.chosen = self._gates(x, p, chosen).transpose(1, 2), chosen
+        if "losses" in notes.returns:
+            real = torch.ones_like(p[..., :1]) if notes.valid is None else notes.valid.unsqueeze(-1).to(p.dtype)
             total = real.sum().clamp(min=1)
             load = ((p * real).sum((0, 1)) / total) * ((chosen * real).sum((0, 1)) / total)
-            shared["losses"] = {"balance": self.routed_heads**2 * load.mean()}
-        return shared
+            notes.losses = {"balance": self.routed_heads**2 * load.mean()}
 
     def _gates(self, x: Tensor, p: Tensor, chosen: Tensor) -> Tensor:
         """(B, N, H): shared heads first."""
@@ -140,44 +148,44 @@ class MixtureOfHeads(SoftmaxAttention):
         balance = 2 * self.wg_0(x).softmax(-1)
         return torch.cat([balance[..., :1] * always, balance[..., 1:] * routed], -1)
 
-    def _gate(self, out: Tensor, shared: dict[str, Any]) -> Tensor:
-        return out * shared["gates"].unsqueeze(-1) if "gates" in shared else out
+    def _gate(self, out: Tensor, notes: RoutedNotes) -> Tensor:
+        return out if notes.gates is None else out * notes.gates.unsqueeze(-1)
 
     # ---- attention of the heads that are on
 
-    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
-        few = "chosen" in shared and self.active_heads < self.routed_heads and q.shape[2] > 1
-        per_head_mask = call["mask"] is not None and call["mask"].heads() > 1
-        dense = self.training or per_head_mask or call.get("return_weights") or torch.compiler.is_compiling()
-        if dense or not few or q.numel() == 0:
-            return super()._mix_heads(q, k, v, shared, **call)
-        return self._sparse_heads(q, k, v, shared["chosen"], **call)
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: RoutedNotes) -> Any:
+        chosen = notes.chosen if self.active_heads < self.routed_heads and q.shape[2] > 1 else None
+        per_head_mask = call.mask is not None and call.mask.heads() > 1
+        dense = self.training or per_head_mask or call.return_weights or torch.compiler.is_compiling()
+        if dense or chosen is None or q.numel() == 0:
+            return super()._mix_heads(q, k, v, call, notes)
+        return self._sparse_heads(q, k, v, chosen, call)
 
-    def _sparse_heads(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, **call: Any) -> Tensor:
+    def _sparse_heads(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, call: HeadCall) -> Tensor:
         """Attention of routed heads with only the queries that chose them; other outputs are zero."""
         batch, heads, n, _ = q.shape
         repeat = heads // k.shape[1]
         fixed = self.shared_heads
         out = q.new_zeros(batch, heads, n, v.shape[-1])
-        settings = dict(scale=self.scale, normalizer=self.normalizer, valid=call["valid"], dropout_p=call["dropout_p"])
+        settings = dict(scale=self.scale, normalizer=self.normalizer, valid=call.valid, dropout_p=call.dropout_p)
         keys = torch.arange(heads, device=q.device) // repeat
         k, v = k.index_select(1, keys), v.index_select(1, keys)
-        bias = None if call["bias"] is None else call["bias"].dense().expand(-1, heads, -1, -1)
+        bias = None if call.bias is None else call.bias.dense().expand(-1, heads, -1, -1)
         if fixed:
             out[:, :fixed] = attention(
-                q[:, :fixed], k[:, :fixed], v[:, :fixed], mask=call["mask"], q_pos=call["q_pos"],
+                q[:, :fixed], k[:, :fixed], v[:, :fixed], mask=call.mask, q_pos=call.q_pos,
                 bias=None if bias is None else bias[:, :fixed], **settings,
             )  # fmt: skip
         on = chosen.transpose(1, 2)  # (B, E, N)
         most = int(on.sum(-1).max())
         index = on.argsort(dim=-1, descending=True, stable=True)[..., :most]  # queries that chose the head come first
         rows = index.unsqueeze(-1)
-        start = torch.arange(n, device=q.device) if call["q_pos"] is None else call["q_pos"]
+        start = torch.arange(n, device=q.device) if call.q_pos is None else call.q_pos
         if bias is not None:
             bias = bias[:, fixed:].expand(batch, -1, -1, -1).gather(2, rows.expand(-1, -1, -1, bias.shape[-1]))
         part = attention(
             q[:, fixed:].gather(2, rows.expand(-1, -1, -1, q.shape[-1])), k[:, fixed:], v[:, fixed:],
-            mask=call["mask"], q_pos=start[index] if call["mask"] is not None else None, bias=bias, **settings,
+            mask=call.mask, q_pos=start[index] if call.mask is not None else None, bias=bias, **settings,
         )  # fmt: skip
         part = part * on.gather(2, index).unsqueeze(-1)
         out[:, fixed:].scatter_(2, rows.expand_as(part), part)

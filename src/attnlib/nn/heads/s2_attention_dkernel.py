@@ -12,8 +12,9 @@ from ... import masks
 from ...checks import check_choice, check_divides, check_int
 from ...normalizers import Softmax
 from ...ops.block_sparse import BlockPlan, block_sparse_attention
-from ...types import State, Traits
+from ...types import Traits
 from ..dense.softmax_attention import SoftmaxAttention
+from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
 
 COVERAGE = ("warn", "error", "ignore")
@@ -123,7 +124,7 @@ def sharded_context(
 
 
 @register("s2-attention-dkernel", "s2-attention", "sharded-context")
-class S2Attention(SoftmaxAttention):
+class S2Attention(HeadFrame[Notes]):
     """Causal attention in which every head reads a local window and its own stripe of key blocks.
 
     With blocks of b tokens, query block i, key block j and key/value head g::
@@ -136,7 +137,7 @@ class S2Attention(SoftmaxAttention):
     window and the stripe only: about ``1 / stride`` of the cache.
 
     Args:
-        dim, num_heads, num_kv_heads, ...: as in :class:`SoftmaxAttention`; always causal.
+        dim, num_heads, num_kv_heads, ...: as in :class:`HeadFrame`; always causal.
         block_size: b.
         local_blocks: blocks of the window, the query's own included.
         stride: distance between blocks of a stripe; 1 is dense causal attention.
@@ -157,7 +158,7 @@ class S2Attention(SoftmaxAttention):
     torch.Size([2, 9, 16])
     """
 
-    class_traits = SoftmaxAttention.class_traits.but(
+    class_traits = HeadFrame.class_traits.but(
         patterns=frozenset({"causal-self"}),
         grid_ranks=frozenset({1}),
         permutation_equivariant=False,
@@ -261,10 +262,9 @@ class S2Attention(SoftmaxAttention):
             "seen": torch.full((batch,), following, device=k.device),
         }
 
-    # ---- the operator
+    convert_state_dict = staticmethod(SoftmaxAttention.convert_state_dict)
 
-    def _begin(self, x: Tensor, q: Tensor, **call: Any) -> dict[str, Any]:
-        return {"past": call["state"], "keeps": "state" in call["returns"]}
+    # ---- the operator
 
     def _plan(self, n: int, device: torch.device) -> BlockPlan:
         """The blocks of every head. A pair of blocks meets when its last query may read its first key."""
@@ -272,13 +272,15 @@ class S2Attention(SoftmaxAttention):
         chosen = self.pattern.at(starts + self.block_size - 1, starts)
         return BlockPlan.from_mask(chosen, self.block_size, self.block_size, n)
 
-    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
-        past: State | None = shared["past"]
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: Notes) -> Any:
+        past, keeps = notes.state, "state" in notes.returns
+        mask = self.pattern if call.mask is None else self.pattern & call.mask
         n, groups, device = q.shape[2], self.num_kv_heads, q.device
         seen = 0 if past is None else int(past["seen"].max())
-        if shared["keeps"] or past is not None:
+        if keeps or past is not None:
+            assert call.valid is not None
             pos = torch.arange(seen, seen + n, device=device).expand(groups, -1)
-            there = call["valid"][:, None, -n:].expand(-1, groups, -1)
+            there = call.valid[:, None, -n:].expand(-1, groups, -1)
             if past is not None:
                 pos = torch.cat([past["pos"][0], pos], -1)
                 there = torch.cat([past["there"], there], -1)
@@ -287,20 +289,20 @@ class S2Attention(SoftmaxAttention):
             spread = self.num_heads // groups
             k_pos = pos.clamp(min=0).repeat_interleave(spread, 0)[None]
             q_pos = torch.arange(seen, seen + n, device=device)
-            allowed = (self.pattern & call["mask"]).at(q_pos, k_pos)
+            allowed = mask.at(q_pos, k_pos)
             allowed = allowed & there.repeat_interleave(spread, 1).unsqueeze(-2)
-            call = {**call, "mask": masks.explicit(allowed), "valid": None, "q_pos": None}
-            out = super()._mix_heads(q, k, v, shared, **call)
+            call = call.but(mask=masks.explicit(allowed), valid=None, q_pos=None)
+            out = super()._mix_heads(q, k, v, call, notes)
         elif self._blockwise(call):
             plan = self._plan(n, device)
-            out = block_sparse_attention(q, k, v, plan, valid=call["valid"], mask=call["mask"], scale=self.scale)
+            out = block_sparse_attention(q, k, v, plan, valid=call.valid, mask=call.mask, scale=self.scale)
         else:
-            out = super()._mix_heads(q, k, v, shared, **{**call, "mask": self.pattern & call["mask"]})
-        if shared["keeps"]:
-            shared["state"] = self._evict(k, v, pos, there, seen + n)
+            out = super()._mix_heads(q, k, v, call.but(mask=mask), notes)
+        if keeps:
+            notes.kept = self._evict(k, v, pos, there, seen + n)
         return out
 
-    def _blockwise(self, call: dict[str, Any]) -> bool:
+    def _blockwise(self, call: HeadCall) -> bool:
         """Whether the executor of block plans, which touches only allowed blocks, can serve the call."""
-        plain = isinstance(self.normalizer, Softmax) and not call["dropout_p"] and not call.get("return_weights")
+        plain = isinstance(self.normalizer, Softmax) and not call.dropout_p and not call.return_weights
         return plain and not torch.compiler.is_compiling()

@@ -13,6 +13,7 @@ from ...ops.linear import linear_attention
 from ...positions import alibi_slopes
 from ...types import Output, State, Traits, check_choice, stats_dtype
 from ..base import Mechanism
+from ..frame import Stream
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
 from ..released import Released, Rule, split_rule
@@ -159,35 +160,27 @@ class LightningAttention2(Mechanism):
         self.lrpe = LinearizedRotary(num_heads, self.head_dim) if lrpe else None
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def mix(
+    def mix(  # type: ignore[override]
         self,
         x: Tensor,
-        context: Tensor | None = None,
         *,
         valid: Tensor | None = None,
         state: State | None = None,
         returns: tuple[str, ...] = (),
-        **_: Any,
     ) -> Output:
         act, act_v = feature_map(self.activation), feature_map(self.value_activation)
         q, k, v = (split_heads(t, self.num_heads) for t in (act(self.q(x)), act(self.k(x)), act_v(self.v(x))))
         exists = flat_valid(valid)
-        tokens = None
-        if self.lrpe is not None or "state" in returns:
-            now = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if exists is None else exists.long()
-            past = now.new_zeros(x.shape[0]) if state is None else state["tokens"]
-            tokens = past + now.sum(1)
-            if self.lrpe is not None:
-                pos = past[:, None] + now.cumsum(1) - 1
-                q, k = self.lrpe(q, pos), self.lrpe(k, pos)
+        stream = Stream(x, exists, state, "state" in returns)
+        if self.lrpe is not None:
+            q, k = self.lrpe(q, stream.positions), self.lrpe(k, stream.positions)
         out, final = linear_attention(
             q, k, v, decay=-self.slopes, valid=exists, state=state, chunk=self.chunk, return_state=True
         )
         y = self.norm(merge_heads(out))
         if self.gate is not None:
             y = self.gate(x) * y
-        new_state = final.replace(tokens=tokens) if "state" in returns else None
-        return Output(self.proj(y), state=new_state)
+        return Output(self.proj(y), state=stream.next(**final.tensors))
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -224,15 +224,13 @@ class LoLCATs(Mechanism):
             "transfer_xent": entropy.masked_fill(~rows, 0.0).sum() / count,
         }
 
-    def mix(
+    def mix(  # type: ignore[override]
         self,
         x: Tensor,
-        context: Tensor | None = None,
         *,
         valid: Tensor | None = None,
         state: State | None = None,
         returns: tuple[str, ...] = (),
-        **_: Any,
     ) -> Output:
         batch, n, _c = x.shape
         window = self.window_size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from ...ops.toeplitz import FORMS, toeplitz_attention
 from ...positions import relative_offsets
 from ...types import Output, State, Traits, check_choice, to_tuple
 from ..base import Mechanism
+from ..frame import Stream
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
 
@@ -163,34 +163,23 @@ class KernelizedRelativeAttention(Mechanism):
             return trigonometric_random_features(x, self.directions)
         return positive_random_features(x, self.directions, stable=queries)
 
-    def mix(
+    def mix(  # type: ignore[override]
         self,
         x: Tensor,
-        context: Tensor | None = None,
         *,
         valid: Tensor | None = None,
         state: State | None = None,
         returns: tuple[str, ...] = (),
-        **_: Any,
     ) -> Output:
         grid, exists = x.shape[1:-1], flat_valid(valid)
         q, k, v = (split_heads(f(x), self.num_heads) for f in (self.q, self.k, self.v))
-        n, new_state, form = q.shape[2], None, self.form
-        if state is not None:
-            expected = (x.shape[0], self.num_heads, self.head_dim)
-            if (*state["k"].shape[:2], state["k"].shape[3]) != expected:
-                raise ValueError(
-                    f"state k must be (B, H, M, D) with B={expected[0]}, H={expected[1]}, D={expected[2]}, got "
-                    f"{tuple(state['k'].shape)}; it was made by another mechanism or for another batch"
-                )
-            k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
-            form = "direct" if n <= FEW else form
-        if state is not None or "state" in returns:
-            exists = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if exists is None else exists
-            if state is not None:
-                exists = torch.cat([state["valid"], exists], 1)
-            if "state" in returns:
-                new_state = State({"k": k, "v": v, "valid": exists})
+        n, form = q.shape[2], self.form
+        stream = Stream(x.flatten(1, -2), exists, state, "state" in returns)
+        k, v = stream.join(k=k, v=v)
+        exists = stream.exists
+        new_state = stream.next(k=k, v=v, valid=stream.slots)
+        if state is not None and n <= FEW:
+            form = "direct"
         if not torch.compiler.is_compiling() and n == 0:  # there are no displacements
             weights = q.new_zeros(*q.shape[:3], k.shape[2]) if "weights" in returns else None
             return Output(self.proj(merge_heads(q, grid)), state=new_state, weights=weights)

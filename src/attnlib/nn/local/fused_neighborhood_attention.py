@@ -144,17 +144,15 @@ class FusedNeighborhoodAttention(Mechanism):
     def _window(self) -> dict[str, Any]:
         return dict(kernel_size=self.kernel_size, dilation=self.dilation, stride=self.stride, causal=self.causal)
 
-    def mix(
+    def mix(  # type: ignore[override]
         self,
         x: Tensor,
-        context: Tensor | None = None,
         *,
         layout: Layout | None = None,
         valid: Tensor | None = None,
         mask: masks.Mask | None = None,
         state: State | None = None,
         returns: tuple[str, ...] = (),
-        **_: Any,
     ) -> Output:
         shape, exists = x.shape[1:-1], flat_valid(valid)
         grid = tuple(shape) if layout is None else layout.grid()

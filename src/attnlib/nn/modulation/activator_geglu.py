@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...types import Output, State, Traits, check_rank
 from ..base import Mechanism
+from ..frame import Stream
+from ..layers import flat_valid
 from ..registry import register
 from ..released import Released
 
@@ -54,29 +54,26 @@ class ActivatorUnit(Mechanism):
         self.norm = nn.LayerNorm(hidden) if norm else None
         self.value_norm = nn.LayerNorm(hidden) if norm and not shared_norm else None
 
-    def mix(
+    def mix(  # type: ignore[override]
         self,
         x: Tensor,
-        context: Tensor | None = None,
         *,
         valid: Tensor | None = None,
         state: State | None = None,
         returns: tuple[str, ...] = (),
-        **_: Any,
     ) -> Output:
         gate, value = F.gelu(self.gate(x)), self.value(x)
         if self.norm is not None:
             gate, value = self.norm(gate), (self.value_norm or self.norm)(value)
-        now = torch.full((x.shape[0],), x.shape[1], device=x.device) if valid is None else valid.flatten(1).sum(1)
         # nothing is remembered but how far the sequence has come
-        new = State({"tokens": now if state is None else state["tokens"] + now}) if "state" in returns else None
+        new = Stream(x.flatten(1, -2), flat_valid(valid), state, "state" in returns).next()
         return Output(self.proj(gate * value), state=new)
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From the authors' ``ActivatorGatingUnit``, ``ActivatorBlock`` or ``ACTIVATORImageClassification``."""
         theirs = Released(state_dict, "ActivatorGatingUnit, ActivatorBlock or ACTIVATORImageClassification")
-        out = {}
+        out: dict[str, Tensor] = {}
         # a block in the classifier, a unit in a block, or either alone
         for block, ours in ((r"model\.(\d+)\.", r"blocks.\1."), (r"()", r"\1")):
             for unit, inside in ((r"actgu\.", "unit."), ("", "")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ class FocalModulation(Mechanism):
         _, modulator, gates = self._parts(x, valid)
         return modulator, gates
 
-    def mix(self, x: Tensor, context: Tensor | None = None, *, valid: Tensor | None = None, **_: Any) -> Tensor:
+    def mix(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
         query, modulator, _gates = self._parts(x, valid)
         return self.proj_drop(self.proj(self.norm(modulate(query, modulator))))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...types import Output, State, Traits, check_choice, check_valid, stats_dtype
 from ..base import Mechanism
-from ..layers import zero_invalid
+from ..frame import Stream
+from ..layers import flat_valid, zero_invalid
 from ..registry import register
 from ..released import Released
 
@@ -174,21 +174,18 @@ class GaussianAdaptiveAttention(Mechanism):
         spread = mean.max() - mean.min()
         return torch.where(spread > 0, (mean - mean.min()) / torch.where(spread > 0, spread, 1.0), 0.0)
 
-    def mix(
+    def mix(  # type: ignore[override]
         self,
         x: Tensor,
-        context: Tensor | None = None,
         *,
         valid: Tensor | None = None,
         state: State | None = None,
         returns: tuple[str, ...] = (),
-        **_: Any,
     ) -> Output:
         x = zero_invalid(x, valid)
         y = x * self.gate(x, valid).to(x.dtype)
-        now = torch.full((x.shape[0],), x.shape[1], device=x.device) if valid is None else valid.flatten(1).sum(1)
         # nothing is remembered but how far the sequence has come
-        new = State({"tokens": now if state is None else state["tokens"] + now}) if "state" in returns else None
+        new = Stream(x.flatten(1, -2), flat_valid(valid), state, "state" in returns).next()
         return Output(x + y if self.residual else y, state=new)
 
     @staticmethod

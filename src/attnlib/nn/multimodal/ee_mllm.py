@@ -13,6 +13,7 @@ from ...grids import Layout
 from ...positions import rotary_angles, rotate
 from ...types import Output, State, Traits, check_choice
 from ..dense.softmax_attention import SoftmaxAttention
+from ..frame import HeadCall, HeadFrame, Notes, Stream
 from ..layers import merge_heads, split_heads
 from ..registry import register
 
@@ -21,7 +22,7 @@ VARIANTS = ("ffn", "vo+ffn", "frozen")
 
 
 @register("ee-mllm", "composite-attention")
-class CompositeAttention(SoftmaxAttention):
+class CompositeAttention(HeadFrame[Notes]):
     """Causal attention whose queries are the tokens beside the image alone.
 
     Text: ``q = t W_Q``, keys and values of image and text, causal, as ever. Image tokens attend to nobody but
@@ -34,7 +35,7 @@ class CompositeAttention(SoftmaxAttention):
 
     Args:
         dim, num_heads, num_kv_heads, head_dim, qkv_bias, proj_bias, qk_norm, rotary, normalizer, attn_drop: as in
-            :class:`~attnlib.nn.dense.softmax_attention.SoftmaxAttention`.
+            :class:`~attnlib.nn.frame.HeadFrame`.
         aligner: ``"vo"`` or ``"none"``.
         image: segment of the layout; the only one that is a grid by default.
 
@@ -47,7 +48,7 @@ class CompositeAttention(SoftmaxAttention):
     torch.Size([2, 9, 16])
     """
 
-    class_traits = SoftmaxAttention.class_traits.but(
+    class_traits = HeadFrame.class_traits.but(
         patterns=frozenset({"causal-self"}), grid_ranks=frozenset({1}), permutation_equivariant=False
     )
 
@@ -73,15 +74,26 @@ class CompositeAttention(SoftmaxAttention):
     def traits(self) -> Traits:
         return self.class_traits
 
-    def mix(self, x: Tensor, context: Tensor | None = None, *, layout: Layout | None = None, **call: Any) -> Output:
+    def mix(  # type: ignore[override]
+        self,
+        x: Tensor,
+        *,
+        layout: Layout | None = None,
+        valid: Tensor | None = None,
+        mask: masks.Mask | None = None,
+        state: State | None = None,
+        returns: tuple[str, ...] = (),
+    ) -> Output:
         if layout is None:
-            return super().mix(x, context, **call)
+            return super().mix(x, valid=valid, mask=mask, state=state, returns=returns)
         start, stop = layout.span(layout.grid_name() if self.image is None else self.image)
-        return self._composite(x, start, stop, **call)
+        return self._composite(x, start, stop, valid, mask, state, returns)
+
+    convert_state_dict = staticmethod(SoftmaxAttention.convert_state_dict)
 
     def _composite(
-        self, x: Tensor, start: int, stop: int, *, valid: Tensor | None = None, mask: masks.Mask | None = None,
-        state: State | None = None, returns: tuple[str, ...] = (), **_: Any,
+        self, x: Tensor, start: int, stop: int, valid: Tensor | None, mask: masks.Mask | None, state: State | None,
+        returns: tuple[str, ...],
     ) -> Output:  # fmt: skip
         batch, n = x.shape[:2]
         at = torch.arange(n, device=x.device)
@@ -90,26 +102,19 @@ class CompositeAttention(SoftmaxAttention):
         q = self.q_norm(split_heads(self.q(text), self.num_heads))
         k = self.k_norm(split_heads(self.k(x), self.num_kv_heads))
         v = own = split_heads(self.v(x), self.num_v_heads)
-        exists = now = torch.ones(batch, n, dtype=torch.bool, device=x.device) if valid is None else valid
-        past = now.new_zeros(batch).long() if state is None else state["tokens"]
+        stream = Stream(x, valid, state, "state" in returns)
         if self.rotary is not None:
-            angles = rotary_angles(past[:, None] + now.long().cumsum(1) - 1, self.head_dim, self.rotary)
+            angles = rotary_angles(stream.positions, self.head_dim, self.rotary)
             q = rotate(q, torch.cat([angles[:, :start], angles[:, stop:]], 1), self.rotary_interleaved)
             k = rotate(k, angles, self.rotary_interleaved)
-        before = 0
-        if state is not None:
-            before = state["k"].shape[2]
-            k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
-            exists = torch.cat([state["valid"], now], 1)
-        new = State({"k": k, "v": v, "valid": exists, "tokens": past + now.long().sum(1)})
-        mask = masks.causal() if mask is None else masks.causal() & mask
-        weights = None
-        asked = "weights" in returns
-        out = self._mix_heads(
-            q, k, v, {}, mask=mask, valid=None if valid is None and state is None else exists, q_pos=rows + before,
-            dropout_p=self.attn_drop if self.training else 0.0, **({"return_weights": True} if asked else {}),
+        k, v = stream.join(k=k, v=v)
+        before, exists, weights = stream.start, stream.exists, None
+        call = HeadCall(
+            stream.mask(mask), exists, rows + before, dropout_p=self.attn_drop if self.training else 0.0,
+            return_weights="weights" in returns,
         )  # fmt: skip
-        if asked:
+        out = self._mix_heads(q, k, v, call, self._notes(valid, None, state, returns))
+        if call.return_weights:
             out, read = out
             weights = read.new_zeros(batch, self.num_heads, n, k.shape[2]).index_copy(2, rows, read)
             if self.aligner == "vo":
@@ -123,7 +128,8 @@ class CompositeAttention(SoftmaxAttention):
         else:
             picture = torch.zeros_like(picture, dtype=y.dtype)
         y = torch.cat([y[:, :start], picture, y[:, start:]], 1)
-        return Output(y, state=new if "state" in returns else None, weights=weights)
+        new = stream.next(k=k, v=v, valid=stream.slots)
+        return Output(y, state=new, weights=weights)
 
 
 class CompositeBlock(nn.Module):

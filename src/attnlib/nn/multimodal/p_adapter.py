@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...types import Traits, check_divides, exactly, stats_dtype
-from ..dense.softmax_attention import SoftmaxAttention
+from ..frame import HeadCall, HeadFrame, Notes
 from ..layers import merge_heads
 from ..registry import register
 from ..released import Released, Rule
@@ -156,15 +157,25 @@ def pool_nodes(weights: Tensor, nodes: Tensor, count: int, valid: Tensor | None 
     return pooled, both[..., :-1] / torch.where(share == 0, torch.ones_like(share), share)
 
 
+@dataclass
+class AdapterNotes(Notes):
+    """The attention map, (B, M, C) nodes, their validity, and in cross-attention the queries as nodes."""
+
+    weights: Tensor | None = None
+    nodes: Tensor | None = None
+    exists: Tensor | None = None
+    queries: Tensor | None = None
+
+
 @register("p-adapter", "p-laplacian-adapter")
-class PLaplacianAttention(SoftmaxAttention):
+class PLaplacianAttention(HeadFrame[AdapterNotes]):
     """Softmax attention with a :class:`PLaplacianAdapter` behind its output projection.
 
     Freeze everything but ``adapter`` to train as the paper does. In self-attention the nodes are the values; in
     cross-attention the queries read the keys averaged to ``pooled`` nodes.
 
     Args:
-        dim, num_heads, num_kv_heads, ...: as in :class:`~attnlib.nn.dense.softmax_attention.SoftmaxAttention`.
+        dim, num_heads, num_kv_heads, ...: as in :class:`HeadFrame`.
         cross: for a context. It takes no mask then: averaged nodes would show hidden keys to every query.
         reduction, p, learn_p, mu, restart: of :class:`PLaplacianAdapter`.
         pooled: nodes of a context.
@@ -177,7 +188,8 @@ class PLaplacianAttention(SoftmaxAttention):
     torch.Size([2, 5, 16])
     """
 
-    class_traits = SoftmaxAttention.class_traits.but(memory={"N": 2})
+    class_traits = HeadFrame.class_traits.but(memory={"N": 2})
+    notes_type = AdapterNotes
 
     def __init__(
         self,
@@ -219,23 +231,23 @@ class PLaplacianAttention(SoftmaxAttention):
             memory={"N": 2},
         )
 
-    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], **call: Any) -> Any:
-        asked = call.pop("return_weights", False)
-        out, weights = super()._mix_heads(q, k, v, shared, return_weights=True, **call)
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: AdapterNotes) -> Any:
+        out, weights = super()._mix_heads(q, k, v, call.but(return_weights=True), notes)
         if self.cross:
-            v = v if call["valid"] is None else v.masked_fill(~call["valid"][:, None, :, None], 0.0)
-            shared["queries"] = self._nodes(q)
-        shared |= {"weights": weights, "nodes": self._nodes(v), "exists": call["valid"]}
-        return (out, weights) if asked else out
+            v = v if call.valid is None else v.masked_fill(~call.valid[:, None, :, None], 0.0)
+            notes.queries = self._nodes(q)
+        notes.weights, notes.nodes, notes.exists = weights, self._nodes(v), call.valid
+        return (out, weights) if call.return_weights else out
 
     def _nodes(self, heads: Tensor) -> Tensor:
         return merge_heads(heads.repeat_interleave(self.num_heads // heads.shape[1], 1))
 
-    def _project(self, out: Tensor, shared: dict[str, Any], grid: torch.Size) -> Tensor:
+    def _project(self, out: Tensor, notes: AdapterNotes, grid: torch.Size) -> Tensor:
         y = self.proj(merge_heads(out))
-        weights, nodes, queries = shared["weights"], shared["nodes"], shared.get("queries")
+        weights, nodes, queries = notes.weights, notes.nodes, notes.queries
+        assert weights is not None and nodes is not None
         if queries is not None:
-            weights, nodes = pool_nodes(weights, nodes, self.pooled, shared["exists"])
+            weights, nodes = pool_nodes(weights, nodes, self.pooled, notes.exists)
             queries = self.proj(queries)
         return self.adapter(y, weights, self.proj(nodes), queries).unflatten(1, grid)
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from ... import masks
 from ...types import Output, Traits, check_rank, check_valid, check_width
 from ..dense.softmax_attention import SoftmaxAttention
+from ..frame import HeadFrame, Notes
 from ..layers import Mlp, zero_invalid
 from ..registry import register
 
 
 @register("video-ccam", "causal-frames-attention")
-class CausalFrameAttention(SoftmaxAttention):
+class CausalFrameAttention(HeadFrame[Notes]):
     """Cross-attention in which query ``i`` of N reads frames ``0 .. floor(i T / N)`` of T.
 
     The order of queries carries time, so frames need no position of their own, and a video of any length becomes the
@@ -28,7 +29,7 @@ class CausalFrameAttention(SoftmaxAttention):
 
     Args:
         dim, num_heads, num_kv_heads, head_dim, context_dim, qkv_bias, proj_bias, qk_norm, attn_drop: as in
-            :class:`~attnlib.nn.dense.softmax_attention.SoftmaxAttention`.
+            :class:`~attnlib.nn.frame.HeadFrame`.
 
     The paper's rounding is not known (its modelling code is not public): ``floor`` is the choice made here. That
     repeating every frame changes nothing, as the paper's argument for longer videos goes, then holds for the queries
@@ -79,11 +80,21 @@ class CausalFrameAttention(SoftmaxAttention):
             return None
         return masks.causal_frames(queries, frames if counts is None else counts, size)
 
-    def mix(self, x: Tensor, context: Tensor | None = None, *, mask: masks.Mask | None = None, **call: Any) -> Output:
-        assert context is not None
-        order = self._order(x.shape[1], context, call.get("context_valid"))
+    def mix(  # type: ignore[override]
+        self,
+        x: Tensor,
+        context: Tensor,
+        *,
+        valid: Tensor | None = None,
+        context_valid: Tensor | None = None,
+        mask: masks.Mask | None = None,
+        returns: tuple[str, ...] = (),
+    ) -> Output:
+        order = self._order(x.shape[1], context, context_valid)
         mask = mask if order is None else order if mask is None else order & mask
-        return super().mix(x, context, mask=mask, **call)
+        return super().mix(x, context, valid=valid, context_valid=context_valid, mask=mask, returns=returns)
+
+    convert_state_dict = staticmethod(SoftmaxAttention.convert_state_dict)
 
 
 class VideoProjector(nn.Module):

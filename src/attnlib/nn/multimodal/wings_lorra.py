@@ -120,17 +120,15 @@ class LowRankResidualAttention(Mechanism):
         y = self.proj(merge_heads(out))
         return (y, weights) if return_weights else y
 
-    def mix(
+    def mix(  # type: ignore[override]
         self,
         x: Tensor,
-        context: Tensor | None = None,
+        context: Tensor,
         *,
         context_valid: Tensor | None = None,
         mask: Mask | None = None,
         returns: tuple[str, ...] = (),
-        **_: Any,
     ) -> Output:
-        assert context is not None
         asked = "weights" in returns
         result = self.attend(
             x.flatten(1, -2), context.flatten(1, -2), valid=flat_valid(context_valid), mask=mask, return_weights=asked

@@ -110,14 +110,12 @@ class PartitionAttention(Mechanism):
             grid_ranks=frozenset({len(self.window_size)}), grid_multiple=math.lcm(*self.window_size)
         )
 
-    def mix(
+    def mix(  # type: ignore[override]
         self,
         x: Tensor,
-        context: Tensor | None = None,
         *,
         valid: Tensor | None = None,
         mask: Mask | None = None,
-        **_: Any,
     ) -> Tensor:
         grid = x.shape[1:-1]
         check_windows(grid, self.window_size)
@@ -229,7 +227,7 @@ class MaxSA(Mechanism):
         halves = self.block.traits, self.grid.traits
         return halves[0].but(mask=False, grid_multiple=math.lcm(*(half.grid_multiple for half in halves)))
 
-    def mix(self, x: Tensor, context: Tensor | None = None, *, valid: Tensor | None = None, **_: Any) -> Tensor:
+    def mix(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
         check_windows(x.shape[1:-1], self.grid.window_size, "grid_size")
         local = self.block(x, valid=valid)
         return local + self.grid(self.norm(x + local), valid=valid)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...grids import block_windows, crop_grid, flatten_grid, pad_to_multiple, unblock_windows
+from ...grids import Layout, block_windows, crop_grid, flatten_grid, pad_to_multiple, unblock_windows
 from ...ops.reduced import adaptive_pool_tokens, agent_attention
 from ...types import Traits, check_choice, check_divides, to_tuple
 from ..base import Mechanism
@@ -254,11 +254,13 @@ class AgentAttention(Mechanism):
     def traits(self) -> Traits:
         return self.class_traits.but(layout=not self.windows)
 
-    def mix(self, x: Tensor, context: Tensor | None = None, *, valid: Tensor | None = None, **call: Any) -> Tensor:
+    def mix(  # type: ignore[override]
+        self, x: Tensor, *, layout: Layout | None = None, valid: Tensor | None = None
+    ) -> Tensor:
         x = zero_invalid(x, valid)
         if self.windows:
             return self.proj_drop(self.proj(self._windowed(x, valid)))
-        layout, before, after = call.get("layout"), 0, 0
+        before = after = 0
         if layout is None:
             (flat, grid), exists = flatten_grid(x), flat_valid(valid)
         else:

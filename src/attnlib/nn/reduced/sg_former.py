@@ -217,12 +217,12 @@ class SelfGuidedAttention(Mechanism):
 
     # ---- self-guided
 
-    def make_plan(
-        self, x: Tensor, context: Tensor | None = None, *, carry: Any = None, valid: Tensor | None = None, **_: Any
+    def make_plan(  # type: ignore[override]
+        self, x: Tensor, *, carry: Any = None, valid: Tensor | None = None
     ) -> Plan:
         """Tokens by rising significance, (B, N) row-major numbers, from both scans."""
         if self.role != "guided":
-            return super().make_plan(x, context)
+            return super().make_plan(x)
         if carry is None:
             raise ValueError(
                 "role='guided' needs the significance map (B, H, W) as carry: "
@@ -290,16 +290,14 @@ class SelfGuidedAttention(Mechanism):
 
     # ---- the layer
 
-    def mix(
+    def mix(  # type: ignore[override]
         self,
         x: Tensor,
-        context: Tensor | None = None,
         *,
         valid: Tensor | None = None,
         plan: Plan | None = None,
         carry: Any = None,
         returns: tuple[str, ...] = (),
-        **_: Any,
     ) -> Output:
         if self.role == "hybrid":
             out, carry = self._hybrid(x, valid, "carry" in returns)

@@ -221,7 +221,6 @@ class DeformableAttention(Mechanism):
         valid: Tensor | None = None,
         context_valid: Tensor | None = None,
         carry: Any = None,
-        **_: Any,
     ) -> Output:
         queries = x.flatten(1, -2)
         source, shapes = self._source(x, context, layout)

@@ -135,15 +135,14 @@ class DeformableAttention3D(DeformableAttention):
         points = carry.flatten(1, len(lead) - 1)
         return points if points.dim() == 4 else points.unsqueeze(2)
 
-    def mix(
+    def mix(  # type: ignore[override]
         self,
         x: Tensor,
-        context: Tensor | None = None,
+        context: Tensor,
         *,
         context_valid: Tensor | None = None,
         carry: Any = None,
         returns: tuple[str, ...] = (),
-        **_: Any,
     ) -> Output:
         queries = x.flatten(1, -2)
         source, shapes = self._source(x, context, None)

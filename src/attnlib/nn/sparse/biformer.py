@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -215,7 +214,7 @@ class BiLevelRoutingAttention(Mechanism):
         allowed = None if exists is None else exists.flatten(2).any(-1)[:, None, None]
         return topk_blocks(affinity, self.topk, q_block, k_block, regions * q_block, regions * k_block, allowed=allowed)
 
-    def make_plan(self, x: Tensor, context: Tensor | None = None, *, valid: Tensor | None = None, **_: Any) -> Plan:
+    def make_plan(self, x: Tensor, *, valid: Tensor | None = None) -> Plan:  # type: ignore[override]
         region = self.region(x.shape[1:3])
         q, k, _v = self._project(x, valid, region)
         exists = self._exists(x, valid, region, attended=False)
@@ -265,14 +264,12 @@ class BiLevelRoutingAttention(Mechanism):
 
     # ---- the mechanism
 
-    def mix(
+    def mix(  # type: ignore[override]
         self,
         x: Tensor,
-        context: Tensor | None = None,
         *,
         valid: Tensor | None = None,
         plan: Plan | None = None,
-        **_: Any,
     ) -> Tensor:
         grid = x.shape[1:3]
         region = self.region(grid)

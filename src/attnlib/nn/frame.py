@@ -1,0 +1,327 @@
+"""What mechanisms of queries, keys and values share: projections, head layout, positions, causal state, validity, mask.
+
+:class:`HeadFrame` is the whole path from tokens to tokens; a mechanism on it says only how heads attend.
+:class:`Stream` is the causal part of it alone, for mechanisms with projections or states of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..grids import Layout
+from ..masks import Mask, causal
+from ..normalizers import Normalizer, as_normalizer
+from ..ops import attention
+from ..positions import Bias, alibi, rotary_angles, rotate
+from ..types import Output, Plan, State, Traits, check_divides
+from .base import Mechanism
+from .layers import flat_valid, head_dim_of, merge_heads, split_heads
+
+
+class Stream:
+    """The new tokens of a causal sequence: behind those that a state remembers, some of them perhaps absent.
+
+    Args:
+        x: (B, n, ...) new tokens, for their number and device.
+        valid: (B, n) boolean, which of them exist.
+        state: what the last call left; it holds ``tokens`` (B,), the number of tokens that exist so far, or ``valid``
+            (B, M), which remembered slots hold one.
+        keep: whether the next state is asked for.
+
+    >>> stream = Stream(torch.zeros(2, 3, 8), None, State({"tokens": torch.tensor([0, 4])}), keep=True)
+    >>> stream.positions.tolist(), stream.tokens.tolist()
+    ([[0, 1, 2], [4, 5, 6]], [3, 7])
+    """
+
+    def __init__(self, x: Tensor, valid: Tensor | None, state: State | None, keep: bool):
+        self.batch, self.new, self.device = x.shape[0], x.shape[1], x.device
+        self.valid, self.state, self.keep = valid, state, keep
+
+    @property
+    def now(self) -> Tensor:
+        """(B, n) boolean, which of the new tokens exist."""
+        if self.valid is not None:
+            return self.valid
+        return torch.ones(self.batch, self.new, dtype=torch.bool, device=self.device)
+
+    @property
+    def past(self) -> Tensor:
+        """(B,) tokens that exist before the new ones."""
+        if self.state is None:
+            return torch.zeros(self.batch, dtype=torch.long, device=self.device)
+        return self.state["tokens"] if "tokens" in self.state else self.state["valid"].sum(1)
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B,) tokens that exist, the new ones included."""
+        return self.past + self.now.sum(1)
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, n), or (1, n) where all samples agree: positions of the new tokens, counting those that exist."""
+        if self.valid is None and self.state is None:
+            return torch.arange(self.new, device=self.device)[None]
+        return self.past[:, None] + self.now.long().cumsum(1) - 1
+
+    @property
+    def start(self) -> int:
+        """Slots of keys before the new ones."""
+        return 0 if self.state is None else self.state["k"].shape[2]
+
+    @property
+    def q_pos(self) -> Tensor | None:
+        """(n,) slots of the new tokens; ``None`` at the start, where they are the first."""
+        return torch.arange(self.start, self.start + self.new, device=self.device) if self.start else None
+
+    @property
+    def slots(self) -> Tensor:
+        """(B, M) boolean, which keys exist, remembered ones included."""
+        return self.now if self.state is None else torch.cat([self.state["valid"], self.now], 1)
+
+    @property
+    def exists(self) -> Tensor | None:
+        """The same; ``None`` when all do, for sure."""
+        return self.valid if self.state is None and not self.keep else self.slots
+
+    def join(self, **new: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values (B, H, n, D), by the names they have in the state, behind the remembered ones."""
+        if self.state is None:
+            return tuple(new.values())
+        for name, tensor in new.items():
+            old = self.state[name]
+            if (*old.shape[:2], *old.shape[3:]) != (*tensor.shape[:2], *tensor.shape[3:]) or old.dim() != tensor.dim():
+                shape = (*tensor.shape[:2], "M", *tensor.shape[3:])
+                raise ValueError(
+                    f"state holds {name} of shape {tuple(old.shape)}, this call needs ({', '.join(map(str, shape))}); "
+                    "it was made by another mechanism or for another batch"
+                )
+        return tuple(torch.cat([self.state[name], tensor], 2) for name, tensor in new.items())
+
+    def next(self, **tensors: Tensor) -> State | None:
+        """The state after the new tokens, ``tokens`` included, if it is asked for."""
+        return State({**tensors, "tokens": self.tokens}) if self.keep else None
+
+    @staticmethod
+    def mask(mask: Mask | None) -> Mask:
+        """``mask``, and nothing later than the query."""
+        return causal() if mask is None else causal() & mask
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """What the operator on heads gets beside queries, keys and values.
+
+    Args:
+        mask: which pairs may meet, the causal order included.
+        valid: (B, M) boolean, which keys exist.
+        q_pos: (n,) slots of the queries among the keys; ``None`` when they are the first.
+        bias: added to the scores.
+        dropout_p: dropout of the weights.
+        return_weights: return ``(out, weights)`` instead of ``out``.
+    """
+
+    mask: Mask | None = None
+    valid: Tensor | None = None
+    q_pos: Tensor | None = None
+    bias: Bias | None = None
+    dropout_p: float = 0.0
+    return_weights: bool = False
+
+    def but(self, **changes: Any) -> HeadCall:
+        """The same with some fields changed."""
+        return replace(self, **changes)
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of :func:`attnlib.ops.attention`."""
+        return dict(
+            mask=self.mask, valid=self.valid, q_pos=self.q_pos, bias=self.bias, dropout_p=self.dropout_p,
+            return_weights=self.return_weights,
+        )  # fmt: skip
+
+
+@dataclass
+class Notes:
+    """What the hooks of one call of a :class:`HeadFrame` tell each other; a mechanism adds fields in a subclass.
+
+    Args:
+        valid: (B, N) boolean, which tokens of ``x`` exist.
+        plan, state, returns: of the call.
+        losses: set by a hook; returned.
+        kept: set by a hook; tensors that join the state, or take the place of the frame's own there.
+    """
+
+    valid: Tensor | None
+    plan: Plan | None
+    state: State | None
+    returns: tuple[str, ...]
+    losses: dict[str, Tensor] | None = None
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+
+N = TypeVar("N", bound=Notes)
+
+
+class HeadFrame(Mechanism, Generic[N]):
+    """Tokens to heads, one operator, and back: what softmax attention and its relatives have in common.
+
+    Works on sequences, images and videos (all tokens of the grid are flattened; with a layout, tokens beside the grid
+    are tokens like others), as self- and cross-attention, causal or not, with any mask, and decodes with a key/value
+    cache that keeps the validity of each token, so that left-padded batches decode right.
+
+    A mechanism overrides the hooks it differs in: :meth:`_begin`, :meth:`_rotate`, :meth:`_mix_heads` (the operator;
+    softmax attention, or another ``normalizer``, unless it says otherwise), :meth:`_gate`, :meth:`_project`. They share
+    one :class:`Notes`, of the class ``notes_type``.
+
+    Args:
+        dim: width of ``x``.
+        num_heads: query heads.
+        num_kv_heads: key/value heads; must divide ``num_heads``. Defaults to ``num_heads``.
+        head_dim: width of a head; ``dim / num_heads`` by default.
+        context_dim: width of ``context``; ``dim`` by default.
+        qkv_bias: biases of the query, key and value projections.
+        proj_bias: bias of the output projection.
+        qk_norm: LayerNorm of every head of the queries and of the keys.
+        causal: every token reads itself and earlier ones. With a context: reads all of it.
+        rotary: rotary positions with this base; ``None`` for none. Positions count valid tokens only.
+        rotary_interleaved: rotate neighbouring channels instead of the two halves.
+        alibi: linear distance penalties, one slope per head.
+        attn_drop: dropout of attention weights in training.
+        normalizer: how scores become weights; see :mod:`attnlib.normalizers`.
+    """
+
+    class_traits = Traits(
+        patterns=frozenset({"noncausal-self", "causal-self", "noncausal-cross", "causal-cross"}),
+        grid_ranks=frozenset({1, 2, 3}),
+        mask=True,
+        layout=True,
+        streaming=True,
+        work={"N": 2},
+        memory={"N": 1},
+        permutation_equivariant=True,
+        weights=True,
+    )
+    notes_type: ClassVar[type[Notes]] = Notes
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        qk_norm: bool = False,
+        causal: bool = False,
+        rotary: float | None = None,
+        rotary_interleaved: bool = False,
+        alibi: bool = False,
+        attn_drop: float = 0.0,
+        normalizer: str | Normalizer = "softmax",
+    ):
+        super().__init__(dim, context_dim)
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.head_dim = head_dim_of(dim, num_heads) if head_dim is None else head_dim
+        check_divides("num_kv_heads", self.num_kv_heads, "num_heads", num_heads)
+        self.num_v_heads = self.num_kv_heads
+        self.causal, self.rotary, self.rotary_interleaved = causal, rotary, rotary_interleaved
+        self.alibi, self.attn_drop = alibi, attn_drop
+        self.normalizer = as_normalizer(normalizer)
+        self.scale = self.head_dim**-0.5
+        self.q = nn.Linear(dim, num_heads * self.head_dim, bias=qkv_bias)
+        self.k = nn.Linear(self.context_dim, self.num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.v = nn.Linear(self.context_dim, self.num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(num_heads * self.head_dim, dim, bias=proj_bias)
+
+    @property
+    def traits(self) -> Traits:
+        patterns = {"causal-self", "causal-cross"} if self.causal else {"noncausal-self", "noncausal-cross"}
+        positional = self.rotary is not None or self.alibi
+        if positional:
+            patterns = {p for p in patterns if p.endswith("self")}
+        if self.context_dim != self.dim:
+            patterns = {p for p in patterns if p.endswith("cross")}
+        return self.class_traits.but(
+            patterns=frozenset(patterns),
+            grid_ranks=frozenset({1}) if self.causal else self.class_traits.grid_ranks,
+            streaming=self.causal and "causal-self" in patterns,
+            permutation_equivariant=not self.causal and not positional,
+        )
+
+    # ---- what a mechanism changes
+
+    def _begin(self, x: Tensor, q: Tensor, notes: N) -> None:
+        """Gates, routes and whatever else the hooks below share; ``x`` (B, N, C), ``q`` (B, H, N, D) not rotated."""
+
+    def _rotate(self, q: Tensor, k: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary positions of the new tokens; the keys go to the cache afterwards."""
+        return rotate(q, angles, self.rotary_interleaved), rotate(k, angles, self.rotary_interleaved)
+
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: N) -> Any:
+        """The operator: (B, H, N, Dv), or with ``call.return_weights`` that and (B, H, N, M)."""
+        return attention(q, k, v, scale=self.scale, normalizer=self.normalizer, **call.options())
+
+    def _gate(self, out: Tensor, notes: N) -> Tensor:
+        """(B, H, N, D) head outputs, before the output projection."""
+        return out
+
+    def _project(self, out: Tensor, notes: N, grid: torch.Size) -> Tensor:
+        """The output projection: (B, H, N, D) to (B, *grid, C)."""
+        return self.proj(merge_heads(out, grid))
+
+    # ---- the path
+
+    def _notes(self, valid: Tensor | None, plan: Plan | None, state: State | None, returns: tuple[str, ...]) -> N:
+        return self.notes_type(valid, plan, state, returns)  # type: ignore[return-value]
+
+    def mix(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        layout: Layout | None = None,
+        valid: Tensor | None = None,
+        context_valid: Tensor | None = None,
+        mask: Mask | None = None,
+        plan: Plan | None = None,
+        state: State | None = None,
+        returns: tuple[str, ...] = (),
+    ) -> Output:
+        grid, source = x.shape[1:-1], x if context is None else context
+        q, k, v = (
+            self.q_norm(split_heads(self.q(x), self.num_heads)),
+            self.k_norm(split_heads(self.k(source), self.num_kv_heads)),
+            split_heads(self.v(source), self.num_v_heads),
+        )
+        tokens, own_valid = x.flatten(1, -2), flat_valid(valid)
+        notes = self._notes(own_valid, plan, state, returns)
+        self._begin(tokens, q, notes)
+        exists = own_valid if context is None else flat_valid(context_valid)
+        ordered = self.causal and context is None
+        stream = Stream(tokens, exists, state if ordered else None, ordered and "state" in returns)
+        if self.rotary is not None:
+            q, k = self._rotate(q, k, rotary_angles(stream.positions, self.head_dim, self.rotary))
+        k, v = stream.join(k=k, v=v)
+        exists = stream.exists
+        bias: Bias | None = None
+        if self.alibi:
+            start, reach = stream.start, torch.arange(k.shape[2], device=x.device)
+            far = k.shape[2] - 1
+            bias = alibi(self.num_heads, reach[start:], reach, span=(-far, far - start))
+        call = HeadCall(
+            stream.mask(mask) if ordered else mask, exists, stream.q_pos, bias,
+            self.attn_drop if self.training else 0.0, "weights" in returns,
+        )  # fmt: skip
+        out, weights = self._mix_heads(q, k, v, call, notes), None
+        if call.return_weights:
+            out, weights = out
+        new = stream.next(**{"k": k, "v": v, "valid": stream.slots, **notes.kept}) if stream.keep else None
+        y = self._project(self._gate(out, notes), notes, grid)
+        return Output(y, state=new, weights=weights, losses=notes.losses)

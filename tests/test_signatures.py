@@ -1,0 +1,48 @@
+"""Nothing swallows arguments: every call of every mechanism says by name what it does not know."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from table import rows
+
+import attnlib
+from attnlib.nn.base import CALL, Mechanism
+from attnlib.nn.registry import find
+
+ROOT = Path(attnlib.__file__).parent
+ONE_EACH = list({case.name: case for case in rows() if ":" not in case.name}.values())
+
+
+def test_no_catch_all_in_the_sources():
+    found = []
+    for folder in ("nn", "models", "ops"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                # a fake kernel registered with torch gets what torch gives it
+                if re.search(r"\*\*_\w*\s*(:|\)|,)", line) and "no-untyped-def" not in line:
+                    found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("name", attnlib.list_mechanisms())
+def test_every_method_of_the_call_names_what_it_takes(name):
+    for cls in find(name).__mro__:
+        if not issubclass(cls, Mechanism) or cls is Mechanism:
+            continue
+        for method in ("mix", "make_plan"):
+            if method in vars(cls):
+                parameters = inspect.signature(vars(cls)[method]).parameters.values()
+                assert not any(p.kind is p.VAR_KEYWORD for p in parameters), f"{cls.__name__}.{method}"
+                assert {p.name for p in parameters} <= {"self", "x", *CALL}, f"{cls.__name__}.{method}"
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
+def test_an_unknown_argument_is_refused_by_name(case):
+    module = attnlib.create(case.name, **case.config).eval()
+    x = torch.randn(1, *case.grid, case.config["dim"])
+    for call in (module.forward, module.mix, module.plan, module.step):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'vaild'"):
+            call(x, vaild=torch.ones(x.shape[:-1], dtype=torch.bool))
