@@ -96,6 +96,10 @@ class KVCompression(Intervention):
         return self.budget.everything
 
     @property
+    def reads_weights(self) -> bool:  # type: ignore[override]
+        return self.scorer.reads_weights
+
+    @property
     def while_decoding(self) -> bool:  # type: ignore[override]
         return self.every is not None
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..hooks.call import BLOCK_ELEMENTS
+from ..hooks.call import BLOCK_ELEMENTS, score_rows, weights_of
 from ..hooks.hf.names import parameters_of, rotary_of, turn_of
-from ..hooks.site import Site
+from ..hooks.site import PairMask, Site
 from ..types import check_choice, stats_dtype
-from .votes import check_window, snapkv_votes
+from .votes import check_window, pooled_votes, snapkv_votes
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class CacheView:
         return self.valid.cumsum(-1) - 1
 
     def weights(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention weights of some of the queries over the cached keys.
+        """The model's own attention weights of some of the queries over the cached keys.
 
         Args:
             rows: (r,) indices into ``q``.
@@ -60,26 +60,39 @@ class CacheView:
         Returns:
             (B, H, r, M) weights in the statistics dtype, zeros for queries that may read nothing, and which pairs may
             meet, broadcastable to them.
+
+        Raises:
+            ValueError: a bias or sinks that belong to queries of earlier calls and are gone, or a kernel whose weights
+                are not known.
         """
-        batch, heads, n, dim = self.q.shape
-        groups, dtype = heads // self.k.shape[1], stats_dtype(self.q.dtype)
-        some = self.q.index_select(2, rows).to(dtype).reshape(batch, self.k.shape[1], -1, dim)
-        scores = (some @ self.k.to(dtype).transpose(-2, -1)).reshape(batch, heads, len(rows), -1) * self.site.scale
-        bias = None
-        if self.site.mask is not None and n == self.site.n_queries:
-            allowed, bias = self.site.mask.rows(rows)
-        else:
-            allowed = None
-        if allowed is None:  # queries of earlier calls, whose masks are gone: causal
+        site, heads, n = self.site, self.q.shape[1], self.q.shape[2]
+        groups, m = heads // self.k.shape[1], self.k.shape[2]
+        valid = self.valid[:, :, None]
+        valid = valid.repeat_interleave(groups, 1) if valid.shape[1] > 1 else valid
+        if site.mask is not None and n == site.n_queries:
+            allowed, bias = site.mask.rows(rows)
+            allowed = valid if allowed is None else allowed & valid
+        else:  # queries of earlier calls, whose masks are gone: causal
+            sinks = site.weighting.sinks
+            if (site.mask is not None and site.mask.bias is not None) or (sinks is not None and sinks.dim() > 1):
+                raise ValueError(
+                    f"layer {site.layer} ({site.name}): the model adds a bias to the scores of each query, and those "
+                    "of earlier calls are gone, so their weights cannot be computed; evict after the prompt only "
+                    "(every=None)"
+                )
             slots = self.slots if self.slots.dim() == 3 else self.slots[None, None]
             allowed = slots[:, :, None] <= self.q_slots[:, None, rows].unsqueeze(-1)
             allowed = allowed.repeat_interleave(groups, 1) if allowed.shape[1] > 1 else allowed
-        valid = self.valid[:, :, None]
-        allowed = allowed & (valid.repeat_interleave(groups, 1) if valid.shape[1] > 1 else valid)
-        if bias is not None:
-            scores = scores + bias.to(dtype)
-        scores = scores.masked_fill(~allowed, float("-inf"))
-        return torch.softmax(scores, -1).nan_to_num(0.0), allowed
+            allowed, bias = allowed & valid, None
+        some = self.q.index_select(2, rows)
+        here = torch.arange(len(rows), device=rows.device)
+        pair = PairMask(len(rows), m, allowed.expand(*allowed.shape[:2], len(rows), m), bias)
+        if site.weighting.sinks is not None and site.weighting.sinks.dim() > 1:
+            sinks = site.weighting.sinks
+            picked = sinks if sinks.shape[2] == 1 else sinks.index_select(2, rows)
+            site = site.but(weighting=replace(site.weighting, sinks=picked))
+        scores, _ = score_rows(site, some, self.k, here, pair)
+        return weights_of(site, scores, here), allowed
 
     def per_key_head(self, a: Tensor) -> Tensor:
         """(B, H, ...) averaged over the query heads of each key head: (B, Hk, ...)."""
@@ -92,10 +105,12 @@ class Scorer(ABC):
     Attributes:
         queries: last queries it reads; so many are remembered while decoding. After prefill it has all of them.
         protected: last keys that always stay.
+        reads_weights: it reads the attention weights of the model, and is refused where they are not known.
     """
 
     queries: int = 0
     protected: int = 0
+    reads_weights: bool = False
 
     @abstractmethod
     def score(self, view: CacheView) -> Tensor:
@@ -125,6 +140,7 @@ class Product(Scorer):
     def __post_init__(self) -> None:
         self.queries = max(s.queries for s in self.scorers)
         self.protected = max(s.protected for s in self.scorers)
+        self.reads_weights = any(s.reads_weights for s in self.scorers)
 
     def wants(self, site: Site) -> bool:
         return all([s.wants(site) for s in self.scorers])
@@ -158,6 +174,7 @@ class SnapKVVotes(Scorer):
     32
     """
 
+    reads_weights: ClassVar[bool] = True  # type: ignore[misc]
     window_size: int = 64
     kernel_size: int = 5
     pooling: str = "avg"
@@ -178,11 +195,22 @@ class SnapKVVotes(Scorer):
         return True
 
     def score(self, view: CacheView) -> Tensor:
-        window = min(self.window_size, view.q.shape[2], view.k.shape[2] - 1)
-        votes = snapkv_votes(
-            view.q, view.k, window, self.kernel_size, self.pooling, scale=view.site.scale, valid=view.valid,
-            compat=self.compat,
-        )  # fmt: skip
+        n, m = view.q.shape[2], view.k.shape[2]
+        window = min(self.window_size, n, m - 1)
+        if self.compat == "authors":
+            if not view.site.weighting.plain or (view.site.mask is not None and view.site.mask.bias is not None):
+                raise ValueError(
+                    f"layer {view.site.layer} ({view.site.name}): compat='authors' knows no caps, sinks or biases of "
+                    "scores; leave it out"
+                )
+            votes = snapkv_votes(
+                view.q, view.k, window, self.kernel_size, self.pooling, scale=view.site.scale, valid=view.valid,
+                compat=self.compat,
+            )  # fmt: skip
+        else:
+            weights, _ = view.weights(torch.arange(n - window, n, device=view.q.device))
+            votes = pooled_votes(weights[..., : m - window], view.k.shape[1], self.kernel_size, self.pooling)
+            votes = votes.masked_fill(~view.valid[..., : m - window], float("-inf"))
         return torch.nn.functional.pad(votes, (0, window), value=float("inf"))
 
 
@@ -277,6 +305,7 @@ class LastQuery(Scorer):
     1
     """
 
+    reads_weights: ClassVar[bool] = True  # type: ignore[misc]
     per_head: bool = False
     queries = 1
     protected = 1
@@ -303,6 +332,7 @@ class ObservedAttention(Scorer):
     256
     """
 
+    reads_weights: ClassVar[bool] = True  # type: ignore[misc]
     queries: int = 256
 
     def __post_init__(self) -> None:
@@ -344,6 +374,7 @@ class ExpectedAttention(Scorer):
     256
     """
 
+    reads_weights: ClassVar[bool] = True  # type: ignore[misc]
     future: int = 512
     sinks: int = 4
     covariance: bool = True
@@ -390,17 +421,30 @@ class ExpectedAttention(Scorer):
         q, _ = turn(q, q, *self._angles(layer, ago, q))
         ahead = torch.arange(1, self.future + 1, device=q.device).unsqueeze(0)
         cos, sin = (t.mean(1, keepdim=True) for t in self._angles(layer, ahead, q))
-        counted = (view.q_order >= self.sinks).to(q.dtype)[:, None]
-        number = counted.sum(-1, keepdim=True).clamp(min=1.0)
-        mean = (q * counted.unsqueeze(-1)).sum(2) / number
+        counted = (view.q_order >= self.sinks)[:, None]
+        number = counted.to(q.dtype).sum(-1, keepdim=True).clamp(min=1.0)
+        skipped = ~counted.unsqueeze(-1)  # padding may hold anything
+        mean = q.masked_fill(skipped, 0.0).sum(2) / number
         if not self.covariance:
             return turn(mean.unsqueeze(2), mean.unsqueeze(2), cos, sin)[0].squeeze(2), None
         # The mean rotation is linear: turning queries and then taking moments is turning the moments.
         q, mean = (turn(t, t, cos, sin)[0] for t in (q, mean.unsqueeze(2)))
-        centred = (q - mean) * counted.unsqueeze(-1)
+        centred = (q - mean).masked_fill(skipped, 0.0)
         return mean.squeeze(2), centred.transpose(-2, -1) @ centred / number.unsqueeze(-1)
 
     def score(self, view: CacheView) -> Tensor:
+        weighting, mask = view.site.weighting, view.site.mask
+        sinks = weighting.sinks
+        why = weighting.opaque or (
+            "the model caps its scores" if weighting.cap is not None
+            else "the model adds a bias to its scores" if mask is not None and mask.bias is not None
+            else "the model's sinks differ by token" if sinks is not None and sinks.dim() > 1 else None
+        )  # fmt: skip
+        if why:
+            raise ValueError(
+                f"ExpectedAttention takes scores to be linear in queries that do not exist yet, but in layer "
+                f"{view.site.layer} ({view.site.name}) {why}; choose another scorer"
+            )
         sink = view.valid & (view.order() < self.sinks)
         if not bool((view.valid & ~sink).any(-1).all()):
             raise ValueError(
@@ -414,6 +458,8 @@ class ExpectedAttention(Scorer):
         if covariance is not None:
             spread = ((k @ covariance.reshape(batch, kv_heads, -1, dim, dim)) * k).sum(-1)
             logits = logits + spread * (scale * scale / 2)
-        weights = torch.softmax(logits.masked_fill((sink | ~view.valid).unsqueeze(2), float("-inf")), -1)
-        weights = weights.nan_to_num(0.0).mean(2) + self.epsilon
+        logits = logits.masked_fill((sink | ~view.valid).unsqueeze(2), float("-inf"))
+        row = torch.zeros(1, dtype=torch.long, device=logits.device)
+        weights = weights_of(view.site, logits.flatten(1, 2).unsqueeze(2), row)[:, :, 0]
+        weights = view.per_key_head(weights) + self.epsilon
         return weights.masked_fill(sink, torch.inf)

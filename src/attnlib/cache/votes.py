@@ -71,12 +71,18 @@ def snapkv_votes(
     weights = torch.softmax(scores, -1).nan_to_num(0.0)
     if compat == "authors":
         weights = weights.to(q.dtype)
-    votes = weights[..., : m - window_size]
-    votes = votes.sum(-2) if reduce == "sum" else votes.mean(-2)
+    votes = pooled_votes(weights[..., : m - window_size], kv_heads, kernel_size, pooling, reduce)
+    return votes if valid is None else votes.masked_fill(~valid[..., : m - window_size], float("-inf"))
+
+
+def pooled_votes(
+    weights: Tensor, kv_heads: int, kernel_size: int = 5, pooling: str = "avg", reduce: str = "sum"
+) -> Tensor:
+    """Votes from weights (B, H, w, M) of the observing queries, smoothed, averaged per key head: (B, Hk, M)."""
+    votes = weights.sum(-2) if reduce == "sum" else weights.mean(-2)
     pool = F.avg_pool1d if pooling == "avg" else F.max_pool1d
     votes = pool(votes, kernel_size, stride=1, padding=kernel_size // 2)
-    votes = votes.reshape(batch, kv_heads, heads // kv_heads, -1).mean(2)
-    return votes if valid is None else votes.masked_fill(~valid[..., : m - window_size], float("-inf"))
+    return votes.unflatten(1, (kv_heads, -1)).mean(2)
 
 
 def check_window(window_size: int, kernel_size: int) -> None:

@@ -30,20 +30,45 @@ def _grouped(a: Tensor, heads: int) -> Tensor:
 
 
 def score_rows(site: Site, q: Tensor, k: Tensor, rows: Tensor, pair: PairMask) -> tuple[Tensor, Tensor | None]:
-    """(B, H, r, M) scores of some query rows, ``-inf`` where a pair may not meet, and which pairs may."""
-    dtype = stats_dtype(q.dtype)
+    """The model's own scores (B, H, r, M) of some query rows, and which pairs may meet.
+
+    Scale, cap and bias are in them; ``-inf`` stands where a pair may not meet. :func:`weights_of` turns them into
+    weights.
+
+    Raises:
+        ValueError: a layer whose kernel does something to its scores that is not known.
+    """
+    weighting, dtype = site.weighting, stats_dtype(q.dtype)
+    if weighting.opaque:
+        raise ValueError(f"layer {site.layer} ({site.name}): {weighting.opaque}")
+    allowed, bias = pair.rows(rows)
     with torch.autocast(q.device.type, enabled=False):
         some = _grouped(q.index_select(2, rows).to(dtype), k.shape[1])
         scores = (some @ k.to(dtype).transpose(-2, -1)).reshape(q.shape[0], q.shape[1], len(rows), k.shape[2])
-    scores = scores * site.scale
-    allowed, bias = pair.rows(rows)
-    if bias is not None:
-        scores = scores + bias.to(dtype)
+        scores = scores * site.scale
+        if weighting.cap is not None:
+            scores = torch.tanh(scores / weighting.cap) * weighting.cap
+        if bias is not None:
+            scores = scores + bias.to(dtype)
     return (scores if allowed is None else scores.masked_fill(~allowed, float("-inf"))), allowed
 
 
+def weights_of(site: Site, scores: Tensor, rows: Tensor) -> Tensor:
+    """The model's own weights (B, H, r, M) from scores of the query rows ``rows`` (r,).
+
+    Rows sum to one, to less where heads have sinks, to zero where nothing may be read.
+    """
+    sinks = site.weighting.sink_rows(rows)
+    if sinks is None:
+        return softmax_rows(scores)
+    column = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return softmax_rows(torch.cat([scores, column], -1))[..., :-1]
+
+
 def mix_rows(weights: Tensor, v: Tensor) -> Tensor:
-    """(B, H, r, Dv): weights (B, H, r, M) times values (B, Hv, M, Dv)."""
+    """(B, H, r, Dv): weights (B, H, r, M) times values (B, Hv, M, Dv); keys without weight may hold anything."""
+    read = (weights != 0).any(2).unflatten(1, (v.shape[1], -1)).any(2)
+    v = v.masked_fill(~read.unsqueeze(-1), 0.0)
     with torch.autocast(v.device.type, enabled=False):
         out = _grouped(weights, v.shape[1]) @ v.to(weights.dtype)
     return out.reshape(*weights.shape[:-1], v.shape[-1])
@@ -76,7 +101,7 @@ def weight_rows(
         if implements(edit, "on_scores"):
             scores = _edited(edit, "on_scores", site, scores, rows)
     changed = None if scores is plain else (scores != plain).any(-1)
-    before = weights = softmax_rows(scores)
+    before = weights = weights_of(site, scores, rows)
     for edit in edits:
         if implements(edit, "on_weights"):
             weights = _edited(edit, "on_weights", site, weights, rows)
@@ -119,7 +144,7 @@ def _run_probes(site: Site, q: Tensor, k: Tensor, pair: PairMask, stages: Stages
                 continue
             rows, heads = wanted
             edits = [e for e in stages.all[:i] if e in stages.edits]
-            some_q, some_k, mask = q, k, pair
+            some_q, some_k, mask, here = q, k, pair, site
             if heads is not None and not edits:
                 # Without edits only the chosen heads need to be computed.
                 index = torch.as_tensor(list(heads), device=q.device)
@@ -127,8 +152,9 @@ def _run_probes(site: Site, q: Tensor, k: Tensor, pair: PairMask, stages: Stages
                 some_k = k.index_select(1, index // (q.shape[1] // k.shape[1]))
                 pick = [None if t is None else t if t.shape[1] == 1 else t[:, index] for t in (pair.allowed, pair.bias)]
                 mask = replace(pair, allowed=pick[0], bias=pick[1])
+                here = site.but(weighting=site.weighting.of_heads(index))
             for block in row_blocks(rows, some_q.shape[0] * some_q.shape[1] * k.shape[2]):
-                weights, _, allowed = weight_rows(site, some_q, some_k, block, mask, edits)
+                weights, _, allowed = weight_rows(here, some_q, some_k, block, mask, edits)
                 if heads is not None and edits:
                     weights = weights[:, list(heads)]
                     allowed = allowed if allowed is None or allowed.shape[1] == 1 else allowed[:, list(heads)]
@@ -156,6 +182,63 @@ def _full(allowed: Tensor, n: int, m: int) -> Tensor:
     return allowed.expand(*torch.broadcast_shapes(allowed.shape, (1, 1, n, m)))
 
 
+#: How far an output may be from that of the weights computed beside it, relative to the largest value.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def verify(site: Site, q: Tensor, k: Tensor, v: Tensor, pair: PairMask, out: Tensor) -> bool:
+    """Whether a kernel's output (B, H, N, Dv) is that of the weights computed beside it; some rows are compared.
+
+    Returns:
+        ``False`` when nothing could be compared.
+
+    Raises:
+        ValueError: the kernel computes something else.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    with torch.no_grad():
+        n = q.shape[2]
+        rows = torch.tensor(sorted({n // 2, n - 1}), device=q.device)
+        q, k, v = q.detach(), k.detach(), v.detach()
+        scores, _ = score_rows(site, q, k, rows, pair)
+        own = mix_rows(weights_of(site, scores, rows), v)
+        kernel = out.detach().index_select(2, rows).to(own.dtype)
+        if kernel.shape != own.shape:
+            raise ValueError(
+                f"layer {site.layer} ({site.name}): its kernel gives {tuple(kernel.shape)}, weights times values "
+                f"{tuple(own.shape)}; its weights cannot be computed beside it"
+            )
+        # Kernels differ in what a row gives that may read nothing.
+        compared = (scores > float("-inf")).any(-1) & own.isfinite().all(-1) & kernel.isfinite().all(-1)
+        if not bool(compared.any()):
+            return False
+        size = v.abs().nan_to_num(0.0, 0.0, 0.0).amax().to(own.dtype)
+        apart = float((own - kernel).abs().amax(-1)[compared].amax() / size.clamp(min=1e-30))
+        limit = _TOLERANCE.get(out.dtype, 5e-2)
+        if out.is_cuda and out.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+            limit = 1e-2
+        if apart > limit:
+            raise ValueError(
+                f"layer {site.layer} ({site.name}): its kernel does not compute softmax(scale * q k + bias) v as far "
+                f"as that is known here (outputs are {apart:.1e} of the largest value apart), so its weights cannot be "
+                "computed beside it: scores, weights and probes are not served there, nor are masks in place of its own"
+            )
+    return True
+
+
+def _by_weights(site: Site, q: Tensor, k: Tensor, v: Tensor, pair: PairMask) -> Tensor:
+    """The model's own attention under another mask, from its weights, in blocks of rows."""
+    if site.weighting.plain:
+        bias = pair.bias if pair.bias is None else pair.bias.to(q.dtype)
+        return attention(q, k, v, mask=pair.allowed, bias=bias, scale=site.scale)
+    pieces = []
+    for block in row_blocks(torch.arange(q.shape[2], device=q.device), q.shape[0] * q.shape[1] * k.shape[2]):
+        scores, _ = score_rows(site, q, k, block, pair)
+        pieces.append(mix_rows(weights_of(site, scores, block), v).to(q.dtype))
+    return torch.cat(pieces, 2)
+
+
 def run_attention(
     site: Site,
     q: Tensor,
@@ -163,9 +246,14 @@ def run_attention(
     v: Tensor,
     stages: Stages,
     kernel: Callable[[Tensor, Tensor, Tensor], Tensor],
-    masked: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
+    masked: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None,
+    random: bool = False,
 ) -> Tensor:
     """One attention call through the stages of a layer.
+
+    The first time somebody computes weights beside a kernel, or puts a mask in place of the model's, some rows of the
+    kernel's output are compared with those of the weights (:func:`verify`): a kernel that does more than is known is
+    refused, whoever asks.
 
     Args:
         site: where, with this call's mask.
@@ -174,8 +262,9 @@ def run_attention(
         v: (B, Hk, M, Dv).
         stages: the interventions of this layer.
         kernel: the model's own attention under its own mask, (q, k, v) -> (B, H, N, Dv).
-        masked: the model's own attention under a boolean mask (B or 1, H or 1, N, M) that is given; softmax attention
-            by default.
+        masked: the model's own attention under a boolean mask (B or 1, H or 1, N, M) that is given, and a bias in place
+            of its own or ``None``; computed from its weights by default.
+        random: attention dropout is active, so that the kernel's output cannot be compared.
 
     Returns:
         (B, H, N, Dv) before the output projection.
@@ -184,20 +273,31 @@ def run_attention(
     given = site.mask
     for i in stages["on_kv_read"]:
         k, v = i.on_kv_read(site, k, v)
+    untouched = q, k, v
 
-    def innermost(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = None) -> Tensor:
-        if k.shape[2] != v.shape[2] or (mask is None and k.shape[2] != given.n_keys):
+    def innermost(
+        q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        n, m = q.shape[2], k.shape[2]
+        if m != v.shape[2] or (mask is None and m != given.n_keys):
             raise ValueError(
-                f"layer {site.layer} ({site.name}): keys and values have lengths {k.shape[2]} and {v.shape[2]}, the "
+                f"layer {site.layer} ({site.name}): keys and values have lengths {m} and {v.shape[2]}, the "
                 f"model's mask is for {given.n_keys}; give call(q, k, v, mask=...) when you change their number"
             )
-        if mask is None:
-            pair = given
+        pair = given
+        if mask is None and bias is None:
             out = kernel(q, k, v)
+            if stages.reads_map and not stages.verified and not random:
+                stages.verified = verify(site, q, k, v, given, out)
         else:
-            full = _full(realise_mask(site, mask), q.shape[2], k.shape[2])
-            pair = PairMask(q.shape[2], k.shape[2], full)
-            out = attention(q, k, v, mask=full, scale=site.scale) if masked is None else masked(q, k, v, full)
+            pair = _replaced(site, n, m, mask, bias)
+            if masked is not None:
+                assert pair.allowed is not None
+                out = masked(q, k, v, pair.allowed, bias)
+            else:
+                if not stages.verified and not random:
+                    stages.verified = verify(site, *untouched, given, kernel(*untouched))
+                out = _by_weights(site, q, k, v, pair)
         if stages.edits:
             out = _apply_edits(site, q, k, v, pair, out, stages.edits)
         if stages.probes:
@@ -213,19 +313,53 @@ def run_attention(
     return out
 
 
+def _replaced(site: Site, n: int, m: int, mask: Mask | Tensor | None, bias: Tensor | None) -> PairMask:
+    """The model's mask with another one, or another bias, in its place; what is not replaced stays."""
+    given = site.mask
+    assert given is not None
+    same = (n, m) == (given.n_queries, given.n_keys)
+    if mask is None:
+        allowed = given.dense(None if site.k_pos is None else site.k_pos.device)
+    else:
+        allowed = realise_mask(site, mask)
+    if bias is None and given.bias is not None:
+        if not same:
+            raise ValueError(
+                f"layer {site.layer} ({site.name}): the model adds a bias to the scores of {given.n_queries} queries "
+                f"and {given.n_keys} keys, and there are {n} and {m}; give call(q, k, v, mask=..., bias=...)"
+            )
+        bias = given.bias
+    if bias is not None:
+        if bias.dim() != 4 or bias.shape[2] not in (1, n) or bias.shape[3] not in (1, m):
+            raise ValueError(
+                f"layer {site.layer} ({site.name}): bias must be broadcastable to (B, H, {n}, {m}), got "
+                f"{tuple(bias.shape)}"
+            )
+        bias = _full(bias, n, m)
+    return PairMask(n, m, _full(allowed, n, m), bias)
+
+
 def _wrap(intervention: Intervention, site: Site, inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def wrapped(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = None) -> Tensor:
-        if mask is None:
+    def wrapped(
+        q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        if mask is None and bias is None:
             return intervention.around_attention(site, q, k, v, inner)
 
-        def masked(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor = mask) -> Tensor:
-            return inner(q, k, v, mask=mask)
+        def masked(
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            *,
+            mask: Mask | Tensor | None = mask,
+            bias: Tensor | None = bias,
+        ) -> Tensor:
+            return inner(q, k, v, mask=mask, bias=bias)
 
         # The mask that was put in its place is the model's for those further in.
         here = site
         if q.shape[2] == site.n_queries and k.shape[2] == site.n_keys:
-            n, m = site.n_queries, site.n_keys
-            here = site.but(mask=PairMask(n, m, _full(realise_mask(site, mask), n, m)))
+            here = site.but(mask=_replaced(site, site.n_queries, site.n_keys, mask, bias))
         return intervention.around_attention(here, q, k, v, masked)
 
     return wrapped

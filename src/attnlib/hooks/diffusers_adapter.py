@@ -230,7 +230,7 @@ class ModuleRuntime:
                 enable_gqa=enable_gqa,
             )
 
-        return run_attention(site, q, k, v, stages, kernel)
+        return run_attention(site, q, k, v, stages, kernel, random=bool(dropout_p))
 
     def layouts(self, n: int, m: int, given: dict[str, Any]) -> tuple[Layout | None, Layout | None]:
         """What queries and keys are, from the shapes of the denoiser's inputs."""

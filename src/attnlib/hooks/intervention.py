@@ -46,9 +46,10 @@ class Intervention:
     """Something that acts on attention. A subclass overrides the stages it needs; the others cost nothing.
 
     ``around_attention(site, q, k, v, call)``
-        returns (B, H, N, Dv); ``call(q, k, v, mask=None)`` is the rest, to be called zero, one or several times, with
-        ``mask`` (an :class:`attnlib.masks.Mask` on ``site.q_pos``/``site.k_pos``, or a boolean tensor) replacing the
-        model's. The first intervention of ``attach`` is the outermost.
+        returns (B, H, N, Dv); ``call(q, k, v, mask=None, bias=None)`` is the rest, to be called zero, one or several
+        times, with ``mask`` (an :class:`attnlib.masks.Mask` on ``site.q_pos``/``site.k_pos``, or a boolean tensor)
+        replacing the model's, and ``bias`` (broadcastable to (B, H, N, M)) replacing what it adds to scores; what is
+        not replaced stays. The first intervention of ``attach`` is the outermost.
     ``on_qkv(site, q, k, v)``
         new tokens before they are cached, (B, H, N, D) and twice (B, Hk, N, D); ``site.rotary`` says whether rotary
         positions are applied. Returns the three.
@@ -100,6 +101,7 @@ class Intervention:
         needs_types: it reads ``site.k_types``.
         replaces_mask: it calls the rest with a mask of its own; two of them cannot act on one layer.
         splits_softmax: it calls the rest several times on parts of the keys, so that nobody inside sees one map.
+        reads_weights: it computes attention weights beside the kernel, other than through scores, weights and probes.
         while_decoding: ``on_cache`` is asked after every call of the model, not only after prefill.
 
     >>> class Silence(Intervention):
@@ -113,6 +115,7 @@ class Intervention:
     needs_types: ClassVar[bool] = False
     replaces_mask: ClassVar[bool] = False
     splits_softmax: ClassVar[bool] = False
+    reads_weights: bool = False
     while_decoding: bool = False
     layers: Sequence[int | str] | None = None
     _owner: Any = None
@@ -227,6 +230,8 @@ class Stages:
         self._by_stage = {stage: [i for i in self.all if implements(i, stage)] for stage in STAGES}
         self.probes = [i for i in self.all if isinstance(i, Probe)]
         self.edits = [i for i in self.all if implements(i, "on_scores") or implements(i, "on_weights")]
+        #: Whether weights computed beside the kernel were found to be its own.
+        self.verified = False
 
     def __getitem__(self, stage: str) -> list[Intervention]:
         return self._by_stage[stage]
@@ -244,7 +249,7 @@ class Stages:
     @property
     def reads_map(self) -> bool:
         """Somebody needs scores or weights."""
-        return bool(self.edits or self.probes)
+        return bool(self.edits or self.probes) or any(i.reads_weights for i in self.all)
 
 
 def _matches(chosen: Sequence[int | str], site: Site, last: int) -> bool:

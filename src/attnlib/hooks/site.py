@@ -67,6 +67,45 @@ class PairMask:
 
 
 @dataclass(frozen=True, eq=False)
+class Weighting:
+    """What a kernel does between scaled products and weights, beside its mask and bias.
+
+    Args:
+        cap: scores become ``cap * tanh(scores / cap)`` before mask and bias (Gemma 2).
+        sinks: (H,), or (B or 1, H, N or 1): score of a key without a value, which takes its share of every row, so that
+            rows sum to less than one (GPT-OSS).
+        opaque: why weights cannot be computed beside the kernel, when they cannot; asking for them then raises.
+    """
+
+    cap: float | None = None
+    sinks: Tensor | None = None
+    opaque: str | None = None
+
+    @property
+    def plain(self) -> bool:
+        """A softmax over scaled products with mask and bias, and nothing else."""
+        return self.cap is None and self.sinks is None and self.opaque is None
+
+    def of_heads(self, index: Tensor) -> Weighting:
+        """That of some of the heads."""
+        if self.sinks is None:
+            return self
+        return replace(self, sinks=self.sinks[index] if self.sinks.dim() == 1 else self.sinks[:, index])
+
+    def sink_rows(self, rows: Tensor) -> Tensor | None:
+        """Scores of the sinks for the query rows ``rows`` (r,), broadcastable to (B, H, r, 1)."""
+        if self.sinks is None:
+            return None
+        if self.sinks.dim() == 1:
+            return self.sinks[None, :, None, None]
+        per_row = self.sinks if self.sinks.shape[2] == 1 else self.sinks.index_select(2, rows)
+        return per_row.unsqueeze(-1)
+
+
+_PLAIN = Weighting()
+
+
+@dataclass(frozen=True, eq=False)
 class Site:
     """Where in a model, and in which call of it, an intervention acts.
 
@@ -84,7 +123,8 @@ class Site:
         scale: what scores are multiplied by.
         n_queries: N of this call.
         n_keys: M of this call.
-        mask: which pairs may meet.
+        mask: which pairs may meet, and the bias on their scores.
+        weighting: what else the model's kernel does between scores and weights.
         q_pos: (N,) slots of the queries in the sequence, or (B, N) where tokens of the prompt were removed; -1 for the
             padding of samples that kept fewer.
         k_pos: (M,), or (B, kv_heads, M) in an evicted cache or after a removal, slots of the keys; -1 where a
@@ -119,6 +159,7 @@ class Site:
     n_queries: int = 0
     n_keys: int = 0
     mask: PairMask | None = None
+    weighting: Weighting = _PLAIN
     q_pos: Tensor | None = None
     k_pos: Tensor | None = None
     q_types: Tensor | None = None

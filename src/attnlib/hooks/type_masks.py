@@ -187,8 +187,7 @@ class MaskByType(Intervention):
     Raises:
         TypeError: something that is no rule.
         ValueError: when attached, a rule on types that the given ``TokenTypes`` does not tell apart; while running, a
-            prompt read in pieces, so that cached tokens could not read what they should, or a model that adds a bias
-            to its scores.
+            prompt read in pieces, so that cached tokens could not read what they should.
 
     >>> MaskByType(modality_mutual(), layers=[0, 1]).layers
     [0, 1]
@@ -231,11 +230,6 @@ class MaskByType(Intervention):
         self._check_pieces(site)
         if not self._named(site.q_types, {query for query, _ in self.rule.lock | self.rule.unlock}):
             return call(q, k, v)
-        if site.mask.bias is not None:
-            raise ValueError(
-                f"layer {site.layer} ({site.name}): the model adds a bias to its scores, which a mask by type would "
-                "drop"
-            )
         allowed = site.mask.dense(q.device)
         itself = site.query_slots() == site.key_slots()
         new = self.rule.apply(allowed, site.q_types, site.key_types(), itself)

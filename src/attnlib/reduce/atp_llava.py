@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..hooks.call import row_blocks, score_rows
+from ..hooks.call import row_blocks, score_rows, weights_of
 from ..hooks.site import Site
 from ..hooks.tokens import IMAGE, is_text
 from ..types import check_choice, stats_dtype
@@ -188,6 +188,7 @@ class ATP(Reduction):
     """
 
     name: ClassVar[str] = "atp"
+    reads_weights = True
 
     def __init__(
         self,
@@ -241,17 +242,24 @@ class ATP(Reduction):
         mask = site.mask.first_keys(n)
         k, site = k[:, :, :n], site.but(n_keys=n, mask=mask)
         dtype = stats_dtype(q.dtype)
-        mean_k = k.to(dtype).repeat_interleave(heads // k.shape[1], 1)
+        linear = site.weighting.plain and mask.bias is None
+        wide_k = k.to(dtype).masked_fill(~image[:, None, :, None], 0.0)  # whatever other tokens hold
+        mean_k = wide_k.repeat_interleave(heads // k.shape[1], 1)
         own = torch.zeros(batch, n, dtype=dtype, device=q.device)
         cross, seen = torch.zeros_like(own), torch.zeros_like(own)
         for rows in row_blocks(image.any(0).nonzero().squeeze(1), batch * heads * n):
             pairs = self._pairs(site, rows, batch, n) & image[:, None]
-            # The mean over keys of a product is the product with the mean of the keys.
-            keys = pairs.to(dtype)[:, None] @ mean_k / pairs.sum(-1).clamp(min=1)[:, None, :, None]
-            own[:, rows] = (q[:, :, rows].to(dtype) * keys).sum(-1).mean(1) * site.scale
+            count = pairs.sum(-1).clamp(min=1)[:, None]
+            if linear:
+                # The mean over keys of a product is the product with the mean of the keys.
+                keys = pairs.to(dtype)[:, None] @ mean_k / count.unsqueeze(-1)
+                own[:, rows] = (q[:, :, rows].to(dtype) * keys).sum(-1).mean(1) * site.scale
+            else:
+                logits, _ = score_rows(site, q, k, rows, mask)
+                own[:, rows] = (logits.masked_fill(~pairs[:, None], 0.0).sum(-1) / count).mean(1)
         for rows in row_blocks(text.any(0).nonzero().squeeze(1), batch * heads * n):
             logits, _ = score_rows(site, q, k, rows, mask)
-            weights = logits.softmax(-1).nan_to_num(0.0).mean(1)
+            weights = weights_of(site, logits, rows).mean(1)
             pairs = self._pairs(site, rows, batch, n) & text[:, rows, None]
             cross = cross + (weights * pairs).sum(1)
             seen = seen + pairs.sum(1)

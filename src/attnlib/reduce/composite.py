@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ class CompositeLayers(Intervention):
     Args:
         layers: layers to change; ``None`` for all.
         aligner: ``"vo"`` or ``"none"``.
-
-    Raises:
-        ValueError: while running: a model that adds a bias to its scores.
 
     Reference: Ma et al., 2024, arXiv 2408.11795 (composite attention; EE-MLLM-F is its training-free use).
 
@@ -67,10 +64,6 @@ class CompositeLayers(Intervention):
         image = site.q_types == IMAGE
         if not bool(image.any()):
             return call(q, k, v)
-        if site.mask.bias is not None:
-            raise ValueError(
-                f"layer {site.layer} ({site.name}): the model adds a bias to its scores, which choosing rows would drop"
-            )
         n, m = q.shape[2], k.shape[2]
         rows = (~image).any(0).nonzero().flatten()
         self._pairs[site.layer] = [len(rows) * m, n * m]
@@ -80,10 +73,10 @@ class CompositeLayers(Intervention):
         own = v[:, :, start : start + n].repeat_interleave(q.shape[1] // v.shape[1], 1)
         out = own if self.aligner == "vo" else torch.zeros_like(own)
         if len(rows):
-            allowed: Any = site.mask.rows(rows)[0]
+            allowed, bias = site.mask.rows(rows)
             if allowed is None:
                 allowed = torch.ones(1, 1, len(rows), m, dtype=torch.bool, device=q.device)
-            read = call(q.index_select(2, rows), k, v, mask=allowed)
+            read = call(q.index_select(2, rows), k, v, mask=allowed, bias=bias)
             stays = image.index_select(1, rows)[:, None, :, None]
             out = out.index_copy(2, rows, torch.where(stays, out.index_select(2, rows), read))
         return out

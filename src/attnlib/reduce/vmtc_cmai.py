@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..hooks.call import row_blocks, score_rows
+from ..hooks.call import row_blocks, score_rows, weights_of
 from ..hooks.choose import pack
 from ..hooks.intervention import Intervention, implements
 from ..hooks.session import Session
@@ -239,6 +239,7 @@ class CMAI(Intervention):
     name: ClassVar[str] = "cmai"
     kinds: ClassVar[tuple[str, ...]] = ("self",)
     needs_types: ClassVar[bool] = True
+    reads_weights = True
 
     def __init__(
         self,
@@ -280,8 +281,6 @@ class CMAI(Intervention):
         columns = pack(key_types == IMAGE)
         if not columns.shape[1]:
             return call(q, k, v)
-        if site.mask.bias is not None:
-            raise ValueError(f"layer {site.layer} ({site.name}): it adds a bias to its scores, which a mask would drop")
         rows = is_text(site.q_types).any(0).nonzero().squeeze(1)
         if not len(rows):
             return call(q, k, v)
@@ -313,7 +312,7 @@ class CMAI(Intervention):
         parts, seen = [], []
         for block in row_blocks(rows, q.shape[0] * q.shape[1] * k.shape[2]):
             scores, allowed = score_rows(site, q, k, block, site.mask)
-            part = scores.softmax(-1).nan_to_num(0.0)
+            part = weights_of(site, scores, block)
             parts.append(part if self.per_head else part.mean(1, keepdim=True))
             if allowed is None:
                 allowed = torch.ones(1, 1, len(block), k.shape[2], dtype=torch.bool, device=q.device)

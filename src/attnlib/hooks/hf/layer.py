@@ -6,7 +6,7 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ from ..site import PairMask, Site, slots
 from ..tokens import PAD
 from .cache import Kept, _DeferredCache, _snapshot, evicted_layer_class
 from .names import (
+    BIAS,
     PREFIX,
     READABLE,
-    SPECIAL,
     _need,
     cache_in,
     cache_name,
@@ -31,6 +31,7 @@ from .names import (
     implementation_of,
     kernel_of,
     parameters_of,
+    weighting_of,
 )
 
 _runtimes: weakref.WeakKeyDictionary[nn.Module, LayerRuntime] = weakref.WeakKeyDictionary()
@@ -347,9 +348,7 @@ class LayerRuntime:
             scale=float(dim**-0.5 if scaling is None else scaling),
             rotary=self.rotary,
         )
-        special = [name for name in kwargs if name in SPECIAL and kwargs[name] is not None]
-        if special and (stages.reads_map or stages["around_attention"]):
-            raise ValueError(f"{self.where}: it uses {special[0]}, so its weights cannot be computed beside its kernel")
+        shape["weighting"] = weighting_of(self.module, self.implementation, kwargs, heads)
         dropout = kwargs.get("dropout", args[0] if args else 0.0)
         if dropout and (stages.edits or stages["around_attention"]):
             raise ValueError(
@@ -368,6 +367,9 @@ class LayerRuntime:
         m = k.shape[2]
         k_pos = None
         if isinstance(layer, evicted_layer_class()):
+            if kwargs.get(BIAS) is not None:
+                bias = self._at_kept(kwargs[BIAS], layer.positions, batch, heads)  # type: ignore[attr-defined]
+                kwargs = {**kwargs, BIAS: bias}
             if call.offset and self.prompt_only and n == 1 and mask is None and not layer.padded:  # type: ignore[attr-defined]
                 return self.kernel(self.module, q, k, v, mask, *args, **kwargs)
             k_pos = layer.positions  # type: ignore[attr-defined]
@@ -388,6 +390,10 @@ class LayerRuntime:
             return self.kernel(self.module, q, k, v, mask, *args, **kwargs)
         is_causal = kwargs.get("is_causal")
         pair = self.pairs(mask, n, m, getattr(self.module, "is_causal", True) if is_causal is None else is_causal)
+        added = kwargs.get(BIAS)
+        if added is not None:
+            bias = added[..., :m] if pair.bias is None else added[..., :m] + pair.bias
+            pair = replace(pair, bias=bias.expand(*bias.shape[:2], n, m))
         site = self.describe(call, batch, n, m, q.device, pair, k_pos, shape)
 
         maps: list[Tensor | None] = []
@@ -399,7 +405,7 @@ class LayerRuntime:
             plain.append((out.transpose(1, 2), out))
             return plain[-1][0]
 
-        out = run_attention(site, q, k, v, stages, kernel)
+        out = run_attention(site, q, k, v, stages, kernel, random=bool(dropout))
         if stages["on_cache"]:
             self._evict(call, site, q, k, v, n)
         edited = stages.edits or stages["around_attention"]
@@ -436,6 +442,12 @@ class LayerRuntime:
             nothing = (k_pos < 0)[:, :, None]
             kept = kept.masked_fill(nothing, False if kept.dtype == torch.bool else torch.finfo(kept.dtype).min)
         return kept.repeat_interleave(groups, 1)
+
+    @staticmethod
+    def _at_kept(bias: Tensor, k_pos: Tensor, batch: int, heads: int) -> Tensor:
+        """A bias (B or 1, H, N, L) by slot, at the keys that are left."""
+        at = k_pos.clamp(min=0).repeat_interleave(heads // k_pos.shape[1], 1)
+        return bias.expand(batch, heads, -1, -1).gather(-1, at[:, :, None].expand(-1, -1, bias.shape[2], -1))
 
     def _evict(self, call: _Call, site: Site, q: Tensor, k: Tensor, v: Tensor, n: int) -> None:
         if call.again:

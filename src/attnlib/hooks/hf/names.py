@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..site import _PLAIN, Weighting
+
 #: Releases of transformers at whose two ends the whole adapter is tested; the first that is not.
 OLDEST, BEYOND = "5.13", "5.25"
 
@@ -22,8 +24,14 @@ PREFIX = "attnlib_"
 #: Implementations whose masks can be read pair by pair.
 READABLE = ("sdpa", "eager")
 
-#: Extra arguments that change the softmax itself; where one is in use only the model's own kernel is right.
-SPECIAL = ("softcap", "s_aux", "position_bias", "sinks", "block_indices")
+#: Arguments under which the eager functions of transformers get a score per head that has no value.
+SINKS = ("s_aux", "sinks")
+
+#: The argument that adds to scores, beside the mask.
+BIAS = "position_bias"
+
+#: Arguments that choose keys inside a kernel, in ways that are not known.
+CHOOSES = ("block_indices",)
 
 #: Names under which models and their modules take a cache, the newest first.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
@@ -115,6 +123,21 @@ def kernel_of(module: nn.Module, implementation: str) -> Callable[..., Any]:
             f"reached; possible: {sorted(interface.keys())}"
         )
     return function
+
+
+def weighting_of(module: nn.Module, implementation: str, kwargs: dict[str, Any], heads: int) -> Weighting:
+    """What the kernel makes of scores, from the arguments of its call."""
+    chooses = [name for name in CHOOSES if kwargs.get(name) is not None]
+    if chooses:
+        return Weighting(opaque=f"its kernel is given {chooses[0]}, so its weights cannot be computed beside it")
+    if implementation != "eager":
+        return _PLAIN  # sdpa knows neither
+    cap = kwargs.get("softcap")
+    sinks = next((kwargs[name] for name in SINKS if kwargs.get(name) is not None), getattr(module, "sinks", None))
+    if not isinstance(sinks, Tensor):
+        return _PLAIN if cap is None else Weighting(cap=float(cap))
+    sinks = sinks.reshape(-1) if sinks.numel() == heads else sinks.squeeze(-1)
+    return Weighting(None if cap is None else float(cap), sinks)
 
 
 def implementation_of(module: nn.Module) -> str:

@@ -23,6 +23,7 @@ from ...nn.base import Mechanism
 from ...nn.frame import HeadCall, HeadFrame, Notes
 from ...nn.layers import split_heads
 from ...normalizers import as_normalizer
+from ...positions import as_bias
 from ...types import Output
 from ..call import run_attention, weight_rows
 from ..intervention import Stages
@@ -193,13 +194,13 @@ class MechanismRuntime(ModuleRuntime):
                     weights.append(own)
                 return out
 
-            def masked(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
-                if call.bias is not None and k.shape[2] != m:
+            def masked(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, bias: Tensor | None) -> Tensor:
+                if bias is None and call.bias is not None and k.shape[2] != m:
                     raise ValueError(f"{self.where}: its position bias is for {m} keys, got {k.shape[2]}")
                 alone = call.but(mask=masks.explicit(allowed), valid=None, q_pos=None, return_weights=False)
-                return operator(q, k, v, alone, notes)
+                return operator(q, k, v, alone if bias is None else alone.but(bias=as_bias(bias)), notes)
 
-            out = run_attention(site, q, k, v, stages, kernel, masked)
+            out = run_attention(site, q, k, v, stages, kernel, masked, random=bool(call.dropout_p))
             if not want:
                 return out
             if stages.edits or len(weights) != 1:

@@ -131,7 +131,7 @@ class ModuleRuntime:
                 calls.append((q, k, v, out))
                 return out
 
-            out = run_attention(site, q, k, v, stages, kernel)
+            out = run_attention(site, q, k, v, stages, kernel, random=bool(dropout_p))
             same = len(calls) == 1 and all(a is b for a, b in zip(calls[0], (query, key, value, out), strict=True))
             seen.update(changed=not same, site=site, q=q, k=k, pair=pair)
             return out

@@ -104,7 +104,8 @@ class UniformMaps(Intervention):
         masked = site.mask is not None and (site.mask.allowed is not None or site.mask.bias is not None)
         if self.padding and masked:
             every = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-            uniform = call(torch.zeros_like(q), k, v, mask=every)
+            nothing = torch.zeros(1, 1, 1, 1, dtype=q.dtype, device=q.device)
+            uniform = call(torch.zeros_like(q), k, v, mask=every, bias=nothing)
             return uniform if chosen is None else torch.where(chosen, uniform, call(q, k, v))
         return call(torch.zeros_like(q) if chosen is None else q.masked_fill(chosen, 0.0), k, v)
 
