@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.dense.pointer_networks import PointerAttention
+from ..nn.layers import zero_invalid
 from ..types import check_rank, check_valid, check_width
 
 State = tuple[Tensor, Tensor]
@@ -53,6 +54,7 @@ class PointerNetwork(nn.Module):
         check_valid("valid", valid, points.shape[:2])
         if points.shape[1] == 0:
             raise ValueError("points has no point; a pointer network needs at least one")
+        points = zero_invalid(points, valid)
         if valid is None:
             memory, (h, c) = self.encoder(points)
             exists = torch.ones(points.shape[:2], dtype=torch.bool, device=points.device)

@@ -199,7 +199,7 @@ class PowerLawGraphAttention(HeadFrame[Notes]):
         """What the learner deduces from ``x`` (B, *grid, C); ``valid`` (B, *grid)."""
         if self.learner is None:
             raise ValueError("this module was deployed with its cached metric and has no learner any more")
-        q = self.q_norm(split_heads(self.q(x), self.num_heads))
+        q = self.q_norm(split_heads(self.q(zero_invalid(x, valid)), self.num_heads))
         exists = flat_valid(valid)
         if self.rotary is not None:
             now = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=x.device) if exists is None else exists

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...types import Output, Plan, State, Traits, check_choice, check_divides, check_index, stats_dtype
 from ..dense.softmax_attention import SoftmaxAttention
 from ..frame import HeadCall, HeadFrame, Notes
+from ..layers import zero_invalid
 from ..registry import register
 
 
@@ -40,7 +41,7 @@ def router_losses(logits: Tensor, chosen: Tensor, valid: Tensor | None = None) -
     >>> round(float(losses["balance"]), 4)
     1.0
     """
-    logits = logits.to(stats_dtype(logits.dtype))
+    logits = zero_invalid(logits.to(stats_dtype(logits.dtype)), valid)
     real = torch.ones_like(logits[..., :1]) if valid is None else valid.unsqueeze(-1).to(logits.dtype)
     count = real.sum().clamp(min=1)
     axes = tuple(range(logits.dim() - 1))
@@ -249,6 +250,7 @@ class ExpertFeedForward(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, N, C) tokens and the router's losses (none when dense)."""
+        x = zero_invalid(x, valid)
         if self.router is None:
             return self.down(F.silu(self.gate(x)) * self.up(x)), {}
         tokens = x.flatten(0, -2)
@@ -314,6 +316,7 @@ class ParallelBlock(nn.Module):
         """(B, N, C), or an :class:`attnlib.types.Output` with the state and the sum of both routers' losses."""
         for extra in returns:
             check_choice("returns", extra, ("state", "losses"))
+        x = zero_invalid(x, valid)
         u = self.norm(x)
         asked = tuple(r for r in returns if r == "state" or self.attn.traits.losses)
         attended = self.attn(u, valid=valid, state=state, returns=asked) if asked else self.attn(u, valid=valid)

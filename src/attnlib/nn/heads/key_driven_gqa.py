@@ -19,7 +19,7 @@ KINDS = ("uniform", "key_norm", "difference", "average", "perturbed")
 def key_norms(k: Tensor, valid: Tensor | None = None) -> Tensor:
     """(G,) sum over the batch of the Frobenius norms of key heads ``k`` (B, G, N, D)."""
     if valid is not None:
-        k = k * valid[:, None, :, None]
+        k = k.masked_fill(~valid[:, None, :, None], 0.0)
     return k.detach().float().norm(dim=(2, 3)).sum(0)
 
 

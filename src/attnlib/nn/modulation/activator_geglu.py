@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...types import Output, State, Traits, check_rank
 from ..base import Mechanism
 from ..frame import Stream
-from ..layers import flat_valid
+from ..layers import flat_valid, zero_invalid
 from ..registry import register
 from ..released import Released
 
@@ -118,6 +118,7 @@ class ActivatorBlock(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """(B, *grid, C) -> the same shape."""
+        x = zero_invalid(x, valid)
         x = x + self.unit(self.norm(x), valid=valid)
         return x if self.ffn is None else x + self.ffn((self.ffn_norm or self.norm)(x))
 

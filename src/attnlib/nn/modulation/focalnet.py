@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...ops.modulation import gated_sum, modulate, pool, pyramid
 from ...types import Traits, check_choice
 from ..base import Mechanism
-from ..layers import DepthwiseConv
+from ..layers import DepthwiseConv, zero_invalid
 from ..registry import register
 from ..released import Released, Rule
 
@@ -122,7 +122,7 @@ class FocalModulation(Mechanism):
         >>> [t.shape[-1] for t in FocalModulation(dim=8).modulator(torch.randn(2, 5, 6, 8))]
         [8, 3]
         """
-        _, modulator, gates = self._parts(x, valid)
+        _, modulator, gates = self._parts(zero_invalid(x, valid), valid)
         return modulator, gates
 
     def mix(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]

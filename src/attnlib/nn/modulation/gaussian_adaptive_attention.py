@@ -236,6 +236,7 @@ class GaussianBlock(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """(B, *grid, C) -> the same shape."""
+        x = zero_invalid(x, valid)
         for layer in self.layers:
             x = layer(x, valid=valid)
         return x

@@ -14,7 +14,7 @@ from ...positions import rotary_angles, rotate
 from ...types import Output, State, Traits, check_choice
 from ..dense.softmax_attention import SoftmaxAttention
 from ..frame import HeadCall, HeadFrame, Notes, Stream
-from ..layers import merge_heads, split_heads
+from ..layers import merge_heads, split_heads, zero_invalid
 from ..registry import register
 
 #: What an image token goes through in a layer: feed-forward alone; its own value too; nothing at all.
@@ -171,6 +171,7 @@ class CompositeBlock(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout | None = None, **call: Any) -> Any:
         """(B, N, C) to (B, N, C), or an :class:`~attnlib.types.Output` when ``returns`` asks for more."""
+        x = zero_invalid(x, call.get("valid"))
         result = self.attn(self.norm1(x), layout=layout, **call)
         output = result if isinstance(result, Output) else Output(result)
         if layout is None:

@@ -14,7 +14,7 @@ from ...ops import attention
 from ...positions import rotary_angles, rotate
 from ...types import Output, Traits, check_choice, check_width
 from ..base import Mechanism
-from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
+from ..layers import flat_valid, head_dim_of, merge_heads, split_heads, zero_invalid
 from ..registry import register
 from ..released import Released, Rule
 
@@ -104,6 +104,7 @@ class LowRankResidualAttention(Mechanism):
             mask: which pairs meet, on indices, or a boolean tensor.
             return_weights: also return (B, H, N, M).
         """
+        features = zero_invalid(features, valid)
         q, k, v = (
             split_heads(t + f(t), self.num_heads) for t, f in ((h, self.q), (features, self.k), (features, self.v))
         )

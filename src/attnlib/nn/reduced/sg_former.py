@@ -304,6 +304,8 @@ class SelfGuidedAttention(Mechanism):
         elif self.role == "guided":
             if plan is None:
                 plan = self.plan(x, carry=carry, valid=valid)
+            if carry is not None and valid is not None:
+                carry = carry.masked_fill(~valid, 0.0)
             plan = plan.expect("significance", B=x.shape[0], grid=tuple(x.shape[1:3]))
             out = self._guided(x, valid, plan)
         else:
