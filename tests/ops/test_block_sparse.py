@@ -228,7 +228,7 @@ def test_gradients_against_finite_differences(order):
 def test_operator_is_well_formed():
     q, k, v = tensors(1, 2, 2, 2, 8, 8, dtype=torch.float32)
     plan = random_plan(1, 2, 8, 8, 4, 4)
-    args = (q, k, v, plan.index, plan.count, None, None, None, "", [], "", [], 4, 4, 0.5)
+    args = (q, k, v, plan.index, plan.count, None, None, None, [], [], "", "", '{"name":"softmax"}', 0.5, 4, 4)
     for by_keys in (False, True):
         torch.library.opcheck(torch.ops.attnlib.block_sparse.default, (*args, by_keys, True))
 

@@ -292,7 +292,7 @@ X = torch.zeros(1, 2, 6, 6, 4)
         (dict(kernel_size=(3, 3, 3)), "names 3 axes, but the grid has 2"),
         (dict(kernel_size=2.5), "kernel_size must be an integer"),
         (dict(kernel_size=3, border="wrap"), "border='wrap' is not possible"),
-        (dict(kernel_size=3, backend="fast"), "backend='fast' is not possible"),
+        (dict(kernel_size=3, backend="fast"), "backend='fast' is unknown"),
         (dict(kernel_size=3, bias_table=torch.zeros(2, 3, 3)), r"bias_table must be \(2, 5, 5\)"),
         (dict(kernel_size=3, axis_bias=[torch.zeros(1, 2, 6, 6, 5)]), "axis_bias must be tensors of shapes"),
         (dict(kernel_size=3, extra_k=torch.zeros(1, 2, 1, 4)), "belong together"),

@@ -204,7 +204,7 @@ def test_depth_of_pixels_that_do_not_exist_is_never_read():
         (dict(attention_weights=torch.zeros(2, 2, 3, 2, 3, dtype=F64)), "attention_weights must have shape"),
         (dict(value=torch.zeros(2, 26, 3, dtype=F64)), r"value must have shape \(B, H, M, D\)"),
         (dict(valid=torch.ones(2, 20, dtype=torch.bool)), "valid must have shape"),
-        (dict(backend="cuda"), "backend='cuda' is not possible"),
+        (dict(backend="cuda"), "backend='cuda' is unknown"),
     ],
 )
 def test_bad_input_is_refused(change, match):

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnlib import masks as M
 from attnlib import positions as P
 from attnlib.bench.operators import peak_bytes
-from attnlib.normalizers import Activated, ClippedSoftmax, Sigmoid
+from attnlib.normalizers import Activated, ClippedSoftmax, Sigmoid, as_normalizer
 from attnlib.ops import _tiles, attention, attention_partial, explain, tiled
+from attnlib.ops.lowered import Lowered
 from attnlib.types import Partial
 
 N = 132  # not a multiple of any tile
@@ -41,6 +42,12 @@ def small_tiles(monkeypatch):
     yield
     _tiles._cache.clear()
     tiled._best_q_tile.cache_clear()
+
+
+def low(mask):
+    """A problem with a mask and nothing else, lowered."""
+    spec, tensors = mask.lower()
+    return Lowered(None, None, None, tensors, [], spec, "", as_normalizer("softmax").lower(), 1.0)
 
 
 def _compare(q, k, v, extra=(), **call):
@@ -199,8 +206,7 @@ def test_tiles_hold_exactly_the_admitted_pairs(name):
     mask = MASKS[name]
     exact = mask.dense(N).reshape(-1, N, N)
     exact = exact.reshape(mask.batch(), mask.heads(), N, N)
-    spec, tensors = mask.lower()
-    tiles = _tiles.lowered(spec, tensors, N, N, 40, torch.device("cpu"))
+    tiles = _tiles.tile_list(low(mask), N, N, 40, torch.device("cpu"))
     rebuilt = torch.zeros_like(exact)
     for tile in tiles.tiles:
         part = torch.ones(*exact.shape[:2], tile.rows[1] - tile.rows[0], tile.width, dtype=torch.bool)
@@ -214,21 +220,21 @@ def test_tiles_hold_exactly_the_admitted_pairs(name):
 def test_pairs_that_are_too_many_to_keep_are_computed_again(monkeypatch):
     monkeypatch.setattr(_tiles, "KEEP_PAIRS", 0)
     q, k, v = qkv(n=N, m=N)
-    tiles = _tiles.lowered(*MASKS["explicit"].lower(), N, N, 40, torch.device("cpu"))
+    tiles = _tiles.tile_list(low(MASKS["explicit"]), N, N, 40, torch.device("cpu"))
     assert any(bad is None for tile in tiles.tiles for *_, bad in tile.forbidden)
     for name in ("explicit", "blocks", "neighborhood"):
         _compare(q, k, v, mask=MASKS[name])
 
 
 def test_windows_are_contiguous_and_tight():
-    tiles = _tiles.lowered(*M.sliding_window(33).lower(), 1024, 1024, 64, torch.device("cpu"))
+    tiles = _tiles.tile_list(low(M.sliding_window(33)), 1024, 1024, 64, torch.device("cpu"))
     assert all(isinstance(t.cols, slice) for t in tiles.tiles) and tiles.width == 64 + 32
     assert tiles.area() <= 1024 * 96
 
 
 def test_blocks_are_gathered_without_waste():
     chosen = torch.rand(16, 16, generator=generator(2)) < 0.25
-    tiles = _tiles.lowered(*M.blocks(chosen, 64, 64).lower(), 1024, 1024, 64, torch.device("cpu"))
+    tiles = _tiles.tile_list(low(M.blocks(chosen, 64, 64)), 1024, 1024, 64, torch.device("cpu"))
     assert tiles.area() <= int(chosen.sum()) * 64 * 64 / _tiles.DENSE_ENOUGH
     assert any(isinstance(t.cols, torch.Tensor) for t in tiles.tiles)
 
@@ -237,10 +243,9 @@ def test_lowering_is_remembered_but_never_stale():
     q, k, v = qkv(n=N, m=N, grad=False)
     mask = M.documents(torch.arange(N) // 30)
     first = attention(q, k, v, mask=mask, backend="tiled")
-    spec, tensors = mask.lower()
-    where = (spec, tensors, N, N, 40, torch.device("cpu"))
-    assert _tiles.lowered(*where) is _tiles.lowered(*where)
-    tensors[0].copy_(torch.arange(N) // 44)  # a mask keeps its tensors to itself; what was lowered lies open
+    where = (low(mask), N, N, 40, torch.device("cpu"))
+    assert _tiles.tile_list(*where) is _tiles.tile_list(*where)
+    where[0].mask_tensors[0].copy_(torch.arange(N) // 44)  # a mask keeps its tensors to itself; what was lowered is open
     second = attention(q, k, v, mask=mask, backend="tiled")
     assert not torch.allclose(first, second)
     torch.testing.assert_close(second, attention(q, k, v, mask=mask, backend="eager"))
@@ -257,10 +262,10 @@ def test_lowering_is_remembered_but_never_stale():
 def test_what_is_remembered_is_bounded(monkeypatch):
     monkeypatch.setattr(_tiles, "CACHE_LISTS", 3)
     for window in range(3, 9):
-        _tiles.lowered(*M.sliding_window(window).lower(), N, N, 40, torch.device("cpu"))
+        _tiles.tile_list(low(M.sliding_window(window)), N, N, 40, torch.device("cpu"))
     assert len(_tiles._cache) == 3
     monkeypatch.setattr(_tiles, "CACHE_PAIRS", 0)
-    _tiles.lowered(*M.causal().lower(), N, N, 40, torch.device("cpu"))
+    _tiles.tile_list(low(M.causal()), N, N, 40, torch.device("cpu"))
     assert len(_tiles._cache) == 0
 
 

@@ -1,31 +1,42 @@
 """Operators on ``(q, k, v)``: an eager specification and faster backends for each."""
 
-from .attention import BACKENDS, attention, attention_partial, explain, use_backend
+from ._dispatch import derivatives, explain, operators, use_backend
+from .attention import BACKENDS, attention, attention_partial
 from .block_sparse import BlockPlan, block_sparse_attention, block_sparse_partial
 from .linear import LinearOutput, linear_attention, linear_partial
+from .modulation import channel_attention, depthwise
 from .neighborhood import neighborhood_attention, neighborhood_partial
 from .partition import partition_attention, window_attention
+from .reduced import agent_attention, reduced_attention
 from .sampled import deformable_attention, deformable_attention_3d
 from .split_decoding import split_decoding, split_partial
+from .toeplitz import toeplitz_attention
 
 __all__ = [
     "BACKENDS",
     "BlockPlan",
     "LinearOutput",
+    "agent_attention",
     "attention",
     "attention_partial",
     "block_sparse_attention",
     "block_sparse_partial",
+    "channel_attention",
     "deformable_attention",
     "deformable_attention_3d",
+    "depthwise",
+    "derivatives",
     "explain",
     "linear_attention",
     "linear_partial",
     "neighborhood_attention",
     "neighborhood_partial",
+    "operators",
     "partition_attention",
+    "reduced_attention",
     "split_decoding",
     "split_partial",
+    "toeplitz_attention",
     "use_backend",
     "window_attention",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,21 @@ class AttentionCall:
         if not isinstance(self.mask, Causal) or not self.standard_positions or self.valid is not None:
             return False
         return self.q.shape[2] == self.k.shape[2]
+
+    def inputs(self) -> list[Tensor]:
+        """The tensors that derivatives may be taken in."""
+        extra = [] if self.bias is None else [t for t in self.bias.tensors() if t.is_floating_point()]
+        return [self.q, self.k, self.v, *extra]
+
+    def replaced(self, inputs: Sequence[Tensor]) -> AttentionCall:
+        """The same problem on other tensors in place of :meth:`inputs`."""
+        q, k, v, *rest = inputs
+        bias = self.bias
+        if bias is not None:
+            left = list(rest)
+            tensors = [left.pop(0) if t.is_floating_point() else t for t in bias.tensors()]
+            bias = type(bias).rebuild(tensors, bias.settings())
+        return replace(self, q=q, k=k, v=v, bias=bias)
 
     def smaller_than(self, pairs: int) -> str | None:
         """Says so when the map has fewer than ``pairs`` pairs; ``None`` otherwise, and whenever sizes may be symbols.

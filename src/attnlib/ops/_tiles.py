@@ -12,14 +12,14 @@ import math
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..masks import Mask, raise_mask
+from ..masks import Mask
+from .lowered import Lowered
 
 #: Keys are admitted in runs of whole multiples of this many.
 K_TILE = 64
@@ -296,30 +296,21 @@ _lock = threading.RLock()  # backward passes may run in threads of their own
 CACHE_LISTS, CACHE_PAIRS = 64, 1 << 28
 
 
-def lowered(
-    spec: str,
-    tensors: Sequence[Tensor],
-    n: int,
-    m: int,
-    tq: int,
-    device: torch.device,
-    valid: Tensor | None = None,
-    q_pos: Tensor | None = None,
-    k_pos: Tensor | None = None,
-    plane: tuple[int, int] | None = None,
+def tile_list(
+    low: Lowered, n: int, m: int, tq: int, device: torch.device, plane: tuple[int, int] | None = None
 ) -> TileList:
-    """:func:`build` for a mask in text form, remembered while its tensors live and stay unchanged."""
-    sources = [t for t in (*tensors, valid, q_pos, k_pos) if t is not None]
-    places = (len(tensors), valid is not None, q_pos is not None, k_pos is not None)
+    """:func:`build` for a lowered problem, remembered while its tensors live and stay unchanged."""
+    sources = low.pair_tensors
+    places = (len(low.mask_tensors), low.valid is not None, low.q_pos is not None, low.k_pos is not None)
     key: Any = None
     if not any(t.is_inference() for t in sources):
-        key = (spec, n, m, tq, str(device), places, plane, tuple((id(t), t._version) for t in sources))
+        key = (low.mask, n, m, tq, str(device), places, plane, tuple((id(t), t._version) for t in sources))
         with _lock:
             found = _cache.get(key)
             if found is not None and all(ref() is t for ref, t in zip(found[0], sources, strict=True)):
                 _cache.move_to_end(key)
                 return found[1]
-    pairs = Pairs(n, m, device, raise_mask(spec, tensors) if spec else None, valid, lift(q_pos), lift(k_pos))
+    pairs = _pairs(low, n, m, device)
     tiles = build(pairs if plane is None else pairs.plane(*plane), tq)
     if key is not None:
         with _lock:
@@ -340,14 +331,16 @@ def lift(pos: Tensor | None) -> Tensor | None:
     return pos[:, None] if pos is not None and pos.dim() == 2 else pos
 
 
-def planes(
-    spec: str, tensors: Sequence[Tensor], valid: Tensor | None, q_pos: Tensor | None, k_pos: Tensor | None
-) -> tuple[int, int]:
+def _pairs(low: Lowered, n: int, m: int, device: torch.device) -> Pairs:
+    return Pairs(n, m, device, low.raise_mask(), low.valid, lift(low.q_pos), lift(low.k_pos))
+
+
+def planes(low: Lowered) -> tuple[int, int]:
     """How many samples and heads a problem tells apart."""
-    mask = raise_mask(spec, tensors) if spec else None
-    return Pairs(0, 0, torch.device("cpu"), mask, valid, lift(q_pos), lift(k_pos)).planes()
+    return _pairs(low, 0, 0, torch.device("cpu")).planes()
 
 
-def grain(spec: str, tensors: Sequence[Tensor]) -> int | None:
-    """Rows of queries that a mask in text form treats alike."""
-    return raise_mask(spec, tensors).q_tile() if spec else None
+def grain(low: Lowered) -> int | None:
+    """Rows of queries that the mask treats alike."""
+    mask = low.raise_mask()
+    return None if mask is None else mask.q_tile()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,64 +14,51 @@ from ..positions import Bias
 from ..types import Partial
 from . import eager, flex, sdpa, split_decoding, tiled
 from ._call import AttentionCall, prepare
+from ._dispatch import Backend, Operator, explain, use_backend
+
+
+def _prepare(*args: Any, return_weights: bool = False, want: str = "out", **kwargs: Any) -> AttentionCall:
+    return prepare(*args, want="weights" if return_weights else want, **kwargs)
+
+
+ATTENTION = Operator("attention", _prepare, entries={"attention_partial": {"want": "partial"}})
+for _backend in (sdpa, split_decoding, tiled, flex, eager):
+    _backend.register(ATTENTION)
 
 #: Backends in the order in which ``backend=None`` tries them.
-BACKENDS: tuple[str, ...] = ("sdpa", "split", "tiled", "flex", "eager")
-
-_MODULES: dict[str, ModuleType] = {
-    "sdpa": sdpa, "split": split_decoding, "tiled": tiled, "flex": flex, "eager": eager,
-}  # fmt: skip
-_forced: str | None = None
+BACKENDS: tuple[str, ...] = tuple(ATTENTION.backends)
 
 
-def _backend(name: str) -> ModuleType:
-    if name not in BACKENDS:
-        raise ValueError(
-            f"backend={name!r} is unknown; choose one of {list(BACKENDS)} or None for the automatic choice"
-        )
-    return _MODULES[name]
+def lend(operator: Operator, problem: Callable[[Any], AttentionCall]) -> None:
+    """Let the backends of attention serve an operator whose calls are, seen whole, attention: ``problem(call)``."""
+    for one in ATTENTION.backends.values():
+        if one.name not in operator.backends:
+            operator.register(
+                one.name, partial(_lent, problem, one), supports=partial(_why_not, problem, one),
+                prefers=_always if one is ATTENTION.backends["eager"] else _when_forced, second=one.second,
+                transforms=one.transforms,
+            )  # fmt: skip
 
 
-@contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
-    """Force one backend for every operator call inside the block; a backend that cannot serve a call raises.
-
-    >>> import torch
-    >>> with use_backend("eager"):
-    ...     attention(*torch.zeros(3, 1, 1, 2, 4)).shape
-    torch.Size([1, 1, 2, 4])
-    """
-    global _forced
-    if name is not None:
-        _backend(name)
-    before, _forced = _forced, name
-    try:
-        yield
-    finally:
-        _forced = before
+def _lent(problem: Callable[[Any], AttentionCall], one: Backend, call: Any) -> Any:
+    return one.run(problem(call))
 
 
-def _prefers(name: str, call: AttentionCall) -> str | None:
-    """Why the automatic choice passes over a backend that could serve; ``None`` when it is welcome."""
-    return getattr(_backend(name), "prefers", lambda call: None)(call)
+def _why_not(problem: Callable[[Any], AttentionCall], one: Backend, call: Any) -> str | None:
+    return one.supports(problem(call))
 
 
-def _reasons(call: AttentionCall) -> list[tuple[str, str | None]]:
-    return [(name, _backend(name).supports(call) or _prefers(name, call)) for name in BACKENDS]
+def _always(call: Any) -> None:
+    return None
 
 
-def choose(call: AttentionCall, backend: str | None = None) -> str:
-    """Name of the backend that serves ``call``; raises ``ValueError`` when a forced one cannot."""
-    backend = backend or _forced
-    if backend is not None:
-        why = _backend(backend).supports(call)
-        if why:
-            raise ValueError(f"backend={backend!r} cannot serve this call: {why}")
-        return backend
-    for name in BACKENDS:
-        if _backend(name).supports(call) is None and _prefers(name, call) is None:
-            return name
-    raise AssertionError("eager serves everything")
+def _when_forced(call: Any) -> str:
+    return "it would compute the whole map, so it runs only when forced"
+
+
+lend(split_decoding.OPERATOR, lambda call: call.dense)
+
+__all__ = ["ATTENTION", "BACKENDS", "attention", "attention_partial", "explain", "lend", "use_backend"]
 
 
 def attention(
@@ -124,7 +110,7 @@ def attention(
         q, k, v, mask=mask, valid=valid, bias=bias, scale=scale, normalizer=normalizer, dropout_p=dropout_p,
         q_pos=q_pos, k_pos=k_pos, want="weights" if return_weights else "out",
     )  # fmt: skip
-    return _backend(choose(call, backend)).run(call)
+    return ATTENTION.run(call, backend)
 
 
 def attention_partial(
@@ -151,22 +137,6 @@ def attention_partial(
     True
     """
     call = prepare(q, k, v, mask=mask, valid=valid, bias=bias, scale=scale, q_pos=q_pos, k_pos=k_pos, want="partial")
-    result = _backend(choose(call, backend)).run(call)
+    result = ATTENTION.run(call, backend)
     assert isinstance(result, Partial)
     return result
-
-
-def explain(*args: Any, backend: str | None = None, return_weights: bool = False, **kwargs: Any) -> str:
-    """Which backend serves ``attention(*args, **kwargs)`` and why each other was passed over.
-
-    >>> import torch
-    >>> print(explain(*torch.zeros(3, 1, 1, 2, 4), normalizer="relu").splitlines()[1])
-    passed over: sdpa: its normalizer is relu, SDPA only knows softmax
-    """
-    call = prepare(*args, want="weights" if return_weights else "out", **kwargs)
-    chosen = choose(call, backend)
-    lines = [f"runs: {chosen}"]
-    for name, why in _reasons(call):
-        if name != chosen:
-            lines.append(f"passed over: {name}: {why or f'comes after {chosen} in the order {list(BACKENDS)}'}")
-    return "\n".join(lines)

@@ -12,9 +12,9 @@ once and not once per query.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,17 +23,18 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import masks
-from ..positions import AxisBias, Bias, DenseBias, RelativeBias, raise_bias
+from ..positions import AxisBias, Bias, DenseBias, RelativeBias
 from ..types import Partial, Plan, check_choice, exactly, register_pytree, stats_dtype
+from . import eager
 from ._call import AttentionCall, prepare
+from ._dispatch import Operator, twice, wants_gradient
+from .attention import lend
+from .lowered import SCHEMA, Lowered, lower
 
 ORDERS = ("queries", "keys")
 
 #: Query blocks that are taller run in parts.
 TALL = 256
-
-# The package exports the function `attention` under the same name as its module.
-_dense = importlib.import_module("attnlib.ops.attention")
 
 
 class BlockPlan(Plan):
@@ -268,21 +269,14 @@ class _Work:
         v: Tensor,
         index: Tensor,
         count: Tensor | None,
-        valid: Tensor | None,
-        q_pos: Tensor | None,
-        k_pos: Tensor | None,
-        mask: str,
-        mask_tensors: Sequence[Tensor],
-        bias: str,
-        bias_tensors: Sequence[Tensor],
+        low: Lowered,
         q_block: int,
         k_block: int,
-        scale: float,
     ):
         high = stats_dtype(q.dtype)
         self.batch, self.heads, self.n, self.d = q.shape
         self.m, self.dv = v.shape[2], v.shape[3]
-        self.q_block, self.k_block, self.scale = q_block, k_block, scale
+        self.q_block, self.k_block, self.scale = q_block, k_block, low.scale
         self.device, self.dtype = q.device, high
         self.nq, self.nk = index.shape[2], -(-self.m // k_block)
         self.rows = self.batch * self.heads * self.nq
@@ -297,12 +291,9 @@ class _Work:
         self.k_base = self.base(self.k_heads)
         self.v_base = self.k_base if self.k_heads == self.v_heads else self.base(self.v_heads)
         self.zero = self.q.new_zeros(())
-        self.valid = valid
-        self.q_pos, self.k_pos = q_pos, k_pos
-        self.mask = masks.raise_mask(mask, mask_tensors) if mask else None
-        self.bias = raise_bias(bias, bias_tensors) if bias else None
-        self.bias_tensors = list(bias_tensors)
-        self.masked = self.mask is not None or valid is not None or self.m % k_block != 0
+        self.valid, self.q_pos, self.k_pos = low.valid, low.q_pos, low.k_pos
+        self.mask, self.bias, self.bias_tensors = low.raise_mask(), low.raise_bias(), low.bias_tensors
+        self.masked = self.mask is not None or low.valid is not None or self.m % k_block != 0
         # Pieces of the score map stay in the cache of a CPU core; elsewhere large launches matter more.
         self.least = torch.get_num_threads() if self.device.type == "cpu" else 1
         self.budget = self.least << 17 if self.device.type == "cpu" else 1 << 27
@@ -578,29 +569,23 @@ def _add_bias_grad(grads: list[Tensor], gathers: list[tuple[int, Tensor]], ds: T
 # The operator: only tensors, numbers and strings cross it, so it can be compiled and exported.
 
 
-@torch.library.custom_op("attnlib::block_sparse", mutates_args=())
-def _op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    count: Tensor | None,
-    valid: Tensor | None,
-    q_pos: Tensor | None,
-    k_pos: Tensor | None,
-    mask: str,
-    mask_tensors: list[Tensor],
-    bias: str,
-    bias_tensors: list[Tensor],
-    q_block: int,
-    k_block: int,
-    scale: float,
-    by_keys: bool,
-    need_lse: bool,
+_ARGUMENTS = (
+    f"Tensor q, Tensor k, Tensor v, Tensor index, Tensor? count, {SCHEMA}, int q_block, int k_block, bool by_keys"
+)
+
+
+def _unpack(arguments: Sequence[Any]) -> tuple[Lowered, int, int, bool]:
+    """What stands behind ``q, k, v, index, count`` in the operators: the lowered problem, block sizes, the order."""
+    *fields, q_block, k_block, by_keys = arguments
+    return Lowered(*fields), q_block, k_block, by_keys
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    work = _Work(
-        q, k, v, index, count, valid, q_pos, k_pos, mask, mask_tensors, bias, bias_tensors, q_block, k_block, scale
-    )
+    low, q_block, k_block, by_keys = _unpack(arguments[:-1])
+    need_lse = arguments[-1]
+    work = _Work(q, k, v, index, count, low, q_block, k_block)
     with exactly(q):  # q, k and v were cast already; the sums keep their precision
         out, lse = work.forward_by_keys() if by_keys else work.forward_by_queries(need_lse)
     batch, heads, n, _ = q.shape
@@ -611,42 +596,10 @@ def _op(
     return out.contiguous(), lse.view(batch, heads, padded)[:, :, :n].contiguous()
 
 
-@_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Any, valid: Any, q_pos: Any, k_pos: Any, mask: str,
-    mask_tensors: list[Tensor], bias: str, bias_tensors: list[Tensor], q_block: int, k_block: int, scale: float,
-    by_keys: bool, need_lse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    return out, q.new_empty(q.shape[:3] if need_lse else (0,), dtype=stats_dtype(q.dtype))
-
-
-@torch.library.custom_op("attnlib::block_sparse_backward", mutates_args=())
-def _op_backward(
-    grad: Tensor,
-    grad_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    count: Tensor | None,
-    valid: Tensor | None,
-    q_pos: Tensor | None,
-    k_pos: Tensor | None,
-    mask: str,
-    mask_tensors: list[Tensor],
-    bias: str,
-    bias_tensors: list[Tensor],
-    q_block: int,
-    k_block: int,
-    scale: float,
-    by_keys: bool,
-) -> list[Tensor]:
-    work = _Work(
-        q, k, v, index, count, valid, q_pos, k_pos, mask, mask_tensors, bias, bias_tensors, q_block, k_block, scale
-    )
+def _backward(grad: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
+    q, k, v, index, count, *rest = arguments
+    low, q_block, k_block, by_keys = _unpack(rest)
+    work = _Work(q, k, v, index, count, low, q_block, k_block)
     high = work.dtype
     delta = (grad.to(high) * out.to(high)).sum(-1) - grad_lse
     # Rows that saw nothing: exp(-inf - inf) makes their weights zero.
@@ -659,7 +612,7 @@ def _op_backward(
 
     grad_bias = [
         torch.zeros_like(t, dtype=high).contiguous() if t.is_floating_point() else torch.zeros_like(t)
-        for t in bias_tensors
+        for t in low.bias_tensors
     ]
     run = work.backward_by_keys if by_keys else work.backward_by_queries
     with exactly(q):
@@ -673,44 +626,57 @@ def _op_backward(
         tokens(grad_q, q, work.nq * q_block),
         tokens(grad_k, k, work.nk * k_block),
         tokens(grad_v, v, work.nk * k_block),
-        *(g.to(t.dtype) for g, t in zip(grad_bias, bias_tensors, strict=True)),
+        *(g.to(t.dtype) for g, t in zip(grad_bias, low.bias_tensors, strict=True)),
     ]
 
 
+_op = torch.library.custom_op(
+    "attnlib::block_sparse", _forward, mutates_args=(), schema=f"({_ARGUMENTS}, bool need_lse) -> (Tensor, Tensor)"
+)
+_op_backward = torch.library.custom_op(
+    "attnlib::block_sparse_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor grad_lse, Tensor out, Tensor lse, {_ARGUMENTS}) -> Tensor[]",
+)
+
+
+@_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    return out, q.new_empty(q.shape[:3] if rest[-1] else (0,), dtype=stats_dtype(q.dtype))
+
+
 @_op_backward.register_fake
-def _(
-    grad: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor,
-    count: Any, valid: Any, q_pos: Any, k_pos: Any, mask: str, mask_tensors: list[Tensor], bias: str,
-    bias_tensors: list[Tensor], q_block: int, k_block: int, scale: float, by_keys: bool,
-) -> list[Tensor]:  # fmt: skip
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v, *bias_tensors)]
+def _(grad: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
+    q, k, v, _, _, *rest = arguments
+    low = _unpack(rest)[0]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v, *low.bias_tensors)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    (q, k, v, index, count, valid, q_pos, k_pos, mask, mask_tensors, bias, bias_tensors, *numbers) = inputs
-    ctx.settings = (mask, bias, len(mask_tensors), len(bias_tensors), numbers[:4])
+    q, k, v, index, count, *rest = inputs
+    low, *ctx.numbers = _unpack(rest[:-1])
+    ctx.low = low.bare()
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, q, k, v, index, count, valid, q_pos, k_pos, *mask_tensors, *bias_tensors)
+    ctx.save_for_backward(*output, q, k, v, index, count, *low.saved)
 
 
-def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    mask, bias, n_mask, n_bias, numbers = ctx.settings
-    out, lse, q, k, v, index, count, valid, q_pos, k_pos, *rest = ctx.saved_tensors
-    mask_tensors, bias_tensors = rest[:n_mask], rest[n_mask:]
-    nothing = (None,) * 5
-    if grad is None and grad_lse is None:
-        return (None, None, None, *nothing, None, [None] * n_mask, None, [None] * n_bias, *nothing)
-    grad = torch.zeros_like(out) if grad is None else grad
-    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
-    grads = _op_backward(
-        grad, grad_lse, out, lse, q, k, v, index, count, valid, q_pos, k_pos, mask, mask_tensors, bias, bias_tensors,
-        *numbers,
-    )  # fmt: skip
-    of_bias = [g if t.is_floating_point() else None for g, t in zip(grads[3:], bias_tensors, strict=True)]
-    return (*grads[:3], *nothing, None, [None] * n_mask, None, of_bias, *nothing)
+def _autograd(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    out, lse, q, k, v, index, count, *saved = ctx.saved_tensors
+    low = ctx.low.restored(saved)
+    of_bias: list[Tensor | None] = [None] * len(low.bias_tensors)
+    grads: list[Tensor | None] = [None] * 3
+    if grad is not None or grad_lse is not None:
+        grad = torch.zeros_like(out) if grad is None else grad
+        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+        (*grads,) = _op_backward(grad, grad_lse, out, lse, q, k, v, index, count, *low, *ctx.numbers)
+        of_bias = [g if t.is_floating_point() else None for g, t in zip(grads[3:], low.bias_tensors, strict=True)]
+    masks_ = [None] * len(low.mask_tensors)
+    return (*grads[:3], None, None, None, None, None, masks_, of_bias, *(None,) * 8)
 
 
-_op.register_autograd(_backward, setup_context=_setup)
+_op.register_autograd(_autograd, setup_context=_setup)
 
 
 def _pair_flops(q: Any, v: Any, index: Any, q_block: int, k_block: int) -> int:
@@ -720,7 +686,7 @@ def _pair_flops(q: Any, v: Any, index: Any, q_block: int, k_block: int) -> int:
 @register_flop_formula(torch.ops.attnlib.block_sparse)
 def _flops(q: Any, k: Any, v: Any, index: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Two multiplications and additions per chosen pair and channel; a short row counts as a full one."""
-    return _pair_flops(q, v, index, args[8], args[9])
+    return _pair_flops(q, v, index, *args[10:12])
 
 
 @register_flop_formula(torch.ops.attnlib.block_sparse_backward)
@@ -728,8 +694,8 @@ def _flops_backward(
     grad: Any, grad_lse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, index: Any, *args: Any,
     out_shape: Any = None, **kwargs: Any,
 ) -> int:  # fmt: skip
-    recomputed = 2 * q[0] * q[1] * index[2] * index[3] * args[8] * args[9] * q[3]
-    return 2 * _pair_flops(q, v, index, args[8], args[9]) + recomputed
+    recomputed = 2 * q[0] * q[1] * index[2] * index[3] * args[10] * args[11] * q[3]
+    return 2 * _pair_flops(q, v, index, *args[10:12]) + recomputed
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -759,16 +725,55 @@ def _by_keys(plan: BlockPlan, call: AttentionCall) -> bool:
     return bool(plan.q_block * plan.k_block <= 1 << 20 and by_keys + visits * (1 << 17) < by_queries)
 
 
-def _run(call: AttentionCall, plan: BlockPlan, order: str | None, need_lse: bool) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Blocks:
+    """A checked problem with its plan."""
+
+    call: AttentionCall
+    plan: BlockPlan
+    order: str | None
+
+    def inputs(self) -> list[Tensor]:
+        return self.call.inputs()
+
+    @property
+    def dense(self) -> AttentionCall:
+        """The same problem under the plan as a mask."""
+        mask = dense_mask(self.plan, self.call.mask, self.call.q_pos, self.call.k_pos)
+        return replace(self.call, mask=mask, q_pos=None, k_pos=None)
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, order: str | None = None, partial: bool = False, **kwargs: Any
+) -> _Blocks:
+    call = prepare(q, k, v, want="partial" if partial else "out", **kwargs)
+    _check_plan(plan, call)
     if order is not None:
         check_choice("order", order, ORDERS)
-    by_keys = _by_keys(plan, call) if order is None else order == "keys"
-    mask, mask_tensors = ("", []) if call.mask is None else call.mask.lower()
-    bias, bias_tensors = ("", []) if call.bias is None else call.bias.lower()
-    return _op(
-        call.q, call.k, call.v, plan.index, plan.count, call.valid, call.q_pos, call.k_pos, mask, mask_tensors, bias,
-        bias_tensors, plan.q_block, plan.k_block, call.scale, by_keys, need_lse,
-    )  # fmt: skip
+    return _Blocks(call, plan, order)
+
+
+def _run(blocks: _Blocks) -> Tensor | Partial:
+    call, plan = blocks.call, blocks.plan
+    partial = call.want == "partial"
+    by_keys = _by_keys(plan, call) if blocks.order is None else blocks.order == "keys"
+    need_lse = partial or wants_gradient(call.inputs())
+    found = _op(
+        call.q, call.k, call.v, plan.index, plan.count, *lower(call), plan.q_block, plan.k_block, by_keys, need_lse
+    )
+
+    def spec(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return eager.outputs(blocks.dense.replaced(inputs))
+
+    if not partial:
+        return twice((found[0],), call.inputs(), spec)[0]
+    out, lse = twice((found[0], found[1]), call.inputs(), spec)
+    return Partial(lse, (lse != float("-inf")).to(lse.dtype), out.to(lse.dtype))
+
+
+_OPERATOR = Operator("block_sparse_attention", _prepare, entries={"block_sparse_partial": {"partial": True}})
+_OPERATOR.register("blocks", _run, second="the specification", transforms="its backward is written by hand")
+lend(_OPERATOR, lambda blocks: blocks.dense)
 
 
 def dense_mask(
@@ -812,8 +817,8 @@ def block_sparse_attention(
         q_pos: (N,), (B, N) or (B, H, N) positions that ``mask`` sees, for tokens that were reordered.
         k_pos: the same for keys.
         order: ``"queries"`` or ``"keys"``: which side is walked along; ``None`` for the one that moves fewer bytes.
-        backend: ``None`` for the block executor, or a backend of :func:`attnlib.attention`, which then runs on the
-            dense mask (``"eager"`` is the oracle). ``attnlib.use_backend`` has the same effect.
+        backend: ``"blocks"``, the block executor, also by default; or a backend of :func:`attnlib.attention`, which
+            then runs on the dense mask (``"eager"`` is the specification).
 
     Returns:
         (B, Hq, N, Dv). Rows that read nothing give zeros, with zero gradients. Memory beyond the output is O(N).
@@ -827,17 +832,10 @@ def block_sparse_attention(
     ...     q[:, :, :4], k[:, :, :4], v[:, :, :4], BlockPlan.full(4, q_block=4, k_block=4)), atol=1e-6)
     True
     """
-    backend = backend or _dense._forced
-    call = prepare(q, k, v, mask=mask, valid=valid, bias=bias, scale=scale, q_pos=q_pos, k_pos=k_pos)
-    _check_plan(plan, call)
-    if backend is not None:
-        return _dense.attention(
-            call.q, call.k, call.v, mask=dense_mask(plan, call.mask, q_pos, k_pos), valid=valid, bias=bias,
-            scale=call.scale, backend=backend,
-        )  # fmt: skip
-    needs = [q, k, v, *([] if call.bias is None else call.bias.tensors())]
-    out, _ = _run(call, plan, order, torch.is_grad_enabled() and any(t.requires_grad for t in needs))
-    return out
+    return _OPERATOR.run(
+        _prepare(q, k, v, plan, order=order, mask=mask, valid=valid, bias=bias, scale=scale, q_pos=q_pos, k_pos=k_pos),
+        backend,
+    )
 
 
 def block_sparse_partial(
@@ -853,12 +851,14 @@ def block_sparse_partial(
     q_pos: Tensor | None = None,
     k_pos: Tensor | None = None,
     order: str | None = None,
+    backend: str | None = None,
 ) -> Partial:
     """:func:`block_sparse_attention` as a mergeable :class:`attnlib.types.Partial`; arguments as there."""
-    call = prepare(q, k, v, mask=mask, valid=valid, bias=bias, scale=scale, q_pos=q_pos, k_pos=k_pos, want="partial")
-    _check_plan(plan, call)
-    out, lse = _run(call, plan, order, True)
-    return Partial(lse, (lse != float("-inf")).to(lse.dtype), out.to(lse.dtype))
+    call = _prepare(
+        q, k, v, plan, order=order, partial=True, mask=mask, valid=valid, bias=bias, scale=scale, q_pos=q_pos,
+        k_pos=k_pos,
+    )  # fmt: skip
+    return _OPERATOR.run(call, backend)
 
 
 def block_recall(

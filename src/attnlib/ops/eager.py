@@ -11,13 +11,12 @@ from torch import Tensor
 
 from ..types import Partial, exactly, stats_dtype
 from ._call import AttentionCall
+from ._dispatch import Operator
 
-NAME = "eager"
 
-
-def supports(call: AttentionCall) -> str | None:
-    """Why this backend cannot serve the call; ``None`` when it can. Eager serves everything."""
-    return None
+def register(operator: Operator) -> None:
+    """Eager serves everything."""
+    operator.register("eager", run)
 
 
 def scores(call: AttentionCall) -> Tensor:
@@ -49,3 +48,12 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, Tensor] | Partial:
         out = (F.dropout(weights, call.dropout_p) if call.dropout_p else weights) @ v
     out = out.to(call.q.dtype)
     return (out, weights) if call.want == "weights" else out
+
+
+def outputs(call: AttentionCall) -> tuple[Tensor, ...]:
+    """:func:`run` as the tensors that a flash kernel gives: ``(out,)``, or the output and its logarithmic scale."""
+    result = run(call)
+    if isinstance(result, Partial):
+        return result.finish(), result.lse()
+    assert isinstance(result, Tensor)
+    return (result,)

@@ -14,9 +14,16 @@ import torch
 from torch import Tensor
 
 from ..masks import Mask
+from . import eager
 from ._call import AttentionCall, expand_heads
+from ._dispatch import Operator, twice
 
-NAME = "flex"
+
+def register(operator: Operator) -> None:
+    operator.register(
+        "flex", run, supports=supports, prefers=prefers, second="the specification",
+        transforms="it compiles its kernels",
+    )  # fmt: skip
 
 
 def supports(call: AttentionCall) -> str | None:
@@ -112,4 +119,5 @@ def run(call: AttentionCall) -> Tensor:
         q, k, v = q.detach(), k.detach(), v.detach()
     if k.shape[1] != v.shape[1]:
         k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
-    return _compiled()(q, k, v, block_mask=_blocks(call), scale=call.scale, enable_gqa=k.shape[1] != q.shape[1])
+    out = _compiled()(q, k, v, block_mask=_blocks(call), scale=call.scale, enable_gqa=k.shape[1] != q.shape[1])
+    return twice((out,), call.inputs(), lambda *inputs: eager.outputs(call.replaced(inputs)))[0]

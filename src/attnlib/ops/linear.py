@@ -10,8 +10,9 @@ so a decay that underflows gives zeros and not infinities.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..types import Partial, State, check_choice, check_rank, check_valid, exactly, stats_dtype
 from ._call import expand_heads
+from ._dispatch import Operator, transformed, twice
 
-FORMS = ("parallel", "chunkwise", "recurrent")
+#: Backends; ``"parallel"`` is another name of ``"eager"``.
+FORMS = ("parallel", "chunkwise", "recurrent", "eager")
 NORMALIZERS = ("none", "sum")
 
 #: Chunk lengths measured on the CPU: 128 with a decay per head or token, 16 with one per channel (its chunks hold
@@ -49,6 +52,9 @@ class _Call:
     state: Tensor | None  # (B, H, D, Dv)
     causal: bool
     chunk: int
+
+    def inputs(self) -> list[Tensor]:
+        return [t for t in (self.q, self.k, self.v, self.decay, self.state) if t is not None]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -86,18 +92,12 @@ def _segments(cu_seqlens: Tensor | Sequence[int], n: int, device: torch.device) 
 
 
 def _prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    key_weights: Tensor | None,
-    denominator: bool,
-    causal: bool,
-    cu_seqlens: Tensor | Sequence[int] | None,
-    valid: Tensor | None,
-    state: State | None,
-    chunk: int | None,
-) -> _Call:
+    q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = None, key_weights: Tensor | None = None,
+    normalizer: str = "none", causal: bool = True, cu_seqlens: Tensor | Sequence[int] | None = None,
+    valid: Tensor | None = None, state: State | None = None, chunk: int | None = None,
+) -> _Call:  # fmt: skip
+    check_choice("normalizer", normalizer, NORMALIZERS)
+    denominator = normalizer == "sum"
     check_rank("q", q, 4, "(B, H, N, D)")
     check_rank("k", k, 4, "(B, Hk, M, D)")
     check_rank("v", v, 4, "(B, Hv, M, Dv)")
@@ -162,18 +162,14 @@ def _prepare(
     return _Call(q, k, v, decay, segment, start, causal, default if chunk is None else chunk)
 
 
-def _run(call: _Call, form: str) -> tuple[Tensor, Tensor]:
+def _both_ways(form: Callable[..., tuple[Tensor, Tensor]], call: _Call) -> tuple[Tensor, Tensor]:
     """Numerator (and denominator, as last column) (B, H, N, Dv) and the state (B, H, D, Dv) after the last token."""
-    check_choice("form", form, FORMS)
-    if form == "parallel":
-        return _parallel(call)
     if not call.causal and call.decay is None and call.segment is None:
         return _plain_sums(call)
-    forward = {"chunkwise": _chunkwise, "recurrent": _recurrent}[form]
     if call.causal:
-        return forward(call, strict=False)
+        return form(call, strict=False)
     # Bidirectional: what came before, and strictly what comes after, which is what came before in reverse.
-    out, final = forward(call, strict=False)
+    out, final = form(call, strict=False)
     decay = call.decay
     if decay is not None:
         decay = decay.expand(-1, -1, call.q.shape[2], *decay.shape[3:])
@@ -183,7 +179,7 @@ def _run(call: _Call, form: str) -> tuple[Tensor, Tensor]:
     back = _Call(
         call.q.flip(2), call.k.flip(2), call.v.flip(2), decay, segment, None, True, call.chunk
     )  # fmt: skip
-    after, _ = forward(back, strict=True)
+    after, _ = form(back, strict=True)
     return out + after.flip(2), final
 
 
@@ -200,7 +196,7 @@ def linear_attention(
     valid: Tensor | None = None,
     state: State | None = None,
     chunk: int | None = None,
-    form: str = "chunkwise",
+    form: str | None = None,
     eps: float = 0.0,
     return_state: bool = False,
 ) -> Any:
@@ -222,7 +218,8 @@ def linear_attention(
         state: what ``return_state`` gave for the tokens before these: ``S`` (B, H, D, Dv) and, with a normalizer,
             ``z`` (B, H, D).
         chunk: tokens per chunk; changes speed and memory, not the result.
-        form: ``"chunkwise"``, ``"recurrent"`` or ``"parallel"`` (the quadratic specification).
+        form: the backend: ``"chunkwise"``, also by default, ``"recurrent"``, or ``"eager"``, also called
+            ``"parallel"``: the quadratic specification.
         eps: added to the denominator.
         return_state: also return the state after the last token (of the last segment); always float32 (or float64).
 
@@ -243,11 +240,13 @@ def linear_attention(
     >>> torch.allclose(torch.cat([first.out, rest], 2), linear_attention(q, k, v), atol=1e-5)
     True
     """
-    check_choice("normalizer", normalizer, NORMALIZERS)
     norm = normalizer == "sum"
     with exactly(q):
-        call = _prepare(q, k, v, decay, key_weights, norm, causal, cu_seqlens, valid, state, chunk)
-        out, final = _run(call, form)
+        call = _prepare(
+            q, k, v, decay=decay, key_weights=key_weights, normalizer=normalizer, causal=causal, cu_seqlens=cu_seqlens,
+            valid=valid, state=state, chunk=chunk,
+        )  # fmt: skip
+        out, final = _OPERATOR.run(call, form)
         if norm:
             num, den = out[..., :-1], out[..., -1]
             out = Partial(torch.zeros_like(den), den + eps if eps else den, num).finish()
@@ -267,7 +266,7 @@ def linear_partial(
     valid: Tensor | None = None,
     state: State | None = None,
     chunk: int | None = None,
-    form: str = "chunkwise",
+    form: str | None = None,
     return_state: bool = False,
 ) -> Any:
     """:func:`linear_attention` as a mergeable part ``(0, den, num)``, to share one denominator with a softmax part.
@@ -283,8 +282,11 @@ def linear_partial(
     True
     """
     with exactly(q):
-        call = _prepare(q, k, v, decay, key_weights, True, causal, cu_seqlens, valid, state, chunk)
-        out, final = _run(call, form)
+        call = _prepare(
+            q, k, v, decay=decay, key_weights=key_weights, normalizer="sum", causal=causal, cu_seqlens=cu_seqlens,
+            valid=valid, state=state, chunk=chunk,
+        )  # fmt: skip
+        out, final = _OPERATOR.run(call, form)
         part = Partial(torch.zeros_like(out[..., -1]), out[..., -1], out[..., :-1])
     return (part, _pack(final, True)) if return_state else part
 
@@ -595,11 +597,35 @@ def _chunkwise(call: _Call, strict: bool) -> tuple[Tensor, Tensor]:
     if call.decay is not None and call.decay.dim() == 4:
         return _chunkwise_channels(call, strict)
     q, k, v, start = call.q, call.k, call.v, _start(call)
+    if transformed([*call.inputs(), start]):
+        return _plain_tiles(q, k, v, call.decay, call.segment, start, call.chunk, strict)
     if torch.compiler.is_compiling():
         tensors = (q, k, v, call.decay, start)
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
         return _forward_op(q, k, v, call.decay, call.segment, start, call.chunk, strict, keep)[:2]
-    return _Chunkwise.apply(q, k, v, call.decay, call.segment, start, call.chunk, strict)
+    out, final = _Chunkwise.apply(q, k, v, call.decay, call.segment, start, call.chunk, strict)
+
+    def spec(q: Tensor, k: Tensor, v: Tensor, start: Tensor, *decay: Tensor) -> tuple[Tensor, Tensor]:
+        return _plain_tiles(q, k, v, decay[0] if decay else None, call.segment, start, call.chunk, strict)
+
+    decay = [] if call.decay is None else [call.decay]
+    out, final = twice((out, final), [q, k, v, start, *decay], spec)
+    return out, final
+
+
+def _plain_tiles(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, segment: Tensor | None, start: Tensor, chunk: int,
+    strict: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`_forward_tiles` without writing in place: any derivative and any transform goes through it."""
+    tiles = _Tiles(decay, segment, q, chunk, strict)
+    outs, s = [], start
+    for a, b in tiles.spans:
+        inside, reach, stay, keep = tiles[a, b]
+        qc, kc, vc = q[:, :, a:b], k[:, :, a:b], v[:, :, a:b]
+        outs.append(((qc @ kc.transpose(-2, -1)) * inside) @ vc + (qc * reach) @ s)
+        s = s * keep + (kc * stay).transpose(-2, -1) @ vc
+    return torch.cat(outs, 2) if outs else v.new_zeros(*q.shape[:3], v.shape[-1]), s
 
 
 def _chunkwise_channels(call: _Call, strict: bool) -> tuple[Tensor, Tensor]:
@@ -639,3 +665,17 @@ def _chunkwise_channels(call: _Call, strict: bool) -> tuple[Tensor, Tensor]:
         s = s * keep[:, :, t].unsqueeze(-1) + update[:, :, t]
     out = scores @ vc + (qc * reach) @ torch.stack(states, 2)
     return out.flatten(2, 3)[:, :, :n], s
+
+
+_OPERATOR = Operator(
+    "linear_attention",
+    _prepare,
+    aliases={"parallel": "eager"},
+    entries={"linear_partial": {"normalizer": "sum"}},
+    argument="form",
+)
+_OPERATOR.register("chunkwise", partial(_both_ways, _chunkwise), second="the same chunks by plain operations")
+_OPERATOR.register(
+    "recurrent", partial(_both_ways, _recurrent), prefers=lambda call: "one token after the other is slower"
+)
+_OPERATOR.register("eager", _parallel)

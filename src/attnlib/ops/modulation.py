@@ -9,9 +9,10 @@ in a pool. Everything costs a constant number of operations per token.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from ..normalizers import Normalizer
 from ..types import check_rank, check_valid, stats_dtype
-from .attention import attention
+from ._call import AttentionCall, prepare
+from ._dispatch import Operator
+from .attention import ATTENTION
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -39,8 +42,9 @@ def _zero_invalid(x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def depthwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int = 1, valid: Tensor | None = None
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int = 1, valid: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """Depthwise convolution that keeps the size of the grid.
 
     Args:
@@ -49,6 +53,7 @@ def depthwise(
         bias: (C,).
         dilation: distance between taps.
         valid: (B, *grid) boolean; the others are zero, as if they lay beyond the border.
+        backend: ``"convolution"``, also by default; ``"eager"``, a sum of shifted grids (the specification).
 
     Returns:
         (B, *grid, C).
@@ -59,6 +64,52 @@ def depthwise(
     >>> depthwise(torch.ones(1, 4, 4, 2), torch.ones(2, 1, 3, 3))[0, 1, 1].tolist()
     [9.0, 9.0]
     """
+    return _DEPTHWISE.run(_prepare_depthwise(x, weight, bias, dilation=dilation, valid=valid), backend)
+
+
+class _Depthwise(NamedTuple):
+    """A checked convolution; tokens that do not exist are zero."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    dilation: int
+
+    def inputs(self) -> list[Tensor]:
+        return [t for t in (self.x, self.weight, self.bias) if t is not None]
+
+
+def _convolution(call: _Depthwise) -> Tensor:
+    x, weight, kernel, rank = call.x, call.weight, tuple(call.weight.shape[2:]), call.x.dim() - 2
+    if rank == 1:  # there is no channels-last 1-D convolution; a 2-D one of height 1 is
+        x, weight, kernel = x.unsqueeze(1), weight.unsqueeze(2), (1, *kernel)
+    conv: Callable[..., Tensor] = F.conv3d if rank == 3 else F.conv2d
+    padding = tuple(call.dilation * (k // 2) for k in kernel)
+    # The view below has channels-last strides, which convolutions keep and run fastest on.
+    out = conv(
+        x.contiguous().movedim(-1, 1), weight, call.bias, padding=padding, dilation=call.dilation,
+        groups=weight.shape[0],
+    ).movedim(1, -1)  # fmt: skip
+    return out.squeeze(1) if rank == 1 else out
+
+
+def _shifts(call: _Depthwise) -> Tensor:
+    """A sum of the grid moved by every tap."""
+    grid, kernel, d = call.x.shape[1:-1], call.weight.shape[2:], call.dilation
+    padded = F.pad(call.x, (0, 0, *(d * (k // 2) for k in reversed(kernel) for _ in range(2))))
+    weight = call.weight[:, 0]
+    out = torch.zeros_like(call.x) if call.bias is None else call.bias.expand(call.x.shape)
+    for tap in itertools.product(*(range(k) for k in kernel)):
+        moved, here = padded, weight
+        for axis, (t, n) in enumerate(zip(tap, grid, strict=True), 1):
+            moved, here = moved.narrow(axis, d * t, n), here[:, t]
+        out = out + moved * here
+    return out
+
+
+def _prepare_depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int = 1, valid: Tensor | None = None
+) -> _Depthwise:
     rank = _check_grid(x, valid)
     kernel = tuple(weight.shape[2:])
     if weight.dim() != rank + 2 or weight.shape[0] != x.shape[-1] or weight.shape[1] != 1:
@@ -68,16 +119,12 @@ def depthwise(
         )
     if any(k % 2 == 0 for k in kernel):
         raise ValueError(f"weight has kernel {kernel}; only odd sizes keep the grid as it is")
-    x = _zero_invalid(x, valid)
-    if rank == 1:  # there is no channels-last 1-D convolution; a 2-D one of height 1 is
-        x, weight, kernel = x.unsqueeze(1), weight.unsqueeze(2), (1, *kernel)
-    conv: Callable[..., Tensor] = F.conv3d if rank == 3 else F.conv2d
-    padding = tuple(dilation * (k // 2) for k in kernel)
-    # The view below has channels-last strides, which convolutions keep and run fastest on.
-    out = conv(
-        x.contiguous().movedim(-1, 1), weight, bias, padding=padding, dilation=dilation, groups=weight.shape[0]
-    ).movedim(1, -1)  # fmt: skip
-    return out.squeeze(1) if rank == 1 else out
+    return _Depthwise(_zero_invalid(x, valid), weight, bias, dilation)
+
+
+_DEPTHWISE = Operator("depthwise", _prepare_depthwise)
+_DEPTHWISE.register("convolution", _convolution)
+_DEPTHWISE.register("eager", _shifts)
 
 
 def pyramid(
@@ -261,6 +308,7 @@ def channel_attention(
     valid: Tensor | None = None,
     normalizer: str | Normalizer = "softmax",
     return_weights: bool = False,
+    backend: str | None = None,
 ) -> Any:
     """Attention between features: every feature is a token whose vector are its values over the grid.
 
@@ -276,6 +324,7 @@ def channel_attention(
         valid: (B, N) boolean; other tokens take no part in the comparison and come out as zeros.
         normalizer: how scores become weights.
         return_weights: also return A (B, H, D, D).
+        backend: of :func:`attnlib.attention`, with features for tokens; ``"eager"`` by default, since the map is D x D.
 
     Returns:
         (B, H, N, D), or a pair of it and the weights.
@@ -288,6 +337,21 @@ def channel_attention(
     >>> channel_attention(*torch.randn(3, 2, 4, 9, 6)).shape
     torch.Size([2, 4, 9, 6])
     """
+    result = _CHANNELS.run(
+        _prepare_channels(
+            q, k, v, scale=scale, l2=l2, valid=valid, normalizer=normalizer, return_weights=return_weights
+        ),
+        backend,
+    )
+    if return_weights:
+        return result[0].transpose(-2, -1), result[1]
+    return result.transpose(-2, -1)
+
+
+def _prepare_channels(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | Tensor | None = None, l2: bool = False,
+    valid: Tensor | None = None, normalizer: str | Normalizer = "softmax", return_weights: bool = False,
+) -> AttentionCall:  # fmt: skip
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_rank(name, tensor, 4, "(B, H, N, D)")
     if not (q.shape[2] == k.shape[2] == v.shape[2]):
@@ -308,11 +372,12 @@ def channel_attention(
             scale = valid.sum(1).clamp(min=1).to(stats_dtype(q.dtype)).rsqrt()[:, None, None, None]
     if isinstance(scale, Tensor):
         q, scale = (q * scale).to(q.dtype), 1.0
-    # The map is D x D, so that the eager backend is the right one at any N.
-    result = attention(
+    return prepare(
         q.transpose(-2, -1), k.transpose(-2, -1), v.transpose(-2, -1), scale=scale, normalizer=normalizer,
-        backend="eager", return_weights=return_weights,
+        want="weights" if return_weights else "out",
     )  # fmt: skip
-    if return_weights:
-        return result[0].transpose(-2, -1), result[1]
-    return result.transpose(-2, -1)
+
+
+# The map is D x D, so that eager is the right backend at any N and comes first.
+_CHANNELS = Operator("channel_attention", _prepare_channels)
+_CHANNELS.backends = {name: ATTENTION.backends[name] for name in ("eager", *ATTENTION.backends)}

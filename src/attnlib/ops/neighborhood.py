@@ -23,8 +23,9 @@ from .. import masks
 from ..grids import coordinates
 from ..masks import Mask, as_mask
 from ..types import Partial, check_choice, check_rank, check_valid, to_tuple, traced_as_constant
+from ._dispatch import AUTO, Operator
 from .attention import attention, attention_partial
-from .partition import forced_eager, grouped_attention, pair_mask
+from .partition import grouped_attention, pair_mask, register_inner
 
 BORDERS = ("clamp", "mask", "zero")
 
@@ -470,29 +471,14 @@ def _check_extra(
     return extra_k, extra_v, extra_valid
 
 
-def _call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grid: Sequence[int] | None,
-    kernel_size: int | Sequence[int],
-    dilation: int | Sequence[int],
-    stride: int | Sequence[int],
-    causal: bool | Sequence[bool],
-    border: str,
-    bias_table: Tensor | None,
-    axis_bias: Sequence[Tensor] | None,
-    extra: tuple[Tensor | None, Tensor | None, Tensor | None],
-    valid: Tensor | None,
-    mask: Mask | Tensor | None,
-    offset: int,
-    extra_pos: Tensor | None,
-    scale: float | None,
-    dropout_p: float,
-    tile: int | Sequence[int] | None,
-    backend: str | None,
-    partial: bool,
-) -> list[Tensor]:
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int] | None = None, kernel_size: int | Sequence[int] = 7,
+    dilation: int | Sequence[int] = 1, stride: int | Sequence[int] = 1, causal: bool | Sequence[bool] = False, *,
+    border: str = "clamp", bias_table: Tensor | None = None, axis_bias: Sequence[Tensor] | None = None,
+    extra_k: Tensor | None = None, extra_v: Tensor | None = None, extra_valid: Tensor | None = None,
+    valid: Tensor | None = None, mask: Mask | Tensor | None = None, offset: int = 0, extra_pos: Tensor | None = None,
+    scale: float | None = None, dropout_p: float = 0.0, tile: int | Sequence[int] | None = None, partial: bool = False,
+) -> _Call:  # fmt: skip
     shapes = "(B, H, *grid, D) with 1 to 3 axes, or (B, H, N, D) with grid"
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_rank(name, t, (4, 5, 6), shapes)
@@ -522,24 +508,55 @@ def _call(
         want = [(*q.shape[:2], *grid, e) for e in extents]
         if [tuple(f.shape) for f in axis_bias] != want:
             raise ValueError(f"axis_bias must be tensors of shapes {want}, got {[tuple(f.shape) for f in axis_bias]}")
-    more = _check_extra(*extra, k, v)
+    more = _check_extra(extra_k, extra_v, extra_valid, k, v)
     mask = as_mask(mask)
     if mask is not None and more is not None and (extra_pos is None or extra_pos.shape != (more[0].shape[2],)):
         raise ValueError("with a mask and extra keys, extra_pos must give the (M,) positions of the extra keys")
-    if backend is not None and backend not in ("eager", "tiles"):
-        raise ValueError(f"backend={backend!r} is not possible; choose one of ['eager', 'tiles'] or None")
+    chosen = None if tile is None else to_tuple("tile", tile, len(grid))
+    if chosen is not None and any(not isinstance(t, int) or t < 1 for t in chosen):
+        raise ValueError(f"tile={chosen} must hold integers of at least 1")
     rest: dict[str, Any] = dict(
         table=bias_table, extra=more, extra_pos=extra_pos, mask=mask, offset=offset, partial=partial,
         options=dict(scale=scale, dropout_p=dropout_p),
     )  # fmt: skip
-    if backend != "tiles" and forced_eager(backend):
-        fields = _eager(q, k, v, rules, valid, axis_bias, **rest)
-    else:
-        chosen = None if tile is None else to_tuple("tile", tile, len(grid))
-        if chosen is not None and any(not isinstance(t, int) or t < 1 for t in chosen):
-            raise ValueError(f"tile={chosen} must hold integers of at least 1")
-        fields = _tiles(q, k, v, rules, chosen, valid, axis_bias, **rest)
-    return fields if flat or partial else [t.unflatten(2, grid) for t in fields]
+    return _Call(q, k, v, rules, chosen, valid, axis_bias, rest, flat or partial)
+
+
+class _Call(NamedTuple):
+    """A checked problem."""
+
+    q: Tensor  # (B, H, *grid, D)
+    k: Tensor
+    v: Tensor
+    rules: tuple[AxisRule, ...]
+    tile: tuple[int, ...] | None
+    valid: Tensor | None
+    axis_bias: Sequence[Tensor] | None
+    rest: dict[str, Any]
+    flat: bool  # whether the output stays flat
+
+    def inputs(self) -> list[Tensor]:
+        more = [self.rest["table"], *(self.axis_bias or ()), *(self.rest["extra"] or ())[:2]]
+        return [self.q, self.k, self.v, *(t for t in more if t is not None)]
+
+    def finish(self, fields: list[Tensor]) -> list[Tensor]:
+        grid = tuple(r.length for r in self.rules)
+        return fields if self.flat else [t.unflatten(2, grid) for t in fields]
+
+
+def _run_tiles(call: _Call, inner: str = AUTO) -> list[Tensor]:
+    rest = {**call.rest, "options": {**call.rest["options"], "backend": inner}}
+    return call.finish(_tiles(call.q, call.k, call.v, call.rules, call.tile, call.valid, call.axis_bias, **rest))
+
+
+def _run_eager(call: _Call) -> list[Tensor]:
+    return call.finish(_eager(call.q, call.k, call.v, call.rules, call.valid, call.axis_bias, **call.rest))
+
+
+_OPERATOR = Operator("neighborhood_attention", _prepare, entries={"neighborhood_partial": {"partial": True}})
+_OPERATOR.register("tiles", _run_tiles)
+register_inner(_OPERATOR, _run_tiles)
+_OPERATOR.register("eager", _run_eager)
 
 
 def neighborhood_attention(
@@ -592,8 +609,8 @@ def neighborhood_attention(
         scale: defaults to ``D ** -0.5``.
         dropout_p: dropout of weights.
         tile: queries per tile and axis; chosen from the shape by default.
-        backend: ``"tiles"``, O(N); ``"eager"``, the specification: dense attention under a mask; ``None``: tiles unless
-            ``use_backend("eager")`` is in force.
+        backend: ``"tiles"``, O(N), also by default; a backend of :func:`attnlib.attention` for what runs on the tiles;
+            or ``"eager"``, the specification: dense attention under a mask.
 
     Returns:
         (B, H, *grid, Dv), or (B, H, N, Dv) for flat tensors.
@@ -608,10 +625,12 @@ def neighborhood_attention(
     >>> torch.allclose(neighborhood_attention(x, x, x, kernel_size=8), whole, atol=1e-6)
     True
     """
-    return _call(
-        q, k, v, grid, kernel_size, dilation, stride, causal, border, bias_table, axis_bias,
-        (extra_k, extra_v, extra_valid), valid, mask, offset, extra_pos, scale, dropout_p, tile, backend, False,
-    )[0]  # fmt: skip
+    call = _prepare(
+        q, k, v, grid, kernel_size, dilation, stride, causal, border=border, bias_table=bias_table, axis_bias=axis_bias,
+        extra_k=extra_k, extra_v=extra_v, extra_valid=extra_valid, valid=valid, mask=mask, offset=offset,
+        extra_pos=extra_pos, scale=scale, dropout_p=dropout_p, tile=tile,
+    )  # fmt: skip
+    return _OPERATOR.run(call, backend)[0]
 
 
 def neighborhood_partial(
@@ -638,8 +657,9 @@ def neighborhood_partial(
     >>> neighborhood_partial(x, x, x, kernel_size=3).finish().shape
     torch.Size([1, 2, 8, 4])
     """
-    scale_, den, num = _call(
-        q, k, v, grid, kernel_size, dilation, stride, causal, border, bias_table, None, (None, None, None), valid, None,
-        0, None, scale, 0.0, None, backend, True,
+    call = _prepare(
+        q, k, v, grid, kernel_size, dilation, stride, causal, border=border, bias_table=bias_table, valid=valid,
+        scale=scale, partial=True,
     )  # fmt: skip
+    scale_, den, num = _OPERATOR.run(call, backend)
     return Partial(scale_[..., 0], den[..., 0], num)

@@ -6,9 +6,10 @@ handed to :func:`attnlib.ops.attention`. Windows of a grid need no index: they a
 
 from __future__ import annotations
 
+import functools
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,17 +18,29 @@ from torch import Tensor
 from ..grids import Partition, block_windows, check_windows, grid_windows, unblock_windows, ungrid_windows
 from ..masks import Mask, as_mask
 from ..types import Partial, check_choice, check_rank, check_valid, to_tuple
-from .attention import attention, attention_partial
+from ._dispatch import AUTO, Operator
+from .attention import BACKENDS, attention, attention_partial
 
 KINDS = ("block", "grid")
 
-# The package exports the function under the module's own name; the module itself holds the forced backend.
-_dispatch: Any = sys.modules[attention.__module__]
+
+def register_inner(operator: Operator, run: Callable[[Any, str], Any]) -> None:
+    """Let the backends of ``attention`` but its specification be forced on the pieces of an engine.
+
+    Args:
+        run: computes a call with the named backend on every piece.
+    """
+    for name in BACKENDS:
+        if name != "eager":
+            operator.register(name, functools.partial(_with_inner, run, name), prefers=_when_forced)
 
 
-def forced_eager(backend: str | None) -> bool:
-    """Whether the caller, or an enclosing ``use_backend``, asks for the specification."""
-    return (backend or _dispatch._forced) == "eager"
+def _with_inner(run: Callable[[Any, str], Any], name: str, call: Any) -> Any:
+    return run(call, name)
+
+
+def _when_forced(call: Any) -> str:
+    return "each piece gets the backend that serves it best, unless one is forced"
 
 
 def pair_mask(mask: Mask, q_pos: Tensor, k_pos: Tensor) -> Tensor:
@@ -161,7 +174,8 @@ def partition_attention(
             (H, Sq, Sk) is per head; for one per group write (1 or B, H or 1, G, Sq, Sk).
         scale: defaults to ``D ** -0.5``.
         dropout_p: dropout of weights.
-        backend: ``"eager"`` builds the whole (N, M) map (the specification); others run inside the groups.
+        backend: ``"groups"``, also by default; a backend of :func:`attnlib.attention` for what runs inside the groups;
+            or ``"eager"``, which builds the whole (N, M) map (the specification).
 
     Returns:
         (B, H, N, Dv).
@@ -174,13 +188,38 @@ def partition_attention(
     >>> partition_attention(x, x, x, window_partition((4, 4), 2)).shape
     torch.Size([1, 2, 16, 8])
     """
+    call = _prepare(q, k, v, partition, valid=valid, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p)
+    return _PARTITION.run(call, backend)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """A checked problem in groups."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_index: Tensor  # (B or 1, H or 1, G, Sq), -1 for a hole
+    k_index: Tensor
+    valid: Tensor | None
+    mask: Mask | None
+    bias: Tensor | None  # (B or 1, H or 1, G or 1, Sq, Sk)
+    options: dict[str, Any]
+
+    def inputs(self) -> list[Tensor]:
+        return [t for t in (self.q, self.k, self.v, self.bias) if t is not None]
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, partition: Partition, *, valid: Tensor | None = None,
+    mask: Mask | Tensor | None = None, bias: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0,
+) -> _Groups:  # fmt: skip
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_rank(name, t, 4, "(B, H, N, D)")
     batch, heads, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     check_valid("valid", valid, (batch, m))
     q_index = _expand_index(partition.q_index.to(q.device), batch, heads, n)
     k_index = q_index if partition.k_index is None else _expand_index(partition.k_index.to(q.device), batch, heads, m)
-    mask = as_mask(mask)
     if bias is not None:
         if bias.dim() not in (2, 3, 4, 5) or tuple(bias.shape[-2:]) != (q_index.shape[3], k_index.shape[3]):
             raise ValueError(
@@ -188,14 +227,17 @@ def partition_attention(
             )
         if bias.dim() < 5:  # no group axis: the same in every group
             bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape)).unsqueeze(2)
-    options: dict[str, Any] = dict(scale=scale, dropout_p=dropout_p, backend=backend)
-    if forced_eager(backend):
-        return _partition_eager(q, k, v, q_index, k_index, mask, valid, bias, options)
+    return _Groups(q, k, v, q_index, k_index, valid, as_mask(mask), bias, dict(scale=scale, dropout_p=dropout_p))
+
+
+def _in_groups(call: _Groups, inner: str = AUTO) -> Tensor:
+    q, k, v, q_index, k_index = call.q, call.k, call.v, call.q_index, call.k_index
+    batch, heads, n = q.shape[:3]
     allowed = None
-    if mask is not None:
-        allowed = pair_mask(mask, q_index.clamp(min=0), k_index.clamp(min=0))
+    if call.mask is not None:
+        allowed = pair_mask(call.mask, q_index.clamp(min=0), k_index.clamp(min=0))
     here = (k_index >= 0).transpose(1, 2)  # (B or 1, G, H or 1, Sk)
-    exists = None
+    exists, valid = None, call.valid
     if here.shape[2] == 1:
         exists = here[:, :, 0]
         if valid is not None:
@@ -207,7 +249,7 @@ def partition_attention(
         allowed = here if allowed is None else allowed & here
     out = grouped_attention(
         _take(q, q_index, heads), _take(k, k_index, heads), _take(v, k_index, heads), allowed=allowed, valid=exists,
-        bias=None if bias is None else bias.transpose(1, 2), **options,
+        bias=None if call.bias is None else call.bias.transpose(1, 2), backend=inner, **call.options,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     # Scatter into a buffer with one slot more, where holes land.
@@ -216,18 +258,9 @@ def partition_attention(
     return out.new_zeros(batch, heads, n + 1, out.shape[-1]).scatter(2, target, out)[:, :, :n]
 
 
-def _partition_eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_index: Tensor,
-    k_index: Tensor,
-    mask: Mask | None,
-    valid: Tensor | None,
-    bias: Tensor | None,
-    options: dict[str, Any],
-) -> Tensor:
-    n, m = q.shape[2], k.shape[2]
+def _eager(call: _Groups) -> Tensor:
+    q_index, k_index = call.q_index, call.k_index
+    n, m = call.q.shape[2], call.k.shape[2]
     shape = torch.broadcast_shapes(q_index.shape[:2], k_index.shape[:2])
     groups, sq, sk = q_index.shape[2], q_index.shape[3], k_index.shape[3]
     # One flat slot per pair of tokens, and one where the holes land.
@@ -241,12 +274,17 @@ def _partition_eager(
         flat = values.new_full((*lead, n * m + 1), fill)
         return flat.scatter(2, slot.expand(*lead, -1, -1, -1).flatten(2), values)[..., : n * m].unflatten(2, (n, m))
 
-    allowed = spread(torch.ones(1, 1, 1, 1, 1, dtype=torch.bool, device=q.device), False)
-    if mask is not None:
-        allowed = allowed & mask.dense(n, m, q.device)
-    dense_bias = None if bias is None else spread(bias, 0.0)
-    options = {**options, "backend": "eager"}
-    return attention(q, k, v, mask=allowed, valid=valid, bias=dense_bias, **options)
+    allowed = spread(torch.ones(1, 1, 1, 1, 1, dtype=torch.bool, device=call.q.device), False)
+    if call.mask is not None:
+        allowed = allowed & call.mask.dense(n, m, call.q.device)
+    bias = None if call.bias is None else spread(call.bias, 0.0)
+    return attention(call.q, call.k, call.v, mask=allowed, valid=call.valid, bias=bias, backend="eager", **call.options)
+
+
+_PARTITION = Operator("partition_attention", _prepare)
+_PARTITION.register("groups", _in_groups)
+register_inner(_PARTITION, _in_groups)
+_PARTITION.register("eager", _eager)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -282,7 +320,8 @@ def window_attention(
         bias: (S, S) or (H, S, S), the same in every window of S tokens.
         scale: defaults to ``D ** -0.5``.
         dropout_p: dropout of weights.
-        backend: ``"eager"`` builds the whole (N, N) map (the specification); others run inside the windows.
+        backend: ``"windows"``, also by default; a backend of :func:`attnlib.attention` for what runs inside the
+            windows; or ``"eager"``, which builds the whole (N, N) map (the specification).
 
     Returns:
         (B, H, N, Dv).
@@ -294,45 +333,91 @@ def window_attention(
     >>> window_attention(x, x, x, (4, 4), 2, "grid").shape
     torch.Size([1, 2, 16, 8])
     """
-    check_rank("q", q, 4, "(B, H, N, D)")
+    call = _prepare_windows(
+        q, k, v, grid, window_size, kind, valid=valid, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p
+    )
+    return _WINDOWS.run(call, backend)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """A checked problem on a grid in windows."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grid: tuple[int, ...]
+    window: tuple[int, ...]
+    kind: str
+    valid: Tensor | None
+    mask: Mask | None
+    bias: Tensor | None
+    options: dict[str, Any]
+
+    def inputs(self) -> list[Tensor]:
+        return [t for t in (self.q, self.k, self.v, self.bias) if t is not None]
+
+    def cut(self, t: Tensor) -> Tensor:
+        """(B, N, C) -> (B, G, S, C)."""
+        split, rank = block_windows if self.kind == "block" else grid_windows, len(self.grid)
+        t = split(t.reshape(t.shape[0], *self.grid, t.shape[-1]), self.window)
+        return t.reshape(t.shape[0], math.prod(t.shape[1 : 1 + rank]), math.prod(self.window), t.shape[-1])
+
+    def numbers(self) -> Tensor:
+        """(G, S) token numbers."""
+        return self.cut(torch.arange(self.q.shape[2], device=self.q.device)[None, :, None])[0, :, :, 0]
+
+
+def _prepare_windows(
+    q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int], window_size: int | Sequence[int], kind: str = "block", *,
+    valid: Tensor | None = None, mask: Mask | Tensor | None = None, bias: Tensor | None = None,
+    scale: float | None = None, dropout_p: float = 0.0,
+) -> _Windows:  # fmt: skip
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_rank(name, t, 4, "(B, H, N, D)")
     check_choice("kind", kind, KINDS)
     grid = tuple(grid)
     window = to_tuple("window_size", window_size, len(grid))
-    if math.prod(grid) != q.shape[2]:
-        raise ValueError(f"grid={grid} holds {math.prod(grid)} tokens, but q has {q.shape[2]}")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if math.prod(grid) != t.shape[2]:
+            raise ValueError(f"grid={grid} holds {math.prod(grid)} tokens, but {name} has {t.shape[2]}")
     check_windows(grid, window)
     check_valid("valid", valid, (q.shape[0], q.shape[2]))
-    mask = as_mask(mask)
-    split, join = (block_windows, unblock_windows) if kind == "block" else (grid_windows, ungrid_windows)
-    rank = len(grid)
+    size = math.prod(window)
+    if bias is not None and (bias.dim() not in (2, 3, 4, 5) or tuple(bias.shape[-2:]) != (size, size)):
+        raise ValueError(f"bias must end in (S, S) = {(size, size)} for windows of S tokens, got {tuple(bias.shape)}")
+    return _Windows(q, k, v, grid, window, kind, valid, as_mask(mask), bias, dict(scale=scale, dropout_p=dropout_p))
 
-    def windows(t: Tensor) -> Tensor:
-        """(B, N, C) -> (B, G, S, C)."""
-        t = split(t.reshape(t.shape[0], *grid, t.shape[-1]), window)
-        return t.reshape(t.shape[0], math.prod(t.shape[1 : 1 + rank]), math.prod(window), t.shape[-1])
 
-    def numbers() -> Tensor:
-        return windows(torch.arange(q.shape[2], device=q.device)[None, :, None])[0, :, :, 0]
-
-    if forced_eager(backend):
-        index = numbers()
-        return partition_attention(
-            q, k, v, Partition(index), valid=valid, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p,
-            backend="eager",
-        )  # fmt: skip
-    cut = [windows(t.transpose(1, 2).flatten(2)).unflatten(-1, t.shape[1::2]).transpose(2, 3) for t in (q, k, v)]
-    allowed = None
-    if mask is not None:
-        index = numbers()
-        allowed = pair_mask(mask, index, index)
-    exists = None if valid is None else windows(valid.unsqueeze(-1))[..., 0]
+def _in_windows(call: _Windows, inner: str = AUTO) -> Tensor:
+    q = call.q
+    cut = [
+        call.cut(t.transpose(1, 2).flatten(2)).unflatten(-1, t.shape[1::2]).transpose(2, 3) for t in (q, call.k, call.v)
+    ]
+    allowed, bias = None, call.bias
+    if call.mask is not None:
+        index = call.numbers()
+        allowed = pair_mask(call.mask, index, index)
+    exists = None if call.valid is None else call.cut(call.valid.unsqueeze(-1))[..., 0]
     if bias is not None:
         bias = bias.reshape((1,) * (5 - bias.dim()) + tuple(bias.shape))
-    out = grouped_attention(
-        *cut, allowed=allowed, valid=exists, bias=bias, scale=scale, dropout_p=dropout_p, backend=backend
-    )
+    out = grouped_attention(*cut, allowed=allowed, valid=exists, bias=bias, backend=inner, **call.options)
     assert isinstance(out, Tensor)
     heads, width = out.shape[2], out.shape[4]
-    counts = [g // w for g, w in zip(grid, window, strict=True)]
-    out = out.transpose(2, 3).reshape(q.shape[0], *counts, *window, heads * width)
+    counts = [g // w for g, w in zip(call.grid, call.window, strict=True)]
+    out = out.transpose(2, 3).reshape(q.shape[0], *counts, *call.window, heads * width)
+    join = unblock_windows if call.kind == "block" else ungrid_windows
     return join(out).reshape(q.shape[0], q.shape[2], heads, width).transpose(1, 2)
+
+
+def _windows_eager(call: _Windows) -> Tensor:
+    return partition_attention(
+        call.q, call.k, call.v, Partition(call.numbers()), valid=call.valid, mask=call.mask, bias=call.bias,
+        backend="eager", **call.options,
+    )  # fmt: skip
+
+
+_WINDOWS = Operator("window_attention", _prepare_windows)
+_WINDOWS.register("windows", _in_windows)
+register_inner(_WINDOWS, _in_windows)
+_WINDOWS.register("eager", _windows_eager)

@@ -8,9 +8,10 @@ served, because a summary mixes tokens that such a mask tells apart.
 
 from __future__ import annotations
 
-import importlib
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,9 @@ from ..masks import Causal, Mask, as_mask, causal
 from ..positions import Bias
 from ..types import Partial, check_choice, check_rank, check_valid, exactly, stats_dtype, to_tuple
 from ._call import AttentionCall, prepare
-from .attention import attention, attention_partial
+from ._dispatch import Backend, Operator
+from .attention import ATTENTION
 from .block_policies import pool_blocks
-
-# The package exports the function `attention` under the same name as its module.
-_dense = importlib.import_module("attnlib.ops.attention")
 
 #: Below so many keys a map is held keys by queries.
 NARROW = 32
@@ -90,14 +89,14 @@ def _whole_map(call: AttentionCall, few_keys: bool) -> Tensor:
         s = q @ k.mT if keys == -1 else k @ q.mT
         if call.bias is not None:
             bias = call.bias.dense().to(high)
-            s.add_(bias if keys == -1 else bias.mT)
+            s = s + (bias if keys == -1 else bias.mT)
         if call.valid is None:
             weights = s.softmax(keys)
         else:
             # A sample without keys attends evenly and is zeroed: no NaN enters, and its gradient is exactly zero.
             exists = call.valid[:, None, None] if keys == -1 else call.valid[:, None, :, None]
             some = exists.any(keys, keepdim=True)
-            weights = s.masked_fill_(~exists & some, float("-inf")).softmax(keys).masked_fill(~some, 0.0)
+            weights = s.masked_fill(~exists & some, float("-inf")).softmax(keys).masked_fill(~some, 0.0)
         if call.dropout_p:
             weights = F.dropout(weights, call.dropout_p)
         return ((weights if keys == -1 else weights.mT) @ v.to(high)).to(call.q.dtype)
@@ -130,8 +129,8 @@ def agent_attention(
         agents_valid: (B, n) boolean, which agents exist.
         scale: of both score maps; ``D ** -0.5`` by default.
         dropout_p: dropout of both weights.
-        backend: a backend of :func:`attnlib.attention` for both. By default neither runs: each map has few rows or few
-            columns, so that holding it whole is linear already, and two plain products are fastest.
+        backend: ``"products"``, also by default: each map has few rows or few columns, so that holding it whole is
+            linear already, and two plain products are fastest. Or a backend of :func:`attnlib.attention` for both.
 
     Returns:
         (B, H, N, Dv). Each row's product weights sum to 1 where any agent and any key exist. Cost: O(N n D).
@@ -142,13 +141,57 @@ def agent_attention(
     >>> agent_attention(q, a, k, torch.ones(1, 2, 7, 5)).sub(1).abs().max().item() < 1e-6
     True
     """
+    call = _prepare_agents(
+        q, agents, k, v, read_bias=read_bias, write_bias=write_bias, valid=valid, agents_valid=agents_valid,
+        scale=scale, dropout_p=dropout_p,
+    )  # fmt: skip
+    return _AGENTS.run(call, backend)
+
+
+class _Agents(NamedTuple):
+    """Two checked problems: agents read keys, queries read agents (whose values the first problem makes)."""
+
+    read: AttentionCall
+    write: AttentionCall
+
+    def inputs(self) -> list[Tensor]:
+        return [*self.read.inputs(), *self.write.inputs()]
+
+
+def _prepare_agents(
+    q: Tensor, agents: Tensor, k: Tensor, v: Tensor, *, read_bias: Bias | Tensor | None = None,
+    write_bias: Bias | Tensor | None = None, valid: Tensor | None = None, agents_valid: Tensor | None = None,
+    scale: float | None = None, dropout_p: float = 0.0,
+) -> _Agents:  # fmt: skip
+    check_rank("agents", agents, 4, "(B, H, n, D)")
     args: dict[str, Any] = dict(scale=scale, dropout_p=dropout_p)
-    backend = backend or _dense._forced
-    if backend is not None:
-        summary = attention(agents, k, v, bias=read_bias, valid=valid, backend=backend, **args)
-        return attention(q, agents, summary, bias=write_bias, valid=agents_valid, backend=backend, **args)
-    summary = _whole_map(prepare(agents, k, v, bias=read_bias, valid=valid, **args), few_keys=False)
-    return _whole_map(prepare(q, agents, summary, bias=write_bias, valid=agents_valid, **args), few_keys=True)
+    read = prepare(agents, k, v, bias=read_bias, valid=valid, **args)
+    return _Agents(read, prepare(q, agents, agents, bias=write_bias, valid=agents_valid, **args))
+
+
+def _by_products(call: _Agents) -> Tensor:
+    return _whole_map(replace(call.write, v=_whole_map(call.read, few_keys=False)), few_keys=True)
+
+
+def _by_backend(name: str, call: _Agents) -> Tensor:
+    return ATTENTION.run(replace(call.write, v=ATTENTION.run(call.read, name)), name)
+
+
+def _why_not(one: Backend, call: _Agents) -> str | None:
+    return one.supports(call.read) or one.supports(call.write)
+
+
+def _when_forced(call: _Agents) -> str:
+    return "each map has few rows or few columns, which two plain products serve best"
+
+
+_AGENTS = Operator("agent_attention", _prepare_agents)
+_AGENTS.register("products", _by_products)
+for _one in ATTENTION.backends.values():
+    _AGENTS.register(
+        _one.name, functools.partial(_by_backend, _one.name), supports=functools.partial(_why_not, _one),
+        prefers=_when_forced, second=_one.second, transforms=_one.transforms,
+    )  # fmt: skip
 
 
 def reduced_attention(
@@ -176,6 +219,8 @@ def reduced_attention(
         mask: ``None``, or ``masks.causal()``: a summary is then read by queries at or behind its last token; queries
             before the first complete run read nothing and give zeros.
         partial: return a :class:`attnlib.types.Partial`, to merge with attention to near tokens.
+        scale: defaults to ``D ** -0.5``.
+        backend: a backend of :func:`attnlib.attention`, for what reads the summaries.
 
     Returns:
         (B, Hq, N, Dv).
@@ -187,6 +232,16 @@ def reduced_attention(
     >>> reduced_attention(q, k, torch.ones(1, 2, 8, 4), block=4).mean().item()
     1.0
     """
+    call = _prepare_reduced(q, k, v, block, reduce=reduce, valid=valid, mask=mask, scale=scale, partial=partial)
+    return _REDUCED.run(call, backend)
+
+
+def _prepare_reduced(
+    q: Tensor, k: Tensor, v: Tensor, block: int, *, reduce: str = "mean", valid: Tensor | None = None,
+    mask: Mask | Tensor | None = None, scale: float | None = None, partial: bool = False,
+) -> AttentionCall:  # fmt: skip
+    for name, t in (("k", k), ("v", v)):
+        check_rank(name, t, 4, "(B, H, M, D)")
     check_choice("reduce", reduce, ("mean", "last"))
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
@@ -205,7 +260,12 @@ def reduced_attention(
     else:
         k_r, v_r = k.index_select(2, ends), v.index_select(2, ends)
         exists = None if valid is None else valid.index_select(1, ends)
-    args: dict[str, Any] = dict(valid=exists, scale=scale, backend=backend)
+    args: dict[str, Any] = dict(valid=exists, scale=scale, want="partial" if partial else "out")
     if mask is not None:
         args.update(mask=causal(), q_pos=torch.arange(q.shape[2], device=q.device), k_pos=ends)
-    return (attention_partial if partial else attention)(q, k_r, v_r, **args)
+    return prepare(q, k_r, v_r, **args)
+
+
+# Attention over the summaries, by whatever serves attention.
+_REDUCED = Operator("reduced_attention", _prepare_reduced)
+_REDUCED.backends = ATTENTION.backends

@@ -1,28 +1,30 @@
 """Sampled keys: every query reads a few points of a feature map, at predicted places with predicted weights.
 
-Two backends serve the two-dimensional form. ``"grid_sample"`` is the specification; ``"gather"`` computes the four
-corners of every point itself and adds up rows of the map with ``embedding_bag``, forward and backward, without ever
-holding the samples. It is the automatic choice on the CPU. The form lifted into depth weighs every corner on its own
-and is always gathered: the expanded volume is never built.
+``"gather"`` computes the four corners of every point itself and adds up rows of the map with ``embedding_bag``, forward
+and backward, without ever holding the samples. It is the automatic choice on the CPU; elsewhere that is
+``"grid_sample"``, torch's kernel. ``"eager"``, the specification, holds the rows it reads. The form lifted into depth
+weighs every corner on its own, and the expanded volume is never built.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import check_choice, check_rank, check_valid, exactly, stats_dtype
+from ..types import check_rank, check_valid, exactly, stats_dtype
 from ._call import expand_heads
+from ._dispatch import Operator, transformed, twice, wants_gradient
 
 Shapes = Sequence[Sequence[int]]
 
 #: Backends of :func:`deformable_attention`.
-SAMPLED_BACKENDS: tuple[str, ...] = ("grid_sample", "gather")
+SAMPLED_BACKENDS: tuple[str, ...] = ("gather", "grid_sample", "eager")
 
 
 def _check(value: Tensor, spatial_shapes: Any, locations: Tensor, weights: Tensor, axes: int) -> list[tuple[int, int]]:
@@ -93,10 +95,6 @@ def _inside(locations: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
     return torch.stack(levels, 3)
 
 
-def _wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
 class _BagOfRows(torch.autograd.Function):
     """``out[i] = sum_j weights[i, j] table[numbers[i, j]]``; its gradient in the table is such a sum again.
 
@@ -130,35 +128,102 @@ class _BagOfRows(torch.autograd.Function):
         return table_grad, None, weight_grad
 
 
-def _sum_rows(value: Tensor, numbers: Tensor, weights: Tensor) -> Tensor:
-    """``out[b, h, n] = sum_j weights[b, h, n, j] value[b, g(h), numbers[b, h, n, j]]``, trailing axes summed."""
+def _flat_rows(value: Tensor, numbers: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The map as one table of rows, and for each query the numbers and weights of the rows it reads."""
     batch, kv_heads, m, d = value.shape
-    heads, n = numbers.shape[1:3]
+    heads = numbers.shape[1]
     row = torch.arange(batch * kv_heads, device=value.device, dtype=torch.int32) * m
     row = row.view(batch, kv_heads, 1).expand(batch, kv_heads, heads // kv_heads)
     numbers = (numbers.flatten(3) + row.reshape(batch, heads, 1, 1)).flatten(0, 2)
-    table, weights = value.reshape(batch * kv_heads * m, d), weights.flatten(3).flatten(0, 2)
-    if _wants_gradient(table, weights):
-        return _BagOfRows.apply(table, numbers, weights).view(batch, heads, n, d)
-    return F.embedding_bag(numbers, table, mode="sum", per_sample_weights=weights).view(batch, heads, n, d)
+    return value.reshape(batch * kv_heads * m, d), numbers, weights.flatten(3).flatten(0, 2)
+
+
+def _plain_sum(table: Tensor, numbers: Tensor, weights: Tensor) -> Tensor:
+    """``out[i] = sum_j weights[i, j] table[numbers[i, j]]``, holding every row that is read."""
+    return (table[numbers.long()] * weights.unsqueeze(-1)).sum(-2)
+
+
+def _sum_rows(value: Tensor, numbers: Tensor, weights: Tensor, plain: bool = False) -> Tensor:
+    """``out[b, h, n] = sum_j weights[b, h, n, j] value[b, g(h), numbers[b, h, n, j]]``, trailing axes summed."""
+    table, rows, flat = _flat_rows(value, numbers, weights)
+    if plain or transformed((table, flat)):
+        out = _plain_sum(table, rows, flat)
+    elif wants_gradient((table, flat)):
+        out = _BagOfRows.apply(table, rows, flat)
+        out = twice((out,), (table, flat), lambda table, flat: (_plain_sum(table, rows, flat),))[0]
+    else:
+        out = F.embedding_bag(rows, table, mode="sum", per_sample_weights=flat)
+    return out.view(*numbers.shape[:3], value.shape[3])
+
+
+class _Call(NamedTuple):
+    """A checked problem in the statistics dtype; tokens of the map that do not exist are zero."""
+
+    value: Tensor
+    depth: Tensor | None
+    shapes: list[tuple[int, int]]
+    locations: Tensor
+    weights: Tensor
+    dtype: torch.dtype
+
+    def inputs(self) -> list[Tensor]:
+        return [t for t in (self.value, self.depth, self.locations, self.weights) if t is not None]
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Two dimensions
 
 
-def _grid_sample(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    batch, heads, n = locations.shape[:3]
-    value = expand_heads(value, heads)
+def _grid_sample(call: _Call) -> Tensor:
+    batch, heads, n = call.locations.shape[:3]
+    value = expand_heads(call.value, heads)
     samples = []
-    grids = 2 * locations - 1
+    grids = 2 * call.locations - 1
     for level, (part, (height, width)) in enumerate(
-        zip(value.split([h * w for h, w in shapes], 2), shapes, strict=True)
+        zip(value.split([h * w for h, w in call.shapes], 2), call.shapes, strict=True)
     ):
         image = part.reshape(batch * heads, height, width, value.shape[3]).permute(0, 3, 1, 2)
         samples.append(F.grid_sample(image, grids[:, :, :, level].flatten(0, 1), align_corners=False))
+    weights = call.weights
     out = (torch.cat(samples, -1) * weights.reshape(batch * heads, 1, n, math.prod(weights.shape[3:]))).sum(-1)
-    return out.transpose(1, 2).view(batch, heads, n, value.shape[3])
+    out = out.transpose(1, 2).view(batch, heads, n, value.shape[3])
+
+    def spec(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor]:
+        return (_by_rows(call._replace(value=value, locations=locations, weights=weights), plain=True),)
+
+    return twice((out,), call.inputs(), spec)[0]
+
+
+def _by_rows(call: _Call, plain: bool = False) -> Tensor:
+    numbers, bilinear = _corners(call.locations, call.shapes)
+    return _sum_rows(call.value, numbers, bilinear * call.weights.unsqueeze(-1), plain)
+
+
+def _prepare(
+    value: Tensor, spatial_shapes: Shapes | Tensor, sampling_locations: Tensor, attention_weights: Tensor, *,
+    valid: Tensor | None = None,
+) -> _Call:  # fmt: skip
+    shapes = _check(value, spatial_shapes, sampling_locations, attention_weights, 2)
+    check_valid("valid", valid, (value.shape[0], value.shape[2]))
+    high = stats_dtype(value.dtype)
+    if valid is not None:
+        value = value.masked_fill(~valid[:, None, :, None], 0.0)
+    locations, weights = sampling_locations.to(high), attention_weights.to(high)
+    return _Call(value.to(high), None, shapes, locations, weights, value.dtype)
+
+
+def _off_cpu(call: _Call) -> str | None:
+    device = call.value.device.type
+    return None if device == "cpu" else f"on {device} grid_sample is one kernel"
+
+
+_OPERATOR = Operator("deformable_attention", _prepare)
+_OPERATOR.register("gather", _by_rows, prefers=_off_cpu, second="the specification")
+_OPERATOR.register(
+    "grid_sample", _grid_sample, prefers=lambda call: None if _off_cpu(call) else "on the CPU gather is faster",
+    second="the specification", transforms="torch differentiates its kernel once only",
+)  # fmt: skip
+_OPERATOR.register("eager", partial(_by_rows, plain=True))
 
 
 def deformable_attention(
@@ -181,7 +246,8 @@ def deformable_attention(
         sampling_locations: (B, H, N, L, P, 2) as (x, y).
         attention_weights: (B, H, N, L, P), used as they are.
         valid: (B, M) boolean; other tokens read as zero, like those beyond the border.
-        backend: one of :data:`SAMPLED_BACKENDS`, or ``None``: ``"gather"`` on the CPU, else ``"grid_sample"``.
+        backend: one of :data:`SAMPLED_BACKENDS`, or ``None``: ``"gather"`` on the CPU, else ``"grid_sample"``;
+            ``"eager"`` is the specification.
 
     Returns:
         (B, H, N, D), differentiable in value, locations and weights.
@@ -195,20 +261,9 @@ def deformable_attention(
     >>> deformable_attention(torch.arange(4.0).reshape(1, 1, 4, 1), [(2, 2)], points, torch.ones(1, 1, 1, 1, 1)).item()
     1.5
     """
-    shapes = _check(value, spatial_shapes, sampling_locations, attention_weights, 2)
-    check_valid("valid", valid, (value.shape[0], value.shape[2]))
-    if backend is None:
-        backend = "gather" if value.device.type == "cpu" else "grid_sample"
-    check_choice("backend", backend, SAMPLED_BACKENDS)
-    dtype, high = value.dtype, stats_dtype(value.dtype)
-    if valid is not None:
-        value = value.masked_fill(~valid[:, None, :, None], 0.0)
-    value, locations, weights = (t.to(high) for t in (value, sampling_locations, attention_weights))
     with exactly(value):
-        if backend == "grid_sample":
-            return _grid_sample(value, shapes, locations, weights).to(dtype)
-        numbers, bilinear = _corners(locations, shapes)
-        return _sum_rows(value, numbers, bilinear * weights.unsqueeze(-1)).to(dtype)
+        call = _prepare(value, spatial_shapes, sampling_locations, attention_weights, valid=valid)
+        return _OPERATOR.run(call, backend).to(call.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -238,6 +293,7 @@ def deformable_attention_3d(
     *,
     valid: Tensor | None = None,
     return_depth_score: bool = False,
+    backend: str | None = None,
 ) -> Any:
     """Deformable attention into the volume ``E[y, x, z] = V[y, x] D[y, x, z]``, which is never built.
 
@@ -254,6 +310,7 @@ def deformable_attention_3d(
         valid: (B, M) boolean; other tokens read as zero.
         return_depth_score: also return the depth scores (B, H, N, L, P, 4) of the corners (upper left, upper right,
             lower left, lower right), zero beyond the border.
+        backend: ``"gather"``, also by default; ``"eager"``, the specification, holds every row that is read.
 
     Returns:
         (B, H, N, D), or a pair of it and the scores.
@@ -267,6 +324,18 @@ def deformable_attention_3d(
     >>> deformable_attention_3d(v, d, [(2, 2)], p, torch.ones(1, 1, 1, 1, 1)).item()
     0.125
     """
+    with exactly(value):
+        call = _prepare_3d(value, depth, spatial_shapes, sampling_locations, attention_weights, valid=valid)
+        out, score = _OPERATOR_3D.run(call, backend)
+        if not return_depth_score:
+            return out.to(call.dtype)
+        return out.to(call.dtype), (score * _inside(call.locations[..., :2], call.shapes)).to(call.dtype)
+
+
+def _prepare_3d(
+    value: Tensor, depth: Tensor, spatial_shapes: Shapes | Tensor, sampling_locations: Tensor,
+    attention_weights: Tensor, *, valid: Tensor | None = None,
+) -> _Call:  # fmt: skip
     shapes = _check(value, spatial_shapes, sampling_locations, attention_weights, 3)
     check_rank("depth", depth, 4, "(B, Hd, M, Z)")
     if depth.shape[0] != value.shape[0] or depth.shape[2] != value.shape[2]:
@@ -282,11 +351,18 @@ def deformable_attention_3d(
     if valid is not None:
         dead = ~valid[:, None, :, None]
         value, depth = value.masked_fill(dead, 0.0), depth.masked_fill(dead, 0.0)
-    value, depth, locations, weights = (t.to(high) for t in (value, depth, sampling_locations, attention_weights))
-    with exactly(value):
-        numbers, bilinear = _corners(locations[..., :2], shapes)
-        score = _depth_score(depth, numbers, locations[..., 2])
-        corner_weights = bilinear * score * weights.unsqueeze(-1)
-        out = _sum_rows(value, numbers, corner_weights)
-    out = out.to(dtype)
-    return (out, (score * _inside(locations, shapes)).to(dtype)) if return_depth_score else out
+    locations, weights = sampling_locations.to(high), attention_weights.to(high)
+    return _Call(value.to(high), depth.to(high), shapes, locations, weights, dtype)
+
+
+def _lifted(call: _Call, plain: bool = False) -> tuple[Tensor, Tensor]:
+    """The output and the depth scores of the corners."""
+    assert call.depth is not None
+    numbers, bilinear = _corners(call.locations[..., :2], call.shapes)
+    score = _depth_score(call.depth, numbers, call.locations[..., 2])
+    return _sum_rows(call.value, numbers, bilinear * score * call.weights.unsqueeze(-1), plain), score
+
+
+_OPERATOR_3D = Operator("deformable_attention_3d", _prepare_3d)
+_OPERATOR_3D.register("gather", _lifted, second="the specification")
+_OPERATOR_3D.register("eager", partial(_lifted, plain=True))

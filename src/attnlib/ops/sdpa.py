@@ -8,10 +8,17 @@ from torch import Tensor
 
 from ..masks import Explicit, Mask
 from ..positions import DenseBias
-from . import split_decoding
+from ..types import stats_dtype
+from . import eager, split_decoding
 from ._call import AttentionCall, expand_heads
+from ._dispatch import Operator, twice
 
-NAME = "sdpa"
+
+def register(operator: Operator) -> None:
+    operator.register(
+        "sdpa", run, supports=supports, prefers=prefers, second="the specification",
+        transforms="the backward of its kernels is written by hand",
+    )  # fmt: skip
 
 
 def supports(call: AttentionCall) -> str | None:
@@ -51,6 +58,18 @@ def _holds_dense(mask: Mask) -> bool:
 
 def run(call: AttentionCall) -> Tensor:
     """(B, H, N, Dv). Rows that may attend to nothing give zeros."""
+    return twice((_run(call),), call.inputs(), lambda *inputs: eager.outputs(_undropped(call).replaced(inputs)))[0]
+
+
+def _undropped(call: AttentionCall) -> AttentionCall:
+    if call.dropout_p:
+        raise NotImplementedError(
+            "backend='sdpa' has no second derivative with dropout; possible: ['eager'] or dropout_p=0"
+        )
+    return call
+
+
+def _run(call: AttentionCall) -> Tensor:
     q, k, v = call.q, call.k, call.v
     grouped = k.shape[1] == v.shape[1] != q.shape[1]
     if not grouped:
@@ -61,7 +80,9 @@ def run(call: AttentionCall) -> Tensor:
         )
     allowed = call.allowed()
     empty = None
-    bias: Tensor | None = None if call.bias is None else call.bias.dense().to(q.dtype)
+    bias: Tensor | None = None if call.bias is None else call.bias.dense()
+    if bias is not None and bias.dtype != q.dtype:
+        bias = bias.to(stats_dtype(q.dtype))  # beside half precision it may stay in float32
     if allowed is not None:
         empty = ~allowed.any(-1, keepdim=True)
         # An empty row attends everywhere and is zeroed below: no NaN enters, and its gradient is exactly zero.

@@ -24,17 +24,17 @@ Reference: Sanovar et al., 2024, arXiv 2405.10480, section IV; the launch arithm
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..masks import explicit
 from ..types import Partial, check_choice, stats_dtype
 from ._call import AttentionCall, prepare
-
-NAME = "split"
+from ._dispatch import Operator
 
 #: Keys of a tile by head dimension, as the paper uses them on an A100.
 TILE = {64: 256, 128: 128}
@@ -361,6 +361,7 @@ def split_partial(
     workers: int | None = None,
     schedule: str = "stream-k",
     splits: int | None = None,
+    backend: str | None = None,
 ) -> Partial:
     """Attention by a schedule, as a mergeable part; arguments as in :func:`split_decoding`.
 
@@ -368,7 +369,47 @@ def split_partial(
     >>> split_partial(q, k, v, tile=2, workers=3).den.shape
     torch.Size([1, 2, 1])
     """
-    call = prepare(q, k, v, scale=scale, want="partial")
+    call = _prepare(
+        q, k, v, lengths=lengths, causal=causal, scale=scale, tile=tile, q_tile=q_tile, workers=workers,
+        schedule=schedule, splits=splits, partial=True,
+    )  # fmt: skip
+    result = OPERATOR.run(call, backend)
+    assert isinstance(result, Partial)
+    return result
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A checked problem with its schedule."""
+
+    call: AttentionCall
+    lengths: tuple[int, ...]
+    causal: bool
+    settings: tuple[Any, ...]
+
+    def inputs(self) -> list[Tensor]:
+        return self.call.inputs()
+
+    @cached_property
+    def dense(self) -> AttentionCall:
+        """The same problem with the keys of each sample, and causality, as ``valid`` and a mask."""
+        q, k = self.call.q, self.call.k
+        length = torch.tensor(self.lengths, device=q.device)[:, None]
+        key = torch.arange(k.shape[2], device=q.device)
+        mask = None
+        if self.causal:
+            last = length - q.shape[2] + torch.arange(q.shape[2], device=q.device)
+            mask = explicit((key <= last.unsqueeze(-1))[:, None])
+        return replace(self.call, mask=mask, valid=key < length)
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | Sequence[int] | None = None, causal: bool = False,
+    scale: float | None = None, tile: int | None = None, q_tile: int | None = None, workers: int | None = None,
+    schedule: str = "stream-k", splits: int | None = None, partial: bool = False,
+) -> _Call:  # fmt: skip
+    call = prepare(q, k, v, scale=scale, want="partial" if partial else "out")
+    check_choice("schedule", schedule, SCHEDULES)
     batch, m = call.q.shape[0], call.k.shape[2]
     if lengths is None:
         numbers = [m] * batch
@@ -376,7 +417,7 @@ def split_partial(
         numbers = lengths.tolist() if isinstance(lengths, Tensor) else [int(n) for n in lengths]
     if len(numbers) != batch or any(not 0 <= n <= m for n in numbers):
         raise ValueError(f"lengths must name {batch} numbers of keys between 0 and {m}, got {numbers}")
-    return _run(call, [(0, n) for n in numbers], causal, tile, q_tile, workers, schedule, splits)
+    return _Call(call, tuple(numbers), causal, (tile, q_tile, workers, schedule, splits))
 
 
 def _run(
@@ -466,6 +507,7 @@ def split_decoding(
     workers: int | None = None,
     schedule: str = "stream-k",
     splits: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Exact softmax attention of few queries over many keys, by a schedule.
 
@@ -481,6 +523,8 @@ def split_decoding(
         workers: pieces that the work is cut into; torch's threads by default.
         schedule: ``"stream-k"`` or ``"fixed"``.
         splits: pieces per output of the fixed schedule.
+        backend: ``"split"``, the schedule, also by default; or a backend of :func:`attnlib.attention` on the dense
+            problem (``"eager"`` is the specification).
 
     Returns:
         (B, Hq, N, Dv). A sample without keys gives zeros.
@@ -494,11 +538,21 @@ def split_decoding(
     >>> split_decoding(q, k, v, lengths=[50, 7], tile=4, workers=3).shape
     torch.Size([2, 4, 1, 8])
     """
-    part = split_partial(
+    call = _prepare(
         q, k, v, lengths=lengths, causal=causal, scale=scale, tile=tile, q_tile=q_tile, workers=workers,
         schedule=schedule, splits=splits,
     )  # fmt: skip
-    return part.finish().to(q.dtype)
+    return OPERATOR.run(call, backend)
+
+
+def _scheduled(call: _Call) -> Tensor | Partial:
+    part = _run(call.call, [(0, n) for n in call.lengths], call.causal, *call.settings)
+    return part if call.call.want == "partial" else part.finish().to(call.call.q.dtype)
+
+
+# ``attention`` adds its backends, which then run on the dense problem.
+OPERATOR = Operator("split_decoding", _prepare, entries={"split_partial": {"partial": True}})
+OPERATOR.register("split", _scheduled, transforms="it reads how many keys each sample has")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -523,6 +577,12 @@ def _traced(call: AttentionCall) -> bool:
     tensors = [t for t in (call.q, call.k, call.v, call.valid) if t is not None]
     plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta" for t in tensors)
     return torch.compiler.is_compiling() or not plain
+
+
+def register(operator: Operator) -> None:
+    operator.register(
+        "split", run, supports=supports, prefers=prefers, transforms="it reads how many keys each sample has"
+    )
 
 
 def supports(call: AttentionCall) -> str | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..masks import raise_mask
-from ..normalizers import Normalizer, raise_normalizer
-from ..positions import Bias, raise_bias
+from ..normalizers import Normalizer
+from ..positions import Bias
 from ..types import Partial, exactly, stats_dtype
-from . import _tiles
+from . import _tiles, eager
 from ._call import AttentionCall
-
-NAME = "tiled"
+from ._dispatch import Operator, twice
+from .lowered import SCHEMA, Lowered, lower
 
 #: Rows of queries in one tile. Tall tiles make the products efficient, short ones compute less beyond a mask's rim: the
 #: cost of a pair is taken as ``1 + ROW_COST / rows``. Masks that hold tensors are lowered anew for new tensors, so no
@@ -44,6 +44,13 @@ TALL, PIECE, PIECE_WIDTH = 1024, 1 << 20, 256
 PLANE_PAIRS = 1 << 18
 #: Gradients of gathered keys are added run by run while runs are at least this long on average.
 LONG_RUN = 64
+
+
+def register(operator: Operator) -> None:
+    operator.register(
+        "tiled", run, supports=supports, prefers=prefers, second="the specification",
+        transforms="its backward is written by hand",
+    )  # fmt: skip
 
 
 def supports(call: AttentionCall) -> str | None:
@@ -63,14 +70,14 @@ def prefers(call: AttentionCall) -> str | None:
 def run(call: AttentionCall) -> Tensor | Partial:
     """Output (B, H, N, Dv), or a :class:`Partial` with gradients through its logarithmic scale."""
     partial = call.want == "partial"
-    mask, mask_tensors = ("", []) if call.mask is None else call.mask.lower()
-    bias, bias_tensors = ("", []) if call.bias is None else call.bias.lower()
-    out, lse = torch.ops.attnlib.tiled_attention(
-        call.q, call.k, call.v, call.valid, call.q_pos, call.k_pos, mask_tensors, bias_tensors,
-        mask, bias, call.normalizer.lower(), call.scale, partial,
-    )  # fmt: skip
+    out, lse = torch.ops.attnlib.tiled_attention(call.q, call.k, call.v, *lower(call), partial)
+
+    def spec(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return eager.outputs(call.replaced(inputs))
+
     if not partial:
-        return out
+        return twice((out,), call.inputs(), spec)[0]
+    out, lse = twice((out, lse), call.inputs(), spec)
     return Partial(lse, (~torch.isinf(lse)).to(lse.dtype).detach(), out)
 
 
@@ -98,41 +105,34 @@ _Forbidden = list[tuple[int, int, Tensor]]
 class _Problem:
     """One problem brought to the statistics dtype, with its tiles."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, q_pos: Tensor | None, k_pos: Tensor | None,
-        mask_tensors: list[Tensor], bias_tensors: list[Tensor], mask: str, bias: str, normalizer: str, scale: float,
-        partial: bool,
-    ):  # fmt: skip
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, low: Lowered, partial: bool):
         self.dtype = stats_dtype(q.dtype)
         self.batch, self.heads, self.n, self.dim = q.shape
         self.k_heads, self.m, self.v_heads, self.v_dim = k.shape[1], k.shape[2], v.shape[1], v.shape[3]
-        self.q, self.scale, self.device = q, scale, q.device
+        self.q, self.scale, self.device, self.low = q, low.scale, q.device, low
         self.k = k.to(self.dtype).reshape(self.batch * self.k_heads, self.m, self.dim)
         self.v = v.to(self.dtype).reshape(self.batch * self.v_heads, self.m, self.v_dim)
-        self.normalizer = raise_normalizer(normalizer)
-        self.bias: Bias | None = raise_bias(bias, bias_tensors) if bias else None
+        self.normalizer = low.raise_normalizer()
+        self.bias = low.raise_bias()
         # A bias may hold -inf, so that rows which the mask leaves open see nothing after all.
         self.careful = self.bias is not None and not all(
-            bool(torch.isfinite(t).all()) for t in bias_tensors if t.is_floating_point()
+            bool(torch.isfinite(t).all()) for t in low.bias_tensors if t.is_floating_point()
         )
-        self._lower = (mask, mask_tensors, valid, q_pos, k_pos)
         self.threads = min(torch.get_num_threads(), 16) if self.device.type == "cpu" else 1
         self.buffer_bytes = CPU_BUFFER * self.threads if self.device.type == "cpu" else OTHER_BUFFER
         self.deferred = self.normalizer.deferred and not partial
         self.piecewise = _piecewise(self.normalizer, partial)
-        self.q_tile = q_tile_of(*self._lower, self.n, self.m, self.piecewise)
+        self.q_tile = q_tile_of(low, self.n, self.m, self.piecewise)
         self._limits: dict[int, tuple[Tensor, Tensor]] = {}
 
     # ---- tiles
 
     def tile_list(self, q_tile: int, plane: tuple[int, int] | None = None) -> _tiles.TileList:
-        mask, tensors, valid, q_pos, k_pos = self._lower
-        return _tiles.lowered(mask, tensors, self.n, self.m, q_tile, self.device, valid, q_pos, k_pos, plane)
+        return _tiles.tile_list(self.low, self.n, self.m, q_tile, self.device, plane)
 
     def planes(self) -> Iterator[tuple[_tiles.TileList, list[_Chunk]]]:
         """Tile lists, each with the samples and heads it holds for."""
-        mask, tensors, valid, q_pos, k_pos = self._lower
-        planes = _tiles.planes(mask, tensors, valid, q_pos, k_pos)
+        planes = _tiles.planes(self.low)
         if planes == (1, 1) or self.n * self.m < PLANE_PAIRS:
             tiles = self.tile_list(self.q_tile)
             yield tiles, self._chunks(range(self.batch), None, tiles.width)
@@ -254,20 +254,17 @@ def _piecewise(normalizer: Normalizer, partial: bool) -> bool:
     return not partial and (not normalizer.stats or normalizer.deferred)
 
 
-def q_tile_of(
-    mask: str, tensors: list[Tensor], valid: Tensor | None, q_pos: Tensor | None, k_pos: Tensor | None, n: int, m: int,
-    piecewise: bool,
-) -> int:  # fmt: skip
+def q_tile_of(low: Lowered, n: int, m: int, piecewise: bool) -> int:
     """Rows of queries in one tile: the grain of the mask where it has one, fewer where a row of scores is long."""
-    grain = _tiles.grain(mask, tensors)
+    grain = _tiles.grain(low)
     if grain is not None:
         tile = max(32, min(Q_TILES[-1], grain))
-    elif not mask and valid is None:
+    elif not low.mask and low.valid is None:
         return TALL if piecewise else _tall(m)
-    elif tensors or valid is not None or q_pos is not None or k_pos is not None:
+    elif low.pair_tensors:
         tile = UNKNOWN
     else:
-        tile = _best_q_tile(mask, n, m)
+        tile = _best_q_tile(low.mask, n, m)
     return tile if piecewise else min(tile, _tall(m))
 
 
@@ -294,25 +291,25 @@ def _best_q_tile(mask: str, n: int, m: int) -> int:
 # --------------------------------------------------------------------------------------------------------------------
 # The operators
 
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? valid, Tensor? q_pos, Tensor? k_pos, Tensor[] mask_tensors, "
-    "Tensor[] bias_tensors, str mask, str bias, str normalizer, float scale, bool partial"
-)
+_ARGUMENTS = f"Tensor q, Tensor k, Tensor v, {SCHEMA}, bool partial"
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, q_pos: Tensor | None, k_pos: Tensor | None,
-    mask_tensors: list[Tensor], bias_tensors: list[Tensor], mask: str, bias: str, normalizer: str, scale: float,
-    partial: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _unpack(arguments: Sequence[Any]) -> tuple[Lowered, bool]:
+    """What stands behind ``q, k, v`` in the operators."""
+    *fields, partial = arguments
+    return Lowered(*fields), partial
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Output (B, H, N, Dv) and a statistic of rows (B, H, N).
 
     For ``partial`` that is the logarithm of the sum of weights, for a deferred normalizer the sum itself (1 in an empty
     row), otherwise nothing.
     """
-    out, lse = _empty_outputs(q, v, normalizer, partial)
+    low, partial = _unpack(arguments)
+    out, lse = _empty_outputs(q, v, low, partial)
     with torch.no_grad(), exactly(q):
-        p = _Problem(q, k, v, valid, q_pos, k_pos, mask_tensors, bias_tensors, mask, bias, normalizer, scale, partial)
+        p = _Problem(q, k, v, low, partial)
         score_buffer, out_buffer = p.buffer(), p.buffer()
         for tiles, chunks in p.planes():
             for tile in tiles.tiles:
@@ -326,7 +323,7 @@ def _forward(
                         elif p.deferred:
                             lse[chunk.b, chunk.h, rows] = 1
                         continue
-                    qs = p.rows(q, chunk, tile, chunk.k, scale)
+                    qs = p.rows(q, chunk, tile, chunk.k, p.scale)
                     groups = chunk.v.stop - chunk.v.start
                     o = out_buffer(groups, qs.shape[0] * qs.shape[1] // groups, p.v_dim)
                     for i, (piece, bad) in enumerate(pieces):
@@ -352,25 +349,26 @@ def _forward(
     return out, lse
 
 
-def _empty_outputs(q: Tensor, v: Tensor, normalizer: str, partial: bool) -> tuple[Tensor, Tensor]:
+def _empty_outputs(q: Tensor, v: Tensor, low: Lowered, partial: bool) -> tuple[Tensor, Tensor]:
     high = stats_dtype(q.dtype)
     batch, heads, n = q.shape[:3]
     # Heads next to channels in memory: merging them afterwards copies nothing.
     out = q.new_empty((batch, n, heads, v.shape[3]), dtype=high if partial else q.dtype).transpose(1, 2)
     if partial:
         return out, q.new_empty((batch, heads, n), dtype=high)
-    deferred = raise_normalizer(normalizer).deferred
+    deferred = low.raise_normalizer().deferred
     return out, q.new_zeros((batch, heads, n) if deferred else (0,), dtype=high)
 
 
 def _backward(
     grad: Tensor, lse_grad: Tensor | None, out: Tensor | None, total: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
-    valid: Tensor | None, q_pos: Tensor | None, k_pos: Tensor | None, mask_tensors: list[Tensor],
-    bias_tensors: list[Tensor], mask: str, bias: str, normalizer: str, scale: float, partial: bool, wanted: list[bool],
+    *arguments: Any,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k and v, then one per bias tensor (empty where ``wanted`` says so)."""
+    low, partial = _unpack(arguments[:-1])
+    bias_tensors, wanted = low.bias_tensors, arguments[-1]
     with torch.no_grad(), exactly(q):
-        p = _Problem(q, k, v, valid, q_pos, k_pos, mask_tensors, bias_tensors, mask, bias, normalizer, scale, partial)
+        p = _Problem(q, k, v, low, partial)
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         # Tokens last: the products that fill them then read the scores as they lie.
         dk, dv = (p.k.new_zeros(x.shape[0], x.shape[2], p.m) for x in (p.k, p.v))
@@ -386,7 +384,7 @@ def _backward(
                     if tile.width == 0:
                         dq[chunk.b, chunk.h, rows] = 0
                         continue
-                    qs, go = p.rows(q, chunk, tile, chunk.k, scale), p.rows(grad, chunk, tile, chunk.v)
+                    qs, go = p.rows(q, chunk, tile, chunk.k, p.scale), p.rows(grad, chunk, tile, chunk.v)
                     row = row_buffer(*qs.shape)
                     if p.deferred:
                         # Rows of width D are divided by the sum, once, and no row of scores is.
@@ -417,7 +415,7 @@ def _backward(
                         ds = ds.view(qs.shape[0], -1, piece.width)
                         _add_keys(dk, chunk.k, piece, ds, qs)
                         torch.bmm(ds, ks, out=row) if i == 0 else row.baddbmm_(ds, ks)
-                    torch.mul(row.view(*s.shape[:3], p.dim), scale, out=dq[chunk.b, chunk.h, rows])
+                    torch.mul(row.view(*s.shape[:3], p.dim), p.scale, out=dq[chunk.b, chunk.h, rows])
         return [
             dq, _tokens_first(dk, k), _tokens_first(dv, v),
             *(t.new_empty(0) if g is None else g.to(t.dtype) for t, g in zip(bias_tensors, bias_grads, strict=True)),
@@ -462,7 +460,7 @@ tiled_attention_backward = torch.library.custom_op(
 
 @tiled_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(q, v, rest[-3], rest[-1])
+    return _empty_outputs(q, v, *_unpack(rest))
 
 
 @tiled_attention_backward.register_fake
@@ -470,7 +468,7 @@ def _(
     grad: Tensor, lse_grad: Tensor | None, out: Tensor | None, total: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     *rest: Any,
 ) -> list[Tensor]:  # fmt: skip
-    bias_tensors, wanted = rest[4], rest[-1]
+    bias_tensors, wanted = _unpack(rest[:-1])[0].bias_tensors, rest[-1]
     return [
         *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)),
         *(torch.empty_like(t) if w else t.new_empty(0) for t, w in zip(bias_tensors, wanted, strict=True)),
@@ -478,27 +476,23 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, valid, q_pos, k_pos, mask_tensors, bias_tensors, *rest = inputs
-    deferred = not rest[-1] and raise_normalizer(rest[2]).deferred
-    ctx.save_for_backward(
-        *(output if deferred else (None, None)), q, k, v, valid, q_pos, k_pos, *mask_tensors, *bias_tensors
-    )
-    ctx.counts, ctx.rest = (len(mask_tensors), len(bias_tensors)), rest
-    ctx.wanted = [t.requires_grad for t in bias_tensors]
+    q, k, v, *arguments = inputs
+    low, ctx.partial = _unpack(arguments)
+    deferred = not ctx.partial and low.raise_normalizer().deferred
+    ctx.save_for_backward(*(output if deferred else (None, None)), q, k, v, *low.saved)
+    ctx.low, ctx.wanted = low.bare(), [t.requires_grad for t in low.bias_tensors]
 
 
 def _autograd(ctx: Any, grad: Tensor | None, lse_grad: Tensor | None) -> tuple[Any, ...]:
-    out, total, q, k, v, valid, q_pos, k_pos, *tensors = ctx.saved_tensors
-    masks, biases = ctx.counts
-    partial = ctx.rest[-1]
+    out, total, q, k, v, *saved = ctx.saved_tensors
+    low = ctx.low.restored(saved)
     if grad is None:
         grad = q.new_zeros((*q.shape[:3], v.shape[3]))
     dq, dk, dv, *dbias = torch.ops.attnlib.tiled_attention_backward(
-        grad, lse_grad if partial else None, out, total, q, k, v, valid, q_pos, k_pos, tensors[:masks], tensors[masks:],
-        *ctx.rest, ctx.wanted,
+        grad, lse_grad if ctx.partial else None, out, total, q, k, v, *low, ctx.partial, ctx.wanted
     )  # fmt: skip
     dbias = [g if w else None for g, w in zip(dbias, ctx.wanted, strict=True)]
-    return dq, dk, dv, None, None, None, [None] * masks, dbias, None, None, None, None, None
+    return dq, dk, dv, None, None, None, [None] * len(low.mask_tensors), dbias, None, None, None, None, None
 
 
 tiled_attention.register_autograd(_autograd, setup_context=_setup_context)
@@ -508,44 +502,35 @@ tiled_attention.register_autograd(_autograd, setup_context=_setup_context)
 # Counting
 
 
-def _area(
-    q: Any, k: Any, valid: Any, q_pos: Any, k_pos: Any, tensors: list[Any], mask: str, normalizer: str, partial: bool
-) -> int:
+def _area(q: Any, k: Any, *arguments: Any) -> int:
     """Pairs computed over all samples and heads; all of them where a mask's contents are not known."""
     batch, heads, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    known = [t for t in (valid, q_pos, k_pos, *tensors) if t is not None]
-    if (not mask and not known) or any(type(t) is not Tensor or t.device.type == "meta" for t in known):
+    low, partial = _unpack(arguments)
+    known = low.pair_tensors
+    if (not low.mask and not known) or any(type(t) is not Tensor or t.device.type == "meta" for t in known):
         return batch * heads * n * m
     device = known[0].device if known else torch.device("cpu")
-    piecewise = _piecewise(raise_normalizer(normalizer), partial)
-    tile = q_tile_of(mask, tensors, valid, q_pos, k_pos, n, m, piecewise)
-    planes = _tiles.planes(mask, tensors, valid, q_pos, k_pos)
+    tile = q_tile_of(low, n, m, _piecewise(low.raise_normalizer(), partial))
+    planes = _tiles.planes(low)
     if planes == (1, 1) or n * m < PLANE_PAIRS:
-        return batch * heads * _tiles.lowered(mask, tensors, n, m, tile, device, valid, q_pos, k_pos).area()
+        return batch * heads * _tiles.tile_list(low, n, m, tile, device).area()
     total = sum(
-        _tiles.lowered(mask, tensors, n, m, tile, device, valid, q_pos, k_pos, (b, h)).area()
-        for b in range(planes[0])
-        for h in range(planes[1])
+        _tiles.tile_list(low, n, m, tile, device, (b, h)).area() for b in range(planes[0]) for h in range(planes[1])
     )
     return total * (batch // planes[0]) * (heads // planes[1])
 
 
 @register_flop_formula(torch.ops.attnlib.tiled_attention, get_raw=True)
-def _forward_flops(
-    q: Any, k: Any, v: Any, valid: Any, q_pos: Any, k_pos: Any, mask_tensors: Any, bias_tensors: Any, mask: str,
-    bias: str, normalizer: str, scale: float, partial: bool, **kwargs: Any,
-) -> int:  # fmt: skip
+def _forward_flops(q: Any, k: Any, v: Any, *arguments: Any, **kwargs: Any) -> int:
     with torch.utils._python_dispatch._disable_current_modes():
-        area = _area(q, k, valid, q_pos, k_pos, mask_tensors, mask, normalizer, partial)
+        area = _area(q, k, *arguments)
     return 2 * area * (q.shape[3] + v.shape[3])
 
 
 @register_flop_formula(torch.ops.attnlib.tiled_attention_backward, get_raw=True)
 def _backward_flops(
-    grad: Any, lse_grad: Any, out: Any, total: Any, q: Any, k: Any, v: Any, valid: Any, q_pos: Any, k_pos: Any,
-    mask_tensors: Any, bias_tensors: Any, mask: str, bias: str, normalizer: str, scale: float, partial: bool,
-    wanted: Any, **kwargs: Any,
-) -> int:  # fmt: skip
+    grad: Any, lse_grad: Any, out: Any, total: Any, q: Any, k: Any, v: Any, *arguments: Any, **kwargs: Any
+) -> int:
     with torch.utils._python_dispatch._disable_current_modes():
-        area = _area(q, k, valid, q_pos, k_pos, mask_tensors, mask, normalizer, partial)
+        area = _area(q, k, *arguments[:-1])
     return 2 * area * (3 * q.shape[3] + 2 * v.shape[3])

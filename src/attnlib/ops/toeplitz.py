@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..positions import toeplitz_spectrum
-from ..types import check_choice, check_rank, check_valid, exactly, stats_dtype
+from ..types import check_rank, check_valid, exactly, stats_dtype
 from ._call import expand_heads
+from ._dispatch import Operator, transformed, twice
 
-FORMS = ("fft", "fft64", "direct")
+#: Backends; ``"direct"`` is another name of ``"eager"``.
+FORMS = ("fft", "fft64", "direct", "eager")
 #: Elements of one slice of products; below it, more features at once only take memory.
 SLICE = 1 << 21
 
@@ -33,7 +36,7 @@ def toeplitz_attention(
     grid: Sequence[int] | None = None,
     valid: Tensor | None = None,
     positive: bool = True,
-    form: str = "fft",
+    form: str | None = None,
     return_weights: bool = False,
 ) -> Any:
     """``o_i = sum_j w_ij v_j / sum_j w_ij`` with ``w_ij = exp(b_{j-i}) (q_i . k_j)``, in O(N log N).
@@ -47,7 +50,8 @@ def toeplitz_attention(
         grid: sizes per axis of the grid of queries; ``(N,)`` by default. On more than one axis N and M must agree.
         valid: (B, M) boolean, which keys exist.
         positive: the features are; then sums that rounding pushed below zero are lifted.
-        form: ``"fft"``; ``"fft64"``, which transforms in float64 whatever the inputs; or ``"direct"``: builds the map.
+        form: the backend: ``"fft"``, also by default; ``"fft64"``, which transforms in float64 whatever the inputs; or
+            ``"eager"``, also called ``"direct"``: builds the map (the specification).
         return_weights: also return the (B, H, N, M) map, which is quadratic whatever the form.
 
     Returns:
@@ -64,7 +68,35 @@ def toeplitz_attention(
     >>> torch.allclose(fast, direct, atol=1e-5)
     True
     """
-    check_choice("form", form, FORMS)
+    with exactly(q):
+        call = _prepare(q, k, v, bias, grid=grid, valid=valid, positive=positive, return_weights=return_weights)
+        out, weights = _OPERATOR.run(call, form)
+    return (out, weights) if return_weights else out
+
+
+class _Call(NamedTuple):
+    """A checked problem in the statistics dtype, heads repeated, zeros for keys that do not exist."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor
+    c: Tensor  # exp(bias), up to a factor
+    seen: Tensor  # (B, H or 1, N) rows that see a key
+    grid: tuple[int, ...]
+    keys: tuple[int, ...]
+    positive: bool
+    return_weights: bool
+    dtype: torch.dtype
+
+    def inputs(self) -> list[Tensor]:
+        return [self.q, self.k, self.v, self.bias]
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, grid: Sequence[int] | None = None, valid: Tensor | None = None,
+    positive: bool = True, return_weights: bool = False,
+) -> _Call:  # fmt: skip
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_rank(name, t, 4, "(B, H, N, D)")
     batch, heads, n, width = q.shape
@@ -86,40 +118,63 @@ def toeplitz_attention(
         raise ValueError(f"bias must be (H or 1, {', '.join(map(str, spans))}) for H={heads}, got {tuple(bias.shape)}")
     check_valid("valid", valid, (batch, m))
     dtype = stats_dtype(q.dtype)
-    if not torch.compiler.is_compiling() and 0 in (batch, n, m):
-        form = "direct"  # there is no transform of nothing
-    with exactly(q):
-        fq, fk, fv = q.to(dtype), expand_heads(k.to(dtype), heads), expand_heads(v.to(dtype), heads)
-        if valid is not None:
-            fk, fv = (t.masked_fill(~valid[:, None, :, None], 0.0) for t in (fk, fv))
-        b = bias.to(dtype)
-        c = torch.exp(b - b.detach().amax(tuple(range(1, b.dim())), keepdim=True))
-        seen = _seen(torch.isfinite(b).to(dtype), valid, grid, keys, batch)
-        weights = None
-        if form == "direct" or return_weights:
-            weights = (fq @ fk.transpose(-2, -1)) * _toeplitz(c, grid, keys)
-            weights = weights * seen.unsqueeze(-1)
-        if form == "direct":
-            assert weights is not None
-            sums = torch.cat([weights @ fv, weights.sum(-1, keepdim=True)], -1)
-        else:
-            ones = fv.new_ones(*fv.shape[:3], 1)
-            values = torch.cat([fv, ones], -1)
-            if form == "fft64":
-                fq, fk, values, c = fq.double(), fk.double(), values.double(), c.double()
-            sums = _products(fq, fk, values, c, grid, keys)
-            dtype = sums.dtype
-        den = sums[..., -1:]
-        if positive:
-            # The sums are positive; what rounding leaves of one that is tiny beside the others may not be.
-            floor = den.detach().amax(-2, keepdim=True) * torch.finfo(dtype).eps if n else den
-            den = torch.maximum(den, floor.clamp(min=torch.finfo(dtype).tiny))
-        empty = ~seen.unsqueeze(-1) | (den == 0)
-        den = torch.where(empty, torch.ones_like(den), den)
-        out = torch.where(empty, torch.zeros_like(sums[..., :-1]), sums[..., :-1] / den).to(q.dtype)
-        if weights is None or not return_weights:
-            return out
-        return out, (weights / den).masked_fill(empty, 0.0).to(q.dtype)
+    fq, fk, fv = q.to(dtype), expand_heads(k.to(dtype), heads), expand_heads(v.to(dtype), heads)
+    if valid is not None:
+        fk, fv = (t.masked_fill(~valid[:, None, :, None], 0.0) for t in (fk, fv))
+    b = bias.to(dtype)
+    c = torch.exp(b - b.detach().amax(tuple(range(1, b.dim())), keepdim=True))
+    seen = _seen(torch.isfinite(b).to(dtype), valid, grid, keys, batch)
+    return _Call(fq, fk, fv, b, c, seen, grid, keys, positive, return_weights, q.dtype)
+
+
+def _empty(call: _Call) -> str | None:
+    if not torch.compiler.is_compiling() and 0 in (call.q.shape[0], call.q.shape[2], call.k.shape[2]):
+        return "there is no transform of nothing"
+    return None
+
+
+def _map(call: _Call) -> Tensor:
+    """(B, H, N, M): weights before they are divided by their sum."""
+    return (call.q @ call.k.transpose(-2, -1)) * _toeplitz(call.c, call.grid, call.keys) * call.seen.unsqueeze(-1)
+
+
+def _direct(call: _Call) -> tuple[Tensor, Tensor | None]:
+    weights = _map(call)
+    return _divided(call, torch.cat([weights @ call.v, weights.sum(-1, keepdim=True)], -1), weights)
+
+
+def _by_fft(call: _Call, double: bool = False) -> tuple[Tensor, Tensor | None]:
+    if _empty(call):
+        return _direct(call)
+    values = torch.cat([call.v, call.v.new_ones(*call.v.shape[:3], 1)], -1)
+    factors = [call.q, call.k, values, call.c]
+    if double:
+        factors = [t.double() for t in factors]
+    sums = _products(factors[0], factors[1], factors[2], factors[3], call.grid, call.keys)
+    return _divided(call, sums, _map(call) if call.return_weights else None)
+
+
+def _divided(call: _Call, sums: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    den = sums[..., -1:]
+    if call.positive:
+        # The sums are positive; what rounding leaves of one that is tiny beside the others may not be.
+        floor = den.detach().amax(-2, keepdim=True) * torch.finfo(den.dtype).eps if call.q.shape[2] else den
+        den = torch.maximum(den, floor.clamp(min=torch.finfo(den.dtype).tiny))
+    empty = ~call.seen.unsqueeze(-1) | (den == 0)
+    den = torch.where(empty, torch.ones_like(den), den)
+    out = torch.where(empty, torch.zeros_like(sums[..., :-1]), sums[..., :-1] / den).to(call.dtype)
+    if weights is None or not call.return_weights:
+        return out, None
+    return out, (weights / den).masked_fill(empty, 0.0).to(call.dtype)
+
+
+_OPERATOR = Operator("toeplitz_attention", _prepare, aliases={"direct": "eager"}, argument="form")
+_AGAIN = "the same transforms by plain operations"
+_OPERATOR.register("fft", _by_fft, second=_AGAIN)
+_OPERATOR.register(
+    "fft64", partial(_by_fft, double=True), prefers=lambda call: "float64 takes twice the time", second=_AGAIN
+)
+_OPERATOR.register("eager", _direct)
 
 
 def _toeplitz(c: Tensor, grid: Sequence[int], keys: Sequence[int]) -> Tensor:
@@ -232,6 +287,7 @@ class _Products(torch.autograd.Function):
 def _products(q: Tensor, k: Tensor, v: Tensor, c: Tensor, grid: Sequence[int], keys: Sequence[int]) -> Tensor:
     """(B, H, N, F) of (B, H, N, m), (B, H, M, m) and (B, H, M, F)."""
     q, k, v = (t.mT.contiguous() for t in (q, k, v))
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transformed((q, k, v, c)):
         return _forward(q, k, v, c, grid, keys).mT
-    return _Products.apply(q, k, v, c, tuple(grid), tuple(keys)).mT
+    out = _Products.apply(q, k, v, c, tuple(grid), tuple(keys))
+    return twice((out,), (q, k, v, c), lambda q, k, v, c: (_forward(q, k, v, c, grid, keys),))[0].mT

@@ -1,0 +1,281 @@
+"""One dispatch for every operator: backends register here, and are chosen, forced and explained by the same rules.
+
+An operator brings its arguments to one checked *call*. Each of its backends says whether it can serve a call
+(``supports``), whether the automatic choice should let it (``prefers``), and serves it (``run``). It also states its
+derivatives. First derivatives are right everywhere. Second ones are right everywhere, too: where a backend's backward
+is written by hand, :func:`twice` takes those of the specification. Forward mode and the transforms of ``torch.func``
+(``vmap``, ``grad``, ``jvp``, ...) are right, or the backend refuses by name and the automatic choice moves on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+#: As ``backend``: the automatic choice even inside :func:`use_backend`, for the problems that an engine hands on.
+AUTO = "auto"
+
+_forced: str | None = None
+
+Ask = Callable[[Any], "str | None"]
+
+
+class Call(Protocol):
+    """A checked problem."""
+
+    def inputs(self) -> Sequence[Tensor]:
+        """The tensors that derivatives may be taken in."""
+
+
+def _always(call: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an operator.
+
+    Args:
+        name: what ``use_backend`` calls it.
+        run: computes a call.
+        supports: why it cannot serve a call; ``None`` when it can.
+        prefers: why the automatic choice passes over it although it could serve.
+        second: where its second derivatives come from.
+        transforms: why it has no forward mode and no ``vmap``; ``None`` when it has both.
+    """
+
+    name: str
+    run: Callable[[Any], Any]
+    supports: Ask = _always
+    prefers: Ask = _always
+    second: str = "autograd"
+    transforms: str | None = None
+
+
+class Operator:
+    """An operator and its backends, in the order in which the automatic choice tries them.
+
+    Args:
+        name: of the public function.
+        prepare: makes the checked call from the function's arguments.
+        aliases: other names of backends.
+        entries: further public functions on the same backends, with the settings of ``prepare`` that they stand for.
+        argument: how the function calls the choice of a backend.
+    """
+
+    def __init__(
+        self, name: str, prepare: Callable[..., Any], aliases: Mapping[str, str] | None = None,
+        entries: Mapping[str, Mapping[str, Any]] | None = None, argument: str = "backend",
+    ):  # fmt: skip
+        self.name, self.prepare, self.aliases, self.argument = name, prepare, dict(aliases or {}), argument
+        self.backends: dict[str, Backend] = {}
+        for entry, settings in {name: {}, **(entries or {})}.items():
+            _OPERATORS[entry] = (self, dict(settings))
+
+    def register(self, name: str, run: Callable[[Any], Any], **claims: Any) -> None:
+        """Add a :class:`Backend`, behind those that are there."""
+        self.backends[name] = Backend(name, run, **claims)
+
+    def refusal(self, backend: Backend, call: Any) -> str | None:
+        """Why a backend cannot serve a call; ``None`` when it can."""
+        why = backend.supports(call)
+        if why is None and backend.transforms is not None and transformed(call.inputs()):
+            able = [b.name for b in self.backends.values() if b.transforms is None]
+            return f"{backend.transforms}, so it has no forward mode and no vmap; possible: {able}"
+        return why
+
+    def choose(self, call: Any, backend: str | None = None) -> Backend:
+        """The backend that serves a call; ``ValueError`` when a forced one cannot."""
+        name, argument = (_forced, "backend") if backend is None else (backend, self.argument)
+        if name is None or name == AUTO:
+            for one in self.backends.values():
+                if self.refusal(one, call) is None and one.prefers(call) is None:
+                    return one
+            raise AssertionError("the specification serves everything")
+        found = self.backends.get(self.aliases.get(name, name))
+        if found is None:
+            known(name, [*self.backends, *self.aliases], argument)
+            raise ValueError(
+                f"{argument}={name!r} cannot serve this call: {self.name} has no such backend; "
+                f"possible: {list(self.backends)}"
+            )
+        why = self.refusal(found, call)
+        if why:
+            raise ValueError(f"{argument}={name!r} cannot serve this call: {why}")
+        return found
+
+    def run(self, call: Any, backend: str | None = None) -> Any:
+        """Compute a call."""
+        return self.choose(call, backend).run(call)
+
+    def explain(self, call: Any, backend: str | None = None) -> str:
+        """Which backend runs, and why each other was passed over."""
+        chosen = self.choose(call, backend)
+        lines = [f"runs: {chosen.name}"]
+        order = list(self.backends)
+        for one in self.backends.values():
+            if one is not chosen:
+                why = self.refusal(one, call) or one.prefers(call)
+                lines.append(f"passed over: {one.name}: {why or f'comes after {chosen.name} in the order {order}'}")
+        return "\n".join(lines)
+
+
+#: Public function: its operator, and the settings of ``prepare`` that it stands for.
+_OPERATORS: dict[str, tuple[Operator, dict[str, Any]]] = {}
+
+
+def operators() -> list[str]:
+    """Names of all operators that ``explain`` and ``derivatives`` know."""
+    return list(_OPERATORS)
+
+
+def find(op: str | Callable[..., Any]) -> tuple[Operator, dict[str, Any]]:
+    """An operator by its function or its name."""
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _OPERATORS:
+        raise ValueError(f"op={name!r} is no operator; choose one of {operators()}")
+    return _OPERATORS[name]
+
+
+def known(name: str, here: Sequence[str] | None = None, argument: str = "backend") -> None:
+    """Raise ``ValueError`` unless some operator has a backend of that name."""
+    names = {n for op, _ in _OPERATORS.values() for n in (*op.backends, *op.aliases)}
+    if name not in names:
+        choices = list(here or sorted(names))
+        raise ValueError(f"{argument}={name!r} is unknown; choose one of {choices} or None for the automatic choice")
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force one backend for every operator call inside the block; a backend that cannot serve a call raises.
+
+    Operators that lay attention over pieces (windows, neighborhoods, blocks, agents) take the names of
+    ``attnlib.ops.BACKENDS`` for what runs on a piece. ``"eager"`` is the specification of every operator. A call with a
+    ``backend`` of its own keeps that.
+
+    >>> import torch
+    >>> from attnlib.ops import attention
+    >>> with use_backend("eager"):
+    ...     attention(*torch.zeros(3, 1, 1, 2, 4)).shape
+    torch.Size([1, 1, 2, 4])
+    """
+    global _forced
+    if name is not None:
+        known(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def explain(op: Any, *args: Any, backend: str | None = None, **kwargs: Any) -> str:
+    """Which backend serves ``op(*args, **kwargs)`` and why each other was passed over.
+
+    Args:
+        op: an operator or its name, of :func:`operators`; when it is left out, ``attention`` is meant.
+        backend: as the operator takes it (``form`` where that is its name).
+
+    >>> import torch
+    >>> print(explain(*torch.zeros(3, 1, 1, 2, 4), normalizer="relu").splitlines()[1])
+    passed over: sdpa: its normalizer is relu, SDPA only knows softmax
+    >>> print(explain("linear_attention", *torch.zeros(3, 1, 1, 2, 4)).splitlines()[0])
+    runs: chunkwise
+    """
+    if isinstance(op, Tensor):
+        op, args = "attention", (op, *args)
+    operator, settings = find(op)
+    backend = kwargs.pop("form", backend)
+    return operator.explain(operator.prepare(*args, **settings, **kwargs), backend)
+
+
+def derivatives(op: str | Callable[..., Any]) -> dict[str, dict[str, str]]:
+    """What each backend of an operator states about its derivatives.
+
+    Returns:
+        For each backend ``first``, ``second``, ``forward`` (forward mode) and ``vmap`` (with all of ``torch.func``):
+        ``"right"``, with where it comes from, or ``"refused"``, with why and what is possible.
+
+    >>> derivatives("attention")["tiled"]["vmap"]
+    "refused: its backward is written by hand; possible: ['eager']"
+    """
+    operator, _ = find(op)
+    able = [b.name for b in operator.backends.values() if b.transforms is None]
+    out = {}
+    for one in operator.backends.values():
+        other = "right" if one.transforms is None else f"refused: {one.transforms}; possible: {able}"
+        out[one.name] = {"first": "right", "second": f"right: by {one.second}", "forward": other, "vmap": other}
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Derivatives
+
+
+def transformed(tensors: Sequence[Tensor]) -> bool:
+    """Whether a transform of ``torch.func`` or forward mode looks at any of these tensors."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def wants_gradient(tensors: Sequence[Tensor]) -> bool:
+    """Whether a graph is being recorded for any of these tensors."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+class _Twice(torch.autograd.Function):
+    """The identity on ``outputs``. While its gradient records a graph itself, it goes to ``inputs`` by ``spec``."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: Callable[..., Any], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.spec, ctx.count = spec, count
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[count:])
+        # Detached, not viewed: what is written into the result in place is then found out where it does harm.
+        return tuple(t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
+        inputs = ctx.saved_tensors
+        given = [g for g in grads if g is not None]
+        again = torch.is_grad_enabled()
+        if not again and not (given and transformed(given)):
+            return (None, None, *grads, *(None for _ in inputs))
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2 + ctx.count :]) if needed]
+        with torch.enable_grad():
+            # Views of their own, so that an input that stands in two places gets two gradients.
+            fresh = [t.view_as(t) if i in wanted else t for i, t in enumerate(inputs)]
+            outputs = ctx.spec(*fresh)
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+            found = torch.autograd.grad(
+                [o for o, _ in pairs], [fresh[i] for i in wanted], [g for _, g in pairs], create_graph=again,
+                allow_unused=True,
+            ) if pairs else [None] * len(wanted)  # fmt: skip
+        result: list[Tensor | None] = [None] * len(inputs)
+        for i, g in zip(wanted, found, strict=True):
+            result[i] = g
+        return (None, None, *(None for _ in grads), *result)
+
+
+def twice(
+    outputs: tuple[Tensor, ...], inputs: Sequence[Tensor], spec: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """``outputs``, differentiable in ``inputs`` any number of times.
+
+    Their own backward runs, unless the gradient is to be differentiated again (``create_graph=True``) or is batched:
+    then it is that of ``spec``, which computes the same outputs from the inputs by plain operations.
+    """
+    if torch.compiler.is_compiling() or not wants_gradient(inputs):
+        return outputs
+    return _Twice.apply(spec, len(outputs), *outputs, *inputs)
