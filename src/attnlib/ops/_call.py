@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import check_device, check_rank, check_real, check_type, check_valid, check_whole, describe
 from ..masks import Causal, Mask, as_mask
 from ..normalizers import Normalizer, Softmax, as_normalizer
-from ..positions import Bias, as_bias
-from ..types import check_rank, check_valid, stats_dtype
+from ..positions import Bias, RelativeBias, as_bias
+from ..types import stats_dtype
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,32 @@ def prepare(
     want: str = "out",
 ) -> AttentionCall:
     """Check everything once, apply the autocast rule, and return the :class:`AttentionCall`."""
+    check_qkv(q, k, v)
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = (t.to(dtype) if t.dtype != torch.float64 else t for t in (q, k, v))
+    if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
+        raise TypeError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    batch, heads, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    check_valid("valid", valid, (batch, m))
+    mask, bias = as_mask(mask), as_bias(bias)
+    check_device(q=q, k=k, v=v, valid=valid, q_pos=q_pos, k_pos=k_pos)
+    check_positions("q_pos", q_pos, batch, heads, n)
+    check_positions("k_pos", k_pos, batch, heads, m)
+    if mask is not None:
+        mask.check(n, m, batch=batch, heads=heads, device=q.device, q_pos=q_pos, k_pos=k_pos)
+    if bias is not None:
+        check_bias("bias", bias, batch, heads, n, m, q.device)
+    scale = q.shape[3] ** -0.5 if scale is None else check_scale(scale)
+    check_real("dropout_p", dropout_p, least=0, below=1)
+    return AttentionCall(
+        q, k, v, mask, valid, bias, scale, as_normalizer(normalizer), float(dropout_p), q_pos, k_pos, want
+    )
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Shapes of queries, keys and values that belong together."""
     check_rank("q", q, 4, "(B, Hq, N, D)")
     check_rank("k", k, 4, "(B, Hk, M, D)")
     check_rank("v", v, 4, "(B, Hv, M, Dv)")
@@ -139,34 +167,56 @@ def prepare(
                 f"{name} has {other.shape[1]} heads, which do not divide the {q.shape[1]} heads of q; "
                 "for other maps select the heads first (index_select)"
             )
-    device = q.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = (t.to(dtype) if t.dtype != torch.float64 else t for t in (q, k, v))
-    if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
-        raise TypeError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    batch, heads, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    check_valid("valid", valid, (batch, m))
-    mask, bias = as_mask(mask), as_bias(bias)
-    explicit = getattr(mask, "allowed", None)
-    if q_pos is None and k_pos is None and isinstance(explicit, Tensor) and tuple(explicit.shape[-2:]) != (n, m):
-        raise ValueError(f"mask must be (..., {n}, {m}) for N={n} queries and M={m} keys, got {tuple(explicit.shape)}")
-    if mask is not None:
-        if mask.batch() not in (1, batch):
-            raise ValueError(f"mask knows {mask.batch()} samples, but the batch is {batch}")
-        if mask.heads() not in (1, heads):
-            raise ValueError(f"mask knows {mask.heads()} heads, but q has {heads}")
-    if bias is not None and bias.shape() != (n, m):
-        raise ValueError(f"bias is for N, M = {bias.shape()}, but q and k have N={n}, M={m}")
-    for name, pos, size in (("q_pos", q_pos, n), ("k_pos", k_pos, m)):
-        if pos is not None and (pos.dim() not in (1, 2, 3) or pos.shape[-1] != size):
-            raise ValueError(f"{name} must be ({size},), (B, {size}) or (B, H, {size}), got {tuple(pos.shape)}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
-    return AttentionCall(
-        q, k, v, mask, valid, bias, q.shape[3] ** -0.5 if scale is None else float(scale),
-        as_normalizer(normalizer), float(dropout_p), q_pos, k_pos, want,
-    )  # fmt: skip
+
+
+def check_scale(scale: Any) -> float:
+    """A finite number of at least 0; a learned scale belongs to the queries, where it gets its gradient."""
+    if isinstance(scale, Tensor):
+        raise TypeError(
+            f"scale must be a finite number of at least 0, got {describe(scale)}; a tensor goes to the queries: "
+            "q * scale, with scale=1.0"
+        )
+    return float(check_real("scale", scale, least=0))
+
+
+def check_positions(name: str, pos: Tensor | None, batch: int, heads: int, size: int) -> None:
+    """Raise unless ``pos`` is ``None`` or integer positions (size,), (B or 1, size) or (B or 1, H or 1, size)."""
+    if pos is None:
+        return
+    check_whole(name, pos, f"an integer tensor ({size},), (B, {size}) or (B, H, {size})")
+    lead = tuple(pos.shape[:-1])
+    if (
+        pos.dim() not in (1, 2, 3)
+        or pos.shape[-1] != size
+        or any(given not in (1, serves) for given, serves in zip(lead, (batch, heads), strict=False))
+    ):
+        raise ValueError(
+            f"{name} must be ({size},), (B, {size}) or (B, H, {size}) with B={batch} or 1 and H={heads} or 1, "
+            f"got {tuple(pos.shape)}"
+        )
+
+
+def check_bias(name: str, bias: Bias, batch: int, heads: int, n: int, m: int, device: torch.device) -> None:
+    """Raise unless a bias is for this problem: its pairs, its samples and heads (or one for all), its device."""
+    check_type(name, bias, Bias, "a float tensor or a Bias")
+    if bias.shape() != (n, m):
+        raise ValueError(f"{name} is for N, M = {bias.shape()}, but q and k have N={n}, M={m}")
+    for samples, groups in _planes(bias):
+        if samples not in (1, batch) or groups not in (1, heads):
+            raise ValueError(
+                f"{name} is for {samples} samples and {groups} heads, but q has {batch} and {heads}; "
+                "possible: as many, or 1"
+            )
+    for t in bias.tensors():
+        if t.device != device:
+            raise ValueError(f"{name} lies on {t.device}, q on {device}; they must lie on one device")
+
+
+def _planes(bias: Bias) -> list[tuple[int, int]]:
+    """Samples and heads that each tensor of a bias tells apart."""
+    if isinstance(bias, RelativeBias):
+        return [(1, bias.table.shape[0])]
+    return [(t.shape[0], t.shape[1]) for t in bias.tensors() if t.is_floating_point()]
 
 
 def with_stats(fn: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:

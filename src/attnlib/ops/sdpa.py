@@ -29,6 +29,10 @@ def supports(call: AttentionCall) -> str | None:
         return "SDPA does not return weights"
     if call.want == "partial":
         return "SDPA does not return the row statistics with gradients"
+    if call.bias is not None and call.q.device.type != "cpu":
+        for t in call.bias.tensors():
+            if t.is_floating_point() and t.dtype.itemsize > call.q.dtype.itemsize:
+                return f"on {call.q.device.type} it would round the {t.dtype} bias to {call.q.dtype}"
     return None
 
 
@@ -37,8 +41,9 @@ def prefers(call: AttentionCall) -> str | None:
 
     SDPA reads masks and biases as dense tensors and computes every pair. From 512 x 512 on it leaves structured masks
     to backends that skip what a mask forbids; from 1024 x 1024 on also biases that need not be dense, whose map alone
-    would make memory quadratic. Causal masks it knows by itself, and of the two only it has dropout. Few queries over
-    samples of unlike length go to the split schedule.
+    would make memory quadratic. Heads whose values are not as wide as their keys (``Dv != D``) send it down a path that
+    builds the whole map, too, so that it leaves them from 256 x 256 on. Causal masks it knows by itself, and of the two
+    only it has dropout. Few queries over samples of unlike length go to the split schedule.
     """
     if call.dropout_p:
         return None
@@ -47,6 +52,9 @@ def prefers(call: AttentionCall) -> str | None:
     if call.mask is not None and not call.is_causal and not _holds_dense(call.mask):
         if call.smaller_than(1 << 18) is None:
             return f"it would compute every pair that {call.mask!r} forbids"
+    width, v_width = call.q.shape[3], call.v.shape[3]
+    if width != v_width and call.smaller_than(1 << 16) is None:
+        return f"with heads of D={width} and Dv={v_width} it builds the whole map; its kernels need one width"
     if call.bias is not None and not isinstance(call.bias, DenseBias) and call.smaller_than(1 << 20) is None:
         return "it would hold the bias as a dense map"
     return None
@@ -70,7 +78,7 @@ def _undropped(call: AttentionCall) -> AttentionCall:
 
 
 def _run(call: AttentionCall) -> Tensor:
-    q, k, v = call.q, call.k, call.v
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (call.q, call.k, call.v))  # or it builds the map
     grouped = k.shape[1] == v.shape[1] != q.shape[1]
     if not grouped:
         k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
