@@ -129,3 +129,19 @@ def test_a_layer_that_thaws_later_starts_at_its_own_first_step():
 def test_bad_settings(make, words):
     with pytest.raises(ValueError, match=words):
         make([torch.nn.Parameter(torch.ones(1))])
+
+
+@pytest.mark.parametrize("make, times", [
+    (lambda p: SGDP(p, lr=0.1, momentum=0.9, compat="authors"), 1),
+    (lambda p: SGDP(p, lr=0.1, momentum=0.9, nesterov=True, compat="authors"), 1),
+    (lambda p: SGDP(p, lr=0.1, momentum=0.9), 1),
+    (lambda p: AdamP(p, lr=0.1), 1),
+])  # fmt: skip
+def test_an_update_is_projected_once(make, times, monkeypatch):
+    calls, project = [], optim._project
+    monkeypatch.setattr(optim, "_project", lambda *args: calls.append(args) or project(*args))
+    w = torch.nn.Parameter(torch.randn(3, 4))
+    optimizer = make([w])
+    w.grad = tangent(w.detach(), torch.randn(3, 4), (1,))
+    optimizer.step()
+    assert len(calls) == times

@@ -58,6 +58,9 @@ class _Projected(Optimizer):
     def _decay(self, group: dict[str, Any]) -> float:
         return group["lr"] * group["weight_decay"]
 
+    def _keep(self, group: dict[str, Any], p: Tensor, update: Tensor) -> None:
+        """What the state remembers of the projected update; nothing by default."""
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step. ``closure`` evaluates the model again and returns the loss."""
@@ -75,6 +78,7 @@ class _Projected(Optimizer):
                 updates, rates = self._moments(group, bucket, grads)
                 for i, (p, g) in enumerate(zip(bucket, grads, strict=True)):
                     updates[i], ratio = _project(p, g, updates[i], group["delta"], group["wd_ratio"], group["eps"])
+                    self._keep(group, p, updates[i])
                     if group["weight_decay"] > 0:
                         p.mul_(1 - self._decay(group) * ratio)
                 torch._foreach_add_(bucket, updates, alpha=-rates)
@@ -222,7 +226,8 @@ class SGDP(_Projected):
             updates = torch._foreach_mul(buffers, group["momentum"])
             torch._foreach_add_(updates, grads)
             return list(updates), group["lr"]
-        if self.compat == "authors":
-            for p, g, buffer in zip(params, grads, buffers, strict=True):
-                buffer.copy_(_project(p, g, buffer, group["delta"], group["wd_ratio"], group["eps"])[0])
         return list(buffers), group["lr"]
+
+    def _keep(self, group: dict[str, Any], p: Tensor, update: Tensor) -> None:
+        if self.compat == "authors" and not group["nesterov"]:
+            self.state[p]["momentum"].copy_(update)
