@@ -92,13 +92,18 @@ class PLaplacianAdapter(nn.Module):
             soft = a + EPS
             apart = torch.cdist(fq, fk, compute_mode="donot_use_mm_for_euclid_dist")
             # |sqrt(s) (F_j - F_i) + eps|^2, multiplied out, so that no tensor of pairs has a feature axis.
-            lean = fk.sum(-1).unsqueeze(-2) - fq.sum(-1).unsqueeze(-1)
+            # It is masked where nodes are the same: a token's two huge gradients as key and as query would cancel.
+            lean = (fk.sum(-1).unsqueeze(-2) - fq.sum(-1).unsqueeze(-1)).masked_fill(apart == 0, 0.0)
             square = soft * apart.square() + 2 * EPS * soft.sqrt() * lean + keys.shape[-1] * EPS**2
             edges = a * square.clamp(min=EPS**2).pow((p - 2) / 2)
             again = 2 * mu / p
             total = edges.sum(-1, keepdim=True) + again
-            mixed = edges @ fk
-            return (mixed + again * fq if restart else mixed) / total
+            if not restart:
+                return edges @ fk / total
+            # F_i + sum_j A~_ij (F_j - F_i) alpha_i. Where p < 2 the edge of a token to itself is millions of times
+            # larger than the others; here it stands in the sum of weights only, and nothing large cancels.
+            far = edges.masked_fill(apart == 0, 0.0)
+            return fq + (far @ fk - far.sum(-1, keepdim=True) * fq) / total
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
