@@ -24,6 +24,7 @@ def make(**config):
 
 CASES = {
     "hybrid": dict(role="hybrid", sr_ratio=2),
+    "uneven": dict(role="hybrid", sr_ratio=4, scale=0.3),  # on 14 x 7 tokens, which 4 does not divide
     "guided2": dict(role="guided", sr_ratio=2),
     "guided4": dict(role="guided", sr_ratio=4),
     "global": dict(role="global"),
@@ -46,6 +47,15 @@ def test_output_and_gradients_equal_the_authors(case):
     grads = attnlib.convert_state_dict("sg-former", grads)
     for name, p in module.named_parameters():
         torch.testing.assert_close(p.grad, grads[name], atol=2e-5, rtol=1e-4)
+
+
+def test_significance_on_sides_that_do_not_divide_equals_the_authors():
+    data = load_file(FIXTURE)
+    module = attnlib.create("sg-former", dim=8, num_heads=4, **CASES["uneven"])
+    sd = {k.removeprefix("uneven.sd."): v for k, v in data.items() if k.startswith("uneven.sd.")}
+    module.load_state_dict(attnlib.convert_state_dict("sg-former", sd))
+    out = module(data["uneven.x"], returns=("carry",))
+    torch.testing.assert_close(out.carry, data["uneven.S"], atol=1e-6, rtol=1e-5)
 
 
 def test_significance_equals_the_authors():
@@ -202,8 +212,8 @@ def test_bad_inputs_are_refused():
     x = torch.zeros(1, 8, 8, 8, dtype=F64)
     with pytest.raises(ValueError, match="window_size=4 does not divide the grid"):
         hybrid(torch.zeros(1, 8, 6, 8, dtype=F64))
-    with pytest.raises(ValueError, match="sr_ratio=2 does not divide the grid"):
-        make(role="hybrid", sr_ratio=2, window_size=3)(torch.zeros(1, 9, 9, 8, dtype=F64))
+    with pytest.raises(ValueError, match="sr_ratio=8 is larger than the grid"):
+        make(role="hybrid", sr_ratio=8, window_size=3)(torch.zeros(1, 9, 6, 8, dtype=F64))
     with pytest.raises(ValueError, match="needs the significance map"):
         guided(x)
     with pytest.raises(ValueError, match=r"carry must be a significance map of shape \(1, 8, 8\), got \(1, 4, 4\)"):

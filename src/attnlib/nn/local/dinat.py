@@ -27,7 +27,8 @@ class DilatedNeighborhoodAttention(FusedNeighborhoodAttention):
         num_heads: heads; must divide ``dim``. The authors' models have ``dim / 32``.
         kernel_size: keys per axis.
         dilation: tokens between neighbouring keys, per axis.
-        rank: axes of the grid; 2, unless a tuple among the settings says otherwise.
+        rank: axes of the grid; 2 with a relative bias, unless a tuple among the settings says otherwise.
+        rel_bias: learn the relative bias; the authors' classes have it on, current NATTEN has none.
         options: as in :class:`attnlib.nn.local.fused_neighborhood_attention.FusedNeighborhoodAttention`.
 
     Reference: Hassani, Shi, 2022, arXiv 2209.15001, section 3.
@@ -44,13 +45,15 @@ class DilatedNeighborhoodAttention(FusedNeighborhoodAttention):
         kernel_size: PerAxis = 7,
         dilation: PerAxis = 1,
         rank: int | None = None,
+        rel_bias: bool = True,
         **options: Any,
     ):
         causal = options.get("causal", False)
         if (
             rank is None
+            and rel_bias
             and causal is not True
             and all(isinstance(s, (int, bool)) for s in (kernel_size, dilation, causal))
         ):
             rank = 2
-        super().__init__(dim, num_heads, kernel_size, dilation, rank=rank, rel_bias=True, **options)
+        super().__init__(dim, num_heads, kernel_size, dilation, rank=rank, rel_bias=rel_bias, **options)

@@ -53,11 +53,12 @@ class SelfGuidedAttention(Mechanism):
     half and a quarter of the N tokens are merged by 196, 56 and 28 (s = 4: by 49, 14 and 7; s = 2: halves by 2 and 1),
     so each half of the heads reads N / 784 + N / 112 + N / 112 keys.
 
-    Shapes: x and y (B, H, W, C); H and W must be multiples of ``m.traits.grid_multiple``. The order is a plan:
+    Shapes: x and y (B, H, W, C); multiples of ``m.traits.grid_multiple`` always do as H and W. The order is a plan:
     ``m.plan(x, carry=S)``, with a stable sort, so equal tokens keep the order of their scan.
 
     Differs from the authors' code: the carry is explicit and is handed on by the guided layer as it is, where theirs
-    sets it to ``None``; the sort is stable; sizes that do not divide raise, where theirs fail inside. Tokens outside
+    sets it to ``None``; the sort is stable. Sides that the ratio of a hybrid layer does not divide are read up to its
+    last whole patch, as in theirs; groups that do not come out whole raise, where theirs fail inside. Tokens outside
     ``valid`` are zero before convolutions and merges, count as least significant, and are never read; a merged key
     exists when one of its tokens does.
 
@@ -70,6 +71,7 @@ class SelfGuidedAttention(Mechanism):
         merge: for the guided layer, pairs (share, factor), least significant first; by default the paper's for
             ``sr_ratio``. Shares are relative to their sum.
         qkv_bias: biases of the query, key and value projections.
+        scale: of the scores; ``head_dim ** -0.5`` by default.
         attn_drop: dropout of attention weights in training.
         proj_drop: dropout of the output.
 
@@ -100,6 +102,7 @@ class SelfGuidedAttention(Mechanism):
         window_size: int = 7,
         merge: Sequence[Sequence[int]] | None = None,
         qkv_bias: bool = True,
+        scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ):
@@ -108,6 +111,7 @@ class SelfGuidedAttention(Mechanism):
         self.head_dim = head_dim_of(dim, num_heads)
         self.num_heads, self.role, self.sr_ratio, self.window_size = num_heads, role, sr_ratio, window_size
         self.attn_drop = attn_drop
+        self.scale = self.head_dim**-0.5 if scale is None else scale
         if role != "global":
             check_divides("2 (halves)", 2, "num_heads", num_heads)
         if merge is not None and role != "guided":
@@ -156,7 +160,7 @@ class SelfGuidedAttention(Mechanism):
     @property
     def traits(self) -> Traits:
         if self.role == "hybrid":
-            multiple = math.lcm(self.sr_ratio, self.window_size)
+            multiple = -(-self.sr_ratio // self.window_size) * self.window_size
             return self.class_traits.but(needs_plan=False, grid_multiple=multiple)
         if self.role == "guided":
             return self.class_traits.but(grid_multiple=_grid_multiple(self.groups), gradient="stopped")
@@ -172,15 +176,18 @@ class SelfGuidedAttention(Mechanism):
     def _hybrid(self, x: Tensor, valid: Tensor | None, significance: bool) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, C) and the significance (B, H, W)."""
         (batch, height, width, _), half = x.shape, self.num_heads // 2
-        for name, size in (("sr_ratio", self.sr_ratio), ("window_size", self.window_size)):
-            if height % size or width % size:
-                raise ValueError(f"{name}={size} does not divide the grid {(height, width)} of x")
+        if height % self.window_size or width % self.window_size:
+            raise ValueError(f"window_size={self.window_size} does not divide the grid {(height, width)} of x")
+        rows, columns = height // self.sr_ratio, width // self.sr_ratio
+        if not (rows and columns):
+            raise ValueError(f"sr_ratio={self.sr_ratio} is larger than the grid {(height, width)} of x")
+        covered = slice(rows * self.sr_ratio), slice(columns * self.sr_ratio)  # what the strided convolution reads
         drop = self.attn_drop if self.training else 0.0
 
         def read(q: Tensor, k: Tensor, v: Tensor, exists: Tensor | None) -> tuple[Tensor, Tensor | None]:
             if not significance:
-                return attention(q, k, v, valid=exists, dropout_p=drop), None
-            return attention(q, k, v, valid=exists, dropout_p=drop, return_weights=True)
+                return attention(q, k, v, valid=exists, scale=self.scale, dropout_p=drop), None
+            return attention(q, k, v, valid=exists, scale=self.scale, dropout_p=drop, return_weights=True)
 
         def received(weights: Tensor, exists: Tensor | None) -> Tensor:
             """(B, M): the mean over heads and existing queries (B, N) of what each key is given."""
@@ -191,9 +198,11 @@ class SelfGuidedAttention(Mechanism):
             return total / exists.sum(1, keepdim=True).clamp(min=1)
 
         # patches do not overlap, so that the convolution is one product
-        patches = block_windows(zero_invalid(x, valid), self.sr_ratio).flatten(3)
+        patches = block_windows(zero_invalid(x, valid)[:, *covered], self.sr_ratio).flatten(3)
         pooled = nn.functional.linear(patches, self.sr.weight.permute(0, 2, 3, 1).flatten(1), self.sr.bias)
-        pooled_valid = None if valid is None else block_windows(valid.unsqueeze(-1), self.sr_ratio).flatten(3).any(-1)
+        pooled_valid = None
+        if valid is not None:
+            pooled_valid = block_windows(valid[:, *covered].unsqueeze(-1), self.sr_ratio).flatten(3).any(-1)
         k1, v1 = (split_heads(t, half) for t in self.kv1(nn.functional.gelu(self.norm(pooled))).chunk(2, -1))
         far, far_weights = read(split_heads(self.q1(x), half), k1, v1, flat_valid(pooled_valid))
         # straight from (window, token, q/k/v, head) to one contiguous (window, head, token) each
@@ -209,9 +218,8 @@ class SelfGuidedAttention(Mechanism):
         out = torch.cat([merge_heads(far, (height, width)), near.reshape(batch, height, width, self.dim // 2)], -1)
         if far_weights is None or near_weights is None:
             return out, None
-        s = self.sr_ratio
-        far_map = received(far_weights, flat_valid(valid)).view(batch, height // s, width // s)
-        far_map = far_map.repeat_interleave(s, 1).repeat_interleave(s, 2)
+        far_map = received(far_weights, flat_valid(valid)).view(batch, 1, rows, columns)
+        far_map = nn.functional.interpolate(far_map, (height, width), mode="nearest").squeeze(1)
         near_map = received(near_weights, window_valid).view(*lead, side, side, 1)
         return out, far_map + unblock_windows(near_map).squeeze(-1)
 
@@ -281,11 +289,11 @@ class SelfGuidedAttention(Mechanism):
         k1, v1 = (split_heads(t, half) for t in self.kv1(tokens1).chunk(2, -1))
         k2, v2 = (split_heads(t, half) for t in self.kv2(tokens2).chunk(2, -1))
         if valid is None:
-            out = attention(q, torch.cat([k1, k2], 1), torch.cat([v1, v2], 1), dropout_p=drop)
+            out = attention(q, torch.cat([k1, k2], 1), torch.cat([v1, v2], 1), scale=self.scale, dropout_p=drop)
         else:  # the two lists may differ in which of their merged tokens exist
             q1, q2 = q.chunk(2, 1)
-            first = attention(q1, k1, v1, valid=alive1, dropout_p=drop)
-            out = torch.cat([first, attention(q2, k2, v2, valid=alive2, dropout_p=drop)], 1)
+            first = attention(q1, k1, v1, valid=alive1, scale=self.scale, dropout_p=drop)
+            out = torch.cat([first, attention(q2, k2, v2, valid=alive2, scale=self.scale, dropout_p=drop)], 1)
         return merge_heads(out, x.shape[1:-1])
 
     # ---- the layer
@@ -311,7 +319,9 @@ class SelfGuidedAttention(Mechanism):
         else:
             q, k, v = (split_heads(t, self.num_heads) for t in self._project(x, self.q, self.kv).chunk(3, -1))
             drop = self.attn_drop if self.training else 0.0
-            out = merge_heads(attention(q, k, v, valid=flat_valid(valid), dropout_p=drop), x.shape[1:-1])
+            out = merge_heads(
+                attention(q, k, v, valid=flat_valid(valid), scale=self.scale, dropout_p=drop), x.shape[1:-1]
+            )
         out = out + self.lepe_conv(zero_invalid(self.lepe_linear(x), valid))
         return Output(self.proj_drop(self.proj(out)), carry=carry)
 
