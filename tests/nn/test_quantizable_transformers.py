@@ -13,7 +13,7 @@ FIXTURE = Fixture(SLUG)
 
 @pytest.mark.parametrize("case", FIXTURE.config)
 def test_equals_the_authors(case):
-    module = FIXTURE.build(case, out_proj=False)  # theirs stands in BERT's output layer
+    module = FIXTURE.build(case)
     valid = FIXTURE.tensors.get(f"{case}/valid")
     module.forward = module.mix  # their padded queries still produce an output
     FIXTURE.holds(case, module, lambda m, xs: m.mix(xs["x"], valid=valid).y)
@@ -115,3 +115,14 @@ def test_outlier_metrics_of_a_normal_sample():
 def test_bad_settings(settings, words):
     with pytest.raises(ValueError, match=words):
         attnlib.create(SLUG, dim=16, num_heads=2, **settings)
+
+
+@pytest.mark.parametrize("relative", ["key", "key_query"])
+def test_a_cache_and_its_border_with_relative_positions(relative):
+    m = attnlib.create(SLUG, dim=16, num_heads=4, num_kv_heads=2, relative=relative, max_distance=6, causal=True).eval()
+    x = torch.randn(2, 6, 16)
+    out = m(x[:, :4], returns=("state",))
+    rest, state = m.step(x[:, 4:], out.state)
+    torch.testing.assert_close(torch.cat([out.y, rest], 1), m(x), atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="max_distance=6 bounds a sequence.*has 7"):
+        m.step(x[:, :1], state)

@@ -38,10 +38,6 @@ RECORDED = {
 }
 
 
-#: Settings of our module that no recording names.
-SETTINGS = {"quantizable-transformers": dict(out_proj=False)}
-
-
 def entries(name, prefix):
     return {k[len(prefix) :]: v for k, v in load_file(HERE / f"{name}.safetensors").items() if k.startswith(prefix)}
 
@@ -64,7 +60,7 @@ def rows():
                     f"{slug}-{case}",
                     convert,
                     theirs,
-                    functools.partial(attnlib.create, slug, **config, **SETTINGS.get(slug, {})),
+                    functools.partial(attnlib.create, slug, **config),
                 )
 
     def plain(slug, theirs, build, **options):

@@ -9,7 +9,7 @@ from attnlib import attention, masks
 from attnlib.nn.dense.selective_self_attention import effective_support
 
 SLUG = "selective-self-attention"
-FIXTURE = Fixture(SLUG, num_heads=lambda c: c["num_heads"], num_kv_heads=lambda c: c["num_kv_heads"])
+FIXTURE = Fixture(SLUG, num_heads=lambda c: c["num_heads"], num_kv_heads=lambda c: c.get("num_kv_heads"))
 
 
 @pytest.mark.parametrize("case", FIXTURE.config)

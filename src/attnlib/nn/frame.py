@@ -188,8 +188,10 @@ class HeadFrame(Mechanism, Generic[N]):
         causal: every token reads itself and earlier ones. With a context: reads all of it.
         rotary: rotary positions with this base; ``None`` for none. Positions count valid tokens only.
         rotary_interleaved: rotate neighbouring channels instead of the two halves.
+        rotary_dim: rotate only so many channels of a head, the first ones; all of them by default.
         alibi: linear distance penalties, one slope per head.
         attn_drop: dropout of attention weights in training.
+        proj_drop: dropout of the output in training.
         normalizer: how scores become weights; see :mod:`attnlib.normalizers`.
     """
 
@@ -205,6 +207,8 @@ class HeadFrame(Mechanism, Generic[N]):
         weights=True,
     )
     notes_type: ClassVar[type[Notes]] = Notes
+    #: Whether rotary positions and ALiBi also serve cross-attention, where queries and keys both count from zero.
+    cross_positions: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -219,8 +223,10 @@ class HeadFrame(Mechanism, Generic[N]):
         causal: bool = False,
         rotary: float | None = None,
         rotary_interleaved: bool = False,
+        rotary_dim: int | None = None,
         alibi: bool = False,
         attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
         normalizer: str | Normalizer = "softmax",
     ):
         super().__init__(dim, context_dim)
@@ -230,7 +236,11 @@ class HeadFrame(Mechanism, Generic[N]):
         check_divides("num_kv_heads", self.num_kv_heads, "num_heads", num_heads)
         self.num_v_heads = self.num_kv_heads
         self.causal, self.rotary, self.rotary_interleaved = causal, rotary, rotary_interleaved
+        self.rotary_dim = self.head_dim if rotary_dim is None else rotary_dim
+        if not 0 < self.rotary_dim <= self.head_dim or (rotary_dim is not None and rotary_dim % 2):
+            raise ValueError(f"rotary_dim={rotary_dim} must be even and lie between 2 and head_dim={self.head_dim}")
         self.alibi, self.attn_drop = alibi, attn_drop
+        self.proj_drop = nn.Dropout(proj_drop)
         self.normalizer = as_normalizer(normalizer)
         self.scale = self.head_dim**-0.5
         self.q = nn.Linear(dim, num_heads * self.head_dim, bias=qkv_bias)
@@ -244,7 +254,7 @@ class HeadFrame(Mechanism, Generic[N]):
     def traits(self) -> Traits:
         patterns = {"causal-self", "causal-cross"} if self.causal else {"noncausal-self", "noncausal-cross"}
         positional = self.rotary is not None or self.alibi
-        if positional:
+        if positional and not self.cross_positions:
             patterns = {p for p in patterns if p.endswith("self")}
         if self.context_dim != self.dim:
             patterns = {p for p in patterns if p.endswith("cross")}
@@ -260,9 +270,25 @@ class HeadFrame(Mechanism, Generic[N]):
     def _begin(self, x: Tensor, q: Tensor, notes: N) -> None:
         """Gates, routes and whatever else the hooks below share; ``x`` (B, N, C), ``q`` (B, H, N, D) not rotated."""
 
-    def _rotate(self, q: Tensor, k: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotate(self, q: Tensor, k: Tensor, angles: Tensor, k_angles: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary positions of the new tokens; the keys go to the cache afterwards."""
-        return rotate(q, angles, self.rotary_interleaved), rotate(k, angles, self.rotary_interleaved)
+        return self._turn(q, angles), self._turn(k, k_angles)
+
+    def _turn(self, x: Tensor, angles: Tensor) -> Tensor:
+        """The first ``rotary_dim`` channels of every head (B, H, N, D) turned, the others as they are."""
+        if self.rotary_dim == x.shape[-1]:
+            return rotate(x, angles, self.rotary_interleaved)
+        turned, rest = x.split([self.rotary_dim, x.shape[-1] - self.rotary_dim], -1)
+        return torch.cat([rotate(turned, angles, self.rotary_interleaved), rest], -1)
+
+    def _angles(self, stream: Stream) -> Tensor:
+        """(.., n, rotary_dim / 2) rotary angles of the new tokens."""
+        assert self.rotary is not None
+        return rotary_angles(stream.positions, self.rotary_dim, self.rotary)
+
+    def _alibi(self, q_pos: Tensor, k_pos: Tensor, span: tuple[int, int]) -> Bias:
+        """ALiBi between slots (n,) and (M,); ``span`` is the least and the greatest ``k - q``."""
+        return alibi(self.num_heads, q_pos, k_pos, span=span)
 
     def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: N) -> Any:
         """The operator: (B, H, N, Dv), or with ``call.return_weights`` that and (B, H, N, M)."""
@@ -305,16 +331,19 @@ class HeadFrame(Mechanism, Generic[N]):
         self._begin(tokens, q, notes)
         exists = own_valid if context is None else flat_valid(context_valid)
         ordered = self.causal and context is None
-        stream = Stream(tokens, exists, state if ordered else None, ordered and "state" in returns)
+        keys = tokens if context is None else context.flatten(1, -2)
+        stream = Stream(keys, exists, state if ordered else None, ordered and "state" in returns)
         if self.rotary is not None:
-            q, k = self._rotate(q, k, rotary_angles(stream.positions, self.head_dim, self.rotary))
+            angles = self._angles(stream)
+            own = angles if context is None else self._angles(Stream(tokens, own_valid, None, False))
+            q, k = self._rotate(q, k, own, angles)
         k, v = stream.join(k=k, v=v)
         exists = stream.exists
         bias: Bias | None = None
         if self.alibi:
-            start, reach = stream.start, torch.arange(k.shape[2], device=x.device)
-            far = k.shape[2] - 1
-            bias = alibi(self.num_heads, reach[start:], reach, span=(-far, far - start))
+            start, n, m = stream.start, q.shape[2], k.shape[2]
+            q_at, k_at = torch.arange(start, start + n, device=x.device), torch.arange(m, device=x.device)
+            bias = self._alibi(q_at, k_at, (1 - start - n, m - 1 - start))
         call = HeadCall(
             stream.mask(mask) if ordered else mask, exists, stream.q_pos, bias,
             self.attn_drop if self.training else 0.0, "weights" in returns,
@@ -323,5 +352,5 @@ class HeadFrame(Mechanism, Generic[N]):
         if call.return_weights:
             out, weights = out
         new = stream.next(**{"k": k, "v": v, "valid": stream.slots, **notes.kept}) if stream.keep else None
-        y = self._project(self._gate(out, notes), notes, grid)
+        y = self.proj_drop(self._project(self._gate(out, notes), notes, grid))
         return Output(y, state=new, weights=weights, losses=notes.losses)

@@ -15,7 +15,6 @@ from ...normalizers import ACTIVATIONS, Activated
 from ...ops import attention_partial
 from ...ops.feature_maps import feature_map
 from ...ops.linear import linear_partial
-from ...positions import rotary_angles
 from ...types import Output, Partial, Plan, State, Traits, check_choice, stats_dtype
 from ..frame import HeadCall, HeadFrame, Notes, Stream
 from ..layers import flat_valid, merge_heads, split_heads
@@ -175,7 +174,8 @@ class SinkFreeAttention(HeadFrame[Notes]):
         exists = flat_valid(valid if context is None else context_valid)
         stream = Stream(x.flatten(1, -2), exists if context is None else None, state, "state" in returns)
         if self.rotary is not None:
-            q, k = self._rotate(q, k, rotary_angles(stream.positions, self.head_dim, self.rotary))
+            angles = self._angles(stream)
+            q, k = self._rotate(q, k, angles, angles)
         part, final = linear_partial(
             self._phi(q) * self.scale, self._phi(k), v, causal=self.causal and context is None, valid=exists,
             state=state, return_state=True,
@@ -186,7 +186,8 @@ class SinkFreeAttention(HeadFrame[Notes]):
             out = part.num / (part.den + 1e-8).unsqueeze(-1)
         else:
             out = part.num / part.den.abs().clamp(min=1).unsqueeze(-1)
-        y = self.proj(merge_heads(self._gate(out.to(q.dtype), self._notes(None, None, state, returns)), x.shape[1:-1]))
+        out = self._gate(out.to(q.dtype), self._notes(None, None, state, returns))
+        y = self.proj_drop(self.proj(merge_heads(out, x.shape[1:-1])))
         return Output(y, state=stream.next(**final.tensors))
 
     @staticmethod

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...grids import Layout
 from ...masks import Mask, as_mask
-from ...positions import rotary_angles, rotate
+from ...positions import rotary_angles
 from ...types import Plan, State, Traits, check_choice, stats_dtype
 from ..frame import HeadCall, HeadFrame, Notes
 from ..layers import flat_valid, split_heads, zero_invalid
@@ -203,7 +203,7 @@ class PowerLawGraphAttention(HeadFrame[Notes]):
         exists = flat_valid(valid)
         if self.rotary is not None:
             now = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=x.device) if exists is None else exists
-            q = rotate(q, rotary_angles(now.long().cumsum(1) - 1, self.head_dim, self.rotary), self.rotary_interleaved)
+            q = self._turn(q, rotary_angles(now.long().cumsum(1) - 1, self.rotary_dim, self.rotary))
         return self.learner(q, exists)
 
     @torch.no_grad()

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ...normalizers import ClippedSoftmax
+from ...positions import as_bias
 from ...types import Traits, check_choice
-from ..frame import HeadFrame, Notes
+from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
 from ..released import Released
 
+RELATIVE = ("none", "key", "key_query")
 GATES = ("none", "unconditional_per_head", "conditional_per_head", "conditional_per_token")
 
 
@@ -115,10 +117,13 @@ class QuantizableAttention(HeadFrame[GateNotes]):
         fine_tuning: start near the ungated layer: output divided by ``gate_init``, a linear gate's weights small.
         gate_std: how small; the authors' BERT has 0.01, their OPT 0.001.
         out_proj: the output projection, which in BERT stands in the next module.
+        relative: BERT's relative positions, with a learned table E over distances and before the scaling by
+            ``1 / sqrt(D)``: ``"key"`` adds ``q_i . E[i - j]`` to a score, ``"key_query"`` also ``k_j . E[i - j]``. The
+            map is built then.
+        max_distance: P; sequences, remembered tokens included, have at most P tokens.
 
-    What differs from the authors' code: their slip
-    ``"clipped(-.005:1.005)" -> gamma=-0.003`` is not reproduced; a row that sees nothing gives zeros; the mean of
-    ``conditional_per_head`` counts only tokens that exist.
+    What differs from the authors' code: their slip ``"clipped(-.005:1.005)" -> gamma=-0.003`` is not reproduced; a row
+    that sees nothing gives zeros; the mean of ``conditional_per_head`` counts only tokens that exist.
 
     Reference: Bondarenko, Nagel, Blankevoort, 2023, arXiv 2306.12929, equations 4 and 5.
 
@@ -127,6 +132,7 @@ class QuantizableAttention(HeadFrame[GateNotes]):
     torch.Size([2, 5, 16])
     """
 
+    class_traits = HeadFrame.class_traits.but(memory={"N": 2})
     notes_type = GateNotes
 
     def __init__(
@@ -145,6 +151,8 @@ class QuantizableAttention(HeadFrame[GateNotes]):
         fine_tuning: bool = False,
         gate_std: float = 0.01,
         out_proj: bool = True,
+        relative: str = "none",
+        max_distance: int = 512,
         **settings: Any,
     ):
         if (alpha is None) != (max_length is None):
@@ -154,6 +162,9 @@ class QuantizableAttention(HeadFrame[GateNotes]):
                 raise ValueError(f"give gamma={gamma} or alpha={alpha}, not both")
             gamma = -alpha / max_length
         check_choice("gate", gate, GATES)
+        check_choice("relative", relative, RELATIVE)
+        if max_distance < 1:
+            raise ValueError(f"max_distance must be at least 1, got {max_distance}")
         if gate_init is not None and not 0 < gate_init < 1:
             raise ValueError(f"gate_init must lie strictly between 0 and 1, got {gate_init}")
         plain = gamma == 0 and zeta == 1
@@ -172,9 +183,18 @@ class QuantizableAttention(HeadFrame[GateNotes]):
             else None
         )
 
+        self.relative, self.max_distance = relative, max_distance
+        table = torch.randn(2 * max_distance - 1, self.head_dim) if relative != "none" else None
+        self.distance_keys = None if table is None else nn.Parameter(table)
+
     @property
     def traits(self) -> Traits:
-        traits = super().traits
+        traits = super().traits.but(memory={"N": 1})
+        if self.distance_keys is not None:
+            traits = traits.but(
+                patterns=frozenset(p for p in traits.patterns if p.endswith("self")), grid_ranks=frozenset({1}),
+                memory={"N": 2}, permutation_equivariant=False,
+            )  # fmt: skip
         if self.gate is not None and self.gate.pools:  # reads the mean over all tokens
             return traits.but(
                 patterns=frozenset(p for p in traits.patterns if p.startswith("noncausal")), streaming=False, mask=False
@@ -184,6 +204,27 @@ class QuantizableAttention(HeadFrame[GateNotes]):
     def _begin(self, x: Tensor, q: Tensor, notes: GateNotes) -> None:
         if self.gate is not None:
             notes.gate = self.gate(x, notes.valid)
+
+    def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: GateNotes) -> Any:
+        if self.distance_keys is not None:
+            near = self._distances(q, k, call.q_pos) * self.scale
+            call = call.but(bias=as_bias(near if call.bias is None else near + call.bias.dense()))
+        return super()._mix_heads(q, k, v, call, notes)
+
+    def _distances(self, q: Tensor, k: Tensor, q_pos: Tensor | None) -> Tensor:
+        """(B, H, N, M): what distances add to the scores, not scaled."""
+        assert self.distance_keys is not None
+        n, m, most = q.shape[2], k.shape[2], self.max_distance
+        if m > most:
+            raise ValueError(f"max_distance={most} bounds a sequence, remembered tokens included; this one has {m}")
+        rows = torch.arange(n, device=q.device) if q_pos is None else q_pos
+        index = rows[:, None] - torch.arange(m, device=q.device) + most - 1
+        table = self.distance_keys.to(q.dtype).t()
+        scores = (q @ table).gather(-1, index.expand(*q.shape[:2], n, m))
+        if self.relative == "key_query":
+            by_key = (k @ table).gather(-1, index.t().expand(*k.shape[:2], m, n)).mT
+            scores = scores + by_key.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        return scores
 
     def _gate(self, out: Tensor, notes: GateNotes) -> Tensor:
         return out if notes.gate is None else out * notes.gate

@@ -75,7 +75,8 @@ class SelectiveAttention(HeadFrame[TemperatureNotes]):
         self.tau_v = nn.Parameter(torch.zeros(self.v.out_features)) if token_values else None
         start = {"none": 0.0, "sigmoid": -6.0, "double_exponential": 2.0, "linear": 1e-5}[position]
         shape = (num_heads, 1, 1) if per_head else ()
-        self.beta = nn.Parameter(torch.full(shape, float(start if init is None else init))) if position != "none" else None
+        start = float(start if init is None else init)
+        self.beta = nn.Parameter(torch.full(shape, start)) if position != "none" else None
 
     def _growth(self) -> Tensor:
         """Factor of ``log(n_i)``: a scalar or (H, 1, 1)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...masks import visible_keys
 from ...normalizers import Sigmoid
 from ...ops import attention
+from ...positions import Bias, RelativeBias, alibi, alibi_slopes
 from ...types import Traits, check_choice, stats_dtype
 from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
@@ -35,11 +36,13 @@ class SigmoidAttention(HeadFrame[Notes]):
         attn_bias: a fixed ``b``.
         context_length: sets ``b = -log(context_length)``.
         temperature: ``t``; scores are multiplied by ``e^t``.
+        compat: ``"authors"``: ALiBi adds ``slope (j - i)``, which rewards later keys, instead of penalising the
+            distance; under a causal mask that is the same.
         row_norm: also divide row ``i`` (from 1) by ``"sqrt"``: ``sqrt(i)``, or ``"length"``: ``i``; their ablations.
 
     What differs from the authors' code: pairs that may not meet have weight exactly zero, where they set the most
-    negative finite logit (equal in float32); ``alibi`` penalises ``|i - j|``, theirs rewards future keys, which only
-    matters without a causal mask; ``attn_bias`` and ``temperature`` are settings, where they keep constant buffers.
+    negative finite logit (equal in float32); ``attn_bias`` and ``temperature`` are settings, where they keep constant
+    buffers. ALiBi counts as a score, as in theirs: the temperature scales it.
 
     Reference: Ramapuram et al., 2024, arXiv 2409.04431.
 
@@ -60,18 +63,23 @@ class SigmoidAttention(HeadFrame[Notes]):
         context_length: int | None = None,
         temperature: float = 0.0,
         row_norm: str = "none",
+        compat: str | None = None,
         **settings: Any,
     ):
         super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, qk_norm=qk_norm, **settings)
         check_choice("row_norm", row_norm, ("none", "sqrt", "length"))
+        check_choice("compat", compat, (None, "authors"))
         if attn_bias is not None and context_length is not None:
             raise ValueError(f"give attn_bias={attn_bias} or context_length={context_length}, not both")
         if context_length is not None and context_length < 1:
             raise ValueError(f"context_length must be at least 1, got {context_length}")
         self.attn_bias = -math.log(context_length) if context_length is not None else attn_bias
-        self.row_norm = row_norm
-        self.scale *= math.exp(temperature)
+        self.row_norm, self.compat = row_norm, compat
+        self.heat = math.exp(temperature)
+        self.scale *= self.heat
         self.v_norm = nn.LayerNorm(self.head_dim) if v_norm else nn.Identity()
+
+    cross_positions = True
 
     @property
     def traits(self) -> Traits:
@@ -79,6 +87,14 @@ class SigmoidAttention(HeadFrame[Notes]):
         if self.row_norm == "none":
             return traits
         return traits.but(permutation_equivariant=False)
+
+    def _alibi(self, q_pos: Tensor, k_pos: Tensor, span: tuple[int, int]) -> Bias:
+        slopes = alibi_slopes(self.num_heads).to(q_pos.device) * self.heat
+        if self.compat != "authors":
+            return alibi(self.num_heads, q_pos, k_pos, slopes, span)
+        low, high = span
+        table = slopes[:, None] * torch.arange(low, high + 1, device=q_pos.device)
+        return RelativeBias(table, q_pos[:, None], k_pos[:, None], (-low,), (high - low + 1,))
 
     def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: Notes) -> Any:
         v = self.v_norm(v)

@@ -20,7 +20,8 @@ class SoftmaxAttention(HeadFrame[Notes]):
 
     Args:
         dim, num_heads, num_kv_heads, head_dim, context_dim, qkv_bias, proj_bias, qk_norm, causal, rotary,
-            rotary_interleaved, alibi, attn_drop, normalizer: see :class:`attnlib.nn.frame.HeadFrame`.
+            rotary_interleaved, rotary_dim, alibi, attn_drop, proj_drop, normalizer: see
+            :class:`attnlib.nn.frame.HeadFrame`.
 
     Reference: Vaswani et al., 2017, arXiv 1706.03762; Ainslie et al., 2023, arXiv 2305.13245 (grouped queries).
 
@@ -28,6 +29,8 @@ class SoftmaxAttention(HeadFrame[Notes]):
     >>> SoftmaxAttention(dim=16, num_heads=4, num_kv_heads=2)(torch.randn(2, 5, 16)).shape
     torch.Size([2, 5, 16])
     """
+
+    cross_positions = True
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

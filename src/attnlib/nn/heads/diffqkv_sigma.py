@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...masks import Mask
 from ...ops import attention
-from ...positions import rotary_angles, rotate
+from ...positions import rotary_angles
 from ...types import Plan, State, Traits, check_choice, check_divides
 from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
@@ -114,10 +114,8 @@ class DiffQKVAttention(HeadFrame[Notes]):
 
     # ---- narrow keys
 
-    def _rotate(self, q: Tensor, k: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
-        if self.k_up is None:
-            return super()._rotate(q, k, angles)
-        return rotate(q, angles, self.rotary_interleaved), k
+    def _rotate(self, q: Tensor, k: Tensor, angles: Tensor, k_angles: Tensor) -> tuple[Tensor, Tensor]:
+        return self._turn(q, angles), k if self.k_up is not None else self._turn(k, k_angles)
 
     def _widen(self, k: Tensor, valid: Tensor | None) -> Tensor:
         """(B, n_k, M, d_k) cached keys -> (B, n_k, M, D), rotated."""
@@ -127,7 +125,7 @@ class DiffQKVAttention(HeadFrame[Notes]):
         if self.rotary is None:
             return k
         at = torch.arange(k.shape[2], device=k.device)[None] if valid is None else valid.long().cumsum(1) - 1
-        return rotate(k, rotary_angles(at, self.head_dim, self.rotary), self.rotary_interleaved)
+        return self._turn(k, rotary_angles(at, self.rotary_dim, self.rotary))
 
     # ---- selective fetch
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ... import masks
 from ...grids import Layout
-from ...positions import rotary_angles, rotate
 from ...types import Output, State, Traits, check_choice
 from ..dense.softmax_attention import SoftmaxAttention
 from ..frame import HeadCall, HeadFrame, Notes, Stream
@@ -104,9 +103,8 @@ class CompositeAttention(HeadFrame[Notes]):
         v = own = split_heads(self.v(x), self.num_v_heads)
         stream = Stream(x, valid, state, "state" in returns)
         if self.rotary is not None:
-            angles = rotary_angles(stream.positions, self.head_dim, self.rotary)
-            q = rotate(q, torch.cat([angles[:, :start], angles[:, stop:]], 1), self.rotary_interleaved)
-            k = rotate(k, angles, self.rotary_interleaved)
+            angles = self._angles(stream)
+            q, k = self._rotate(q, k, torch.cat([angles[:, :start], angles[:, stop:]], 1), angles)
         k, v = stream.join(k=k, v=v)
         before, exists, weights = stream.start, stream.exists, None
         call = HeadCall(
