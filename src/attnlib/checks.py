@@ -283,12 +283,25 @@ def check_serves(name: str, count: int, batch: int, what: str = "samples") -> No
 def check_index(name: str, index: Any, shape: Sequence[int] | None, count: int, what: str) -> None:
     """Raise unless ``index`` is an integer tensor of ``shape`` (``None``: any) that points at ``count`` of ``what``.
 
-    Reads the numbers where :func:`readable`.
+    The numbers are looked at as :func:`check_within` says.
     """
     check_whole(name, index)
     if shape is not None and tuple(index.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(index.shape)}")
-    low, high = extremes(index, (0, -1))
+    check_within(name, index, count, what)
+
+
+def check_within(name: str, numbers: Tensor, count: int, what: str) -> None:
+    """Raise ``ValueError`` unless all of the integers ``numbers`` lie in ``0..count-1``.
+
+    On an accelerator they are asserted there, without waiting for it.
+    """
+    if not readable(numbers) or not numbers.numel():
+        return
+    if numbers.device.type != "cpu":
+        torch._assert_async(((numbers >= 0) & (numbers < count)).all(), f"{name} points beyond {count} {what}s")
+        return
+    low, high = extremes(numbers, (0, -1))
     if low < 0 or high >= count:
         raise ValueError(f"{name} points at {what} {low if low < 0 else high}; possible: 0 to {count - 1}")
 

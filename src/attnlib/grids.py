@@ -14,7 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .types import check_rank, to_tuple
+from .checks import (
+    check_choice,
+    check_device,
+    check_grid,
+    check_index,
+    check_int,
+    check_ints,
+    check_rank,
+    check_tensor,
+    check_type,
+    check_whole,
+    describe,
+    extremes,
+    readable,
+    to_tuple,
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +40,8 @@ class Layout:
         segments: ``(name, size)`` pairs, where size is a count, or a tuple for a grid in row-major order.
 
     Raises:
-        ValueError: on repeated names or sizes below zero.
+        ValueError: on repeated names, sizes below zero or grids of more than three axes.
+        TypeError: on names that are no strings or sizes that are no integers.
 
     >>> layout = Layout((("text", 77), ("image", (14, 14)), ("cls", 1)))
     >>> len(layout), layout.span("image"), layout.grid("image")
@@ -35,12 +51,24 @@ class Layout:
     segments: tuple[tuple[str, int | tuple[int, ...]], ...]
 
     def __post_init__(self) -> None:
-        clean = []
-        for name, size in self.segments:
-            size = tuple(int(s) for s in size) if isinstance(size, Sequence) else int(size)
+        clean: list[tuple[str, int | tuple[int, ...]]] = []
+        if isinstance(self.segments, str) or not isinstance(self.segments, Sequence):
+            raise TypeError(f"segments must be (name, size) pairs such as (('cls', 1),), got {describe(self.segments)}")
+        for segment in self.segments:
+            if not isinstance(segment, (tuple, list)) or len(segment) != 2:
+                raise TypeError(f"segments must be (name, size) pairs, got {describe(segment)}")
+            name, size = segment
+            check_type("name of a segment", name, str)
+            where = f"size of the layout segment {name!r}"
+            if isinstance(size, (tuple, list)):
+                size = check_ints(where, size)
+                if not 1 <= len(size) <= 3:
+                    raise ValueError(f"{where} must have 1 to 3 axes, got {size}")
+            else:
+                size = check_int(where, size, also="or a tuple for a grid")
             if min(size if isinstance(size, tuple) else (size,)) < 0:
                 raise ValueError(f"layout segment {name!r} has size {size}; sizes must not be negative")
-            clean.append((str(name), size))
+            clean.append((name, size))
         object.__setattr__(self, "segments", tuple(clean))
         names = [name for name, _ in clean]
         if len(set(names)) != len(names):
@@ -49,6 +77,8 @@ class Layout:
     @classmethod
     def image(cls, height: int, width: int, /, **extra: int) -> Layout:
         """Extra tokens first, then an image: ``Layout.image(14, 14, cls=1)``."""
+        check_int("height", height, least=0)
+        check_int("width", width, least=0)
         return cls((*extra.items(), ("image", (height, width))))
 
     def __len__(self) -> int:
@@ -102,11 +132,19 @@ class Layout:
 
     def split(self, x: Tensor, dim: int = 1) -> dict[str, Tensor]:
         """Views of each segment along ``dim``, flat."""
+        _check_axis(x, dim)
         self.check(x.shape[dim])
         return dict(zip(self.names, x.split([self.size(n) for n in self.names], dim), strict=True))
 
     def join(self, parts: dict[str, Tensor], dim: int = 1) -> Tensor:
         """Inverse of :meth:`split`."""
+        check_type("parts", parts, dict, "a dictionary of tensors by segment")
+        if set(parts) != set(self.names):
+            raise ValueError(f"parts has {sorted(map(str, parts))}, but the layout has {list(self.names)}")
+        for name, part in parts.items():
+            _check_axis(part, dim, f"parts[{name!r}]")
+            if part.shape[dim] != self.size(name):
+                raise ValueError(f"parts[{name!r}] has {part.shape[dim]} tokens, the layout says {self.size(name)}")
         return torch.cat([parts[name] for name in self.names], dim)
 
     def types(self, device: torch.device | str | None = None) -> Tensor:
@@ -115,18 +153,32 @@ class Layout:
         return torch.repeat_interleave(torch.arange(len(self.names), device=device), sizes, output_size=len(self))
 
 
+def _check_axis(x: Tensor, dim: int, name: str = "x") -> None:
+    check_tensor(name, x)
+    check_int("dim", dim)
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim={dim} is no axis of {name}, which has shape {tuple(x.shape)}")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Flattening
 
 
+GRID_RANKS, GRID_SHAPES = (3, 4, 5), "(B, N, C), (B, H, W, C) or (B, T, H, W, C)"
+
+
 def flatten_grid(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """(B, *grid, C) -> (B, N, C) and the grid."""
+    check_rank("x", x, GRID_RANKS, GRID_SHAPES)
     grid = tuple(x.shape[1:-1])
     return x.reshape(x.shape[0], math.prod(grid), x.shape[-1]), grid
 
 
 def unflatten_grid(x: Tensor, grid: Sequence[int]) -> Tensor:
     """(B, N, C) -> (B, *grid, C)."""
+    check_rank("x", x, 3, "(B, N, C)")
+    if math.prod(grid) != x.shape[1]:
+        raise ValueError(f"grid={tuple(grid)} has {math.prod(grid)} tokens, but x has {x.shape[1]}")
     return x.reshape(x.shape[0], *grid, x.shape[-1])
 
 
@@ -136,6 +188,9 @@ def coordinates(grid: Sequence[int], device: torch.device | str | None = None) -
     >>> coordinates((2, 2)).tolist()
     [[0, 0], [0, 1], [1, 0], [1, 1]]
     """
+    grid = check_ints("grid", grid, least=0)
+    if not grid:
+        raise ValueError("grid must have at least one axis, got ()")
     axes = torch.meshgrid(*[torch.arange(s, device=device) for s in grid], indexing="ij")
     return torch.stack([a.reshape(-1) for a in axes], dim=-1)
 
@@ -146,7 +201,7 @@ def coordinates(grid: Sequence[int], device: torch.device | str | None = None) -
 
 def check_windows(grid: Sequence[int], window: Sequence[int], name: str = "window_size") -> None:
     """Raise ``ValueError`` unless ``window`` fits into and divides ``grid`` on every axis."""
-    for axis, (size, w) in enumerate(zip(grid, window, strict=True)):
+    for axis, (size, w) in enumerate(zip(grid, check_ints(name, window), strict=True)):
         if w < 1 or w > size:
             raise ValueError(f"{name}={tuple(window)} does not fit the grid {tuple(grid)} on axis {axis}")
         if size % w:
@@ -161,6 +216,7 @@ def block_windows(x: Tensor, window: int | Sequence[int]) -> Tensor:
     >>> block_windows(torch.zeros(2, 8, 8, 3), 4).shape
     torch.Size([2, 2, 2, 4, 4, 3])
     """
+    check_rank("x", x, GRID_RANKS, GRID_SHAPES)
     grid = tuple(x.shape[1:-1])
     window = to_tuple("window_size", window, len(grid))
     check_windows(grid, window)
@@ -172,6 +228,7 @@ def block_windows(x: Tensor, window: int | Sequence[int]) -> Tensor:
 
 def unblock_windows(x: Tensor) -> Tensor:
     """Inverse of :func:`block_windows`."""
+    check_rank("x", x, (4, 6, 8), "(B, *windows, *window, C)")
     r = (x.dim() - 2) // 2
     order = [0, *(d for i in range(r) for d in (1 + i, 1 + r + i)), 2 * r + 1]
     grid = [x.shape[1 + i] * x.shape[1 + r + i] for i in range(r)]
@@ -184,6 +241,7 @@ def grid_windows(x: Tensor, window: int | Sequence[int]) -> Tensor:
     >>> grid_windows(torch.arange(4.0).reshape(1, 4, 1), 2)[0, :, :, 0].tolist()
     [[0.0, 2.0], [1.0, 3.0]]
     """
+    check_rank("x", x, GRID_RANKS, GRID_SHAPES)
     grid = tuple(x.shape[1:-1])
     window = to_tuple("window_size", window, len(grid))
     check_windows(grid, window)
@@ -195,6 +253,7 @@ def grid_windows(x: Tensor, window: int | Sequence[int]) -> Tensor:
 
 def ungrid_windows(x: Tensor) -> Tensor:
     """Inverse of :func:`grid_windows`."""
+    check_rank("x", x, (4, 6, 8), "(B, *windows, *window, C)")
     r = (x.dim() - 2) // 2
     order = [0, *(d for i in range(r) for d in (1 + r + i, 1 + i)), 2 * r + 1]
     grid = [x.shape[1 + i] * x.shape[1 + r + i] for i in range(r)]
@@ -203,8 +262,9 @@ def ungrid_windows(x: Tensor) -> Tensor:
 
 def pad_to_multiple(x: Tensor, multiple: int | Sequence[int], value: float = 0.0) -> Tensor:
     """Pad (B, *grid, C) at the far end of every axis to a multiple."""
+    check_rank("x", x, GRID_RANKS, GRID_SHAPES)
     grid = tuple(x.shape[1:-1])
-    multiple = to_tuple("multiple", multiple, len(grid))
+    multiple = check_ints("multiple", to_tuple("multiple", multiple, len(grid)), least=1)
     extra = [(-size) % m for size, m in zip(grid, multiple, strict=True)]
     if not any(extra):
         return x
@@ -216,6 +276,10 @@ def pad_to_multiple(x: Tensor, multiple: int | Sequence[int], value: float = 0.0
 
 def crop_grid(x: Tensor, grid: Sequence[int]) -> Tensor:
     """The first ``grid`` tokens of every axis of (B, *grid', C)."""
+    check_rank("x", x, GRID_RANKS, GRID_SHAPES)
+    grid = check_ints("grid", grid, least=0)
+    if len(grid) != x.dim() - 2 or any(s > size for s, size in zip(grid, x.shape[1:-1], strict=True)):
+        raise ValueError(f"grid={grid} is not part of the grid {tuple(x.shape[1:-1])} of x")
     return x[(slice(None), *(slice(0, s) for s in grid))]
 
 
@@ -238,14 +302,22 @@ class Partition:
     k_index: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_rank("q_index", self.q_index, (2, 3, 4), "(G, S), (H, G, S) or (B, H, G, S)")
+        shapes = "(G, S), (H, G, S) or (B, H, G, S)"
+        for name, index in (("q_index", self.q_index), ("k_index", self.k_index)):
+            if index is None and name == "k_index":
+                continue
+            check_rank(name, index, (2, 3, 4), shapes)
+            check_whole(name, index)  # type: ignore[arg-type]
+            low, _ = extremes(index, (0, 0))  # type: ignore[arg-type]
+            if low < -1:
+                raise ValueError(f"{name} holds {low}; possible: numbers of tokens, and -1 for a hole")
         if self.k_index is not None:
-            check_rank("k_index", self.k_index, (2, 3, 4), "(G, S), (H, G, S) or (B, H, G, S)")
             if self.k_index.shape[-2] != self.q_index.shape[-2]:
                 raise ValueError(
                     f"k_index has {self.k_index.shape[-2]} groups, q_index has {self.q_index.shape[-2]}; "
                     "they must agree"
                 )
+            check_device(q_index=self.q_index, k_index=self.k_index)
 
 
 def window_partition(grid: Sequence[int], window: int | Sequence[int], kind: str = "block") -> Partition:
@@ -254,17 +326,25 @@ def window_partition(grid: Sequence[int], window: int | Sequence[int], kind: str
     >>> window_partition((4,), 2, "grid").q_index.tolist()
     [[0, 2], [1, 3]]
     """
+    grid = check_grid("grid", grid)
     numbers = torch.arange(math.prod(grid)).reshape(1, *grid, 1)
     split = {"block": block_windows, "grid": grid_windows}
-    if kind not in split:
-        raise ValueError(f"kind={kind!r} is not possible; choose one of {list(split)}")
+    check_choice("kind", kind, split)
     windows = split[kind](numbers, window)
     r = len(grid)
     return Partition(windows.reshape(math.prod(windows.shape[1 : 1 + r]), math.prod(windows.shape[1 + r : -1])))
 
 
 def inverse_permutation(permutation: Tensor) -> Tensor:
-    """(..., N) -> (..., N) such that ``x[perm][inverse] == x``."""
-    inverse = torch.empty_like(permutation)
-    numbers = torch.arange(permutation.shape[-1], device=permutation.device).expand_as(permutation)
-    return inverse.scatter_(-1, permutation, numbers)
+    """(..., N) -> (..., N) such that ``x[perm][inverse] == x``; ``ValueError`` for what is no permutation."""
+    check_whole("permutation", permutation)
+    if not permutation.dim():
+        raise ValueError("permutation must have shape (..., N), got ()")
+    count = permutation.shape[-1]
+    check_index("permutation", permutation, None, count, "token")
+    numbers = torch.arange(count, device=permutation.device, dtype=permutation.dtype).expand_as(permutation)
+    inverse = torch.full_like(permutation, -1).scatter_(-1, permutation.long(), numbers)
+    if readable(inverse) and inverse.device.type == "cpu" and bool((inverse < 0).any()):
+        missing = int((inverse < 0).nonzero()[0, -1])
+        raise ValueError(f"permutation must name every token once, but it leaves out token {missing}")
+    return inverse

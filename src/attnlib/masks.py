@@ -31,6 +31,7 @@ from .checks import (
     check_serves,
     check_type,
     check_whole,
+    check_within,
     describe,
     extremes,
     to_tuple,
@@ -381,9 +382,8 @@ def _check_dense(mask: Mask, n: int, m: int, name: str) -> None:
 
 def _check_positions(name: str, mask: Mask, what: str, pos: Tensor, known: int) -> None:
     """Raise ``ValueError`` unless all of ``pos`` lie in ``0..known-1``."""
-    if pos.device.type not in ("cpu", "meta") and not torch.compiler.is_compiling():
-        # Not read back: a decoding step must not wait for the accelerator.
-        torch._assert_async(((pos >= 0) & (pos < known)).all(), f"{name}: positions of {what} beyond the {known} known")
+    if pos.device.type != "cpu":
+        check_within(f"{name}: a position of {what}", pos, known, "position")
         return
     low, high = extremes(pos, (0, known - 1))
     if low < 0 or high >= known:
@@ -1008,9 +1008,7 @@ class Modality(Mask):
         self.rule = _square_rule(rule)
         low, high = extremes(types, (0, 0))
         if low < 0 or high >= len(self.rule):
-            raise ValueError(
-                f"types holds {low if low < 0 else high}, but rule knows types 0 to {len(self.rule) - 1}"
-            )
+            raise ValueError(f"types holds {low if low < 0 else high}, but rule knows types 0 to {len(self.rule) - 1}")
         self.types = types
 
     def extent(self) -> tuple[int | None, int | None]:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .types import check_choice
+from .checks import check_choice, check_flag, check_int, check_real
 
 _KINDS: dict[str, type[Normalizer]] = {}
 
@@ -139,6 +139,9 @@ class Sigmoid(Normalizer):
     name: ClassVar[str] = "sigmoid"
     activation: ClassVar[str] = "sigmoid"
 
+    def __post_init__(self) -> None:
+        check_real("bias", self.bias)
+
     def weights(self, scores: Tensor) -> Tensor:
         return torch.sigmoid(scores + self.bias)
 
@@ -164,10 +167,8 @@ class ClippedSoftmax(Normalizer):
     passes: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        if self.gamma > 0 or self.zeta < 1:
-            raise ValueError(
-                f"clipped softmax needs gamma <= 0 and zeta >= 1, got gamma={self.gamma}, zeta={self.zeta}"
-            )
+        check_real("gamma", self.gamma, most=0)
+        check_real("zeta", self.zeta, least=1)
 
     def weights(self, scores: Tensor) -> Tensor:
         return (softmax_rows(scores) * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)
@@ -202,6 +203,9 @@ class Relu(Normalizer):
     divisor: float = 1.0
     name: ClassVar[str] = "relu"
     activation: ClassVar[str] = "relu"
+
+    def __post_init__(self) -> None:
+        check_real("divisor", self.divisor, above=0)
 
     def weights(self, scores: Tensor) -> Tensor:
         return torch.relu(scores) / self.divisor
@@ -257,8 +261,7 @@ class Uniform(Normalizer):
     passes: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        if not 0 <= self.u <= 1:
-            raise ValueError(f"u must lie in [0, 1], got {self.u}")
+        check_real("u", self.u, least=0, most=1)
 
     def weights(self, scores: Tensor) -> Tensor:
         seen = ~torch.isinf(scores)
@@ -361,8 +364,13 @@ class Activated(Normalizer):
 
     def __post_init__(self) -> None:
         check_choice("phi", self.phi, list(ACTIVATIONS))
-        if self.power is not None and (self.power <= 0 or not self.l1):
-            raise ValueError(f"power={self.power} must be positive and needs l1=True")
+        check_flag("l1", self.l1)
+        check_real("offset", self.offset)
+        check_int("spare", self.spare, least=0)
+        if self.power is not None:
+            check_real("power", self.power, above=0)
+            if not self.l1:
+                raise ValueError(f"power={self.power} needs l1=True, got l1=False")
 
     @property
     def deferred(self) -> bool:
@@ -444,8 +452,7 @@ def as_normalizer(normalizer: str | Normalizer) -> Normalizer:
 
 def sigmoid_bias(n: int) -> float:
     """``-log(n)``: with it, sigmoid attention over ``n`` keys starts at the output norm of softmax."""
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    check_int("n", n, least=1)
     return -math.log(n)
 
 

@@ -15,6 +15,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .checks import (
+    check_axes,
+    check_device,
+    check_float,
+    check_int,
+    check_ints,
+    check_rank,
+    check_real,
+    check_tensor,
+    check_whole,
+    describe,
+    extremes,
+)
 from .grids import coordinates
 from .types import register_pytree, stats_dtype
 
@@ -96,8 +109,7 @@ class DenseBias(Bias):
 
     def __init__(self, bias: Tensor):
         if not isinstance(bias, Tensor) or not bias.is_floating_point() or bias.dim() not in (2, 3, 4):
-            given = f"{bias.dtype} {tuple(bias.shape)}" if isinstance(bias, Tensor) else type(bias).__name__
-            raise ValueError(f"bias must be a float tensor (N, M), (H, N, M) or (B, H, N, M), got {given}")
+            raise ValueError(f"bias must be a float tensor (N, M), (H, N, M) or (B, H, N, M), got {describe(bias)}")
         self.bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
 
     def block(self, rows: slice, cols: slice | Tensor) -> Tensor:
@@ -147,10 +159,19 @@ class RelativeBias(Bias):
     name = "relative"
 
     def __init__(self, table: Tensor, q_coords: Tensor, k_coords: Tensor, offset: Sequence[int], extent: Sequence[int]):
-        if table.dim() != 2 or table.shape[1] != math.prod(extent):
+        check_float("table", table)
+        check_rank("table", table, 2, "(H, prod(extent))")
+        offset, extent = check_ints("offset", offset), check_ints("extent", extent, least=1)
+        for name, coords, axis in (("q_coords", q_coords, "N"), ("k_coords", k_coords, "M")):
+            check_whole(name, coords)
+            check_axes(name, coords, **{axis: None, "r": len(extent)})
+        if len(offset) != len(extent):
             raise ValueError(
-                f"table must be (H, {math.prod(extent)}) for extent={tuple(extent)}, got {tuple(table.shape)}"
+                f"offset={offset} names {len(offset)} axes, extent={extent} {len(extent)}; they must agree"
             )
+        if table.shape[1] != math.prod(extent):
+            raise ValueError(f"table must be (H, {math.prod(extent)}) for extent={extent}, got {tuple(table.shape)}")
+        check_device(table=table, q_coords=q_coords, k_coords=k_coords)
         # The offset moves into the coordinates and the first extent is implied by the table, so that what depends on
         # the number of tokens is a tensor or a shape, never a number in the text form.
         self.table, self.q_coords = table, q_coords
@@ -219,12 +240,32 @@ class AxisBias(Bias):
     name = "axis"
 
     def __init__(self, factors: Sequence[Tensor], k_coords: Tensor | None = None):
-        if not factors or any(f.dim() != 4 for f in factors):
-            raise ValueError(f"factors must be (B, H, N, K) each, got {[tuple(f.shape) for f in factors]}")
+        if isinstance(factors, Tensor) or not isinstance(factors, Sequence):
+            raise TypeError(f"factors must be a sequence of tensors (B, H, N, K), got {describe(factors)}")
+        if not factors:
+            raise ValueError("factors must be tensors (B, H, N, K), one per axis of the key grid, got none")
+        first = factors[0]
+        for i, f in enumerate(factors):
+            check_float(f"factors[{i}]", f)
+            check_rank(f"factors[{i}]", f, 4, "(B or 1, H or 1, N, K)")
+            alike = f.shape[2] == first.shape[2] and all(
+                a == b or 1 in (a, b) for a, b in zip(f.shape[:2], first.shape[:2], strict=True)
+            )
+            if not alike:
+                raise ValueError(f"factors must share B, H and N, got {[tuple(f.shape) for f in factors]}")
+            check_device(**{"factors[0]": first, f"factors[{i}]": f})
         if k_coords is None:
-            k_coords = coordinates([f.shape[-1] for f in factors], factors[0].device)
+            k_coords = coordinates([f.shape[-1] for f in factors], first.device)
+        check_whole("k_coords", k_coords)
+        check_rank("k_coords", k_coords, 2, "(M, r)")
         if k_coords.shape[1] != len(factors):
             raise ValueError(f"k_coords has {k_coords.shape[1]} axes, but there are {len(factors)} factors")
+        for axis, f in enumerate(factors):
+            low, high = extremes(k_coords[:, axis], (0, -1))
+            if low < 0 or high >= f.shape[-1]:
+                raise ValueError(
+                    f"k_coords holds {low if low < 0 else high} on axis {axis}; possible: 0 to {f.shape[-1] - 1}"
+                )
         self.factors, self.k_coords = list(factors), k_coords
 
     def block(self, rows: slice, cols: slice | Tensor) -> Tensor:
@@ -260,6 +301,8 @@ class AxisBias(Bias):
 
 def as_bias(bias: Bias | Tensor | None) -> Bias | None:
     """Accept a float tensor where a bias is meant."""
+    if bias is not None and not isinstance(bias, (Bias, Tensor)):
+        raise TypeError(f"bias must be an attnlib bias or a float tensor, got {describe(bias)}")
     return DenseBias(bias) if isinstance(bias, Tensor) else bias
 
 
@@ -274,6 +317,8 @@ def window_bias(table: Tensor, window: Sequence[int]) -> RelativeBias:
         table: (H, prod(2 * window - 1)).
         window: sides of the window.
     """
+    check_float("table", table)
+    window = check_ints("window", window, least=1)
     coords = coordinates(window, table.device)
     return RelativeBias(table, coords, coords, [w - 1 for w in window], [2 * w - 1 for w in window])
 
@@ -283,6 +328,8 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
     Reference: Press, Smith, Lewis, 2022, arXiv 2108.12409.
     """
+
+    check_int("num_heads", num_heads, least=1)
 
     def power_of_two(n: int) -> list[float]:
         start = 2 ** (-(2 ** -(math.log2(n) - 3)))
@@ -305,8 +352,20 @@ def alibi(
     >>> alibi(2, torch.arange(3), torch.arange(3)).dense()[0, 0, 2].tolist()
     [-0.125, -0.0625, -0.0]
     """
-    slopes = alibi_slopes(num_heads).to(q_pos.device) if slopes is None else slopes
+    check_int("num_heads", num_heads, least=1)
+    for name, pos, size in (("q_pos", q_pos, "N"), ("k_pos", k_pos, "M")):
+        check_whole(name, pos)
+        check_axes(name, pos, **{size: None})
+    check_device(q_pos=q_pos, k_pos=k_pos, slopes=slopes)
+    if slopes is None:
+        slopes = alibi_slopes(num_heads).to(q_pos.device)
+    check_float("slopes", slopes)
+    check_axes("slopes", slopes, H=num_heads)
+    if span is None and not (q_pos.numel() and k_pos.numel()):
+        span = (0, 0)
     low, high = span or (int(k_pos.min() - q_pos.max()), int(k_pos.max() - q_pos.min()))
+    if low > high:
+        raise ValueError(f"span must be the least and the greatest k - q, got {span}")
     reach = torch.arange(low, high + 1, device=q_pos.device).abs()
     return RelativeBias(-slopes[:, None] * reach, q_pos[:, None], k_pos[:, None], (-low,), (high - low + 1,))
 
@@ -329,6 +388,8 @@ def relative_offsets(table: Tensor, starts: Sequence[int], sizes: Sequence[int])
     >>> relative_offsets(torch.tensor([[1, 2, 3]]), (-2,), (4,)).tolist()
     [[1, 1, 2, 3]]
     """
+    check_tensor("table", table)
+    starts, sizes = check_ints("starts", starts), check_ints("sizes", sizes, least=0)
     if len(starts) != table.dim() - 1 or len(sizes) != table.dim() - 1:
         raise ValueError(f"table {tuple(table.shape)} has {table.dim() - 1} axes, got {len(starts)} and {len(sizes)}")
     for axis, (start, size) in enumerate(zip(starts, sizes, strict=True), 1):
@@ -388,8 +449,14 @@ def toeplitz_matmul(c: Tensor, x: Tensor, queries: Sequence[int] | None = None) 
     >>> toeplitz_matmul(torch.tensor([1.0, 2, 3]), torch.tensor([[1.0], [10]])).flatten().tolist()
     [32.0, 21.0]
     """
-    if queries is None:
-        queries = (c.shape[-1] - x.shape[-2] + 1,)
+    check_float("c", c)
+    check_float("x", x)
+    if c.dim() < 1 or x.dim() < 2:
+        raise ValueError(f"c must be (..., N + M - 1) and x (..., M, F), got {tuple(c.shape)} and {tuple(x.shape)}")
+    check_device(c=c, x=x)
+    queries = (c.shape[-1] - x.shape[-2] + 1,) if queries is None else check_ints("queries", queries)
+    if not 1 <= len(queries) < x.dim() or len(queries) > c.dim():
+        raise ValueError(f"queries={queries} names {len(queries)} axes; c has {tuple(c.shape)}, x has {tuple(x.shape)}")
     rank = len(queries)
     keys = tuple(x.shape[-1 - rank : -1])
     if len(keys) != rank or any(
@@ -429,9 +496,18 @@ def rotary_angles(pos: Tensor, head_dim: int, base: float = 10000.0, grid: Seque
 
     Reference: Su et al., 2021, arXiv 2104.09864.
     """
+    check_tensor("pos", pos)
+    if pos.dtype == torch.bool or pos.is_complex():
+        raise TypeError(f"pos must hold positions, got {describe(pos)}")
     axes = 1 if grid is None else len(grid)
+    check_int("head_dim", head_dim, least=1)
+    check_real("base", base, above=0)
     if head_dim % (2 * axes):
         raise ValueError(f"head_dim={head_dim} must be a multiple of {2 * axes} for rotary positions on {axes} axes")
+    if grid is not None and (pos.dim() < 2 or pos.shape[-1] != axes):
+        raise ValueError(f"pos must be (..., N, {axes}) for a grid of {axes} axes, got {tuple(pos.shape)}")
+    if not pos.dim():
+        raise ValueError("pos must be (..., N), got ()")
     half = head_dim // (2 * axes)
     frequency = base ** (-torch.arange(half, device=pos.device, dtype=torch.float32) / half)
     if grid is None:
@@ -444,8 +520,20 @@ def rotate(x: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
 
     Pairs are ``(i, i + D/2)`` as in Llama, or neighbours when ``interleaved``. Computed in float32 at least.
     """
+    check_float("x", x)
+    check_rank("x", x, 4, "(B, H, N, D)")
+    check_float("angles", angles)
+    check_rank("angles", angles, (2, 3, 4), "(N, D/2), (B, N, D/2) or (B, H, N, D/2)")
     if angles.dim() == 3:
         angles = angles[:, None]
+    if x.shape[-1] % 2 or angles.shape[-1] * 2 != x.shape[-1] or angles.shape[-2] not in (1, x.shape[-2]):
+        raise ValueError(
+            f"angles must be (..., {x.shape[-2]}, {x.shape[-1] // 2}) for x of N={x.shape[-2]} and an even "
+            f"D={x.shape[-1]}, got {tuple(angles.shape)}"
+        )
+    for axis, size in enumerate(angles.shape[:-2]):
+        if size not in (1, x.shape[axis]):
+            raise ValueError(f"angles {tuple(angles.shape)} do not belong to x {tuple(x.shape)}")
     work = x.to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = angles.cos().to(work.dtype), angles.sin().to(work.dtype)
     if interleaved and x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
@@ -475,6 +563,9 @@ def sincos(coords: Tensor, dim: int, base: float = 10000.0) -> Tensor:
     Returns:
         (N, dim) float32: per axis ``sin`` of all frequencies, then ``cos``.
     """
+    check_rank("coords", coords, 2, "(N, r)")
+    check_int("dim", dim, least=1)
+    check_real("base", base, above=0)
     axes = coords.shape[1]
     if dim % (2 * axes):
         raise ValueError(f"dim={dim} must be a multiple of {2 * axes} for a sine-cosine encoding on {axes} axes")

@@ -15,7 +15,22 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .checks import check_choice, check_divides, check_index, check_rank, check_valid, check_width, to_list, to_tuple  # noqa: F401, E501
+from .checks import (  # noqa: F401
+    check_choice,
+    check_device,
+    check_divides,
+    check_dtype,
+    check_float,
+    check_index,
+    check_int,
+    check_rank,
+    check_real,
+    check_type,
+    check_valid,
+    check_width,
+    to_list,
+    to_tuple,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -83,6 +98,16 @@ class Partial(NamedTuple):
 
     def merge(self, *others: Partial) -> Partial:
         """The attention over the union of disjoint sets of keys."""
+        for other in others:
+            check_type("others", other, Partial)
+            for name, mine, theirs in zip(self._fields, self, other, strict=True):
+                if mine.shape != theirs.shape:
+                    raise ValueError(
+                        f"partials must have equal shapes to be merged, got {name} of {tuple(mine.shape)} and "
+                        f"{tuple(theirs.shape)}"
+                    )
+                check_dtype(**{f"{name} of one": mine, f"{name} of the other": theirs})
+                check_device(**{f"{name} of one": mine, f"{name} of the other": theirs})
         parts = (self, *others)
         # A part without weight must not set the scale: an empty linear part says (0, 0, 0), whatever the others' scale.
         tops = [torch.where(p.den == 0, float("-inf"), p.log_scale).detach() for p in parts]
@@ -101,7 +126,20 @@ class Partial(NamedTuple):
         return Partial(top, den, num)
 
     def shift(self, log_weight: Tensor | float) -> Partial:
-        """Multiply every weight of this part by ``exp(log_weight)``."""
+        """Multiply every weight by ``exp(log_weight)``, a number or a tensor that broadcasts to (B, H, N)."""
+        if isinstance(log_weight, Tensor):
+            check_float("log_weight", log_weight)
+            try:
+                fits = torch.broadcast_shapes(log_weight.shape, self.log_scale.shape) == self.log_scale.shape
+            except RuntimeError:
+                fits = False
+            if not fits:
+                raise ValueError(
+                    f"log_weight must broadcast to (B, H, N) = {tuple(self.log_scale.shape)}, "
+                    f"got {tuple(log_weight.shape)}"
+                )
+        else:
+            check_real("log_weight", log_weight, below=float("inf"), finite=False)
         return Partial(self.log_scale + log_weight, self.den, self.num)
 
     def finish(self) -> Tensor:
@@ -161,6 +199,10 @@ class Plan(_TensorDict):
     tensors: dict[str, Any]
     shape: tuple[tuple[str, Any], ...] = ()
 
+    def __post_init__(self) -> None:
+        check_type("kind", self.kind, str)
+        check_type("tensors", self.tensors, dict, "a dictionary of tensors by name")
+
     def expect(self, kind: str, **shape: Any) -> Plan:
         """This plan, or ``ValueError`` when it was made for something else."""
         if self.kind != kind:
@@ -179,25 +221,61 @@ class Plan(_TensorDict):
 class State(_TensorDict):
     """What a mechanism keeps from call to call; every tensor has the batch as its first axis.
 
+    Args:
+        tensors: by name; a value may be a state of its own.
+        kind: name of the mechanism it belongs to; :meth:`expect` checks it. Empty: not known.
+
     >>> import torch
     >>> State({"S": torch.zeros(2, 4)}).repeat(3)["S"].shape
     torch.Size([6, 4])
     """
 
     tensors: dict[str, Any]
+    kind: str = ""
+
+    def __post_init__(self) -> None:
+        check_type("tensors", self.tensors, dict, "a dictionary of tensors by name")
+        check_type("kind", self.kind, str)
+
+    def expect(self, kind: str, batch: int | None = None, device: torch.device | None = None) -> State:
+        """This state, or ``ValueError`` when it belongs to another mechanism, batch or device."""
+        if self.kind and self.kind != kind:
+            raise ValueError(f"state belongs to {self.kind!r}, not to {kind!r}; state=None starts a sequence")
+        if not self.tensors and not self.kind:
+            raise ValueError(f"state holds nothing that {kind!r} could continue; state=None starts a sequence")
+        for name, t in self._named():
+            if batch is not None and (t.dim() == 0 or t.shape[0] != batch):
+                given = t.shape[0] if t.dim() else "no"
+                raise ValueError(
+                    f"state holds {name!r} of {given} samples, but x has {batch}; see state.select and state.repeat"
+                )
+            if device is not None and t.device != device:
+                raise ValueError(f"state holds {name!r} on {t.device}, but x lies on {device}")
+        return self
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self.tensors.items():
+            if isinstance(value, State):
+                yield from value._named()
+            else:
+                yield name, value
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> State:
         """Apply ``fn`` to every tensor."""
-        return State({k: v.map(fn) if isinstance(v, State) else fn(v) for k, v in self.tensors.items()})
+        return State({k: v.map(fn) if isinstance(v, State) else fn(v) for k, v in self.tensors.items()}, self.kind)
 
     def select(self, index: Tensor) -> State:
-        """Keep the samples ``index`` (B',), in that order."""
-        return self.map(lambda t: t.index_select(0, index))
+        """Keep the samples ``index`` (B',), in that order; ``ValueError`` for one that it does not hold."""
+        check_rank("index", index, 1, "(B',)")
+        first = next(self._named(), None)
+        check_index("index", index, None, first[1].shape[0] if first else 0, "sample")
+        return self.map(lambda t: t.index_select(0, index.to(t.device)))
 
     reorder = select
 
     def repeat(self, times: int) -> State:
         """Repeat every sample ``times`` times, copies adjacent (as beam search needs)."""
+        check_int("times", times, least=1)
         return self.map(lambda t: t.repeat_interleave(times, dim=0))
 
     def detach(self) -> State:
@@ -206,7 +284,7 @@ class State(_TensorDict):
 
     def replace(self, **tensors: Any) -> State:
         """A copy with some tensors exchanged."""
-        return State({**self.tensors, **tensors})
+        return State({**self.tensors, **tensors}, self.kind)
 
     def numel(self) -> int:
         """Number of elements held, for memory accounts."""
@@ -215,14 +293,14 @@ class State(_TensorDict):
 
 def _flatten_named(value: Plan | State) -> tuple[list[Any], Any]:
     keys = tuple(value.tensors)
-    extra = (value.kind, value.shape) if isinstance(value, Plan) else ()
+    extra = (value.kind, value.shape) if isinstance(value, Plan) else (value.kind,)
     return [value.tensors[k] for k in keys], (keys, extra)
 
 
 register_pytree(
     Plan, _flatten_named, lambda leaves, ctx: Plan(ctx[1][0], dict(zip(ctx[0], leaves, strict=True)), ctx[1][1])
 )
-register_pytree(State, _flatten_named, lambda leaves, ctx: State(dict(zip(ctx[0], leaves, strict=True))))
+register_pytree(State, _flatten_named, lambda leaves, ctx: State(dict(zip(ctx[0], leaves, strict=True)), ctx[1][0]))
 
 
 class Output(NamedTuple):
@@ -299,7 +377,10 @@ class Traits:
         object.__setattr__(self, "grid_ranks", frozenset(self.grid_ranks))
         for pattern in self.patterns:
             check_choice("patterns", pattern, PATTERNS)
+        for rank in self.grid_ranks:
+            check_choice("grid_ranks", rank, (1, 2, 3))
         check_choice("gradient", self.gradient, ("exact", "surrogate", "stopped"))
+        check_int("grid_multiple", self.grid_multiple, least=1)
 
     def but(self, **changes: Any) -> Traits:
         """A copy with some claims changed."""
