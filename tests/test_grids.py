@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from attnlib import Layout
 from attnlib.grids import (
+    Partition,
     block_windows,
     coordinates,
     crop_grid,
@@ -12,9 +13,13 @@ from attnlib.grids import (
     inverse_permutation,
     pad_to_multiple,
     unblock_windows,
+    unflatten_grid,
     ungrid_windows,
     window_partition,
 )
+
+X = torch.zeros(1, 4, 2)
+LAYOUT = Layout((("a", 3), ("b", 1)))
 
 
 @pytest.mark.parametrize("cut, join", [(block_windows, unblock_windows), (grid_windows, ungrid_windows)])
@@ -72,8 +77,39 @@ def test_layout_reads_and_joins():
         (lambda: Layout((("a", 3),)).span("b"), "no segment 'b'"),
         (lambda: Layout((("a", 3),)).grid(), "0 grid segments"),
         (lambda: window_partition((4,), 2, "diagonal"), "diagonal"),
+        (lambda: Layout((("a", ()),)), "1 to 3 axes"),
+        (lambda: Layout((("a", (1, 2, 3, 4)),)), "1 to 3 axes"),
+        (lambda: Layout((("a", 2.5),)), "'a'.*2.5"),
+        (lambda: Layout((("a", True),)), "'a'.*True"),
+        (lambda: Layout(((3, 2),)), "name of a segment.*3"),
+        (lambda: Layout((("a",),)), "pairs"),
+        (lambda: Layout("ab"), "segments.*'ab'"),
+        (lambda: Layout(None), "segments.*None"),
+        (lambda: Layout.image(2, 2.0), "width.*2.0"),
+        (lambda: LAYOUT.split(X, dim=3), "dim=3"),
+        (lambda: LAYOUT.split([1]), r"x.*\[1\]"),
+        (lambda: LAYOUT.join({"a": X}), r"\['a'\].*\['a', 'b'\]"),
+        (lambda: LAYOUT.join({"a": X, "b": X, "c": X}), "'c'"),
+        (lambda: LAYOUT.join({"a": X, "b": X}), "parts.'a'. has 4.*says 3"),
+        (lambda: coordinates((2, -1)), "grid.*-1"),
+        (lambda: coordinates(()), "grid"),
+        (lambda: coordinates(3), "grid.*3"),
+        (lambda: block_windows(X, 2.0), "window_size.*2.0"),
+        (lambda: block_windows(X[0], 2), "x must have shape"),
+        (lambda: unblock_windows(X), "x must have shape"),
+        (lambda: unflatten_grid(X, (3, 2)), r"grid=\(3, 2\).*4"),
+        (lambda: pad_to_multiple(X, 0), "multiple.*0"),
+        (lambda: crop_grid(X, (5,)), r"grid=\(5,\)"),
+        (lambda: crop_grid(X, (2, 2)), r"grid=\(2, 2\)"),
+        (lambda: window_partition((0, 4), 2), "grid.*0"),
+        (lambda: Partition(torch.zeros(2, 2)), "q_index.*float32"),
+        (lambda: Partition(torch.full((2, 2), -2)), "q_index holds -2"),
+        (lambda: Partition(torch.zeros(2, 2, dtype=torch.long), torch.zeros(3, 2, dtype=torch.long)), "3 groups.*2"),
+        (lambda: inverse_permutation(torch.tensor([0, 0, 2])), "leaves out token 1"),
+        (lambda: inverse_permutation(torch.tensor([0, 3, 1])), "token 3"),
+        (lambda: inverse_permutation(torch.tensor([0.0])), "permutation.*float32"),
     ],
 )
-def test_bad_layouts(make, words):
-    with pytest.raises(ValueError, match=words):
+def test_bad_arguments_are_refused(make, words):
+    with pytest.raises((ValueError, TypeError), match=words):
         make()

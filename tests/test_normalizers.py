@@ -146,8 +146,25 @@ def test_names():
         (lambda: Z.ClippedSoftmax(zeta=0.5), "zeta"),
         (lambda: Z.Uniform(1.5), "u must"),
         (lambda: Z.sigmoid_bias(0), "n must"),
+        (lambda: Z.sigmoid_bias(2.5), "n must.*2.5"),
+        (lambda: Z.as_normalizer(None), "normalizer=None"),
+        (lambda: Z.as_normalizer(Z.Softmax), "normalizer="),
+        (lambda: Z.ClippedSoftmax(float("nan")), "gamma.*nan"),
+        (lambda: Z.ClippedSoftmax(zeta=float("inf")), "zeta.*inf"),
+        (lambda: Z.Uniform(True), "u must.*True"),
+        (lambda: Z.Sigmoid(float("inf")), "bias.*inf"),
+        (lambda: Z.Sigmoid("0"), "bias.*'0'"),
+        (lambda: Z.Sigmoid(torch.zeros(())), "bias"),
+        (lambda: Z.Relu(0.0), "divisor.*0.0"),
+        (lambda: Z.Relu(-2.0), "divisor.*-2.0"),
+        (lambda: Z.Activated(phi="tanh"), "phi='tanh'"),
+        (lambda: Z.Activated(power=0.0), "power=0.0"),
+        (lambda: Z.Activated(power=2.0, l1=False), "l1"),
+        (lambda: Z.Activated(l1=1), "l1.*1"),
+        (lambda: Z.Activated(spare=-1), "spare.*-1"),
+        (lambda: Z.Activated(offset=float("nan")), "offset.*nan"),
     ],
 )
 def test_bad_arguments_are_refused(make, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         make()

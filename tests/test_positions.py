@@ -36,6 +36,9 @@ def _biases() -> dict[str, P.Bias]:
 BIASES = _biases()
 
 
+T, C2, P3 = torch.zeros, coordinates((2,)), torch.arange(3)
+
+
 @pytest.fixture(params=list(BIASES))
 def bias(request: pytest.FixtureRequest) -> P.Bias:
     return BIASES[request.param]
@@ -159,8 +162,44 @@ def test_sincos():
         (lambda: P.AxisBias([torch.zeros(1, 1, 2, 3)], torch.zeros(3, 2, dtype=torch.long)), "k_coords has 2 axes"),
         (lambda: P.rotary_angles(torch.arange(3), 6, grid=(1, 1)), "head_dim=6"),
         (lambda: P.sincos(coordinates((2, 2)), 6), "dim=6"),
+        (lambda: P.sincos(coordinates((2, 2)), 8, base=0.0), "base.*0.0"),
+        (lambda: P.sincos(torch.arange(3), 8), "coords"),
+        (lambda: P.as_bias([1.0]), r"bias.*\[1.0\]"),
+        (lambda: P.RelativeBias(T(2, 3), C2.float(), C2, (1,), (3,)), "q_coords.*float32"),
+        (lambda: P.RelativeBias(T(2, 3), C2, coordinates((2, 2)), (1,), (3,)), "k_coords"),
+        (lambda: P.RelativeBias(T(2, 3), C2, C2, (1, 1), (3,)), "offset"),
+        (lambda: P.RelativeBias(T(2, 3), C2, C2, (0.5,), (3,)), "offset.*0.5"),
+        (lambda: P.RelativeBias(T(2, 3).long(), C2, C2, (1,), (3,)), "table.*int64"),
+        (lambda: P.RelativeBias(T(2, 3), C2.to("meta"), C2, (1,), (3,)), "q_coords on meta"),
+        (lambda: P.AxisBias(T(1, 1, 2, 3)), "factors"),
+        (lambda: P.AxisBias([T(1, 1, 2, 3), T(1, 1, 3, 3)]), "share B, H and N"),
+        (lambda: P.AxisBias([T(2, 1, 2, 3), T(3, 1, 2, 3)]), "share B, H and N"),
+        (lambda: P.AxisBias([T(1, 1, 2, 3)], C2 + 2), "k_coords holds 3 on axis 0; possible: 0 to 2"),
+        (lambda: P.AxisBias([T(1, 1, 2, 3).long()]), "factors.*int64"),
+        (lambda: P.window_bias(T(2, 9), (2, 0)), "window.*0"),
+        (lambda: P.alibi_slopes(0), "num_heads.*0"),
+        (lambda: P.alibi_slopes(2.0), "num_heads.*2.0"),
+        (lambda: P.alibi(2, P3.float(), P3), "q_pos.*float32"),
+        (lambda: P.alibi(2, P3, P3.expand(2, 3)), "k_pos"),
+        (lambda: P.alibi(2, P3, P3, slopes=torch.ones(3)), "slopes.*H=2"),
+        (lambda: P.alibi(2, P3, P3, span=(1, -1)), "span"),
+        (lambda: P.relative_offsets(T(1, 3), (0,), (-1,)), "sizes.*-1"),
+        (lambda: P.toeplitz_matmul(T(3).long(), T(2, 1)), "c must.*int64"),
+        (lambda: P.toeplitz_matmul(T(3), T(2)), "x"),
+        (lambda: P.toeplitz_matmul(T(3), T(2, 1), ()), "queries"),
+        (lambda: P.rotary_angles(P3, 0), "head_dim.*0"),
+        (lambda: P.rotary_angles(P3, 7), "head_dim=7"),
+        (lambda: P.rotary_angles(P3, 8, base=-1.0), "base.*-1.0"),
+        (lambda: P.rotary_angles(P3, 8, base=float("inf")), "base.*inf"),
+        (lambda: P.rotary_angles(P3, 8, grid=(2, 2)), r"pos.*\(3,\)"),
+        (lambda: P.rotary_angles([0, 1], 8), r"pos.*\[0, 1\]"),
+        (lambda: P.rotate(T(1, 2, 3, 8), T(3, 3)), "angles"),
+        (lambda: P.rotate(T(1, 2, 3, 8), T(4, 4)), "angles"),
+        (lambda: P.rotate(T(1, 2, 3, 8), T(2, 3, 4)), "angles"),
+        (lambda: P.rotate(T(1, 2, 3, 7), T(3, 3)), "even"),
+        (lambda: P.rotate(T(2, 3, 8), T(3, 4)), "x must have shape"),
     ],
 )
 def test_bad_arguments_are_refused(make, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         make()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from attnlib import Plan, State, Traits
+from attnlib import Partial, Plan, State, Traits
 
 
 def test_state_follows_the_batch():
@@ -43,3 +43,61 @@ def test_traits_bound():
     assert bound.to_dict()["patterns"] == ["causal-self", "noncausal-self"]
     with pytest.raises(ValueError, match="sideways"):
         Traits(patterns={"sideways"})
+
+
+# ---- bad arguments
+
+
+def _partial(*shape, dtype=torch.float32, dv=4):
+    return Partial(
+        torch.zeros(shape, dtype=dtype), torch.ones(shape, dtype=dtype), torch.ones((*shape, dv), dtype=dtype)
+    )
+
+
+STATE = State({"k": torch.zeros(2, 3), "inner": State({"v": torch.zeros(2)})}, kind="mine")
+
+
+@pytest.mark.parametrize(
+    "make, error, words",
+    [
+        (lambda: _partial(2, 3, 4).merge(_partial(2, 3, 5)), ValueError, r"\(2, 3, 4\) and \(2, 3, 5\)"),
+        (lambda: _partial(2, 3, 4).merge(_partial(2, 3, 4, dv=1)), ValueError, "num"),
+        (lambda: _partial(2, 3, 4).merge(_partial(2, 3, 4, dtype=torch.float64)), TypeError, "float64"),
+        (lambda: _partial(2, 3, 4).merge(_partial(2, 3, 4)[2]), TypeError, "others"),
+        (lambda: _partial(2, 3, 4).shift(torch.zeros(5)), ValueError, r"log_weight.*\(5,\)"),
+        (lambda: _partial(2, 3, 4).shift(torch.zeros(7, 2, 3, 4)), ValueError, "log_weight"),
+        (lambda: _partial(2, 3, 4).shift(float("nan")), ValueError, "log_weight.*nan"),
+        (lambda: _partial(2, 3, 4).shift("1"), TypeError, "log_weight.*'1'"),
+        (lambda: STATE.select(torch.tensor([0, 2])), ValueError, "index points at sample 2.*0 to 1"),
+        (lambda: STATE.select(torch.tensor([-1])), ValueError, "sample -1"),
+        (lambda: STATE.reorder(torch.tensor([True, False])), TypeError, "index.*bool"),
+        (lambda: STATE.select([0, 1]), TypeError, r"index.*\[0, 1\]"),
+        (lambda: STATE.repeat(0), ValueError, "times.*0"),
+        (lambda: STATE.repeat(2.0), TypeError, "times.*2.0"),
+        (lambda: STATE.expect("other"), ValueError, "'mine'.*'other'"),
+        (lambda: STATE.expect("mine", batch=3), ValueError, "'k' of 2 samples.*3"),
+        (lambda: STATE.repeat(2).expect("mine", batch=2), ValueError, "'k' of 4 samples"),
+        (lambda: STATE.expect("mine", device=torch.device("meta")), ValueError, "'k' on cpu.*meta"),
+        (lambda: State({}).expect("mine"), ValueError, "holds nothing"),
+        (lambda: State([torch.zeros(1)]), TypeError, "tensors"),
+        (lambda: Plan(3, {}), TypeError, "kind.*3"),
+        (lambda: Plan("topk", {}).expect("buckets"), ValueError, "'topk'.*'buckets'"),
+        (lambda: STATE["q"], KeyError, "'inner', 'k'.*'q'"),
+        (lambda: Traits(grid_ranks={4}), ValueError, "grid_ranks=4"),
+    ],
+)
+def test_bad_arguments_are_refused(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
+def test_a_state_keeps_the_name_of_its_owner():
+    index = torch.tensor([1, 1, 0])
+    leaves, tree = tree_flatten(STATE)
+    for state in (
+        STATE.select(index), STATE.repeat(2), STATE.detach(), STATE.replace(k=torch.zeros(2, 1)),
+        tree_unflatten(leaves, tree),
+    ):  # fmt: skip
+        assert state.kind == "mine" and state.expect("mine") is state
+    assert STATE.select(index)["inner"]["v"].shape == (3,)
+    assert State({"k": torch.zeros(2)}).expect("whoever", batch=2)["k"].shape == (2,)

@@ -167,8 +167,12 @@ class ClippedSoftmax(Normalizer):
     passes: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        check_real("gamma", self.gamma, most=0)
-        check_real("zeta", self.zeta, least=1)
+        check_real("gamma", self.gamma)
+        check_real("zeta", self.zeta)
+        if self.gamma > 0 or self.zeta < 1:
+            raise ValueError(
+                f"clipped softmax needs gamma <= 0 and zeta >= 1, got gamma={self.gamma}, zeta={self.zeta}"
+            )
 
     def weights(self, scores: Tensor) -> Tensor:
         return (softmax_rows(scores) * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)
@@ -368,9 +372,9 @@ class Activated(Normalizer):
         check_real("offset", self.offset)
         check_int("spare", self.spare, least=0)
         if self.power is not None:
-            check_real("power", self.power, above=0)
-            if not self.l1:
-                raise ValueError(f"power={self.power} needs l1=True, got l1=False")
+            check_real("power", self.power)
+            if self.power <= 0 or not self.l1:
+                raise ValueError(f"power={self.power} must be positive and needs l1=True")
 
     @property
     def deferred(self) -> bool:
