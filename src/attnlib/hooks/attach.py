@@ -160,6 +160,7 @@ def attach(
     try:
         if able:
             session.attached = [sites[n] for n in sorted(plan)]
+            session.watch()
             adapter.install(session, [(sites[n], Stages(plan[n])) for n in sorted(plan)])
     except BaseException:
         session.detach()
@@ -171,6 +172,7 @@ def attach(
         for i in interventions:
             if not i.identity:
                 i.on_attach(session)
+        session._know_places()
     except BaseException:
         session.detach()
         raise

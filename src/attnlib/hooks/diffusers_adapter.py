@@ -31,6 +31,7 @@ from .blocks import around, block_of, swap_sources
 from .call import run_attention
 from .intercept import Intercept, pair_mask
 from .intervention import Stages
+from .recompute import Shared
 from .session import Adapter, Session
 from .site import Site
 
@@ -94,26 +95,83 @@ def _hooked(cls: Any) -> Any:
     def call(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plain = functools.partial(cls.__call__, self, attn)
         runtime = _runtimes.get(attn)
-        return plain(*args, **kwargs) if runtime is None else runtime.around(plain, args, kwargs)
+        if runtime is None:
+            return plain(*args, **kwargs)
+        runtime.session.enter()
+        return runtime.around(plain, args, kwargs)
 
-    return type(f"Attached{cls.__name__}", (cls,), {"__call__": call})
+    def reduce(self: Any, protocol: Any) -> Any:
+        # A copy is a plain processor.
+        made = object.__reduce_ex__(self, protocol)
+        return (made[0], (cls, *made[1][1:]), *made[2:])
+
+    names = {"__call__": call, "__reduce_ex__": reduce, "plain": cls}
+    return type(f"Attached{cls.__name__}", (cls,), names)
 
 
-class ModuleRuntime:
+def _plain_class(cls: Any) -> Any:
+    """The class of a processor, whether something is attached to it or not."""
+    return cls.__dict__.get("plain", cls)
+
+
+class ModuleRuntime(Shared):
     """Stages of one attention module, and what is known about its current call."""
 
-    def __init__(self, session: Session, site: Site, stages: Stages, frame: dict[str, Any]):
-        self.session, self.site, self.stages, self.frame = session, site, stages, frame
-        self.processor = type(site.module.processor).__name__
-        signature = inspect.signature(type(site.module.processor).__call__)
-        self.names = list(signature.parameters)[2:]
-        self.module = site.module
+    def __init__(self, session: Session, site: Site, stages: Stages):
+        self.session, self.site, self.stages = session, site, stages
+        self.module: Any = site.module
         self.given: dict[str, Any] = {}
         self.intercept: Any = None
 
     @property
     def where(self) -> str:
         return f"layer {self.site.layer} ({self.site.name})"
+
+    @property
+    def frame(self) -> dict[str, Any]:
+        """What is known of the denoiser's call that is running."""
+        return self.session.frame
+
+    def take_over(self) -> None:
+        """Put the stages around the processor that the module has now.
+
+        Raises:
+            ValueError: a processor under which the stages cannot act.
+        """
+        original, stages = self.module.processor, self.stages
+        cls = _plain_class(type(original))
+        self.processor, self.names = cls.__name__, list(inspect.signature(cls.__call__).parameters)[2:]
+        if self._has_image_keys() and stages.in_attention and self.processor not in BRANCHES:
+            raise ValueError(
+                f"{self.where}: {self.processor} concatenates text keys to its own; a description of that is missing"
+            )
+        if stages["on_context"] and getattr(self.module, "fused_projections", False):
+            raise ValueError(
+                f"{self.where}: its projections are fused, so on_context is missing there; unfuse them"
+            )
+        if not (stages.in_attention or stages["around_sublayer"]):
+            self.attached = original
+            return
+        self.attached = object.__new__(_hooked(cls))
+        # The same dictionary: what is set on one (a backend, a scale) is set on the other.
+        object.__setattr__(self.attached, "__dict__", original.__dict__)
+        own = isinstance(original, nn.Module)
+        self.session.set_entry(
+            self.module, self.module._modules if own else self.module.__dict__, "processor", self.attached
+        )
+
+    def follow(self) -> None:
+        """The user may have chosen another processor since."""
+        if self.module.processor is self.attached:
+            return
+        kind = DiffusersAdapter._kind(self.site.name, self.module)
+        if kind != self.site.kind:
+            raise RuntimeError(
+                f"{self.where} is attached, but inside the session its processor was replaced by "
+                f"{type(self.module.processor).__name__}, which makes it {kind} attention; it was {self.site.kind}. "
+                "Detach, and attach to the model as it is now"
+            )
+        self.take_over()
 
     def around(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The processor's call under the stages."""
@@ -331,7 +389,7 @@ class DiffusersAdapter(Adapter):
 
     @staticmethod
     def _kind(name: str, module: Any) -> str:
-        processor = type(module.processor).__name__
+        processor = _plain_class(type(module.processor)).__name__
         if getattr(module, "add_q_proj", None) is not None or processor in JOINT_WITHOUT_PROJECTIONS:
             return "joint"
         # Hunyuan's single blocks join the streams without projections, its text refiner has none to join.
@@ -343,19 +401,11 @@ class DiffusersAdapter(Adapter):
         return "cross" if last.endswith("attn2") or "cross" in last else "self"
 
     def install(self, session: Session, plan: list[tuple[Site, Stages]]) -> None:
-        frame: dict[str, Any] = {}
-        session.hook(session.model.register_forward_pre_hook(self._look_at_inputs(session, frame), with_kwargs=True))
+        session.hook(session.model.register_forward_pre_hook(self._look_at_inputs(session), with_kwargs=True))
         if hasattr(session.model, "cache_context"):
             session.set_attribute(session.model, "cache_context", self._follow_context(session))
         for site, stages in plan:
             module: Any = site.module
-            original = module.processor
-            extra = getattr(module, "add_k_proj", None) is not None and site.kind != "joint"
-            if extra and stages.in_attention and type(original).__name__ not in BRANCHES:
-                raise ValueError(
-                    f"layer {site.layer} ({site.name}): {type(original).__name__} concatenates text keys to its own; a "
-                    "description of that is missing"
-                )
             if stages["around_sublayer"]:
                 if site.kind == "joint":
                     raise ValueError(
@@ -367,25 +417,20 @@ class DiffusersAdapter(Adapter):
                         f"layer {site.layer} ({site.name}): it adds its residual by itself; around_sublayer is missing "
                         "there"
                     )
-            runtime = ModuleRuntime(session, site, stages, frame)
+            runtime = ModuleRuntime(session, site, stages)
             if stages["on_block_input"]:
                 block = block_of(session.model, site)
                 session.hook(block.register_forward_pre_hook(runtime.before_block, with_kwargs=True))
             if not (stages.in_attention or stages["around_sublayer"]):
                 if stages["on_context"]:
+                    runtime.take_over()
+                    session.followed_by(runtime.follow)
                     self._swap(session, stages, site, module)
                 continue
-            processor_class: Any = type(original)
-            attached: Any = object.__new__(_hooked(processor_class))
-            # The same dictionary: what is set on one (a backend, a scale) is set on the other.
-            object.__setattr__(attached, "__dict__", original.__dict__)
             _runtimes[module] = runtime
-            session.undo(functools.partial(_forget, module))
-            if isinstance(original, nn.Module):
-                module._modules["processor"] = attached
-                session.undo(functools.partial(module._modules.__setitem__, "processor", original))
-            else:
-                session.set_attribute(module, "processor", attached)
+            session.undo(functools.partial(_forget, module), functools.partial(_runtimes.__setitem__, module, runtime))
+            runtime.take_over()
+            session.followed_by(runtime.follow)
             if stages["on_context"]:
                 self._swap(session, stages, site, module)
 
@@ -402,11 +447,12 @@ class DiffusersAdapter(Adapter):
         return lambda source: session.described(site, source.shape[0], n_keys=source.shape[1])
 
     @staticmethod
-    def _look_at_inputs(session: Session, frame: dict[str, Any]) -> Callable[..., None]:
+    def _look_at_inputs(session: Session) -> Callable[..., None]:
         names = list(inspect.signature(inspect.unwrap(type(session.model).forward)).parameters)[1:]
 
         def look(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
+            frame = session.frame
             frame.clear()
             text = given.get("encoder_hidden_states")
             if isinstance(text, Tensor) and text.dim() == 3:

@@ -103,6 +103,8 @@ class Intervention:
         splits_softmax: it calls the rest several times on parts of the keys, so that nobody inside sees one map.
         reads_weights: it computes attention weights beside the kernel, other than through scores, weights and probes.
         while_decoding: ``on_cache`` is asked after every call of the model, not only after prefill.
+        follows_sequence: it keeps something from call to call outside the cache and ``session.notes``, so that a branch
+            must finish one sequence before it goes on with an older one.
 
     >>> class Silence(Intervention):
     ...     def on_output(self, site, out):
@@ -115,6 +117,7 @@ class Intervention:
     needs_types: ClassVar[bool] = False
     replaces_mask: ClassVar[bool] = False
     splits_softmax: ClassVar[bool] = False
+    follows_sequence: ClassVar[bool] = True
     reads_weights: bool = False
     while_decoding: bool = False
     layers: Sequence[int | str] | None = None

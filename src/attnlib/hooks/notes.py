@@ -27,6 +27,7 @@ class Notes:
         last_ids: the same, one step before.
         kept: by layer, what is left of a prompt out of which tokens were removed.
         begun: the sequence began in this session, with an empty cache.
+        chunks: by layer, what was computed of a prompt that is read in several calls.
     """
 
     prompt: dict[str, Any] | None = None
@@ -39,11 +40,12 @@ class Notes:
     last_ids: Tensor | None = None
     kept: dict[int, Any] = field(default_factory=dict)
     begun: bool = False
+    chunks: dict[int, list[Any]] = field(default_factory=dict)
     _own: dict[Hashable, Any] = field(default_factory=dict)
 
-    def begin(self, prompt: dict[str, Any] | None) -> None:
-        """Forget everything but what was said about the prompt that is about to be read."""
-        self.__dict__.update(Notes(prompt, self.beams, self.prompt_length).__dict__)
+    def begin(self, prompt_length: int | None = None, beams: int = 1) -> None:
+        """Forget everything: a sequence begins, with an empty cache."""
+        self.__dict__.update(Notes(beams=beams, prompt_length=prompt_length, begun=True).__dict__)
 
     def __getitem__(self, key: Hashable) -> Any:
         return self._own[key]

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_int
+from .changes import Action, Change, Entry, Hook, hooks_of, plain_copies, wraps
 from .intervention import Intervention, Stages, implements
 from .notes import Notes
+from .recompute import Shared, State, follow, running_backward
+from .sequences import Sequence as ReadSequence
+from .sequences import put, sequence_of
 from .site import Site
 from .tokens import TypeTracker
 
@@ -34,10 +44,34 @@ class Adapter:
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 
-_MISSING: Any = object()
+@dataclass
+class _Now:
+    """What is true of the calls that are being made, and what is remembered of those before."""
+
+    rows: tuple[str, ...] | None = None
+    pass_name: str | None = None
+    branch: str | None = None
+    step: int | None = None
+    announced: int | None = None
+    in_logits: bool = False
+    trackers: dict[str | None, TypeTracker] = field(default_factory=dict)
+    notes: dict[str | None, Notes] = field(default_factory=dict)
+    sequences: dict[str | None, ReadSequence] = field(default_factory=dict)
+    promised: dict[str | None, tuple[int | None, int]] = field(default_factory=dict)
+    frame: dict[str, Any] = field(default_factory=dict)
 
 
-class Session:
+def _said(name: str) -> Any:
+    def get(session: Session) -> Any:
+        return getattr(session._now, name)
+
+    def put(session: Session, value: Any) -> None:
+        setattr(session._now, name, value)
+
+    return property(get, put)
+
+
+class Session(Shared):
     """Interventions attached to a model. A context manager: leaving it restores the model, also after an exception.
 
     Args of :meth:`at` describe calls of the model; what is not said there or in ``attach`` stays ``None`` in the site.
@@ -52,19 +86,45 @@ class Session:
     ):
         self.model = model
         self.interventions = tuple(interventions)
-        self._trackers: dict[str | None, TypeTracker] = {} if tracker is None else {None: tracker}
-        self._notes: dict[str | None, Notes] = {}
-        self._announced: int | None = None
-        self._in_logits = False
+        self._now = _Now(_row_names(rows))
+        if tracker is not None:
+            self._now.trackers[None] = tracker
         self.counts_steps = False
-        self.rows = _row_names(rows)
-        self.pass_name: str | None = None
-        self.branch: str | None = None
-        self.step: int | None = None
         self.active = False
         self.sites: list[Site] = []
         self.attached: list[Site] = []
-        self._undo: list[Callable[[], None]] = []
+        self.stateful: list[Any] = []
+        self._owners: dict[int, nn.Module] = {}
+        self._skipped: dict[str, dict[int, str]] = {}
+        self._changes: list[Change] = []
+        self._touched: dict[nn.Module, list[Change]] = {}
+        self._found: list[tuple[dict[Any, Any], Any, Any, str, nn.Module]] = []
+        self._followers: list[Callable[[], None]] = []
+        self._may_recompute = True
+        self._recomputing = 0
+        self._lock = threading.Lock()
+        self._thread: int | None = None
+        self._depth = 0
+        self._blocks: list[object] = []
+
+    rows = _said("rows")
+    pass_name = _said("pass_name")
+    branch = _said("branch")
+    step = _said("step")
+    _announced = _said("announced")
+    _in_logits = _said("in_logits")
+    _trackers = _said("trackers")
+    _notes = _said("notes")
+
+    @property
+    def promised(self) -> dict[str | None, tuple[int | None, int]]:
+        """By branch, what was said about the prompt that is about to be read: its length and its beams."""
+        return self._now.promised
+
+    @property
+    def frame(self) -> dict[str, Any]:
+        """For adapters: what is known of the model's call that is running."""
+        return self._now.frame
 
     # ---- one state per branch
 
@@ -97,7 +157,7 @@ class Session:
 
     def new_prompt(self, given: dict[str, Any]) -> None:
         """For adapters: the current branch starts to read a prompt, given the model's named arguments but the cache."""
-        self.notes.begin(dict(given))
+        self.notes.prompt = dict(given)
         if self.branch is None:
             self._announced = None
 
@@ -165,28 +225,237 @@ class Session:
         for i in self.acting("on_step"):
             i.on_step(step)
 
+    # ---- sequences
+
+    def starts(self, cache: Any) -> ReadSequence:
+        """For adapters: the current branch begins to read a sequence, into ``cache`` if there is one."""
+        branch = self.branch
+        if cache is not None:
+            # What is known of the sequence before stays with its own cache.
+            self._now.notes[branch] = copy.copy(self.notes)
+            if self.tracker is not None:
+                self._now.trackers[branch] = self.tracker.anew()
+        length, beams = self._now.promised.get(branch, (None, 1))
+        self.notes.begin(length, beams)
+        sequence = self._now.sequences[branch] = ReadSequence(self, branch, self.notes, self.tracker)
+        if cache is not None:
+            put(cache, sequence)
+        return sequence
+
+    def goes_on(self, cache: Any) -> None:
+        """For adapters: the current branch goes on with the sequence in ``cache``.
+
+        Raises:
+            RuntimeError: it is not the sequence that began last, and something attached follows only one at a time.
+        """
+        found, branch = sequence_of(cache), self.branch
+        if found is not None and (found.session is not self or found.branch != branch):
+            found = None
+        last = self._now.sequences.get(branch)
+        if found is last:
+            return
+        if last is not None and (found is None or found.prompt is not last.prompt):
+            alone = [type(i).__name__ for i in self.interventions if i.follows_sequence and not i.identity]
+            if alone or (found is None and self.tracker is not None):
+                raise RuntimeError(
+                    "the model goes on with a cache that is not the one of the last prompt of this branch"
+                    + (", and was not filled in it" if found is None else "")
+                    + f"; {alone[0] if alone else 'token_types'} follows one sequence at a time. Finish one before "
+                    "the next begins, or give each a branch of its own: with session.at(branch=...)"
+                )
+        if found is None:
+            found = ReadSequence(self, branch, Notes(), self.tracker)
+            put(cache, found)
+        self._now.sequences[branch] = found
+        self._now.notes[branch] = found.notes
+        if found.tracker is not None:
+            self._now.trackers[branch] = found.tracker
+
+    def skip(self, intervention: Intervention, site: Site, why: str) -> None:
+        """For adapters: an intervention does not act at a site, and the user is told once."""
+        reasons = self._skipped.setdefault(intervention.name, {})
+        if site.layer not in reasons:
+            reasons[site.layer] = why
+
+    @property
+    def report(self) -> dict[str, dict[int, str]]:
+        """Where something attached does not act although it was not told to leave the layer out: ``{name: {layer:
+        why}}``."""
+        return {name: dict(sorted(reasons.items())) for name, reasons in self._skipped.items()}
+
+    def _tell_skipped(self) -> None:
+        for name, reasons in self.report.items():
+            why = sorted(set(reasons.values()))
+            warnings.warn(
+                f"{name} does not act on layers {list(reasons)}: {'; '.join(why)} (session.report)", stacklevel=4
+            )
+
     # ---- bookkeeping for adapters
 
-    def undo(self, action: Callable[[], None]) -> None:
-        """Run ``action`` when the session is detached; the last one given runs first."""
-        self._undo.append(action)
+    def undo(self, action: Callable[[], None], redo: Callable[[], None] | None = None) -> None:
+        """Run ``action`` when the session is detached; the last one given runs first.
+
+        ``redo`` takes it back, where something is there to be taken back: a checkpointed part of the model may have to
+        run once more as it ran in the session.
+        """
+        self._changes.append(Action(action, redo))
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
-        """Set an instance attribute and remember to put back exactly what was there, or nothing."""
-        before = owner.__dict__.get(name, _MISSING)
-        owner.__dict__[name] = value
+        """Set an instance attribute and remember to put back exactly what was there, or nothing.
 
-        def restore() -> None:
-            if before is _MISSING:
-                owner.__dict__.pop(name, None)
-            else:
-                owner.__dict__[name] = before
+        What the user puts in its place meanwhile stays.
+        """
+        change = self.set_entry(owner, owner.__dict__, name, value)
+        if isinstance(owner, nn.Module):
+            self._found.append((change.entries, name, value, f"its {name} was replaced", owner))
 
-        self.undo(restore)
+    def set_entry(self, owner: Any, entries: dict[str, Any], name: str, value: Any) -> Entry:
+        """The same for an entry of a dictionary that belongs to ``owner``, such as its children; whether it still
+        stands is for the adapter to see."""
+        change = Entry(owner, entries, name, value)
+        self._changes.append(change)
+        if isinstance(owner, nn.Module):
+            self._touch(owner, change)
+        return change
 
     def hook(self, handle: Any) -> None:
         """Remember a hook handle to remove."""
-        self.undo(handle.remove)
+        change = Hook(handle)
+        hook = change.hook
+
+        def entered(*args: Any, **kwargs: Any) -> Any:
+            self.enter()
+            return hook(*args, **kwargs)
+
+        change.instead(entered)
+        self._changes.append(change)
+        hooks = change.dicts[0][0]
+        if id(hooks) not in self._owners:
+            self._owners.update(hooks_of(self.model))
+        owner = self._owners.get(id(hooks))
+        if owner is not None:
+            self._touch(owner, change)
+            self._found.append((change.dicts[0][0], change.id, entered, "its hooks were removed", owner))
+
+    def _touch(self, module: nn.Module, change: Change) -> None:
+        if module not in self._touched:
+            changes = self._touched[module] = []
+            for one in plain_copies(module, changes):
+                self._changes.append(one)
+                changes.append(one)
+        self._touched[module].append(change)
+
+    def followed_by(self, follower: Callable[[], None]) -> None:
+        """For adapters: look, before every call of the model, whether the user changed what was found at attach."""
+        self._followers.append(follower)
+
+    # ---- every call of the model
+
+    def watch(self) -> None:
+        """For ``attach``: look at every call of the model, before anything else of the session does."""
+        self.hook(self.model.register_forward_pre_hook(self._begin))
+        self.hook(self.model.register_forward_hook(self._end, always_call=True))
+
+    def _begin(self, model: nn.Module, args: Any) -> None:
+        me = threading.get_ident()
+        with self._lock:
+            if self._thread is not None and self._thread != me and _runs(self._thread, model):
+                raise RuntimeError(
+                    f"two threads call the attached {type(model).__name__} at once; a session follows one call at a "
+                    "time. Call it from one thread, or attach to a copy of the model per thread"
+                )
+            if self._thread != me:
+                self._thread, self._depth = me, 0
+            self._depth += 1
+        if self._depth == 1 and not self._recomputing:
+            self.audit()
+            self._may_recompute = torch.is_grad_enabled() or follow(self, self._state, 2)
+
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._depth = max(0, self._depth - 1)
+        if not self._depth:
+            self._thread, self._may_recompute = None, True
+
+    def audit(self) -> None:
+        """Follow what the user changed in the model since it was attached.
+
+        Raises:
+            RuntimeError: something that cannot be followed.
+        """
+        for follower in self._followers:
+            follower()
+        for entries, key, value, what, module in self._found:
+            if entries.get(key) is not value and not wraps(entries, key, value):
+                raise RuntimeError(
+                    f"{self._name(module)} ({type(module).__name__}) is attached, but {what} inside the session; "
+                    "detach, and attach to the model as it is now"
+                )
+
+    def _name(self, module: nn.Module) -> str:
+        names = {m: n for n, m in self.model.named_modules()}
+        return names.get(module) or type(module).__name__
+
+    def _know_places(self) -> None:
+        """Where every module stands that something was changed in."""
+        seen = set()
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            if module in self._touched and name:
+                parent: nn.Module = self.model
+                path = ""
+                for key in name.split("."):
+                    path = f"{path}.{key}" if path else key
+                    child = parent._modules[key]
+                    assert child is not None
+                    if (parent, key) not in seen:
+                        seen.add((parent, key))
+                        what = f"another module was put in its place ({path})"
+                        self._found.append((parent._modules, key, child, what, child))
+                    parent = child
+
+    # ---- recomputation
+
+    def enter(self) -> None:
+        """For adapters: something of the session is about to act, perhaps in a part that will run once more."""
+        if self._recomputing or not self._may_recompute:
+            return
+        if running_backward():
+            raise RuntimeError(
+                f"a part of the attached {type(self.model).__name__} is recomputed for a backward pass, but its "
+                "forward did not run in this session under torch.utils.checkpoint: it ran before the model was "
+                "attached, or something else recomputes it. Run backward() first, or checkpoint with "
+                "torch.utils.checkpoint"
+            )
+        follow(self, self._state, 2)
+
+    def _state(self) -> State:
+        return State([self._now, *self.interventions, *self.stateful])
+
+    @contextmanager
+    def as_it_was(self, state: State) -> Iterator[None]:
+        """The model attached, and everything that is kept as it was put aside; afterwards all as it is now."""
+        mine = set(self.model.modules())
+        known = [] if self.active else list(_sessions.items())
+        others = [session for model, session in known if model in mine or self.model in set(model.modules())]
+        suspended = [change for s in others for change in reversed(s._changes) if change.undo()]
+        again = not self.active
+        self._recomputing += 1
+        try:
+            with state.restored():
+                if again:
+                    self.active = True
+                    for change in self._changes:
+                        change.redo()
+                try:
+                    yield
+                finally:
+                    if again:
+                        for change in reversed(self._changes):
+                            change.undo()
+                        self.active = False
+        finally:
+            self._recomputing -= 1
+            for change in reversed(suspended):
+                change.redo()
 
     def described(self, site: Site, batch: int, **fields: Any) -> Site:
         """A template site with what the user said about this call."""
@@ -220,14 +489,17 @@ class Session:
         branch: str | None = None,
         rows: Sequence[str] | None = None,
         token_types: Tensor | Callable[[Tensor], Tensor] | None = None,
+        prompt_length: int | None = None,
     ) -> Iterator[Session]:
         """Say which step, pass, branch or rows the calls of the model inside this block are.
 
         Each branch has token types, notes and a count of tokens of its own, so calls of several branches may be mixed
         in any order, also from within ``on_logits`` while ``generate`` runs, as long as each has its own cache.
         ``token_types`` are those of the branch, where its prompt is another one than the main branch's.
+        ``prompt_length`` is the number of tokens, padding included, of a prompt that is read in several calls:
+        what acts on prompts takes them as one. ``generate`` says it by itself.
         """
-        before = self.step, self.pass_name, self.branch, self.rows
+        before, block = (self.step, self.pass_name, self.branch, self.rows), object()
         if token_types is not None:
             name = self.branch if branch is None else branch
             if name is None:
@@ -238,12 +510,29 @@ class Session:
         self.pass_name = self.pass_name if pass_name is None else pass_name
         self.branch = self.branch if branch is None else branch
         self.rows = self.rows if rows is None else _row_names(rows)
+        self._blocks.append(block)
+        here = self.branch
+        promised = self._now.promised.get(here)
+        if prompt_length is not None:
+            check_int("prompt_length", prompt_length, least=1)
+            self._now.promised[here] = (prompt_length, 1)
         try:
             if step is not None and not self.counts_steps:
                 self.announce(step)
             yield self
         finally:
             self.step, self.pass_name, self.branch, self.rows = before
+            if prompt_length is not None:
+                self._now.promised.pop(here)
+                if promised is not None:
+                    self._now.promised[here] = promised
+            inside = self._blocks[-1] is not block
+            self._blocks.remove(block)
+            if inside:
+                raise RuntimeError(
+                    "blocks of session.at(...) overlap, so calls inside them were taken for one another's; a session "
+                    "follows one thread at a time"
+                )
 
     @property
     def results(self) -> dict[str, Any]:
@@ -263,9 +552,9 @@ class Session:
             return
         self.active = False
         errors = []
-        while self._undo:
+        for change in reversed(self._changes):
             try:
-                self._undo.pop()()
+                change.undo()
             except Exception as error:  # noqa: BLE001 - every other change must still be undone
                 errors.append(error)
         _sessions.pop(self.model, None)
@@ -286,6 +575,16 @@ class Session:
         layers = sorted({s.layer for s in self.attached})
         state = "attached" if self.active else "detached"
         return f"Session({state}, layers {layers}, {', '.join(type(i).__name__ for i in self.interventions)})"
+
+
+def _runs(thread: int, model: nn.Module) -> bool:
+    """Whether a thread is inside a call of a model; one that was interrupted there is not."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _row_names(rows: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -121,6 +122,12 @@ class TypeTracker:
         self.types: Tensor | None = None
         self._padded: Tensor | None = None
         self._asked: tuple[Tensor, int, torch.device, Tensor] | None = None
+
+    def anew(self) -> TypeTracker:
+        """The same source, nothing seen yet."""
+        new = copy.copy(self)
+        new.types = new._padded = new._asked = None
+        return new
 
     def advance(self, ids: Tensor | None, offset: int, count: int, attention_mask: Any) -> None:
         """The model is about to read ``count`` tokens after ``offset`` others."""

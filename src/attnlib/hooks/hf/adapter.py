@@ -18,7 +18,6 @@ therefore be run at any time, also from within ``on_logits``.
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 from typing import Any, ClassVar
@@ -30,10 +29,9 @@ from ..intervention import Stages
 from ..session import Adapter, Session
 from ..site import Site
 from .cache import mask_unwritten
-from .follow import _Follow, _processors
-from .layer import LayerRuntime, _forget, _runtimes, register
+from .follow import _Follow, follow_generate
+from .layer import LayerRuntime, intercept, register
 from .names import (
-    PROCESSORS,
     READABLE,
     _need,
     cache_in,
@@ -41,7 +39,6 @@ from .names import (
     implementation_of,
     kernel_of,
     reachable,
-    set_implementation,
 )
 
 
@@ -104,14 +101,13 @@ class TransformersAdapter(Adapter):
         session.counts_steps = True
         cache_parameter(session.model)
         follows = [i for stage in ("on_logits", "on_step", "on_tokens") for i in session.acting(stage)]
-        if session.tracker is not None or follows:
-            session.hook(session.model.register_forward_pre_hook(_Follow(session, bool(follows)), with_kwargs=True))
-        if follows and callable(getattr(session.model, PROCESSORS, None)):
-            session.set_attribute(session.model, PROCESSORS, _processors(session))
+        follow = _Follow(session, bool(follows))
+        session.hook(session.model.register_forward_pre_hook(follow, with_kwargs=True))
+        session.hook(session.model.register_forward_hook(follow.after))
+        follow_generate(session)
         runtimes = []
         for site, stages in plan:
             module = site.module
-            config: Any = module.config
             implementation = implementation_of(module)
             runtime = LayerRuntime(session, site, stages, kernel_of(module, implementation), implementation)
             if stages["on_qkv"] and site.kind == "cross":
@@ -124,11 +120,8 @@ class TransformersAdapter(Adapter):
                 raise ValueError(runtime.pairs(None, 0, 0, False).opaque)
             runtimes.append(runtime)
             if stages.in_attention:
-                view = copy.copy(config)
-                set_implementation(view, register(implementation))
-                session.set_attribute(module, "config", view)
-                _runtimes[module] = runtime
-                session.undo(functools.partial(_forget, module))
+                register(implementation)
+                intercept(session, runtime)
             if stages.in_attention or stages["around_sublayer"] or stages["on_context"]:
                 session.set_attribute(module, "forward", runtime.wrap(module.forward))
             if stages["on_block_input"]:

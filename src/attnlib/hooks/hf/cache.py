@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from dataclasses import dataclass
@@ -30,16 +31,34 @@ def evicted_layer_class() -> type:
 
         is_croppable = True
 
-        def __init__(self, session: Session, keys: Tensor, values: Tensor, positions: Tensor, seen: int, capacity: int):
+        def __init__(
+            self,
+            session: Session | None,
+            keys: Tensor,
+            values: Tensor,
+            positions: Tensor,
+            seen: int,
+            capacity: int,
+        ):
             super().__init__()
             self.lazy_initialization(keys, values)
             self.keys, self.values = keys, values
             self._chosen, self._first_new = positions, seen
-            self.seen, self.capacity, self.session = seen, capacity, weakref.ref(session)
+            self.seen, self.capacity = seen, capacity
+            self.belong(session)
             self.evicted_from = self.evicted_at = seen
             self.padded = bool((positions < 0).any())
             self.memory: dict[str, Tensor] = {}
             self._places: dict[str, Tensor] = {}
+
+        def belong(self, session: Session | None) -> None:
+            """A session reads it, and adapts masks to it."""
+            self.session = _nobody if session is None else weakref.ref(session)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            # A layer that is saved belongs to no session; one that reads it makes it its own.
+            state = {k: v for k, v in self.__dict__.items() if k not in ("session", "_places")}
+            return _empty_layer, (), {**state, "_places": {}}
 
         @property
         def positions(self) -> Tensor:
@@ -51,7 +70,8 @@ def evicted_layer_class() -> type:
 
         def __copy__(self) -> Any:
             new = object.__new__(type(self))
-            # Two layers must not write behind the same keys.
+            # Two layers must not write behind the same keys, nor one behind keys that the other took back.
+            self._places = {}
             new.__dict__.update(self.__dict__, _places={}, memory=dict(self.memory))
             return new
 
@@ -79,8 +99,7 @@ def evicted_layer_class() -> type:
             if session is None or not session.active:
                 raise RuntimeError(
                     "this cache lost keys inside an attnlib session that is over, and nothing adapts its masks any "
-                    "more; "
-                    "decode inside the session, or start from the prompt"
+                    "more; decode inside a session whose interventions act on this layer, or start from the prompt"
                 )
             self.seen += key_states.shape[-2]
             self.keys, self.values = self._longer("keys", key_states), self._longer("values", value_states)
@@ -100,6 +119,7 @@ def evicted_layer_class() -> type:
                     "evicted; drafts (assistant_model, prompt_lookup_num_tokens) would be among the tokens that chose"
                 )
             if remove:
+                self._places = {}  # whoever holds these keys keeps them
                 self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
                 self._chosen, self.seen = self._chosen[..., : self.keys.shape[2]], self.seen - remove
                 self._first_new = min(self._first_new, self.seen)
@@ -130,6 +150,17 @@ def evicted_layer_class() -> type:
     return EvictedLayer
 
 
+def _nobody() -> None:
+    return None
+
+
+def _empty_layer() -> Any:
+    """A compressed layer to be filled with what was saved."""
+    layer = object.__new__(evicted_layer_class())
+    layer.session = _nobody  # type: ignore[attr-defined]
+    return layer
+
+
 @dataclass(frozen=True, eq=False)
 class Kept:
     """What is left of a prompt in one layer while the prompt is read, when tokens were removed before it.
@@ -146,11 +177,30 @@ class Kept:
     seen: int
 
 
-def _snapshot(layer: Any) -> Any:
-    """A shallow copy of a cache layer; its tensors are never written to, except by static layers."""
+def snapshot(layer: Any) -> Any:
+    """A cache layer as it is now, whatever is written into the other from now on.
+
+    Layers that only ever put new tensors in place of the old ones share them; of a layer that writes in place
+    everything is copied.
+    """
+    cache = _need().cache
+    if isinstance(layer, evicted_layer_class()):
+        return copy.copy(layer)
     new = object.__new__(type(layer))
-    new.__dict__.update(layer.__dict__)
+    # Behind the tokens that a static layer of full attention holds, it may write: nobody reads there.
+    if type(layer) in (cache.DynamicLayer, cache.DynamicSlidingWindowLayer, cache.StaticLayer):
+        new.__dict__.update(layer.__dict__)
+    else:
+        new.__dict__.update({name: _own(value) for name, value in layer.__dict__.items()})
     return new
+
+
+def _own(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, (list, tuple)):
+        return type(value)(_own(one) for one in value)
+    return {name: _own(one) for name, one in value.items()} if isinstance(value, dict) else value
 
 
 class _DeferredCache:

@@ -4,15 +4,83 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..sequences import Sequence, put
 from ..session import Session
 from ..tokens import IMAGE, TypeTracker
-from .names import PROCESSORS, cache_in, cached_tokens, reader, without_cache
+from .names import CANDIDATES, PROCESSORS, cache_in, cached_tokens, made_cache, reader, without_cache
+
+
+def follow_generate(session: Session) -> None:
+    """Know when ``generate`` runs, how long its prompt is, and the scores of its next tokens."""
+    model: Any = session.model
+    if not callable(getattr(model, "generate", None)) or not hasattr(model, PROCESSORS):
+        return
+    session.set_attribute(model, "generate", _generate(session))
+    session.set_attribute(model, PROCESSORS, _processors(session))
+    if hasattr(model, CANDIDATES):
+        session.set_attribute(model, CANDIDATES, _candidates(session))
+
+
+def _generate(session: Session) -> Callable[..., Any]:
+    """``generate``, one at a time in a branch."""
+    original: Any = session.model.generate  # type: ignore[union-attr]
+    running: list[tuple[int, str | None, str]] = []
+
+    @functools.wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        me, branch = threading.get_ident(), session.branch
+        other = next((name for thread, there, name in running if thread != me and there == branch), None)
+        if other is not None:
+            raise RuntimeError(
+                f"generate() already runs on the attached {type(session.model).__name__}, in the thread {other!r}; a "
+                "session follows one at a time. Wait for it, or attach to a copy of the model per thread"
+            )
+        mine = (me, branch, threading.current_thread().name)
+        running.append(mine)
+        before = session.promised.get(branch)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            running.remove(mine)
+            session.promised.pop(branch, None)
+            if before is not None:
+                session.promised[branch] = before
+
+    return generate
+
+
+def _candidates(session: Session) -> Callable[..., Any]:
+    """``generate``'s source of drafts, silent until the prompt was read: drafts are no part of it."""
+    original = getattr(session.model, CANDIDATES)
+
+    @functools.wraps(original)  # type: ignore[arg-type]
+    def make(*args: Any, **kwargs: Any) -> Any:
+        generator = original(*args, **kwargs)  # type: ignore[operator]
+        drafts, adapts = generator.get_candidates, generator.update_candidate_strategy
+        silent = [True]
+
+        @functools.wraps(drafts)
+        def get_candidates(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if silent:
+                return input_ids, None
+            return drafts(input_ids, *args, **kwargs)
+
+        @functools.wraps(adapts)
+        def update_candidate_strategy(*args: Any, **kwargs: Any) -> Any:
+            return silent.clear() if silent else adapts(*args, **kwargs)
+
+        generator.get_candidates = get_candidates
+        generator.update_candidate_strategy = update_candidate_strategy
+        return generator
+
+    return make
 
 
 def _processors(session: Session) -> Callable[..., Any]:
@@ -25,11 +93,9 @@ def _processors(session: Session) -> Callable[..., Any]:
         if session._in_logits:
             return processors  # a generate() that an intervention runs by itself
         beams = generation_config.num_beams or 1
-        notes = session.notes
-        notes.begin(None)
-        notes.beams = beams
         length = kwargs.get("input_ids_seq_length", args[0] if args else None)
-        notes.prompt_length = int(length) if length else None
+        session.promised[session.branch] = (int(length) if length else None, beams)
+        session.notes.begin(None, beams)
 
         def process(ids: Tensor, scores: Tensor) -> Tensor:
             after = session.logits(ids, scores)
@@ -50,6 +116,7 @@ class _Follow:
 
     def __init__(self, session: Session, watch: bool):
         self.session, self.watch = session, watch
+        self.waiting: Sequence | None = None
         self.names = list(inspect.signature(session.model.forward).parameters)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -60,11 +127,10 @@ class _Follow:
         ids = given.get("input_ids") if decoder is None else decoder
         embeds = given.get("inputs_embeds")
         read = ids if ids is not None else embeds
-        tracker = self.session.tracker
-        if tracker is not None:
-            self._types(model, tracker, given, offset)
-        if self.watch:
-            self._step(given, cache, offset, read)
+        self._step(given, cache, offset, read)
+        if self.session.tracker is not None:
+            self._types(model, self.session.tracker, given, offset)
+        self._announce(cache, offset, read)
 
     @staticmethod
     def _types(model: nn.Module, tracker: TypeTracker, given: dict[str, Any], offset: int) -> None:
@@ -80,26 +146,44 @@ class _Follow:
                 "TokenTypes(image=...) takes the id of the image placeholder, often model.config.image_token_id"
             )
 
+    def after(self, model: nn.Module, args: Any, output: Any) -> None:
+        """A cache that the model made by itself carries the sequence too."""
+        waiting, self.waiting = self.waiting, None
+        if waiting is not None:
+            cache = made_cache(output)
+            if cache is not None:
+                put(cache, waiting)
+
     def _step(self, given: dict[str, Any], cache: Any, offset: int, read: Any) -> None:
-        session, notes = self.session, self.session.notes
+        """Which sequence this is, and how much of it is its prompt."""
+        session = self.session
         count = read.shape[1] if isinstance(read, Tensor) else 0
-        cached = cache is not None
-        length = notes.length
+        if offset:
+            session.goes_on(cache)
+        elif cache is not None or session.notes.length is None or not _continues(session.notes.read, read):
+            sequence = session.starts(cache)
+            self.waiting = sequence if cache is None else None
+            if self.watch:
+                session.new_prompt(without_cache(given))
+        notes = session.notes
         if not offset:
             notes.kept.clear()
-            if cached or length is None or not _continues(notes.read, read):
-                session.new_prompt(without_cache(given))
-                length = notes.prompt_length or count
-            if not cached:
+            if cache is None:
                 notes.read = read
-        elif length is None:
-            session.new_prompt(without_cache(given))
-            length = notes.prompt_length or offset + count
-        elif notes.prompt_length is None and count > 1 and offset == length == notes.total:
-            length = offset + count  # the prompt is read in chunks
-        notes.length, notes.total = length, offset + count
-        if session.branch is None:
-            session.announce(max(0, offset + 1 - length if cached else count - length))
+        if notes.length is None:
+            if offset and self.watch:
+                session.new_prompt(without_cache(given))
+            notes.length = notes.prompt_length or offset + count
+        elif offset and notes.prompt_length is None and count > 1 and offset == notes.length == notes.total:
+            notes.length = offset + count  # the prompt is read in chunks
+        notes.total = offset + count
+
+    def _announce(self, cache: Any, offset: int, read: Any) -> None:
+        session, length = self.session, self.session.notes.length
+        if session.branch is None and self.watch:
+            count = read.shape[1] if isinstance(read, Tensor) else 0
+            assert length is not None
+            session.announce(max(0, offset + 1 - length if cache is not None else count - length))
 
 
 def _continues(before: Any, read: Any) -> bool:

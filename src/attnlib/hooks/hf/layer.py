@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ..blocks import around
 from ..call import run_attention
 from ..intervention import Intervention, Stages
+from ..recompute import Shared
 from ..session import Session
 from ..site import PairMask, Site, slots
 from ..tokens import PAD
-from .cache import Kept, _DeferredCache, _snapshot, evicted_layer_class
+from .cache import Kept, _DeferredCache, evicted_layer_class, snapshot
 from .names import (
     BIAS,
     PREFIX,
@@ -30,7 +31,9 @@ from .names import (
     gets_angles,
     implementation_of,
     kernel_of,
+    named_implementation,
     parameters_of,
+    seen_through,
     weighting_of,
 )
 
@@ -51,6 +54,15 @@ def _dispatch(
     return runtime.run(query, key, value, attention_mask, args, kwargs)
 
 
+def intercept(session: Session, runtime: LayerRuntime) -> None:
+    """Let the attention of a module run through its stages, under whatever implementation its configuration names."""
+    module = runtime.module
+    session.set_attribute(module, "config", seen_through(module.config, register))
+    _runtimes[module] = runtime
+    session.undo(functools.partial(_forget, module), functools.partial(_runtimes.__setitem__, module, runtime))
+
+
+@functools.cache
 def register(implementation: str) -> str:
     """Register the name that stands for ``implementation`` in both interfaces; returns it."""
     hf = _need()
@@ -89,14 +101,40 @@ class _Call:
         return self.offset + n if self.kept is None else self.kept.seen
 
 
-class LayerRuntime:
+def _joined(chunks: list[tuple[Site, Tensor]]) -> tuple[Site, Tensor]:
+    """The site and the queries (B, H, N, D) of a prompt that was read in several calls, as of one."""
+    last = chunks[-1][0]
+    sites = [site for site, _ in chunks]
+    q = torch.cat([part for _, part in chunks], 2)
+    n, m = q.shape[2], last.n_keys
+    allowed, biases = [], []
+    for site in sites:
+        assert site.mask is not None
+        rows, bias = site.mask.rows(torch.arange(site.n_queries, device=q.device))
+        if rows is None:
+            rows = torch.ones(1, 1, site.n_queries, site.n_keys, dtype=torch.bool, device=q.device)
+        rows = rows[..., :m].expand(q.shape[0], -1, -1, -1)
+        allowed.append(torch.nn.functional.pad(rows, (0, m - rows.shape[-1])))
+        if bias is not None:
+            bias = bias[..., :m].expand(q.shape[0], -1, -1, -1)
+            biases.append(torch.nn.functional.pad(bias, (0, m - bias.shape[-1])))
+    bias = torch.cat(biases, 2) if len(biases) == len(sites) else None
+    types = [site.q_types for site in sites if site.q_types is not None]
+    whole = last.but(
+        offset=0, n_queries=n, mask=PairMask(n, m, torch.cat(allowed, 2), bias), q_pos=slots(0, n, q.device),
+        q_types=torch.cat(types, 1) if len(types) == len(sites) else None,
+    )  # fmt: skip
+    return whole, q
+
+
+class LayerRuntime(Shared):
     """Stages of one attention module, and what is known about its current call."""
 
     def __init__(self, session: Session, site: Site, stages: Stages, kernel: Callable[..., Any], implementation: str):
         self.session, self.site, self.stages, self.kernel = session, site, stages, kernel
         self.implementation = implementation
         self._calls: list[_Call] = []
-        self.module = site.module
+        self.module: Any = site.module
         self.names = parameters_of(self.module)
         self.takes_cache = cache_parameter(self.module)
         self.rotary = True if gets_angles(self.module) else None
@@ -119,8 +157,13 @@ class LayerRuntime:
         calls, edits_new, in_attention = self._calls, self.stages["on_qkv"], self.stages.in_attention
         inner = self.around_module(forward) if self.stages["around_sublayer"] else forward
 
+        session = self.session
+
         @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
+            if not session.active:
+                return forward(*args, **kwargs)  # a wrapper that the user put around it is left
+            session.enter()
             call = self.look({**dict(zip(self.names, args, strict=False)), **kwargs} if len(args) > 1 else kwargs)
             calls.append(call)
             try:
@@ -154,7 +197,7 @@ class LayerRuntime:
             call = self.call
             outputs: list[Any] = []
             if call.cache is not None and self.site.kind != "cross" and len(call.cache.layers) > self.site.layer:
-                call.before = _snapshot(call.cache.layers[self.site.layer])
+                call.before = snapshot(call.cache.layers[self.site.layer])
 
             def innermost(x: Tensor) -> Tensor:
                 new = kwargs
@@ -195,14 +238,10 @@ class LayerRuntime:
             again = hf.cache.DynamicLayer()
             again.lazy_initialization(before.keys, before.values)
             again.keys, again.values = before.keys[:, :, : call.offset], before.values[:, :, : call.offset]
-        elif type(before) in (hf.cache.DynamicLayer, hf.cache.DynamicSlidingWindowLayer, evicted_layer_class()):
-            again = _snapshot(before)
         else:
-            raise ValueError(
-                f"{self.where}: around_sublayer called the module several times, but a {type(before).__name__} cannot "
-                "be read again within one call"
-            )
+            again = snapshot(before)
         cache = copy.copy(call.cache)
+        cache.offloading = False  # the other layers stay where they are
         cache.layers = [again if i == index else other for i, other in enumerate(call.cache.layers)]
         repeated = _Call(cache=cache, offset=call.offset, kept=call.kept, before=before, again=True)
         if self.stages["on_qkv"]:
@@ -251,6 +290,13 @@ class LayerRuntime:
             raise ValueError(f"{self.where}: the input of its block is not passed as hidden_states")
         return self.sublayer_site(self.look(given), hidden, given.get("attention_mask")), hidden
 
+    def follow(self, implementation: str) -> None:
+        """The user chose another implementation."""
+        kernel = kernel_of(self.module, implementation)
+        self.implementation, self.kernel = implementation, kernel
+        if self.stages.reads_map and implementation not in READABLE:
+            raise ValueError(self.pairs(None, 0, 0, False).opaque)
+
     # ---- description
 
     @property
@@ -259,6 +305,8 @@ class LayerRuntime:
 
     def look(self, given: dict[str, Any]) -> _Call:
         """How many tokens came before, from the cache itself."""
+        if self.implementation != (now := named_implementation(self.module.config)):
+            self.follow(now)
         cache, hf = cache_in(given), _need()
         if isinstance(cache, hf.cache.EncoderDecoderCache):
             cache = cache.cross_attention_cache if self.site.kind == "cross" else cache.self_attention_cache
@@ -308,7 +356,7 @@ class LayerRuntime:
         fields = {
             **self.site.__dict__, "n_queries": n, "n_keys": m, "mask": pair, "q_pos": q_pos, "k_pos": k_pos,
             "q_types": q_types, "k_types": k_types, "offset": call.offset,
-            "phase": None if cross else "decode" if call.offset else "prefill",
+            "phase": None if cross else "prefill" if self.session.notes.reading_prompt(call.offset) else "decode",
         }  # fmt: skip
         if shape is not None:
             fields.update(shape)
@@ -386,7 +434,7 @@ class LayerRuntime:
             call.start = call.offset + n - m
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] > m:
             mask = mask[..., :m]
-        if call.offset and self.prompt_only:
+        if call.offset and self.prompt_only and not self.session.notes.reading_prompt(call.offset):
             return self.kernel(self.module, q, k, v, mask, *args, **kwargs)
         is_causal = kwargs.get("is_causal")
         pair = self.pairs(mask, n, m, getattr(self.module, "is_causal", True) if is_causal is None else is_causal)
@@ -452,9 +500,19 @@ class LayerRuntime:
     def _evict(self, call: _Call, site: Site, q: Tensor, k: Tensor, v: Tensor, n: int) -> None:
         if call.again:
             return
-        asked = [i for i in self.stages["on_cache"] if call.offset == 0 or i.while_decoding]
+        notes = self.session.notes
+        reading = notes.reading_prompt(call.offset)
+        asked = [i for i in self.stages["on_cache"] if reading or i.while_decoding]
         if not asked:
             return
+        if reading:
+            length, chunks = notes.prompt_length or 0, notes.chunks.setdefault(site.layer, [])
+            if call.seen(n) < length:
+                chunks.append((site, q.detach()))
+                return
+            if chunks:
+                site, q = _joined([*chunks, (site, q)])
+                chunks.clear()
         hf = _need()
         who = type(asked[0]).__name__
         if call.cache is None:

@@ -39,6 +39,9 @@ CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 #: What ``generate`` asks the model for: the processors of scores that it makes for itself.
 PROCESSORS = "_get_logits_processor"
 
+#: And for the drafts of assisted decoding.
+CANDIDATES = "_get_candidate_generator"
+
 #: Where a configuration keeps the name of its attention implementation.
 IMPLEMENTATION = "_attn_implementation_internal"
 
@@ -142,13 +145,37 @@ def weighting_of(module: nn.Module, implementation: str, kwargs: dict[str, Any],
 
 def implementation_of(module: nn.Module) -> str:
     """Which attention a module runs, under whatever name."""
-    config: Any = module.config
-    return (config._attn_implementation or "eager").removeprefix(PREFIX)
+    return named_implementation(module.config)
 
 
-def set_implementation(config: Any, name: str) -> None:
-    """Let one configuration, and no other that it was copied from or belongs to, name another implementation."""
-    config.__dict__[IMPLEMENTATION] = name
+def seen_through(config: Any, name: Callable[[str], str]) -> Any:
+    """The same configuration, what is set on one is set on the other, that names another implementation:
+    ``name(implementation)``, whatever the implementation is at that time."""
+    view = object.__new__(_view(type(config), name))
+    object.__setattr__(view, "__dict__", config.__dict__)
+    return view
+
+
+@functools.cache
+def _view(cls: type, name: Callable[[str], str]) -> type:
+    def get(self: Any) -> str:
+        return name(named_implementation(self))
+
+    known: Any = inspect.getattr_static(cls, "_attn_implementation")
+    names = {"_attn_implementation": property(get, known.fset), "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (_Quiet, cls), names)
+
+
+class _Quiet:
+    """Before a class of configurations: no dataclass is made of the class below."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        return None
+
+
+def named_implementation(config: Any) -> str:
+    """Which attention a configuration asks for now, under whatever name."""
+    return (config.__dict__[IMPLEMENTATION] or "eager").removeprefix(PREFIX)
 
 
 def rotary_of(module: nn.Module) -> nn.Module | None:
@@ -258,6 +285,12 @@ def cache_out(output: Any) -> Any:
     if cache is None:
         raise ValueError(f"{type(output).__name__} holds no cache; it has {list(output)}")
     return cache
+
+
+def made_cache(output: Any) -> Any:
+    """The cache among what a call of a model returned, ``None`` without one."""
+    values = list(output.values()) if isinstance(output, dict) else output if isinstance(output, tuple) else ()
+    return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
 
 @functools.cache

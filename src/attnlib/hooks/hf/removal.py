@@ -18,7 +18,6 @@ labels ask for the prediction at one of them raises.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Sequence
@@ -31,11 +30,12 @@ from torch import Tensor, nn
 from ..blocks import block_of
 from ..choose import take
 from ..intervention import Intervention
+from ..recompute import Shared
 from ..session import Session
 from ..site import Site
 from .cache import Kept, evicted_layer_class, mask_unwritten
-from .layer import LayerRuntime, _forget, _runtimes, register
-from .names import ANGLES, READABLE, _need, cache_in, implementation_of, rotary_of, set_implementation
+from .layer import LayerRuntime, _runtimes, intercept
+from .names import ANGLES, READABLE, _need, cache_in, implementation_of, rotary_of
 
 #: Under this name a cache layer carries by how much the positions of its sample moved.
 SHIFT = "position_shift"
@@ -212,7 +212,7 @@ def install(session: Session, runtimes: Sequence[LayerRuntime]) -> None:
     Removal(session, runtimes).install()
 
 
-class Removal:
+class Removal(Shared):
     """Serves ``on_tokens`` for one session.
 
     Args:
@@ -224,6 +224,7 @@ class Removal:
         self.session = session
         self.runtimes = {runtime.site.name: runtime for runtime in runtimes}
         self.sites = [s for s in session.sites if s.kind == "self"]
+        self.behind: list[Site] = []
         self.prompt: _Prompt | None = None
         self.rotary: Any = None
         self.interventions = session.acting("on_tokens")
@@ -237,14 +238,9 @@ class Removal:
         if not acting:
             return
         behind = self.sites[acting[0] :]
+        self.behind = behind
+        self._check_implementation()
         for site in behind:
-            implementation = implementation_of(site.module)
-            if implementation not in READABLE:
-                raise ValueError(
-                    f"layer {site.layer} ({site.name}): tokens cannot be removed under "
-                    f"attn_implementation={implementation!r}, whose masks cannot be read at the tokens that are left; "
-                    f"load the model with one of {list(READABLE)}"
-                )
             self._intercept(site)
         blocks = [block_of(session.model, site) for site in self.sites]
         decoder = self._decoder(blocks)
@@ -262,6 +258,17 @@ class Removal:
         session.hook(blocks[-1].register_forward_hook(self._finish))
         session.hook(session.model.register_forward_hook(self._check_labels, with_kwargs=True))
         session.undo(self._forget)
+        session.stateful.append(self)
+
+    def _check_implementation(self) -> None:
+        for site in self.behind:
+            implementation = implementation_of(site.module)
+            if implementation not in READABLE:
+                raise ValueError(
+                    f"layer {site.layer} ({site.name}): tokens cannot be removed under "
+                    f"attn_implementation={implementation!r}, whose masks cannot be read at the tokens that are left; "
+                    f"load the model with one of {list(READABLE)}"
+                )
 
     def _intercept(self, site: Site) -> None:
         """A layer with a stage around the whole module describes the mask of all slots; its kernel needs the mask of
@@ -269,11 +276,7 @@ class Removal:
         runtime = self.runtimes.get(site.name)
         if runtime is None or runtime.stages.in_attention or not runtime.stages["around_sublayer"]:
             return
-        view = copy.copy(site.module.config)
-        set_implementation(view, register(implementation_of(site.module)))
-        self.session.set_attribute(site.module, "config", view)
-        _runtimes[site.module] = runtime
-        self.session.undo(functools.partial(_forget, site.module))
+        intercept(self.session, runtime)
 
     def _forget(self) -> None:
         self.prompt = None
@@ -297,6 +300,7 @@ class Removal:
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.prompt = None
+        self._check_implementation()
         self.session.notes.kept.clear()
 
     def _read(self, site: Site, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -312,6 +316,12 @@ class Removal:
         if self._seen(cache, site):
             return None
         if self.prompt is None:
+            length = self.session.notes.prompt_length or 0
+            if length > hidden.shape[1]:
+                raise ValueError(
+                    f"{_where(site)}: tokens are removed from a prompt that is read as a whole, but of this one "
+                    f"{hidden.shape[1]} of {length} tokens were read; leave prefill_chunk_size out"
+                )
             self.prompt = _Prompt(hidden.shape[1])
             self.prompt.existing = _existing(kwargs.get("attention_mask"), hidden)
         prompt, before, states = self.prompt, kwargs, hidden

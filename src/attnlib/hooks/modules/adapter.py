@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..hf.follow import _Follow, _processors
+from ..hf.follow import _Follow, follow_generate
 from ..hf.names import PROCESSORS, cached_tokens
 from ..intervention import Stages
 from ..session import Adapter, Session
@@ -96,13 +96,12 @@ class ModuleAdapter(Adapter):
         return sites
 
     def install(self, session: Session, plan: list[tuple[Site, Stages]]) -> None:
-        frame: dict[str, Any] = {}
-        self._follow(session, frame)
+        self._follow(session)
         attached = set()
         for site, stages in plan:
             family = _runtime_of(site.module)
             assert family is not None
-            runtime = family(session, site, stages, frame)
+            runtime = family(session, site, stages)
             runtime.install()
             attached.add(site.module)
             if stages["on_block_input"]:
@@ -114,21 +113,21 @@ class ModuleAdapter(Adapter):
                 session.set_attribute(module, "use_nested_tensor", False)
 
     @staticmethod
-    def _follow(session: Session, frame: dict[str, Any]) -> None:
+    def _follow(session: Session) -> None:
         model = session.model
         generates = callable(getattr(model, PROCESSORS, None))
         follows = bool(session.acting("on_logits") or session.acting("on_step")) and generates
         if generates:
             session.counts_steps = True
-            if follows:
-                session.set_attribute(model, PROCESSORS, _processors(session))
+            follow_generate(session)
             watch = _Follow(session, follows)
 
             def look(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                frame["offset"] = cached_tokens(kwargs)
+                session.frame["offset"] = cached_tokens(kwargs)
                 watch(model, args, kwargs)
 
             session.hook(model.register_forward_pre_hook(look, with_kwargs=True))
+            session.hook(model.register_forward_hook(watch.after))
         elif session.tracker is not None:
             session.hook(model.register_forward_pre_hook(_types(session), with_kwargs=True))
 

@@ -51,8 +51,8 @@ class MechanismRuntime(ModuleRuntime):
     everywhere: ClassVar[frozenset[str]] = frozenset({"around_sublayer", "on_block_input"})
     module: Mechanism
 
-    def __init__(self, session: Session, site: Site, stages: Stages, frame: dict[str, Any]):
-        super().__init__(session, site, stages, frame)
+    def __init__(self, session: Session, site: Site, stages: Stages):
+        super().__init__(session, site, stages)
         self._calls: list[dict[str, Any]] = []
 
     def unserved(self, stage: str) -> str | None:

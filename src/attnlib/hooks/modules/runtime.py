@@ -15,11 +15,12 @@ from ..blocks import around, block_of
 from ..call import run_attention, weight_rows
 from ..intercept import Intercept, pair_mask
 from ..intervention import ATTENTION_STAGES, Stages
+from ..recompute import Shared
 from ..session import Session
 from ..site import PairMask, Site
 
 
-class ModuleRuntime:
+class ModuleRuntime(Shared):
     """Stages of one attention module whose forward was replaced; a family fills in :meth:`attend`."""
 
     #: Stages that this family serves.
@@ -27,11 +28,16 @@ class ModuleRuntime:
         "around_sublayer", "on_block_input", "on_context",
     }  # fmt: skip
 
-    def __init__(self, session: Session, site: Site, stages: Stages, frame: dict[str, Any]):
-        self.session, self.site, self.stages, self.frame = session, site, stages, frame
+    def __init__(self, session: Session, site: Site, stages: Stages):
+        self.session, self.site, self.stages = session, site, stages
         self.module: Any = site.module
         self.forward = self.module.forward
         self.check()
+
+    @property
+    def frame(self) -> dict[str, Any]:
+        """What is known of the model's call that is running."""
+        return self.session.frame
 
     @property
     def where(self) -> str:
@@ -55,8 +61,13 @@ class ModuleRuntime:
     def install(self) -> None:
         if self.stages.in_attention or self.stages["around_sublayer"] or self.stages["on_context"]:
 
-            @functools.wraps(self.forward)
+            session, plain = self.session, self.forward
+
+            @functools.wraps(plain)
             def forward(*args: Any, **kwargs: Any) -> Any:
+                if not session.active:
+                    return plain(*args, **kwargs)  # a wrapper that the user put around it is left
+                session.enter()
                 return self.run(*args, **kwargs)
 
             self.session.set_attribute(self.module, "forward", forward)
