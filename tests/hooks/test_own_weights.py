@@ -13,7 +13,9 @@ from attnlib import cache, look, reduce, steer  # noqa: E402
 from attnlib.hooks import Intervention, MaskByType, Record, TokenTypes, bidirectional  # noqa: E402
 from attnlib.hooks.call import weights_of  # noqa: E402
 from attnlib.hooks.site import Weighting  # noqa: E402
-from hooks.models import NoOp  # noqa: E402
+from hooks.models import NoOp, predict  # noqa: E402
+from hooks.test_protocol_torch import CALLS, SETTINGS, mha, tokens  # noqa: E402
+from hooks.test_protocol_torch import run as run_mha  # noqa: E402
 
 TINY = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -311,3 +313,64 @@ def test_sinks_take_their_share_and_nothing_else():
     assert torch.allclose(got[0, :, 0], torch.tensor([[1 / 3, 0, 1 / 3], [0.5, 0, 0.5]]))
     empty = weights_of(site, torch.full((1, 2, 1, 3), float("-inf")), torch.tensor([0]))
     assert torch.equal(empty, torch.zeros(1, 2, 1, 3))
+
+
+# ---- the same through torch's own attention and through diffusers
+
+
+FITTING = [(s, c) for s in SETTINGS for c in CALLS if (s, c) != ("odd-heads", "per-head")]
+
+
+@pytest.mark.parametrize("settings, call", FITTING)
+def test_multihead_attention_records_what_it_returns(settings, call):
+    module = mha(**SETTINGS[settings])
+    given = {**CALLS[call], "need_weights": True, "average_attn_weights": False}
+    record = Record(rows="all")
+    with torch.no_grad():
+        before, own = run_mha(module, tokens(), **given)
+        with attnlib.attach(module, record, Again()):
+            after, _ = run_mha(module, tokens(), **given)
+    torch.testing.assert_close(record.results()[0]["weights"][0], own, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=1e-5)
+
+
+UNETS = {
+    "plain": {},
+    "upcast": dict(upcast_attention=True),
+    "norm-cross": dict(cross_attention_norm="layer_norm"),
+    "linear": dict(use_linear_projection=True),
+}
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_denoisers_of_every_kind_keep_bits_and_weights(name):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=12, attention_head_dim=(2, 4), norm_num_groups=4, **UNETS[name],
+    ).eval()  # fmt: skip
+    mask = torch.ones(2, 5)
+    mask[0, 3:] = 0
+    given = dict(sample=torch.randn(2, 4, 8, 8), timestep=3, encoder_hidden_states=torch.randn(2, 5, 12),
+                 encoder_attention_mask=mask)  # fmt: skip
+    before, record = predict(model, given), Record(rows="all")
+    with attnlib.attach(model, NoOp(), record):
+        assert torch.equal(predict(model, given), before)
+    crossed = [e["weights"][0] for e in record.results().values() if e["weights"][0].shape[-1] == 5]
+    assert crossed and all(float(w[0, ..., 3:].max()) == 0 and float(w[1].min()) > 0 for w in crossed)
+    with attnlib.attach(model, Everywhere()):
+        torch.testing.assert_close(predict(model, given), before, atol=1e-5 * float(before.abs().max()), rtol=1e-5)
+
+
+class Everywhere(Again):
+    kinds = ("self", "cross", "joint")
+
+
+def test_added_keys_are_refused_by_name_or_read():
+    processors = pytest.importorskip("diffusers.models.attention_processor")
+    attn = processors.Attention(query_dim=16, heads=2, dim_head=8, added_kv_proj_dim=16, norm_num_groups=4,
+                                processor=processors.AttnAddedKVProcessor2_0())  # fmt: skip
+    with pytest.raises(ValueError, match="AttnAddedKVProcessor2_0 concatenates text keys"):
+        attnlib.attach(attn, Record())

@@ -82,9 +82,13 @@ class MultiheadRuntime(ModuleRuntime):
             and module.batch_first
             and not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, *module.parameters())))
         )
+        alone = {**given, "need_weights": False}
+        if need_weights and given.get("attn_mask") is not None:
+            # Asked for weights the module reads its mask; else the hint hides learned and zero keys, too.
+            alone["is_causal"] = False
         with _quiet(bool(other and module.training and module.dropout), query.device):
             (out, _), changed, weights = self.intercepted(
-                lambda: self.forward(query, key, value, **{**given, "need_weights": False}), describe
+                lambda: self.forward(query, key, value, **alone), describe
             )
         if not changed:
             return self.forward(query, key, value, **given) if other else (out, None)
