@@ -62,7 +62,7 @@ def spatial_scores(place: Tensor, size: tuple[int, int], rate: float, weight: fl
     """
     stride = max(1, round((1.0 / rate) ** 0.5))
     on = (place // size[1] % stride == 0) & (place % size[1] % stride == 0)
-    return on.to(torch.float32) * max(0.0, 1.0 - rate * weight)
+    return on.to(torch.float64) * max(0.0, 1.0 - rate * weight)
 
 
 def adaptive_rate(layer: int, layers: int) -> float:

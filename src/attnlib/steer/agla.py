@@ -132,7 +132,8 @@ def mask_pixels(pixels: Tensor, mask: Tensor, mean: Sequence[float] = (0.0,), st
         raise ValueError(f"the mask has {len(mask)} images, pixels have {len(pixels)}")
     if mask.shape[-2:] != pixels.shape[-2:]:
         mask = F.interpolate(mask[:, None].float(), size=pixels.shape[-2:], mode="nearest-exact")[:, 0] > 0.5
-    black = -torch.tensor(mean, device=pixels.device) / torch.tensor(std, device=pixels.device)
+    given = [torch.as_tensor(t, dtype=torch.float64, device=pixels.device) for t in (mean, std)]
+    black = -given[0] / given[1]
     return torch.where(mask[:, None].to(pixels.device), pixels, black.to(pixels.dtype)[:, None, None])
 
 

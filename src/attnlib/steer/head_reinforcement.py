@@ -35,7 +35,7 @@ from ..hooks.intervention import Intervention, implements
 from ..hooks.session import Session
 from ..hooks.site import Site
 from ..hooks.tokens import IMAGE, PAD
-from ..types import check_choice, to_list
+from ..types import check_choice, stats_dtype, to_list
 from .contrastive import ContrastiveDecoding
 
 
@@ -55,10 +55,11 @@ def head_divergence(with_image: Tensor, without: Tensor, outliers: bool = True) 
     """
     if with_image.shape != without.shape or with_image.dim() != 3:
         raise ValueError(f"outputs must be (B, H, D), got {tuple(with_image.shape)} and {tuple(without.shape)}")
-    divergence = (with_image.float() - without.float()).norm(dim=-1)
+    dtype = stats_dtype(with_image.dtype)
+    divergence = (with_image.to(dtype) - without.to(dtype)).norm(dim=-1)
     if not outliers or divergence.shape[1] < 2:
         return divergence
-    loud = without.float().square().sum(-1)
+    loud = without.to(dtype).square().sum(-1)
 
     def above(x: Tensor) -> Tensor:
         return x > x.mean(1, keepdim=True) + x.std(1, keepdim=True)
@@ -311,7 +312,7 @@ class HeadReinforcement(Intervention):
         heads = self._heads.get(layer)
         if heads is None:
             return out
-        factor = torch.where(heads, self.alpha, 1.0).to(out)
+        factor = torch.ones_like(heads, dtype=out.dtype, device=out.device).masked_fill(heads.to(out.device), self.alpha)
         return out * factor[:, :, None, None]
 
 

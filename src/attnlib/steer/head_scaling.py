@@ -96,13 +96,13 @@ class HeadScale(Intervention):
     def _row(self, site: Site, factors: Factors) -> Tensor:
         where = f"HeadScale: layer {site.layer} ({site.name})"
         if isinstance(factors, Mapping):
-            row = torch.ones(site.heads)
+            row = torch.ones(site.heads, dtype=torch.float64)
             for head, factor in factors.items():
                 if not 0 <= head < site.heads:
                     raise ValueError(f"{where}: head {head} does not exist; possible: 0 to {site.heads - 1}")
                 row[head] = factor
             return row
-        row = torch.as_tensor(factors, dtype=None if isinstance(factors, Tensor) else torch.float32)
+        row = torch.as_tensor(factors, dtype=None if isinstance(factors, Tensor) else torch.float64)
         if row.dim() not in (1, 2) or row.shape[-1] != site.heads:
             raise ValueError(f"{where} has {site.heads} heads; factors of shape {tuple(row.shape)} do not fit")
         return row

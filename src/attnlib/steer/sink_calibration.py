@@ -112,7 +112,7 @@ def calibrate(weights: Tensor, sinks: Tensor, beta: float = 0.4) -> Tensor:
         total = weights @ (~sinks).unsqueeze(-1).to(weights.dtype)
     moves = (on_sinks > 0) & (total > 0)
     grown = torch.where(moves, 1 + (1 - beta) * on_sinks / torch.where(moves, total, 1.0), 1.0)
-    return weights * torch.where(sinks.unsqueeze(-2), torch.where(moves, beta, 1.0), grown)
+    return weights * torch.where(sinks.unsqueeze(-2), torch.where(moves, torch.full_like(total, beta), 1.0), grown)
 
 
 class SinkCalibration(Intervention):

@@ -32,7 +32,7 @@ from ..hooks.session import Session
 from ..hooks.site import Site
 from ..hooks.tokens import IMAGE, PAD
 from ..hooks.vision import VisionEncoder
-from ..types import check_choice, to_list
+from ..types import check_choice, stats_dtype, to_list
 from ._watch import at_keys, image_slots, prompt_types
 from .contrastive import ContrastiveDecoding
 
@@ -53,8 +53,10 @@ def boost_sets(first: Tensor, late: Tensor, ratio: float = 0.25) -> tuple[Tensor
     >>> local[0].nonzero().flatten().tolist(), summary[0].nonzero().flatten().tolist()
     ([6], [7])
     """
-    q1, q3 = torch.quantile(late.float(), torch.tensor([0.25, 0.75], device=late.device), dim=-1, keepdim=True)
-    summary = late > q3 + 1.5 * (q3 - q1)
+    wide = late.to(stats_dtype(late.dtype))
+    at = torch.tensor([0.25, 0.75], dtype=wide.dtype, device=wide.device)
+    q1, q3 = torch.quantile(wide, at, dim=-1, keepdim=True)
+    summary = wide > q3 + 1.5 * (q3 - q1)
     top = first.topk(int(ratio * first.shape[-1]), -1).indices
     local = torch.zeros_like(summary).scatter(-1, top, True)
     return local & ~summary, summary
@@ -164,7 +166,7 @@ class VisualBoost(Intervention):
             gain = gain.get(site.layer)
         if gain is None:
             return None
-        gain = torch.as_tensor(gain)
+        gain = torch.as_tensor(gain, dtype=None if isinstance(gain, Tensor) else torch.float64)
         if gain.shape != (site.heads,):
             raise ValueError(
                 f"VisualBoost: head_gain of layer {site.layer} ({site.name}) must be ({site.heads},), got "
@@ -177,21 +179,21 @@ class VisualBoost(Intervention):
         types = prompt_types(self._owner, site)
         image = types == IMAGE
         if self.sets == "all":
-            return image * self.alpha
+            return image.double() * self.alpha
         if not isinstance(self.sets, str):
             return self._given(types)
         assert self.encoder is not None
         first = self.encoder.scores(0, site.branch, "sum")
         late = self.encoder.scores(-2, site.branch, "sum")
         if not bool(image.any()):
-            return torch.zeros(types.shape, device=types.device)
+            return torch.zeros(types.shape, dtype=torch.float64, device=types.device)
         if first is None or late is None:
             raise ValueError(
                 "VisualBoost: the prompt has image tokens, but the vision encoder did not run for it, so there is "
                 "nothing to choose them by; give sets='all' or two boolean tensors"
             )
         local, summary = boost_sets(first, late, self.local_ratio)
-        return image_slots(types, local * self.alpha + summary * self.beta, 0.0, self.encoder.class_token)
+        return image_slots(types, local.double() * self.alpha + summary.double() * self.beta, 0.0, self.encoder.class_token)
 
     def _given(self, types: Tensor) -> Tensor:
         rows = types.shape[0]
@@ -210,7 +212,7 @@ class VisualBoost(Intervention):
         if sets[0].shape != sets[1].shape:
             raise ValueError("VisualBoost: the local and the summary set must have the same shape")
         local, summary = sets
-        return (local & ~summary) * self.alpha + summary * self.beta
+        return (local & ~summary).double() * self.alpha + summary.double() * self.beta
 
     # ---- stages
 
