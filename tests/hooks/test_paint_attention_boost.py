@@ -263,7 +263,7 @@ def test_sets_come_from_the_vision_encoder(mode):
     local, summary = boost_sets(maps[0][:, :, 0, 1:].sum(1), maps[-2][:, :, 0, 1:].sum(1), 0.5)
     want = torch.zeros(2, 14)
     want[:, 3:7] = local * 1.5 + summary * 0.5
-    torch.testing.assert_close(gain, want.repeat_interleave(mode.get("num_beams", 1), 0))
+    torch.testing.assert_close(gain, want.double().repeat_interleave(mode.get("num_beams", 1), 0))
     assert not torch.allclose(got, plain, atol=1e-5)
 
 

@@ -45,7 +45,9 @@ from ..types import check_choice, stats_dtype
 from .base import Reduction, best, grid_size
 
 
-def spatial_scores(place: Tensor, size: tuple[int, int], rate: float, weight: float = 3.0) -> Tensor:
+def spatial_scores(
+    place: Tensor, size: tuple[int, int], rate: float, weight: float = 3.0, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """``S_spa``: ``1 - weight * rate``, not below 0, on a grid of stride ``round(sqrt(1 / rate))``, and 0 elsewhere.
 
     Args:
@@ -53,6 +55,7 @@ def spatial_scores(place: Tensor, size: tuple[int, int], rate: float, weight: fl
         size: (h, w) of an image.
         rate: R; 0.5 gives a stride of 1, so that every token is sampled.
         weight: lambda.
+        dtype: of the scores.
 
     Returns:
         (...) scores.
@@ -62,7 +65,7 @@ def spatial_scores(place: Tensor, size: tuple[int, int], rate: float, weight: fl
     """
     stride = max(1, round((1.0 / rate) ** 0.5))
     on = (place // size[1] % stride == 0) & (place % size[1] % stride == 0)
-    return on.to(torch.float64) * max(0.0, 1.0 - rate * weight)
+    return on.to(dtype) * max(0.0, 1.0 - rate * weight)
 
 
 def adaptive_rate(layer: int, layers: int) -> float:
@@ -284,7 +287,7 @@ class ATP(Reduction):
         everywhere = self.all_types(site) == IMAGE
         size = grid_size(everywhere.sum(1), self.size, self._per_image)
         place = site.per_query((everywhere.to(torch.long).cumsum(1) - 1).clamp(min=0) % (size[0] * size[1]))
-        spatial = spatial_scores(place, size, gate.rate, gate.weight).to(red.dtype)
+        spatial = spatial_scores(place, size, gate.rate, gate.weight, red.dtype)
         if self.thresholds is None:
             theta_r, theta_s = gate(own, cross, image)
         else:
