@@ -193,7 +193,8 @@ class VisualBoost(Intervention):
                 "nothing to choose them by; give sets='all' or two boolean tensors"
             )
         local, summary = boost_sets(first, late, self.local_ratio)
-        return image_slots(types, local.double() * self.alpha + summary.double() * self.beta, 0.0, self.encoder.class_token)
+        gain = local.double() * self.alpha + summary.double() * self.beta
+        return image_slots(types, gain, 0.0, self.encoder.class_token)
 
     def _given(self, types: Tensor) -> Tensor:
         rows = types.shape[0]
