@@ -312,7 +312,7 @@ class HeadReinforcement(Intervention):
         heads = self._heads.get(layer)
         if heads is None:
             return out
-        factor = torch.ones_like(heads, dtype=out.dtype, device=out.device).masked_fill(heads.to(out.device), self.alpha)
+        factor = out.new_ones(heads.shape).masked_fill(heads.to(out.device), self.alpha)
         return out * factor[:, :, None, None]
 
 
