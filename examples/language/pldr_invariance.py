@@ -25,7 +25,7 @@ from torch import Tensor
 from train import Windows, make_model, make_trainer, parse, prepare
 from transformers import TrainerCallback, set_seed
 
-from attnlib.bench.compare import machine
+from attnlib.bench.clock import machine
 from attnlib.bench.store import write_json
 from attnlib.models.pldr import PLDRForCausalLM
 from attnlib.nn.dense.pldr_llm_plga import operator_invariance

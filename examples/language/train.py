@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from attnlib.bench import data
+from attnlib.bench.data import files as data
 from attnlib.bench.specs import Spec
 from attnlib.models.language import DecoderConfig, DecoderForCausalLM
 from attnlib.models.pldr import PLDRConfig, PLDRForCausalLM

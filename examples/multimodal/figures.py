@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 
 import attnlib
-from attnlib.bench import scenes
+from attnlib.bench.data import scenes
 from attnlib.hooks import TokenTypes
 from attnlib.look import Record, Statistics, head_grid, image_map, map_over_image, profile, sink_profile
 

@@ -28,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from attnlib.bench import scenes
+from attnlib.bench.data import scenes
 from attnlib.steer import NullImage
 
 VISION = dict(

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from attnlib.bench.compare import machine
-from attnlib.bench.geometry import Problems, nearest_neighbour_tours, problems, score, tour_length
+from attnlib.bench.clock import machine
+from attnlib.bench.data.geometry import Problems, nearest_neighbour_tours, problems, score, tour_length
 from attnlib.models.pointer import PointerNetwork
 
 #: Points in training, points in the test, problems made per number of points, and minutes of processor time.

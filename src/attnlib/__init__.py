@@ -30,7 +30,7 @@ _LAZY = {
 }
 _MODULES = frozenset(
     "bench cache catalog check checks grids hooks look masks models nn normalizers ops optim positions reduce steer "
-    "types".split()
+    "theory types".split()
 )
 
 __all__ = ["__version__", *_LAZY]

@@ -116,9 +116,9 @@ def info(
     """
     import inspect
 
-    from .bench.mixing import passes_table, unified_view
     from .catalog import papers
     from .nn.registry import find
+    from .theory.mixing import passes_table, unified_view
 
     try:
         cls = find(name)

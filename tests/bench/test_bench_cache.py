@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from attnlib.bench import cache, suites  # noqa: E402
+from attnlib.bench import suites  # noqa: E402
+from attnlib.bench.speed import cache  # noqa: E402
 
 SMALL = dict(steps=2, layers=2, heads=2, kv_heads=1, head_dim=8, rounds=2)
 

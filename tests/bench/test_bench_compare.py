@@ -9,12 +9,13 @@ import torch
 from rich.console import Console
 
 import attnlib
+from attnlib.bench import clock, store, training
 from attnlib.bench import compare as module
-from attnlib.bench import scaling, store, training
 from attnlib.bench.compare import PRESETS, Interrupted, compare
+from attnlib.bench.data.tasks import TASKS
 from attnlib.bench.specs import Spec
+from attnlib.bench.speed import scaling
 from attnlib.bench.store import StorageError
-from attnlib.bench.tasks import TASKS
 from attnlib.bench.training import Settings
 
 SMALL = Settings(dim=16, depth=1, num_heads=2)
@@ -295,8 +296,8 @@ def test_peak_memory_counts_what_is_held_at_once():
         for _ in range(5):
             torch.zeros(1000)
 
-    assert 3 * 4000 <= scaling.peak_memory(held) < 3 * 4000 + 1000
-    assert 4000 <= scaling.peak_memory(freed) < 2 * 4000
+    assert 3 * 4000 <= clock.peak_bytes(held) < 3 * 4000 + 1000
+    assert 4000 <= clock.peak_bytes(freed) < 2 * 4000
 
 
 def test_scaling_tells_quadratic_from_linear_and_lists_the_unable():

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from attnlib.bench import data, tasks
+from attnlib.bench.data import files as data
+from attnlib.bench.data import tasks
 
 LOADERS = {"text": data.text, "digits": data.digits, "photos": data.photos, "series": data.series}
 

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from attnlib.bench import NEEDS_HF, suites  # noqa: E402
-from attnlib.bench import hooks as bench  # noqa: E402
+from attnlib.bench.speed import hooks as bench  # noqa: E402
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "hooks-cpu.json"
 

@@ -1,6 +1,6 @@
 import math
 
-from attnlib.bench import linear
+from attnlib.bench.speed import linear
 
 
 def test_measure_records_every_contender(monkeypatch):

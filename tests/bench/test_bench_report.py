@@ -5,8 +5,9 @@ from html.parser import HTMLParser
 import pytest
 
 from attnlib.bench import compare as comparing
-from attnlib.bench import report, scaling
-from attnlib.bench.tasks import TASKS
+from attnlib.bench import report
+from attnlib.bench.data.tasks import TASKS
+from attnlib.bench.speed import scaling
 from attnlib.bench.training import Settings
 
 

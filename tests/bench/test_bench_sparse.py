@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnlib.bench import sparse
+from attnlib.bench.speed import sparse
 
 
 def test_records_and_settings():

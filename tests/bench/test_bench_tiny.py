@@ -2,8 +2,8 @@ import bench_stubs
 import pytest
 import torch
 
+from attnlib.bench.data.tasks import TASKS
 from attnlib.bench.specs import Spec
-from attnlib.bench.tasks import TASKS
 from attnlib.bench.training import Settings, build
 from attnlib.models import tiny
 

@@ -3,8 +3,8 @@ from itertools import permutations
 import pytest
 import torch
 
-from attnlib.bench import geometry
-from attnlib.bench.geometry import Problems, problems, score
+from attnlib.bench.data import geometry
+from attnlib.bench.data.geometry import Problems, problems, score
 
 pytest.importorskip("scipy")
 

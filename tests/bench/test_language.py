@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from attnlib.bench import data  # noqa: E402
-from attnlib.bench import language as bench  # noqa: E402
+from attnlib.bench.data import files as data  # noqa: E402
 from attnlib.bench.specs import Spec  # noqa: E402
+from attnlib.bench.studies import language as bench  # noqa: E402
 from attnlib.bench.training import Settings, build, run  # noqa: E402
 
 SMALL = Settings(dim=16, depth=2, num_heads=2)

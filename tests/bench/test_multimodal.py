@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from attnlib.bench import scenes
-from attnlib.bench.multimodal import (
+from attnlib.bench.data import scenes
+from attnlib.bench.data.scenes import Item, Question, Scene, make_scene
+from attnlib.bench.studies.multimodal import (
     GROUPS,
     LINES,
     Line,
@@ -18,8 +19,7 @@ from attnlib.bench.multimodal import (
     rates,
     retrieval_items,
     usual_items,
-)  # fmt: skip
-from attnlib.bench.scenes import Item, Question, Scene, make_scene
+)
 
 pytest.importorskip("sklearn")
 hf = pytest.importorskip("transformers")

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from attnlib.bench import operators as O
+from attnlib.bench.speed import operators as O
 
 
 def test_interleaved_runs_take_turns():

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from attnlib.bench import data, scenes
-from attnlib.bench.scenes import COLOURS, GRID, NAMES, PAIRS, SHAPED, Item, make_scene, named, questions
+from attnlib.bench.data import files as data
+from attnlib.bench.data import scenes
+from attnlib.bench.data.scenes import COLOURS, GRID, NAMES, PAIRS, SHAPED, Item, make_scene, named, questions
 
 pytest.importorskip("sklearn")
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attnlib import masks as M
 from attnlib import positions as P
-from attnlib.bench.operators import peak_bytes
+from attnlib.bench.clock import peak_bytes
 from attnlib.normalizers import Activated, ClippedSoftmax, Sigmoid, as_normalizer
 from attnlib.ops import _tiles, attention, attention_partial, explain, tiled
 from attnlib.ops.lowered import Lowered

@@ -14,8 +14,11 @@ from rich.table import Table
 
 from ..types import check_choice
 
-#: Suites with a module of their own; the others stand in :mod:`attnlib.bench.operators`.
+#: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
 ENGINES = ("linear", "local", "sparse", "multimodal", "cache", "hooks")
+
+#: Those of them that stand in :mod:`attnlib.bench.studies`.
+STUDIES = ("multimodal",)
 
 #: Those that run models of transformers.
 NEEDS_HF = ("multimodal", "cache", "hooks")
@@ -23,13 +26,14 @@ NEEDS_HF = ("multimodal", "cache", "hooks")
 
 def suites() -> list[str]:
     """Names that :func:`run_bench` takes as ``suite``, besides ``"all"``."""
-    from .operators import SUITES
+    from .speed.operators import SUITES
 
     return [*SUITES, *ENGINES]
 
 
 def _engine(name: str, out: Path | None, progress: Any) -> dict[str, Any]:
-    result = importlib.import_module(f".{name}", __name__).measure(progress=progress)
+    room = "studies" if name in STUDIES else "speed"
+    result = importlib.import_module(f".{room}.{name}", __name__).measure(progress=progress)
     if out is not None:
         path = out / f"{name}-cpu.json"
         held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -67,7 +71,7 @@ def run_bench(
     Raises:
         ValueError: an unknown mechanism, suite or setting.
     """
-    from .operators import bench_mechanism, bench_operators
+    from .speed.operators import bench_mechanism, bench_operators
 
     console = Console() if console is None else console
     folder = None if out is None else Path(out)

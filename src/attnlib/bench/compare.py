@@ -7,11 +7,8 @@ finished run in its own file, and writes ``results.json`` and ``report.html``.
 from __future__ import annotations
 
 import os
-import platform
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +21,13 @@ from rich.table import Table
 
 import attnlib
 
-from . import scaling, stats, training
-from .data import resolve
+from . import stats, training
+from .clock import limit_threads, machine, now
+from .data.files import resolve
+from .data.tasks import TASKS, Task, expand, task_class
 from .specs import Spec, shorten
+from .speed import scaling
 from .store import StorageError, Store, plain, write_json
-from .tasks import TASKS, Task, expand, task_class
 from .training import Settings
 
 SCHEMA = 1
@@ -194,7 +193,7 @@ def compare(
     console = console or Console(quiet=quiet)
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads} is not possible; it must be at least 1")
-    with _threads_restored():
+    with limit_threads(None):
         session = _Session(
             store,
             console,
@@ -242,42 +241,10 @@ def _seeds(given: int | Sequence[int]) -> list[int]:
 
 
 def _needs_bench_extra() -> None:
-    from .data import require
+    from .data.files import require
 
     for module in ("sklearn", "skimage", "matplotlib", "jinja2", "scipy.stats"):
         require(module)
-
-
-@contextmanager
-def _threads_restored() -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def machine() -> dict[str, Any]:
-    """What the timings depend on: processor, cores, threads, versions. No host name, user or path."""
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-        model = names[0] if names else model
-    except OSError:
-        pass
-    affinity = getattr(os, "sched_getaffinity", None)
-    return {
-        "cpu": model,
-        "architecture": platform.machine(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": "cpu",
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "attnlib": attnlib.__version__,
-    }
 
 
 class _Session:
@@ -303,7 +270,7 @@ class _Session:
         wanted = Spec.parse(baseline).full if baseline is not None else None
         self.baseline = next((s.label for s in specs if s.full == wanted), None)
         self.confidence, self.threads = confidence, threads
-        self.began = time.monotonic()
+        self.began = now()
         self.tasks = {name: task_class(name)(paths.get(name)) for name in task_names}
         self.entries: list[_Entry] = []
         self.steps: dict[str, int] = {}
@@ -317,7 +284,7 @@ class _Session:
         self.spent = self.predicted = 0.0
 
     def elapsed(self) -> float:
-        return time.monotonic() - self.began
+        return now() - self.began
 
     # ---- the whole
 
@@ -570,7 +537,7 @@ class _Session:
                 note = f"{entry.task.name}: {entry.spec.label}, seed {seed}, loss {loss:.4g}"
                 progress.update(bar, completed=taken, note=note)
 
-        began = time.monotonic()
+        began = now()
         try:
             result = training.run(
                 entry.task, entry.spec, seed, steps, self.settings, sample=seed == self.seeds[0], progress=show
@@ -584,7 +551,7 @@ class _Session:
                 }
             )
             return None
-        self.spent += time.monotonic() - began
+        self.spent += now() - began
         self.predicted += entry.step_seconds * steps + entry.evaluate_seconds
         record = {
             "task": entry.task.name,

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .data import require
+from .data.files import require
 
 # Stand-ins that no palette uses; they become CSS so that one figure serves light and dark pages.
 _INK, _FAINT = "#010203", "#040506"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
-from .data import require
+from .data.files import require
 from .store import write_text
 
 PATTERN_TITLES = {

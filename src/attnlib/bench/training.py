@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 
 from attnlib.models.tiny import TinyModel
 
+from .clock import now
+from .data.tasks import Task
 from .specs import Spec
-from .tasks import Task
 
 CURVE_POINTS = 60
 
@@ -89,7 +89,7 @@ class Trainer:
         """One step; returns the task's loss and the seconds that forward, backward and update took."""
         batch = self.task.batch(self.generator)
         self.model.set_progress(min(1.0, self.taken / self.steps))
-        start = time.perf_counter()
+        start = now()
         loss, extra = self.task.loss(self.model, batch)
         total: Tensor = loss
         for own in extra.values():
@@ -99,7 +99,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimizer.step()
         value = float(loss.detach())
-        seconds = time.perf_counter() - start
+        seconds = now() - start
         self.schedule.step()
         self.taken += 1
         return value, seconds
@@ -133,7 +133,7 @@ def run(
     losses: list[float] = []
     seconds: list[float] = []
     status = "ok"
-    began = time.perf_counter()
+    began = now()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         for taken in range(1, steps + 1):
@@ -145,7 +145,7 @@ def run(
                 break
             if progress is not None:
                 progress(taken, loss)
-    trained = time.perf_counter() - began
+    trained = now() - began
     record: dict[str, Any] = {
         "status": status,
         "steps_taken": len(losses),
@@ -158,10 +158,10 @@ def run(
     if status == "ok":
         model.set_progress(1.0)
         model.eval()
-        began = time.perf_counter()
+        began = now()
         with torch.no_grad():
             record["metrics"] = task.evaluate(model)
-            record["evaluate_seconds"] = time.perf_counter() - began
+            record["evaluate_seconds"] = now() - began
             if sample:
                 record["sample"] = task.sample(model)
         if not math.isfinite(record["metrics"][task.metric]):
@@ -194,14 +194,14 @@ def measure(task: Task, spec: Spec, settings: Settings, steps: int = 5, seconds:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         trainer.step()
-        began = time.perf_counter()
+        began = now()
         taken: list[float] = []
-        while len(taken) < steps and time.perf_counter() - began < seconds:
-            start = time.perf_counter()
+        while len(taken) < steps and now() - began < seconds:
+            start = now()
             trainer.step()
-            taken.append(time.perf_counter() - start)
+            taken.append(now() - start)
     model.eval()
-    began = time.perf_counter()
+    began = now()
     with torch.no_grad():
         task.evaluate(model)
-    return statistics.median(taken), time.perf_counter() - began
+    return statistics.median(taken), now() - began

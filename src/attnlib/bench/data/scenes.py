@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..types import check_choice
-from .data import digits
+from ...types import check_choice
+from .files import digits
 
 GRID, CELL, PATCH = 4, 16, 8
 SIDE = GRID * CELL

@@ -1,16 +1,15 @@
 """Time of block-sparse attention beside dense attention of the same length.
 
-``python -m attnlib.bench.sparse benchmarks/results/sparse-cpu.json`` measures again what that file holds about the
-operator; what it holds about mechanisms beside their authors' code stays.
+``python -m attnlib.bench.speed.sparse benchmarks/results/sparse-cpu.json`` measures again what that file holds about
+the operator; what it holds about mechanisms beside their authors' code stays.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.block_policies import topk_blocks
-from ..ops.block_sparse import BlockPlan, block_sparse_attention
+from ...ops.block_policies import topk_blocks
+from ...ops.block_sparse import BlockPlan, block_sparse_attention
+from ..clock import interleave, machine, ratio
 
 Operator = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -94,8 +94,6 @@ def measure(
     >>> [r["contender"] for r in measure(64, 0.5, 1, 4, [(16, 16)], rounds=1)["records"]]
     ['dense, sdpa', 'blocks of 16 queries and 16 keys']
     """
-    from .compare import machine
-
     torch.manual_seed(0)
     contenders, forward_only = _contenders(heads, n, density, blocks, flex)
     leaves = [torch.randn(1, heads, n, head_dim, requires_grad=True) for _ in range(3)]
@@ -108,30 +106,22 @@ def measure(
     def both(run: Operator) -> None:
         torch.autograd.grad(run(*leaves).sum(), leaves)
 
-    jobs = [("forward", forward), *([("both", both)] if backward else [])]
-    times: dict[tuple[str, str], list[float]] = {}
-    for done in range(rounds + 1):  # the first round warms up
-        for name, run in contenders.items():
-            for what, fn in jobs:
-                if what == "both" and name in forward_only:
-                    continue
-                if progress:
-                    progress(f"round {done} of {rounds}: {name}, {what}")
-                start = time.perf_counter()
-                fn(run)
-                if done:
-                    times.setdefault((name, what), []).append(time.perf_counter() - start)
+    whats: dict[str, Callable[[Operator], None]] = {"forward": forward, **({"both": both} if backward else {})}
+    jobs = {
+        (name, what): partial(fn, run)
+        for name, run in contenders.items()
+        for what, fn in whats.items()
+        if not (what == "both" and name in forward_only)
+    }
+    times = interleave(jobs, rounds, progress=progress)
     base = next(iter(contenders))
     records = []
     for name in contenders:
         record: dict[str, Any] = {"contender": name}
-        for what, _ in jobs:
-            mine = times.get((name, what))
-            if mine:
-                record[f"{what}_seconds"] = statistics.median(mine)
-                record[f"{what}_speedup"] = statistics.median(
-                    dense / own for dense, own in zip(times[base, what], mine, strict=True)
-                )
+        for what in whats:
+            if (name, what) in times:
+                record[f"{what}_seconds"] = times[name, what].median
+                record[f"{what}_speedup"] = ratio(times[base, what], times[name, what])["ratio"]
         records.append(record)
     settings = {
         "batch": 1, "tokens": n, "density": density, "heads": heads, "head_dim": head_dim, "dtype": "float32",

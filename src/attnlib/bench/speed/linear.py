@@ -1,15 +1,14 @@
 """Time and memory of linear attention against the number of tokens, beside SDPA.
 
-``python -m attnlib.bench.linear benchmarks/results/linear-cpu.json wall`` measures again what that file holds.
+``python -m attnlib.bench.speed.linear benchmarks/results/linear-cpu.json wall`` measures again what that file holds.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.linear import linear_attention
-from ..types import check_choice
-from . import stats
-from .scaling import peak_memory
+from ...ops.linear import linear_attention
+from ...types import check_choice
+from .. import stats
+from ..clock import CLOCKS, interleave, limit_threads, machine, peak_bytes
 
 SIZES = (1024, 2048, 4096, 8192, 16384)
 LONGEST_QUADRATIC = 4096  # of the masked product, whose map is held in full
@@ -70,16 +69,9 @@ def measure(
     >>> sorted(measure(sizes=(16, 32), heads=1, head_dim=4, rounds=1)["records"][0])[:3]
     ['both_exponent', 'both_over_sdpa', 'both_seconds']
     """
-    from .compare import machine
-
-    check_choice("clock", clock, ("wall", "cpu"))
-    threads = torch.get_num_threads()
-    now = time.perf_counter
-    if clock == "cpu":
-        torch.set_num_threads(1)
-        now = time.thread_time
-    try:
-        records = _records(sizes, heads, head_dim, rounds, now, progress)
+    check_choice("clock", clock, list(CLOCKS))
+    with limit_threads(1 if clock == "cpu" else None):
+        records = _records(sizes, heads, head_dim, rounds, clock, progress)
         settings = {
             "batch": 1,
             "heads": heads,
@@ -94,8 +86,6 @@ def measure(
             "machine": machine(),
             "records": records,
         }
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _records(
@@ -103,7 +93,7 @@ def _records(
     heads: int,
     head_dim: int,
     rounds: int,
-    now: Callable[[], float],
+    clock: str,
     progress: Callable[[str], None] | None,
 ) -> list[dict[str, Any]]:
     records: dict[str, dict[str, Any]] = {}
@@ -119,24 +109,20 @@ def _records(
         def both(run: Operator, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
             torch.autograd.grad(run(q, k, v).sum(), (q, k, v))
 
-        times: dict[tuple[str, str], list[float]] = {}
-        for done in range(rounds + 1):  # the first round warms up
-            for name, run in contenders.items():
-                for what, fn in (("forward", forward), ("both", both)):
-                    if progress:
-                        progress(f"N={n} round {done} of {rounds}: {name}, {what}")
-                    start = now()
-                    fn(run)
-                    if done:
-                        times.setdefault((name, what), []).append(now() - start)
+        jobs = {
+            (name, what): partial(fn, run)
+            for name, run in contenders.items()
+            for what, fn in (("forward", forward), ("both", both))
+        }
+        times = interleave(jobs, rounds, clock, progress and (lambda line, n=n: progress(f"N={n} {line}")))
         for name, run in contenders.items():
             record = records.setdefault(
                 name, {"contender": name, "sizes": [], "forward_seconds": [], "both_seconds": [], "peak_bytes": []}
             )
             record["sizes"].append(n)
-            record["peak_bytes"].append(peak_memory(lambda run=run, both=both: both(run)))  # type: ignore[misc]
+            record["peak_bytes"].append(peak_bytes(partial(both, run)))
             for what in ("forward", "both"):
-                record[f"{what}_seconds"].append(statistics.median(times[name, what]))
+                record[f"{what}_seconds"].append(times[name, what].median)
     plain = records["sdpa"]
     for record in records.values():
         for what in ("forward", "both"):

@@ -2,58 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
-from attnlib.models.tiny import mix
-
-from . import stats
-from .specs import Spec
+from ...models.tiny import mix
+from .. import stats
+from ..clock import now, peak_bytes
+from ..specs import Spec
 
 SIDES = (8, 16, 24, 32, 48, 64)  # of square grids; sequences have the same numbers of tokens
 GROUPS = ("noncausal-self", "causal-self", "noncausal-cross", "causal-cross")
-
-
-def peak_memory(fn: Callable[[], Any]) -> int:
-    """Largest number of bytes that ``fn`` holds at once beyond what existed before, as the allocator counts them.
-
-    It counts every allocation of the CPU allocator, inside fused kernels and custom operators too.
-
-    >>> peak_memory(lambda: torch.ones(1000).add_(1)) >= 4000
-    True
-    """
-    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        fn()
-    changes = [(e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda c: c[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
-
-
-@contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Drop what native code writes to standard error: the profiler announces every start and stop there."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    sink = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(sink, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(sink)
 
 
 class Subject:
@@ -126,12 +88,12 @@ def measure_group(
             "peak_bytes": [],
             "spread": [],
         }
-    began = time.perf_counter()
+    began = now()
     last: dict[str, float] = {}
     previous = sides[0]
     for side in sides:
         growth = (side / previous) ** 4  # quadratic in N: the worst that is common
-        left = seconds - (time.perf_counter() - began)
+        left = seconds - (now() - began)
         share = left / max(1, len(running)) / max(1, len(sides) - sides.index(side))
         subjects: dict[str, Subject] = {}
         for spec in list(running):
@@ -141,9 +103,9 @@ def measure_group(
                 continue
             try:
                 subject = Subject(spec, pattern, side, dim, num_heads)
-                start = time.perf_counter()
+                start = now()
                 subject.both()
-                last[spec.full] = time.perf_counter() - start
+                last[spec.full] = now() - start
                 subjects[spec.full] = subject
             except (ValueError, RuntimeError) as error:
                 running.remove(spec)
@@ -155,7 +117,7 @@ def measure_group(
         forward: dict[str, list[float]] = {name: [] for name in subjects}
         both: dict[str, list[float]] = {name: [] for name in subjects}
         for done in range(rounds):
-            if done > 1 and time.perf_counter() - began > seconds:
+            if done > 1 and now() - began > seconds:
                 break
             for name, subject in subjects.items():
                 if progress is not None:
@@ -169,7 +131,7 @@ def measure_group(
             record["sizes"].append(side**2)
             record["forward_seconds"].append(statistics.median(forward[name]))
             record["both_seconds"].append(statistics.median(both[name]))
-            record["peak_bytes"].append(peak_memory(subject.both))
+            record["peak_bytes"].append(peak_bytes(subject.both))
             record["spread"].append((max(both[name]) - min(both[name])) / record["both_seconds"][-1])
             last[name] = min(both[name])
         previous = side
@@ -177,10 +139,10 @@ def measure_group(
 
 
 def _seconds(fn: Callable[[], None], repeats: int) -> float:
-    start = time.perf_counter()
+    start = now()
     for _ in range(repeats):
         fn()
-    return (time.perf_counter() - start) / repeats
+    return (now() - start) / repeats
 
 
 def summarise(records: Sequence[dict[str, Any]], baseline: str | None) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Mechanisms in one language model, trained on real text at several lengths and read beyond them.
 
-``python -m attnlib.bench.language --out FOLDER --json benchmarks/results/language-cpu.json --plots docs`` trains every
-contestant at every length with every seed and writes what it measured after each run. The same call continues: finished
-runs are in the folder and are not repeated.
+``python -m attnlib.bench.studies.language --out FOLDER --json benchmarks/results/language-cpu.json --plots docs``
+trains every contestant at every length with every seed and writes what it measured after each run. The same call
+continues: finished runs are in the folder and are not repeated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnlib.models.tiny import Prediction, TinyModel
-from attnlib.nn.dense.attention_sink_empirical import sink_metric
-from attnlib.nn.dense.quantizable_transformers import outlier_metrics
-
-from . import data, scaling, stats, training
-from .data import Dataset, require
-from .specs import Spec
-from .store import Store, write_json
-from .tasks import Batch, Make, Plain, TextTask
-from .training import Settings
+from ...models.tiny import Prediction, TinyModel
+from ...nn.dense.attention_sink_empirical import sink_metric
+from ...nn.dense.quantizable_transformers import outlier_metrics
+from .. import stats, training
+from ..clock import interleave, limit_threads, now, peak_bytes, ratio
+from ..clock import machine as describe
+from ..data import files as data
+from ..data.files import Dataset, require
+from ..data.tasks import Batch, Make, Plain, TextTask
+from ..specs import Spec
+from ..store import Store, write_json
+from ..training import Settings
 
 SCHEMA = 1
 BASELINE = "softmax"
@@ -115,7 +116,7 @@ class DecoderUnderTest(TinyModel):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        from attnlib.models.language import DecoderConfig, DecoderForCausalLM
+        from ...models.language import DecoderConfig, DecoderForCausalLM
 
         self.decoder = DecoderForCausalLM(DecoderConfig(**config))
         # What contestants share starts from the same numbers, however many their mechanisms drew before.
@@ -277,32 +278,20 @@ def costs(tasks: Sequence[LanguageTask], settings: Settings, rounds: int = 9) ->
         For every task ``step_seconds`` (median processor time of one thread), ``over_first`` (median over rounds of its
         time over the first task's in the same round) and ``peak_bytes`` (the most memory a step holds at once).
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with limit_threads(1), torch.random.fork_rng(devices=[]):
         trainers = []
         for task in tasks:
             model = training.build(task, Spec("softmax-attention"), 0, settings).train()
             trainers.append(training.Trainer(task, model, 100, 0, settings))
-        seconds: list[list[float]] = [[] for _ in tasks]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            for turn in range(rounds + 1):  # the first one warms up
-                for trainer, mine in zip(trainers, seconds, strict=True):
-                    start = time.thread_time()
-                    trainer.step()
-                    if turn:
-                        mine.append(time.thread_time() - start)
-            peaks = [scaling.peak_memory(trainer.step) for trainer in trainers]
-    finally:
-        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        times = interleave({i: trainer.step for i, trainer in enumerate(trainers)}, rounds, "cpu")
+        peaks = [peak_bytes(trainer.step) for trainer in trainers]
     return [
         {
-            "label": task.contestant.label, "length": task.length, "step_seconds": statistics.median(mine),
-            "over_first": statistics.median(own / first for own, first in zip(mine, seconds[0], strict=True)),
-            "peak_bytes": peak,
+            "label": task.contestant.label, "length": task.length, "step_seconds": times[i].median,
+            "over_first": ratio(times[i], times[0])["ratio"], "peak_bytes": peak,
         }
-        for task, mine, peak in zip(tasks, seconds, peaks, strict=True)
+        for i, (task, peak) in enumerate(zip(tasks, peaks, strict=True))
     ]  # fmt: skip
 
 
@@ -331,7 +320,7 @@ def measure(
         settings: width, depth and optimiser, the same for all.
         num_heads: heads of every mechanism.
         path: a text file instead of the packaged text.
-        until: ``time.time()`` after which no run starts.
+        until: reading of :func:`attnlib.bench.clock.now` after which no run starts.
         progress: told, in a line, what was measured.
         saved: given the results so far after every run.
 
@@ -357,7 +346,7 @@ def measure(
             progress(line)
 
     def late() -> bool:
-        return until is not None and time.time() > until
+        return until is not None and now() > until
 
     def key(task: LanguageTask, **more: Any) -> dict[str, Any]:
         return {
@@ -390,11 +379,7 @@ def measure(
             "summary": summarise(contestants, lengths, runs, spent),
         }  # fmt: skip
 
-    from .compare import machine as describe
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with limit_threads(1):
         machine = describe()
         for length in lengths:
             group = [tasks[c.label, length] for c in contestants]
@@ -405,7 +390,7 @@ def measure(
                 store.save("scaling", f"costs-{length}", identity, record)
                 say(f"time and memory at N = {length} measured")
             spent += record["costs"]
-        total, done, began, fresh = len(seeds) * len(tasks), 0, time.time(), 0
+        total, done, began, fresh = len(seeds) * len(tasks), 0, now(), 0
         for seed in seeds:
             for (label, length), task in tasks.items():
                 identity = key(task, seed=seed, steps=steps)
@@ -420,7 +405,7 @@ def measure(
                     record = {"label": label, "length": length, "seed": seed, **record}
                     store.save("runs", name, identity, record)
                     fresh += 1
-                    left = (time.time() - began) / fresh * (total - done) / 60
+                    left = (now() - began) / fresh * (total - done) / 60
                     value = record["metrics"].get(task.metric, math.nan)
                     say(f"{done} of {total}: {label}, N = {length}, seed {seed}: {value:.3f} bits; {left:.0f} min left")
                     runs.append(record)
@@ -428,8 +413,6 @@ def measure(
                         saved(results())
                 else:
                     runs.append(record)
-    finally:
-        torch.set_num_threads(threads)
     final = results()
     if saved is not None:
         saved(final)
@@ -527,7 +510,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _colours(labels: Sequence[str]) -> dict[str, str]:
-    from .plots import PALETTE
+    from ..plots import PALETTE
 
     return {label: "#222222" if label == BASELINE else PALETTE[i % len(PALETTE)] for i, label in enumerate(labels)}
 
@@ -634,7 +617,7 @@ def draw(results: Mapping[str, Any], folder: str | Path) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(prog="python -m attnlib.bench.language", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m attnlib.bench.studies.language", description=__doc__)
     parser.add_argument("--out", default="language-runs", help="folder of finished runs")
     parser.add_argument("--json", default="benchmarks/results/language-cpu.json", help="results")
     parser.add_argument("--plots", help="folder for pictures")
@@ -653,7 +636,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         steps=given.steps,
         settings=Settings(dim=given.dim, depth=given.depth, num_heads=8),
         path=given.text,
-        until=None if given.minutes is None else time.time() + 60 * given.minutes,
+        until=None if given.minutes is None else now() + 60 * given.minutes,
         progress=lambda line: print(line, flush=True),
         saved=lambda found: write_json(target, found),
     )

@@ -6,154 +6,20 @@ ratio within one run, never a time against a time of another day.
 
 from __future__ import annotations
 
-import gc
 import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..masks import blocks, causal, sliding_window
-from ..normalizers import Sigmoid, sigmoid_bias
-from ..ops import attention
-from ..types import check_choice
-from .stats import growth_exponent
-
-Run = Callable[[], Any]
-
-#: Clocks: ``"wall"``, or ``"cpu"`` for the processor time of this process, which other processes on a shared machine
-#: disturb least (meaningful as a ratio with one thread).
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Measuring
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of every round of one candidate."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def minimum(self) -> float:
-        return min(self.seconds)
-
-
-def interleave(candidates: Mapping[str, Run], repeats: int = 7, clock: str = "wall") -> dict[str, Timing]:
-    """Run all candidates in turn, ``repeats`` times after one round that does not count.
-
-    Raises:
-        ValueError: for fewer than one repeat or an unknown clock.
-
-    >>> sorted(interleave({"a": lambda: 1, "b": lambda: 2}, repeats=2))
-    ['a', 'b']
-    """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
-    check_choice("clock", clock, list(CLOCKS))
-    now = CLOCKS[clock]
-    for fn in candidates.values():
-        fn()
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        for _ in range(repeats):
-            for name, fn in candidates.items():
-                start = now()
-                fn()
-                seconds[name].append(now() - start)
-    finally:
-        if enabled:
-            gc.enable()
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
-
-
-def ratio(ours: Timing, reference: Timing) -> dict[str, float]:
-    """How many times as long ``ours`` takes: per round, of which the median; and of the fastest rounds."""
-    rounds = [a / b for a, b in zip(ours.seconds, reference.seconds, strict=True)]
-    return {"ratio": statistics.median(rounds), "ratio_of_minima": ours.minimum / reference.minimum}
-
-
-def peak_bytes(fn: Run) -> int:
-    """Most bytes that live at once on the CPU while ``fn`` runs, from the allocator's own record.
-
-    What lives before does not count; what custom operators and fused kernels allocate inside does.
-
-    >>> peak_bytes(lambda: torch.zeros(1000) + 1) >= 4000
-    True
-    """
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = fn()
-        del result
-    assert profile.profiler is not None
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
-def gemm_peak(size: int = 2048, repeats: int = 7, clock: str = "wall") -> float:
-    """Floating-point operations per second of the fastest square float32 matrix product."""
-    a = torch.randn(size, size)
-    out = torch.empty_like(a)
-    return 2 * size**3 / interleave({"mm": lambda: torch.mm(a, a, out=out)}, repeats, clock)["mm"].minimum
-
-
-def machine() -> dict[str, Any]:
-    """What was measured on: processor, cores, software. No names of hosts, users or places."""
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "system": platform.system(),
-    }
-
-
-def _load() -> float | None:
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Operators
+from ...masks import blocks, causal, sliding_window
+from ...normalizers import Sigmoid, sigmoid_bias
+from ...ops import attention
+from ...types import check_choice
+from ..clock import Run, gemm_peak, interleave, limit_threads, load, machine, peak_bytes, ratio
+from ..stats import growth_exponent
 
 
 def _qkv(n: int, m: int | None = None, heads: int = 8, dim: int = 64, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -365,15 +231,15 @@ def bench_operators(
         ValueError: for an unknown suite.
     """
     check_choice("suite", suite, list(SUITES))
-    with _threads(threads):
-        before = _load()
+    with limit_threads(threads):
+        before = load()
         record = _Recorder(repeats, clock, progress)
         SUITES[suite](record, **sizes)
         result = {
             "machine": machine(),
             "repeats": repeats,
             "clock": clock,
-            "load": [before, _load()],
+            "load": [before, load()],
             "gemm_peak_flops": record.peak,
             "rows": record.rows,
         }
@@ -400,10 +266,6 @@ def run_suite(suite: str = "all", out: str | Path = "benchmarks/results", **opti
     check_choice("suite", suite, [*SUITES, "all"])
     path = Path(out) / "operators-cpu.json"
     return {name: bench_operators(name, path, **options) for name in (SUITES if suite == "all" else [suite])}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Mechanisms and pairs
 
 
 def bench_pair(name: str, ours: Run, theirs: Run, *, repeats: int = 7, clock: str = "wall") -> dict[str, Any]:
@@ -455,7 +317,7 @@ def bench_mechanism(
     """
     import inspect
 
-    from ..nn.registry import create, find
+    from ...nn.registry import create, find
 
     if not grid or min(grid) < 1:
         raise ValueError(f"grid must have at least one axis of at least one token, got {tuple(grid)}")
@@ -508,7 +370,7 @@ def bench_mechanism(
             out.update(ratio(timings[name], reference))
         return out
 
-    with _threads(threads):
+    with limit_threads(threads):
         for module in pair.values():
             module.eval()
         result["forward"] = report({key: inference(module) for key, module in pair.items()})

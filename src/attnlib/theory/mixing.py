@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from ..nn.base import Mechanism
 from ..normalizers import Normalizer, Softmax
 from ..types import Output
-from .passes import OPERATORS, Cascade, Described, attention_cascade
+from .cascade import Cascade
+from .cascades import OPERATORS, Described, attention_cascade
 
 
 class Mixing(NamedTuple):

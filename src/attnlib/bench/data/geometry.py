@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..types import check_choice, check_rank
-from .data import require
+from ...types import check_choice, check_rank
+from .files import require
 
 #: Longest tours solved exactly: time and memory double with every city.
 MAX_CITIES = 14

@@ -1,16 +1,15 @@
 """Time of two-dimensional neighborhood attention beside dense attention under a mask.
 
-``python -m attnlib.bench.local benchmarks/results/local-cpu.json`` measures again what that file holds. Where an old
-NATTEN (before 0.20) with CPU kernels can be imported, it takes part.
+``python -m attnlib.bench.speed.local benchmarks/results/local-cpu.json`` measures again what that file holds. Where an
+old NATTEN (before 0.20) with CPU kernels can be imported, it takes part.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import masks
-from ..grids import coordinates
-from ..ops.neighborhood import neighborhood_attention
+from ... import masks
+from ...grids import coordinates
+from ...ops.neighborhood import neighborhood_attention
+from ..clock import interleave, machine, ratio
 
 Operator = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -97,8 +97,6 @@ def measure(
     >>> measure(side=8, kernel=3, heads=1, head_dim=4, rounds=1, flex=False)["records"][1]["contender"]
     'neighborhood'
     """
-    from .compare import machine
-
     contenders, forward_only = _contenders(side, kernel, flex)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, side * side, head_dim, requires_grad=True) for _ in range(3))
@@ -121,26 +119,21 @@ def measure(
                 error = float((run(*fixed) - reference["bias" in name]).abs().max())
                 if not error < 1e-4:
                     raise AssertionError(f"{name} computes something else: it differs by {error:.1e}")
-    times: dict[tuple[str, str], list[float]] = {}
-    for done in range(rounds + 1):  # the first round warms up
-        for name, run in contenders.items():
-            for what, fn in (("forward", forward), ("both", both)):
-                if what == "both" and name in forward_only:
-                    continue
-                if progress:
-                    progress(f"round {done} of {rounds}: {name}, {what}")
-                start = time.perf_counter()
-                fn(run)
-                if done:
-                    times.setdefault((name, what), []).append(time.perf_counter() - start)
+    jobs = {
+        (name, what): partial(fn, run)
+        for name, run in contenders.items()
+        for what, fn in (("forward", forward), ("both", both))
+        if not (what == "both" and name in forward_only)
+    }
+    times = interleave(jobs, rounds, progress=progress)
     records = []
     for name in contenders:
         record: dict[str, Any] = {"contender": name}
         base = "sdpa, dense mask and relative bias" if "bias" in name else "sdpa, dense mask"
         for what in ("forward", "both"):
             if (name, what) in times:
-                record[f"{what}_seconds"] = statistics.median(times[name, what])
-                record[f"{what}_over_dense"] = record[f"{what}_seconds"] / statistics.median(times[base, what])
+                record[f"{what}_seconds"] = times[name, what].median
+                record[f"{what}_over_dense"] = ratio(times[name, what], times[base, what])["ratio"]
         records.append(record)
     settings: dict[str, Any] = {
         "batch": 1, "grid": [side, side], "kernel_size": kernel, "heads": heads, "head_dim": head_dim,

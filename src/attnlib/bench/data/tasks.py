@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnlib.models import tiny
-
-from . import data
-from .data import Dataset
+from ...models import tiny
+from . import files as data
+from .files import Dataset
 
 Make = Callable[[], nn.Module]
 Plain = Callable[[bool], nn.Module]

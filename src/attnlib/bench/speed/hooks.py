@@ -1,9 +1,9 @@
 """What it costs a decoding step when interventions that do nothing are attached to every layer.
 
-``python -m attnlib.bench.hooks benchmarks/results/hooks-cpu.json`` measures again what that file holds. Each contender
-is attached to the same model with the same weights, runs a few steps on the same cache, the first of them untimed, and
-is detached; contenders take turns, and each turn is compared to the untouched steps right before it. Times are those of
-the processor, on one thread.
+``python -m attnlib.bench.speed.hooks benchmarks/results/hooks-cpu.json`` measures again what that file holds. Each
+contender is attached to the same model with the same weights, runs a few steps on the same cache, the first of them
+untimed, and is detached; contenders take turns, and each turn is compared to the untouched steps right before it. Times
+are those of the processor, on one thread.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hooks import IMAGE, TEXT, Intervention, Record, attach
+from ...hooks import IMAGE, TEXT, Intervention, Record, attach
+from ..clock import limit_threads, machine, now
 
 Make = Callable[[], Sequence[Intervention]]
 
@@ -117,8 +117,6 @@ def measure(
     """
     import transformers
 
-    from .compare import machine
-
     heads = hidden_size // head_dim
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -126,12 +124,8 @@ def measure(
         num_attention_heads=heads, num_key_value_heads=max(1, heads // 2),
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with limit_threads(1):
         records = _rounds(model, context, rounds, steps, progress)
-    finally:
-        torch.set_num_threads(threads)
     return {
         "what": "decoding steps with interventions that do nothing",
         "settings": {
@@ -160,9 +154,9 @@ def _rounds(
             start = 0.0
             for done in range(steps + 1):
                 if done == 1:  # the step right after attaching, or detaching, finds cold caches
-                    start = time.process_time()
+                    start = now("cpu")
                 logits = model(token, past_key_values=cache, use_cache=True).logits
-            seconds = (time.process_time() - start) / steps
+            seconds = (now("cpu") - start) / steps
             cache.crop(-steps - 1)
             return seconds, logits
 

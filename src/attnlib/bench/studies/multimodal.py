@@ -1,10 +1,10 @@
 """What techniques do to answers: pruning, hallucinations and caches on the small multimodal model.
 
-``attnlib bench --suite multimodal --out benchmarks/results`` (or ``python -m attnlib.bench.multimodal``) measures again
-what ``multimodal-cpu.json`` holds. Every technique is a line of :data:`LINES` and is measured beside the untouched
-model on the same questions: the interval of the difference comes from resampling scenes (paired bootstrap), so it says
-whether a technique helped, hurt, or cannot be told from doing nothing at this number of scenes. A line that cannot run
-is listed with the reason.
+``attnlib bench --suite multimodal --out benchmarks/results`` (or ``python -m attnlib.bench.studies.multimodal``)
+measures again what ``multimodal-cpu.json`` holds. Every technique is a line of :data:`LINES` and is measured beside the
+untouched model on the same questions: the interval of the difference comes from resampling scenes (paired bootstrap),
+so it says whether a technique helped, hurt, or cannot be told from doing nothing at this number of scenes. A line that
+cannot run is listed with the reason.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import importlib
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..hooks import Session, TokenTypes, attach
-from . import scenes
-from .scenes import Item
+from ...hooks import Session, TokenTypes, attach
+from ..clock import machine, now
+from ..data import scenes
+from ..data.scenes import Item
 
 #: Groups of techniques and what is asked for each.
 GROUPS = {
@@ -94,7 +94,7 @@ RATIOS = (0.5, 0.75, 0.9)
 
 def _evicting(bench: Workbench, scorer: Any, settings: dict[str, Any]) -> Any:
     """A cache that keeps what a scorer values; ``sinks`` first keys stay in any case, ``recent`` last ones too."""
-    from ..cache import KVCompression, Ratio, TopK
+    from ...cache import KVCompression, Ratio, TopK
 
     settings = dict(settings)
     ratio = settings.pop("ratio")
@@ -119,13 +119,13 @@ class _RandomTokens:
 
 
 def _random_tokens(bench: Workbench, reduce: Any, settings: dict[str, Any]) -> Any:
-    from ..reduce import Learned
+    from ...reduce import Learned
 
     return reduce(Learned(_RandomTokens()), **settings)
 
 
 def _grid_tokens(bench: Workbench, reduce: Any, settings: dict[str, Any]) -> Any:
-    from ..reduce import Grid, Learned
+    from ...reduce import Grid, Learned
 
     return reduce(Learned(_RandomTokens()), Grid(settings["stride"]))
 
@@ -143,7 +143,7 @@ def _looked_at(bench: Workbench, agla: Any, settings: dict[str, Any]) -> Any:
     score = settings.pop("score")
 
     def masked(pixels: Tensor) -> Tensor:
-        from ..steer import mask_pixels, relevance_mask
+        from ...steer import mask_pixels, relevance_mask
 
         with torch.no_grad():
             attentions = tower(pixels, output_attentions=True).attentions
@@ -156,7 +156,7 @@ def _looked_at(bench: Workbench, agla: Any, settings: dict[str, Any]) -> Any:
 
 def _searched(bench: Workbench, calibration: Any, settings: dict[str, Any]) -> Any:
     """ACT: heads are chosen on presence questions about training scenes."""
-    from ..steer import label_accuracy, search_heads
+    from ...steer import label_accuracy, search_heads
 
     words = [bench.tokenizer.convert_tokens_to_ids(word) for word in ("no", "yes")]
     items = [item for item in bench.calibration if item.question.kind == "presence"]
@@ -168,7 +168,7 @@ def _searched(bench: Workbench, calibration: Any, settings: dict[str, Any]) -> A
 
 
 def _without_image(bench: Workbench, decoding: Any, settings: dict[str, Any]) -> Any:
-    from ..steer import NoImage
+    from ...steer import NoImage
 
     alpha = settings["alpha"]
     return decoding(NoImage(), 1 + alpha, -alpha, cutoff=0.1)
@@ -190,7 +190,7 @@ class _GateTraining(nn.Module):
         self.generator = torch.Generator().manual_seed(0)
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        from ..reduce import gate_loss
+        from ...reduce import gate_loss
 
         (bench,) = self.bench
         labels = batch.pop("labels")
@@ -241,7 +241,7 @@ class _ThresholdTraining(nn.Module):
         self.bench = (bench,)
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        from ..reduce import ATP
+        from ...reduce import ATP
 
         (bench,) = self.bench
         atp = ATP(self.gates, **self.settings)
@@ -255,7 +255,7 @@ class _ThresholdTraining(nn.Module):
 
 def _thresholds(bench: Workbench, atp: Any, settings: dict[str, Any]) -> Any:
     """ATP with thresholds trained on questions about training scenes."""
-    from ..reduce import atp_gates
+    from ...reduce import atp_gates
 
     torch.manual_seed(0)
     settings = dict(settings)
@@ -277,7 +277,7 @@ def _policy_score(bench: Workbench, scheduled: Any) -> Callable[[tuple[int, ...]
 
 
 def _greedy(bench: Workbench, scheduled: Any, settings: dict[str, Any]) -> Any:
-    from ..reduce import greedy_search
+    from ...reduce import greedy_search
 
     layers = bench.model.config.text_config.num_hidden_layers
     found = greedy_search(
@@ -288,7 +288,7 @@ def _greedy(bench: Workbench, scheduled: Any, settings: dict[str, Any]) -> Any:
 
 
 def _sigmoid(bench: Workbench, scheduled: Any, settings: dict[str, Any]) -> Any:
-    from ..reduce import sigmoid_search
+    from ...reduce import sigmoid_search
 
     layers = bench.model.config.text_config.num_hidden_layers
     found = sigmoid_search(
@@ -299,7 +299,7 @@ def _sigmoid(bench: Workbench, scheduled: Any, settings: dict[str, Any]) -> Any:
 
 def _gated(bench: Workbench, dyvte: Any, settings: dict[str, Any]) -> Any:
     """DyVTE with gates trained on questions about training scenes."""
-    from ..reduce import ExitGates
+    from ...reduce import ExitGates
 
     torch.manual_seed(0)
     gates = ExitGates.of(bench.model, hidden=settings["hidden"])
@@ -585,8 +585,6 @@ def measure(
     Returns:
         A dict of plain values: settings, machine, records per technique and setting, and what could not run and why.
     """
-    from .compare import machine
-
     tell = progress or (lambda line: None)
     null = scenes.load_null_image() if model is None else null_image
     bench = Workbench(*(scenes.load_model() if model is None else model), calibration=[], null_image=null)
@@ -604,19 +602,19 @@ def measure(
         if not mine:
             continue
         tell(f"{group}: untouched model, {len(asked)} questions")
-        started = time.perf_counter()
+        started = now()
         base = Rates(asked, answer_with(bench, group, asked)[0])
         records.append(
             {"group": group, "technique": "untouched", "setting": "", "rates": bootstrap(base),
-             "seconds": round(time.perf_counter() - started, 2)}
+             "seconds": round(now() - started, 2)}
         )  # fmt: skip
         for line in mine:
             for label, settings in line.variants():
                 tell(f"{group}: {line.technique} {label}")
-                started = time.perf_counter()
+                started = now()
                 try:
                     made = line.build(bench, settings)
-                    prepared = time.perf_counter()
+                    prepared = now()
                     said, saved = answer_with(bench, group, asked, made)
                 except (ImportError, AttributeError, TypeError, ValueError) as error:
                     skipped.append({"group": group, "technique": line.technique, "setting": label, "why": str(error)})
@@ -625,7 +623,7 @@ def measure(
                     {"group": group, "technique": line.technique, "setting": label,
                      "rates": bootstrap(Rates(asked, said), base),
                      "prepare_seconds": round(prepared - started, 2),
-                     "seconds": round(time.perf_counter() - prepared, 2), **saved, **_chosen(made)}
+                     "seconds": round(now() - prepared, 2), **saved, **_chosen(made)}
                 )  # fmt: skip
     return {
         "what": "effects of techniques on the small multimodal model: rates with 95 % intervals over resampled scenes",

@@ -1,6 +1,6 @@
 """Time of a decoding step and memory of the cache against the share of keys that is evicted.
 
-``python -m attnlib.bench.cache benchmarks/results/cache-cpu.json`` measures again what that file holds. With
+``python -m attnlib.bench.speed.cache benchmarks/results/cache-cpu.json`` measures again what that file holds. With
 ``--kvpress FOLDER --commit SHA``, the folder of a checkout of NVIDIA/kvpress, its SnapKV takes part; without, what the
 file holds about it stays.
 """
@@ -13,7 +13,6 @@ import importlib
 import json
 import statistics
 import sys
-import time
 import types
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import SnapKV
-from ..hooks import attach
-from ..ops.split_decoding import split_decoding
+from ...cache import SnapKV
+from ...hooks import attach
+from ...ops.split_decoding import split_decoding
+from ..clock import interleave, machine, now, ratio
 
 WINDOW, KERNEL = 32, 5
 
@@ -78,25 +78,25 @@ class Contender:
         self.session = attach(self.model, SnapKV(ratio=ratio, window_size=WINDOW, kernel_size=KERNEL)) if ours else None
         slots = torch.arange(self.length)
         inputs = dict(past_key_values=self.cache, position_ids=slots[None], logits_to_keep=1)
-        start = time.perf_counter()
+        start = now()
         if press is None:
             self.model(prompt, **inputs)
         else:
             # It looks for an argument that newer versions of transformers do not pass by themselves.
             with press(compression_ratio=ratio, window_size=WINDOW, kernel_size=KERNEL)(self.model):
                 self.model(prompt, cache_position=slots, **inputs)
-        self.prefill = time.perf_counter() - start
+        self.prefill = now() - start
         self.bytes = 0
         self.keys = [int(layer.keys.shape[2]) for layer in self.cache.layers]
 
     def decode(self, ids: Tensor) -> tuple[float, Tensor]:
         """Seconds per token, and the last logits; memory is read at the end, then the cache is put back."""
         out = None
-        start = time.perf_counter()
+        start = now()
         for t in range(ids.shape[1]):
             where = torch.tensor([[self.length + t]])
             out = self.model(ids[:, t : t + 1], past_key_values=self.cache, position_ids=where).logits
-        seconds = (time.perf_counter() - start) / ids.shape[1]
+        seconds = (now() - start) / ids.shape[1]
         self.bytes = cache_bytes(self.cache)
         self.cache.crop(-ids.shape[1])
         assert out is not None
@@ -142,8 +142,6 @@ def measure_decoding(
     >>> [(x["contender"], x["keys"]) for x in r]
     [('whole cache', 64), ('attnlib, ratio 0.5', 32)]
     """
-    from .compare import machine
-
     press = None if kvpress is None else _kvpress(kvpress)
     torch.manual_seed(1)
     prompt, more = torch.randint(3, 512, (1, length)), torch.randint(3, 512, (1, steps))
@@ -240,23 +238,17 @@ def measure_split(
                     "sdpa": partial(sdpa, q, k, v, attn_mask=mask, enable_gqa=heads != kv_heads),
                     "split": partial(split_decoding, q, k, v, lengths=each, workers=1),
                 }
-                times: dict[str, list[float]] = {name: [] for name in jobs}
                 torch.testing.assert_close(jobs["split"](), jobs["sdpa"](), atol=1e-4, rtol=1e-4)
-                for done in range(rounds + 1):
-                    for name, job in jobs.items():
-                        start = time.perf_counter()
-                        job()
-                        if done:
-                            times[name].append(time.perf_counter() - start)
+                times = interleave(jobs, rounds)
                 records.append(
                     {
                         "longest": m,
                         "shortest": int(each[0]),
                         "keys": int(each.sum()),
                         "batch": batch,
-                        "sdpa_seconds": statistics.median(times["sdpa"]),
-                        "split_seconds": statistics.median(times["split"]),
-                        "speedup": statistics.median(a / b for a, b in zip(times["sdpa"], times["split"], strict=True)),
+                        "sdpa_seconds": times["sdpa"].median,
+                        "split_seconds": times["split"].median,
+                        "speedup": ratio(times["sdpa"], times["split"])["ratio"],
                     }
                 )
     return records

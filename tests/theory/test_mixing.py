@@ -11,7 +11,10 @@ from typer.testing import CliRunner
 
 import attnlib
 from attnlib import masks
-from attnlib.bench.mixing import (
+from attnlib.cli import app
+from attnlib.nn.registry import find
+from attnlib.theory.cascades import OPERATORS
+from attnlib.theory.mixing import (
     FORMS,
     NOT_LINEAR,
     SITES,
@@ -23,9 +26,6 @@ from attnlib.bench.mixing import (
     state_growth,
     unified_view,
 )
-from attnlib.bench.passes import OPERATORS
-from attnlib.cli import app
-from attnlib.nn.registry import find
 
 DOUBLE = torch.double
 

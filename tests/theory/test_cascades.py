@@ -4,18 +4,12 @@ import pytest
 import torch
 
 import attnlib
-from attnlib.bench.passes import (
-    OPERATORS,
-    Cascade,
-    Einsum,
-    attention_cascade,
-    softmax_cascade,
-    unstable_cascade,
-)
 from attnlib.normalizers import Activated, ClippedSoftmax, Relu, Sigmoid, Softmax, SoftplusL1, Uniform, normalizer_names
 from attnlib.ops import block_sparse, linear, neighborhood, partition, reduced, sampled, split_decoding
 from attnlib.ops.modulation import channel_attention, depthwise, gated_sum, modulate, pool
 from attnlib.ops.toeplitz import toeplitz_attention
+from attnlib.theory.cascade import Cascade, Einsum
+from attnlib.theory.cascades import OPERATORS, attention_cascade, softmax_cascade, unstable_cascade
 from attnlib.types import Partial
 
 DOUBLE = torch.double

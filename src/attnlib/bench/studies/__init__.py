@@ -1,0 +1,1 @@
+"""Longer measurements, each of one question."""
