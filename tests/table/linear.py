@@ -3,6 +3,15 @@ from attnlib.check import Case
 _LONG = ((32,), (64,), (128,))  # growth shows once N is beyond a few chunks
 
 ROWS = [
+    Case("lolcats", dict(dim=16, num_heads=4, num_kv_heads=2, window_size=4, window="terraced"), (13,), "terraced"),
+    Case(
+        "lolcats",
+        dict(
+            dim=16, num_heads=4, window_size=4, window="terraced", compat="authors", features="relu", tie_features=True,
+            feature_options=dict(skip=True),
+        ),
+        (13,), "terraced-authors",
+    ),
     Case("lightning-attention-2", dict(dim=16, num_heads=4, chunk=8), (12,), growth=_LONG),
     Case(
         "lightning-attention-2",

@@ -5,8 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...ops.feature_maps import exp_features, joint_softmax_features, softmax_features
+from ...ops.feature_maps import elu1, exp_features, joint_softmax_features, softmax_features
 from ...types import check_choice
+
+#: Kinds of features that have no second half.
+HALVES = ("elu1", "relu")
+KINDS = ("softmax", "exp", "exp-unstable", "joint-softmax", *HALVES)
+#: Lower bound of every feature, so that a sum of them is never zero.
+EPS = 1e-12
 
 
 class HedgehogFeatures(nn.Module):
@@ -18,10 +24,13 @@ class HedgehogFeatures(nn.Module):
         feature_dim: columns F of each matrix; the features are ``2 F`` wide (``F`` without ``fullspace``). Defaults to
             ``head_dim``.
         kind: ``"softmax"`` over each half, ``"exp"`` (after subtracting each token's maximum), ``"exp-unstable"`` (the
-            paper's own form) or ``"joint-softmax"`` over both halves.
+            paper's own form), ``"joint-softmax"`` over both halves, or LoLCATs' ``"elu1"`` and ``"relu"``, which have
+            no second half.
         fullspace: append the features of ``-x W_h``.
-        identity: start from the identity instead of random matrices.
+        identity: start from the identity instead of random matrices; with ``skip``, from zeros.
         skip: ``phi`` of ``x + x W_h`` instead of ``x W_h``; needs ``feature_dim == head_dim``.
+        bias: add a number per head to ``x W_h``.
+        hidden: instead of ``W_h`` an adapter, ``x + relu(x A_h + a_h) B_h + b_h`` through this width, from zeros.
 
     Reference: Zhang et al., 2024, arXiv 2402.04347; the stable forms are those of LoLCATs, arXiv 2410.10254.
 
@@ -38,9 +47,15 @@ class HedgehogFeatures(nn.Module):
         fullspace: bool = True,
         identity: bool = False,
         skip: bool = False,
+        bias: bool = False,
+        hidden: int | None = None,
     ):
         super().__init__()
-        check_choice("kind", kind, ("softmax", "exp", "exp-unstable", "joint-softmax"))
+        check_choice("kind", kind, KINDS)
+        if hidden is not None and (hidden < 1 or identity or bias):
+            raise ValueError(f"hidden={hidden} must be at least 1, and goes without identity and bias")
+        skip = skip or hidden is not None
+        fullspace = fullspace and kind not in HALVES
         if kind == "joint-softmax" and not fullspace:
             raise ValueError("fullspace=False is not possible with kind='joint-softmax', which spans both halves")
         feature_dim = head_dim if feature_dim is None else feature_dim
@@ -48,20 +63,38 @@ class HedgehogFeatures(nn.Module):
             raise ValueError(f"skip needs feature_dim == head_dim, got {feature_dim} and {head_dim}")
         self.kind, self.fullspace, self.skip = kind, fullspace, skip
         self.width = feature_dim * (2 if fullspace else 1)
+        self.hidden, self.bias = hidden, None
+        if hidden is not None:
+            self.layer0 = nn.Parameter(torch.zeros(num_heads, head_dim, hidden))
+            self.layer1 = nn.Parameter(torch.zeros(num_heads, hidden, feature_dim))
+            self.bias0 = nn.Parameter(torch.zeros(1, num_heads, 1, hidden))
+            self.bias1 = nn.Parameter(torch.zeros(1, num_heads, 1, feature_dim))
+            return
         self.weight = nn.Parameter(torch.empty(num_heads, head_dim, feature_dim))
-        if skip:
+        if identity and skip:
             nn.init.zeros_(self.weight)
         elif identity:
             with torch.no_grad():
                 self.weight.copy_(torch.eye(head_dim, feature_dim).expand_as(self.weight))
         else:
             nn.init.kaiming_uniform_(self.weight)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(1, num_heads, 1, 1))
+            nn.init.kaiming_uniform_(self.bias)
+
+    def _linear(self, x: Tensor) -> Tensor:
+        if self.hidden is not None:
+            return torch.relu(x @ self.layer0 + self.bias0) @ self.layer1 + self.bias1
+        z = x @ self.weight
+        return z if self.bias is None else z + self.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, N, D) to (B, H, N, width)."""
-        z = x @ self.weight
+        z = self._linear(x)
         if self.skip:
             z = x + z
+        if self.kind in HALVES:
+            return (elu1(z) if self.kind == "elu1" else torch.relu(z)).clamp(min=EPS)
         if self.kind == "joint-softmax":
             return joint_softmax_features(z)
         if self.kind == "softmax":
@@ -69,4 +102,5 @@ class HedgehogFeatures(nn.Module):
         return exp_features(z, self.fullspace, stable=self.kind == "exp")
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, kind={self.kind!r}, fullspace={self.fullspace}"
+        shape = tuple(self.layer0.shape if self.hidden is not None else self.weight.shape)
+        return f"{shape}, kind={self.kind!r}, fullspace={self.fullspace}"

@@ -14,7 +14,7 @@ from ...ops import attention
 from ...ops._call import expand_heads
 from ...ops.linear import linear_partial
 from ...positions import rotary_angles, rotate
-from ...types import Output, Partial, State, Traits, check_divides, stats_dtype
+from ...types import Output, Partial, State, Traits, check_choice, check_divides, stats_dtype
 from ..base import Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
@@ -70,11 +70,17 @@ class LoLCATs(Mechanism):
     projection (the authors multiply it by 1000) and ``transfer_xent`` between maps. They reach the feature maps and
     ``g`` only: queries, keys and values enter detached. The teacher is quadratic.
 
+    With ``window="terraced"`` the sequence is cut into blocks of ``window_size`` tokens; a query reads its own block up
+    to itself and the block before by softmax, and linearly what is older. ``compat="authors"`` lets the last block end
+    with the sequence, as their class does, so that where blocks begin depends on the length; otherwise the first block
+    begins with it.
+
     Decoding keeps the last ``window_size`` keys and values and, for all older ones, a state that does not grow.
 
     Differs from the authors' code: cost linear in N in training too (theirs builds the whole map); padding (windows
-    and positions count the tokens that exist); states in float32; the "sliding" window only, not the "terraced" one; a
-    rotary base only, without the scaling rules of Llama 3.1.
+    and positions count the tokens that exist); states in float32; the terraced window does not decode (theirs
+    decodes with a sliding one); a rotary base only, without the scaling rules of Llama 3.1. A sequence no longer than a
+    terrace is plain softmax; in theirs, a slip of its mask adds the linear part there too, which ``compat`` keeps.
 
     Args:
         dim: width of ``x``.
@@ -83,9 +89,14 @@ class LoLCATs(Mechanism):
         head_dim: width D of a head; ``dim / num_heads`` by default.
         window_size: keys under softmax, the query's own included; 0 leaves linear attention alone.
         feature_dim: columns of each feature matrix; ``head_dim`` by default.
-        features: how features are made, see :class:`attnlib.nn.linear.feature_maps.HedgehogFeatures`.
+        features: how features are made, the ``kind`` of :class:`attnlib.nn.linear.feature_maps.HedgehogFeatures`.
+        feature_options: the other settings of that class: ``fullspace``, ``identity``, ``skip``, ``bias``, ``hidden``.
+        tie_features: one map for queries and keys.
+        window: ``"sliding"`` or ``"terraced"``.
+        compat: ``"authors"``, see above.
         rotary: base of the rotary positions that queries and keys have before the maps; ``None`` for none.
-        window_factor: start of ``g``; -2.1972 makes ``gamma`` 0.1.
+        window_factor: start of ``g``; -2.1972 makes ``gamma`` 0.1. Without a window there is no ``g``.
+        train_window_factor: whether ``g`` is trained.
         affine: ``beta = 1 - gamma`` instead of 1.
         consistent: weigh window and linear part in the same units.
         attention_transfer: start as its own teacher, see above; the attribute of that name turns it on and off.
@@ -119,8 +130,12 @@ class LoLCATs(Mechanism):
         window_size: int = 64,
         feature_dim: int | None = None,
         features: str = "softmax",
+        feature_options: Mapping[str, Any] | None = None,
+        tie_features: bool = False,
+        window: str = "sliding",
         rotary: float | None = 10000.0,
         window_factor: float = -2.1972245773362196,
+        train_window_factor: bool = True,
         affine: bool = False,
         consistent: bool = False,
         attention_transfer: bool = False,
@@ -128,12 +143,17 @@ class LoLCATs(Mechanism):
         proj_bias: bool = False,
         chunk: int = 128,
         causal: bool = True,
+        compat: str | None = None,
     ):
         super().__init__(dim)
         if not causal:
             raise ValueError("causal=False is not possible: its window looks back; pass causal=True")
         if window_size < 0:
             raise ValueError(f"window_size must be at least 0, got {window_size}")
+        check_choice("window", window, ("sliding", "terraced"))
+        check_choice("compat", compat, (None, "authors"))
+        if window == "terraced" and not window_size:
+            raise ValueError("window='terraced' needs a window_size of at least 1")
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
         self.num_heads = num_heads
@@ -146,24 +166,39 @@ class LoLCATs(Mechanism):
         self.k = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=qkv_bias)
         self.v = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=qkv_bias)
         self.proj = nn.Linear(num_heads * self.head_dim, dim, bias=proj_bias)
-        self.phi_q = HedgehogFeatures(num_heads, self.head_dim, feature_dim, features)
-        self.phi_k = HedgehogFeatures(num_heads, self.head_dim, feature_dim, features)
-        self.window_factor = nn.Parameter(torch.full((num_heads,), float(window_factor)))
+        self.window, self.compat = window, compat
+
+        def phi() -> HedgehogFeatures:
+            return HedgehogFeatures(num_heads, self.head_dim, feature_dim, features, **(feature_options or {}))
+
+        self.phi_q = phi()
+        self.phi_k = self.phi_q if tie_features else phi()
+        self.window_factor: nn.Parameter | None = None
+        if window_size:
+            factor = torch.full((num_heads,), float(window_factor))
+            self.window_factor = nn.Parameter(factor, requires_grad=train_window_factor)
 
     @property
     def traits(self) -> Traits:
         if self.attention_transfer:
             return self.class_traits.but(streaming=False)
-        return self.class_traits.but(work={"N": 1}, memory={"N": 1}, losses=())
+        return self.class_traits.but(
+            streaming=self.window == "sliding", work={"N": 1}, memory={"N": 1}, losses=()
+        )  # fmt: skip
 
     def feature_parameters(self) -> list[nn.Parameter]:
         """What attention transfer trains; everything else stays as it is."""
-        return [*self.phi_q.parameters(), *self.phi_k.parameters(), self.window_factor]
+        maps = [*self.phi_q.parameters(), *(self.phi_k.parameters() if self.phi_k is not self.phi_q else ())]
+        free = self.window_factor is not None and self.window_factor.requires_grad
+        return [*maps, self.window_factor] if free else maps  # type: ignore[list-item]
 
     # ---- the hybrid, on sequences whose tokens all come first
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Logarithms of gamma and beta, (1, H, 1) each."""
+        if self.window_factor is None:
+            none = torch.zeros(1, self.num_heads, 1, dtype=dtype, device=self.q.weight.device)
+            return none, none
         g = self.window_factor.to(dtype).view(1, -1, 1)
         return F.logsigmoid(g), F.logsigmoid(-g) if self.affine else torch.zeros_like(g)
 
@@ -188,13 +223,73 @@ class LoLCATs(Mechanism):
             total = soft.shift(log_gamma).merge(total)
         return total.finish().to(v.dtype), final
 
+    def _terraces(self, many: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) empty places before the first token, so that blocks begin where they should; and (B,) boolean, where the
+        authors' slip adds a linear part inside the window."""
+        if self.compat == "authors":
+            return -many % self.window_size, many <= self.window_size
+        return torch.zeros_like(many), torch.zeros_like(many, dtype=torch.bool)
+
+    def _terraced(self, q: Tensor, k: Tensor, v: Tensor, exists: Tensor) -> Tensor:
+        """(B, H, n, D) outputs with a window of this block and the one before."""
+        n, size, high = q.shape[2], self.window_size, stats_dtype(q.dtype)
+        many = exists.sum(1)
+        before, slip = self._terraces(many)
+        blocks = (n + 2 * size - 2) // size if self.compat == "authors" else -(-n // size)
+        at = torch.arange(blocks * size, device=q.device) - before[:, None]
+        there = (at >= 0) & (at < many[:, None])
+        index = at.clamp(0, max(n - 1, 0))[:, None, :, None]
+
+        def place(t: Tensor) -> Tensor:
+            t = expand_heads(t, self.num_heads)
+            t = t.gather(2, index.expand(-1, t.shape[1], -1, t.shape[3])).masked_fill(~there[:, None, :, None], 0.0)
+            return t.unflatten(2, (blocks, size))
+
+        def pair(t: Tensor, axis: int) -> Tensor:
+            """Every block (axis) behind the one before it."""
+            earlier = torch.cat([torch.zeros_like(t.narrow(axis, 0, 1)), t.narrow(axis, 0, t.shape[axis] - 1)], axis)
+            return torch.cat([earlier, t], axis + 1)
+
+        q, k, v = place(q), place(k), place(v)
+        seen = there.unflatten(1, (blocks, size))
+        keys, values = pair(k, 2).to(high), pair(v, 2).to(high)
+        reach = torch.arange(2 * size, device=q.device) <= torch.arange(size, 2 * size, device=q.device)[:, None]
+        allowed = reach & pair(seen, 1)[:, None, :, None, :]
+        scores = ((q * self.scale).to(high) @ keys.mT).masked_fill(~allowed, float("-inf"))
+        top = scores.amax(-1, keepdim=True)
+        top = torch.where(allowed.any(-1, keepdim=True), top, torch.zeros_like(top))
+        e = torch.exp(scores - top)
+        scale = top.squeeze(-1) if self.consistent else torch.zeros_like(top.squeeze(-1))
+        log_gamma, log_beta = (f.unsqueeze(-1) for f in self._factors(high))
+        soft = Partial(scale, e.sum(-1), e @ values).shift(log_gamma)
+        f_q = self.phi_q(q.flatten(2, 3)).unflatten(2, (blocks, size)).to(high)
+        f_k = self.phi_k(k.flatten(2, 3)).unflatten(2, (blocks, size)).to(high)
+        f_k = f_k.masked_fill(~seen[:, None, :, :, None], 0.0)
+        # What ends two blocks before: sums over the blocks, moved on by two.
+        sums = torch.cat([f_k.mT @ v.to(high), f_k.sum(3).unsqueeze(-1)], -1).cumsum(2)
+        sums = F.pad(sums, (0, 0, 0, 0, 2, 0))[:, :, :blocks]
+        num, den = (f_q @ sums).split([v.shape[-1], 1], -1)
+        if self.compat == "authors":
+            inside = (f_q @ f_k.mT).masked_fill(~(slip[:, None, None, None, None] & reach[:, size:]), 0.0)
+            num, den = num + inside @ v.to(high), den + inside.sum(-1, keepdim=True)
+        old = Partial(torch.zeros_like(scale), den.squeeze(-1), num).shift(log_beta)
+        out = soft.merge(old).finish().flatten(2, 3)
+        back = (torch.arange(n, device=q.device) + before[:, None])[:, None, :, None]
+        return out.gather(2, back.expand(-1, out.shape[1], -1, out.shape[3])).to(v.dtype)
+
     def _map(self, q: Tensor, k: Tensor, exists: Tensor) -> Tensor:
         """(B, H, N, N) weights of the hybrid, for the loss between maps."""
         high = stats_dtype(q.dtype)
         n = q.shape[2]
         k = expand_heads(k, self.num_heads)
         age = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)
-        near, old = (age >= 0) & (age < self.window_size), age >= self.window_size
+        if self.window == "sliding":
+            near, old = (age >= 0) & (age < self.window_size), age >= self.window_size
+        else:
+            before, slip = self._terraces(exists.sum(1))
+            block = (torch.arange(n, device=q.device) + before[:, None]) // self.window_size
+            apart = (block[:, :, None] - block[:, None, :]).unsqueeze(1)
+            near, old = (age >= 0) & (apart <= 1), (age >= 0) & ((apart > 1) | slip[:, None, None, None])
         near, old = (m & exists[:, None, None, :] for m in (near, old))
         log_gamma, log_beta = (f.unsqueeze(-1) for f in self._factors(high))
         scores = (q.to(high) @ k.to(high).transpose(-2, -1) * self.scale).masked_fill(~near, float("-inf"))
@@ -213,8 +308,11 @@ class LoLCATs(Mechanism):
             return attention(q, k, v, **call), None
         truth, target = attention(q, k, v, return_weights=True, **call)
         q, k, v, truth_, target = (t.detach() for t in (q, k, v, truth, target))
-        pad = (0, 0, self.window_size, 0)
-        out, _ = self._hybrid(q, F.pad(k, pad), F.pad(v, pad), F.pad(exists, (self.window_size, 0)), None)
+        if self.window == "terraced":
+            out = self._terraced(q, k, v, exists)
+        else:
+            pad = (0, 0, self.window_size, 0)
+            out, _ = self._hybrid(q, F.pad(k, pad), F.pad(v, pad), F.pad(exists, (self.window_size, 0)), None)
         rows = exists[:, None].expand(-1, self.num_heads, -1)
         entropy = -(target * self._map(q, k, exists).clamp(min=1e-12).log()).sum(-1)
         count = rows.sum().clamp(min=1)
@@ -252,6 +350,8 @@ class LoLCATs(Mechanism):
         if self.attention_transfer:
             out, losses = self._transfer(q, k, v, now, "losses" in returns)
             return Output(self._finish(out, order), losses=losses)
+        if self.window == "terraced":
+            return Output(self._finish(self._terraced(q, k, v, now), order))
         if state is None:
             k, v = (F.pad(t, (0, 0, window, 0)) for t in (k, v))
         else:
@@ -279,12 +379,17 @@ class LoLCATs(Mechanism):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From ``LolcatsSlidingWindowAttention`` (``q_proj``, ``feature_map_q.mlp.layer``, ``window_factors``)."""
-        theirs = Released(state_dict, "LolcatsSlidingWindowAttention")
+        """From ``LolcatsSlidingWindowAttention``, ``LolcatsTKWindowAttention`` (terraced) or ``LolcatsLinearAttention``
+        (no window): ``q_proj``, ``feature_map_q.mlp.layer``, ``window_factors`` and so on."""
+        theirs = Released(state_dict, "LolcatsSlidingWindowAttention or its relatives")
+        if "window_factors" in theirs:
+            theirs.leave(r"window_factor", because="an older name of window_factors, which they keep beside it")
         theirs.leave(r"rotary_emb\.inv_freq", because="a setting here: the rotary base")
         rules: dict[str, Rule] = {
-            r"window_factors": lambda match, value: {"window_factor": value.flatten()},
+            r"window_factors?": lambda match, value: {"window_factor": value.flatten()},
             r"feature_map_([qk])\.mlp\.layer": r"phi_\1.weight",
+            r"feature_map_([qk])\.mlp\.bias": r"phi_\1.bias",
+            r"feature_map_([qk])\.mlp\.(layer|bias)([01])": r"phi_\1.\2\3",
             r"([qkv])_proj\.(weight|bias)": r"\1.\2",
             r"o_proj\.(weight|bias)": r"proj.\1",
         }
