@@ -42,53 +42,6 @@ def test_every_public_name_resolves():
         attnlib.atention  # noqa: B018
 
 
-def imports_of(path: Path) -> set[str]:
-    """Packages of attnlib that a file imports at module level."""
-    package = path.relative_to(ROOT / "src").with_suffix("").parts
-    if package[-1] == "__init__":
-        package = (*package, "")
-    found = set()
-    for line in path.read_text().splitlines():  # module level only: indented imports are lazy on purpose
-        if m := re.match(r"from (\.*)([\w.]*) import (.+)", line):
-            dots, module, names = m.groups()
-            if dots:
-                base = package[: len(package) - len(dots)]
-                target = ".".join([*base, module] if module else base)
-            else:
-                target = module
-            if target.startswith("attnlib"):
-                parts = target.split(".")
-                found |= {parts[1]} if len(parts) > 1 else {n.strip(" ()").split(" ")[0] for n in names.split(",")}
-        elif m := re.match(r"import attnlib\.(\w+)", line):
-            found.add(m.group(1))
-    return found
-
-
-FLOORS = [
-    {"checks", "types", "grids", "masks", "positions", "normalizers"},
-    {"ops", "optim"},
-    {"nn"},
-    {"models", "hooks"},
-    {"cache", "steer", "reduce", "convert", "look", "theory", "parallel"},
-    {"check", "bench", "catalog"},
-    {"cli"},
-]
-
-
-def test_floors_import_only_from_below():
-    height = {name: level for level, names in enumerate(FLOORS) for name in names}
-    wrong = []
-    for path in (ROOT / "src" / "attnlib").rglob("*.py"):
-        top = path.relative_to(ROOT / "src" / "attnlib").parts[0].removesuffix(".py")
-        if top == "__init__":
-            continue
-        assert top in height, f"{path} stands on no floor"
-        for target in imports_of(path):
-            if target in height and height[target] > height[top]:
-                wrong.append(f"{top} (floor {height[top]}) imports {target} (floor {height[target]}) in {path.name}")
-    assert not wrong, wrong
-
-
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_python_snippets_run(name):
     """Every python block of a page runs, in order, in one namespace."""

@@ -116,6 +116,7 @@ def attach(
                 "interventions to one attach"
             )
     sites = adapter.sites(model, part)
+    adapter.trust(model, sites, attach)
     plan: dict[int, list[Intervention]] = {}
     for i in interventions:
         for kind in i.kinds:

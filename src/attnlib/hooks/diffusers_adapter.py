@@ -146,9 +146,7 @@ class ModuleRuntime(Shared):
                 f"{self.where}: {self.processor} concatenates text keys to its own; a description of that is missing"
             )
         if stages["on_context"] and getattr(self.module, "fused_projections", False):
-            raise ValueError(
-                f"{self.where}: its projections are fused, so on_context is missing there; unfuse them"
-            )
+            raise ValueError(f"{self.where}: its projections are fused, so on_context is missing there; unfuse them")
         if not (stages.in_attention or stages["around_sublayer"]):
             self.attached = original
             return

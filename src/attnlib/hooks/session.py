@@ -37,12 +37,16 @@ class Adapter:
         """Every attention of ``model`` (or of its ``part``) that can be acted on; raises when there is none."""
         raise NotImplementedError
 
+    def trust(self, model: nn.Module, sites: list[Site], attach: Callable[..., Session]) -> None:
+        """Refuse a model whose library nobody tested; ``attach`` may be used to look at it."""
+
     def install(self, session: Session, plan: list[tuple[Site, Stages]]) -> None:
         """Intercept the sites of ``plan``; every change goes through ``session.undo`` at once."""
         raise NotImplementedError
 
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
 
 @dataclass
 class _Now:

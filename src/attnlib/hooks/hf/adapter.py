@@ -19,7 +19,7 @@ therefore be run at any time, also from within ``on_logits``.
 from __future__ import annotations
 
 import functools
-import importlib
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from ..blocks import block_of, swap_sources
 from ..intervention import Stages
 from ..session import Adapter, Session
 from ..site import Site
+from . import removal
 from .cache import mask_unwritten
 from .follow import _Follow, follow_generate
 from .layer import LayerRuntime, intercept, register
@@ -40,6 +41,7 @@ from .names import (
     kernel_of,
     reachable,
 )
+from .selfcheck import ensure
 
 
 class TransformersAdapter(Adapter):
@@ -97,9 +99,12 @@ class TransformersAdapter(Adapter):
             )
         return sites
 
+    def trust(self, model: nn.Module, sites: list[Site], attach: Callable[..., Session]) -> None:
+        cache_parameter(model)
+        ensure(model, sites, attach)
+
     def install(self, session: Session, plan: list[tuple[Site, Stages]]) -> None:
         session.counts_steps = True
-        cache_parameter(session.model)
         follows = [i for stage in ("on_logits", "on_step", "on_tokens") for i in session.acting(stage)]
         follow = _Follow(session, bool(follows))
         session.hook(session.model.register_forward_pre_hook(follow, with_kwargs=True))
@@ -135,7 +140,6 @@ class TransformersAdapter(Adapter):
                     hide = functools.partial(_hide_unwritten, site)
                     session.hook(block_of(session.model, site).register_forward_pre_hook(hide, with_kwargs=True))
         if any(stages["on_tokens"] for _, stages in plan):
-            removal = importlib.import_module(".removal", __package__)
             removal.install(session, runtimes)
 
     @staticmethod

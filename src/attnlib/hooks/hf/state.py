@@ -133,7 +133,6 @@ def state_layers(cache: Any, num_layers: int) -> Sequence[StateLayer]:
     layers = getattr(cache, "layers", None)
     if layers is None or len(layers) != num_layers or not all(isinstance(layer, StateLayer) for layer in layers):
         raise TypeError(
-            f"cache must be made by attnlib.hooks.hf.state.state_cache({num_layers}) or left out, "
-            f"got {cache!r:.200}"
+            f"cache must be made by attnlib.hooks.hf.state.state_cache({num_layers}) or left out, got {cache!r:.200}"
         )
     return layers

@@ -87,9 +87,7 @@ class MultiheadRuntime(ModuleRuntime):
             # Asked for weights the module reads its mask; else the hint hides learned and zero keys, too.
             alone["is_causal"] = False
         with _quiet(bool(other and module.training and module.dropout), query.device):
-            (out, _), changed, weights = self.intercepted(
-                lambda: self.forward(query, key, value, **alone), describe
-            )
+            (out, _), changed, weights = self.intercepted(lambda: self.forward(query, key, value, **alone), describe)
         if not changed:
             return self.forward(query, key, value, **given) if other else (out, None)
         if not need_weights:

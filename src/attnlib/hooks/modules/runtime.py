@@ -60,7 +60,6 @@ class ModuleRuntime(Shared):
 
     def install(self) -> None:
         if self.stages.in_attention or self.stages["around_sublayer"] or self.stages["on_context"]:
-
             session, plain = self.session, self.forward
 
             @functools.wraps(plain)
