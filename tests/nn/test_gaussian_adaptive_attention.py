@@ -9,7 +9,7 @@ SLUG = "gaussian-adaptive-attention"
 FIXTURE = Fixture(SLUG)
 
 
-@pytest.mark.parametrize("case", ["features", "tokens"])
+@pytest.mark.parametrize("case", [case for case in FIXTURE.config if case != "block"])
 def test_equals_the_authors(case):
     module = FIXTURE.build(case)
     FIXTURE.holds(case, module, lambda m, xs: m(xs["x"]))
@@ -143,3 +143,12 @@ def test_bad_settings():
         GaussianBlock(8, (2, 2), (1,))
     with pytest.raises(ValueError, match="does not have: weight"):
         attnlib.convert_state_dict(SLUG, {"weight": torch.zeros(1)})
+
+
+def test_padding_values_pass_and_need_the_authors_arithmetic():
+    with pytest.raises(ValueError, match=r"padding_value=0\.0 needs compat='authors'"):
+        attnlib.create(SLUG, dim=8, num_heads=2, padding_value=0.0)
+    m = attnlib.create(SLUG, dim=8, num_heads=2, compat="authors", padding_value=-3.0)
+    x = torch.randn(1, 4, 8)
+    x[0, 1] = -3.0
+    assert torch.equal(m(x)[0, 1], x[0, 1])

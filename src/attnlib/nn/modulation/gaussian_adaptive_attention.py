@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +42,16 @@ class GaussianAdaptiveAttention(Mechanism):
         axis: ``"features"`` or ``"tokens"`` (all tokens of the grid, flattened).
         residual: ``y = x + w x``, a layer of the authors' block.
         eps: added to the variance.
+        compat: ``"authors"`` computes the product of densities as it stands and clamps their sum at ``eps``.
+        padding_value: with ``compat="authors"``: entries of ``x`` that equal it pass unchanged, and count as zeros in
+            mean and variance.
 
-    What differs from the authors' code: it clamps the sum of densities at 1e-8, so that its weights fall short of one,
-    or vanish, where the densities are small; here they always sum to one. Tokens that do not exist leave mean and
-    variance (theirs replaces a padding value by zeros that still count), and chunks over tokens are made of the tokens
-    that exist. ``eps`` reaches the variance (theirs passes it as another argument). Chunks of one element, whose
-    variance does not exist, are refused; where absent tokens leave a head a single one, it keeps weight 1.
+    What differs from the authors' code, unless ``compat="authors"``: it clamps the sum of densities at 1e-8, so that
+    its weights fall short of one, or vanish, where the densities are small; here they always sum to one. Tokens that do
+    not exist leave mean and variance (theirs knows a padding value instead, whose zeros still count), and chunks over
+    tokens are made of the tokens that exist. ``eps`` reaches the variance (theirs passes it as another argument). Chunks
+    of one element, whose variance does not exist, are refused; where absent tokens leave a head a single one, it keeps
+    weight 1.
 
     Reference: Ioannides et al., 2024, arXiv 2401.11143.
 
@@ -70,9 +76,17 @@ class GaussianAdaptiveAttention(Mechanism):
         axis: str = "features",
         residual: bool = False,
         eps: float = 1e-8,
+        compat: str | None = None,
+        padding_value: float | None = None,
     ):
         super().__init__(dim)
         check_choice("axis", axis, AXES)
+        check_choice("compat", compat, (None, "authors"))
+        if padding_value is not None and compat != "authors":
+            raise ValueError(
+                f"padding_value={padding_value} needs compat='authors'; valid= says which tokens exist without it"
+            )
+        self.compat, self.padding_value = compat, padding_value
         if num_heads < 1 or num_gaussians < 1:
             raise ValueError(
                 f"num_heads and num_gaussians must be at least 1, got num_heads={num_heads}, "
@@ -104,6 +118,8 @@ class GaussianAdaptiveAttention(Mechanism):
 
     def _chunk(self, x: Tensor, head: int, axis: int, keep: Tensor | None = None) -> Tensor:
         """Weights of one chunk, summing to one along ``axis``; entries outside ``keep`` take no part and get zero."""
+        if self.compat == "authors":
+            return self._authors_chunk(x, head, axis, keep)
         precision, centre = (t[head].to(x.dtype) for t in self.gaussians())
         if keep is None:
             centred = x - x.mean(axis, keepdim=True)
@@ -118,6 +134,28 @@ class GaussianAdaptiveAttention(Mechanism):
         weight = (score - torch.where(count > 0, top, 0.0)).clamp(max=0.0).exp().masked_fill(~keep, 0.0)
         return weight / torch.where(count > 0, weight.sum(axis, keepdim=True), 1.0)
 
+    def _authors_chunk(self, x: Tensor, head: int, axis: int, keep: Tensor | None) -> Tensor:
+        """The same in the authors' arithmetic: densities multiplied, their sum clamped, padding values let through."""
+        padding = None if self.padding_value is None else x == self.padding_value
+        seen = x if padding is None else x.masked_fill(padding, 0.0)
+        if keep is None:
+            mean, variance = seen.mean(axis, keepdim=True), seen.var(axis, keepdim=True)
+        else:
+            seen, count = seen.masked_fill(~keep, 0.0), keep.sum(axis, keepdim=True)
+            mean = seen.sum(axis, keepdim=True) / count.clamp(min=1)
+            centred = (seen - mean).masked_fill(~keep, 0.0)
+            variance = centred.square().sum(axis, keepdim=True) / (count - 1).clamp(min=1)
+            x = x.masked_fill(~keep, 0.0)
+        deviation = torch.sqrt(variance + self.eps)
+        density = torch.ones_like(x)
+        for offset, width in zip(self.offset[head].to(x.dtype), self.width[head].to(x.dtype), strict=True):
+            y = (x - (mean + offset)) / deviation
+            density = density * torch.exp(-y.square() / (2 * width**2)) / torch.sqrt(2 * math.pi * width**2)
+        if keep is not None:
+            density = density.masked_fill(~keep, 0.0)
+        weight = density / density.sum(axis, keepdim=True).clamp(min=self.eps)
+        return weight if padding is None else torch.where(padding, torch.ones_like(weight), weight)
+
     def gate(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """The weights ``w``, to look at.
 
@@ -126,7 +164,7 @@ class GaussianAdaptiveAttention(Mechanism):
             valid: (B, *grid) boolean, which tokens exist.
 
         Returns:
-            (B, *grid, C), of each head summing to one along the axis; zero where no token is.
+            (B, *grid, C), of each head summing to one along the axis (except for ``compat``); zero where no token is.
 
         >>> float(GaussianAdaptiveAttention(dim=8, num_heads=1).gate(torch.randn(1, 3, 8))[0, 0].sum().round())
         1.0
@@ -208,6 +246,7 @@ class GaussianBlock(nn.Module):
     Args:
         dim: width of ``x``.
         num_heads, num_gaussians, axes: one per layer.
+        settings: of every layer: ``eps``, ``compat``, ``padding_value``.
 
     Reference: Ioannides et al., 2024, arXiv 2401.11143.
 
@@ -221,6 +260,7 @@ class GaussianBlock(nn.Module):
         num_heads: Sequence[int] = (4, 4, 4),
         num_gaussians: Sequence[int] = (5, 5, 5),
         axes: Sequence[str] | None = None,
+        **settings: Any,
     ):
         super().__init__()
         axes = ["features"] * len(num_heads) if axes is None else axes
@@ -230,7 +270,7 @@ class GaussianBlock(nn.Module):
                 f"{len(num_gaussians)} and {len(axes)}"
             )
         self.layers = nn.ModuleList(
-            GaussianAdaptiveAttention(dim, h, g, a, residual=True)
+            GaussianAdaptiveAttention(dim, h, g, a, residual=True, **settings)
             for h, g, a in zip(num_heads, num_gaussians, axes, strict=True)
         )
 
