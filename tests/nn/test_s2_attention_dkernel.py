@@ -1,8 +1,10 @@
 import itertools
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from parity import Fixture
 
 import attnlib
 from attnlib import attention, masks
@@ -199,10 +201,65 @@ def test_bad_settings():
         (dict(dense_heads=5), "num_dense=5"),
         (dict(coverage="maybe"), "coverage="),
         (dict(alibi=True), "alibi"),
-        (dict(causal=True), "causal is not a setting"),
         (dict(num_kv_heads=3), "num_kv_heads=3"),
     ):
         with pytest.raises(ValueError, match=words):
             S2Attention(16, 4, **settings)
     with pytest.raises(ValueError, match="num_patterns=3"):
         sharded_context(2, 1, 2, num_heads=4, num_patterns=3)
+
+
+RECORDED = Fixture(SLUG)
+
+
+@pytest.mark.parametrize("case", RECORDED.config)
+def test_pattern_equals_the_authors_function(case):
+    """Their dense mask of 29 tokens in blocks of 3, both directions and both kinds of stripes."""
+    settings = dict(RECORDED.config[case])
+    heads, n = settings.pop("heads"), 29
+    bits = np.unpackbits(RECORDED.tensors[case].numpy())[: heads * n * n]
+    expected = torch.from_numpy(bits).bool().view(heads, n, n).expand(settings["num_heads"], n, n)
+    m = attnlib.create(SLUG, dim=8, block_size=3, coverage="ignore", **settings).double()
+    assert torch.equal(m.pattern.dense(n).reshape(-1, n, n).expand_as(expected), expected)
+    x = torch.randn(2, n, 8, dtype=torch.float64)
+    q = m.q(x).unflatten(-1, (m.num_heads, -1)).transpose(1, 2)
+    k, v = (p(x).unflatten(-1, (m.num_kv_heads, -1)).transpose(1, 2) for p in (m.k, m.v))
+    out = attention(q, k, v, mask=masks.explicit(expected[None]))
+    torch.testing.assert_close(m(x), m.proj(out.transpose(1, 2).flatten(2)))
+    spec, tensors = m.pattern.lower()
+    assert masks.raise_mask(spec, tensors) == m.pattern
+    assert m.traits.streaming == (settings.get("causal", True) and settings.get("stripes") is None)
+
+
+@pytest.mark.parametrize("dense", [0, 1])
+def test_patterns_of_query_heads_decode_from_the_union_of_their_group(dense):
+    m = attnlib.create(
+        SLUG, dim=16, num_heads=4, num_kv_heads=2, block_size=2, local_blocks=1, stride=4, offset=1, dense_heads=dense,
+        pattern_heads="query",
+    ).double()  # fmt: skip
+    n, x = 21, torch.randn(2, 21, 16, dtype=torch.float64)
+    h, j = torch.arange(4)[:, None, None], torch.arange(n) // 2
+    i = j[:, None]
+    far = ((j + h + 1) % 4 == 0) | (h >= 4 - dense)
+    expected = ((i == j) | far) & torch.ones(n, n, dtype=torch.bool).tril()
+    assert torch.equal(m.pattern.dense(n)[0], expected)
+    out = m(x[:, :9], returns=("state",))
+    ys, state = [out.y], out.state
+    for t in range(9, n):
+        y, state = m.step(x[:, t : t + 1], state)
+        ys.append(y)
+    torch.testing.assert_close(torch.cat(ys, 1), m(x))
+    assert dense or state["k"].shape[2] < n
+
+
+def test_what_patterns_refuse():
+    for settings, words in (
+        (dict(local_blocks=(2, 1)), "must be one number with causal=True"),
+        (dict(stripes="diagonal"), "stripes="),
+        (dict(pattern_heads="group"), "pattern_heads="),
+        (dict(causal=False, local_blocks=(1, 2, 3)), "local_blocks"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attnlib.create(SLUG, dim=8, num_heads=2, **settings)
+    with pytest.raises(ValueError, match="needs causal=True and absolute stripes"):
+        attnlib.create(SLUG, dim=8, num_heads=2, causal=False).cache_fraction(8)

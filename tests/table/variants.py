@@ -22,6 +22,27 @@ ROWS += [
     Case("s2-attention-dkernel", dict(dim=16, num_heads=4, block_size=2, local_blocks=1), (12,)),
     Case(
         "s2-attention-dkernel",
+        dict(
+            dim=16,
+            num_heads=4,
+            num_kv_heads=2,
+            block_size=2,
+            local_blocks=1,
+            pattern_heads="query",
+            offset=1,
+            dense_heads=1,
+        ),
+        (12,),
+        "query-heads",
+    ),
+    Case(
+        "s2-attention-dkernel",
+        dict(dim=16, num_heads=4, block_size=2, local_blocks=(2, 1), causal=False, stride=3),
+        (13,),
+        "noncausal",
+    ),
+    Case(
+        "s2-attention-dkernel",
         dict(dim=16, num_heads=4, num_kv_heads=2, block_size=3, local_blocks=2, stride=2, dense_heads=1, rotary=1e4),
         (12,),
         "groups",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import masks
-from ...checks import check_choice, check_divides, check_int
+from ...checks import check_choice, check_divides, check_int, to_tuple
 from ...normalizers import Softmax
 from ...ops.block_sparse import BlockPlan, block_sparse_attention
 from ...types import Traits
@@ -123,9 +124,62 @@ def sharded_context(
     return ShardedContext(block_size, local, stride, step, offset, num_heads, num_patterns, num_dense)
 
 
+class StridedBlocks(masks.Mask):
+    """The patterns beside :class:`ShardedContext`: in both directions, or with stripes that follow the query.
+
+    Query block i reads key block j when ``-right < i - j < left``, or by the stripe: ``"absolute"`` as in
+    :class:`ShardedContext`; ``"relative"`` when the distance beyond the window is a multiple of ``stride``, the same in
+    all heads but the ``num_dense`` last patterns. With ``causal`` keys after the query are not read.
+    """
+
+    name = "strided_blocks"
+    fields = (
+        "block_size", "left", "right", "stride", "relative", "causal", "step", "offset", "num_heads", "num_patterns",
+        "num_dense",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        block_size: int,
+        left: int,
+        right: int,
+        stride: int,
+        relative: bool,
+        causal: bool = False,
+        step: int = 1,
+        offset: int = 0,
+        num_heads: int = 1,
+        num_patterns: int | None = None,
+        num_dense: int = 0,
+    ):
+        # the other settings, checked where they are checked for the causal pattern
+        like = ShardedContext(block_size, max(left, 1), stride, step, offset, num_heads, num_patterns, num_dense)
+        check_int("left", left, least=0)
+        check_int("right", right, least=0)
+        self.block_size, self.left, self.right, self.stride, self.relative = block_size, left, right, stride, relative
+        self.causal = causal
+        self.step, self.offset, self.num_heads, self.num_dense = step, offset, num_heads, num_dense
+        self.num_patterns = like.num_patterns
+
+    def heads(self) -> int:
+        alike = self.num_dense in (0, self.num_patterns) and (self.relative or self.step % self.stride == 0)
+        return 1 if alike else self.num_heads
+
+    def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        i, j = q // self.block_size, k // self.block_size
+        pattern = h // (self.num_heads // self.num_patterns)
+        if self.relative:
+            far = ((i - j - self.left + 1).clamp(min=0) + (j - i - self.right + 1).clamp(min=0)) % self.stride == 0
+        else:
+            near = (i - j < self.left) & (j - i < self.right)
+            far = near | ((j + pattern * self.step + self.offset) % self.stride == 0)
+        allowed = far | (pattern >= self.num_patterns - self.num_dense)
+        return allowed & (q >= k) if self.causal else allowed
+
+
 @register("s2-attention-dkernel", "s2-attention", "sharded-context")
 class S2Attention(HeadFrame[Notes]):
-    """Causal attention in which every head reads a local window and its own stripe of key blocks.
+    """Attention in which every head reads a local window and its own stripe of key blocks; causal by default.
 
     With blocks of b tokens, query block i, key block j and key/value head g::
 
@@ -137,20 +191,25 @@ class S2Attention(HeadFrame[Notes]):
     window and the stripe only: about ``1 / stride`` of the cache.
 
     Args:
-        dim, num_heads, num_kv_heads, ...: as in :class:`HeadFrame`; always causal.
+        dim, num_heads, num_kv_heads, ...: as in :class:`HeadFrame`.
         block_size: b.
-        local_blocks: blocks of the window, the query's own included.
+        local_blocks: blocks of the window, the query's own included; without ``causal`` a pair (left, right) or one
+            number for both.
         stride: distance between blocks of a stripe; 1 is dense causal attention.
         step: shift of the stripe from one key/value head to the next; 0 gives all heads the same.
         offset: shift of all stripes.
-        dense_heads: the last key/value heads that read everything.
+        dense_heads: the last key/value heads that read everything (query heads, with ``pattern_heads="query"``).
+        causal: every token reads itself and earlier ones. Otherwise all heads read by distance: see ``stripes``.
+        stripes: ``"absolute"`` as above, the default of causal attention; ``"relative"``, the default otherwise: a
+            block is read when its distance beyond the window is a multiple of ``stride``. Decoding needs the former.
+        pattern_heads: ``"kv"``: one pattern per key/value head; ``"query"``: per query head, as Phi-3 and vLLM have it
+            (with ``offset=1``). The cache then keeps what any query head of a group may read.
         coverage: what to do when some far blocks are read by no head: ``"warn"``, ``"error"`` or ``"ignore"``.
 
     A mask of the caller is combined with the pattern. ALiBi is not offered: the cache does not hold all keys.
 
     What differs from the authors' code: ``step`` counts query heads there too, while the pattern counts key/value heads
-    (the default keeps that); far blocks that no head reads are reported. The Phi-3 and vLLM variants use ``offset=1``
-    and index query heads. The non-causal variants are not here.
+    (the default keeps that); far blocks that no head reads are reported.
 
     Reference: Lin et al., 2024, arXiv 2407.17678.
 
@@ -159,7 +218,7 @@ class S2Attention(HeadFrame[Notes]):
     """
 
     class_traits = HeadFrame.class_traits.but(
-        patterns=frozenset({"causal-self"}),
+        patterns=frozenset({"causal-self", "noncausal-self"}),
         grid_ranks=frozenset({1}),
         permutation_equivariant=False,
         layout=False,
@@ -173,31 +232,43 @@ class S2Attention(HeadFrame[Notes]):
         num_kv_heads: int | None = None,
         *,
         block_size: int = 64,
-        local_blocks: int = 4,
+        local_blocks: int | Sequence[int] = 4,
         stride: int = 4,
         step: int | None = None,
         offset: int = 0,
         dense_heads: int = 0,
         coverage: str = "warn",
+        causal: bool = True,
+        stripes: str | None = None,
+        pattern_heads: str = "kv",
         **settings: Any,
     ):
-        for name in ("causal", "alibi", "context_dim"):
+        for name in ("alibi", "context_dim"):
             if settings.get(name):
-                raise ValueError(
-                    f"{name} is not a setting of s2-attention-dkernel: it is causal self-attention, no ALiBi"
-                )
+                raise ValueError(f"{name} is not a setting of s2-attention-dkernel: it is self-attention, no ALiBi")
         check_choice("coverage", coverage, COVERAGE)
-        super().__init__(dim, num_heads, num_kv_heads, causal=True, **settings)
-        self.block_size, self.local_blocks, self.stride, self.coverage = block_size, local_blocks, stride, coverage
-        self.pattern = ShardedContext(
-            block_size, local_blocks, stride, max(1, stride // num_heads) if step is None else step, offset, num_heads,
-            self.num_kv_heads, dense_heads,
-        )  # fmt: skip
-        missing = self.pattern.uncovered()
+        check_choice("stripes", stripes, (None, "absolute", "relative"))
+        check_choice("pattern_heads", pattern_heads, ("kv", "query"))
+        super().__init__(dim, num_heads, num_kv_heads, causal=causal, **settings)
+        if causal and not isinstance(local_blocks, int):
+            raise ValueError(f"local_blocks={local_blocks} must be one number with causal=True: the window looks back")
+        left, right = to_tuple("local_blocks", local_blocks, 2)
+        self.block_size, self.local_blocks, self.stride, self.coverage = block_size, left, stride, coverage
+        relative = not causal if stripes is None else stripes == "relative"
+        per_head = num_heads if pattern_heads == "query" else self.num_kv_heads
+        step = max(1, stride // num_heads) if step is None else step
+        shared = dict(step=step, offset=offset, num_heads=num_heads, num_patterns=per_head, num_dense=dense_heads)
+        self.pattern: ShardedContext | StridedBlocks
+        if not causal or relative:
+            self.pattern = StridedBlocks(block_size, left, 1 if causal else right, stride, relative, causal, **shared)
+            missing = []
+        else:
+            self.pattern = ShardedContext(block_size, left, stride, **shared)
+            missing = self.pattern.uncovered()
         if missing and coverage != "ignore":
             message = (
-                f"no head reads the far key blocks j with j % {stride} in {missing}: num_kv_heads={self.num_kv_heads} "
-                f"with step={self.pattern.step} cover {stride - len(missing)} of stride={stride} residues"
+                f"no head reads the far key blocks j with j % {stride} in {missing}: {per_head} patterns with "
+                f"step={step} cover {stride - len(missing)} of stride={stride} residues"
             )
             if coverage == "error":
                 raise ValueError(message)
@@ -205,37 +276,37 @@ class S2Attention(HeadFrame[Notes]):
 
     @property
     def traits(self) -> Traits:
-        return super().traits.but(patterns=frozenset({"causal-self"}))
+        return super().traits.but(
+            patterns=frozenset({"causal-self" if self.causal else "noncausal-self"}), grid_ranks=frozenset({1}),
+            permutation_equivariant=False, streaming=isinstance(self.pattern, ShardedContext),
+        )  # fmt: skip
 
     # ---- figures
 
     def density(self, blocks: int) -> Tensor:
-        """(num_kv_heads,) share of the causal pairs of blocks that each pattern reads, on ``blocks`` blocks."""
-        total = blocks * (blocks + 1) / 2
-        window = sum(min(self.local_blocks, i + 1) for i in range(blocks))
-        shares = []
-        for g in range(self.num_kv_heads):
-            if g >= self.num_kv_heads - self.pattern.num_dense:
-                shares.append(1.0)
-                continue
-            first = -(g * self.pattern.step + self.pattern.offset) % self.stride
-            far = sum(max(0, blocks - self.local_blocks - j) for j in range(first, blocks, self.stride))
-            shares.append((window + far) / total)
-        return torch.tensor(shares)
+        """(patterns,) share of the pairs of blocks, causal or all, that each pattern reads, on ``blocks`` blocks."""
+        total = blocks * (blocks + 1) / 2 if self.causal else blocks**2
+        starts = torch.arange(blocks) * self.block_size
+        read = self.pattern.at(starts + self.block_size - 1, starts).reshape(-1, blocks**2).sum(1)
+        return read.expand(self.num_heads)[:: self.num_heads // self.pattern.num_patterns] / total
 
     def cache_fraction(self, tokens: int) -> float:
         """Share of a full key/value cache that is needed to go on after ``tokens`` tokens; mean over heads."""
+        if not self.traits.streaming:
+            raise ValueError("cache_fraction is about decoding, which needs causal=True and absolute stripes")
         return float(self._keep(torch.arange(tokens).expand(self.num_kv_heads, -1), tokens).float().mean())
 
     # ---- decoding with an evicted cache
 
     def _keep(self, pos: Tensor, following: int) -> Tensor:
         """Which of the positions ``pos`` (G, M) of each key/value head queries from ``following`` on may read."""
-        g = torch.arange(self.num_kv_heads, device=pos.device)[:, None]
-        block = pos // self.block_size
+        patterns = self.pattern.num_patterns
+        g = torch.arange(patterns, device=pos.device).view(self.num_kv_heads, -1, 1)
+        block = (pos // self.block_size).unsqueeze(1)
         stripe = (block + g * self.pattern.step + self.pattern.offset) % self.stride == 0
-        dense = g >= self.num_kv_heads - self.pattern.num_dense
-        return stripe | dense | (following // self.block_size - block < self.local_blocks)
+        dense = g >= patterns - self.pattern.num_dense
+        # a group keeps what one of its patterns may read
+        return (stripe | dense | (following // self.block_size - block < self.local_blocks)).any(1)
 
     def _evict(self, k: Tensor, v: Tensor, pos: Tensor, there: Tensor, following: int) -> dict[str, Tensor]:
         """The part of the cache that is needed from ``following`` on; heads that need less are filled up with absent.

@@ -49,9 +49,9 @@ class GaussianAdaptiveAttention(Mechanism):
     What differs from the authors' code, unless ``compat="authors"``: it clamps the sum of densities at 1e-8, so that
     its weights fall short of one, or vanish, where the densities are small; here they always sum to one. Tokens that do
     not exist leave mean and variance (theirs knows a padding value instead, whose zeros still count), and chunks over
-    tokens are made of the tokens that exist. ``eps`` reaches the variance (theirs passes it as another argument). Chunks
-    of one element, whose variance does not exist, are refused; where absent tokens leave a head a single one, it keeps
-    weight 1.
+    tokens are made of the tokens that exist. ``eps`` reaches the variance (theirs passes it as another argument).
+    Chunks of one element, whose variance does not exist, are refused; where absent tokens leave a head a single one, it
+    keeps weight 1.
 
     Reference: Ioannides et al., 2024, arXiv 2401.11143.
 
