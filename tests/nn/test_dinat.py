@@ -147,3 +147,33 @@ def test_bad_input_is_refused():
         make()(data(1, 2, 9, 8))
     with pytest.raises(RuntimeError, match="size mismatch for rpb"):
         make().load_state_dict(make(kernel_size=5).state_dict())
+
+
+@pytest.mark.parametrize("grid", [(2, 9), (9, 4), (3, 3)])
+def test_small_maps_are_padded_as_the_authors_do(grid):
+    """Zeros at the bottom and on the right, before the projections, attended; NATTEN's own module did so."""
+    m = make(dilation=2, compat="authors")
+    x = data(2, *grid, 8)
+    padded = torch.zeros(2, *(max(n, 6) for n in grid), 8, dtype=x.dtype)
+    padded[:, : grid[0], : grid[1]] = x
+    plain = make(dilation=2)
+    plain.load_state_dict(m.state_dict())
+    torch.testing.assert_close(m(x), plain(padded)[:, : grid[0], : grid[1]])
+    valid = torch.ones(x.shape[:-1], dtype=torch.bool)
+    valid[:, 0, 1] = False
+    exists = torch.ones(padded.shape[:-1], dtype=torch.bool)
+    exists[:, 0, 1] = False
+    cropped = plain(padded, valid=exists)[:, : grid[0], : grid[1]]
+    torch.testing.assert_close(m(x, valid=valid), cropped)
+    with pytest.raises(ValueError, match=r"returns=\('weights',\) is not possible on a grid"):
+        m(x, returns=("weights",))
+    with pytest.raises(ValueError, match="mask is not possible on a grid"):
+        m(x, mask=masks.causal())
+
+
+def test_without_a_bias_any_rank_is_taken():
+    m = make(rel_bias=False)
+    assert m.rpb is None and m.traits.grid_ranks == {1, 2, 3}
+    assert m(data(1, 5, 8)).shape == (1, 5, 8)
+    with pytest.raises(ValueError, match="compat="):
+        make(compat="natten")

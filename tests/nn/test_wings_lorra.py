@@ -245,3 +245,24 @@ def test_bad_input():
         attnlib.attach(model, Wings({7: LayerWings(32, 4, 2)}), token_types=TokenTypes(image=61))
     with pytest.raises(ValueError, match="token_types"):
         attnlib.attach(model, Wings(_learners(model)))
+
+
+def test_masks_compare_positions_and_the_authors_mask_counts_tokens():
+    """Text around an image of four tokens: by position nothing later is read; by index, behind the image, it is."""
+    m = LayerWings(16, 2, 3, max_keys=12)
+    _random(m)
+    text_pos, slots = torch.tensor([0, 1, 6, 7, 8]), torch.arange(9)
+    h, text = torch.randn(1, 9, 16), torch.randn(1, 5, 16)
+    causal = attnlib.masks.causal()
+    by_position = m.textual.attend(h, text, slots, text_pos, mask=causal)
+    allowed = (text_pos <= slots[:, None])[None, None]
+    torch.testing.assert_close(by_position, m.textual.attend(h, text, slots, text_pos, mask=allowed))
+    torch.testing.assert_close(by_position, m(h, None, text, text_pos=text_pos))
+    authors = LayerWings(16, 2, 3, max_keys=12, compat="authors")
+    authors.load_state_dict(m.state_dict())
+    allowed = (torch.arange(5) <= slots[:, None])[None, None]
+    expected = m.textual.attend(h, text, slots, text_pos, mask=allowed)
+    torch.testing.assert_close(authors(h, None, text, text_pos=text_pos), expected)
+    assert float((expected - by_position).abs().max()) > 1e-3
+    with pytest.raises(ValueError, match="activation="):
+        LearnerRouter(4, activation="swish")

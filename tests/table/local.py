@@ -5,6 +5,7 @@ SEQUENCES = ((512,), (1024,), (2048,))
 IMAGES = ((32, 32), (64, 64), (128, 128))
 
 ROWS = [
+    Case("dinat", dict(dim=16, num_heads=2, kernel_size=3, dilation=2, compat="authors"), (7, 6), "compat"),
     Case("fused-neighborhood-attention", dict(dim=16, num_heads=4, kernel_size=3), (6, 7), growth=IMAGES,
          layout=Layout.image(4, 5, cls=1), odd_grid=(5, 9)),
     Case("fused-neighborhood-attention", dict(dim=16, num_heads=2, kernel_size=4, dilation=2, causal=True), (20,),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ class LowRankResidualAttention(Mechanism):
             q_pos: (N,) or (B, N) positions of the states; from zero by default.
             k_pos: (M,) or (B, M) positions of the features.
             valid: (B, M) boolean, which features exist; a sample without any gets zeros.
-            mask: which pairs meet, on indices, or a boolean tensor.
+            mask: which pairs meet: a mask compares positions, a boolean (B or 1, H or 1, N, M) speaks of indices.
             return_weights: also return (B, H, N, M).
         """
         features = zero_invalid(features, valid)
@@ -113,11 +113,14 @@ class LowRankResidualAttention(Mechanism):
             k_pos = torch.arange(features.shape[1], device=h.device) if k_pos is None else k_pos
             q = rotate(q, rotary_angles(q_pos, self.head_dim, self.rotary))
             k = rotate(k, rotary_angles(k_pos, self.head_dim, self.rotary))
+        call: dict[str, Any] = dict(mask=mask, valid=valid)
+        if isinstance(mask, Mask):
+            call |= dict(q_pos=q_pos, k_pos=k_pos)
         weights = None
         if return_weights:
-            out, weights = attention(q, k, v, mask=mask, valid=valid, return_weights=True)
+            out, weights = attention(q, k, v, return_weights=True, **call)
         else:
-            out = attention(q, k, v, mask=mask, valid=valid)
+            out = attention(q, k, v, **call)
         y = self.proj(merge_heads(out))
         return (y, weights) if return_weights else y
 
@@ -145,6 +148,11 @@ class LowRankResidualAttention(Mechanism):
         return theirs.close(theirs.renamed(_learner_rules("", "")))
 
 
+ROUTER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
+}  # fmt: skip
+
+
 class LearnerRouter(nn.Module):
     """Weighs two learners per token by what the layer's own attention looks at.
 
@@ -153,13 +161,17 @@ class LearnerRouter(nn.Module):
 
     Args:
         max_keys: longest sequence.
+        activation: ``"silu"``, as above, or another of the authors' choices: ``"relu"``, ``"gelu"``, ``"sigmoid"`` or
+            ``"tanh"``.
 
     >>> LearnerRouter(8)(torch.rand(2, 3, 4)).sum(-1).allclose(torch.ones(2, 3))
     True
     """
 
-    def __init__(self, max_keys: int = 4096):
+    def __init__(self, max_keys: int = 4096, activation: str = "silu"):
         super().__init__()
+        check_choice("activation", activation, ROUTER_ACTIVATIONS)
+        self.activation = activation
         if max_keys < 1:
             raise ValueError(f"max_keys={max_keys} must be at least 1")
         self.linear = nn.Linear(max_keys, 2)
@@ -171,7 +183,8 @@ class LearnerRouter(nn.Module):
         if count > check:
             raise ValueError(f"the router knows {check} keys (max_keys), this layer attends to {count}")
         weight = self.linear.weight[:, :count]
-        return F.silu(F.linear(attended.to(weight.dtype), weight, self.linear.bias)).softmax(-1)
+        logits = F.linear(attended.to(weight.dtype), weight, self.linear.bias)
+        return ROUTER_ACTIVATIONS[self.activation](logits).softmax(-1)
 
 
 class LayerWings(nn.Module):
@@ -181,7 +194,9 @@ class LayerWings(nn.Module):
         dim, num_heads, rank, rotary: of :class:`LowRankResidualAttention`.
         textual: a textual learner and a router beside the visual learner (the second stage of training).
         max_keys: of :class:`LearnerRouter`.
-        compat: ``"authors"`` adds both learners twice, as the authors' released layer does.
+        compat: ``"authors"`` adds both learners twice, as the authors' released layer does, and gives the textual
+            learner their mask: state at slot i reads the first i + 1 tokens of the text, wherever they stand, so that
+            behind an image it reads text that follows.
 
     >>> sum(p.numel() for p in LayerWings(32, 4, rank=2, textual=False).parameters()) == 8 * 32 * 2
     True
@@ -238,7 +253,8 @@ class LayerWings(nn.Module):
             return torch.zeros_like(h) if seen is None else seen
         q_pos = torch.arange(h.shape[1], device=h.device) if q_pos is None else q_pos
         text_pos = torch.arange(text.shape[1], device=h.device) if text_pos is None else text_pos
-        before = (text_pos.unsqueeze(-2) <= q_pos.unsqueeze(-1)).expand(h.shape[0], -1, -1)[:, None]
+        last = torch.arange(text.shape[1], device=h.device) if self.compat == "authors" else text_pos
+        before = (last.unsqueeze(-2) <= q_pos.unsqueeze(-1)).expand(h.shape[0], -1, -1)[:, None]
         read = self.textual.attend(h, text, q_pos, text_pos, valid=text_valid, mask=before)
         if seen is None:
             return read
