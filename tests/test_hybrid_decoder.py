@@ -236,7 +236,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         m()
     with pytest.raises(ValueError, match="attention_mask must be"):
-        m(ids, attention_mask=torch.ones(2, 1, 5, 5))
+        m(ids, attention_mask=torch.ones(2, 5, 5))
     with pytest.raises(TypeError, match="cache must be made by"):
         m(ids, past_key_values=DynamicCache(), use_cache=True)
     with pytest.raises(TypeError, match="cache must be made by"):

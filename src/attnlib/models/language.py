@@ -23,7 +23,9 @@ from transformers.modeling_outputs import ModelOutput
 from ..hooks.hf.names import output_field
 from ..hooks.hf.state import StateLayer, state_cache, state_layers
 from ..nn.base import Mechanism
+from ..nn.layers import zero_invalid
 from ..nn.registry import create, find
+from .packing import Packing, exists_by, read_documents
 
 MechanismSpec = str | dict[str, Any]
 
@@ -186,23 +188,50 @@ class DecoderLayer(GradientCheckpointingLayer):
             layer.advance(out.state, x.shape[1])
         return out.y, out.losses or {}
 
+    def mix_documents(
+        self, x: Tensor, valid: Tensor | None, layer: StateLayer | None, packing: Packing | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`mix`, each packed document a sample of its own."""
+        if packing is None:
+            return self.mix(x, valid, layer)
+        losses: dict[str, Tensor] = {}
+
+        def call(documents: Tensor, exists: Tensor | None) -> Tensor:
+            y, own = self.mix(documents, exists, layer)
+            losses.update(own)
+            return y
+
+        traits = self.mixer._claims()
+        if layer is not None and self.mixer.counts_slots and not packing.even:
+            raise ValueError(
+                f"layer {self.index}: {self.mixer._name()} counts slots from the front, where documents of unequal "
+                "length are padded to be continued as a batch; pass use_cache=False"
+            )
+        # Losses are means over all documents, and a mechanism may look across its batch.
+        together = not traits.batch_independent or bool(set(traits.losses) - self.unwanted)
+        how = "late" if layer is not None else "whole" if together else "exact" if self.mixer.reads_length else "alike"
+        return packing.each(x, call, how), losses
+
     def forward(
         self,
         hidden_states: Tensor,
         valid: Tensor | None = None,
         cache: Cache | None = None,
         use_cache: bool = False,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, N, C) tokens and the mechanism's losses."""
         layer: StateLayer | None = None
         if use_cache and cache is not None:
             layer = cache.layers[self.index]  # type: ignore[assignment]
             assert isinstance(layer, StateLayer)
-        return self.combine(hidden_states, valid, layer)
+        return self.combine(hidden_states, valid, layer, packing)
 
-    def combine(self, x: Tensor, valid: Tensor | None, layer: StateLayer | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def combine(
+        self, x: Tensor, valid: Tensor | None, layer: StateLayer | None, packing: Packing | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mechanism, feed-forward, norms and residuals."""
-        out, losses = self.mix(self.mixer_norm(x), valid, layer)
+        out, losses = self.mix_documents(self.mixer_norm(x), valid, layer, packing)
         x = x + out
         return x + self.mlp(self.mlp_norm(x)), losses
 
@@ -212,6 +241,20 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
     if cache is not None and past_key_values is not None:
         raise ValueError("cache and past_key_values are two names of one argument; give one of them")
     return past_key_values if cache is None else cache
+
+
+def past_tokens(cache: Cache) -> tuple[int, Tensor | None]:
+    """Slots that a cache has seen, and how many tokens of each sample existed (B,); ``None`` before the first call."""
+    layers: Sequence[StateLayer] = cache.layers  # type: ignore[assignment]
+    states = [layer.state for layer in layers if layer.state is not None]
+    if not states:
+        return 0, None
+    counted = next((state["tokens"] for state in states if "tokens" in state), None)
+    seen = layers[0].get_seq_length()
+    if counted is None:
+        leaf = next(iter(states[0].tensors.values()))
+        counted = torch.full((layers[0].batch_size,), seen, device=leaf.device)
+    return seen, counted
 
 
 @dataclass
@@ -226,6 +269,7 @@ class DecoderOutput(ModelOutput):
             looks for that one it is what the field is called.
         hidden_states: input of each layer, and the last one normed, when asked for.
         mechanism_losses: each mechanism's own losses, summed over layers.
+        document_starts: (B, N) boolean, first tokens of documents, when several were packed into a row.
     """
 
     loss: Tensor | None = None
@@ -242,6 +286,7 @@ class DecoderOutput(ModelOutput):
 
     hidden_states: tuple[Tensor, ...] | None = None
     mechanism_losses: dict[str, Tensor] | None = None
+    document_starts: Tensor | None = None
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -327,26 +372,44 @@ class DecoderModel(DecoderPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,
     ) -> DecoderOutput:
         """Hidden states of the new tokens.
+
+        Several documents may lie in one row, one after another. Any of ``position_ids``, ``attention_mask``,
+        ``cu_seq_lens_*`` and ``seq_idx`` may say so, in the forms of transformers' ``DataCollatorWithFlattening`` and
+        others; each document then is as if it were alone, for every mechanism. With a cache, every document becomes
+        one of its samples, in order, so that all of them can be continued, as a batch.
 
         Args:
             input_ids: (B, N) tokens, those that the cache has not seen.
             attention_mask: (B, M) with M >= N, nonzero for tokens that exist; its last N columns are these tokens.
+                Numbers above one number documents. Or (B, 1, N, N), pairs that may meet (boolean, or 0 and -inf to
+                add), which must be causal inside documents and empty between them.
             cache: made by an earlier call.
             past_key_values: the older name of ``cache``.
             inputs_embeds: (B, N, hidden_size) instead of ``input_ids``.
             use_cache: return a cache; by default what the configuration says, except in training.
             output_hidden_states: return the input of every layer.
+            position_ids: (B, N), (1, N) or (N,) positions, which count the tokens of a document from 0 (behind a cache,
+                on from what it has seen). Mechanisms count for themselves, so other positions are not possible.
+            cu_seq_lens_q, cu_seq_lens_k: (D + 1,) where documents begin, over all rows laid out flat, and their end.
+            max_length_q, max_length_k: tokens of the longest document; only checked.
+            seq_idx: (B, N), (1, N) or (N,) the document of every token.
 
         Raises:
-            ValueError: neither or both inputs, a mask of another shape, or a cache for a layer that cannot stream.
+            ValueError: neither or both inputs, a mask of another shape, a cache for a layer that cannot stream or of
+                another batch, or arguments that do not say documents as above.
         """
         cache = one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x = self.embed(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
-        batch, n = x.shape[:2]
+        embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache:
@@ -356,13 +419,19 @@ class DecoderModel(DecoderPreTrainedModel):
             state_layers(cache, len(self.layers))
         elif cache is not None:
             raise ValueError("cache was given with use_cache=False")
-        valid = self._valid(attention_mask, batch, n)
+        given = dict(
+            position_ids=position_ids, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q, max_length_k=max_length_k, seq_idx=seq_idx,
+        )  # fmt: skip
+        given = {name: value for name, value in given.items() if value is not None}
+        valid, packing = self._documents(attention_mask, embedded, cache, given)
+        x = self.embed(embedded if inputs_embeds is None else zero_invalid(embedded, valid))
         hidden: list[Tensor] = []
         losses: dict[str, Tensor] = {}
         for layer in self.layers:
             if output_hidden_states:
                 hidden.append(x)
-            x, own = layer(x, valid=valid, cache=cache, use_cache=use_cache)
+            x, own = layer(x, valid=valid, cache=cache, use_cache=use_cache, packing=packing)
             for name, loss in own.items():
                 losses[name] = losses[name] + loss if name in losses else loss
         x = self.close(x)
@@ -370,21 +439,29 @@ class DecoderModel(DecoderPreTrainedModel):
             last_hidden_state=x,
             hidden_states=(*hidden, x) if output_hidden_states else None,
             mechanism_losses=losses or None,
+            document_starts=None if packing is None else packing.starts,
             **{output_field(): cache},  # type: ignore[arg-type]
         )
 
     @staticmethod
-    def _valid(attention_mask: Tensor | None, batch: int, n: int) -> Tensor | None:
-        if attention_mask is None:
-            return None
-        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < n:
+    def _documents(
+        attention_mask: Tensor | None, x: Tensor, cache: Cache | None, given: dict[str, Any]
+    ) -> tuple[Tensor | None, Packing | None]:
+        """Which tokens of ``x`` exist, ``None`` for all, so that mechanisms take their short way; and the documents."""
+        batch, n = x.shape[:2]
+        seen, past = (0, None) if cache is None else past_tokens(cache)
+        if past is not None and len(past) != batch:
             raise ValueError(
-                f"attention_mask must be (B, M)={(batch, f'{n} or more')}, nonzero for tokens that exist, "
-                f"got {tuple(attention_mask.shape)}"
+                f"cache holds {len(past)} samples, the new tokens are of {batch}; a cache that was filled by packed "
+                "documents holds one sample for each document"
             )
-        valid = attention_mask[:, -n:] != 0 if n else attention_mask[:, :0] != 0
-        # Without padding the mechanisms take their short way.
-        return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
+        if attention_mask is None and not given:
+            return None, None
+        if torch.compiler.is_compiling() and not given and attention_mask is not None and attention_mask.dim() == 2:
+            return exists_by(attention_mask, batch, n), None
+        return read_documents(
+            attention_mask, batch, n, x.new_zeros(batch, dtype=torch.long) if past is None else past, seen, given
+        )
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
@@ -398,6 +475,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     model_class: type[DecoderModel] = DecoderModel
     head_bias = False
+    accepts_loss_kwargs = True  # num_items_in_batch
 
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
@@ -428,22 +506,44 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         past_key_values: Cache | None = None,
-        **kwargs: Any,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        output_attentions: bool | None = None,
     ) -> DecoderOutput | tuple[Any, ...]:
         """Logits of the token after each; arguments as in :meth:`DecoderModel.forward`.
 
         Args:
-            labels: (B, N) tokens to predict, -100 to leave out; shifted here.
+            labels: (B, N) tokens to predict, -100 to leave out; shifted here. The first token of a packed document is
+                left out, as it is when a document is alone.
             logits_to_keep: only the last so many positions, or those indexed.
+            num_items_in_batch: divide the loss by this number instead of by the tokens predicted, as a trainer asks
+                that accumulates gradients.
+            output_attentions: not possible; :mod:`attnlib.hooks` records weights of layers that have them.
         """
+        if output_attentions:
+            raise ValueError(
+                "output_attentions=True is not possible: not every mechanism has weights; attach "
+                "attnlib.hooks.Record for those that do"
+            )
         out = self.model(
-            input_ids, attention_mask, one_cache(cache, past_key_values), inputs_embeds, use_cache, output_hidden_states
+            input_ids, attention_mask, one_cache(cache, past_key_values), inputs_embeds, use_cache,
+            output_hidden_states, position_ids=position_ids, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q, max_length_k=max_length_k, seq_idx=seq_idx,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         out.logits = self.lm_head(out.last_hidden_state[:, kept])
         if labels is not None:
-            kwargs.pop("position_ids", None)
-            out.loss = self.loss_function(logits=out.logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if out.document_starts is not None:
+                labels = labels.masked_fill(out.document_starts, -100)
+            out.loss = self.loss_function(
+                logits=out.logits, labels=labels, vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )  # fmt: skip
             for name, weight in (self.config.loss_weights or {}).items():
                 if out.mechanism_losses and name in out.mechanism_losses:
                     out.loss = out.loss + weight * out.mechanism_losses[name]

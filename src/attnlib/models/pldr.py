@@ -27,6 +27,7 @@ from transformers import initialization as init
 from ..hooks.hf.state import StateLayer
 from ..nn.dense.pldr_llm_plga import Deductive, PowerLawGraphAttention, _SwiGLU
 from .language import DecoderConfig, DecoderForCausalLM, DecoderLayer, DecoderModel
+from .packing import Packing
 
 
 class PLDRConfig(DecoderConfig):
@@ -104,8 +105,10 @@ class PLDRLayer(DecoderLayer):
         layer.advance(state, x.shape[1])
         return y, {}
 
-    def combine(self, x: Tensor, valid: Tensor | None, layer: StateLayer | None) -> tuple[Tensor, dict[str, Tensor]]:
-        out, losses = self.mix(x, valid, layer)
+    def combine(
+        self, x: Tensor, valid: Tensor | None, layer: StateLayer | None, packing: Packing | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        out, losses = self.mix_documents(x, valid, layer, packing)
         x = self.mixer_norm(x + out)
         return self.mlp_norm(x + self.mlp(x)), losses
 
@@ -226,8 +229,10 @@ class PLDRForCausalLM(DecoderForCausalLM):
         """
         if self.config.metric == "cached":
             raise ValueError("the metric of this model is frozen; call thaw_metric first")
-        valid = self.model._valid(attention_mask, *input_ids.shape)
         x = self.model.embed(self.model.embed_tokens(input_ids))
+        valid, packing = self.model._documents(attention_mask, x, None, {})
+        if packing is not None:
+            raise ValueError("attention_mask packs several documents into a row; each has a metric of its own")
         found = []
         for layer in self.model.layers:
             found.append(layer.mixer.deductive_outputs(x, valid))  # type: ignore[union-attr,operator]

@@ -43,6 +43,10 @@ class Mechanism(nn.Module):
     #: Buffers that are ours alone, so that no released state dict holds them: one that lacks them leaves them as they
     #: are, also when it is loaded strictly.
     own_state: ClassVar[tuple[str, ...]] = ()
+    #: Its pattern lies on slots of the sequence, so that padding at the front moves it over the tokens.
+    counts_slots: bool = False
+    #: Its answer depends on how many slots there are, so that padding at the end changes it.
+    reads_length: bool = False
     _mix_takes: ClassVar[tuple[str, ...]] = CALL
     _plan_takes: ClassVar[tuple[str, ...]] = CALL
 

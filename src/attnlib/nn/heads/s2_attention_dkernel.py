@@ -224,6 +224,7 @@ class S2Attention(HeadFrame[Notes]):
         layout=False,
         memory={"N": 2},
     )
+    counts_slots = True
 
     def __init__(
         self,

@@ -144,6 +144,11 @@ class FusedNeighborhoodAttention(Mechanism):
     def _window(self) -> dict[str, Any]:
         return dict(kernel_size=self.kernel_size, dilation=self.dilation, stride=self.stride, causal=self.causal)
 
+    @property
+    def _reach(self) -> int:
+        """Tokens that the window of a sequence spans."""
+        return to_tuple("kernel_size", self.kernel_size, 1)[0] * to_tuple("dilation", self.dilation, 1)[0]
+
     def mix(  # type: ignore[override]
         self,
         x: Tensor,
@@ -161,7 +166,9 @@ class FusedNeighborhoodAttention(Mechanism):
         q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, -1))
         drop = self.attn_drop if self.training else 0.0
         weights = new_state = None
-        if state is not None or "state" in returns:
+        # A causal sequence shorter than its window is the beginning of one, as it is for a state.
+        short = self._claims().streaming and "weights" not in returns and x.shape[1] < self._reach
+        if state is not None or "state" in returns or short:
             if "weights" in returns:
                 raise ValueError("weights and state cannot be returned by one call; ask for one of them")
             out, new_state = self._stream(q, k, v, exists, mask, state, drop)
@@ -259,6 +266,7 @@ class FusedNeighborhoodAttention(Mechanism):
         batch, fresh = q.shape[0], q.shape[2]
         if exists is None:
             exists = torch.ones(batch, fresh, dtype=torch.bool, device=q.device)
+        tokens = exists.sum(1) if state is None else state["tokens"] + exists.sum(1)
         seen = torch.zeros(batch, dtype=torch.long, device=q.device) if state is None else state["seen"]
         if state is not None:
             k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
@@ -281,7 +289,15 @@ class FusedNeighborhoodAttention(Mechanism):
             bias = None if self.rpb is None else self.rpb[:, (w - 1 - steps).clamp(0, 2 * w - 2)]
             out = attention(q, k, v, mask=allowed, valid=exists, bias=bias, scale=self.scale, dropout_p=drop)
         keep = max(0, total - (w - 1) * d)
-        ring = State({"k": k[:, :, keep:], "v": v[:, :, keep:], "valid": exists[:, keep:], "seen": seen + fresh})
+        ring = State(
+            {
+                "k": k[:, :, keep:],
+                "v": v[:, :, keep:],
+                "valid": exists[:, keep:],
+                "seen": seen + fresh,
+                "tokens": tokens,
+            }
+        )
         return out, ring
 
     @staticmethod
