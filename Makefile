@@ -3,13 +3,23 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PIP    := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench clean
+# What touches another library's releases: adapters, our own transformers models, arrays, the command line.
+BORDER := tests/hooks tests/look tests/ops/test_attention.py tests/test_hybrid_decoder.py \
+          tests/test_generation_all.py tests/test_pldr_model.py tests/test_package.py tests/test_cli.py
 
-$(STAMP): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,bench,dev]'
+.PHONY: demo test test-quick test-oldest test-newest lint bench lock clean
+
+# Everything that is installed has its exact version in a lock file; the library itself is added without resolving.
+define install
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python $(PIP) -r $(2)
+	$(1)/bin/python $(PIP) --no-deps --no-build-isolation -e .
+endef
+
+$(STAMP): pyproject.toml requirements.lock
+	$(call install,$(VENV),requirements.lock)
 	@touch $@
 
 demo: $(STAMP)  ## train and time mechanisms side by side on real text and images, then write a report
@@ -18,6 +28,13 @@ demo: $(STAMP)  ## train and time mechanisms side by side on real text and image
 test: $(STAMP)  ## the whole suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+test-quick: $(STAMP)  ## what is not marked slow, without the table of every mechanism
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore tests/test_conformance.py
+
+test-oldest test-newest: test-%: pyproject.toml constraints/%.txt  ## the same borders with the other ends of all ranges
+	$(call install,.venv-$*,constraints/$*.txt)
+	.venv-$*/bin/python -m pytest -n 2 --dist worksteal $(wildcard $(BORDER))
+
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -25,5 +42,16 @@ lint: $(STAMP)  ## ruff and mypy
 bench: $(STAMP)  ## measure again what benchmarks/results holds
 	$(BIN)/attnlib bench --suite all --out benchmarks/results
 
+# Local labels such as +cpu are left out, so that the pins hold wherever torch comes from.
+COMPILE := .venv-lock/bin/pip-compile --quiet --upgrade --no-header --no-annotate --strip-extras --no-emit-index-url \
+           --no-emit-find-links --no-emit-trusted-host --allow-unsafe --extra hf --extra bench --extra dev pyproject.toml
+
+lock:  ## renew requirements.lock and the two files under constraints/ (torch stays what constraints/*.in say)
+	@test -x .venv-lock/bin/python || $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python $(PIP) pip-tools
+	$(COMPILE) -c constraints/lock.in -o - | sed 's/+cpu$$//' > requirements.lock
+	$(COMPILE) -c constraints/oldest.in -o - | sed 's/+cpu$$//' > constraints/oldest.txt
+	sed 's/^torch==.*/torch==2.14.1/' requirements.lock > constraints/newest.txt
+
 clean:
-	rm -rf $(VENV) demo-report .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lock .venv-oldest .venv-newest demo-report .pytest_cache .mypy_cache .ruff_cache
