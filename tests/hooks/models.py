@@ -13,6 +13,15 @@ SIZES = dict(
 )  # fmt: skip
 
 
+def release():
+    """The release of transformers, as numbers; (0,) without it."""
+    try:
+        import transformers
+    except ImportError:
+        return (0,)
+    return tuple(int(n) for n in transformers.__version__.split(".")[:2])
+
+
 def language_model(family="llama", seed=0, **changes):
     import transformers
 

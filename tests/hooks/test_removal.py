@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hooks.models import SIZES, language_model, prompt, scores
+from hooks.models import SIZES, language_model, prompt, release, scores
 
 transformers = pytest.importorskip("transformers")
 
@@ -453,7 +453,19 @@ def test_other_techniques_behind_a_removal(technique):
 
 
 @pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize("how", ["lookup", "cache", "chunks"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(
+            "lookup",
+            marks=pytest.mark.skipif(
+                release() < (5, 18), reason="drafts overshoot the length there"
+            ),
+        ),
+        "cache",
+        "chunks",
+    ],
+)
 def test_other_ways_through_generate(how, compact):
     """Drafts that are taken back, a cache of the user's own, and a limit on how much of a prompt is read at once."""
     model, inputs = language_model(), prompt(batch=1, pad=(0,))

@@ -31,7 +31,7 @@ from attnlib.reduce import (  # noqa: E402
     rank_consistency,
     sigmoid_search,
 )
-from hooks.pictures import IMAGE_ID, TOKENS, image_slots, picture_inputs, picture_model  # noqa: E402
+from hooks.pictures import COPIES, IMAGE_ID, TOKENS, image_slots, picture_inputs, picture_model  # noqa: E402
 
 TYPES = TokenTypes(IMAGE_ID)
 
@@ -271,7 +271,7 @@ def test_pruning_equals_an_oracle(family, rows):
         assert left == oracle.stay[3][b].nonzero().flatten().tolist()
 
 
-@pytest.mark.parametrize("mode", [{"num_beams": 3}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("mode", [pytest.param({"num_beams": 3}, marks=COPIES), {"cache_implementation": "static"}])
 def test_every_way_of_decoding(model, mode):
     inputs = picture_inputs((1, 2))
     types = TYPES(inputs["input_ids"]).masked_fill(inputs["attention_mask"] == 0, PAD)

@@ -13,7 +13,7 @@ from attnlib.cache import SnapKV  # noqa: E402
 from attnlib.hooks import IMAGE, PAD, TEXT, Intervention, TokenTypes  # noqa: E402
 from attnlib.reduce import CMAI, VMTC, VTCCLS, cosine_kmeans, focus, merge_clusters  # noqa: E402
 from attnlib.reduce.mergers import cluster_rest  # noqa: E402
-from hooks.pictures import IMAGE_ID, TOKENS, image_slots, picture_inputs, picture_model, shorter  # noqa: E402
+from hooks.pictures import COPIES, IMAGE_ID, TOKENS, image_slots, picture_inputs, picture_model, shorter  # noqa: E402
 
 TYPES = TokenTypes(IMAGE_ID)
 
@@ -165,7 +165,9 @@ def test_decoding_equals_merged_states_with_the_rest_forbidden(family, space):
         )
 
 
-@pytest.mark.parametrize("mode", [{"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}])
+@pytest.mark.parametrize(
+    "mode", [pytest.param({"num_beams": 3}, marks=COPIES), {"cache_implementation": "static"}, {"use_cache": False}]
+)
 def test_every_way_of_decoding(model, mode):
     """Contiguous positions, so the number of tokens is all that the model sees of the removal."""
     inputs = picture_inputs((2, 1))
@@ -316,7 +318,7 @@ def test_rows_stay_normalised_and_turn_to_text():
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
-@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("mode", [{}, pytest.param({"num_beams": 3}, marks=COPIES), {"cache_implementation": "static"}])
 def test_decoding_equals_reading_everything_again(family, mode):
     """Without a cache every step recomputes the focus of all rows; with one it is remembered."""
     model = picture_model(family)
@@ -353,7 +355,7 @@ def test_behind_a_removal(model):
     assert session.results["vmtc"]["saved"] > 0.2 and all(v > 0 for v in session.results["cmai"]["blocked"].values())
 
 
-@pytest.mark.parametrize("mode", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("mode", [{}, pytest.param({"num_beams": 2}, marks=COPIES), {"cache_implementation": "static"}])
 def test_behind_a_removal_equals_a_shorter_prompt(model, mode):
     inputs = picture_inputs((1, 2))
     vtc = VTCCLS(6, start=1)
