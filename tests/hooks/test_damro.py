@@ -231,9 +231,9 @@ def test_refusals(case):
             DAMRO(**kwargs)
     with pytest.raises(ValueError, match="token_types"):
         attnlib.attach(model, DAMRO())
-    with pytest.raises(ValueError, match="no vision encoder"):
+    with pytest.raises(ValueError, match="no vision tower"):
         attnlib.attach(language_model(), DAMRO(), token_types=rule)
-    with pytest.raises(ValueError, match="layer 5 of the vision encoder"):
+    with pytest.raises(ValueError, match="layer 5 of the vision tower"):
         attnlib.attach(model, DAMRO(layer=5), token_types=rule)
     with attnlib.attach(model, DAMRO(1.0, 10), token_types=rule), pytest.raises(ValueError, match="an image has 4"):
         generated(model, inputs)

@@ -13,6 +13,7 @@ from attnlib import cache, look, reduce, steer  # noqa: E402
 from attnlib.hooks import Intervention, MaskByType, Record, TokenTypes, bidirectional  # noqa: E402
 from attnlib.hooks.call import weights_of  # noqa: E402
 from attnlib.hooks.site import Weighting  # noqa: E402
+from attnlib.hooks.vision import VisionTower  # noqa: E402
 from hooks.models import NoOp, predict  # noqa: E402
 from hooks.test_protocol_torch import CALLS, SETTINGS, mha, tokens  # noqa: E402
 from hooks.test_protocol_torch import run as run_mha  # noqa: E402
@@ -374,3 +375,44 @@ def test_added_keys_are_refused_by_name_or_read():
                                 processor=processors.AttnAddedKVProcessor2_0())  # fmt: skip
     with pytest.raises(ValueError, match="AttnAddedKVProcessor2_0 concatenates text keys"):
         attnlib.attach(attn, Record())
+
+
+class Reads(Intervention):
+    """The tower's own weights, read beside a technique that acts on nothing there."""
+
+    name = "reads"
+
+    def __init__(self, what):
+        self.what = what
+
+    def on_attach(self, session):
+        self.tower = VisionTower(session.model, slice(0, None), self.what, "")
+        self.tower.watch(session)
+        session.undo(lambda: setattr(self, "read", self.tower.runs(None)))
+
+    def on_step(self, step):
+        pass
+
+
+@pytest.mark.parametrize("what", ["class", "received"])
+def test_towers_with_rotary_positions_are_read_after_them(what):
+    torch.manual_seed(0)
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4,
+        num_register_tokens=0,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    model = transformers.DINOv3ViTModel(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                p.copy_(torch.randn_like(p))
+        pixels = torch.randn(2, 3, 16, 16)
+        maps = model(pixels, output_attentions=True).attentions
+        reads = Reads(what)
+        with attnlib.attach(model, reads):
+            model(pixels)
+    (run,) = reads.read
+    for layer, own in enumerate(maps):
+        want = own[:, :, 0, 1:] if what == "class" else own.mean((1, 2))
+        torch.testing.assert_close(run[layer], want, atol=1e-5, rtol=1e-5)

@@ -286,7 +286,7 @@ def test_refusals():
     inputs, rule = image_prompt()
     with pytest.raises(ValueError, match="token_types"):
         attnlib.attach(model, VisualBoost(sets="all"))
-    with pytest.raises(ValueError, match="no vision encoder"):
+    with pytest.raises(ValueError, match="no vision tower"):
         attnlib.attach(model, VisualBoost(), token_types=rule)
     assert not model._forward_pre_hooks
     with pytest.raises(ValueError, match=r"must be \(4,\)"):

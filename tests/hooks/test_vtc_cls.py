@@ -14,7 +14,8 @@ pytest.importorskip("transformers")
 import attnlib  # noqa: E402
 from attnlib.cache import AcrossHeads, Cap, KeyNorm, KVCompression, LastQuery, Ratio, SnapKV  # noqa: E402
 from attnlib.hooks import Record, TokenTypes  # noqa: E402
-from attnlib.reduce import VTCCLS, Rate, class_attention, ensemble  # noqa: E402
+from attnlib.hooks.vision import class_row  # noqa: E402
+from attnlib.reduce import VTCCLS, Rate, ensemble  # noqa: E402
 from hooks.pictures import COPIES, IMAGE_ID, TOKENS, image_slots, picture_inputs, picture_model, shorter  # noqa: E402
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "vtc-cls.safetensors"
@@ -28,6 +29,11 @@ def model():
 
 def close(a, b):
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def class_attention(q, k):
+    """Averaged over heads."""
+    return class_row(q, k).mean(1)
 
 
 def class_rows(model, inputs):
@@ -148,15 +154,12 @@ def test_planted_attention_survives_in_raster_order(model):
     class Planted(VTCCLS):
         def on_attach(self, session):
             super().on_attach(session)
-            self.scorer.reset()
             rows = torch.full((2, TOKENS), 0.1)
             rows[:, planted] = torch.tensor([0.4, 0.3, 0.2, 0.15])
-            self.scorer._runs = {None: [rows]}
-            self.scorer._end = lambda *a: None
+            self.scorer._images_of = lambda branch: [rows]
 
     vtc = Planted(4, start=1)
     with attnlib.attach(model, vtc, token_types=TYPES) as session, torch.no_grad():
-        model.model.vision_tower._forward_hooks.clear()
         model(**inputs)
     slots = session.results["vtc-cls"]["slots"]
     image = image_slots(inputs)
@@ -228,11 +231,8 @@ def test_a_tower_without_class_token():
     with torch.no_grad():
         maps = tower(inputs["pixel_values"], output_attentions=True).attentions[1:-1]
     close(session.results["vtc-cls"]["scores"], torch.stack([m.mean((1, 2)) for m in maps]).sum(0))
-    with (
-        attnlib.attach(model, VTCCLS(5, start=1), token_types=TYPES),
-        pytest.raises(ValueError, match="what='received'"),
-    ):
-        model(**inputs)
+    with pytest.raises(ValueError, match="no class token.*what='received'"):
+        attnlib.attach(model, VTCCLS(5, start=1), token_types=TYPES)
 
 
 def test_original_positions_are_an_option(model):

@@ -296,7 +296,8 @@ def run_attention(
                 out = masked(q, k, v, pair.allowed, bias)
             else:
                 if not stages.verified and not random:
-                    stages.verified = verify(site, *untouched, given, kernel(*untouched))
+                    with torch.no_grad():  # nothing is saved that a second run, of checkpointing, would not save
+                        stages.verified = verify(site, *untouched, given, kernel(*untouched))
                 out = _by_weights(site, q, k, v, pair)
         if stages.edits:
             out = _apply_edits(site, q, k, v, pair, out, stages.edits)

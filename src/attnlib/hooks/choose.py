@@ -1,9 +1,11 @@
-"""Choosing tokens per sample: which stay, packed to the right, and what they carry."""
+"""Choosing tokens per sample: which stay, packed to the right, and what they carry; asking a module about them."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def pack(keep: Tensor) -> Tensor:
@@ -36,3 +38,23 @@ def take(values: Tensor, slots: Tensor, dim: int) -> Tensor:
     values = values.expand(shape)
     shape[dim] = count
     return values.gather(dim, index.expand(shape))
+
+
+def ask(module: Any, *tensors: Tensor | None, **named: Tensor | None) -> Any:
+    """What a module of a technique makes of tensors of a model, in the type and on the device of its own weights.
+
+    Boolean and integer tensors keep their type. Something that is no module, or has no weights, gets them as they are.
+
+    >>> ask(nn.Linear(2, 1), torch.zeros(1, 2, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    weight = next(module.parameters(), None) if isinstance(module, nn.Module) else None
+    if weight is None:
+        return module(*tensors, **named)
+    given = [None if t is None else alike(weight, t) for t in tensors]
+    return module(*given, **{name: None if t is None else alike(weight, t) for name, t in named.items()})
+
+
+def alike(weight: Tensor, t: Tensor) -> Tensor:
+    """``t`` on the device of a weight, and in its type where it is a floating-point tensor."""
+    return t.to(weight) if t.is_floating_point() else t.to(weight.device)

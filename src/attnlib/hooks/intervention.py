@@ -154,6 +154,10 @@ class Intervention:
         """What ``session.results[name]`` shows."""
         return None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies, and what is pickled, belong to no session."""
+        return {name: value for name, value in self.__dict__.items() if name != "_owner"}
+
     @property
     def session(self) -> Any:
         """The session this is attached in."""

@@ -58,24 +58,16 @@ class Recomputed:
         return False
 
 
-_AGAIN: Any = Recomputed.__call__.__code__
-
-
 def running_backward() -> bool:
     """Whether this thread runs a backward pass."""
     return torch._C._current_graph_task_id() != -1
 
 
 def checkpoints(frame: FrameType | None) -> list[tuple[Any, str]]:
-    """Checkpoints whose forward is running: the objects, innermost first, that hold what will be run again.
-
-    Within something that runs again, those that are entered there.
-    """
+    """Checkpoints whose forward is running: the objects, innermost first, that hold what will be run again."""
     found: list[tuple[Any, str]] = []
     while frame is not None:
         code = frame.f_code
-        if code is _AGAIN:
-            break
         if code is _REENTRANT:
             found.append((frame.f_locals["ctx"], "run_function"))
         elif code is _PLAIN:
@@ -86,6 +78,15 @@ def checkpoints(frame: FrameType | None) -> list[tuple[Any, str]]:
                 found.append((held, "recompute_fn"))
         frame = frame.f_back
     return found
+
+
+def refuse_reentrant(who: str, what: str) -> None:
+    """Raise where a reentrant checkpoint runs: tensors that reach a layer past its arguments get no gradients there."""
+    if not torch.is_grad_enabled() and any(name == "run_function" for _, name in checkpoints(sys._getframe(1))):
+        raise ValueError(
+            f"{who}: {what} needs gradients, which checkpointing with use_reentrant=True does not pass on from one "
+            "layer to another; use model.gradient_checkpointing_enable({'use_reentrant': False})"
+        )
 
 
 def follow(session: Any, made: Callable[[], State], depth: int = 2) -> bool:

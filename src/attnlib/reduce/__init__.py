@@ -11,6 +11,7 @@ Before the decoder: :class:`VTCCLS`, :class:`VMTC`, or any scorer with :class:`R
 :class:`ReduceByAttention`. They compose; tokens, cached keys and operations saved are those of all together.
 """
 
+from ..hooks.vision import received_attention
 from .atp_llava import ATP, ATPGate, adaptive_rate, atp_gates, atp_losses, spatial_scores
 from .base import (
     ByAttention,
@@ -39,7 +40,7 @@ from .token_search import (
     rank_consistency,
     sigmoid_search,
 )
-from .vision import VisionAttention, class_attention, ensemble, received_attention
+from .vision import VisionAttention, ensemble
 from .vmtc_cmai import CMAI, VMTC, focus
 from .vtc_cls import VTCCLS
 
@@ -76,7 +77,6 @@ __all__ = [
     "atp_gates",
     "atp_losses",
     "bayesian_search",
-    "class_attention",
     "cosine_kmeans",
     "ensemble",
     "exit_features",

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..hooks.call import row_blocks, score_rows, weights_of
+from ..hooks.recompute import refuse_reentrant
 from ..hooks.site import Site
 from ..hooks.tokens import IMAGE, is_text
 from ..types import check_choice, stats_dtype
@@ -327,6 +328,8 @@ class ATP(Reduction):
                 image = site.q_types == IMAGE
                 if bool(image.any()):
                     if site.training:
+                        if any(p.requires_grad for p in self.gates[site.layer].parameters()):
+                            refuse_reentrant("ATP", "the mask of later layers")
                         self.decide(site, q, k)
                     else:
                         with torch.no_grad():

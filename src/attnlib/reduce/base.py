@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks.blocks import block_of
-from ..hooks.choose import pack
+from ..hooks.choose import ask, pack
 from ..hooks.hf.removal import Lengths
 from ..hooks.intervention import Intervention, Probe
 from ..hooks.session import Session
@@ -299,7 +299,7 @@ class Learned(Scorer):
         self.module = module
 
     def score(self, site: Site, hidden: Tensor, image: Tensor) -> Tensor:
-        scores = self.module(hidden)
+        scores = ask(self.module, hidden)
         scores = scores.squeeze(-1) if scores.dim() == 3 else scores
         if scores.shape != hidden.shape[:2]:
             raise ValueError(f"module must give scores {tuple(hidden.shape[:2])}, got {tuple(scores.shape)}")

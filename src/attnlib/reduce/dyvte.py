@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..hooks.attach import attach
+from ..hooks.choose import ask
 from ..hooks.intervention import Intervention
 from ..hooks.site import Site
 from ..hooks.tokens import IMAGE, PAD
@@ -122,12 +123,6 @@ def exit_features(hidden: Tensor, types: Tensor) -> Tensor:
     start = int(body.any(0).to(torch.uint8).argmax())  # what comes before is the image and need not be read
     weight = body[:, start:].to(hidden.dtype).unsqueeze(-1)
     return torch.cat([(hidden[:, start:] * weight).sum(1) / weight.sum(1), hidden[:, -1]], -1)
-
-
-def _ask(gate: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
-    """The answer of a gate, in the type of its own weights."""
-    weight = next(gate.parameters(), None) if isinstance(gate, nn.Module) else None
-    return gate(features if weight is None else features.to(weight))
 
 
 def exit_labels(
@@ -234,7 +229,7 @@ class DyVTE(Reduction):
         leave = there
         if self.gates is not None:
             with torch.no_grad():
-                said[layer] = gate = _ask(self.gates[layer], exit_features(hidden, site.q_types))
+                said[layer] = gate = ask(self.gates[layer], exit_features(hidden, site.q_types))
             leave = there & (gate[:, 1] > gate[:, 0])
         self._decided[site.branch] = (torch.where(leave, layer, left), said)
         return self.go_on(hidden, site, image & ~leave[:, None])
@@ -314,5 +309,5 @@ def gate_loss(
     source = torch.arange(n, device=labels.device) - (n - first)[:, None]
     moved = types.gather(1, source.clamp(min=0)).masked_fill(source < 0, PAD)
     hidden = state.hidden.gather(1, source.clamp(min=0).unsqueeze(-1).expand(-1, -1, state.hidden.shape[-1]))
-    gate = _ask(gates[layer], exit_features(hidden, moved))
+    gate = ask(gates[layer], exit_features(hidden, moved))
     return F.cross_entropy(gate, target), target

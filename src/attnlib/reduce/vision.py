@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..hooks.hf.names import VISION_TOWERS, vision_towers
 from ..hooks.session import Session
 from ..hooks.site import Site
-from ..hooks.vision import class_row
-from ..types import check_choice, stats_dtype
+from ..hooks.vision import VisionTower, merged
+from ..types import check_choice
 from .base import Scorer
-
-
-def class_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
-    """How much the class token attends to each patch, averaged over heads.
-
-    Args:
-        q: (B, H, 1 or more, D) queries, the class token first.
-        k: (B, H, 1 + N, D) keys, the class token first.
-        scale: of the scores; ``D ** -0.5`` by default.
-
-    Returns:
-        (B, N) in the statistics dtype; the class token's own share is left out, so rows sum to less than 1.
-
-    >>> class_attention(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4)).tolist()
-    [[0.20000000298023224, 0.20000000298023224, 0.20000000298023224, 0.20000000298023224]]
-    """
-    return class_row(q, k, scale).mean(1)
-
-
-def received_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
-    """How much each token is attended to by all, averaged over queries and heads: (B, H, N, D) twice -> (B, N)."""
-    dtype = stats_dtype(q.dtype)
-    scores = q.to(dtype) @ k.to(dtype).transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return scores.softmax(-1).mean((1, 2))
 
 
 def ensemble(layers: Sequence[Tensor], how: str = "sum") -> Tensor:
@@ -54,8 +28,8 @@ def ensemble(layers: Sequence[Tensor], how: str = "sum") -> Tensor:
 class VisionAttention(Scorer):
     """Scores of a vision-language model's patches, read while its vision tower runs; its kernels stay.
 
-    Queries and keys are taken where the tower projects them, so whatever attention it runs costs one more row (or, for
-    ``what="received"``, one more map).
+    What the tower's own attention is given is read (:class:`attnlib.hooks.vision.VisionTower`), so whatever kernel it
+    runs costs one more row (or, for ``what="received"``, one more map, in blocks).
 
     Args:
         start: first layer of the tower that counts, negative from the end.
@@ -83,101 +57,50 @@ class VisionAttention(Scorer):
         self.reset()
 
     def reset(self) -> None:
-        # What the tower read, by branch; and the branches whose prompt was reduced with it.
-        self._runs: dict[str | None, list[Tensor]] = {}
-        self._used: set[str | None] = set()
-        self._layers: list[Tensor] = []
-        self._taken: dict[nn.Module, Tensor] = {}
-
-    # ---- watching
+        self._tower: VisionTower | None = None
 
     def on_attach(self, session: Session) -> None:
-        self._session = session
-        tower = self._find(session.model)
-        layers = [
-            m for m in tower.modules() if all(isinstance(getattr(m, p, None), nn.Linear) for p in ("q_proj", "k_proj"))
-        ]
-        if not layers:
-            raise ValueError(
-                f"{type(tower).__name__} has no attention with q_proj and k_proj, whose attention could be read"
-            )
-        chosen = layers[self.start : self.end]
-        if not chosen or not -len(layers) <= self.start < len(layers):
-            raise ValueError(
-                f"start={self.start}, end={self.end} name no layer of the vision tower, which has {len(layers)}"
-            )
-        session.hook(tower.register_forward_pre_hook(self._begin))
-        session.hook(tower.register_forward_hook(self._end))
-        for layer in chosen:
-            for projection in (layer.q_proj, layer.k_proj):
-                session.hook(projection.register_forward_hook(self._take))  # type: ignore[union-attr, operator]
-            session.hook(layer.register_forward_hook(self._layer))
-        session.undo(self._taken.clear)
+        self._tower = VisionTower(session.model, slice(self.start, self.end), self.what, self.tower)
+        self._tower.watch(session)
 
-    def _find(self, model: nn.Module) -> nn.Module:
-        if self.tower is not None:
-            try:
-                return model.get_submodule(self.tower)
-            except AttributeError as error:
-                names = [n for n, _ in model.named_modules() if n and n.count(".") < 2]
-                raise ValueError(f"tower={self.tower!r} is not in {type(model).__name__}; it has {names}") from error
-        for _, module in vision_towers(model):
-            return module
-        raise ValueError(
-            f"{type(model).__name__} has no vision tower under the names {list(VISION_TOWERS)}; give its path, "
-            "tower='...'"
-        )
+    @property
+    def _read(self) -> VisionTower:
+        if self._tower is None:
+            raise RuntimeError("VisionAttention is not attached to a model")
+        return self._tower
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        self._layers = []
-
-    def _take(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._taken[module] = output.detach()
-
-    def _layer(self, module: Any, args: Any, output: Any) -> None:
-        q, k = self._taken.pop(module.q_proj), self._taken.pop(module.k_proj)
-        heads = getattr(module, "num_heads", None) or module.config.num_attention_heads
-        q, k = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k))
-        scale = getattr(module, "scale", None) or getattr(module, "scaling", None)
-        read = class_attention if self.what == "class" else received_attention
-        self._layers.append(read(q, k, scale))
-
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        branch = self._session.branch
-        if branch in self._used:
-            # What was read so far belongs to a prompt that is done.
-            self._runs.pop(branch, None)
-            self._used.discard(branch)
-        self._runs.setdefault(branch, []).append(ensemble(self._layers, self.ensemble))
-        self._layers = []
+    def _images_of(self, branch: str | None) -> list[Tensor]:
+        """(images, n) of every run of the tower for the prompt of a branch."""
+        runs = self._read.runs(branch)
+        how = "mean" if self.what == "class" else "heads"
+        return [ensemble([merged(one, how) for _, one in sorted(run.items())], self.ensemble) for run in runs]
 
     # ---- scores
 
     @property
     def runs(self) -> int:
         """How often the tower ran for the prompt of the current branch so far."""
-        return len(self._runs.get(self._session.branch, ()))
+        return len(self._read.runs(self._read.session.branch))
 
     def source(self) -> str | None:
         """The branch whose images the current one reads: its own, or those of the prompt itself."""
-        branch = self._session.branch
-        return branch if branch in self._runs else None
+        branch = self._read.session.branch
+        return branch if self._read.runs(branch) else None
 
     @property
     def images(self) -> Tensor:
         """(I, n) scores of the images last seen."""
-        branch = self.source()
-        if branch not in self._runs:
+        found = self._images_of(self.source())
+        if not found:
             raise RuntimeError(
                 "the prompt has image tokens, but the vision tower did not run in this session; give the model "
                 "pixel_values"
             )
-        self._used.add(branch)
-        return torch.cat(self._runs[branch])
+        return torch.cat(found)
 
     def fits(self, image: Tensor) -> bool:
         """Whether the image tokens (B, L) of a prompt may be those that the tower scored."""
-        runs = self._runs.get(self.source())
+        runs = self._images_of(self.source())
         rows = image.sum(1)
         if not runs:
             return False

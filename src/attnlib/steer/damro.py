@@ -22,7 +22,7 @@ from torch import Tensor
 from ..hooks.branches import ImageTokens, Prompt
 from ..hooks.session import Session
 from ..hooks.tokens import IMAGE
-from ..hooks.vision import VisionEncoder
+from ..hooks.vision import VisionTower
 from ..types import check_choice
 from ._watch import image_slots
 from .contrastive import ContrastiveDecoding
@@ -62,7 +62,7 @@ class _Outliers(ImageTokens):
     def __init__(self, k: int, score: str, head_merge: str, layer: int | None, vision: str | None, order: str):
         super().__init__(k, self.outlier_scores, order)
         self.score, self.head_merge, self.layer, self.vision = score, head_merge, layer, vision
-        self.encoder: VisionEncoder | None = None
+        self.encoder: VisionTower | None = None
 
     def watch(self, session: Session) -> None:
         if self.score == "norm":
@@ -74,14 +74,15 @@ class _Outliers(ImageTokens):
             chosen = chosen[-1] if isinstance(chosen, (list, tuple)) else chosen
             # Hidden state i is the output of layer i - 1, counted from the end the numbers agree.
             layer = chosen if chosen < 0 else max(chosen - 1, 0)
-        self.encoder = VisionEncoder(session.model, (layer,), self.vision)
+        what = "concat" if self.head_merge == "concat" else "class"
+        self.encoder = VisionTower(session.model, (layer,), what, self.vision, "vision")
         self.encoder.watch(session)
 
     def outlier_scores(self, prompt: Prompt) -> Tensor | tuple[Tensor, int]:
         if self.score == "norm":
             return prompt.embedded().float().norm(dim=-1).masked_fill(prompt.types != IMAGE, float("-inf"))
         assert self.encoder is not None
-        values = self.encoder.scores(self.encoder.layers[0], None, self.head_merge)
+        values = self.encoder.scores(next(iter(self.encoder.layers)), None, self.head_merge)
         if values is None:
             raise ValueError(
                 "DAMRO: the prompt has image tokens, but the vision encoder did not run for it, so there is nothing to "
@@ -99,7 +100,7 @@ class DAMRO(ContrastiveDecoding):
         k: outliers of each image.
         cutoff: share of the largest probability that a token needs.
         score: ``"class-attention"``, or ``"norm"`` for the largest embeddings, where encoders have no class token.
-        head_merge: ``"concat"``, ``"mean"`` or ``"sum"``, see :func:`attnlib.steer._watch.class_attention`.
+        head_merge: ``"concat"``, ``"mean"`` or ``"sum"``, see :func:`attnlib.hooks.vision.class_attention`.
         layer: of the vision encoder; by default the one whose features the model reads.
         order: of the outliers: ``"score"``, the strongest first, or ``"place"``.
         vision: dotted path of the vision encoder, when it is not found by itself.

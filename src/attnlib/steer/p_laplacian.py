@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks import Intervention
+from ..hooks.choose import ask
 from ..hooks.site import Site
 from ..nn.layers import merge_heads
 from ..nn.multimodal.p_adapter import PLaplacianAdapter, pool_nodes
@@ -107,4 +108,4 @@ class PLaplacian(Intervention):
             # A static cache goes on after the new tokens; nobody reads that part.
             used = site.offset + q.shape[2]
             nodes, weights = nodes[:, :used], weights[..., :used]
-        return self.adapters[site.layer](out, weights, projection(nodes), queries)
+        return ask(self.adapters[site.layer], out, weights, projection(nodes), queries).to(out)

@@ -26,12 +26,11 @@ from torch import Tensor
 
 from ..hooks.branches import NoImage
 from ..hooks.hf.follow import watch_prompts
-from ..hooks.hf.names import reads_images
 from ..hooks.intervention import Intervention
 from ..hooks.session import Session
 from ..hooks.site import Site
 from ..hooks.tokens import IMAGE, PAD
-from ..hooks.vision import VisionEncoder
+from ..hooks.vision import VisionTower
 from ..types import check_choice, stats_dtype, to_list
 from ._watch import at_keys, image_slots, prompt_types
 from .contrastive import ContrastiveDecoding
@@ -132,7 +131,7 @@ class VisualBoost(Intervention):
         self.head_gain, self.first_layer, self.vision = head_gain, first_layer, vision
         self.branches = tuple(branches)
         self.layers = to_list("layers", layers)
-        self.encoder: VisionEncoder | None = None
+        self.encoder: VisionTower | None = None
         self.reset()
 
     @property
@@ -148,13 +147,11 @@ class VisualBoost(Intervention):
 
     def on_attach(self, session: Session) -> None:
         if self.sets == "vision":
-            self.encoder = VisionEncoder(session.model, (0, -2), self.vision)
+            self.encoder = VisionTower(session.model, (0, -2), "class", self.vision, "vision")
             self.encoder.watch(session)
 
         def started(given: dict[str, Any]) -> None:
             self._gain.pop(session.branch, None)
-            if self.encoder is not None and not reads_images(given):
-                self.encoder.forget(session.branch)
 
         watch_prompts(session, started)
 

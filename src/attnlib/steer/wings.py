@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks import IMAGE, PAD, SYSTEM, Intervention
-from ..hooks.choose import pack, take
+from ..hooks.choose import ask, pack, take
 from ..hooks.hf.names import cached_tokens
+from ..hooks.recompute import refuse_reentrant
 from ..hooks.session import Session
 from ..hooks.site import Site
 from ..nn.multimodal.wings_lorra import LayerWings
@@ -95,6 +96,9 @@ class VisualWings(Intervention):
             raise RuntimeError(
                 f"layer {site.layer} ({site.name}): the prompt of this sequence was not read in the session"
             )
+        kinds = [kind for kind in ("image", "text") if found[kind] is not None and found[kind][0].requires_grad]
+        if kinds:
+            refuse_reentrant(type(self).__name__, f"what its learners read of the {kinds[0]}")
         added = self._added(site, residual + out, found)
         return out if added is None else out + added.to(out.dtype)
 
@@ -109,7 +113,7 @@ class VisualWings(Intervention):
             return None
         image, at, exists = found["image"]
         q_pos = self._positions(site, found)
-        return self.learners[site.layer](h, image, q_pos=q_pos, image_pos=at, image_valid=exists)
+        return ask(self.learners[site.layer], h, image, q_pos=q_pos, image_pos=at, image_valid=exists)
 
 
 class Wings(VisualWings):
@@ -159,7 +163,7 @@ class Wings(VisualWings):
             index = torch.arange(count, device=h.device) + found["padded"]
             attended = attended.gather(-1, index.clamp(max=count - 1)[:, None].expand_as(attended))
             attended = attended.masked_fill((index >= count)[:, None], 0.0)
-        return self.learners[site.layer](
-            h, image, text, attended, q_pos=self._positions(site, found), image_pos=image_pos, text_pos=text_pos,
-            image_valid=image_valid, text_valid=text_valid,
+        return ask(
+            self.learners[site.layer], h, image, text, attended, q_pos=self._positions(site, found),
+            image_pos=image_pos, text_pos=text_pos, image_valid=image_valid, text_valid=text_valid,
         )  # fmt: skip

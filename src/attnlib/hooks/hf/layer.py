@@ -40,6 +40,11 @@ from .names import (
 _runtimes: weakref.WeakKeyDictionary[nn.Module, LayerRuntime] = weakref.WeakKeyDictionary()
 
 
+def runtime_of(module: nn.Module) -> LayerRuntime | None:
+    """What runs the stages of an attached module."""
+    return _runtimes.get(module)
+
+
 def _forget(module: nn.Module) -> None:
     _runtimes.pop(module, None)
 
@@ -380,6 +385,29 @@ class LayerRuntime(Shared):
         finite = torch.where(allowed, mask, torch.zeros_like(mask))
         return PairMask(n, m, allowed=allowed, bias=finite if bool((finite != 0).any()) else None)
 
+    def pairs_of(self, mask: Any, n: int, m: int, kwargs: dict[str, Any]) -> PairMask:
+        """The same with what else the arguments of a call say: whether it is causal, and a bias of positions."""
+        is_causal = kwargs.get("is_causal")
+        pair = self.pairs(mask, n, m, getattr(self.module, "is_causal", True) if is_causal is None else is_causal)
+        added = kwargs.get(BIAS)
+        if added is None:
+            return pair
+        bias = added[..., :m] if pair.bias is None else added[..., :m] + pair.bias
+        return replace(pair, bias=bias.expand(*bias.shape[:2], n, m))
+
+    def shape_of(self, q: Tensor, k: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Fields of a site from the tensors and arguments of a call."""
+        heads, dim = q.shape[1], q.shape[3]
+        scaling = kwargs.get("scaling", args[1] if len(args) > 1 else None)
+        return dict(
+            heads=heads,
+            kv_heads=k.shape[1],
+            head_dim=dim,
+            scale=float(dim**-0.5 if scaling is None else scaling),
+            rotary=self.rotary,
+            weighting=weighting_of(self.module, self.implementation, kwargs, heads),
+        )
+
     # ---- the call
 
     def run(
@@ -387,16 +415,8 @@ class LayerRuntime(Shared):
     ) -> tuple[Tensor, Tensor | None]:
         call, stages = self.call, self.stages
         call.ran = True
-        batch, heads, n, dim = q.shape
-        scaling = kwargs.get("scaling", args[1] if len(args) > 1 else None)
-        shape = dict(
-            heads=heads,
-            kv_heads=k.shape[1],
-            head_dim=dim,
-            scale=float(dim**-0.5 if scaling is None else scaling),
-            rotary=self.rotary,
-        )
-        shape["weighting"] = weighting_of(self.module, self.implementation, kwargs, heads)
+        batch, heads, n = q.shape[:3]
+        shape = self.shape_of(q, k, args, kwargs)
         dropout = kwargs.get("dropout", args[0] if args else 0.0)
         if dropout and (stages.edits or stages["around_attention"]):
             raise ValueError(
@@ -436,12 +456,7 @@ class LayerRuntime(Shared):
             mask = mask[..., :m]
         if call.offset and self.prompt_only and not self.session.notes.reading_prompt(call.offset):
             return self.kernel(self.module, q, k, v, mask, *args, **kwargs)
-        is_causal = kwargs.get("is_causal")
-        pair = self.pairs(mask, n, m, getattr(self.module, "is_causal", True) if is_causal is None else is_causal)
-        added = kwargs.get(BIAS)
-        if added is not None:
-            bias = added[..., :m] if pair.bias is None else added[..., :m] + pair.bias
-            pair = replace(pair, bias=bias.expand(*bias.shape[:2], n, m))
+        pair = self.pairs_of(mask, n, m, kwargs)
         site = self.describe(call, batch, n, m, q.device, pair, k_pos, shape)
 
         maps: list[Tensor | None] = []
