@@ -250,7 +250,11 @@ class _Twice(torch.autograd.Function):
         inputs = ctx.saved_tensors
         given = [g for g in grads if g is not None]
         again = torch.is_grad_enabled()
-        if not again and not (given and transformed(given)):
+        if (
+            not again
+            and not any(torch._C._functorch.is_legacy_batchedtensor(g) for g in given)
+            and not transformed(given)
+        ):
             return (None, None, *grads, *(None for _ in inputs))
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2 + ctx.count :]) if needed]
         with torch.enable_grad():

@@ -516,13 +516,18 @@ class _Chunkwise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, final, states = _forward_tiles(q, k, v, decay, segment, start, chunk, strict, any(ctx.needs_input_grad))
         ctx.save_for_backward(q, k, v, decay, segment, final, states)
+        ctx.set_materialize_grads(False)
         ctx.chunk, ctx.strict = chunk, strict
         return out, final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> Any:  # type: ignore[override]
+        if d_out is None and d_final is None:
+            return (None,) * 8
         q, k, v, decay, segment, final, states = ctx.saved_tensors
+        d_out = v.new_zeros(*q.shape[:3], v.shape[3]) if d_out is None else d_out
+        d_final = torch.zeros_like(final) if d_final is None else d_final
         dq, dk, dv, ds = _backward_tiles(q, k, v, decay, segment, states, d_out, d_final, ctx.chunk, ctx.strict)
         d_decay = None
         if ctx.needs_input_grad[3]:

@@ -19,7 +19,7 @@ from ..grids import Partition, block_windows, check_windows, grid_windows, unblo
 from ..masks import Mask, as_mask
 from ..types import Partial, check_choice, check_rank, check_valid, to_tuple
 from ._dispatch import AUTO, Operator
-from .attention import BACKENDS, attention, attention_partial
+from .attention import ATTENTION, attention, attention_partial
 
 KINDS = ("block", "grid")
 
@@ -30,9 +30,15 @@ def register_inner(operator: Operator, run: Callable[[Any, str], Any]) -> None:
     Args:
         run: computes a call with the named backend on every piece.
     """
-    for name in BACKENDS:
+    for name, one in ATTENTION.backends.items():
         if name != "eager":
-            operator.register(name, functools.partial(_with_inner, run, name), prefers=_when_forced)
+            operator.register(
+                name,
+                functools.partial(_with_inner, run, name),
+                prefers=_when_forced,
+                second=one.second,
+                transforms=one.transforms,
+            )
 
 
 def _with_inner(run: Callable[[Any, str], Any], name: str, call: Any) -> Any:

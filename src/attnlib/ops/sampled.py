@@ -104,11 +104,14 @@ class _BagOfRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, numbers: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(table, numbers, weights)
+        ctx.set_materialize_grads(False)
         return F.embedding_bag(numbers, table, mode="sum", per_sample_weights=weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, Tensor | None]:
+        if grad is None:
+            return None, None, None
         table, numbers, weights = ctx.saved_tensors
         grad = grad.contiguous()
         table_grad = weight_grad = None

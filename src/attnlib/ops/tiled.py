@@ -478,6 +478,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, *arguments = inputs
     low, ctx.partial = _unpack(arguments)
+    ctx.set_materialize_grads(False)
     deferred = not ctx.partial and low.raise_normalizer().deferred
     ctx.save_for_backward(*(output if deferred else (None, None)), q, k, v, *low.saved)
     ctx.low, ctx.wanted = low.bare(), [t.requires_grad for t in low.bias_tensors]
@@ -486,6 +487,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _autograd(ctx: Any, grad: Tensor | None, lse_grad: Tensor | None) -> tuple[Any, ...]:
     out, total, q, k, v, *saved = ctx.saved_tensors
     low = ctx.low.restored(saved)
+    nothing = [None] * len(low.mask_tensors), [None] * len(low.bias_tensors)
+    if grad is None and lse_grad is None:
+        return (None,) * 6 + nothing + (None,) * 5
     if grad is None:
         grad = q.new_zeros((*q.shape[:3], v.shape[3]))
     dq, dk, dv, *dbias = torch.ops.attnlib.tiled_attention_backward(

@@ -221,7 +221,8 @@ def _slice(q: Tensor, v: Tensor) -> int:
 
 def _outer(a: Tensor, b: Tensor, sizes: Sequence[int]) -> Tensor:
     """(B, H, s, N) and (B, H, F, N) to all products (B, H, s, F, *sizes)."""
-    return (a.unsqueeze(3) * b.unsqueeze(2)).unflatten(-1, tuple(sizes))
+    products = a.unsqueeze(3) * b.unsqueeze(2)
+    return products.reshape(*products.shape[:-1], *sizes)
 
 
 def _spectrum(c: Tensor, grid: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
@@ -250,12 +251,15 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, c: Tensor, grid: Any, keys: Any) -> Tensor:
         ctx.save_for_backward(q, k, v, c)
+        ctx.set_materialize_grads(False)
         ctx.grid, ctx.keys = grid, keys
         return _forward(q, k, v, c, grid, keys)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None) -> Any:  # type: ignore[override]
+        if grad is None:
+            return (None,) * 6
         q, k, v, c = ctx.saved_tensors
         grid, keys = ctx.grid, ctx.keys
         back, sizes = _spectrum(c, grid)
