@@ -296,7 +296,7 @@ def test_feature_maps(name):
         (dict(cu_seqlens=[0, 9, 4, 23]), ValueError, "cu_seqlens must not decrease"),
         (dict(normalizer="l2"), ValueError, "normalizer='l2'"),
         (dict(form="fast"), ValueError, "form='fast'"),
-        (dict(chunk=0), ValueError, "chunk must be at least 1"),
+        (dict(chunk=0), ValueError, "chunk must be an integer of at least 1"),
         (dict(valid=torch.ones(2, 22, dtype=torch.bool)), ValueError, "valid must have shape"),
         (dict(key_weights=torch.ones(2, 22)), ValueError, "key_weights must be"),
         (dict(state=State({"S": torch.zeros(2, 3, 4, 4)})), ValueError, "state S must be"),

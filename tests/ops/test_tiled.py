@@ -462,13 +462,6 @@ def test_inference_mode():
     _compare(q, k, v, mask=M.recent(3))
 
 
-def test_second_derivatives_are_refused():
-    q, k, v = qkv(n=N, m=N)
-    (grad,) = torch.autograd.grad(attention(q, k, v, backend="tiled").sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize(
     "call,words", [({"dropout_p": 0.1}, "no dropout"), ({"return_weights": True}, "cannot return them")], ids=str
 )

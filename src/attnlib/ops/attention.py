@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..types import Partial
 from . import eager, flex, sdpa, split_decoding, tiled
 from ._call import AttentionCall, prepare
 from ._dispatch import Backend, Operator, explain, use_backend
+from ._guard import guarded
 
 
 def _prepare(*args: Any, return_weights: bool = False, want: str = "out", **kwargs: Any) -> AttentionCall:
@@ -24,6 +26,8 @@ def _prepare(*args: Any, return_weights: bool = False, want: str = "out", **kwar
 ATTENTION = Operator("attention", _prepare, entries={"attention_partial": {"want": "partial"}})
 for _backend in (sdpa, split_decoding, tiled, flex, eager):
     _backend.register(ATTENTION)
+for _name, _one in ATTENTION.backends.items():
+    ATTENTION.backends[_name] = replace(_one, run=partial(guarded, _one.run))
 
 #: Backends in the order in which ``backend=None`` tries them.
 BACKENDS: tuple[str, ...] = tuple(ATTENTION.backends)

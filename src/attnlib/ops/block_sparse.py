@@ -28,6 +28,7 @@ from ..types import Partial, Plan, check_choice, exactly, register_pytree, stats
 from . import eager
 from ._call import AttentionCall, prepare
 from ._dispatch import Operator, twice, wants_gradient
+from ._guard import guarded
 from .attention import lend
 from .lowered import SCHEMA, Lowered, lower
 
@@ -754,6 +755,10 @@ def _prepare(
 
 
 def _run(blocks: _Blocks) -> Tensor | Partial:
+    return guarded(lambda call: _execute(replace(blocks, call=call)), blocks.call, lambda: blocks.dense)
+
+
+def _execute(blocks: _Blocks) -> Tensor | Partial:
     call, plan = blocks.call, blocks.plan
     partial = call.want == "partial"
     by_keys = _by_keys(plan, call) if blocks.order is None else blocks.order == "keys"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,9 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..types import Partial, State, check_choice, check_rank, check_valid, exactly, stats_dtype
-from ._call import expand_heads
-from ._dispatch import Operator, transformed, twice
+from ..checks import (
+    check_choice,
+    check_device,
+    check_flag,
+    check_float,
+    check_int,
+    check_real,
+    check_tensor,
+    check_type,
+    check_valid,
+)
+from ..types import Partial, State, exactly, stats_dtype
+from ._call import check_qkv, expand_heads
+from ._dispatch import Operator, transformed, twice, wants_gradient
+from ._guard import bad_rows, finite, readable, spoil
 
 #: Backends; ``"parallel"`` is another name of ``"eager"``.
 FORMS = ("parallel", "chunkwise", "recurrent", "eager")
@@ -98,20 +110,10 @@ def _prepare(
 ) -> _Call:  # fmt: skip
     check_choice("normalizer", normalizer, NORMALIZERS)
     denominator = normalizer == "sum"
-    check_rank("q", q, 4, "(B, H, N, D)")
-    check_rank("k", k, 4, "(B, Hk, M, D)")
-    check_rank("v", v, 4, "(B, Hv, M, Dv)")
-    if not (q.shape[0] == k.shape[0] == v.shape[0]):
-        raise ValueError(f"q, k and v must share the batch, got {q.shape[0]}, {k.shape[0]} and {v.shape[0]}")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q has {q.shape[3]} features, k has {k.shape[3]}; they must agree")
-    if k.shape[2] != v.shape[2]:
-        raise ValueError(f"k has {k.shape[2]} tokens, v has {v.shape[2]}; they must agree")
-    for name, other in (("k", k), ("v", v)):
-        if other.shape[1] == 0 or q.shape[1] % other.shape[1]:
-            raise ValueError(f"{name} has {other.shape[1]} heads, which do not divide the {q.shape[1]} heads of q")
-    if not q.is_floating_point():
-        raise TypeError(f"q must be floating, got {q.dtype}")
+    check_qkv(q, k, v)
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_float(name, t)
+    check_device(q=q, k=k, v=v, decay=decay, key_weights=key_weights, valid=valid)
     batch, heads, n, d = q.shape
     m = k.shape[2]
     aligned = causal or decay is not None or cu_seqlens is not None
@@ -120,46 +122,100 @@ def _prepare(
         raise ValueError(f"{why} needs as many queries as keys, got N={n} and M={m}")
     if not causal and state is not None and (decay is not None or cu_seqlens is not None):
         raise ValueError("state cannot continue a bidirectional call with decay or cu_seqlens; use causal=True")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    if chunk is not None:
+        check_int("chunk", chunk, least=1)
+    check_flag("causal", causal)
     check_valid("valid", valid, (batch, m))
     dtype = stats_dtype(q.dtype)
     q = q.to(dtype)
     k, v = expand_heads(k.to(dtype), heads), expand_heads(v.to(dtype), heads)
+    weights = None
     if key_weights is not None:
+        check_float("key_weights", key_weights)
         if tuple(key_weights.shape) not in ((batch, m), (batch, heads, m)):
             raise ValueError(
                 f"key_weights must be (B, M)={(batch, m)} or (B, H, M)={(batch, heads, m)}, "
                 f"got {tuple(key_weights.shape)}"
             )
         weights = key_weights.to(dtype)
-        k = k * (weights if weights.dim() == 3 else weights[:, None]).unsqueeze(-1)
+        weights = (weights if weights.dim() == 3 else weights[:, None]).unsqueeze(-1)
     if decay is not None:
         decay = _check_decay(decay, q, dtype)
     if valid is not None:
-        # Both factors, so that a NaN in a token that does not exist stays there.
-        k, v = (t.masked_fill(~valid[:, None, :, None], 0.0) for t in (k, v))
+        # Every factor, so that what a token holds that does not exist stays there, in gradients too.
+        gone = ~valid[:, None, :, None]
+        k, v = k.masked_fill(gone, 0.0), v.masked_fill(gone, 0.0)
+        q = q.masked_fill(gone, 0.0) if aligned else q  # else queries may be other tokens
+        weights = None if weights is None else weights.masked_fill(gone, 0.0)
         if decay is not None:
             # A token that does not exist takes no step: the state neither reads it nor fades because of it.
             steps = valid[:, None] if decay.dim() == 3 else valid[:, None, :, None]
             decay = torch.where(steps, decay, torch.zeros_like(decay))
+    if decay is not None and readable(decay) and decay.numel() and not transformed([decay]):
+        low, high = (float(t) for t in torch.aminmax(decay.detach()))
+        if high > 0 or low == float("-inf"):
+            raise ValueError(f"decay holds finite log-decays of at most 0, got numbers from {low} to {high}")
+    if weights is not None:
+        k = k * weights
     if denominator:
         v = torch.cat([v, v.new_ones(batch, heads, m, 1)], -1)
-    start = None
-    if state is not None:
-        width = v.shape[-1] - denominator
-        start = state["S"]
-        if tuple(start.shape) != (batch, heads, d, width):
-            raise ValueError(f"state S must be (B, H, D, Dv)={(batch, heads, d, width)}, got {tuple(start.shape)}")
-        start = start.to(dtype)
-        if denominator:
-            if "z" not in state:
-                raise ValueError("state has no z, which the denominator needs; it was made without one")
-            start = torch.cat([start, state["z"].to(dtype).unsqueeze(-1)], -1)
+    start = None if state is None else _start_of(state, (batch, heads, d), v.shape[-1] - denominator, denominator, q)
     segment = None if cu_seqlens is None else _segments(cu_seqlens, n, q.device)
     per_channel = decay is not None and decay.dim() == 4
     default = DEFAULT_CHANNEL_CHUNK if per_channel else DEFAULT_CHUNK
     return _Call(q, k, v, decay, segment, start, causal, default if chunk is None else chunk)
+
+
+def _start_of(state: State, shape: tuple[int, int, int], width: int, denominator: bool, q: Tensor) -> Tensor:
+    """The state that a call starts from, checked."""
+    check_type("state", state, State)
+    if "S" not in state:
+        raise ValueError(f"state must be what return_state gave, with S and with a normalizer z; got {sorted(state)}")
+    start = state["S"]
+    check_tensor("state S", start)
+    if tuple(start.shape) != (*shape, width):
+        raise ValueError(f"state S must be (B, H, D, Dv)={(*shape, width)}, got {tuple(start.shape)}")
+    check_device(q=q, S=start)
+    start = start.to(q.dtype)
+    if not denominator:
+        return start
+    if "z" not in state:
+        raise ValueError("state has no z, which the denominator needs; it was made without one")
+    if tuple(state["z"].shape) != shape:
+        raise ValueError(f"state z must be (B, H, D)={shape}, got {tuple(state['z'].shape)}")
+    return torch.cat([start, state["z"].to(q.dtype).unsqueeze(-1)], -1)
+
+
+def _run(call: _Call, form: str | None) -> tuple[Tensor, Tensor]:
+    """The operator, whatever tokens hold that take no part: later ones, other segments."""
+    tensors = [t for t in (call.q, call.k, call.v, call.decay) if t is not None]
+    if not readable(*tensors) or transformed(call.inputs()):
+        return _OPERATOR.run(call, form)
+    if not wants_gradient(tensors):
+        out, final = _OPERATOR.run(call, form)
+        if finite(out):
+            return out, final
+    elif finite(*tensors):
+        return _OPERATOR.run(call, form)
+    decay, bad_q, bad_k = call.decay, bad_rows(call.q), bad_rows(call.k, call.v)
+    if decay is not None:
+        if decay.shape[2] == call.k.shape[2]:
+            bad_k = bad_k | ~torch.isfinite(decay.detach()).view(*bad_k.shape, -1).all(-1)
+            decay = decay.masked_fill(~torch.isfinite(decay), 0.0)
+    q = call.q.masked_fill(bad_q.unsqueeze(-1), 0.0)
+    k, v = (t.masked_fill(bad_k.unsqueeze(-1), 0.0) for t in (call.k, call.v))
+    out, final = _OPERATOR.run(replace(call, q=q, k=k, v=v, decay=decay), form)
+    segment = call.segment if call.segment is not None else bad_k.new_zeros(bad_k.shape[-1], dtype=torch.long)
+    count = F.pad(bad_k.long().cumsum(-1), (1, 0))
+    first, last = (torch.searchsorted(segment, segment, right=right) for right in (False, True))
+    if call.causal:
+        seen = count[..., 1:] > count[..., first]
+    elif call.segment is not None or call.decay is not None:
+        seen = count[..., last] > count[..., first]
+    else:
+        seen = bad_k.any(-1, keepdim=True)
+    ends = (count[..., -1:] > count[..., first[-1:]]).unsqueeze(-1) if segment.numel() else bad_k.new_zeros(())
+    return spoil(out, (seen | bad_q).unsqueeze(-1)), spoil(final, ends)
 
 
 def _both_ways(form: Callable[..., tuple[Tensor, Tensor]], call: _Call) -> tuple[Tensor, Tensor]:
@@ -240,13 +296,15 @@ def linear_attention(
     >>> torch.allclose(torch.cat([first.out, rest], 2), linear_attention(q, k, v), atol=1e-5)
     True
     """
+    check_choice("normalizer", normalizer, NORMALIZERS)
+    check_real("eps", eps, least=0)
     norm = normalizer == "sum"
     with exactly(q):
         call = _prepare(
             q, k, v, decay=decay, key_weights=key_weights, normalizer=normalizer, causal=causal, cu_seqlens=cu_seqlens,
             valid=valid, state=state, chunk=chunk,
         )  # fmt: skip
-        out, final = _OPERATOR.run(call, form)
+        out, final = _run(call, form)
         if norm:
             num, den = out[..., :-1], out[..., -1]
             out = Partial(torch.zeros_like(den), den + eps if eps else den, num).finish()
@@ -286,7 +344,7 @@ def linear_partial(
             q, k, v, decay=decay, key_weights=key_weights, normalizer="sum", causal=causal, cu_seqlens=cu_seqlens,
             valid=valid, state=state, chunk=chunk,
         )  # fmt: skip
-        out, final = _OPERATOR.run(call, form)
+        out, final = _run(call, form)
         part = Partial(torch.zeros_like(out[..., -1]), out[..., -1], out[..., :-1])
     return (part, _pack(final, True)) if return_state else part
 

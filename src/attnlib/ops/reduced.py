@@ -22,6 +22,7 @@ from ..positions import Bias
 from ..types import Partial, check_choice, check_rank, check_valid, exactly, stats_dtype, to_tuple
 from ._call import AttentionCall, prepare
 from ._dispatch import Backend, Operator
+from ._guard import guarded
 from .attention import ATTENTION
 from .block_policies import pool_blocks
 
@@ -157,6 +158,11 @@ class _Agents(NamedTuple):
     def inputs(self) -> list[Tensor]:
         return [*self.read.inputs(), *self.write.inputs()]
 
+    def written(self, run: Callable[[AttentionCall], Any], summary: Tensor) -> Tensor:
+        """The second problem with its values; where keys may be absent, queries may be, too."""
+        write = replace(self.write, v=summary)
+        return run(write) if self.read.valid is None else guarded(run, write, lambda: write)
+
 
 def _prepare_agents(
     q: Tensor, agents: Tensor, k: Tensor, v: Tensor, *, read_bias: Bias | Tensor | None = None,
@@ -170,11 +176,12 @@ def _prepare_agents(
 
 
 def _by_products(call: _Agents) -> Tensor:
-    return _whole_map(replace(call.write, v=_whole_map(call.read, few_keys=False)), few_keys=True)
+    summary = guarded(functools.partial(_whole_map, few_keys=False), call.read)
+    return call.written(functools.partial(_whole_map, few_keys=True), summary)
 
 
 def _by_backend(name: str, call: _Agents) -> Tensor:
-    return ATTENTION.run(replace(call.write, v=ATTENTION.run(call.read, name)), name)
+    return call.written(ATTENTION.backends[name].run, ATTENTION.backends[name].run(call.read))
 
 
 def _why_not(one: Backend, call: _Agents) -> str | None:

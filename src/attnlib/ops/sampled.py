@@ -20,6 +20,7 @@ from torch import Tensor
 from ..types import check_rank, check_valid, exactly, stats_dtype
 from ._call import expand_heads
 from ._dispatch import Operator, transformed, twice, wants_gradient
+from ._guard import bad_rows, finite, readable, spoil
 
 Shapes = Sequence[Sequence[int]]
 
@@ -215,6 +216,24 @@ def _prepare(
     return _Call(value.to(high), None, shapes, locations, weights, value.dtype)
 
 
+def _run(operator: Operator, call: _Call, backend: str | None) -> tuple[Tensor, ...]:
+    """The operator, whatever absent queries hold: NaN in their points or weights stays in their own row."""
+
+    def run(call: _Call) -> tuple[Tensor, ...]:
+        out = operator.run(call, backend)
+        return out if isinstance(out, tuple) else (out,)
+
+    tensors = (call.locations, call.weights)
+    inputs = call.inputs()
+    if not wants_gradient(inputs) or not readable(*tensors) or transformed(inputs) or finite(*tensors):
+        return run(call)
+    bad = bad_rows(call.locations.flatten(3), call.weights.flatten(3))
+    gone = bad[..., None, None]
+    weights = call.weights.masked_fill(gone, 0.0)
+    out, *rest = run(call._replace(locations=call.locations.masked_fill(gone.unsqueeze(-1), 0.0), weights=weights))
+    return spoil(out, bad.unsqueeze(-1)), *rest
+
+
 def _off_cpu(call: _Call) -> str | None:
     device = call.value.device.type
     return None if device == "cpu" else f"on {device} grid_sample is one kernel"
@@ -266,7 +285,7 @@ def deformable_attention(
     """
     with exactly(value):
         call = _prepare(value, spatial_shapes, sampling_locations, attention_weights, valid=valid)
-        return _OPERATOR.run(call, backend).to(call.dtype)
+        return _run(_OPERATOR, call, backend)[0].to(call.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -329,7 +348,7 @@ def deformable_attention_3d(
     """
     with exactly(value):
         call = _prepare_3d(value, depth, spatial_shapes, sampling_locations, attention_weights, valid=valid)
-        out, score = _OPERATOR_3D.run(call, backend)
+        out, score = _run(_OPERATOR_3D, call, backend)
         if not return_depth_score:
             return out.to(call.dtype)
         return out.to(call.dtype), (score * _inside(call.locations[..., :2], call.shapes)).to(call.dtype)

@@ -33,8 +33,9 @@ from torch import Tensor
 
 from ..masks import explicit
 from ..types import Partial, check_choice, stats_dtype
-from ._call import AttentionCall, prepare
+from ._call import AttentionCall, expand_heads, prepare
 from ._dispatch import Operator
+from ._guard import guarded
 
 #: Keys of a tile by head dimension, as the paper uses them on an A100.
 TILE = {64: 256, 128: 128}
@@ -431,9 +432,10 @@ def _run(
     splits: int | None = None,
 ) -> Partial:
     check_choice("schedule", schedule, SCHEDULES)
-    q, k, v = call.q, call.k, call.v
+    # The kernel of a piece takes it for granted that channels stand side by side.
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (call.q, call.k, call.v))
     if k.shape[1] != v.shape[1]:
-        k, v = call.expanded()
+        k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
     tile = TILE.get(q.shape[3], 128) if tile is None else tile
     for name, value in (("tile", tile), ("q_tile", q_tile or 1)):
         if value < 1:
@@ -545,9 +547,13 @@ def split_decoding(
     return OPERATOR.run(call, backend)
 
 
-def _scheduled(call: _Call) -> Tensor | Partial:
-    part = _run(call.call, [(0, n) for n in call.lengths], call.causal, *call.settings)
-    return part if call.call.want == "partial" else part.finish().to(call.call.q.dtype)
+def _scheduled(problem: _Call) -> Tensor | Partial:
+    def run(call: AttentionCall) -> Tensor | Partial:
+        part = _run(call, [(0, n) for n in problem.lengths], problem.causal, *problem.settings)
+        return part if call.want == "partial" else part.finish().to(call.q.dtype)
+
+    # A piece holds keys of its sample only; which of them a query may read matters when it is causal.
+    return guarded(run, problem.call, lambda: problem.dense)
 
 
 # ``attention`` adds its backends, which then run on the dense problem.

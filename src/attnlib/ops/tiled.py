@@ -219,7 +219,10 @@ class _Problem:
             b = chunk.b if pairs.shape[0] > 1 else slice(None)
             h = chunk.h if pairs.shape[1] > 1 else slice(None)
             part = s[..., start:stop]
-            torch.minimum(part, self._limit(pairs)[b, h], out=part)
+            if self.careful:  # a minimum would let NaN in the bias through
+                part.masked_fill_(pairs[b, h], float("-inf"))
+            else:
+                torch.minimum(part, self._limit(pairs)[b, h], out=part)
         return s
 
     def _limit(self, forbidden: Tensor) -> Tensor:

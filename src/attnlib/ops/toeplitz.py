@@ -19,7 +19,8 @@ from torch import Tensor
 from ..positions import toeplitz_spectrum
 from ..types import check_rank, check_valid, exactly, stats_dtype
 from ._call import expand_heads
-from ._dispatch import Operator, transformed, twice
+from ._dispatch import Operator, transformed, twice, wants_gradient
+from ._guard import bad_rows, finite, readable, spoil
 
 #: Backends; ``"direct"`` is another name of ``"eager"``.
 FORMS = ("fft", "fft64", "direct", "eager")
@@ -70,8 +71,28 @@ def toeplitz_attention(
     """
     with exactly(q):
         call = _prepare(q, k, v, bias, grid=grid, valid=valid, positive=positive, return_weights=return_weights)
-        out, weights = _OPERATOR.run(call, form)
+        out, weights = _run(call, form)
     return (out, weights) if return_weights else out
+
+
+def _run(call: _Call, form: str | None) -> tuple[Tensor, Tensor | None]:
+    """The operator, whatever tokens hold that a row may not see: a transform spreads it over all rows."""
+    tensors = (call.q, call.k, call.v)
+    if not readable(*tensors) or transformed(call.inputs()):
+        return _OPERATOR.run(call, form)
+    if not wants_gradient(tensors):
+        out, weights = _OPERATOR.run(call, form)
+        if finite(out):
+            return out, weights
+    elif finite(*tensors):
+        return _OPERATOR.run(call, form)
+    bad_q, bad_k = bad_rows(call.q), bad_rows(call.k, call.v)
+    q = call.q.masked_fill(bad_q.unsqueeze(-1), 0.0)
+    k, v = (t.masked_fill(bad_k.unsqueeze(-1), 0.0) for t in (call.k, call.v))
+    out, weights = _OPERATOR.run(call._replace(q=q, k=k, v=v), form)
+    meets = torch.isfinite(call.bias.detach()).to(call.q.dtype)
+    seen = (_seen(meets, bad_k, call.grid, call.keys, bad_k.shape[0]) | (bad_q & call.seen)).unsqueeze(-1)
+    return spoil(out, seen), None if weights is None else spoil(weights, seen & (weights != 0))
 
 
 class _Call(NamedTuple):
@@ -188,10 +209,13 @@ def _toeplitz(c: Tensor, grid: Sequence[int], keys: Sequence[int]) -> Tensor:
 
 
 def _seen(meets: Tensor, valid: Tensor | None, grid: Sequence[int], keys: Sequence[int], batch: int) -> Tensor:
-    """(B, H or 1, N) boolean: does the row see a key? Counted, so that rounding of sums cannot decide it."""
+    """(B, H or 1, N) boolean: does the row see a key of ``valid`` (B, M) or (B, H, M)?
+
+    Counted, so that rounding of sums cannot decide it.
+    """
     if not torch.compiler.is_compiling() and 0 in (batch, *grid, *keys):
         return meets.new_zeros(batch, 1, math.prod(grid), dtype=torch.bool)
-    exists = meets.new_ones(1, 1, *keys) if valid is None else valid.to(meets.dtype).view(batch, 1, *keys)
+    exists = meets.new_ones(1, 1, *keys) if valid is None else valid.to(meets.dtype).reshape(batch, -1, *keys)
     spectrum, sizes = toeplitz_spectrum(meets.detach(), grid)
     return (_back(spectrum.conj() * _transform(exists, sizes), sizes, grid) > 0.5).flatten(2)
 
