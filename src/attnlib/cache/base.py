@@ -65,6 +65,7 @@ class KVCompression(Intervention):
 
     name: ClassVar[str] = "kv-compression"
     kinds: ClassVar[tuple[str, ...]] = ("self",)
+    follows_sequence: ClassVar[bool] = False  # what it keeps of a sequence is in the cache; the rest is for results
 
     def __init__(
         self,

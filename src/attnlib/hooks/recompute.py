@@ -58,16 +58,24 @@ class Recomputed:
         return False
 
 
+_AGAIN: Any = Recomputed.__call__.__code__
+
+
 def running_backward() -> bool:
     """Whether this thread runs a backward pass."""
     return torch._C._current_graph_task_id() != -1
 
 
 def checkpoints(frame: FrameType | None) -> list[tuple[Any, str]]:
-    """Checkpoints whose forward is running: the objects, innermost first, that hold what will be run again."""
+    """Checkpoints whose forward is running: the objects, innermost first, that hold what will be run again.
+
+    Within something that runs again, those that are entered there.
+    """
     found: list[tuple[Any, str]] = []
     while frame is not None:
         code = frame.f_code
+        if code is _AGAIN:
+            break
         if code is _REENTRANT:
             found.append((frame.f_locals["ctx"], "run_function"))
         elif code is _PLAIN:

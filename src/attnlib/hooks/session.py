@@ -234,11 +234,10 @@ class Session(Shared):
     def starts(self, cache: Any) -> ReadSequence:
         """For adapters: the current branch begins to read a sequence, into ``cache`` if there is one."""
         branch = self.branch
-        if cache is not None:
-            # What is known of the sequence before stays with its own cache.
-            self._now.notes[branch] = copy.copy(self.notes)
-            if self.tracker is not None:
-                self._now.trackers[branch] = self.tracker.anew()
+        # What is known of the sequence before stays with its own cache.
+        self._now.notes[branch] = copy.copy(self.notes)
+        if self.tracker is not None:
+            self._now.trackers[branch] = self.tracker.anew()
         length, beams = self._now.promised.get(branch, (None, 1))
         self.notes.begin(length, beams)
         sequence = self._now.sequences[branch] = ReadSequence(self, branch, self.notes, self.tracker)
@@ -420,9 +419,9 @@ class Session(Shared):
 
     def enter(self) -> None:
         """For adapters: something of the session is about to act, perhaps in a part that will run once more."""
-        if self._recomputing or not self._may_recompute:
+        if not self._may_recompute:
             return
-        if running_backward():
+        if not self._recomputing and running_backward():
             raise RuntimeError(
                 f"a part of the attached {type(self.model).__name__} is recomputed for a backward pass, but its "
                 "forward did not run in this session under torch.utils.checkpoint: it ran before the model was "
