@@ -17,7 +17,8 @@ def make(**settings):
 @pytest.mark.parametrize("case", FIXTURE.config)
 def test_equals_the_authors(case):
     module = FIXTURE.build(case)
-    FIXTURE.holds(case, module.train(), lambda m, xs: m(xs["x"]))
+    # their LLaMA was recorded in evaluation: in training the choice lets gradients through
+    FIXTURE.holds(case, module.train(case != "llama"), lambda m, xs: m(xs["x"]))
     if f"{case}/loss" in FIXTURE.tensors:
         loss = module(FIXTURE.tensors[f"{case}/x/x"], returns=("losses",)).losses["balance"]
         torch.testing.assert_close(loss, FIXTURE.tensors[f"{case}/loss"])

@@ -30,6 +30,8 @@ RECORDED = {
     "lightning-attention-2": {},
     "lolcats": {},
     "moh-mixture-of-heads": {},
+    "moh-vit-aggregated-attention": {},
+    "moh-vit-attention": {},
     "pldr-llm-plga": {},
     "quantizable-transformers": {},
     "rcmha": {},
