@@ -673,7 +673,8 @@ def test_refusals(llama):
         attnlib.attach(gpt, KVCompression(ExpectedAttention(), Cap(4)))
     repeating = prompt(batch=1, pad=(0,))
     repeating["input_ids"][0, 17:] = repeating["input_ids"][0, 7:10]
-    with attnlib.attach(llama, SnapKV(cap=9, window_size=4)), pytest.raises(ValueError, match="drafts"):
+    often = KVCompression(KeyNorm(), Cap(9), every=1)
+    with attnlib.attach(llama, often), pytest.raises(ValueError, match="drafts"):
         llama.generate(**repeating, max_new_tokens=4, prompt_lookup_num_tokens=3)
     once = KVCompression(KeyNorm(), Cap(4))
     with attnlib.attach(llama, once), pytest.raises(ValueError, match="attached already"):

@@ -43,8 +43,12 @@ def existing(site: Site, device: torch.device) -> Tensor:
 class KVCompression(Intervention):
     """Evict keys and values; the model goes on with what is left, at the true positions.
 
-    The prompt is what the model reads while its cache is empty, in one call: of a prompt read in chunks only the first
-    chunk is compressed, the others count as decoding.
+    The prompt is what ``generate`` was given, in one call or in chunks, and it is compressed as one; drafts of assisted
+    decoding are no part of it. By hand it is what the model reads while its cache is empty, or as many tokens as
+    ``session.at(prompt_length=...)`` says. While a prompt is read in chunks nothing is evicted, and the queries of all
+    chunks are kept. A later turn of a conversation is read, and not compressed again unless ``every`` says so. On
+    models that also have layers with a sliding window, the layers of full attention are compressed, and
+    ``session.report`` names the others.
 
     Args:
         scorer: what each key is worth.

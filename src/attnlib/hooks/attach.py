@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,6 +64,31 @@ def _check_pair(site: Site | None, a: Intervention, b: Intervention) -> None:
         raise ValueError(f"{type(a).__name__} and {type(b).__name__} cannot both act on {where}: {reason}")
 
 
+def _spoken(layers: dict[int, str]) -> str:
+    by_reason: dict[str, list[int]] = {}
+    for layer, why in sorted(layers.items()):
+        by_reason.setdefault(why, []).append(layer)
+    return "; ".join(f"layers {numbers}: {why}" for why, numbers in by_reason.items())
+
+
+def _able(adapter: Adapter, i: Intervention, chosen: list[Site], skipped: dict[str, dict[int, str]]) -> list[Site]:
+    """The sites where an intervention can act; the others are reported, or refused where the user named them.
+
+    Where nothing would be left, the model is taken at its word: the cache that it is called with may be another one,
+    and refuses by itself where it is not.
+    """
+    why = {site.layer: reason for site in chosen if (reason := adapter.cannot(i, site))}
+    left = [site for site in chosen if site.layer not in why]
+    if not left:
+        return chosen
+    if why and i.layers is not None:
+        possible = [site.layer for site in left]
+        raise ValueError(f"{type(i).__name__} cannot act on {_spoken(why)}; possible: {possible}")
+    if why:
+        skipped[i.name] = why
+    return left
+
+
 def attach(
     model: nn.Module,
     *interventions: Intervention,
@@ -118,6 +144,7 @@ def attach(
     sites = adapter.sites(model, part)
     adapter.trust(model, sites, attach)
     plan: dict[int, list[Intervention]] = {}
+    skipped: dict[str, dict[int, str]] = {}
     for i in interventions:
         for kind in i.kinds:
             check_choice("kinds", kind, KINDS)
@@ -130,6 +157,7 @@ def attach(
         chosen = check_layers(i, sites)
         if i.identity:
             continue
+        chosen = _able(adapter, i, chosen, skipped)
         if i.needs_types and token_types is None:
             raise ValueError(
                 f"{type(i).__name__} has to know which tokens are image tokens: give attach(..., token_types=...), "
@@ -156,7 +184,7 @@ def attach(
             i.prepare(model, check_layers(i, sites) if everywhere else [s for n, s in planned if i in plan[n]])
     tracker = None if token_types is None else TypeTracker(token_types)
     session = Session(model, interventions, rows, tracker)
-    session.sites = sites
+    session.sites, session.report = sites, skipped
     session.active = True
     try:
         if able:
@@ -167,6 +195,10 @@ def attach(
         session.detach()
         raise
     _sessions[model] = session
+    for name, layers in skipped.items():
+        warnings.warn(
+            f"{name} acts on what it can; it leaves out {_spoken(layers)} (session.report)", UserWarning, stacklevel=2
+        )
     for i in interventions:
         i._owner = session
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +39,10 @@ class Adapter:
     def trust(self, model: nn.Module, sites: list[Site], attach: Callable[..., Session]) -> None:
         """Refuse a model whose library nobody tested; ``attach`` may be used to look at it."""
 
+    def cannot(self, intervention: Intervention, site: Site) -> str | None:
+        """Why an intervention that fits a site cannot act there in this model; ``None`` where it can."""
+        return None
+
     def install(self, session: Session, plan: list[tuple[Site, Stages]]) -> None:
         """Intercept the sites of ``plan``; every change goes through ``session.undo`` at once."""
         raise NotImplementedError
@@ -61,6 +64,7 @@ class _Now:
     trackers: dict[str | None, TypeTracker] = field(default_factory=dict)
     notes: dict[str | None, Notes] = field(default_factory=dict)
     sequences: dict[str | None, ReadSequence] = field(default_factory=dict)
+    renewed: set[str | None] = field(default_factory=set)
     promised: dict[str | None, tuple[int | None, int]] = field(default_factory=dict)
     frame: dict[str, Any] = field(default_factory=dict)
 
@@ -99,7 +103,8 @@ class Session(Shared):
         self.attached: list[Site] = []
         self.stateful: list[Any] = []
         self._owners: dict[int, nn.Module] = {}
-        self._skipped: dict[str, dict[int, str]] = {}
+        #: Where something attached does not act although it was not told to leave the layer out: {name: {layer: why}}.
+        self.report: dict[str, dict[int, str]] = {}
         self._changes: list[Change] = []
         self._touched: dict[nn.Module, list[Change]] = {}
         self._found: list[tuple[dict[Any, Any], Any, Any, str, nn.Module]] = []
@@ -231,9 +236,15 @@ class Session(Shared):
 
     # ---- sequences
 
+    def renew(self, beams: int = 1) -> None:
+        """For adapters: what comes next in this branch is told of anew, whether it goes on with a cache or not."""
+        self._now.notes[self.branch] = Notes(beams=beams)
+        self._now.renewed.add(self.branch)
+
     def starts(self, cache: Any) -> ReadSequence:
         """For adapters: the current branch begins to read a sequence, into ``cache`` if there is one."""
         branch = self.branch
+        self._now.renewed.discard(branch)
         # What is known of the sequence before stays with its own cache.
         self._now.notes[branch] = copy.copy(self.notes)
         if self.tracker is not None:
@@ -255,7 +266,7 @@ class Session(Shared):
         if found is not None and (found.session is not self or found.branch != branch):
             found = None
         last = self._now.sequences.get(branch)
-        if found is last:
+        if found is last and branch not in self._now.renewed:
             return
         if last is not None and (found is None or found.prompt is not last.prompt):
             alone = [type(i).__name__ for i in self.interventions if i.follows_sequence and not i.identity]
@@ -269,29 +280,13 @@ class Session(Shared):
         if found is None:
             found = ReadSequence(self, branch, Notes(), self.tracker)
             put(cache, found)
+        if branch in self._now.renewed:
+            self._now.renewed.discard(branch)
+            found.notes = self.notes
         self._now.sequences[branch] = found
         self._now.notes[branch] = found.notes
         if found.tracker is not None:
             self._now.trackers[branch] = found.tracker
-
-    def skip(self, intervention: Intervention, site: Site, why: str) -> None:
-        """For adapters: an intervention does not act at a site, and the user is told once."""
-        reasons = self._skipped.setdefault(intervention.name, {})
-        if site.layer not in reasons:
-            reasons[site.layer] = why
-
-    @property
-    def report(self) -> dict[str, dict[int, str]]:
-        """Where something attached does not act although it was not told to leave the layer out: ``{name: {layer:
-        why}}``."""
-        return {name: dict(sorted(reasons.items())) for name, reasons in self._skipped.items()}
-
-    def _tell_skipped(self) -> None:
-        for name, reasons in self.report.items():
-            why = sorted(set(reasons.values()))
-            warnings.warn(
-                f"{name} does not act on layers {list(reasons)}: {'; '.join(why)} (session.report)", stacklevel=4
-            )
 
     # ---- bookkeeping for adapters
 

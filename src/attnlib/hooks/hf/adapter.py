@@ -25,17 +25,18 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..blocks import block_of, swap_sources
-from ..intervention import Stages
+from ..intervention import Intervention, Stages, implements
 from ..session import Adapter, Session
 from ..site import Site
 from . import removal
-from .cache import mask_unwritten
+from .cache import mask_unwritten, why_not_evictable
 from .follow import _Follow, follow_generate
 from .layer import LayerRuntime, intercept, register
 from .names import (
     READABLE,
     _need,
     cache_in,
+    cache_layer,
     cache_parameter,
     implementation_of,
     kernel_of,
@@ -102,6 +103,12 @@ class TransformersAdapter(Adapter):
     def trust(self, model: nn.Module, sites: list[Site], attach: Callable[..., Session]) -> None:
         cache_parameter(model)
         ensure(model, sites, attach)
+
+    def cannot(self, intervention: Intervention, site: Site) -> str | None:
+        if site.kind != "self" or not implements(intervention, "on_cache"):
+            return None
+        layer = cache_layer(site.module.config, site.layer)
+        return None if layer is None else why_not_evictable(layer)
 
     def install(self, session: Session, plan: list[tuple[Site, Stages]]) -> None:
         session.counts_steps = True

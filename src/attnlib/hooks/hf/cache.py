@@ -101,6 +101,11 @@ def evicted_layer_class() -> type:
                     "this cache lost keys inside an attnlib session that is over, and nothing adapts its masks any "
                     "more; decode inside a session whose interventions act on this layer, or start from the prompt"
                 )
+            if 0 < self.capacity < self.seen + key_states.shape[-2]:
+                raise ValueError(
+                    f"the static cache was made for {self.capacity} tokens, but with these {key_states.shape[-2]} the "
+                    f"sequence has {self.seen + key_states.shape[-2]}"
+                )
             self.seen += key_states.shape[-2]
             self.keys, self.values = self._longer("keys", key_states), self._longer("values", value_states)
             return self.keys, self.values
@@ -159,6 +164,31 @@ def _empty_layer() -> Any:
     layer = object.__new__(evicted_layer_class())
     layer.session = _nobody  # type: ignore[attr-defined]
     return layer
+
+
+def why_not_evictable(layer: Any) -> str | None:
+    """Why keys cannot leave a cache layer head by head; ``None`` where they can."""
+    cache = _need().cache
+    if type(layer) in (cache.DynamicLayer, cache.StaticLayer, evicted_layer_class()):
+        return None
+    name = type(layer).__name__
+    if "LinearAttention" in name:
+        beside = " beside its keys" if isinstance(layer, cache.DynamicLayer) else ""
+        return f"a {name} holds a recurrent state{beside}"
+    if getattr(layer, "is_sliding", False):
+        return f"a {name} holds its last tokens only, and forgets the others by itself"
+    return f"a {name} does not hold keys as they are read; possible: full attention with a dynamic or static cache"
+
+
+def why_latent(layer: Any, k: Tensor, v: Tensor) -> str | None:
+    """Why keys (B, Hk, M, D) as read are not those that a cache layer holds; ``None`` where they are."""
+    held = layer.keys.shape, layer.values.shape
+    if all(a[1] == t.shape[1] and a[-1] == t.shape[-1] for a, t in zip(held, (k, v), strict=True)):
+        return None
+    return (
+        f"its cache holds latents (keys {tuple(held[0])}, values {tuple(held[1])}) from which the keys of all heads "
+        f"{tuple(k.shape)} are made, so keys cannot leave it head by head"
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,22 +62,26 @@ def _candidates(session: Session) -> Callable[..., Any]:
 
     @functools.wraps(original)  # type: ignore[arg-type]
     def make(*args: Any, **kwargs: Any) -> Any:
+        often = [i for i in session.acting("on_cache") if i.while_decoding]
+        if often:
+            raise ValueError(
+                f"{type(often[0]).__name__} evicts keys while decoding, where drafts (assistant_model, "
+                "prompt_lookup_num_tokens) would be among the tokens that choose; evict after the prompt "
+                "only, or decode without drafts"
+            )
         generator = original(*args, **kwargs)  # type: ignore[operator]
-        drafts, adapts = generator.get_candidates, generator.update_candidate_strategy
-        silent = [True]
+        drafts, read = generator.get_candidates, []
 
         @functools.wraps(drafts)
         def get_candidates(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if silent:
-                return input_ids, None
-            return drafts(input_ids, *args, **kwargs)
-
-        @functools.wraps(adapts)
-        def update_candidate_strategy(*args: Any, **kwargs: Any) -> Any:
-            return silent.clear() if silent else adapts(*args, **kwargs)
+            # An assistant drafts all the same, since it counts its rounds; to the model it is as if all were rejected.
+            drafted = drafts(input_ids, *args, **kwargs)
+            if read:
+                return drafted
+            read.append(True)
+            return input_ids, None
 
         generator.get_candidates = get_candidates
-        generator.update_candidate_strategy = update_candidate_strategy
         return generator
 
     return make
@@ -95,7 +99,7 @@ def _processors(session: Session) -> Callable[..., Any]:
         beams = generation_config.num_beams or 1
         length = kwargs.get("input_ids_seq_length", args[0] if args else None)
         session.promised[session.branch] = (int(length) if length else None, beams)
-        session.notes.begin(None, beams)
+        session.renew(beams)
 
         def process(ids: Tensor, scores: Tensor) -> Tensor:
             after = session.logits(ids, scores)

@@ -19,7 +19,7 @@ from ..recompute import Shared
 from ..session import Session
 from ..site import PairMask, Site, slots
 from ..tokens import PAD
-from .cache import Kept, _DeferredCache, evicted_layer_class, snapshot
+from .cache import Kept, _DeferredCache, evicted_layer_class, snapshot, why_latent, why_not_evictable
 from .names import (
     BIAS,
     PREFIX,
@@ -318,6 +318,10 @@ class LayerRuntime(Shared):
         if self.site.kind == "cross" or not isinstance(cache, hf.cache.Cache):
             return _Call(cache=None if self.site.kind == "cross" else cache, kept=self._kept())
         index = self.site.layer
+        if self.stages.in_attention and index < len(cache.layers):
+            layer = cache.layers[index]
+            if isinstance(layer, evicted_layer_class()) and layer.session() is not self.session:
+                layer.belong(self.session)  # filled in another session, or loaded
         offset = int(cache.layers[index].get_seq_length()) if index < len(cache.layers) else 0
         return _Call(cache=cache, offset=offset, kept=None if offset else self._kept())
 
@@ -528,17 +532,15 @@ class LayerRuntime(Shared):
             if chunks:
                 site, q = _joined([*chunks, (site, q)])
                 chunks.clear()
-        hf = _need()
         who = type(asked[0]).__name__
         if call.cache is None:
             raise ValueError(f"{who} evicts keys from the cache, but the model was called without one; use_cache=True")
         layer = self._cache_layer(call)
         evicted = isinstance(layer, evicted_layer_class())
-        if not evicted and type(layer) not in (hf.cache.DynamicLayer, hf.cache.StaticLayer):
+        why = why_not_evictable(layer) or why_latent(layer, k, v)
+        if why is not None:
             raise ValueError(
-                f"{who} cannot evict keys from a {type(layer).__name__} (layer {site.layer}); possible: full "
-                "attention with a "
-                "dynamic or static cache. Leave the layer out with layers=[...]"
+                f"{who} cannot evict keys from layer {site.layer}: {why}. Leave the layer out with layers=[...]"
             )
         assert site.mask is not None and site.k_pos is not None
         held = k.shape[2] if evicted else n if call.kept is not None else call.offset + n

@@ -263,6 +263,12 @@ def cache_parameter(module: nn.Module) -> str | None:
     return None
 
 
+def cache_layer(config: Any, index: int) -> Any:
+    """The layer that ``generate`` makes for a cache of a model of this configuration, ``None`` where any will do."""
+    layers = _need().cache.DynamicCache(config=config).layers
+    return layers[index] if index < len(layers) else None
+
+
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
     """``cache`` as the argument under which ``model`` takes it.
 
