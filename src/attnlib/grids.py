@@ -54,6 +54,8 @@ class Layout:
         clean: list[tuple[str, int | tuple[int, ...]]] = []
         if isinstance(self.segments, str) or not isinstance(self.segments, Sequence):
             raise TypeError(f"segments must be (name, size) pairs such as (('cls', 1),), got {describe(self.segments)}")
+        if not self.segments:
+            raise ValueError("segments must name at least one run of tokens, got none")
         for segment in self.segments:
             if not isinstance(segment, (tuple, list)) or len(segment) != 2:
                 raise TypeError(f"segments must be (name, size) pairs, got {describe(segment)}")
@@ -149,7 +151,7 @@ class Layout:
 
     def types(self, device: torch.device | str | None = None) -> Tensor:
         """(N,) int64: the segment number of each token."""
-        sizes = torch.tensor([self.size(n) for n in self.names], device=device)
+        sizes = torch.tensor([self.size(n) for n in self.names], device=device, dtype=torch.long)
         return torch.repeat_interleave(torch.arange(len(self.names), device=device), sizes, output_size=len(self))
 
 
@@ -177,6 +179,7 @@ def flatten_grid(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def unflatten_grid(x: Tensor, grid: Sequence[int]) -> Tensor:
     """(B, N, C) -> (B, *grid, C)."""
     check_rank("x", x, 3, "(B, N, C)")
+    grid = check_ints("grid", grid, least=0)
     if math.prod(grid) != x.shape[1]:
         raise ValueError(f"grid={tuple(grid)} has {math.prod(grid)} tokens, but x has {x.shape[1]}")
     return x.reshape(x.shape[0], *grid, x.shape[-1])

@@ -112,11 +112,11 @@ class Mask:
 
     def heads(self) -> int:
         """Number of heads this mask distinguishes (1: the same for all)."""
-        return max([1, *(a.heads() for a in self._args() if isinstance(a, Mask))])
+        return _joint([a.heads() for a in self._args() if isinstance(a, Mask)])
 
     def batch(self) -> int:
         """Number of samples this mask distinguishes (1: the same for all)."""
-        return max([1, *(a.batch() for a in self._args() if isinstance(a, Mask))])
+        return _joint([a.batch() for a in self._args() if isinstance(a, Mask)])
 
     def device(self) -> torch.device | None:
         """Where the tensors of this mask lie; ``None`` when it has none."""
@@ -213,18 +213,18 @@ class Mask:
         q, k = lift(q_pos).unsqueeze(-1), lift(k_pos).unsqueeze(-2)
         batch, heads = self.batch(), self.heads()
         for name, p in (("q_pos", q), ("k_pos", k)):
-            if p.dim() == 4 and batch > 1 and p.shape[0] not in (1, batch):
+            if p.dim() == 4 and batch != 1 and p.shape[0] not in (1, batch):
                 raise ValueError(f"{name} is for {p.shape[0]} samples, but mask={self!r} is for {batch}")
-            if p.dim() == 4 and heads > 1 and p.shape[1] not in (1, heads):
+            if p.dim() == 4 and heads != 1 and p.shape[1] not in (1, heads):
                 raise ValueError(f"{name} is for {p.shape[1]} heads, but mask={self!r} is for {heads}")
         if q.dim() == k.dim() == 4:
             check_serves("k_pos", k.shape[0], q.shape[0]) if q.shape[0] > 1 else None
             check_serves("k_pos", k.shape[1], q.shape[1], "heads") if q.shape[1] > 1 else None
         b = torch.zeros((), dtype=torch.long, device=q.device)
         h = b
-        if batch > 1:
+        if batch != 1:
             b = torch.arange(batch, device=q.device).view(-1, 1, 1, 1)
-        if heads > 1:
+        if heads != 1:
             h = torch.arange(heads, device=q.device).view(1, -1, 1, 1)
         out = self.pair(b, h, q, k)
         shape = torch.broadcast_shapes(out.shape, q.shape, k.shape)
@@ -360,6 +360,11 @@ def _same(a: Any, b: Any) -> bool:
     if (a.dtype, a.shape, a.device) != (b.dtype, b.shape, b.device) or a.is_meta:
         return False
     return torch.equal(a, b)
+
+
+def _joint(sizes: list[int]) -> int:
+    """What parts of 1 and of one other size are for together."""
+    return next((size for size in sizes if size != 1), 1)
 
 
 def _part(sign: str, other: Any) -> Mask:
@@ -609,8 +614,6 @@ def _per_sample(name: str, value: Any, least: int) -> Any:
         return check_int(name, value, least=least, also="or a tensor (B,) of such")
     check_whole(name, value, "an integer or an integer tensor (B,)")
     check_rank(name, value, 1, "(B,)")
-    if not value.numel():
-        raise ValueError(f"{name} must hold one integer per sample, got {describe(value)}")
     low, _ = extremes(value, (least, least))
     if low < least:
         raise ValueError(f"{name} must hold integers of at least {least}, got {low}")
@@ -621,12 +624,12 @@ def _of_sample(values: Any, b: Tensor) -> Any:
     """``values`` (B,) of sample ``b``; a single one, or a plain number, serves every sample."""
     if not isinstance(values, Tensor):
         return values
-    return values[b] if values.shape[0] > 1 else values[0]
+    return values[b] if values.shape[0] != 1 else values[0]
 
 
 def _of_token(values: Tensor, b: Tensor, pos: Tensor) -> Tensor:
     """``values`` (N,) or (B, N) at position ``pos`` of sample ``b``."""
-    if values.dim() == 2 and values.shape[0] > 1:
+    if values.dim() == 2 and values.shape[0] != 1:
         return values[b, pos]
     return values.reshape(-1)[pos]
 
@@ -761,14 +764,16 @@ def _grid_of(name: str, value: Any, rows: str = "N", cols: str = "M") -> Tensor:
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
         raise TypeError(f"{name} must be boolean (True: may attend), got {describe(value)}")
     check_rank(name, value, (2, 3, 4), f"({rows}, {cols}), (B, {rows}, {cols}) or (B, H, {rows}, {cols})")
+    if value.dim() > 2 and all(size == 1 for size in value.shape[:-2]):
+        return value.reshape(value.shape[-2:])  # the same for all
     return value[:, None] if value.dim() == 3 else value
 
 
 def _cell(grid: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     if grid.dim() == 2:
         return grid[q, k]
-    b = b if grid.shape[0] > 1 else torch.zeros_like(b)
-    h = h if grid.shape[1] > 1 else torch.zeros_like(h)
+    b = b if grid.shape[0] != 1 else torch.zeros_like(b)
+    h = h if grid.shape[1] != 1 else torch.zeros_like(h)
     return grid[b, h, q, k]
 
 
@@ -1123,6 +1128,8 @@ def document(cu_seqlens: Tensor | Sequence[int]) -> Mask:
     check_whole("cu_seqlens", cu_seqlens)
     check_rank("cu_seqlens", cu_seqlens, 1, "(documents + 1,)")
     ends = cu_seqlens
+    if ends.is_meta:
+        raise ValueError("cu_seqlens must hold numbers that can be read, got a tensor on meta")
     if len(ends) < 2 or int(ends[0]) != 0 or bool((ends.long().diff() < 0).any()):
         raise ValueError(f"cu_seqlens must be non-decreasing and start at 0, got {describe(ends.tolist())}")
     lengths = ends.diff()

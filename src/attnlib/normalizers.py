@@ -86,7 +86,11 @@ def _literal(value: float | bool | str | None) -> str:
         return f'"{value}"'
     if value is None:
         return "null"
-    return ("true" if value else "false") if isinstance(value, bool) else repr(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int) or hasattr(value, "__index__"):
+        return repr(int(value))
+    return repr(float(value))  # numbers of numpy print their type
 
 
 def softmax_rows(scores: Tensor) -> Tensor:

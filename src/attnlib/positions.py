@@ -18,6 +18,7 @@ from torch import Tensor
 from .checks import (
     check_axes,
     check_device,
+    check_flag,
     check_float,
     check_int,
     check_ints,
@@ -195,7 +196,7 @@ class RelativeBias(Bias):
 
     def block(self, rows: slice, cols: slice | Tensor) -> Tensor:
         index = self.index(rows, cols)
-        return self.table.index_select(1, index.reshape(-1)).reshape(1, -1, *index.shape)
+        return self.table.index_select(1, index.reshape(-1)).reshape(1, self.table.shape[0], *index.shape)
 
     def shape(self) -> tuple[int, int]:
         return self.q_coords.shape[0], self.k_coords.shape[0]
@@ -257,6 +258,7 @@ class AxisBias(Bias):
         if k_coords is None:
             k_coords = coordinates([f.shape[-1] for f in factors], first.device)
         check_whole("k_coords", k_coords)
+        check_device(**{"factors[0]": first, "k_coords": k_coords})
         check_rank("k_coords", k_coords, 2, "(M, r)")
         if k_coords.shape[1] != len(factors):
             raise ValueError(f"k_coords has {k_coords.shape[1]} axes, but there are {len(factors)} factors")
@@ -460,7 +462,7 @@ def toeplitz_matmul(c: Tensor, x: Tensor, queries: Sequence[int] | None = None) 
     rank = len(queries)
     keys = tuple(x.shape[-1 - rank : -1])
     if len(keys) != rank or any(
-        n < 1 or length != n + m - 1 for length, n, m in zip(c.shape[-rank:], queries, keys, strict=True)
+        n < 1 or m < 1 or length != n + m - 1 for length, n, m in zip(c.shape[-rank:], queries, keys, strict=True)
     ):
         raise ValueError(
             f"c has entries {tuple(c.shape[-rank:])}; for queries {tuple(queries)} and keys {keys} it must have "
@@ -522,6 +524,8 @@ def rotate(x: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
     """
     check_float("x", x)
     check_rank("x", x, 4, "(B, H, N, D)")
+    check_flag("interleaved", interleaved)
+    check_device(x=x, angles=angles)
     check_float("angles", angles)
     check_rank("angles", angles, (2, 3, 4), "(N, D/2), (B, N, D/2) or (B, H, N, D/2)")
     if angles.dim() == 3:
@@ -564,9 +568,13 @@ def sincos(coords: Tensor, dim: int, base: float = 10000.0) -> Tensor:
         (N, dim) float32: per axis ``sin`` of all frequencies, then ``cos``.
     """
     check_rank("coords", coords, 2, "(N, r)")
+    if coords.is_complex():
+        raise TypeError(f"coords must hold coordinates, got {describe(coords)}")
     check_int("dim", dim, least=1)
     check_real("base", base, above=0)
     axes = coords.shape[1]
+    if not axes:
+        raise ValueError(f"coords must have at least one axis, got {tuple(coords.shape)}")
     if dim % (2 * axes):
         raise ValueError(f"dim={dim} must be a multiple of {2 * axes} for a sine-cosine encoding on {axes} axes")
     half = dim // (2 * axes)

@@ -101,6 +101,8 @@ class Partial(NamedTuple):
         for other in others:
             check_type("others", other, Partial)
             for name, mine, theirs in zip(self._fields, self, other, strict=True):
+                check_float(name, mine)
+                check_float(name, theirs)
                 if mine.shape != theirs.shape:
                     raise ValueError(
                         f"partials must have equal shapes to be merged, got {name} of {tuple(mine.shape)} and "
@@ -127,6 +129,7 @@ class Partial(NamedTuple):
 
     def shift(self, log_weight: Tensor | float) -> Partial:
         """Multiply every weight by ``exp(log_weight)``, a number or a tensor that broadcasts to (B, H, N)."""
+        check_float("log_scale", self.log_scale)
         if isinstance(log_weight, Tensor):
             check_float("log_weight", log_weight)
             try:
@@ -138,6 +141,7 @@ class Partial(NamedTuple):
                     f"log_weight must broadcast to (B, H, N) = {tuple(self.log_scale.shape)}, "
                     f"got {tuple(log_weight.shape)}"
                 )
+            check_device(log_weight=log_weight, log_scale=self.log_scale)
         else:
             check_real("log_weight", log_weight, below=float("inf"), finite=False)
         return Partial(self.log_scale + log_weight, self.den, self.num)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from . import run
-from .engine import TARGETS, run_trial
+from .engine import run_trial
 
 
 def main() -> int:
@@ -31,7 +31,7 @@ def main() -> int:
         verdict = run_trial(name, int(seed), int(number))
         print(f"{verdict.trial}\n  {verdict.what}\n  {verdict.outcome}\n  {verdict.wrong or 'well'}\n{verdict.details}")
         return bool(verdict.wrong)
-    names = [n for n in sorted(TARGETS) if not args.only or any(n.startswith(p) for p in args.only.split(","))]
+    names = run.turns(tuple(args.only.split(",")))
     done, failures = 0, []
     if args.resume and args.resume.exists():
         kept = json.loads(args.resume.read_text())

@@ -99,7 +99,7 @@ def _mutants(value: Any, rng: random.Random) -> list[tuple[str, Callable[[], Any
         n = rng.randint(2, 9)
         return junk + [
             ("floats", lambda: torch.ones(n, n), True), ("a list", lambda: [[True]], True),
-            ("another size", lambda: torch.ones(n + 11, 3, dtype=torch.bool), True),
+            ("another size", lambda: torch.ones(n + 11, 3, dtype=torch.bool), False),
         ]  # fmt: skip
     if isinstance(value, dict):
         return junk + [("a list", lambda: list(value), True), ("empty", dict, False)]
