@@ -7,13 +7,21 @@ shapes, types and devices only; the few that read numbers out of a tensor say so
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, SupportsIndex
+import types
+import typing
+from collections import abc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, SupportsIndex, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def describe(value: Any) -> str:
@@ -188,6 +196,11 @@ def check_tensor(name: str, value: Any, what: str = "a torch.Tensor") -> None:
         raise TypeError(f"{name} must be {what}, got {describe(value)}")
 
 
+def _tensor(name: str, value: Any) -> Tensor:
+    check_tensor(name, value)
+    return value
+
+
 def check_rank(name: str, value: Any, ranks: int | Sequence[int], layout: str) -> None:
     """Raise unless ``value`` is a tensor with one of ``ranks`` dimensions; ``layout`` spells the expected shape."""
     allowed = (ranks,) if isinstance(ranks, int) else tuple(ranks)
@@ -250,7 +263,7 @@ _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 def check_dtype(**tensors: Tensor | None) -> None:
     """Raise ``TypeError`` unless all of these share one floating dtype; names them in order."""
-    given = {name: t for name, t in tensors.items() if t is not None}
+    given = {name: _tensor(name, t) for name, t in tensors.items() if t is not None}
     dtypes = {name: t.dtype for name, t in given.items()}
     if len(set(dtypes.values())) > 1 or not all(t.is_floating_point() for t in given.values()):
         listed = ", ".join(f"{name} has {dtype}" for name, dtype in dtypes.items())
@@ -259,7 +272,7 @@ def check_dtype(**tensors: Tensor | None) -> None:
 
 def check_device(**tensors: Tensor | None) -> None:
     """Raise ``ValueError`` unless all of these lie on the device of the first one."""
-    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    devices = {name: _tensor(name, t).device for name, t in tensors.items() if t is not None}
     if len(set(devices.values())) > 1:
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"{_and(devices)} must lie on one device, but {listed} was given")
@@ -267,7 +280,7 @@ def check_device(**tensors: Tensor | None) -> None:
 
 def check_batch(**tensors: Tensor | None) -> None:
     """Raise ``ValueError`` unless all of these have the same first axis."""
-    sizes = {name: t.shape[0] for name, t in tensors.items() if t is not None}
+    sizes = {name: _tensor(name, t).shape[0] for name, t in tensors.items() if t is not None}
     first = next(iter(sizes.values()), 0)
     if any(size != first for size in sizes.values()):
         listed = ", ".join(f"{name} has {size}" for name, size in sizes.items())
@@ -324,3 +337,111 @@ def extremes(value: Tensor, unread: tuple[int, int]) -> tuple[int, int]:
 def _and(names: Iterable[str]) -> str:
     *most, last = names
     return f"{', '.join(most)} and {last}" if most else last
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Settings: what a constructor's annotations say
+
+
+def checked(function: F) -> F:
+    """``function``, called only with arguments that its annotations allow.
+
+    What they say is looked at as far as it is plain: numbers (booleans are none, NaN and infinity are refused unless
+    they are the default), strings, flags, sequences, tensors, modules and other classes, unions of these. A number
+    whose name speaks of dropping must lie in [0, 1).
+    """
+    signature = inspect.signature(function)
+    names = [n for n in signature.parameters if n not in ("self", "cls")]
+
+    @functools.wraps(function)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise TypeError(f"{error}; possible are the arguments {names}") from None
+        hints = _hints(function)
+        for name, value in given.items():
+            hint, parameter = hints.get(name, Any), signature.parameters[name]
+            if hint is Any or value is parameter.default or parameter.kind in (_ANY_ARGS, _ANY_KEYWORDS):
+                continue
+            if not _fits(value, hint):
+                if not _number_for(hint) or isinstance(value, (bool, str, Tensor)) or value is None:
+                    raise TypeError(f"{name} must be {_spell(hint)}, got {describe(value)}")
+                check_real(name, value) if _number_for(hint) is float else check_int(name, value)
+            if "drop" in name and type(value) is float:
+                check_real(name, value, least=0, below=1)
+        return function(*args, **kwargs)
+
+    return door  # type: ignore[return-value]
+
+
+_ANY_ARGS, _ANY_KEYWORDS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+
+
+@functools.cache
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Annotations of a function, ``Any`` for those that are only known to a type checker."""
+    found = {}
+    for name, annotation in getattr(function, "__annotations__", {}).items():
+        if isinstance(annotation, str):
+            try:
+                annotation = eval(annotation, getattr(function, "__globals__", {}))  # noqa: S307 (our own source)
+            except Exception:  # names under TYPE_CHECKING
+                annotation = Any
+        found[name] = annotation
+    return found
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or isinstance(hint, (str, TypeVar)):
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in arguments)
+    if origin is typing.Literal:
+        return not isinstance(value, Tensor) and value in arguments
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, (SupportsIndex, torch.SymInt)) and not isinstance(value, (bool, Tensor))
+    if hint is float:
+        plain = isinstance(value, (int, float, torch.SymInt, torch.SymFloat, np.floating, np.integer))
+        return plain and not isinstance(value, bool) and -math.inf < value < math.inf
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            return False
+        parts = arguments[:1] * len(value) if len(arguments) == 2 and arguments[1] is Ellipsis else arguments
+        return len(parts) == len(value) and all(map(_fits, value, parts))
+    if origin in (list, set, frozenset, abc.Sequence, abc.Iterable, abc.Collection):
+        wanted = abc.Iterable if origin in (list, abc.Sequence) else origin
+        if isinstance(value, (str, Tensor, Mapping)) or not isinstance(value, wanted):
+            return False
+        return not isinstance(value, abc.Collection) or all(_fits(v, a) for a in arguments[:1] for v in value)
+    if origin in (dict, abc.Mapping, abc.MutableMapping):
+        return isinstance(value, Mapping)
+    if origin is abc.Callable or hint in (abc.Callable, Callable):
+        return callable(value)
+    if origin is type:
+        return isinstance(value, type)
+    if isinstance(hint, type) and not getattr(hint, "_is_protocol", False):
+        return isinstance(value, hint)
+    return True
+
+
+def _number_for(hint: Any) -> type | None:
+    """``int`` or ``float`` where a hint asks for that and nothing else but ``None``."""
+    parts = [p for p in typing.get_args(hint) or (hint,) if p is not type(None)]
+    return parts[0] if len(parts) == 1 and parts[0] in (int, float) else None
+
+
+_WORDS = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string", type(None): "None"}
+
+
+def _spell(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_spell(part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {list(typing.get_args(hint))}"
+    return _WORDS.get(hint) or (hint.__name__ if type(hint) is type else str(hint).replace("collections.abc.", ""))

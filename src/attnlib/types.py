@@ -173,13 +173,20 @@ class _TensorDict:
         try:
             return self.tensors[name]
         except KeyError:
-            raise KeyError(f"{type(self).__name__} holds {sorted(self.tensors)}, not {name!r}") from None
+            raise KeyError(f"{type(self).__name__.lower()} holds {sorted(self.tensors)}, not {name!r}") from None
 
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self.tensors.items():
+            if isinstance(value, _TensorDict):
+                yield from value._named()
+            else:
+                yield name, value
 
     def get(self, name: str, default: Any = None) -> Any:
         return self.tensors.get(name, default)
@@ -256,13 +263,6 @@ class State(_TensorDict):
             if device is not None and t.device != device:
                 raise ValueError(f"state holds {name!r} on {t.device}, but x lies on {device}")
         return self
-
-    def _named(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value in self.tensors.items():
-            if isinstance(value, State):
-                yield from value._named()
-            else:
-                yield name, value
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> State:
         """Apply ``fn`` to every tensor."""

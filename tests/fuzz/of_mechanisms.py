@@ -25,7 +25,7 @@ from attnlib.types import Output
 from .engine import REFUSALS, Call, Either, deliberate, target
 
 #: Settings that count something, and must be at least 1 where they are integers.
-COUNTS = re.compile(r"^(dim|head_dim|num_heads|num_kv_heads|num_groups|num_agents|kernel_size|window_size|block_size)$")
+COUNTS = re.compile(r"^(dim|head_dim|num_heads|num_kv_heads|num_groups|num_agents|kernel_size|block_size)$")
 
 
 @functools.cache

@@ -194,7 +194,7 @@ def test_output_equals_explicit_gathering():
     ],
 )
 def test_bad_settings_are_refused(config, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make(**config)
 
 

@@ -11,9 +11,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..checks import (
+    check_device,
+    check_dtype,
+    check_float,
+    check_int,
+    check_rank,
+    check_real,
+    check_type,
+    check_valid,
+    check_width,
+    checked,
+    describe,
+    extremes,
+)
 from ..grids import Layout
 from ..masks import Mask, as_mask
-from ..types import EXTRAS, Output, Plan, State, Traits, check_rank, check_valid, check_width, traced_as_constant
+from ..types import EXTRAS, Output, Plan, State, Traits, traced_as_constant
 from .layers import zero_invalid
 
 Extras = Sequence[str]
@@ -52,14 +66,14 @@ class Mechanism(nn.Module):
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
         cls._mix_takes, cls._plan_takes = _named(cls.mix), _named(cls.make_plan)
 
     def __init__(self, dim: int, context_dim: int | None = None):
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}")
-        self.dim = dim
-        self.context_dim = dim if context_dim is None else context_dim
+        self.dim = check_int("dim", dim, least=1)
+        self.context_dim = dim if context_dim is None else check_int("context_dim", context_dim, least=1)
 
     # ---- claims
 
@@ -111,11 +125,60 @@ class Mechanism(nn.Module):
             context=context, layout=layout, valid=valid, context_valid=context_valid, mask=mask, plan=plan, state=state,
             carry=carry, returns=tuple(returns),
         )  # fmt: skip
-        result = self.mix(x, **{name: call[name] for name in self._mix_takes})
+        result = self._mixed(x, {name: call[name] for name in self._mix_takes})
         output = result if isinstance(result, Output) else Output(result)
+        if output.state is not None and not output.state.kind:
+            output = output._replace(state=State(output.state.tensors, self._name()))
         if valid is not None:
             output = output._replace(y=output.y.masked_fill(~valid.unsqueeze(-1), 0.0))
         return output if returns else output.y
+
+    def _mixed(self, x: Tensor, call: dict[str, Any]) -> Tensor | Output:
+        """:meth:`mix`; an error of the arithmetic is laid to a state or a plan that does not fit, if one does not."""
+        given = [name for name in ("state", "plan") if call.get(name) is not None]
+        if not given or torch.compiler.is_compiling():
+            return self.mix(x, **call)
+        try:
+            return self.mix(x, **call)
+        except (RuntimeError, IndexError, AttributeError) as error:
+            for name in given:
+                why = self._misfit(name, x, call)
+                if why:
+                    raise ValueError(why) from error
+            raise
+
+    def _misfit(self, name: str, x: Tensor, call: dict[str, Any]) -> str | None:
+        """How the state or plan of a call differs from what this mechanism makes for it; ``None`` if it does not."""
+        with torch.no_grad():
+            if name == "plan":
+                asked = {k: v for k, v in call.items() if k in self._plan_takes and k in ("context", "valid", "layout")}
+                made = [self.make_plan(x, **asked)]
+            else:
+                one = x[:, :1]
+                fresh = {**call, "state": None, "valid": None, "mask": None, "plan": None, "returns": ("state",)}
+                fresh = {k: v for k, v in fresh.items() if k in call}
+                made = [self.mix(t, **fresh).state for t in (one, torch.cat([one, one], 1))]  # type: ignore[union-attr]
+        forms = [dict(m._named()) for m in made]
+        given = dict(call[name]._named())
+        if set(given) != set(forms[0]):
+            return f"{name} holds {sorted(given)}, but {self._name()!r} keeps {sorted(forms[0])}"
+        for key, t in given.items():
+            like = [form[key] for form in forms]
+            # What one token more makes longer may have any length.
+            open_axes = {i for i, (a, b) in enumerate(zip(like[0].shape, like[-1].shape, strict=True)) if a != b}
+            shape = [None if i in open_axes else size for i, size in enumerate(like[0].shape)]
+            fits = t.dim() == len(shape) and all(w in (None, g) for w, g in zip(shape, t.shape, strict=True))
+            if not fits or t.dtype != like[0].dtype:
+                spelled = ", ".join("any" if size is None else str(size) for size in shape)
+                return (
+                    f"{name} holds {key!r} as {describe(t)}, but {self._name()!r} keeps {like[0].dtype} of shape "
+                    f"({spelled}); it was made for other settings or inputs"
+                )
+            if name == "plan" and t.numel() and t.dtype != torch.bool:
+                low, high = extremes(t, (0, 0))
+                if low < min(0, *extremes(like[0], (0, 0))):
+                    return f"plan holds {low} in {key!r}, which is no choice"
+        return None
 
     def mix(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | Output:
         """The mechanism itself. A subclass names what it takes of the arguments of :meth:`forward`, and no more."""
@@ -172,8 +235,7 @@ class Mechanism(nn.Module):
 
     def set_progress(self, progress: float) -> None:
         """Advance schedules to ``progress`` in [0, 1]. Nothing else advances them."""
-        if not 0.0 <= progress <= 1.0:
-            raise ValueError(f"progress must lie in [0, 1], got {progress}")
+        check_real("progress", progress, least=0, most=1)
 
     def deployed(self) -> nn.Module:
         """The equivalent module for inference, norms folded and branches merged; ``self`` when nothing folds."""
@@ -209,6 +271,7 @@ class Mechanism(nn.Module):
     ) -> None:
         traits, name = self._claims(), self._name()
         if layout is not None:
+            check_type("layout", layout, Layout)
             if not traits.layout:
                 raise ValueError(f"{name} takes no layout (trait layout is False)")
             check_rank("x", x, 3, "(B, N, C) when a layout is given")
@@ -217,15 +280,21 @@ class Mechanism(nn.Module):
             ranks = [r + 2 for r in sorted(traits.grid_ranks)]
             shapes = {1: "(B, N, C)", 2: "(B, H, W, C)", 3: "(B, T, H, W, C)"}
             check_rank("x", x, ranks, " or ".join(shapes[r - 2] for r in ranks))
+        check_float("x", x)
         check_width("x", x, self.dim)
         check_valid("valid", valid, x.shape[:-1])
+        check_device(x=x, valid=valid)
         if context is not None:
             if not any(p.endswith("cross") for p in traits.patterns):
                 raise ValueError(f"{name} takes no context (traits patterns are {sorted(traits.patterns)})")
+            check_rank("context", context, (3, 4, 5), "(B, M, C), (B, H, W, C) or (B, T, H, W, C)")
             check_width("context", context, self.context_dim, "context_dim")
+            check_dtype(x=x, context=context)
+            check_device(x=x, context=context)
             if context.shape[0] != x.shape[0]:
                 raise ValueError(f"context has batch {context.shape[0]}, x has batch {x.shape[0]}; they must agree")
             check_valid("context_valid", context_valid, context.shape[:-1])
+            check_device(x=x, context_valid=context_valid)
         elif context_valid is not None:
             raise ValueError("context_valid was given without a context")
         elif not any(p.endswith("self") for p in traits.patterns):
@@ -238,6 +307,11 @@ class Mechanism(nn.Module):
         ):
             if value is not None and not getattr(traits, trait):
                 raise ValueError(f"{name} takes no {argument} (trait {trait} is False)")
+        if plan is not None:
+            check_type("plan", plan, Plan)
+        if state is not None:
+            check_type("state", state, State, "an attnlib State, as returns=('state',) gives it")
+            state.expect(name, x.shape[0], x.device)
         if mask is not None and state is None:
             source = x if context is None else context
             mask.check(math.prod(x.shape[1:-1]), math.prod(source.shape[1:-1]), batch=x.shape[0], device=x.device)
@@ -245,6 +319,7 @@ class Mechanism(nn.Module):
             raise TypeError(
                 f"returns must be a tuple of names, got the string {returns!r}; write returns=({returns!r},)"
             )
+        check_type("returns", returns, (tuple, list, set, frozenset), "a tuple of names")
         supported = {
             "state": traits.streaming,
             "carry": traits.carries,
@@ -257,6 +332,23 @@ class Mechanism(nn.Module):
             if not supported[extra]:
                 possible = [e for e in EXTRAS if supported[e]]
                 raise ValueError(f"{name} cannot return {extra!r}; possible: {possible}")
+        self._check_weights(x)
+
+
+    def _check_weights(self, x: Tensor) -> None:
+        """Raise unless ``x`` lies where the parameters lie, in a type that one of them has."""
+        first = next(self.parameters(), None)
+        if first is None or (first.is_meta and not x.is_meta):  # weights that are brought in when they are needed
+            return
+        check_device(x=x, **{"the parameters": first})
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return
+        if first.dtype != x.dtype and all(p.dtype != x.dtype for p in self.parameters()):
+            raise TypeError(
+                f"x has {x.dtype}, but the parameters of {self._name()} have {first.dtype}; convert one of them, or "
+                "use torch.autocast"
+            )
 
 
 class Fusion(nn.Module):

@@ -6,9 +6,10 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from ..checks import check_type
 from .released import unwrapped
 
 T = TypeVar("T", bound=type)
@@ -62,6 +63,7 @@ def find(name: str) -> type:
         ValueError: unknown name (the nearest are suggested) or ambiguous alias (its candidates are listed).
     """
     discover()
+    check_type("name", name, str, "the name of a mechanism")
     key = name.lower()
     for entries in _ENTRIES.values():
         if key in entries:
@@ -111,6 +113,9 @@ def convert_state_dict(name: str, state_dict: Any, *, prefix: str = "", **option
     convert = getattr(find(name), "convert_state_dict", None)
     if convert is None:
         raise ValueError(f"{name!r} has no released state dict to convert")
+    check_type("state_dict", state_dict, Mapping, "a dictionary of tensors by name")
+    for key in state_dict:
+        check_type("a key of state_dict", key, str)
     if prefix:
         entries = unwrapped(state_dict)
         prefix = prefix if prefix.endswith(".") else prefix + "."
