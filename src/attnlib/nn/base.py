@@ -334,7 +334,6 @@ class Mechanism(nn.Module):
                 raise ValueError(f"{name} cannot return {extra!r}; possible: {possible}")
         self._check_weights(x)
 
-
     def _check_weights(self, x: Tensor) -> None:
         """Raise unless ``x`` lies where the parameters lie, in a type that one of them has."""
         first = next(self.parameters(), None)
