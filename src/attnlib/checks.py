@@ -344,12 +344,15 @@ def _and(names: Iterable[str]) -> str:
 
 
 def checked(function: F) -> F:
-    """``function``, called only with arguments that its annotations allow.
+    """``function``, called only with arguments that its annotations allow; of a class, its constructor.
 
     What they say is looked at as far as it is plain: numbers (booleans are none, NaN and infinity are refused unless
     they are the default), strings, flags, sequences, tensors, modules and other classes, unions of these. A number
     whose name speaks of dropping must lie in [0, 1).
     """
+    if isinstance(function, type):
+        function.__init__ = checked(function.__init__)  # type: ignore[misc]
+        return function  # type: ignore[return-value]
     signature = inspect.signature(function)
     names = [n for n in signature.parameters if n not in ("self", "cls")]
 

@@ -173,7 +173,7 @@ def run_trial(name: str, seed: int, number: int, spoil: float = 0.75) -> Verdict
         open_to = [k for k in given if k not in set(call.fixed)]
         if not open_to or rng.random() < 0.04:
             spoilt, given["no_such_argument"], refuse = "no_such_argument", 1, True
-            what = "an unknown argument"
+            what = kind = "an unknown argument"
         else:
             spoilt = rng.choice(open_to)
             kind, given[spoilt], refuse = mutate(given[spoilt], rng)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import checked
 from ..types import check_choice
 
 
@@ -77,6 +78,7 @@ def _compete(scores: Tensor, even: Tensor, minimum: float) -> Tensor:
     return torch.zeros_like(even).scatter_add(-1, best.indices // length, wins.long())
 
 
+@checked
 @dataclass(frozen=True)
 class Ratio(Budget):
     """Evict the share ``ratio`` of the keys: ``int(count * (1 - ratio))`` stay.
@@ -99,6 +101,7 @@ class Ratio(Budget):
         return self.ratio == 0.0
 
 
+@checked
 @dataclass(frozen=True)
 class Cap(Budget):
     """Keep at most ``cap`` keys.
@@ -117,6 +120,7 @@ class Cap(Budget):
         return min(count, self.cap)
 
 
+@checked
 @dataclass(frozen=True)
 class Pyramid(Budget):
     """Lower layers keep more than higher ones, in equal steps, as many in all as ``budget`` gives to each layer alike.
@@ -164,6 +168,7 @@ class Pyramid(Budget):
         return self.budget.everything
 
 
+@checked
 @dataclass(frozen=True)
 class PerLayer(Budget):
     """A budget for each layer.
@@ -203,6 +208,7 @@ class PerLayer(Budget):
         return all(budget.everything for budget in given)
 
 
+@checked
 @dataclass(frozen=True)
 class AcrossHeads(Budget):
     """The heads of a layer compete for the keys that ``budget`` gives to all of them together.
@@ -237,6 +243,7 @@ class AcrossHeads(Budget):
         return self.budget.everything
 
 
+@checked
 @dataclass(frozen=True)
 class AcrossLayers(AcrossHeads):
     """All heads of all layers compete for the keys that ``budget`` gives to them together.

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..checks import checked
 from ..hooks.call import BLOCK_ELEMENTS, score_rows, weights_of
 from ..hooks.hf.names import parameters_of, rotary_of, turn_of
 from ..hooks.site import PairMask, Site
@@ -127,6 +128,7 @@ class Scorer(ABC):
         return Product((self, other))
 
 
+@checked
 @dataclass
 class Product(Scorer):
     """The product of scores; keys that must stay for one of them stay.
@@ -158,6 +160,7 @@ class Product(Scorer):
         return out.masked_fill(must, torch.inf)
 
 
+@checked
 @dataclass
 class SnapKVVotes(Scorer):
     """Pooled votes of the last ``window_size`` queries, which stay themselves; see :func:`snapkv_votes`.
@@ -214,6 +217,7 @@ class SnapKVVotes(Scorer):
         return torch.nn.functional.pad(votes, (0, window), value=float("inf"))
 
 
+@checked
 @dataclass
 class Recency(Scorer):
     """Streaming: the first keys and the most recent ones.
@@ -239,6 +243,7 @@ class Recency(Scorer):
         return order.to(torch.float32).masked_fill(order < self.sinks, torch.inf)
 
 
+@checked
 @dataclass
 class KeyNorm(Scorer):
     """The norm of the key.
@@ -262,6 +267,7 @@ class KeyNorm(Scorer):
         return norm if self.keep == "high" else -norm
 
 
+@checked
 @dataclass
 class ValueNorm(Scorer):
     """The norm of the value; as a factor it turns attention weights into the size of what a key contributes.
@@ -274,6 +280,7 @@ class ValueNorm(Scorer):
         return view.v.to(stats_dtype(view.v.dtype)).norm(dim=-1)
 
 
+@checked
 @dataclass
 class RandomScores(Scorer):
     """Chance, the baseline that every other scorer has to beat.
@@ -292,6 +299,7 @@ class RandomScores(Scorer):
         return torch.rand(view.k.shape[:3], generator=generator).to(view.k.device)
 
 
+@checked
 @dataclass
 class LastQuery(Scorer):
     """The attention of the last query, averaged over all heads.
@@ -316,6 +324,7 @@ class LastQuery(Scorer):
         return view.per_key_head(weights) if self.per_head else weights.mean(1, keepdim=True)
 
 
+@checked
 @dataclass
 class ObservedAttention(Scorer):
     """The mean attention that a key got from the queries that could read it.
@@ -350,6 +359,7 @@ class ObservedAttention(Scorer):
         return view.per_key_head(mass / readers.clamp(min=1.0))
 
 
+@checked
 @dataclass
 class ExpectedAttention(Scorer):
     """The attention that future queries are expected to pay.

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import checked
 from ..types import check_choice
 
 
+@checked
 @dataclass(frozen=True)
 class TopK:
     """The best keys of every head; optionally with their neighbours, and with first and last keys in any case.

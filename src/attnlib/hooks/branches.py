@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import checked
 from ..types import check_choice
 from .hf.names import ENCODED, OWN_INPUTS, PER_TOKEN, VISION_TOWERS, encoded_images, vision_towers
 from .session import Session
@@ -108,6 +109,11 @@ class Branch:
     """How the second branch reads the prompt; a subclass says it in :meth:`read`."""
 
     name: str = "branch"
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "__init__" in cls.__dict__ and cls.__module__.startswith("attnlib."):
+            cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
 
     def watch(self, session: Session) -> None:
         """Called when attached, to look at more than the prompt; hooks go through ``session.hook``."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..checks import checked
 from .site import KINDS, Site
 
 #: Every stage of the protocol. An adapter says which of them it serves; ``attach`` refuses the rest by name.
@@ -122,6 +123,11 @@ class Intervention:
     while_decoding: bool = False
     layers: Sequence[int | str] | None = None
     _owner: Any = None
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "__init__" in cls.__dict__ and cls.__module__.startswith("attnlib."):
+            cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
 
     @property
     def identity(self) -> bool:
@@ -299,7 +305,9 @@ def check_layers(intervention: Intervention, sites: Sequence[Site]) -> list[Site
 
 
 def check_heads(intervention: Intervention, heads: Sequence[int], site: Site) -> None:
-    """Raise ``ValueError`` unless every head exists at the site."""
+    """Raise ``ValueError`` unless there are heads and every one exists at the site."""
+    if not len(heads):
+        raise ValueError(f"{type(intervention).__name__}: heads is empty; name at least one, or leave it out for all")
     for head in heads:
         if not 0 <= head < site.heads:
             raise ValueError(

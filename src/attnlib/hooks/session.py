@@ -588,7 +588,7 @@ def _runs(thread: int, model: nn.Module) -> bool:
 def _row_names(rows: Sequence[str] | None) -> tuple[str, ...] | None:
     if rows is None:
         return None
-    if isinstance(rows, str) or not all(isinstance(r, str) for r in rows):
+    if isinstance(rows, str) or not isinstance(rows, Sequence) or not all(isinstance(r, str) for r in rows):
         raise TypeError(
             f'rows must be a sequence of names, one per row of the batch, e.g. ("uncond", "cond"); got {rows!r}'
         )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import check_choice
+from ..checks import check_choice, checked
 
 #: Types of tokens. The first three are those of LACING's attention mask.
 PAD, TEXT, IMAGE, SYSTEM, QUESTION, GENERATED = range(6)
@@ -54,6 +54,7 @@ class TokenTypes:
     [[3, 2, 4, 5, 5]]
     """
 
+    @checked
     def __init__(
         self,
         image: int | Sequence[int],
@@ -109,7 +110,7 @@ class TypeTracker:
 
     def __init__(self, source: Tensor | Callable[[Tensor], Tensor]):
         if isinstance(source, Tensor):
-            if source.dim() != 2 or source.is_floating_point() or source.dtype == torch.bool:
+            if source.dim() != 2 or source.is_floating_point() or source.is_complex() or source.dtype == torch.bool:
                 raise ValueError(
                     f"token_types must be (B, N) integers of {dict(enumerate(NAMES))}, got {source.dtype} "
                     f"{tuple(source.shape)}"

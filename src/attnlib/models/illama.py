@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_int, check_real, checked
 from ..nn.dense.illama import SoftMaskedAttention, select_weights
 from ..types import check_choice, check_divides, to_tuple
 
@@ -78,6 +79,7 @@ class ILlama(nn.Module):
     torch.Size([2, 3])
     """
 
+    @checked
     def __init__(
         self,
         img_size: int | Sequence[int] = 224,
@@ -100,6 +102,11 @@ class ILlama(nn.Module):
     ):
         super().__init__()
         check_choice("cls_position", cls_position, ("end", "start"))
+        for name, count in (("patch_size", patch_size), ("in_chans", in_chans), ("dim", dim), ("depth", depth)):
+            check_int(name, count, least=1)
+        check_int("num_classes", num_classes, least=0)
+        check_int("multiple_of", multiple_of, least=1)
+        check_real("mlp_ratio", mlp_ratio, above=0)
         self.img_size = to_tuple("img_size", img_size, 2)
         for side in self.img_size:
             check_divides("patch_size", patch_size, "img_size", side)

@@ -20,6 +20,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
+from ..checks import check_int, check_real
 from ..hooks.hf.names import output_field
 from ..hooks.hf.state import StateLayer, state_cache, state_layers
 from ..nn.base import Mechanism
@@ -78,11 +79,18 @@ class DecoderConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.mechanisms is None:
             self.mechanisms = ["softmax-attention"]
-        if not self.mechanisms or isinstance(self.mechanisms, str):
+        if not self.mechanisms or not isinstance(self.mechanisms, (list, tuple)):
             raise ValueError(f"mechanisms must be a list with at least one entry, got {self.mechanisms!r}")
         for spec in self.mechanisms:
             if not isinstance(spec, str) and not (isinstance(spec, dict) and isinstance(spec.get("name"), str)):
                 raise ValueError(f"mechanisms holds names or dicts with a 'name', got {spec!r}")
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            if name != "intermediate_size" or self.intermediate_size is not None:
+                check_int(name, getattr(self, name), least=1)
+        if self.rope_theta is not None:
+            check_real("rope_theta", self.rope_theta, above=0)
+        check_real("rms_norm_eps", self.rms_norm_eps, least=0)
+        check_real("initializer_range", self.initializer_range, least=0)
         if self.intermediate_size is None:
             self.intermediate_size = -(-self.hidden_size * 8 // 3 // 16) * 16
         super().__post_init__(**kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_int, checked
 from ..nn.dense.pointer_networks import PointerAttention
 from ..nn.layers import zero_invalid
 from ..types import check_rank, check_valid, check_width
@@ -32,8 +33,10 @@ class PointerNetwork(nn.Module):
     (torch.Size([3, 5, 5]), torch.Size([3, 5]))
     """
 
+    @checked
     def __init__(self, input_dim: int = 2, hidden: int = 128, stop: bool = False):
         super().__init__()
+        input_dim, hidden = check_int("input_dim", input_dim, least=1), check_int("hidden", hidden, least=1)
         self.input_dim, self.hidden = input_dim, hidden
         self.encoder = nn.LSTM(input_dim, hidden, batch_first=True)
         self.decoder = nn.LSTM(input_dim, hidden, batch_first=True)

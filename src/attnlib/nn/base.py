@@ -66,7 +66,7 @@ class Mechanism(nn.Module):
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
-        if "__init__" in cls.__dict__:
+        if "__init__" in cls.__dict__ and cls.__module__.startswith("attnlib."):
             cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
         cls._mix_takes, cls._plan_takes = _named(cls.mix), _named(cls.make_plan)
 

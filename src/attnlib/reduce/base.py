@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..checks import checked
 from ..hooks.blocks import block_of
 from ..hooks.choose import ask, pack
 from ..hooks.hf.removal import Lengths
@@ -63,6 +64,7 @@ def best(scores: Tensor, there: Tensor, count: Tensor) -> Tensor:
     return (rank < count[:, None]) & there
 
 
+@checked
 @dataclass(frozen=True)
 class TopK:
     """Keep the ``k`` best tokens of each sample, or all where there are fewer.
@@ -85,6 +87,7 @@ class TopK:
         return best(scores, there, torch.full_like(of, self.k))
 
 
+@checked
 @dataclass(frozen=True)
 class Rate:
     """Keep ``round(rate * n)`` tokens, n counted before anything was removed.
@@ -107,6 +110,7 @@ class Rate:
         return best(scores, there, (of.to(torch.float64) * self.rate).round().to(torch.long))
 
 
+@checked
 @dataclass(frozen=True)
 class Threshold:
     """Keep the tokens that score more than ``value``, and at least the ``minimum`` best.
@@ -127,6 +131,7 @@ class Threshold:
         return chosen | best(scores, there, torch.full_like(of, self.minimum)) if self.minimum else chosen
 
 
+@checked
 @dataclass(frozen=True)
 class Grid:
     """Keep every ``stride``-th row and column of images of ``size`` (h, w) tokens, whatever the scores.

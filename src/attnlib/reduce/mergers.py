@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import checked
 from .base import best
 
 
@@ -113,6 +114,7 @@ def cluster_rest(
     return stays, places, merged[order]
 
 
+@checked
 @dataclass(frozen=True)
 class ClusterMerge:
     """Merge the tokens that were not chosen into ``clusters`` tokens per sample, in the space where they stand.
@@ -140,6 +142,7 @@ class ClusterMerge:
         return keep, hidden
 
 
+@checked
 @dataclass(frozen=True)
 class NearestMerge:
     """Average every token that was not chosen into the chosen one of nearest direction, weighted by score.

@@ -31,6 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import checked
 from ..hooks.site import Site
 from .base import ByAttention, Rate, ReduceByAttention, Selector, TopK
 
@@ -221,6 +222,7 @@ def _sigmoid(x: float) -> float:
     return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
 
 
+@checked
 @dataclass(frozen=True)
 class SigmoidSchedule:
     """``r(l) = low + (high - low) sigmoid(-steepness (l - centre))``, never growing with depth.
