@@ -281,6 +281,8 @@ class Mechanism(nn.Module):
             shapes = {1: "(B, N, C)", 2: "(B, H, W, C)", 3: "(B, T, H, W, C)"}
             check_rank("x", x, ranks, " or ".join(shapes[r - 2] for r in ranks))
         check_float("x", x)
+        if 0 in x.shape[1:-1]:
+            raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
         check_width("x", x, self.dim)
         check_valid("valid", valid, x.shape[:-1])
         check_device(x=x, valid=valid)

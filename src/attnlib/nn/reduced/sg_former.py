@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ...checks import check_tensor
 from ...grids import block_windows, unblock_windows
 from ...ops import attention
 from ...types import Output, Plan, Traits, check_choice, check_divides
@@ -308,6 +309,8 @@ class SelfGuidedAttention(Mechanism):
         returns: tuple[str, ...] = (),
     ) -> Output:
         if self.role == "hybrid":
+            if carry is not None:  # the map of an earlier block, replaced by this one's
+                check_tensor("carry", carry)
             out, carry = self._hybrid(x, valid, "carry" in returns)
         elif self.role == "guided":
             if plan is None:
