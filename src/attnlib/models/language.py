@@ -13,12 +13,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
-from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
+
+from ..extras import missing
+
+try:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+    from transformers import initialization as init
+    from transformers.cache_utils import Cache
+    from transformers.generation import GenerationMixin
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.modeling_outputs import ModelOutput
+except ImportError as error:
+    raise missing(__name__, error) from error
 
 from ..checks import check_int, check_real
 from ..hooks.hf.names import output_field

@@ -21,8 +21,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers import initialization as init
+
+from ..extras import missing
+
+try:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import initialization as init
+except ImportError as error:
+    raise missing(__name__, error) from error
 
 from ..hooks.hf.state import StateLayer
 from ..nn.dense.pldr_llm_plga import Deductive, PowerLawGraphAttention, _SwiGLU

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...extras import need
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 CSV_SUFFIXES = (".csv", ".tsv")
 MIN_TEXT_BYTES = 4096
@@ -30,10 +32,7 @@ class DataError(ValueError):
 
 def require(module: str) -> Any:
     """Import ``module`` of the ``bench`` extra, or say how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"this needs {module.split('.')[0]!r}: pip install attnlib[bench]") from error
+    return need(module, "this data")
 
 
 @dataclass(frozen=True)

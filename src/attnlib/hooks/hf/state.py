@@ -10,7 +10,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ...extras import missing
+
+try:
+    from transformers.cache_utils import Cache, CacheLayerMixin
+except ImportError as error:
+    raise missing(__name__, error) from error
 
 from ...types import State
 from .names import tokens_to_remove

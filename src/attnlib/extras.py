@@ -1,0 +1,34 @@
+"""What is only there with an extra, and which extra that is."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+#: Packages by the extra that brings them.
+EXTRAS = {
+    "hf": ("transformers", "diffusers", "peft", "accelerate"),
+    "vision": ("timm",),
+    "bench": ("sklearn", "skimage", "scipy", "matplotlib", "jinja2"),
+}
+
+
+def missing(what: str, error: ImportError) -> ImportError:
+    """The error to raise in place of ``error`` where ``what`` cannot be had: it names the extra, where one brings it.
+
+    >>> missing("plots", ImportError("No module named 'matplotlib'", name="matplotlib"))
+    ImportError("plots needs 'matplotlib': pip install 'attnlib[bench]'")
+    """
+    package = (error.name or "").partition(".")[0]
+    for extra, packages in EXTRAS.items():
+        if package in packages:
+            return ImportError(f"{what} needs {package!r}: pip install 'attnlib[{extra}]'", name=error.name)
+    return error
+
+
+def need(module: str, what: str) -> ModuleType:
+    """Import ``module`` for ``what``; ``ImportError`` names the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise missing(what, error) from error
