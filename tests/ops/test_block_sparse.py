@@ -327,7 +327,7 @@ def test_gathered_blocks():
         (lambda: BlockPlan(torch.zeros(2, 2), 4, 4, 8), "index must be an int64 tensor"),
         (lambda: BlockPlan(torch.zeros(2, dtype=torch.long), 4, 4, 8), "index must be .nq, kmax."),
         (lambda: BlockPlan(torch.zeros(3, 2, dtype=torch.long), 4, 4, 8), "3 query blocks, but n=8 .* are 2"),
-        (lambda: BlockPlan(torch.zeros(2, 2, dtype=torch.long), 4, 0, 8), "k_block must be at least 1"),
+        (lambda: BlockPlan(torch.zeros(2, 2, dtype=torch.long), 4, 0, 8), "k_block must be an integer of at least 1"),
         (lambda: BlockPlan(torch.zeros(2, 2, dtype=torch.long), 4, 4, 8, count=torch.ones(3).long()), "count must be"),
         (lambda: BlockPlan.from_mask(torch.ones(2, 3, dtype=torch.bool), 4, 4, 8), "chosen must be boolean"),
         (lambda: BlockPlan.from_csr(torch.tensor([0, 1]), torch.tensor([0]), 4, 4, 8), "row_ptr must have"),

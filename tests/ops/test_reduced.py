@@ -148,7 +148,7 @@ def test_bad_input():
     q, k, v = torch.randn(3, 1, 2, 8, 4)
     with pytest.raises(ValueError, match="cannot be served over summaries of 4 tokens; possible: None or masks.causal"):
         reduced_attention(q, k, v, 4, mask=masks.sliding_window(3))
-    with pytest.raises(ValueError, match="block must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="block must be an integer of at least 1, got 0"):
         reduced_attention(q, k, v, 0)
     with pytest.raises(ValueError, match="reduce='max' is not possible"):
         reduced_attention(q, k, v, 4, reduce="max")

@@ -197,7 +197,7 @@ def test_depth_of_pixels_that_do_not_exist_is_never_read():
     [
         (dict(spatial_shapes=[(4, 5), (2, 2)]), "adds up to 24 tokens, but value has 26"),
         (dict(spatial_shapes=[(26, 1)]), "sampling_locations have 2 levels"),
-        (dict(spatial_shapes=[(4, 5), (2, 3), (0, 3)]), "contains an empty level"),
+        (dict(spatial_shapes=[(4, 5), (2, 3), (0, 3)]), "must be an integer of at least 1"),
         (dict(sampling_locations=torch.zeros(2, 2, 3, 2, 2, 3, dtype=F64)), "must end in 2 coordinates"),
         (dict(sampling_locations=torch.zeros(2, 3, 3, 2, 2, 2, dtype=F64)), "do not divide the 3"),
         (dict(sampling_locations=torch.zeros(1, 2, 3, 2, 2, 2, dtype=F64)), "value has batch 2"),

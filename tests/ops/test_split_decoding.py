@@ -301,11 +301,11 @@ def test_traced_calls_do_not_read_lengths(call):
         (dict(lengths=[9]), "lengths must name 2 numbers"),
         (dict(lengths=[9, 10]), "between 0 and 9"),
         (dict(lengths=torch.tensor([-1, 4])), "between 0 and 9"),
-        (dict(tile=0), "tile must be at least 1"),
-        (dict(q_tile=-1), "q_tile must be at least 1"),
+        (dict(tile=0), "tile must be an integer of at least 1"),
+        (dict(q_tile=-1), "q_tile must be an integer of at least 1"),
         (dict(workers=0), "workers must be an integer of at least 1"),
         (dict(schedule="waves"), "schedule='waves' is not possible"),
-        (dict(schedule="fixed", splits=0), "splits must be at least 1"),
+        (dict(schedule="fixed", splits=0), "splits must be an integer of at least 1"),
     ],
 )
 def test_bad_calls(call, match):

@@ -124,6 +124,7 @@ def prepare(
     q_pos: Tensor | None = None,
     k_pos: Tensor | None = None,
     want: str = "out",
+    bias_name: str = "bias",
 ) -> AttentionCall:
     """Check everything once, apply the autocast rule, and return the :class:`AttentionCall`."""
     check_qkv(q, k, v)
@@ -135,14 +136,16 @@ def prepare(
         raise TypeError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     batch, heads, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     check_valid("valid", valid, (batch, m))
+    if bias is not None:
+        check_type(bias_name, bias, (Tensor, Bias), "a float tensor or a Bias")
     mask, bias = as_mask(mask), as_bias(bias)
-    check_device(q=q, k=k, v=v, valid=valid, q_pos=q_pos, k_pos=k_pos)
     check_positions("q_pos", q_pos, batch, heads, n)
     check_positions("k_pos", k_pos, batch, heads, m)
+    check_device(q=q, k=k, v=v, valid=valid, q_pos=q_pos, k_pos=k_pos)
     if mask is not None:
         mask.check(n, m, batch=batch, heads=heads, device=q.device, q_pos=q_pos, k_pos=k_pos)
     if bias is not None:
-        check_bias("bias", bias, batch, heads, n, m, q.device)
+        check_bias(bias_name, bias, batch, heads, n, m, q.device)
     scale = q.shape[3] ** -0.5 if scale is None else check_scale(scale)
     check_real("dropout_p", dropout_p, least=0, below=1)
     return AttentionCall(
@@ -161,6 +164,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q has head_dim={q.shape[3]}, k has head_dim={k.shape[3]}; they must agree")
     if k.shape[2] != v.shape[2]:
         raise ValueError(f"k has {k.shape[2]} tokens, v has {v.shape[2]}; they must agree")
+    if q.shape[1] == 0:
+        raise ValueError(f"q must have at least one head, got {describe(q)}")
     for name, other in (("k", k), ("v", v)):
         if other.shape[1] == 0 or q.shape[1] % other.shape[1]:
             raise ValueError(

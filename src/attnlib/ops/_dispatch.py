@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..checks import check_type
+
 #: As ``backend``: the automatic choice even inside :func:`use_backend`, for the problems that an engine hands on.
 AUTO = "auto"
 
@@ -98,6 +100,7 @@ class Operator:
                 if self.refusal(one, call) is None and one.prefers(call) is None:
                     return one
             raise AssertionError("the specification serves everything")
+        check_type(argument, name, str, "the name of a backend")
         found = self.backends.get(self.aliases.get(name, name))
         if found is None:
             known(name, [*self.backends, *self.aliases], argument)
@@ -167,6 +170,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """
     global _forced
     if name is not None:
+        check_type("name", name, str, "the name of a backend or None")
         known(name)
     before, _forced = _forced, name
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checks import check_flag
 from ..masks import Mask
 from ..normalizers import Normalizer
 from ..positions import Bias
@@ -112,7 +113,7 @@ def attention(
     """
     call = prepare(
         q, k, v, mask=mask, valid=valid, bias=bias, scale=scale, normalizer=normalizer, dropout_p=dropout_p,
-        q_pos=q_pos, k_pos=k_pos, want="weights" if return_weights else "out",
+        q_pos=q_pos, k_pos=k_pos, want="weights" if check_flag("return_weights", return_weights) else "out",
     )  # fmt: skip
     return ATTENTION.run(call, backend)
 

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import masks
+from ..checks import check_choice, check_device, check_int, check_rank, check_whole
 from ..positions import AxisBias, Bias, DenseBias, RelativeBias
-from ..types import Partial, Plan, check_choice, exactly, register_pytree, stats_dtype
+from ..types import Partial, Plan, exactly, register_pytree, stats_dtype
 from . import eager
 from ._call import AttentionCall, prepare
 from ._dispatch import Operator, twice, wants_gradient
@@ -74,15 +75,14 @@ class BlockPlan(Plan):
     def __init__(
         self, index: Tensor, q_block: int, k_block: int, n: int, m: int | None = None, count: Tensor | None = None
     ):
-        m = n if m is None else m
+        n, m = check_int("n", n, least=0), check_int("m", n if m is None else m, least=0)
         if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
             given = index.dtype if isinstance(index, Tensor) else type(index).__name__
             raise TypeError(f"index must be an int64 tensor of key block numbers, got {given}")
         if index.dim() not in (2, 3, 4):
             raise ValueError(f"index must be (nq, kmax), (B, nq, kmax) or (B, H, nq, kmax), got {tuple(index.shape)}")
         for name, block in (("q_block", q_block), ("k_block", k_block)):
-            if block < 1:
-                raise ValueError(f"{name} must be at least 1, got {block}")
+            check_int(name, block, least=1)
         index = _lift(index.long(), 4)
         rows = -(-n // q_block)
         if index.shape[2] != rows:
@@ -90,6 +90,7 @@ class BlockPlan(Plan):
                 f"index has {index.shape[2]} query blocks, but n={n} queries in blocks of q_block={q_block} are {rows}"
             )
         if count is not None:
+            check_whole("count", count)
             if count.is_floating_point() or count.shape[-1] != rows:
                 raise ValueError(
                     f"count must be an integer tensor (..., {rows}), got {count.dtype} {tuple(count.shape)}"
@@ -123,11 +124,16 @@ class BlockPlan(Plan):
             kmax: width of the index; the longest row by default, which reads the tensor's values (give it, e.g. as nk,
                 where that is not wanted, as under ``torch.compile``).
         """
-        m = n if m is None else m
+        n, m = check_int("n", n, least=0), check_int("m", n if m is None else m, least=0)
+        for name, block in (("q_block", q_block), ("k_block", k_block)):
+            check_int(name, block, least=1)
+        check_rank("chosen", chosen, (2, 3, 4), "(nq, nk), (B, nq, nk) or (B, H, nq, nk)")
         blocks = -(-m // k_block)
         if chosen.dtype != torch.bool or chosen.shape[-1] != blocks:
             raise ValueError(f"chosen must be boolean (..., nq, {blocks}), got {chosen.dtype} {tuple(chosen.shape)}")
         count = chosen.sum(-1)
+        if kmax is not None:
+            check_int("kmax", kmax, least=0)
         if kmax is None:
             kmax = int(count.max()) if count.numel() else 0
         slot = (chosen.long().cumsum(-1) - 1).masked_fill(~chosen, kmax)
@@ -707,6 +713,7 @@ def _check_plan(plan: BlockPlan, call: AttentionCall) -> None:
     if not isinstance(plan, BlockPlan):
         raise TypeError(f"plan must be a BlockPlan, got {type(plan).__name__}")
     plan.expect("blocks", N=call.q.shape[2], M=call.k.shape[2])
+    check_device(q=call.q, plan=plan.index)
     samples, heads = plan.index.shape[:2]
     for what, made, size in (("samples", samples, call.q.shape[0]), ("heads", heads, call.heads)):
         if made not in (1, size):

@@ -26,10 +26,13 @@ from ..checks import (
     check_flag,
     check_float,
     check_int,
+    check_ints,
+    check_rank,
     check_real,
     check_tensor,
     check_type,
     check_valid,
+    check_whole,
 )
 from ..types import Partial, State, exactly, stats_dtype
 from ._call import check_qkv, expand_heads
@@ -75,9 +78,6 @@ class _Call:
 
 def _check_decay(decay: Tensor, q: Tensor, dtype: torch.dtype) -> Tensor:
     batch, heads, n, d = q.shape
-    if not isinstance(decay, Tensor) or not decay.is_floating_point():
-        given = decay.dtype if isinstance(decay, Tensor) else type(decay).__name__
-        raise TypeError(f"decay must be a floating tensor of log-decays, got {given}")
     if tuple(decay.shape) not in ((heads,), (batch, heads, n), (batch, heads, n, d)):
         raise ValueError(
             f"decay must be (H,)={(heads,)}, (B, H, N)={(batch, heads, n)} or (B, H, N, D)={(batch, heads, n, d)}, "
@@ -89,12 +89,11 @@ def _check_decay(decay: Tensor, q: Tensor, dtype: torch.dtype) -> Tensor:
 def _segments(cu_seqlens: Tensor | Sequence[int], n: int, device: torch.device) -> Tensor:
     """(N,) segment numbers from cumulative lengths ``[0, .., N]``."""
     if not isinstance(cu_seqlens, Tensor):
-        cu_seqlens = torch.tensor(list(cu_seqlens), device=device)
-    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
-        raise ValueError(
-            f"cu_seqlens must be a 1-D integer tensor [0, .., N], got {cu_seqlens.dtype} of shape "
-            f"{tuple(cu_seqlens.shape)}"
-        )
+        cu_seqlens = torch.tensor(check_ints("cu_seqlens", cu_seqlens, least=0), dtype=torch.long, device=device)
+    check_whole("cu_seqlens", cu_seqlens, "a 1-D integer tensor [0, .., N]")
+    check_rank("cu_seqlens", cu_seqlens, 1, "(S + 1,)")
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens lies on {cu_seqlens.device}, q on {device}; they must lie on one device")
     checkable = not torch.compiler.is_compiling() and cu_seqlens.device.type != "meta"
     if checkable and (cu_seqlens.numel() == 0 or cu_seqlens[0] != 0 or cu_seqlens[-1] != n):
         raise ValueError(f"cu_seqlens must run from 0 to N={n}, got {cu_seqlens.tolist()}")
@@ -113,6 +112,10 @@ def _prepare(
     check_qkv(q, k, v)
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_float(name, t)
+    check_valid("valid", valid, (q.shape[0], k.shape[2]))
+    for name, given in (("decay", decay), ("key_weights", key_weights)):
+        if given is not None:
+            check_float(name, given, "a floating-point tensor" + " of log-decays" * (name == "decay"))
     check_device(q=q, k=k, v=v, decay=decay, key_weights=key_weights, valid=valid)
     batch, heads, n, d = q.shape
     m = k.shape[2]
@@ -125,13 +128,11 @@ def _prepare(
     if chunk is not None:
         check_int("chunk", chunk, least=1)
     check_flag("causal", causal)
-    check_valid("valid", valid, (batch, m))
     dtype = stats_dtype(q.dtype)
     q = q.to(dtype)
     k, v = expand_heads(k.to(dtype), heads), expand_heads(v.to(dtype), heads)
     weights = None
     if key_weights is not None:
-        check_float("key_weights", key_weights)
         if tuple(key_weights.shape) not in ((batch, m), (batch, heads, m)):
             raise ValueError(
                 f"key_weights must be (B, M)={(batch, m)} or (B, H, M)={(batch, heads, m)}, "
@@ -298,6 +299,8 @@ def linear_attention(
     """
     check_choice("normalizer", normalizer, NORMALIZERS)
     check_real("eps", eps, least=0)
+    check_flag("return_state", return_state)
+    check_tensor("q", q)
     norm = normalizer == "sum"
     with exactly(q):
         call = _prepare(
@@ -339,6 +342,8 @@ def linear_partial(
     >>> torch.allclose(linear_partial(q, k, v).finish(), linear_attention(q, k, v, normalizer="sum"), atol=1e-6)
     True
     """
+    check_flag("return_state", return_state)
+    check_tensor("q", q)
     with exactly(q):
         call = _prepare(
             q, k, v, decay=decay, key_weights=key_weights, normalizer="sum", causal=causal, cu_seqlens=cu_seqlens,

@@ -18,9 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import (
+    check_axes,
+    check_device,
+    check_dtype,
+    check_flag,
+    check_float,
+    check_int,
+    check_rank,
+    check_tensor,
+    check_valid,
+)
 from ..normalizers import Normalizer
-from ..types import check_rank, check_valid, stats_dtype
-from ._call import AttentionCall, prepare
+from ..types import stats_dtype
+from ._call import AttentionCall, check_scale, prepare
 from ._dispatch import Operator
 from .attention import ATTENTION
 
@@ -111,6 +122,8 @@ def _prepare_depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int = 1, valid: Tensor | None = None
 ) -> _Depthwise:
     rank = _check_grid(x, valid)
+    check_int("dilation", dilation, least=1)
+    check_tensor("weight", weight)
     kernel = tuple(weight.shape[2:])
     if weight.dim() != rank + 2 or weight.shape[0] != x.shape[-1] or weight.shape[1] != 1:
         raise ValueError(
@@ -119,6 +132,12 @@ def _prepare_depthwise(
         )
     if any(k % 2 == 0 for k in kernel):
         raise ValueError(f"weight has kernel {kernel}; only odd sizes keep the grid as it is")
+    if bias is not None:
+        check_axes("bias", bias, C=x.shape[-1])
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        check_dtype(x=x, weight=weight, bias=bias)
+    check_device(x=x, weight=weight, bias=bias, valid=valid)
     return _Depthwise(_zero_invalid(x, valid), weight, bias, dilation)
 
 
@@ -359,6 +378,21 @@ def _prepare_channels(
     if k.shape[3] != v.shape[3]:
         raise ValueError(f"k and v must share their features, got D={k.shape[3]} and {v.shape[3]}")
     check_valid("valid", valid, (q.shape[0], q.shape[2]))
+    check_device(q=q, k=k, v=v, valid=valid)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_float(name, tensor)
+    check_flag("l2", l2)
+    check_flag("return_weights", return_weights)
+    if isinstance(scale, Tensor):
+        check_float("scale", scale)
+        check_device(q=q, scale=scale)
+        lead = tuple(scale.shape)
+        if scale.dim() > 4 or any(
+            given not in (1, size) for given, size in zip(reversed(lead), (1, 1, q.shape[1], q.shape[0]), strict=False)
+        ):
+            raise ValueError(f"scale must broadcast to (B, H, 1, 1) = {(*q.shape[:2], 1, 1)}, got {lead}")
+    elif scale is not None:
+        check_scale(scale)
     if valid is not None:
         dead = ~valid[:, None, :, None]
         q, k, v = (t.masked_fill(dead, 0.0) for t in (q, k, v))

@@ -20,9 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import masks
+from ..checks import (
+    check_choice,
+    check_device,
+    check_float,
+    check_grid,
+    check_int,
+    check_rank,
+    check_tensor,
+    check_valid,
+    to_tuple,
+)
 from ..grids import coordinates
 from ..masks import Mask, as_mask
-from ..types import Partial, check_choice, check_rank, check_valid, to_tuple, traced_as_constant
+from ..types import Partial, traced_as_constant
 from ._dispatch import AUTO, Operator
 from .attention import attention, attention_partial
 from .partition import grouped_attention, pair_mask, register_inner
@@ -484,19 +495,25 @@ def _prepare(
         check_rank(name, t, (4, 5, 6), shapes)
     if grid is None:
         grid = tuple(q.shape[2:-1])
-    grid = tuple(int(s) for s in grid)
+    else:
+        grid = check_grid("grid", grid)
     flat = q.dim() == 4 and len(grid) > 1
     for name, t in (("q", q), ("k", k), ("v", v)):
         if tuple(t.shape[2:-1]) not in (grid, (math.prod(grid),)):
             raise ValueError(f"{name} has shape {tuple(t.shape)}, which does not lie on the grid {grid}; {shapes}")
     rules = axis_rules(grid, kernel_size, dilation, stride, causal, border)
+    check_int("offset", offset)
+    check_device(q=q, k=k, v=v, bias_table=bias_table, extra_k=extra_k, extra_v=extra_v, extra_pos=extra_pos)
     q, k, v = (t.reshape(*t.shape[:2], *grid, t.shape[-1]) for t in (q, k, v))
     if valid is not None:
+        check_tensor("valid", valid, "a boolean tensor (True: the token exists)")
+        check_device(q=q, valid=valid)
         shape = (q.shape[0], math.prod(grid)) if valid.dim() == 2 and len(grid) > 1 else (q.shape[0], *grid)
         check_valid("valid", valid, shape)
         valid = valid.reshape(q.shape[0], *grid)
     extents = [2 * r.kernel - 1 for r in rules]
     if bias_table is not None:
+        check_float("bias_table", bias_table)
         if bias_table.dim() == 2 and len(grid) > 1 and bias_table.shape[1] == math.prod(extents):
             bias_table = bias_table.unflatten(1, extents)
         if tuple(bias_table.shape) != (q.shape[1], *extents):
@@ -506,6 +523,9 @@ def _prepare(
             )
     if axis_bias is not None:
         want = [(*q.shape[:2], *grid, e) for e in extents]
+        for axis, factor in enumerate(axis_bias):
+            check_float(f"axis_bias[{axis}]", factor)
+            check_device(q=q, axis_bias=factor)
         if [tuple(f.shape) for f in axis_bias] != want:
             raise ValueError(f"axis_bias must be tensors of shapes {want}, got {[tuple(f.shape) for f in axis_bias]}")
     more = _check_extra(extra_k, extra_v, extra_valid, k, v)

@@ -15,9 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import (
+    check_choice,
+    check_device,
+    check_float,
+    check_grid,
+    check_int,
+    check_rank,
+    check_serves,
+    check_type,
+    check_valid,
+    to_tuple,
+)
 from ..grids import Partition, block_windows, check_windows, grid_windows, unblock_windows, ungrid_windows
 from ..masks import Mask, as_mask
-from ..types import Partial, check_choice, check_rank, check_valid, to_tuple
+from ..types import Partial
+from ._call import check_qkv
 from ._dispatch import AUTO, Operator
 from .attention import ATTENTION, attention, attention_partial
 
@@ -216,24 +229,43 @@ class _Groups:
         return [t for t in (self.q, self.k, self.v, self.bias) if t is not None]
 
 
+def _checked_mask(
+    mask: Mask | Tensor | None, batch: int, heads: int, n: int, m: int, device: torch.device
+) -> Mask | None:
+    mask = as_mask(mask)
+    if mask is not None:
+        mask.check(n, m, batch=batch, heads=heads, device=device)
+    return mask
+
+
 def _prepare(
     q: Tensor, k: Tensor, v: Tensor, partition: Partition, *, valid: Tensor | None = None,
     mask: Mask | Tensor | None = None, bias: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0,
 ) -> _Groups:  # fmt: skip
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_rank(name, t, 4, "(B, H, N, D)")
+    check_type("partition", partition, Partition)
+    check_qkv(q, k, v)
     batch, heads, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     check_valid("valid", valid, (batch, m))
+    check_device(q=q, k=k, v=v, valid=valid)
     q_index = _expand_index(partition.q_index.to(q.device), batch, heads, n)
     k_index = q_index if partition.k_index is None else _expand_index(partition.k_index.to(q.device), batch, heads, m)
+    mask = _checked_mask(mask, batch, heads, n, m, q.device)
     if bias is not None:
+        check_float("bias", bias)
+        check_device(q=q, bias=bias)
         if bias.dim() not in (2, 3, 4, 5) or tuple(bias.shape[-2:]) != (q_index.shape[3], k_index.shape[3]):
             raise ValueError(
                 f"bias must end in (Sq, Sk) = {(q_index.shape[3], k_index.shape[3])}, got {tuple(bias.shape)}"
             )
         if bias.dim() < 5:  # no group axis: the same in every group
             bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape)).unsqueeze(2)
-    return _Groups(q, k, v, q_index, k_index, valid, as_mask(mask), bias, dict(scale=scale, dropout_p=dropout_p))
+        for what, given, size in zip(
+            ("samples", "heads", "groups"), bias.shape, (batch, heads, q_index.shape[2]), strict=False
+        ):
+            check_serves("bias", given, size, what)
+    return _Groups(q, k, v, q_index, k_index, valid, mask, bias, dict(scale=scale, dropout_p=dropout_p))
 
 
 def _in_groups(call: _Groups, inner: str = AUTO) -> Tensor:
@@ -381,18 +413,24 @@ def _prepare_windows(
 ) -> _Windows:  # fmt: skip
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_rank(name, t, 4, "(B, H, N, D)")
+    check_qkv(q, k, v)
     check_choice("kind", kind, KINDS)
-    grid = tuple(grid)
-    window = to_tuple("window_size", window_size, len(grid))
+    grid = check_grid("grid", grid)
+    window = tuple(check_int("window_size", w, least=1) for w in to_tuple("window_size", window_size, len(grid)))
     for name, t in (("q", q), ("k", k), ("v", v)):
         if math.prod(grid) != t.shape[2]:
             raise ValueError(f"grid={grid} holds {math.prod(grid)} tokens, but {name} has {t.shape[2]}")
     check_windows(grid, window)
     check_valid("valid", valid, (q.shape[0], q.shape[2]))
+    check_device(q=q, k=k, v=v, valid=valid)
+    mask = _checked_mask(mask, q.shape[0], q.shape[1], q.shape[2], q.shape[2], q.device)
     size = math.prod(window)
+    if bias is not None:
+        check_float("bias", bias)
+        check_device(q=q, bias=bias)
     if bias is not None and (bias.dim() not in (2, 3, 4, 5) or tuple(bias.shape[-2:]) != (size, size)):
         raise ValueError(f"bias must end in (S, S) = {(size, size)} for windows of S tokens, got {tuple(bias.shape)}")
-    return _Windows(q, k, v, grid, window, kind, valid, as_mask(mask), bias, dict(scale=scale, dropout_p=dropout_p))
+    return _Windows(q, k, v, grid, window, kind, valid, mask, bias, dict(scale=scale, dropout_p=dropout_p))
 
 
 def _in_windows(call: _Windows, inner: str = AUTO) -> Tensor:

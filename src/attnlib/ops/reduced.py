@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_choice, check_device, check_flag, check_int, check_rank, check_valid, to_tuple
 from ..masks import Causal, Mask, as_mask, causal
 from ..positions import Bias
-from ..types import Partial, check_choice, check_rank, check_valid, exactly, stats_dtype, to_tuple
-from ._call import AttentionCall, prepare
+from ..types import Partial, exactly, stats_dtype
+from ._call import AttentionCall, check_qkv, prepare
 from ._dispatch import Backend, Operator
 from ._guard import guarded
 from .attention import ATTENTION
@@ -171,8 +172,11 @@ def _prepare_agents(
 ) -> _Agents:  # fmt: skip
     check_rank("agents", agents, 4, "(B, H, n, D)")
     args: dict[str, Any] = dict(scale=scale, dropout_p=dropout_p)
-    read = prepare(agents, k, v, bias=read_bias, valid=valid, **args)
-    return _Agents(read, prepare(q, agents, agents, bias=write_bias, valid=agents_valid, **args))
+    read = prepare(agents, k, v, bias=read_bias, valid=valid, bias_name="read_bias", **args)
+    check_rank("q", q, 4, "(B, H, N, D)")
+    check_valid("agents_valid", agents_valid, (q.shape[0], agents.shape[2]))
+    write = prepare(q, agents, agents, bias=write_bias, valid=agents_valid, bias_name="write_bias", **args)
+    return _Agents(read, write)
 
 
 def _by_products(call: _Agents) -> Tensor:
@@ -247,11 +251,13 @@ def _prepare_reduced(
     q: Tensor, k: Tensor, v: Tensor, block: int, *, reduce: str = "mean", valid: Tensor | None = None,
     mask: Mask | Tensor | None = None, scale: float | None = None, partial: bool = False,
 ) -> AttentionCall:  # fmt: skip
-    for name, t in (("k", k), ("v", v)):
-        check_rank(name, t, 4, "(B, H, M, D)")
+    check_qkv(q, k, v)
+    check_device(q=q, k=k, v=v)
     check_choice("reduce", reduce, ("mean", "last"))
-    if block < 1:
-        raise ValueError(f"block must be at least 1, got {block}")
+    check_int("block", block, least=1)
+    check_flag("partial", partial)
+    check_valid("valid", valid, (k.shape[0], k.shape[2]))
+    check_device(k=k, valid=valid)
     mask = as_mask(mask)
     if mask is not None and not isinstance(mask, Causal):
         raise ValueError(

@@ -17,7 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import check_rank, check_valid, exactly, stats_dtype
+from ..checks import (
+    check_device,
+    check_flag,
+    check_float,
+    check_ints,
+    check_rank,
+    check_tensor,
+    check_valid,
+    check_whole,
+    describe,
+)
+from ..types import exactly, stats_dtype
 from ._call import expand_heads
 from ._dispatch import Operator, transformed, twice, wants_gradient
 from ._guard import bad_rows, finite, readable, spoil
@@ -32,10 +43,17 @@ def _check(value: Tensor, spatial_shapes: Any, locations: Tensor, weights: Tenso
     check_rank("value", value, 4, "(B, H, M, D)")
     check_rank("sampling_locations", locations, 6, f"(B, H, N, L, P, {axes})")
     if isinstance(spatial_shapes, Tensor):
+        check_whole("spatial_shapes", spatial_shapes)
         spatial_shapes = spatial_shapes.tolist()
-    shapes = [(s[0], s[1]) for s in spatial_shapes]
-    if any(h < 1 or w < 1 for h, w in shapes):
-        raise ValueError(f"spatial_shapes={shapes} contains an empty level")
+    if not isinstance(spatial_shapes, (tuple, list)):
+        raise TypeError(f"spatial_shapes must be (height, width) of each level, got {describe(spatial_shapes)}")
+    levels = [check_ints("spatial_shapes", s, least=1) for s in spatial_shapes]
+    if any(len(s) != 2 for s in levels):
+        raise ValueError(f"spatial_shapes must be (height, width) of each level, got {levels}")
+    shapes = [(s[0], s[1]) for s in levels]
+    for name, t in (("value", value), ("sampling_locations", locations), ("attention_weights", weights)):
+        check_float(name, t)
+    check_device(value=value, sampling_locations=locations, attention_weights=weights)
     if sum(h * w for h, w in shapes) != value.shape[2]:
         raise ValueError(
             f"spatial_shapes={shapes} adds up to {sum(h * w for h, w in shapes)} tokens, but value has {value.shape[2]}"
@@ -209,6 +227,7 @@ def _prepare(
 ) -> _Call:  # fmt: skip
     shapes = _check(value, spatial_shapes, sampling_locations, attention_weights, 2)
     check_valid("valid", valid, (value.shape[0], value.shape[2]))
+    check_device(value=value, valid=valid)
     high = stats_dtype(value.dtype)
     if valid is not None:
         value = value.masked_fill(~valid[:, None, :, None], 0.0)
@@ -283,6 +302,7 @@ def deformable_attention(
     >>> deformable_attention(torch.arange(4.0).reshape(1, 1, 4, 1), [(2, 2)], points, torch.ones(1, 1, 1, 1, 1)).item()
     1.5
     """
+    check_tensor("value", value)
     with exactly(value):
         call = _prepare(value, spatial_shapes, sampling_locations, attention_weights, valid=valid)
         return _run(_OPERATOR, call, backend)[0].to(call.dtype)
@@ -346,6 +366,8 @@ def deformable_attention_3d(
     >>> deformable_attention_3d(v, d, [(2, 2)], p, torch.ones(1, 1, 1, 1, 1)).item()
     0.125
     """
+    check_flag("return_depth_score", return_depth_score)
+    check_tensor("value", value)
     with exactly(value):
         call = _prepare_3d(value, depth, spatial_shapes, sampling_locations, attention_weights, valid=valid)
         out, score = _run(_OPERATOR_3D, call, backend)
@@ -360,6 +382,8 @@ def _prepare_3d(
 ) -> _Call:  # fmt: skip
     shapes = _check(value, spatial_shapes, sampling_locations, attention_weights, 3)
     check_rank("depth", depth, 4, "(B, Hd, M, Z)")
+    check_float("depth", depth)
+    check_device(value=value, depth=depth)
     if depth.shape[0] != value.shape[0] or depth.shape[2] != value.shape[2]:
         raise ValueError(
             f"depth must have batch {value.shape[0]} and {value.shape[2]} tokens like value, got {tuple(depth.shape)}"
@@ -369,6 +393,7 @@ def _prepare_3d(
     if depth.shape[3] == 0:
         raise ValueError("depth has no bins in its last axis")
     check_valid("valid", valid, (value.shape[0], value.shape[2]))
+    check_device(value=value, valid=valid)
     dtype, high = value.dtype, stats_dtype(value.dtype)
     if valid is not None:
         dead = ~valid[:, None, :, None]

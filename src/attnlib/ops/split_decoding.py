@@ -31,8 +31,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_flag, check_int, check_ints, check_rank, check_whole
 from ..masks import explicit
-from ..types import Partial, check_choice, stats_dtype
+from ..types import Partial, stats_dtype
 from ._call import AttentionCall, expand_heads, prepare
 from ._dispatch import Operator
 from ._guard import guarded
@@ -414,8 +415,18 @@ def _prepare(
     batch, m = call.q.shape[0], call.k.shape[2]
     if lengths is None:
         numbers = [m] * batch
+    elif isinstance(lengths, Tensor):
+        check_whole("lengths", lengths)
+        check_rank("lengths", lengths, 1, f"({batch},)")
+        if lengths.is_meta:
+            raise ValueError("lengths lies on meta, which holds no numbers; the schedule reads them")
+        numbers = lengths.tolist()
     else:
-        numbers = lengths.tolist() if isinstance(lengths, Tensor) else [int(n) for n in lengths]
+        numbers = list(check_ints("lengths", lengths, least=0))
+    check_flag("causal", causal)
+    for name, value in (("tile", tile), ("q_tile", q_tile), ("workers", workers), ("splits", splits)):
+        if value is not None:
+            check_int(name, value, least=1)
     if len(numbers) != batch or any(not 0 <= n <= m for n in numbers):
         raise ValueError(f"lengths must name {batch} numbers of keys between 0 and {m}, got {numbers}")
     return _Call(call, tuple(numbers), causal, (tile, q_tile, workers, schedule, splits))
@@ -437,9 +448,6 @@ def _run(
     if k.shape[1] != v.shape[1]:
         k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
     tile = TILE.get(q.shape[3], 128) if tile is None else tile
-    for name, value in (("tile", tile), ("q_tile", q_tile or 1)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     workers = torch.get_num_threads() if workers is None else workers
     batch, heads, n, dim = q.shape
     groups = heads // k.shape[1]

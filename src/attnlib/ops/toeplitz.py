@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_device, check_flag, check_float, check_ints, check_tensor, check_valid
 from ..positions import toeplitz_spectrum
-from ..types import check_rank, check_valid, exactly, stats_dtype
-from ._call import expand_heads
+from ..types import exactly, stats_dtype
+from ._call import check_qkv, expand_heads
 from ._dispatch import Operator, transformed, twice, wants_gradient
 from ._guard import bad_rows, finite, readable, spoil
 
@@ -69,6 +70,7 @@ def toeplitz_attention(
     >>> torch.allclose(fast, direct, atol=1e-5)
     True
     """
+    check_tensor("q", q)
     with exactly(q):
         call = _prepare(q, k, v, bias, grid=grid, valid=valid, positive=positive, return_weights=return_weights)
         out, weights = _run(call, form)
@@ -118,26 +120,22 @@ def _prepare(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, grid: Sequence[int] | None = None, valid: Tensor | None = None,
     positive: bool = True, return_weights: bool = False,
 ) -> _Call:  # fmt: skip
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        check_rank(name, t, 4, "(B, H, N, D)")
-    batch, heads, n, width = q.shape
+    check_qkv(q, k, v)
+    for name, t in (("q", q), ("k", k), ("v", v), ("bias", bias)):
+        check_float(name, t)
+    check_flag("positive", positive)
+    check_flag("return_weights", return_weights)
+    batch, heads, n, _ = q.shape
     m = k.shape[2]
-    if k.shape[3] != width or v.shape[2] != m or k.shape[0] != batch or v.shape[0] != batch:
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must share the batch, q and k the "
-            "features, k and v the tokens"
-        )
-    for name, t in (("k", k), ("v", v)):
-        if t.shape[1] == 0 or heads % t.shape[1]:
-            raise ValueError(f"{name} has {t.shape[1]} heads, which do not divide the {heads} heads of q")
-    grid = (n,) if grid is None else tuple(grid)
+    grid = (n,) if grid is None else check_ints("grid", grid, least=0)
     keys = (m,) if len(grid) == 1 else grid
     if math.prod(grid) != n or math.prod(keys) != m:
         raise ValueError(f"grid={grid} has {math.prod(grid)} tokens, but there are N={n} queries and M={m} keys")
     spans = tuple(a + b - 1 for a, b in zip(grid, keys, strict=True))
-    if tuple(bias.shape[1:]) != spans or bias.shape[0] not in (1, heads):
+    if bias.dim() != 1 + len(spans) or tuple(bias.shape[1:]) != spans or bias.shape[0] not in (1, heads):
         raise ValueError(f"bias must be (H or 1, {', '.join(map(str, spans))}) for H={heads}, got {tuple(bias.shape)}")
     check_valid("valid", valid, (batch, m))
+    check_device(q=q, k=k, v=v, bias=bias, valid=valid)
     dtype = stats_dtype(q.dtype)
     fq, fk, fv = q.to(dtype), expand_heads(k.to(dtype), heads), expand_heads(v.to(dtype), heads)
     if valid is not None:
