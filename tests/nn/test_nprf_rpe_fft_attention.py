@@ -249,7 +249,7 @@ def test_bad_input():
     q = torch.randn(1, 2, 6, 4)
     for args, kw, message in (
         ((q, q, q, torch.zeros(2, 10)), {}, r"bias must be \(H or 1, 11\)"),
-        ((q, q[..., :3], q, torch.zeros(2, 11)), {}, "share the batch"),
+        ((q, q[..., :3], q, torch.zeros(2, 11)), {}, "head_dim=4, k has head_dim=3"),
         ((q, q, q, torch.zeros(2, 11)), dict(grid=(2, 2)), "has 4 tokens"),
         ((q, q, q, torch.zeros(2, 11)), dict(form="loop"), "form='loop'"),
     ):

@@ -1,5 +1,6 @@
 """Operators on ``(q, k, v)``: an eager specification and faster backends for each."""
 
+from . import naive
 from ._dispatch import derivatives, explain, operators, use_backend
 from .attention import BACKENDS, attention, attention_partial
 from .block_sparse import BlockPlan, block_sparse_attention, block_sparse_partial
@@ -29,6 +30,7 @@ __all__ = [
     "explain",
     "linear_attention",
     "linear_partial",
+    "naive",
     "neighborhood_attention",
     "neighborhood_partial",
     "operators",

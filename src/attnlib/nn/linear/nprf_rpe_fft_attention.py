@@ -57,7 +57,7 @@ class KernelizedRelativeAttention(Mechanism):
         causal: every token reads itself and earlier ones; sequences only.
         qkv_bias: biases of the query, key and value projections.
         proj_bias: bias of the output projection.
-        form: ``"fft"``, ``"fft64"`` or ``"direct"``; changes speed and rounding, not the result.
+        form: ``"fft"`` (by default), ``"fft64"`` or ``"direct"``; changes speed and rounding, not the result.
 
     The paper comes without code that could be found. Its ``w_r`` are a buffer here, drawn once and shared by the heads;
     :meth:`redraw` draws new ones.
@@ -95,12 +95,12 @@ class KernelizedRelativeAttention(Mechanism):
         causal: bool = False,
         qkv_bias: bool = True,
         proj_bias: bool = True,
-        form: str = "fft",
+        form: str | None = None,
     ):
         super().__init__(dim)
         check_choice("features", features, ("positive", "trigonometric"))
         check_choice("norm", norm, ("l2", "none"))
-        check_choice("form", form, FORMS)
+        check_choice("form", form, (*FORMS, None))
         check_choice("rank", rank, (1, 2))
         if causal and rank != 1:
             raise ValueError("causal=True needs rank=1: an image has no order of tokens")
