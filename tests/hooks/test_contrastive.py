@@ -421,7 +421,8 @@ def test_other_precisions(dtype):
             got, _ = generated(model, inputs, {"suppress_tokens": None}, new=1)
         assert got.dtype == torch.float32 and got.isfinite().all()
         if not isinstance(decoding.branch, NullTokens):
-            torch.testing.assert_close(got, 2 * plain, atol=1e-5 if dtype == torch.float64 else 0.5, rtol=1e-2)
+            error = float((got - 2 * plain).abs().max() / plain.abs().max())
+            assert error < {torch.float64: 1e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype], f"{error:.1e}"
 
 
 # ---- bad input
