@@ -9,7 +9,7 @@ PIP    := -m pip install --quiet --disable-pip-version-check
 BORDER := tests/hooks tests/look tests/ops/test_attention.py tests/test_hybrid_decoder.py \
           tests/test_generation_all.py tests/test_pldr_model.py tests/test_package.py tests/test_cli.py
 
-.PHONY: demo test test-quick test-oldest test-newest lint bench lock clean
+.PHONY: demo test fuzz test-quick test-oldest test-newest lint bench lock clean
 
 # Everything that is installed has its exact version in a lock file; the library itself is added without resolving.
 define install
@@ -27,6 +27,11 @@ demo: $(STAMP)  ## train and time mechanisms side by side on real text and image
 
 test: $(STAMP)  ## the whole suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+TRIALS ?= 20000
+SEED ?= 0
+fuzz: $(STAMP)  ## public functions called rightly and wrongly, TRIALS=20000 times; stops and goes on where it stopped
+	$(BIN)/python -m tests.fuzz $(TRIALS) --seed $(SEED) --resume .fuzz.json
 
 test-quick: $(STAMP)  ## what is not marked slow, without the table of every mechanism
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore tests/test_conformance.py

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .checks import (
+    check_device,
     check_flag,
     check_grid,
     check_int,
@@ -199,6 +200,7 @@ class Mask:
         for name, pos, axis in (("q_pos", q_pos, "N"), ("k_pos", k_pos, "M")):
             check_whole(name, pos)
             check_rank(name, pos, (1, 2, 3), f"({axis},), (B, {axis}) or (B, H, {axis})")
+        check_device(q_pos=q_pos, k_pos=k_pos)
         self._check_device(q_pos.device)
         rows, cols = self.extent()
         for name, pos, known in (("queries", q_pos, rows), ("keys", k_pos, cols)):

@@ -468,7 +468,14 @@ def toeplitz_matmul(c: Tensor, x: Tensor, queries: Sequence[int] | None = None) 
             f"c has entries {tuple(c.shape[-rank:])}; for queries {tuple(queries)} and keys {keys} it must have "
             f"{tuple(n + m - 1 for n, m in zip(queries, keys, strict=False))}"
         )
+    before, besides = c.shape[:-rank], x.shape[: -1 - rank]
+    for one, two in zip(reversed(before), reversed(besides), strict=False):
+        if one != two and 1 not in (one, two):
+            raise ValueError(f"c and x must agree before their grids, got {tuple(before)} and {tuple(besides)}")
     dtype = stats_dtype(torch.promote_types(c.dtype, x.dtype))
+    if not c.numel() or not x.numel():
+        lead = torch.broadcast_shapes(before, besides)
+        return torch.zeros(*lead, *queries, x.shape[-1], dtype=dtype, device=x.device)
     spectrum, sizes = toeplitz_spectrum(c.to(dtype), queries)
     axes = tuple(range(-1 - rank, -1))
     # A correlation: T x = irfft(conj(C) X).

@@ -272,8 +272,9 @@ class State(_TensorDict):
         """Keep the samples ``index`` (B',), in that order; ``ValueError`` for one that it does not hold."""
         check_rank("index", index, 1, "(B',)")
         first = next(self._named(), None)
+        check_device(**{"the state": first[1] if first else None, "index": index})
         check_index("index", index, None, first[1].shape[0] if first else 0, "sample")
-        return self.map(lambda t: t.index_select(0, index.to(t.device)))
+        return self.map(lambda t: t.index_select(0, index))
 
     reorder = select
 
