@@ -164,6 +164,8 @@ def to_tuple(name: str, value: Any, rank: int) -> tuple[Any, ...]:
     """``value`` for each of ``rank`` axes; raises ``ValueError`` when a sequence has another length."""
     if isinstance(value, (int, bool, float, torch.SymInt)):
         return (value,) * rank
+    if isinstance(value, np.generic):
+        return (value.item(),) * rank
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"{name} must be one number or {rank} of them, one per axis, got {describe(value)}")
     if len(value) != rank:
@@ -364,18 +366,37 @@ def checked(function: F) -> F:
             raise TypeError(f"{error}; possible are the arguments {names}") from None
         hints = _hints(function)
         for name, value in given.items():
-            hint, parameter = hints.get(name, Any), signature.parameters[name]
-            if hint is Any or value is parameter.default or parameter.kind in (_ANY_ARGS, _ANY_KEYWORDS):
-                continue
-            if not _fits(value, hint):
-                if not _number_for(hint) or isinstance(value, (bool, str, Tensor)) or value is None:
-                    raise TypeError(f"{name} must be {_spell(hint)}, got {describe(value)}")
-                check_real(name, value) if _number_for(hint) is float else check_int(name, value)
-            if "drop" in name and type(value) is float:
-                check_real(name, value, least=0, below=1)
+            parameter = signature.parameters[name]
+            if parameter.kind is _ANY_KEYWORDS and args:
+                for key, inner in value.items():  # what is handed to a base class, by its annotations
+                    _check_setting(key, inner, _inherited(type(args[0]), key))
+            elif (
+                parameter.kind is not _ANY_ARGS
+                and parameter.kind is not _ANY_KEYWORDS
+                and value is not parameter.default
+            ):
+                _check_setting(name, value, hints.get(name, Any))
         return function(*args, **kwargs)
 
     return door  # type: ignore[return-value]
+
+
+def _check_setting(name: str, value: Any, hint: Any) -> None:
+    if not _fits(value, hint):
+        if not _number_for(hint) or isinstance(value, (bool, str, Tensor)) or value is None:
+            raise TypeError(f"{name} must be {_spell(hint)}, got {describe(value)}")
+        check_real(name, value) if _number_for(hint) is float else check_int(name, value)
+    if "drop" in name and type(value) is float and hint is not Any:
+        check_real(name, value, least=0, below=1)
+
+
+def _inherited(cls: type, name: str) -> Any:
+    """The annotation of a constructor's argument, in the first class that names it."""
+    for base in cls.__mro__:
+        found = _hints(inspect.unwrap(base.__dict__["__init__"])) if "__init__" in base.__dict__ else {}
+        if name in found:
+            return found[name]
+    return Any
 
 
 _ANY_ARGS, _ANY_KEYWORDS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD

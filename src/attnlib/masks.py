@@ -220,8 +220,9 @@ class Mask:
             if p.dim() == 4 and heads != 1 and p.shape[1] not in (1, heads):
                 raise ValueError(f"{name} is for {p.shape[1]} heads, but mask={self!r} is for {heads}")
         if q.dim() == k.dim() == 4:
-            check_serves("k_pos", k.shape[0], q.shape[0]) if q.shape[0] > 1 else None
-            check_serves("k_pos", k.shape[1], q.shape[1], "heads") if q.shape[1] > 1 else None
+            for axis, what in ((0, "samples"), (1, "heads")):
+                if q.shape[axis] != 1:
+                    check_serves("k_pos", k.shape[axis], q.shape[axis], what)
         b = torch.zeros((), dtype=torch.long, device=q.device)
         h = b
         if batch != 1:

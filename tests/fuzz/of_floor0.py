@@ -324,7 +324,7 @@ def rotary(rng: random.Random) -> Call:
     return Call(
         run,
         dict(x=torch.randn(b, h, n, d), pos=pos, head_dim=d, base=rng.choice([100.0, 1e4]), interleaved=interleaved),
-        oracle, names=("angles",), tolerance=1e-4,
+        oracle, names=("angles",), allows=("floats",), tolerance=1e-4,
     )  # fmt: skip
 
 

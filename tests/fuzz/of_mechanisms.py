@@ -201,7 +201,7 @@ def init(rng: random.Random) -> Call:
         use(m.eval(), case)
 
     kwargs = {k: v if not callable(v) and not isinstance(v, dict) else Either(v) for k, v in settings(index).items()}
-    return Call(cls, kwargs, sane=sane, names=signature(cls), allows=())
+    return Call(cls, kwargs, sane=sane, names=(*signature(cls), "num_dense"))
 
 
 @target("nn.step", weight=3)

@@ -113,7 +113,8 @@ def attach(rng: random.Random) -> Call:
         assert rows is None or len(rows) == 2
         assert part is None or part in dict(model().named_modules())
         if isinstance(token_types, Tensor):
-            assert token_types.shape == given["input_ids"].shape and int(token_types.min()) >= 0
+            # Those of a prompt of which this call reads a part may be longer.
+            assert len(token_types) == 2 and token_types.shape[1] >= 8 and int(token_types.min()) >= 0
         if kind == "scale":
             return run(layers, heads, None, None, None)
         with torch.no_grad():
@@ -173,5 +174,10 @@ def models(rng: random.Random) -> Call:
 
     # A config of transformers keeps settings that it does not know; a picture has the size of the model.
     return Call(
-        run, settings, sane=sane, names=("num_heads",), allows=("an unknown argument",), fixed=("img_size", "in_chans")
+        run,
+        settings,
+        sane=sane,
+        names=("num_heads", "mechanism"),
+        allows=("an unknown argument",),
+        fixed=("img_size", "in_chans"),
     )

@@ -115,6 +115,8 @@ class TypeTracker:
                     f"token_types must be (B, N) integers of {dict(enumerate(NAMES))}, got {source.dtype} "
                     f"{tuple(source.shape)}"
                 )
+            if source.is_meta:
+                raise ValueError("token_types must hold numbers that can be read, got a tensor on meta")
             if source.numel() and not 0 <= int(source.min()) <= int(source.max()) < len(NAMES):
                 raise ValueError(f"token_types must lie between 0 and {len(NAMES) - 1}: {dict(enumerate(NAMES))}")
         elif not callable(source):

@@ -110,6 +110,7 @@ def _prepare(
     check_choice("normalizer", normalizer, NORMALIZERS)
     denominator = normalizer == "sum"
     check_qkv(q, k, v)
+    check_flag("causal", causal)
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_float(name, t)
     check_valid("valid", valid, (q.shape[0], k.shape[2]))
@@ -127,7 +128,6 @@ def _prepare(
         raise ValueError("state cannot continue a bidirectional call with decay or cu_seqlens; use causal=True")
     if chunk is not None:
         check_int("chunk", chunk, least=1)
-    check_flag("causal", causal)
     dtype = stats_dtype(q.dtype)
     q = q.to(dtype)
     k, v = expand_heads(k.to(dtype), heads), expand_heads(v.to(dtype), heads)

@@ -92,6 +92,8 @@ class _Depthwise(NamedTuple):
 
 def _convolution(call: _Depthwise) -> Tensor:
     x, weight, kernel, rank = call.x, call.weight, tuple(call.weight.shape[2:]), call.x.dim() - 2
+    if not x.numel():
+        return x * 1  # no token, no sample: nothing to convolve, which convolutions refuse
     if rank == 1:  # there is no channels-last 1-D convolution; a 2-D one of height 1 is
         x, weight, kernel = x.unsqueeze(1), weight.unsqueeze(2), (1, *kernel)
     conv: Callable[..., Tensor] = F.conv3d if rank == 3 else F.conv2d

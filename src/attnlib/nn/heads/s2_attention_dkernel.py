@@ -253,7 +253,7 @@ class S2Attention(HeadFrame[Notes]):
         super().__init__(dim, num_heads, num_kv_heads, causal=causal, **settings)
         if causal and not isinstance(local_blocks, int):
             raise ValueError(f"local_blocks={local_blocks} must be one number with causal=True: the window looks back")
-        left, right = to_tuple("local_blocks", local_blocks, 2)
+        left, right = (check_int("local_blocks", n, least=1) for n in to_tuple("local_blocks", local_blocks, 2))
         self.block_size, self.local_blocks, self.stride, self.coverage = block_size, left, stride, coverage
         relative = not causal if stripes is None else stripes == "relative"
         per_head = num_heads if pattern_heads == "query" else self.num_kv_heads
