@@ -313,25 +313,34 @@ def bench(
 def compare(
     mechanisms: Annotated[list[str] | None, typer.Argument(help="Mechanisms to compare; none: the preset's.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Comma-separated tasks; all by default.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Minutes for the whole comparison.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of every run; each task's own by default.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Minutes after which no further run starts.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for results and the report.")] = Path("attnlib-report"),
     data: Annotated[Path | None, typer.Option(help="Your own text file, image folder or CSV.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds per mechanism and task.")] = None,
     preset: Annotated[str | None, typer.Option(help="A named selection, e.g. demo.")] = None,
+    device: Annotated[str, typer.Option(help="Where models are trained, e.g. cuda.")] = "cpu",
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at a time; by default one per core on the CPU, at most 8.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Train and time mechanisms side by side on real data and write a report.
 
-    [dim]attnlib compare softmax-attention sigmoid-attention --budget 5 --out report[/]  ·
+    [dim]attnlib compare softmax-attention sigmoid-attention --tasks digits --out report[/]  ·
     [dim]attnlib compare lightning-attention-2 --tasks text --data book.txt[/]
 
-    Run it again with the same --out to resume: finished runs are kept.
+    The number of steps does not depend on the machine. Run it again with the same --out to resume: finished runs are
+    kept.
     """
+    from .bench.compare import available_cores
     from .bench.compare import compare as run
 
+    if jobs is None:
+        jobs = min(8, available_cores()) if device == "cpu" else 1
     result = run(
-        list(mechanisms or []), tasks=tasks.split(",") if tasks else None, budget_minutes=budget, out=out, data=data,
-        seeds=seeds, preset=preset, quiet=as_json,
+        list(mechanisms or []), tasks=tasks.split(",") if tasks else None, steps=steps, budget_minutes=budget, out=out,
+        data=data, seeds=seeds, preset=preset, device=device, jobs=jobs, quiet=as_json,
     )  # fmt: skip
     if as_json:
         _print_json(result.results)

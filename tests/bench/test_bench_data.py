@@ -107,7 +107,7 @@ def folder(tmp_path):
 def test_text_file(folder):
     task = tasks.TASKS["text"](folder / "book.txt")
     assert len(task.data.train) == 9 * len(task.data.test)
-    assert task.batch(torch.Generator())[0].shape == (16, 128)
+    assert task.batch(torch.Generator())[0].shape == (8, 64)
     assert "book.txt" in task.data.source and str(folder) not in task.data.source
 
 
@@ -122,7 +122,7 @@ def test_csv_file_keeps_numeric_columns_and_order_in_time(folder):
     task = tasks.TASKS["forecast"](folder / "wave.csv")
     assert task.data.facts["columns"] == ["wave", "week"]
     assert len(task.data.train[0]) == 1050 and len(task.data.test[0]) == 350
-    assert task.batch(torch.Generator())[2].shape == (32, 16, 16, 2)
+    assert task.batch(torch.Generator())[2].shape == (16, 16, 16, 2)
 
 
 KINDS = {"text": "text", "superres": "images", "forecast": "series", "digits": "digits"}

@@ -97,20 +97,48 @@ def interleave(
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
+def seconds(fn: Run, repeats: int = 1, device: torch.device | str = "cpu") -> float:
+    """Wall-clock seconds of one call of ``fn``: the mean of ``repeats`` in a row, waiting for the device too."""
+    _await(device)
+    start = now()
+    for _ in range(repeats):
+        fn()
+    _await(device)
+    return (now() - start) / repeats
+
+
+def _await(device: torch.device | str) -> None:
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize(torch.device(device))
+
+
 def ratio(ours: Timing, reference: Timing) -> dict[str, float]:
     """How many times as long ``ours`` takes: per round, of which the median; and of the fastest rounds."""
     rounds = [a / b for a, b in zip(ours.seconds, reference.seconds, strict=True)]
     return {"ratio": statistics.median(rounds), "ratio_of_minima": ours.minimum / reference.minimum}
 
 
-def peak_bytes(fn: Run) -> int:
-    """Most bytes that live at once on the CPU while ``fn`` runs, from the allocator's own record.
+def peak_bytes(fn: Run, device: torch.device | str = "cpu") -> int:
+    """Most bytes that live at once while ``fn`` runs, from the allocator's own record.
 
     What lives before does not count; what custom operators and fused kernels allocate inside does.
+
+    Raises:
+        ValueError: for a device whose allocator keeps no record.
 
     >>> peak_bytes(lambda: torch.zeros(1000) + 1) >= 4000
     True
     """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        fn()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if kind != "cpu":
+        raise ValueError(f"device={kind!r} keeps no record of its memory; possible are 'cpu' and 'cuda'")
     activities = [torch.profiler.ProfilerActivity.CPU]
     with _quiet_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = fn()

@@ -1,60 +1,64 @@
 """Train and time attention mechanisms side by side on real data, everything else equal.
 
-``compare`` makes one small model per mechanism, task and seed, gives all of them the same number of steps, keeps every
-finished run in its own file, and writes ``results.json`` and ``report.html``.
+``compare`` makes one small model per mechanism, task and seed, gives all of them the same number of steps on any
+machine, keeps every finished run in its own file, and writes ``results.json`` and ``report.html``.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import queue
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import attnlib
 
+from ..checks import check_choice, check_int, check_real
 from . import stats, training
 from .clock import limit_threads, machine, now
 from .data.files import resolve
 from .data.tasks import TASKS, Task, expand, task_class
-from .specs import Spec, shorten
+from .specs import CONTROL, Spec, shorten
 from .speed import scaling
 from .store import StorageError, Store, plain, write_json
 from .training import Settings
 
-SCHEMA = 1
+SCHEMA = 2
 BASELINE = "softmax-attention"
-MIN_STEPS = 30
-SCALING_SHARE = 0.13
-REPORT_SECONDS = 12.0
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A ready-made comparison. Mechanisms that the registry does not have are left out.
+    """A ready-made comparison: the same work on any machine. Mechanisms that the registry does not have are left out.
 
     Args:
         mechanisms: names with settings, as :meth:`Spec.parse` reads them.
         tasks: names or patterns.
-        budget_minutes: wall-clock limit.
+        effort: every run takes so many times the steps of its task.
         seeds: number of seeds.
         what: one sentence.
+        settings: of the models.
+        sides: square roots of the numbers of tokens at which time and memory are measured.
     """
 
     mechanisms: tuple[str, ...]
     tasks: tuple[str, ...] = tuple(TASKS)
-    budget_minutes: float = 10.0
+    effort: float = 1.0
     seeds: int = 3
     what: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    sides: tuple[int, ...] = scaling.SIDES
 
     def available(self) -> list[Spec]:
         """The mechanisms that exist."""
@@ -69,7 +73,6 @@ _MATTER = (
     "lightning-attention-2",
     "agent-attention,num_agents=16,grid=16",
     "focalnet",
-    "biformer,n_win=4,topk=4",
     "fused-neighborhood-attention,kernel_size=7",
     "deformable-attention",
 )
@@ -77,13 +80,22 @@ _MATTER = (
 PRESETS: dict[str, Preset] = {
     "demo": Preset(
         _MATTER,
-        budget_minutes=6.8,
-        seeds=3,
-        what="eight mechanisms on every task, in minutes",
+        tasks=("text", "digits", "upsample", "forecast"),
+        seeds=5,
+        what="seven mechanisms, one task for each of the four patterns, in minutes",
         settings={"dim": 48},
+        sides=(8, 16, 24, 32, 48),
     ),
-    "quick": Preset(_MATTER[:3], tasks=("text", "digits"), budget_minutes=1.0, seeds=2, what="a first look"),
-    "long": Preset(_MATTER, budget_minutes=120.0, seeds=5, what="the demo with time to learn"),
+    "quick": Preset(
+        _MATTER[:3],
+        tasks=("text", "digits"),
+        effort=0.5,
+        seeds=2,
+        what="a first look",
+        settings={"dim": 48},
+        sides=(8, 16, 24),
+    ),
+    "long": Preset((*_MATTER, "biformer,n_win=4,topk=4"), effort=8.0, seeds=5, what="all tasks, with time to learn"),
 }
 
 
@@ -119,38 +131,48 @@ class _Entry:
 def compare(
     mechanisms: Sequence[str | Spec | tuple[str, Mapping[str, Any]]] | None = None,
     tasks: Iterable[str] | None = None,
-    budget_minutes: float | None = None,
     out: str | Path = "attnlib-compare",
     data: str | Path | Mapping[str, str | Path] | None = None,
     *,
+    steps: int | Mapping[str, int] | None = None,
     seeds: int | Sequence[int] | None = None,
     preset: str | None = None,
     settings: Settings | None = None,
+    device: str | torch.device | None = None,
     baseline: str | None = BASELINE,
+    control: bool = True,
     scale: bool = True,
-    threads: int | None = None,
+    budget_minutes: float | None = None,
+    threads: int = 1,
+    jobs: int = 1,
     confidence: float = 0.95,
     console: Console | None = None,
     quiet: bool = False,
 ) -> Comparison:
-    """Compare mechanisms on real data within a time budget.
+    """Compare mechanisms on real data.
 
-    Every task gets a share of the budget; all its runs take the same number of steps, as many as fit the share by the
-    measured time of a step. Runs go seed by seed, so that a budget that runs out costs seeds, never mechanisms. The
-    same call in the same folder continues: finished runs are read, not repeated.
+    All runs of a task take the same number of steps, which does not depend on the machine. Runs go seed by seed, so
+    that every task has its first seed before any has a second. The same call in the same folder continues: finished
+    runs are read, not repeated.
 
     Args:
         mechanisms: ``"name"``, ``"name,key=value"``, ``"module:Class"`` or ``(name, {key: value})``.
         tasks: of ``text``, ``digits``, ``superres``, ``upsample``, ``forecast``, or patterns; all when ``None``.
-        budget_minutes: wall-clock budget.
         out: folder for runs, ``results.json`` and ``report.html``.
         data: a text file, a folder of images or a CSV file instead of the packaged data, or ``{task: path}``.
+        steps: optimiser steps of every run, or ``{task: steps}``; each task's own number when ``None``.
         seeds: how many, or which.
         preset: one of :data:`PRESETS`; other arguments override it.
         settings: width, depth, heads and optimiser, the same for all.
+        device: where models are trained and timed; that of ``settings`` when ``None``.
         baseline: what efficiency lengths and differences refer to; added when missing. ``None`` for none.
+        control: also train a model whose blocks mix nothing, which every number is held against.
         scale: also measure time and memory against N.
-        threads: CPU threads; when ``None``, one or torch's number, whichever trains a small model faster.
+        budget_minutes: after so many minutes no further run starts; what is missing is said, and the same call goes
+            on from there. It never changes the steps.
+        threads: CPU threads of every run. One is fastest for models this small, and numbers do not depend on cores.
+        jobs: runs at a time, each in a process of its own when more than one. A script that asks for it starts below
+            ``if __name__ == "__main__"``.
         confidence: of the intervals over seeds.
         console: where to print.
         quiet: print nothing.
@@ -172,47 +194,77 @@ def compare(
     """
     chosen: Preset | None = None
     if preset is not None:
-        if preset not in PRESETS:
-            raise ValueError(f"preset={preset!r} is not possible; choose one of {sorted(PRESETS)}")
+        check_choice("preset", preset, sorted(PRESETS))
         chosen = PRESETS[preset]
     task_names = expand(tasks if tasks is not None else (chosen.tasks if chosen else None))
-    specs = _specs(mechanisms, chosen, baseline)
-    budget = budget_minutes if budget_minutes is not None else (chosen.budget_minutes if chosen else 10.0)
-    if not budget > 0:
-        raise ValueError(f"budget_minutes={budget} is not possible; it must be positive")
+    specs = _specs(mechanisms, chosen, baseline, control)
+    if budget_minutes is not None:
+        check_real("budget_minutes", budget_minutes, above=0)
     seed_list = _seeds(seeds if seeds is not None else (chosen.seeds if chosen else 3))
     if settings is None:
         settings = Settings(**(chosen.settings if chosen else {}))
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} is not possible; it must lie strictly between 0 and 1")
+    if device is not None:
+        settings = replace(settings, device=str(_device(device)))
+    check_real("confidence", confidence, above=0, below=1)
+    check_int("threads", threads, least=1)
+    check_int("jobs", jobs, least=1)
     paths = resolve(data, {n: task_class(n).kind for n in task_names})
     if data is not None and tasks is None and not isinstance(data, Mapping):
         task_names = [n for n in task_names if n in paths]
+    steps = _steps(steps, task_names, chosen.effort if chosen else 1.0)
     _needs_bench_extra()
     store = Store(out)
     console = console or Console(quiet=quiet)
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads={threads} is not possible; it must be at least 1")
-    with limit_threads(None):
+    with limit_threads(threads):
         session = _Session(
-            store,
-            console,
-            specs,
-            task_names,
-            paths,
-            seed_list,
-            settings,
-            budget * 60,
-            baseline,
-            scale,
-            confidence,
-            threads,
+            store=store,
+            console=console,
+            specs=specs,
+            tasks={name: task_class(name)(paths.get(name)) for name in task_names},
+            paths=paths,
+            seeds=seed_list,
+            steps=steps,
+            settings=settings,
+            budget=None if budget_minutes is None else 60 * budget_minutes,
+            baseline=baseline,
+            sides=(chosen.sides if chosen else scaling.SIDES) if scale else (),
+            confidence=confidence,
+            threads=threads,
+            jobs=jobs,
         )
         return session.go(quiet)
 
 
+def _device(device: str | torch.device) -> torch.device:
+    """The device, when there is one; raises ``ValueError`` before anything is trained."""
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={str(device)!r} is not possible here: {_first_line(error)}") from error
+    if found.type == "meta":
+        raise ValueError("device='meta' is not possible: nothing is computed there; give a device such as 'cpu'")
+    return found
+
+
+def _steps(given: int | Mapping[str, int] | None, tasks: Sequence[str], effort: float) -> dict[str, int]:
+    usual = {name: max(1, round(effort * task_class(name).steps)) for name in tasks}
+    if given is None:
+        return usual
+    if isinstance(given, Mapping):
+        for name, value in given.items():
+            check_choice("a task of steps", name, list(tasks))
+            check_int(f"steps of {name}", value, least=1)
+        return {**usual, **given}
+    check_int("steps", given, least=1)
+    return dict.fromkeys(tasks, given)
+
+
 def _specs(
-    given: Sequence[str | Spec | tuple[str, Mapping[str, Any]]] | None, preset: Preset | None, baseline: str | None
+    given: Sequence[str | Spec | tuple[str, Mapping[str, Any]]] | None,
+    preset: Preset | None,
+    baseline: str | None,
+    control: bool,
 ) -> list[Spec]:
     if isinstance(given, str):
         given = [given]
@@ -230,6 +282,8 @@ def _specs(
         unique.setdefault(plain_one.full, plain_one)
         # First in every table and legend.
         unique = {plain_one.full: unique.pop(plain_one.full), **unique}
+    if control:
+        unique[CONTROL] = Spec(CONTROL)
     return shorten(list(unique.values()))
 
 
@@ -247,41 +301,89 @@ def _needs_bench_extra() -> None:
         require(module)
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# One run, here or in a process of its own
+
+_inbox: Any = None  # of a process of its own: where it says how far it is
+_tasks: dict[tuple[str, Path | None], Task] = {}
+
+
+def _enter(threads: int, inbox: Any) -> None:
+    global _inbox
+    torch.set_num_threads(threads)
+    _inbox = inbox
+
+
+def _work(number: int, task: str, path: Path | None, spec: Spec, *arguments: Any) -> dict[str, Any]:
+    """:func:`training.run` in a process of its own; failures come back as values."""
+    if (task, path) not in _tasks:
+        _tasks[task, path] = task_class(task)(path)
+
+    def show(taken: int, loss: float) -> None:
+        if taken % 20 == 0:
+            _inbox.put((number, taken))
+
+    return _attempt(_tasks[task, path], spec, *arguments, show)
+
+
+def _attempt(
+    task: Task, spec: Spec, seed: int, steps: int, settings: Settings, sample: bool, show: Callable[[int, float], None]
+) -> dict[str, Any]:
+    try:
+        return training.run(task, spec, seed, steps, settings, sample=sample, progress=show)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {_first_line(error)}"}
+
+
+@dataclass
+class _Job:
+    """A run that is due."""
+
+    number: int
+    entry: _Entry
+    seed: int
+    key: dict[str, Any]
+    name: str
+    seconds: float  # that it is expected to take
+    taken: int = 0
+
+
 class _Session:
     """One call of :func:`compare`."""
 
     def __init__(
         self,
+        *,
         store: Store,
         console: Console,
         specs: list[Spec],
-        task_names: list[str],
+        tasks: dict[str, Task],
         paths: dict[str, Path],
         seeds: list[int],
+        steps: dict[str, int],
         settings: Settings,
-        budget: float,
+        budget: float | None,
         baseline: str | None,
-        scale: bool,
+        sides: Sequence[int],
         confidence: float,
-        threads: int | None,
+        threads: int,
+        jobs: int,
     ) -> None:
         self.store, self.console, self.specs, self.seeds = store, console, specs, seeds
-        self.settings, self.budget, self.scale = settings, budget, scale
+        self.tasks, self.paths, self.steps = tasks, paths, steps
+        self.settings, self.budget, self.sides = settings, budget, sides
+        self.confidence, self.threads, self.jobs = confidence, threads, jobs
         wanted = Spec.parse(baseline).full if baseline is not None else None
         self.baseline = next((s.label for s in specs if s.full == wanted), None)
-        self.confidence, self.threads = confidence, threads
+        self.control = next((s.label for s in specs if s.name == CONTROL), None)
         self.began = now()
-        self.tasks = {name: task_class(name)(paths.get(name)) for name in task_names}
         self.entries: list[_Entry] = []
-        self.steps: dict[str, int] = {}
         self.skipped: list[dict[str, str]] = []
         self.failed: list[dict[str, str]] = []
         self.left_out: list[dict[str, Any]] = []
         self.runs: list[dict[str, Any]] = []
         self.scales: list[dict[str, Any]] = []
         self.reused = 0
-        self.done: set[tuple[str, str, int]] = set()
-        self.spent = self.predicted = 0.0
 
     def elapsed(self) -> float:
         return now() - self.began
@@ -290,20 +392,19 @@ class _Session:
 
     def go(self, quiet: bool) -> Comparison:
         progress = Progress(
-            TextColumn("[bold]{task.description:<14}"),
-            BarColumn(),
+            TextColumn("[bold]{task.description:<9}"),
+            BarColumn(bar_width=20),
             TaskProgressColumn(),
+            TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(compact=True),
             console=self.console,
             disable=quiet or self.console.quiet,
             transient=True,
         )
         try:
             with progress:
-                self._choose_threads()
                 self._plan(progress)
-                if self.scale:
+                if self.sides:
                     self._scale(progress)
                 self._train(progress)
         except StorageError:
@@ -329,45 +430,38 @@ class _Session:
         return comparison
 
     def _show(self, comparison: Comparison) -> None:
-        """The table at a glance, and where the report is."""
-        from .report import estimate
+        """A table per task, best first, and where the report is."""
+        from .report import overview
 
-        rows = {(s["task"], s["mechanism"]): s for s in comparison.results["summary"]}
-        table = Table(title=f"mean ± {100 * self.confidence:g} % interval over {len(self.seeds)} seeds")
-        table.add_column("mechanism")
-        for task in self.tasks.values():
-            table.add_column(f"{task.name}\n{task.metric} {'↑' if task.higher_is_better else '↓'}", justify="right")
-        for spec in self.specs:
-            cells = []
-            for name in self.tasks:
-                row = rows.get((name, spec.label))
-                cells.append("–" if row is None else " ".join(estimate(row["mean"], row["half_width"])).strip())
-            table.add_row(escape(spec.label), *cells)
-        self.console.print(table)
+        results = comparison.results
+        for task in results["tasks"].values():
+            table, notes = overview(results, task)
+            unit = "" if task["unit"] in task["metric"] else f" in {task['unit']}"
+            head = f"[bold]{escape(task['title'])}[/]: {escape(task['metric'] + unit)}, "
+            head += f"{'higher' if task['higher_is_better'] else 'lower'} is better"
+            self.console.print(head, highlight=False)
+            shown = Table(box=None, pad_edge=False)
+            for name in table[0]:
+                shown.add_column(name, justify="left" if name == "mechanism" else "right", no_wrap=True)
+            for row in table:
+                cells = [escape(cell) for cell in row.values()]
+                shown.add_row(*cells, style="dim" if row["mechanism"] == self.control else None)
+            self.console.print(shown)
+            for note in notes:
+                self.console.print(f"[dim]{escape(note)}[/]", highlight=False)
+            self.console.print()
+        if results["left_out"]:
+            self.console.print(
+                f"[bold]{len(results['left_out'])} runs were not started[/] within {self.budget or 0:.0f} s; "
+                "run the same command again: it goes on from there",
+                highlight=False,
+            )
         self.console.print(f"report: {comparison.report}", highlight=False, markup=False, soft_wrap=True)
 
-    # ---- how many threads, how many steps
-
-    def _choose_threads(self) -> None:
-        """Small models on few cores often train faster on one thread, on a busy machine by far."""
-        if self.threads is None:
-            saved = self.store.read("plan.json").get("threads")
-            usual = torch.get_num_threads()
-            if isinstance(saved, int) and 1 <= saved <= max(usual, os.cpu_count() or 1):
-                self.threads = saved  # timings of a continued comparison must stay comparable
-            elif usual == 1:
-                self.threads = 1
-            else:
-                task = next(iter(self.tasks.values()))
-                seconds = {}
-                for count in (usual, 1):
-                    torch.set_num_threads(count)
-                    seconds[count] = training.measure(task, Spec(BASELINE), self.settings, steps=7, seconds=1.0)[0]
-                self.threads = 1 if seconds[1] < 0.95 * seconds[usual] else usual
-        torch.set_num_threads(self.threads)
+    # ---- what can run, and how long it will take
 
     def _plan(self, progress: Progress) -> None:
-        bar = progress.add_task("measuring", total=len(self.tasks) * len(self.specs), note="the time of a step")
+        bar = progress.add_task("planning", total=len(self.tasks) * len(self.specs), note="")
         for task in self.tasks.values():
             for spec in self.specs:
                 progress.update(bar, note=f"{task.name}: {spec.label}")
@@ -388,50 +482,9 @@ class _Session:
                 progress.advance(bar)
         progress.remove_task(bar)
 
-    def _of(self, task: str) -> list[_Entry]:
-        return [e for e in self.entries if e.task.name == task]
-
-    def _plan_key(self) -> Any:
-        return plain({"budget": self.budget, "seeds": len(self.seeds), "settings": self.settings.to_dict()})
-
-    def _fix_steps(self, task: str) -> None:
-        """Decide how many steps all runs of ``task`` take, when its first run is due.
-
-        Not earlier: by then it is known how the runs so far compared with the time predicted for them, so that a
-        machine that others slow down gets fewer steps instead of a budget overrun. An earlier call with the same
-        budget has decided already.
-        """
-        saved = self.store.read("plan.json")
-        known = saved.get("steps", {}) if saved.get("key") == self._plan_key() else {}
-        if task in known:
-            self.steps[task] = int(known[task])
-            return
-        reserved = sum(
-            self._predict(e) * sum((e.task.name, e.spec.label, s) not in self.done for s in self.seeds)
-            for e in self.entries
-            if e.task.name in self.steps
-        )
-        left = self.budget - self.elapsed() - REPORT_SECONDS - reserved
-        waiting = {e.task.name for e in self.entries} - set(self.steps)
-        weights = {n: self.tasks[n].weight * len(self._of(n)) for n in waiting}
-        seconds = max(0.0, left) * weights[task] / sum(weights.values()) / self._slowdown() / len(self.seeds)
-        entries = self._of(task)
-        fit = (seconds - sum(e.evaluate_seconds for e in entries)) / max(sum(e.step_seconds for e in entries), 1e-6)
-        self.steps[task] = max(MIN_STEPS, min(int(fit), self.tasks[task].max_steps))
-        plan = {"key": self._plan_key(), "threads": self.threads, "steps": {**known, **self.steps}}
-        self._save_top("plan.json", plan)
-
-    def _slowdown(self) -> float:
-        """Seconds that the runs of this call took over the seconds predicted for them."""
-        return min(20.0, max(0.5, self.spent / self.predicted)) if self.predicted > 0 else 1.0
-
-    def _limit(self, first: bool) -> float:
-        """Seconds after which no further run starts. The first seed may overdraw, as without it there is no result."""
-        return max(1.5 * self.budget, self.budget + 60.0) if first else 1.1 * self.budget
-
     def _predict(self, entry: _Entry) -> float:
         """Seconds that one run is expected to take."""
-        return self._slowdown() * (entry.step_seconds * self.steps[entry.task.name] + entry.evaluate_seconds)
+        return entry.step_seconds * self.steps[entry.task.name] + entry.evaluate_seconds
 
     # ---- time and memory against N
 
@@ -439,30 +492,34 @@ class _Session:
         groups = [g for g in scaling.GROUPS if any(t.pattern == g for t in self.tasks.values())]
         selfs = [g for g in groups if g.endswith("self")]
         groups = selfs or groups  # cross patterns scale as their self forms do; time them only when alone
-        bar = progress.add_task("scaling", total=None, note="")
+        specs = [s for s in self.specs if s.name != CONTROL]
+        bar = progress.add_task("scaling", total=len(groups) * len(self.sides), note="")
         for group in groups:
             key = {
                 "schema": SCHEMA,
-                "specs": [s.full for s in self.specs],
+                "specs": [s.full for s in specs],
                 "pattern": group,
                 "settings": self.settings.to_dict(),
-                "sides": scaling.SIDES,
-                "machine": machine(),
+                "sides": list(self.sides),
+                "machine": {k: v for k, v in machine(self.settings.device).items() if k != "load"},
             }
             found = self.store.find("scaling", group, key)
             if found is None:
                 records, skipped = scaling.measure_group(
-                    self.specs,
+                    specs,
                     group,
                     self.settings.dim,
                     self.settings.num_heads,
-                    self.budget * SCALING_SHARE / len(groups),
+                    sides=self.sides,
+                    device=self.settings.device,
                     progress=lambda note: progress.update(bar, note=note),
+                    finished=lambda: progress.advance(bar),
                 )
                 found = {"records": records, "skipped": skipped}
                 self.store.save("scaling", group, key, found)
             else:
                 self.reused += 1
+                progress.advance(bar, len(self.sides))
             labels = {s.full: s.label for s in self.specs}
             self.scales += [{**r, "mechanism": labels[r["mechanism"]]} for r in found["records"]]
             for item in found["skipped"]:
@@ -495,80 +552,131 @@ class _Session:
     def _name(self, entry: _Entry, seed: int) -> str:
         return f"{entry.task.name}-{entry.spec.full}-seed{seed}"
 
-    def _jobs(self) -> Iterator[tuple[_Entry, int]]:
-        """Seed by seed: when time runs out, every mechanism has lost the same."""
+    def _order(self) -> Iterator[tuple[_Entry, int]]:
+        """Seed by seed: no task gets a second seed before all have their first."""
         for seed in self.seeds:
             for entry in self.entries:
                 yield entry, seed
 
     def _train(self, progress: Progress) -> None:
-        jobs = list(self._jobs())
-        overall = progress.add_task("all runs", total=len(jobs), note="")
-        current = progress.add_task("this run", total=1, note="")
-        first = self.seeds[0]
-        for number, (entry, seed) in enumerate(jobs, 1):
-            progress.update(overall, note=f"{number} of {len(jobs)}")
-            if entry.task.name not in self.steps:
-                self._fix_steps(entry.task.name)
+        due: list[_Job] = []
+        for entry, seed in self._order():
             key, name = self._key(entry, seed), self._name(entry, seed)
             record = self.store.find("runs", name, key)
             if record is not None:
-                record["label"] = entry.spec.label
                 self.reused += 1
-            elif self.elapsed() + self._predict(entry) > self._limit(seed == first):
-                self.left_out.append({"mechanism": entry.spec.label, "task": entry.task.name, "seed": seed})
+                self.runs.append({**record, "label": entry.spec.label})
             else:
-                record = self._run(entry, seed, key, name, progress, current)
-            if record is not None:
-                self.runs.append(record)
-                self.done.add((entry.task.name, entry.spec.label, seed))
-            progress.advance(overall)
+                due.append(_Job(len(due), entry, seed, key, name, self._predict(entry)))
+        total = sum(job.seconds for job in due)
+        bar = progress.add_task("training", total=max(total, 1e-9), note="")
+        counts = f"{len(self.runs)} runs kept, " if self.reused else ""
+        state = {"done": 0.0, "runs": 0}
+        started = now()
 
-    def _run(
-        self, entry: _Entry, seed: int, key: dict[str, Any], name: str, progress: Progress, bar: Any
-    ) -> dict[str, Any] | None:
-        steps = self.steps[entry.task.name]
-        progress.reset(
-            bar, total=steps, description="this run", note=f"{entry.task.name}: {entry.spec.label}, seed {seed}"
-        )
+        def show(running: Sequence[_Job]) -> None:
+            # What a running job has done counts by its steps; what remains follows from the pace so far.
+            part = sum(j.seconds * j.taken / self.steps[j.entry.task.name] for j in running)
+            done = state["done"] + part
+            spent = now() - started
+            left = spent * (total - done) / done if done > 0.02 * total else (total - done) / self.jobs
+            note = f"{counts}{state['runs']} of {len(due)} runs, {_minutes(left)} left"
+            progress.update(bar, completed=done, note=note)
 
-        def show(taken: int, loss: float) -> None:
-            if taken % 5 == 0 or taken == steps:
-                note = f"{entry.task.name}: {entry.spec.label}, seed {seed}, loss {loss:.4g}"
-                progress.update(bar, completed=taken, note=note)
+        def finish(job: _Job, result: dict[str, Any]) -> None:
+            state["done"] += job.seconds
+            state["runs"] += 1
+            self._keep(job, result)
 
-        began = now()
+        run = self._in_processes if self.jobs > 1 and len(due) > 1 else self._here
+        run(due, show, finish)
+        # In the order of seeds, tasks and mechanisms, whoever finished first.
+        place = {(e.task.name, e.spec.label, s): i for i, (e, s) in enumerate(self._order())}
+        self.runs.sort(key=lambda r: place[r["task"], r["label"], r["seed"]])
+
+    def _late(self) -> bool:
+        return self.budget is not None and self.elapsed() > self.budget
+
+    def _leave(self, job: _Job) -> None:
+        self.left_out.append({"mechanism": job.entry.spec.label, "task": job.entry.task.name, "seed": job.seed})
+
+    def _arguments(self, job: _Job) -> tuple[int, int, Settings, bool]:
+        return job.seed, self.steps[job.entry.task.name], self.settings, job.seed == self.seeds[0]
+
+    def _here(
+        self, due: list[_Job], show: Callable[[Sequence[_Job]], None], finish: Callable[[_Job, dict[str, Any]], None]
+    ) -> None:
+        for job in due:
+            if self._late():
+                self._leave(job)
+                continue
+
+            def advance(taken: int, loss: float, job: _Job = job) -> None:
+                job.taken = taken
+                if taken % 5 == 0:
+                    show([job])
+
+            finish(job, _attempt(job.entry.task, job.entry.spec, *self._arguments(job), advance))
+            show([])
+
+    def _in_processes(
+        self, due: list[_Job], show: Callable[[Sequence[_Job]], None], finish: Callable[[_Job, dict[str, Any]], None]
+    ) -> None:
+        context = multiprocessing.get_context("spawn")  # forked processes inherit thread pools that hang
+        inbox = context.Queue()
+        waiting = list(reversed(due))
+        running: dict[Future[dict[str, Any]], _Job] = {}
+        by_number = {job.number: job for job in due}
+        pool = ProcessPoolExecutor(min(self.jobs, len(due)), context, _enter, (self.threads, inbox))
         try:
-            result = training.run(
-                entry.task, entry.spec, seed, steps, self.settings, sample=seed == self.seeds[0], progress=show
-            )
-        except Exception as error:
-            self.failed.append(
-                {
-                    "mechanism": entry.spec.label,
-                    "what": f"{entry.task.name}, seed {seed}",
-                    "reason": f"{type(error).__name__}: {_first_line(error)}",
-                }
-            )
-            return None
-        self.spent += now() - began
-        self.predicted += entry.step_seconds * steps + entry.evaluate_seconds
+            while waiting or running:
+                while waiting and len(running) < self.jobs:
+                    job = waiting.pop()
+                    if self._late():
+                        self._leave(job)
+                        continue
+                    task, spec = job.entry.task, job.entry.spec
+                    path = self.paths.get(task.name)
+                    running[pool.submit(_work, job.number, task.name, path, spec, *self._arguments(job))] = job
+                for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                    finish(running.pop(future), future.result())
+                try:
+                    while True:
+                        number, taken = inbox.get_nowait()
+                        by_number[number].taken = taken
+                except queue.Empty:
+                    pass
+                show(list(running.values()))
+        except BaseException:
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            inbox.close()
+
+    def _keep(self, job: _Job, result: dict[str, Any]) -> None:
+        entry = job.entry
+        if "error" in result:
+            what = f"{entry.task.name}, seed {job.seed}"
+            self.failed.append({"mechanism": entry.spec.label, "what": what, "reason": result["error"]})
+            return
         record = {
             "task": entry.task.name,
             "label": entry.spec.label,
-            "seed": seed,
-            "steps": steps,
-            "key": key,
+            "seed": job.seed,
+            "steps": self.steps[entry.task.name],
+            "key": job.key,
             **result,
         }
-        self.store.save("runs", name, key, record)
-        return record
+        self.store.save("runs", job.name, job.key, record)
+        self.runs.append(record)
 
     def _collect_finished(self) -> None:
         """Read every finished run of this comparison from its file, whatever this call had reached."""
         have = {(r["task"], r["label"], r["seed"]) for r in self.runs}
-        for entry, seed in self._jobs():
-            if entry.task.name in self.steps and (entry.task.name, entry.spec.label, seed) not in have:
+        for entry, seed in self._order():
+            if (entry.task.name, entry.spec.label, seed) not in have:
                 record = self.store.find("runs", self._name(entry, seed), self._key(entry, seed))
                 if record is not None:
                     self.runs.append({**record, "label": entry.spec.label})
@@ -577,25 +685,27 @@ class _Session:
 
     def results(self, finished: bool) -> dict[str, Any]:
         """Everything measured, as plain values."""
+        labels = [s.label for s in self.specs]
         return plain(
             {
                 "schema": SCHEMA,
-                "finished": finished,
-                "machine": machine(),
-                "budget_minutes": self.budget / 60,
+                "finished": finished and not self.left_out,
+                "machine": machine(self.settings.device),
+                "budget_minutes": None if self.budget is None else self.budget / 60,
                 "minutes": self.elapsed() / 60,
+                "jobs": self.jobs,
                 "reused": self.reused,
                 "confidence": self.confidence,
                 "seeds": self.seeds,
                 "settings": self.settings.to_dict(),
                 "baseline": self.baseline,
+                "control": self.control,
                 "mechanisms": [s.to_dict() for s in self.specs],
                 "steps": self.steps,
                 "tasks": {name: task.describe() for name, task in self.tasks.items()},
-                "summary": summarise(
-                    self.runs, self.tasks, [s.label for s in self.specs], self.baseline, self.confidence
-                ),
-                "standing": standing(self.runs, self.tasks, [s.label for s in self.specs]),
+                "summary": summarise(self.runs, self.tasks, labels, self.baseline, self.control, self.confidence),
+                "pairs": pairs(self.runs, self.tasks, [x for x in labels if x != self.control], self.confidence),
+                "standing": standing(self.runs, self.tasks, [x for x in labels if x != self.control]),
                 "scaling": self.scales,
                 "scaling_summary": scaling.summarise(self.scales, self.baseline),
                 "skipped": self.skipped,
@@ -605,9 +715,6 @@ class _Session:
                 "runs": self.runs,
             }
         )
-
-    def _save_top(self, name: str, value: Any) -> None:
-        self._guard(name, lambda: write_json(self.store.out / name, value))
 
     def _guard(self, name: str, write: Callable[[], None]) -> None:
         try:
@@ -624,7 +731,7 @@ class _Session:
 
         results = self.results(finished)
         json_path, html_path = self.store.out / "results.json", self.store.out / "report.html"
-        self._save_top("results.json", results)
+        self._guard("results.json", lambda: write_json(json_path, results))
         self._guard("report.html", lambda: report.write(results, html_path))
         return Comparison(results, json_path, html_path)
 
@@ -633,10 +740,24 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def _minutes(seconds: float) -> str:
+    """
+    >>> _minutes(75), _minutes(20)
+    ('1:15', '0:20')
+    """
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _metric(runs: Sequence[dict[str, Any]], task: Task, label: str) -> dict[int, float]:
+def _metric(runs: Sequence[dict[str, Any]], task: Task, label: str | None) -> dict[int, float]:
     return {
         r["seed"]: r["metrics"][task.metric]
         for r in runs
@@ -649,19 +770,30 @@ def summarise(
     tasks: Mapping[str, Task],
     labels: Sequence[str],
     baseline: str | None,
+    control: str | None,
     confidence: float,
 ) -> list[dict[str, Any]]:
-    """One row per task and mechanism that ran: quality with its interval, difference to the baseline, time, size."""
+    """One row per task and mechanism that ran: quality with its interval, time, size, and differences paired by seed.
+
+    ``difference`` is to the baseline; ``gain`` is to the model without a mechanism, positive when better, and
+    ``no_better`` says that its interval does not lie above zero.
+    """
     out = []
     for task in tasks.values():
-        reference = _metric(runs, task, baseline) if baseline else {}
+        reference = _metric(runs, task, baseline)
+        bare = _metric(runs, task, control)
         for label in labels:
             mine = [r for r in runs if r["task"] == task.name and r["label"] == label]
             if not mine:
                 continue
             values = _metric(runs, task, label)
             quality = stats.mean_interval(list(values.values()), confidence) if values else None
-            gap = stats.paired_interval(values, reference, confidence) if label != baseline and values else None
+            gap = stats.paired_interval(values, reference, confidence) if label != baseline else None
+            gain = None
+            if label != control and bare:
+                sign = 1.0 if task.higher_is_better else -1.0
+                better = {seed: sign * v for seed, v in values.items()}
+                gain = stats.paired_interval(better, {seed: sign * v for seed, v in bare.items()}, confidence)
             out.append(
                 {
                     "task": task.name,
@@ -672,11 +804,38 @@ def summarise(
                     "seeds": sorted(values),
                     "diverged": sum(r["status"] == "diverged" for r in mine),
                     "difference": gap._asdict() if gap else None,
+                    "gain": gain._asdict() if gain else None,
+                    # One seed has no interval: then the sign has to do.
+                    "no_better": label != control and bool(bare) and not (gain is not None and gain.low > 0),
                     "step_seconds": statistics.median(r["step_seconds"] for r in mine),
                     "parameters": mine[0]["parameters"],
                     "steps": mine[0]["steps"],
                 }
             )
+    return out
+
+
+def pairs(
+    runs: Sequence[dict[str, Any]], tasks: Mapping[str, Task], labels: Sequence[str], confidence: float
+) -> list[dict[str, Any]]:
+    """Every pair of mechanisms of every task: the difference paired by seed, best first, and whether it is separated.
+
+    Separated means that it survives Holm's correction over all pairs of the task, so that among many pairs without a
+    difference one is found with a probability of at most ``1 - confidence``.
+    """
+    out = []
+    for task in tasks.values():
+        found = []
+        for i, a in enumerate(labels):
+            for b in labels[i + 1 :]:
+                test = stats.paired_test(_metric(runs, task, a), _metric(runs, task, b))
+                if test is None:
+                    continue
+                difference, p = test
+                first, second = (a, b) if (difference > 0) == task.higher_is_better else (b, a)
+                found.append({"task": task.name, "better": first, "worse": second, "by": abs(difference), "p": p})
+        for row, holds in zip(found, stats.holm([row["p"] for row in found], 1 - confidence), strict=True):
+            out.append({**row, "separated": holds})
     return out
 
 

@@ -58,6 +58,7 @@ def render(results: Mapping[str, Any]) -> str:
         marks={label: plots.marker_svg(style[label]) for label in labels},
         colours={label: plots.css_colour(style[label][0]) for label in labels},
         glance=_glance(results, labels),
+        findings=[findings(results, t) for t in results["tasks"].values()],
         patterns=_patterns(results, labels, style),
         scaling=_scaling(results, style),
         absent=_absent(results),
@@ -154,6 +155,7 @@ def _reason(results: Mapping[str, Any], task: str, label: str) -> str:
 
 def _best(results: Mapping[str, Any], task: Mapping[str, Any]) -> str | None:
     rows = [s for s in results["summary"] if s["task"] == task["name"] and s["mean"] is not None]
+    rows = [s for s in rows if s["mechanism"] != results["control"]]
     if len(rows) < 2:
         return None
     pick = max if task["higher_is_better"] else min
@@ -165,7 +167,7 @@ def _cell(results: Mapping[str, Any], task: Mapping[str, Any], label: str) -> di
     if row is None:
         return {"absent": _reason(results, task["name"], label)}
     mean, half = estimate(row["mean"], row["half_width"])
-    gap = row["difference"]
+    gap, gain = row["difference"], row["gain"]
     sure = bool(gap and gap["half"] is not None and abs(gap["mean"]) > gap["half"])
     better = bool(gap and (gap["mean"] > 0) == task["higher_is_better"])
     return {
@@ -175,6 +177,8 @@ def _cell(results: Mapping[str, Any], task: Mapping[str, Any], label: str) -> di
         "best": _best(results, task) == label,
         "row": row,
         "gap": _gap(gap),
+        "gain": _gap(gain),
+        "no_better": row["no_better"],
         "verdict": ("better" if better else "worse") if sure else "",
     }
 
@@ -185,6 +189,71 @@ def _gap(gap: Mapping[str, Any] | None) -> str:
     digits = decimals_for(gap["half"], gap["mean"])
     text = f"{gap['mean']:+.{digits}f}".replace("-", "−")
     return text if gap["half"] is None else f"{text} ± {gap['half']:.{digits}f}"
+
+
+def overview(results: Mapping[str, Any], task: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
+    """One task in words for the terminal: a row per mechanism, best first, and what the numbers do not say.
+
+    Every number stands beside the model without a mechanism; ``=`` marks those that are no better.
+    """
+    rows = [s for s in results["summary"] if s["task"] == task["name"]]
+    sign = -1 if task["higher_is_better"] else 1
+    rows.sort(key=lambda s: float("inf") if s["mean"] is None else sign * s["mean"])
+    control = results["control"]
+    bare = _row(results, task["name"], control) if control else None
+    table = []
+    for s in rows:
+        mean, half = estimate(s["mean"], s["half_width"])
+        cells = {"mechanism": s["mechanism"], "seeds": str(len(s["seeds"])), "mean": mean, "±": half.removeprefix("± ")}
+        if s["mean"] is None:
+            cells["mean"] = "diverged"
+        if control:
+            own = s["mechanism"] == control
+            cells["without"] = "" if own or bare is None else estimate(bare["mean"], bare["half_width"])[0]
+            cells["gain"] = "" if own else _gap(s["gain"]) + (" =" if s["no_better"] else "  ")
+        table.append(cells)
+    found = findings(results, task)
+    notes = []
+    if any(s["no_better"] for s in rows):
+        notes.append("=  no better than without a mechanism")
+    notes.append(found["verdict"])
+    if found["absent"]:
+        notes.append(f"not here: {', '.join(found['absent'])}; the report says why")
+    if found["missing"]:
+        notes.append(f"{found['missing']} runs of this task are missing")
+    return table or [{"mechanism": "nothing ran"}], notes
+
+
+def findings(results: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
+    """What the runs of one task show: the best, the pairs that are separated, and who is no better than nothing."""
+    rows = {s["mechanism"]: s for s in results["summary"] if s["task"] == task["name"]}
+    tested = [p for p in results["pairs"] if p["task"] == task["name"]]
+    separated = sorted((p for p in tested if p["separated"]), key=lambda p: -p["by"])
+    if not tested:
+        verdict = "differences need two mechanisms and two seeds"
+    elif not separated:
+        verdict = f"no difference found among {len(tested)} pairs of mechanisms"
+    else:
+        widest = separated[0]
+        verdict = (
+            f"{len(separated)} of {len(tested)} pairs are separated; the widest: {widest['better']} is better than "
+            f"{widest['worse']} by {number(widest['by'], 2)}"
+        )
+    names = [m["label"] for m in results["mechanisms"] if m["label"] != results["control"]]
+    best = _best(results, task)
+    return {
+        "task": task,
+        "best": best,
+        "row": rows.get(best) if best else None,
+        "estimate": " ".join(estimate(rows[best]["mean"], rows[best]["half_width"])).strip() if best else "",
+        "bare": rows.get(results["control"]),
+        "separated": separated,
+        "tested": len(tested),
+        "verdict": verdict,
+        "no_better": [name for name in names if name in rows and rows[name]["no_better"]],
+        "absent": [name for name in names if name not in rows],
+        "missing": sum(item["task"] == task["name"] for item in results["left_out"]),
+    }
 
 
 def _glance(results: Mapping[str, Any], labels: list[str]) -> list[dict[str, Any]]:

@@ -9,9 +9,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from attnlib.types import Traits
+from attnlib.types import PATTERNS, Traits
+
+#: Name of the contestant whose blocks mix nothing: what the rest of the model can do by itself.
+CONTROL = "without a mechanism"
+
+
+class Nothing(nn.Module):
+    """Stands where a mechanism would and adds zero, so that every token is on its own."""
+
+    class_traits = Traits(patterns=frozenset(PATTERNS), grid_ranks=frozenset({1, 2, 3}))
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.traits = self.class_traits
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return torch.zeros_like(x)
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,8 @@ class Spec:
 
     def find(self) -> type:
         """The class; raises ``ValueError`` for a name that does not exist (the nearest is suggested)."""
+        if self.name == CONTROL:
+            return Nothing
         if ":" in self.name:
             module, _, attribute = self.name.partition(":")
             try:

@@ -73,6 +73,39 @@ def paired_interval(
     return mean_interval([values[s] - reference[s] for s in shared], confidence)
 
 
+def paired_test(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[float, float] | None:
+    """Mean of ``a - b`` over the seeds both have, and the two-sided p of Student's paired test; ``None`` below two.
+
+    >>> paired_test({0: 1.0, 1: 2.0}, {0: 0.0, 1: 1.0})
+    (1.0, 0.0)
+    """
+    shared = sorted(set(a) & set(b))
+    if len(shared) < 2:
+        return None
+    gaps = np.asarray([a[s] - b[s] for s in shared])
+    mean, spread = float(gaps.mean()), float(gaps.std(ddof=1))
+    if spread == 0.0:
+        return mean, 1.0 if mean == 0.0 else 0.0
+    from scipy import stats
+
+    t = abs(mean) / (spread / math.sqrt(len(shared)))
+    return mean, float(2 * stats.t.sf(t, len(shared) - 1))
+
+
+def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
+    """Which of several tests hold together at level ``alpha`` (Holm 1979, Scand. J. Statist. 6, 65-70).
+
+    >>> holm([0.001, 0.04, 0.03], 0.05)
+    [True, False, False]
+    """
+    holds = [False] * len(p_values)
+    for done, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        if p_values[index] > alpha / (len(p_values) - done):
+            break
+        holds[index] = True
+    return holds
+
+
 def growth_exponent(sizes: Sequence[float], costs: Sequence[float], last: int = 3) -> float | None:
     """Slope of log cost against log size over the ``last`` largest sizes, or ``None`` with fewer than two sizes.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnlib.models.tiny import TinyModel
+from attnlib.models.tiny import Prediction, TinyModel
 
 from .clock import now
 from .data.tasks import Task
@@ -32,15 +32,17 @@ class Settings:
         warmup: share of the steps over which the learning rate rises.
         clip: largest gradient norm.
         loss_weight: weight of the losses that mechanisms return themselves.
+        device: where models and batches are; what evaluates and what is kept stays on the CPU.
     """
 
     dim: int = 64
     depth: int = 2
     num_heads: int = 4
     weight_decay: float = 0.01
-    warmup: float = 0.1
+    warmup: float = 0.2
     clip: float = 1.0
     loss_weight: float = 0.01
+    device: str = "cpu"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,11 +60,23 @@ def build(task: Task, spec: Spec, seed: int, settings: Settings) -> TinyModel:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return task.build(make, plain, settings.dim, settings.depth)
+        return task.build(make, plain, settings.dim, settings.depth).to(settings.device)
+
+
+class _Visitor(nn.Module):
+    """A model on its device, called with tensors of the CPU and answering there."""
+
+    def __init__(self, model: TinyModel, device: str) -> None:
+        super().__init__()
+        self.model, self.device = model, device
+
+    def forward(self, *inputs: Tensor) -> Prediction:
+        out = self.model(*(t.to(self.device) for t in inputs))
+        return Prediction(out.y.cpu(), out.losses)
 
 
 class Trainer:
-    """Takes optimiser steps; used by runs and by the measurement that sizes them.
+    """Takes optimiser steps; used by runs and by the measurement of what they will cost.
 
     Args:
         task: data and loss.
@@ -86,10 +100,15 @@ class Trainer:
         return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
 
     def step(self) -> tuple[float, float]:
-        """One step; returns the task's loss and the seconds that forward, backward and update took."""
-        batch = self.task.batch(self.generator)
+        """One step; returns the task's loss and the seconds that forward, backward and update took.
+
+        On one thread of the CPU these are seconds of the processor, which other programs hardly disturb; elsewhere,
+        seconds of the clock.
+        """
+        batch = tuple(t.to(self.settings.device) for t in self.task.batch(self.generator))
         self.model.set_progress(min(1.0, self.taken / self.steps))
-        start = now()
+        clock = "cpu" if self.settings.device == "cpu" and torch.get_num_threads() == 1 else "wall"
+        start = now(clock)
         loss, extra = self.task.loss(self.model, batch)
         total: Tensor = loss
         for own in extra.values():
@@ -99,7 +118,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimizer.step()
         value = float(loss.detach())
-        seconds = now() - start
+        seconds = now(clock) - start
         self.schedule.step()
         self.taken += 1
         return value, seconds
@@ -160,10 +179,11 @@ def run(
         model.eval()
         began = now()
         with torch.no_grad():
-            record["metrics"] = task.evaluate(model)
+            guest = _Visitor(model, settings.device)
+            record["metrics"] = task.evaluate(guest)
             record["evaluate_seconds"] = now() - began
             if sample:
-                record["sample"] = task.sample(model)
+                record["sample"] = task.sample(guest)
         if not math.isfinite(record["metrics"][task.metric]):
             record["status"], record["metrics"] = "diverged", {}
     return record
@@ -184,24 +204,16 @@ def curve(losses: list[float], points: int = CURVE_POINTS) -> list[list[float | 
     return out
 
 
-def measure(task: Task, spec: Spec, settings: Settings, steps: int = 5, seconds: float = 0.5) -> tuple[float, float]:
-    """Seconds of one step and of one evaluation, to size a run; also proves that the run can start.
-
-    Takes ``steps`` steps, or fewer when they take longer than ``seconds``; the median counts.
-    """
+def measure(task: Task, spec: Spec, settings: Settings, steps: int = 3) -> tuple[float, float]:
+    """Seconds of one step and of one evaluation, to tell how long a comparison will take; proves that it can start."""
     model = build(task, spec, 0, settings).train()
     trainer = Trainer(task, model, 100, 0, settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         trainer.step()
-        began = now()
-        taken: list[float] = []
-        while len(taken) < steps and now() - began < seconds:
-            start = now()
-            trainer.step()
-            taken.append(now() - start)
+        taken = min(trainer.step()[1] for _ in range(steps))
     model.eval()
     began = now()
     with torch.no_grad():
-        task.evaluate(model)
-    return statistics.median(taken), now() - began
+        task.evaluate(_Visitor(model, settings.device))
+    return taken, now() - began

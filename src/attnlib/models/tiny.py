@@ -163,8 +163,27 @@ class TinyModel(nn.Module):
                 advance(progress)
 
 
+#: Size of embeddings and positions at the start: that of what a block adds to them. Far smaller ones drown in the first
+#: block, and a mechanism that cannot tell places apart spends its first hundreds of steps averaging over all of them.
+LOUDNESS = 0.3
+
+
 def _positions(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape) * 0.02)
+    """Learned positions (*grid, dim) that start as waves along each axis, periods from two tokens to the whole side.
+
+    From waves a linear map reads "one to the left" at once, for every place alike; from random vectors it has to be
+    learned place by place.
+    """
+    *grid, dim = shape
+    count = dim // (2 * len(grid))  # frequencies per axis
+    out = torch.zeros(shape)
+    for axis, side in enumerate(grid):
+        frequencies = math.pi * (2.0 / side) ** (torch.arange(count) / max(1, count - 1))
+        angle = torch.arange(side)[:, None] * frequencies
+        waves = torch.cat([angle.sin(), angle.cos()], -1)
+        at = 2 * count * axis
+        out[..., at : at + 2 * count] = waves.view(*(side if a == axis else 1 for a in range(len(grid))), 2 * count)
+    return nn.Parameter(out * LOUDNESS)
 
 
 def _zero(linear: nn.Linear) -> nn.Linear:
@@ -207,7 +226,7 @@ class TinyLM(TinyModel):
     def __init__(self, make: MakeMixer, dim: int = 64, depth: int = 2, length: int = 128, vocab: int = 256) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab, dim)
-        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=LOUDNESS)
         self.positions = _positions(length, dim)
         self.backbone = TinyBackbone(dim, depth, make)
         self.head = nn.Linear(dim, vocab)

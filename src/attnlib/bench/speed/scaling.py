@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...models.tiny import mix
 from .. import stats
-from ..clock import now, peak_bytes
+from ..clock import peak_bytes, seconds
 from ..specs import Spec
 
 SIDES = (8, 16, 24, 32, 48, 64)  # of square grids; sequences have the same numbers of tokens
@@ -21,13 +21,14 @@ GROUPS = ("noncausal-self", "causal-self", "noncausal-cross", "causal-cross")
 class Subject:
     """A mechanism ready to be timed at one size."""
 
-    def __init__(self, spec: Spec, pattern: str, side: int, dim: int, num_heads: int) -> None:
+    def __init__(self, spec: Spec, pattern: str, side: int, dim: int, num_heads: int, device: str = "cpu") -> None:
         torch.manual_seed(0)
         causal = pattern.startswith("causal")
         grid = (side * side,) if causal else (side, side)
-        self.mechanism: nn.Module = spec.make(causal, dim, num_heads).train()
-        self.x = torch.randn(1, *grid, dim, requires_grad=True)
-        self.context = torch.randn(1, *grid, dim) if pattern.endswith("cross") else None
+        self.device = torch.device(device)
+        self.mechanism: nn.Module = spec.make(causal, dim, num_heads).to(device).train()
+        self.x = torch.randn(1, *grid, dim).to(device).requires_grad_()
+        self.context = torch.randn(1, *grid, dim).to(device) if pattern.endswith("cross") else None
 
     def forward(self) -> Tensor:
         return mix(self.mechanism, self.x, self.context)[0]
@@ -42,16 +43,21 @@ class Subject:
         with torch.no_grad():
             self.forward()
 
+    def peak(self) -> int:
+        """Most bytes that forward and backward hold at once."""
+        return peak_bytes(self.both, self.device)
+
 
 def measure_group(
     specs: Sequence[Spec],
     pattern: str,
     dim: int,
     num_heads: int,
-    seconds: float,
     sides: Sequence[int] = SIDES,
-    rounds: int = 5,
+    rounds: int = 3,
+    device: str = "cpu",
     progress: Callable[[str], None] | None = None,
+    finished: Callable[[], None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Time forward, forward with backward, and count peak memory at growing N, mechanisms interleaved.
 
@@ -60,14 +66,16 @@ def measure_group(
         pattern: one of the four attention patterns; causal ones are sequences, the others square grids.
         dim: width.
         num_heads: heads.
-        seconds: rough limit; a mechanism leaves before a size that would not fit its share.
         sides: square roots of the numbers of tokens.
-        rounds: measurements per point, at least two when time is short; the median counts.
+        rounds: measurements per point; the median counts.
+        device: where.
         progress: told what is being measured.
+        finished: told when a size is done.
 
     Returns:
         One record per mechanism with ``sizes``, ``forward_seconds``, ``both_seconds``, ``peak_bytes`` and ``spread``
         (largest minus smallest time over the median, which tells a busy machine); and the skipped, each with a reason.
+        A mechanism that fails at a size leaves there, and its record says why.
     """
     records: dict[str, dict[str, Any]] = {}
     skipped: list[dict[str, str]] = []
@@ -88,25 +96,17 @@ def measure_group(
             "peak_bytes": [],
             "spread": [],
         }
-    began = now()
-    last: dict[str, float] = {}
-    previous = sides[0]
     for side in sides:
-        growth = (side / previous) ** 4  # quadratic in N: the worst that is common
-        left = seconds - (now() - began)
-        share = left / max(1, len(running)) / max(1, len(sides) - sides.index(side))
         subjects: dict[str, Subject] = {}
+        repeats: dict[str, int] = {}
         for spec in list(running):
-            if last.get(spec.full, 0.0) * growth * 4 > max(share, 0.02 * seconds / len(specs)):
-                running.remove(spec)
-                records[spec.full]["stopped"] = f"N = {side**2} would not fit the time"
-                continue
             try:
-                subject = Subject(spec, pattern, side, dim, num_heads)
-                start = now()
+                subject = Subject(spec, pattern, side, dim, num_heads, device)
                 subject.both()
-                last[spec.full] = now() - start
+                once = seconds(subject.both, 1, subject.device)
                 subjects[spec.full] = subject
+                # Repeats of the smallest problems, so that a measurement is not mostly the clock's own resolution.
+                repeats[spec.full] = max(1, min(10, int(0.004 / max(once, 1e-6))))
             except (ValueError, RuntimeError) as error:
                 running.remove(spec)
                 reason = f"N = {side**2}: {str(error).splitlines()[0]}"
@@ -116,33 +116,22 @@ def measure_group(
                     skipped.append({"mechanism": spec.full, "what": f"scaling, {pattern}", "reason": reason})
         forward: dict[str, list[float]] = {name: [] for name in subjects}
         both: dict[str, list[float]] = {name: [] for name in subjects}
-        for done in range(rounds):
-            if done > 1 and now() - began > seconds:
-                break
+        for _ in range(rounds):
             for name, subject in subjects.items():
                 if progress is not None:
                     progress(f"{name}, N = {side**2}")
-                # Repeats of the smallest problems, so that a measurement is not mostly the clock's own resolution.
-                repeats = max(1, min(20, int(0.004 / max(last[name], 1e-6))))
-                forward[name].append(_seconds(subject.forward_only, repeats))
-                both[name].append(_seconds(subject.both, repeats))
+                forward[name].append(seconds(subject.forward_only, repeats[name], subject.device))
+                both[name].append(seconds(subject.both, repeats[name], subject.device))
         for name, subject in subjects.items():
             record = records[name]
             record["sizes"].append(side**2)
             record["forward_seconds"].append(statistics.median(forward[name]))
             record["both_seconds"].append(statistics.median(both[name]))
-            record["peak_bytes"].append(peak_bytes(subject.both))
+            record["peak_bytes"].append(subject.peak())
             record["spread"].append((max(both[name]) - min(both[name])) / record["both_seconds"][-1])
-            last[name] = min(both[name])
-        previous = side
+        if finished is not None:
+            finished()
     return [r for r in records.values() if r["sizes"]], skipped
-
-
-def _seconds(fn: Callable[[], None], repeats: int) -> float:
-    start = now()
-    for _ in range(repeats):
-        fn()
-    return (now() - start) / repeats
 
 
 def summarise(records: Sequence[dict[str, Any]], baseline: str | None) -> list[dict[str, Any]]:

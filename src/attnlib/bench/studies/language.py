@@ -332,7 +332,7 @@ def measure(
     """
     if len({c.label for c in contestants}) != len(contestants):
         raise ValueError(f"contestants must have different labels, got {[c.label for c in contestants]}")
-    settings = settings or Settings(num_heads=num_heads)
+    settings = settings or Settings(num_heads=num_heads, warmup=0.1)
     store = Store(out)
     loaded = data.text(path)
     tasks = {(c.label, n): LanguageTask(c, n, num_heads, loaded=loaded) for n in lengths for c in contestants}
@@ -634,7 +634,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         given.out,
         seeds=range(given.seeds),
         steps=given.steps,
-        settings=Settings(dim=given.dim, depth=given.depth, num_heads=8),
+        settings=Settings(dim=given.dim, depth=given.depth, num_heads=8, warmup=0.1),
         path=given.text,
         until=None if given.minutes is None else now() + 60 * given.minutes,
         progress=lambda line: print(line, flush=True),
