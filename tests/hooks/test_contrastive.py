@@ -239,19 +239,22 @@ def test_outside_of_generate():
     inputs = image_prompt(pad=(0, 0))
     other = without_image(model)
     with attnlib.attach(model, ContrastiveDecoding(NoImage(), 1.8, -0.8), token_types=RULE) as session, torch.no_grad():
-        ids = inputs["input_ids"]
+        ids, earlier = inputs["input_ids"], []
         out = model(input_ids=ids)
         for _ in range(3):
             z = out.logits[:, -1]
             got = session.logits(ids, z)
             assert torch.equal(session.logits(ids, z), got)
+            earlier.append((ids, z, got))
             ids = torch.cat([ids, got.argmax(-1, keepdim=True)], 1)
             out = model(input_ids=ids[:, -1:], past_key_values=out.past_key_values)
-        with pytest.raises(ValueError, match="became shorter"):
-            session.logits(ids[:, :-2], z)
+        for one, own, want in (earlier[1], earlier[2], earlier[0], earlier[2]):  # tokens taken back, and read again
+            torch.testing.assert_close(session.logits(one, own), want, atol=1e-5, rtol=1e-5)
+        with pytest.raises(ValueError, match="only tokens after the prompt can be taken back"):
+            session.logits(ids.flip(1), z)
     drafts = {"assistant_model": language_model(seed=1, num_hidden_layers=1), "num_assistant_tokens": 2}
     with attnlib.attach(model, ContrastiveDecoding(NoImage(), 1.8, -0.8), token_types=RULE):
-        with pytest.raises(ValueError, match="another model drafts first.*not served"):
+        with pytest.raises(ValueError, match="the model that drafts .*not served"):
             model.generate(ids[:1], max_new_tokens=4, do_sample=False, pad_token_id=0, **drafts)
     torch.testing.assert_close(got, 1.8 * z - 0.8 * other(ids[:, :-1]), atol=1e-5, rtol=1e-5)
 

@@ -12,6 +12,7 @@ import attnlib  # noqa: E402
 from attnlib import cache, look, reduce, steer  # noqa: E402
 from attnlib.hooks import Intervention, MaskByType, Record, TokenTypes, bidirectional  # noqa: E402
 from attnlib.hooks.call import weights_of  # noqa: E402
+from attnlib.hooks.hf.names import reachable  # noqa: E402
 from attnlib.hooks.site import Weighting  # noqa: E402
 from attnlib.hooks.vision import VisionTower  # noqa: E402
 from hooks.models import NoOp, predict  # noqa: E402
@@ -71,6 +72,8 @@ def build(family, implementation="eager"):
     config = cls.config_class(**settings)
     config._attn_implementation = implementation
     model = cls(config).eval()
+    if family.startswith("t5") and not any(reachable(m) for m in model.modules()):
+        pytest.skip("T5 does not look its attention up in AttentionInterface in this release of transformers")
     with torch.no_grad():
         for parameter_name, p in model.named_parameters():
             # Large enough for scores that caps bend, biases tell apart and sinks compete with.

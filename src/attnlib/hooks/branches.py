@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +14,17 @@ from torch import Tensor, nn
 
 from ..checks import checked
 from ..types import check_choice
-from .hf.names import ENCODED, OWN_INPUTS, PER_TOKEN, VISION_TOWERS, encoded_images, vision_towers
+from .blocks import block_of
+from .hf.names import (
+    ENCODED,
+    OWN_INPUTS,
+    PER_TOKEN,
+    VISION_TOWERS,
+    cache_in,
+    cache_name,
+    encoded_images,
+    vision_towers,
+)
 from .session import Session
 from .tokens import IMAGE, PAD
 
@@ -93,7 +105,12 @@ class Prompt:
     def per_token(self) -> dict[str, Tensor]:
         """Inputs of the model that hold one number (B, L) per token."""
         found = {name: self.inputs.get(name) for name in PER_TOKEN}
-        return {n: v for n, v in found.items() if isinstance(v, Tensor) and v.shape == self.types.shape}
+        rows, length = self.types.shape
+        return {
+            n: v[:, :length]  # drafts may have been read with the prompt
+            for n, v in found.items()
+            if isinstance(v, Tensor) and v.dim() == 2 and len(v) == rows and v.shape[1] >= length
+        }
 
     def order(self, keys: Tensor) -> Tensor:
         """(B, K) index of the tokens with a finite key, by ascending key; padding of the prompt leaves it."""
@@ -290,3 +307,64 @@ class OtherPixels(Branch):
     @staticmethod
     def _like(prompt: Prompt) -> Tensor:
         return next(p for p in prompt.model.parameters() if p.is_floating_point())
+
+
+class BlockPass:
+    """Another reading of a prompt: once to learn how the model's blocks are called, then block by block.
+
+    What interventions do to a block then depends on what they did to the blocks before it.
+
+    Args:
+        session: the session.
+        reading: what is read.
+        branch: under which name.
+    """
+
+    def __init__(self, session: Session, reading: Reading, branch: str):
+        self.session, self.branch, self.types = session, branch, reading.types
+        self.stepping, self.done = False, -1
+        sites = {s.layer: s for s in session.sites if s.kind == "self"}
+        self.blocks = [(layer, block_of(session.model, sites[layer])) for layer in sorted(sites)]
+        self.calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.cache: Any = None
+        handles = [
+            block.register_forward_pre_hook(self._remember(layer), with_kwargs=True) for layer, block in self.blocks
+        ]
+        valid = reading.types != PAD
+        positions = (valid.long().cumsum(1) - 1).clamp(min=0)
+        known = inspect.signature(session.model.forward).parameters
+        given = {"attention_mask": valid.long(), "position_ids": positions, "logits_to_keep": 1}
+        try:
+            with session.at(branch=branch, token_types=reading.types):
+                session.model(**reading.inputs, **{k: v for k, v in given.items() if k in known}, use_cache=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _remember(self, layer: int) -> Any:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.cache is None:
+                self.cache = copy.deepcopy(cache_in(kwargs))  # nothing is in it yet
+            if not args:
+                kwargs = dict(kwargs)
+                args = (kwargs.pop("hidden_states"),)
+            # What enters later blocks is made anew.
+            self.calls[layer] = (args if not self.calls else args[1:], kwargs)
+
+        return before
+
+    def advance(self, layer: int) -> None:
+        """Read on to the end of the block of ``layer``."""
+        self.stepping = True
+        with self.session.at(branch=self.branch, token_types=self.types):
+            for number, block in self.blocks:
+                if not self.done < number <= layer:
+                    continue
+                args, kwargs = self.calls[number]
+                if self.done < 0:
+                    self.hidden, args = args[0], args[1:]
+                if (name := cache_name(kwargs)) is not None:
+                    kwargs = {**kwargs, name: self.cache}
+                out = block(self.hidden, *args, **kwargs)
+                self.hidden = out[0] if isinstance(out, tuple) else out
+                self.done = number

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..hooks.branches import Branch, Prompt
 from ..hooks.hf.follow import watch_prompts
-from ..hooks.hf.names import cache_argument, cache_out, reader
+from ..hooks.hf.names import cache_argument, cache_out, crop, reader
 from ..hooks.intervention import Intervention
 from ..hooks.session import Session
 from ..hooks.tokens import IMAGE, PAD
@@ -65,12 +65,13 @@ class _State:
     """The second branch of one generation."""
 
     start: int
-    seen: int
+    read: Tensor
     valid: Tensor
     types: Tensor
     cache: Any
     logits: Tensor
     image: Tensor
+    first: Any = None
     base: int = 0
 
 
@@ -182,9 +183,11 @@ class ContrastiveDecoding(Intervention):
                 "first (assistant_model); tokens that are taken back are not served"
             )
         given = session.prompt
+        if given.get("input_ids") is not None and ids.shape[1] < types.shape[1]:
+            types = types[:, : ids.shape[1]]  # drafts were read with the prompt
         embeds: Tensor | None = None
         if any(e is not None for e in self._read):
-            embeds = torch.cat([e for e in self._read if e is not None], 1)
+            embeds = torch.cat([e for e in self._read if e is not None], 1)[:, : types.shape[1]]
             missing = types.shape[1] - embeds.shape[1]
             if missing > 0:
                 later = session.model.get_input_embeddings()(ids[:, -missing:])  # type: ignore[operator]
@@ -217,26 +220,46 @@ class ContrastiveDecoding(Intervention):
         if state is None:
             prompt = self._prompt(ids)
             image = (prompt.types == IMAGE).any(1)
-            state = _State(ids.shape[1], ids.shape[1], image, prompt.types, None, logits, image)
+            state = _State(ids.shape[1], ids, image, prompt.types, None, logits, image)
             if (self.b or self.always) and bool(image.any()):
                 self._begin(state, prompt)
             notes[key] = state
             self._fresh = False
             self._read.clear()
             return state
-        new = ids.shape[1] - state.seen
-        if new < 0:
-            raise ValueError(
-                f"{type(self).__name__}: the sequence became shorter ({state.seen} to {ids.shape[1]} tokens); tokens "
-                "that are taken back, as in assisted generation, are not served"
-            )
         if len(ids) != len(state.image):
             raise ValueError(f"{type(self).__name__}: the batch had {len(state.image)} rows, now it has {len(ids)}")
         over = self.interval is not None and ids.shape[1] - state.start > self.interval
-        if state.cache is not None and new and not over:
-            self._extend(state, ids[:, state.seen :])
-        state.seen = ids.shape[1]
+        if over:
+            return state  # it is not asked for any more
+        if notes.beams == 1:
+            self._take_back(state, ids)
+        if state.cache is not None and ids.shape[1] > state.read.shape[1]:
+            self._extend(state, ids[:, state.read.shape[1] :])
+        state.read = ids
         return state
+
+    def _take_back(self, state: _State, ids: Tensor) -> None:
+        """Forget tokens that the sequence lost again: drafts that were not accepted."""
+        seen = state.read.shape[1]
+        count = min(seen, ids.shape[1])
+        same = int((state.read[:, :count] == ids[:, :count]).all(0).long().cumprod(0).sum())
+        if same == seen:
+            return
+        if same < state.start:
+            raise ValueError(
+                f"{type(self).__name__}: the prompt had {state.start} tokens, and the sequence of {ids.shape[1]} "
+                f"shares only {same} with it; only tokens after the prompt can be taken back, as drafts are"
+            )
+        if same == ids.shape[1]:  # its scores are those after a token that was read: it is read once more
+            if same == state.start:
+                state.logits = state.first
+            else:
+                same -= 1
+        if state.cache is not None:
+            crop(state.cache, seen - same)
+            state.valid = state.valid[:, : state.valid.shape[1] - (seen - same)]
+        state.read = state.read[:, :same]
 
     def _begin(self, state: _State, prompt: Prompt) -> None:
         reading = self.branch.read(prompt)
@@ -245,6 +268,7 @@ class ContrastiveDecoding(Intervention):
         state.base = self._first_position(prompt)
         positions = (valid.long().cumsum(1) - 1).clamp(min=0) + state.base
         self._call(state, {**reading.inputs, "position_ids": positions})
+        state.first = state.logits
 
     @staticmethod
     def _first_position(prompt: Prompt) -> int:

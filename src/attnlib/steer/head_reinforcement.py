@@ -20,21 +20,17 @@ No code of the authors is available; this follows the paper. It does not say whe
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..hooks.blocks import block_of
-from ..hooks.branches import NoImage, Prompt, Reading
-from ..hooks.hf.names import cache_in, cache_name
+from ..hooks.branches import BlockPass, NoImage, Prompt
 from ..hooks.intervention import Intervention, implements
 from ..hooks.session import Session
 from ..hooks.site import Site
-from ..hooks.tokens import IMAGE, PAD
+from ..hooks.tokens import IMAGE
 from ..types import check_choice, stats_dtype, to_list
 from .contrastive import ContrastiveDecoding
 
@@ -143,6 +139,12 @@ class HeadDivergence(ContrastiveDecoding):
     def on_logits(self, ids: Tensor, logits: Tensor) -> Tensor:
         if self.session.branch is not None:
             return logits
+        read = self.session.notes.total
+        if read is not None and self.session.prompt.get("input_ids") is not None and ids.shape[1] < read:
+            raise ValueError(
+                f"HeadDivergence looks at the last token that the model read, but it read {read - ids.shape[1]} drafts "
+                "after it (assistant_model, prompt_lookup_num_tokens), which are not served"
+            )
         before = self.forwards
         state = self._follow(ids, logits)
         if state is not None and self.forwards > before:
@@ -217,8 +219,11 @@ class HeadReinforcement(Intervention):
         self._divergence: dict[int, Tensor] = {}
         self._forget()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_text": None}  # a copy reads its own prompt
+
     def _forget(self) -> None:
-        self._text: _TextPass | None = None
+        self._text: BlockPass | None = None
         self._image: Tensor | None = None
         self._last: dict[tuple[str, int], Tensor] = {}
 
@@ -275,7 +280,7 @@ class HeadReinforcement(Intervention):
         self._image = image
         with torch.no_grad():
             reading = NoImage().read(Prompt(session, ids, embeds, types, given))
-            self._text = _TextPass(session, reading, self.TEXT)
+            self._text = BlockPass(session, reading, self.TEXT)
             if self.selection == "passes":
                 with session.at(branch=self.LOOK):
                     session.model(**{**given, "use_cache": True})
@@ -314,56 +319,3 @@ class HeadReinforcement(Intervention):
             return out
         factor = out.new_ones(heads.shape).masked_fill(heads.to(out.device), self.alpha)
         return out * factor[:, :, None, None]
-
-
-class _TextPass:
-    """The prompt without image: read once to learn how its blocks are called, then block by block."""
-
-    def __init__(self, session: Session, reading: Reading, branch: str):
-        self.session, self.branch, self.types = session, branch, reading.types
-        self.stepping, self.done = False, -1
-        sites = {s.layer: s for s in session.sites if s.kind == "self"}
-        self.blocks = [(layer, block_of(session.model, sites[layer])) for layer in sorted(sites)]
-        self.calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self.cache: Any = None
-        handles = [
-            block.register_forward_pre_hook(self._remember(layer), with_kwargs=True) for layer, block in self.blocks
-        ]
-        valid = reading.types != PAD
-        positions = (valid.long().cumsum(1) - 1).clamp(min=0)
-        known = inspect.signature(session.model.forward).parameters
-        given = {"attention_mask": valid.long(), "position_ids": positions, "logits_to_keep": 1}
-        try:
-            with session.at(branch=branch, token_types=reading.types):
-                session.model(**reading.inputs, **{k: v for k, v in given.items() if k in known}, use_cache=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _remember(self, layer: int) -> Any:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.cache is None:
-                self.cache = copy.deepcopy(cache_in(kwargs))  # nothing is in it yet
-            if not args:
-                kwargs = dict(kwargs)
-                args = (kwargs.pop("hidden_states"),)
-            # What enters later blocks is made anew.
-            self.calls[layer] = (args if not self.calls else args[1:], kwargs)
-
-        return before
-
-    def advance(self, layer: int) -> None:
-        """Read on to the end of the block of ``layer``."""
-        self.stepping = True
-        with self.session.at(branch=self.branch, token_types=self.types):
-            for number, block in self.blocks:
-                if not self.done < number <= layer:
-                    continue
-                args, kwargs = self.calls[number]
-                if self.done < 0:
-                    self.hidden, args = args[0], args[1:]
-                if (name := cache_name(kwargs)) is not None:
-                    kwargs = {**kwargs, name: self.cache}
-                out = block(self.hidden, *args, **kwargs)
-                self.hidden = out[0] if isinstance(out, tuple) else out
-                self.done = number

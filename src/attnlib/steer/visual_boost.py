@@ -215,17 +215,23 @@ class VisualBoost(Intervention):
     # ---- stages
 
     def edit_rows(self, site: Site) -> Tensor:
-        last = self._last(site)
-        return last.new_zeros(0) if site.branch not in self.branches else last.unique()
+        rows = self._newest(site).any(0).nonzero().squeeze(1)
+        return rows[:0] if site.branch not in self.branches else rows
 
-    @staticmethod
-    def _last(site: Site) -> Tensor:
-        """(B,) the newest query that is no padding."""
-        types = site.q_types
-        if types is None:
-            return torch.tensor([site.n_queries - 1])
-        slots = torch.arange(types.shape[1], device=types.device)
-        return torch.where(types != PAD, slots, 0).amax(1)
+    def _newest(self, site: Site) -> Tensor:
+        """(B, N) boolean: positions being generated, the last of the prompt and whatever comes after it.
+
+        Several tokens at once are drafts, or a sequence that is read without a cache.
+        """
+        assert site.q_types is not None
+        there = site.q_types != PAD
+        prompt = None if self._owner is None else self._owner.notes.prompt_length
+        if site.phase == "decode":
+            return there
+        if prompt is not None and site.q_pos is not None and site.branch is None:
+            return there & (site.q_pos >= prompt - 1)
+        place = torch.arange(there.shape[1], device=there.device)
+        return there & (place == torch.where(there, place, 0).amax(1, keepdim=True))
 
     def on_scores(self, site: Site, scores: Tensor, rows: Tensor) -> Tensor:
         if site.branch not in self.branches:
@@ -236,7 +242,7 @@ class VisualBoost(Intervention):
         if not bool(by_slot.any()):
             return scores
         gain = at_keys(site, by_slot)[:, :, None]
-        newest = rows == self._last(site).to(rows.device)[:, None]
+        newest = self._newest(site).to(rows.device)[:, rows]
         gain = gain * newest[:, None, :, None]
         heads = self._heads(site)
         if heads is not None:

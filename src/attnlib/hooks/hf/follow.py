@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..sequences import Sequence, put
 from ..session import Session
 from ..tokens import IMAGE, TypeTracker
-from .names import CANDIDATES, PROCESSORS, cache_in, cached_tokens, made_cache, reader, without_cache
+from .names import CANDIDATES, DRAFTING, PROCESSORS, cache_in, cached_tokens, made_cache, reader, without_cache
 
 
 def follow_generate(session: Session) -> None:
@@ -70,10 +70,19 @@ def _candidates(session: Session) -> Callable[..., Any]:
                 "only, or decode without drafts"
             )
         generator = original(*args, **kwargs)  # type: ignore[operator]
+        scored, asks = session.acting("on_logits"), hasattr(generator, DRAFTING)
+        if scored and asks:
+            raise ValueError(
+                f"{type(scored[0]).__name__} changes scores, and would be asked about those of the model that drafts "
+                "(assistant_model), which are not served; prompt_lookup_num_tokens is"
+            )
         drafts, read = generator.get_candidates, []
 
         @functools.wraps(drafts)
         def get_candidates(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not read and not asks:
+                read.append(True)
+                return input_ids, None
             # An assistant drafts all the same, since it counts its rounds; to the model it is as if all were rejected.
             drafted = drafts(input_ids, *args, **kwargs)
             if read:

@@ -39,6 +39,9 @@ CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 #: What ``generate`` asks the model for: the processors of scores that it makes for itself.
 PROCESSORS = "_get_logits_processor"
 
+#: Where a source of drafts keeps the arguments of the model that drafts.
+DRAFTING = "assistant_kwargs"
+
 #: And for the drafts of assisted decoding.
 CANDIDATES = "_get_candidate_generator"
 
