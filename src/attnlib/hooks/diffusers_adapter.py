@@ -32,7 +32,7 @@ from .call import run_attention
 from .intercept import Intercept, pair_mask
 from .intervention import Stages
 from .recompute import Shared
-from .session import Adapter, Session
+from .session import Adapter, Session, part_of
 from .site import Site
 
 #: In which order a processor concatenates the two streams of joint attention.
@@ -349,13 +349,7 @@ class DiffusersAdapter(Adapter):
 
     def sites(self, model: nn.Module, part: str | None) -> list[Site]:
         _need()
-        root, prefix = model, ""
-        if part is not None:
-            try:
-                root, prefix = model.get_submodule(part), part + "."
-            except AttributeError as error:
-                names = [n for n, _ in model.named_modules() if n and n.count(".") < 2]
-                raise ValueError(f"part={part!r} is not in {type(model).__name__}; it has {names}") from error
+        root, prefix = part_of(model, part)
         sites: list[Site] = []
         for name, module in root.named_modules():
             if not (hasattr(module, "processor") and hasattr(module, "set_processor") and hasattr(module, "to_q")):

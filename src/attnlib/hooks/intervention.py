@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -280,8 +281,15 @@ def check_layers(intervention: Intervention, sites: Sequence[Site]) -> list[Site
     name = type(intervention).__name__
     fitting = [s for s in sites if s.kind in intervention.kinds]
     if intervention.layers is not None:
-        if isinstance(intervention.layers, (int, str)):
-            raise TypeError(f"{name}: layers must be a sequence, got {intervention.layers!r}")
+        if not isinstance(intervention.layers, (list, tuple, range, set, frozenset)):
+            got = f"{type(intervention.layers).__name__} {intervention.layers!r:.60}"
+            raise TypeError(f"{name}: layers must be a sequence of numbers or names, got {got}")
+        for layer in intervention.layers:
+            if isinstance(layer, bool) or not isinstance(layer, (Integral, str)):
+                raise TypeError(
+                    f"{name}: layers holds numbers (negative from the end) or name patterns, got "
+                    f"{type(layer).__name__} {layer!r:.60}"
+                )
         if not intervention.layers:
             raise ValueError(f"{name}: layers is empty; name at least one, or leave it out for all")
         last = max((s.layer for s in sites), default=-1)

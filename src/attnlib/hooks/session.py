@@ -48,6 +48,22 @@ class Adapter:
         raise NotImplementedError
 
 
+def part_of(model: nn.Module, part: str | None) -> tuple[nn.Module, str]:
+    """The submodule that ``attach(part=...)`` names, and what stands before the names of modules in it."""
+    if part is None:
+        return model, ""
+    modules = dict(model.named_modules())
+    names = [name for name in modules if name and name.count(".") < 2]
+    if not isinstance(part, str):
+        raise TypeError(
+            f"part must be the dotted path of a submodule (str), got {type(part).__name__} {part!r:.60}; "
+            f"{type(model).__name__} has {names}"
+        )
+    if not part or part not in modules:
+        raise ValueError(f"part={part!r} is not in {type(model).__name__}; it has {names}")
+    return modules[part], part + "."
+
+
 _sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 
 
@@ -497,6 +513,11 @@ class Session(Shared):
         ``prompt_length`` is the number of tokens, padding included, of a prompt that is read in several calls:
         what acts on prompts takes them as one. ``generate`` says it by itself.
         """
+        if step is not None:
+            check_int("step", step, least=0)
+        for name, value in (("pass_name", pass_name), ("branch", branch)):
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{name} must be a name (str), got {type(value).__name__} {value!r:.60}")
         before, block = (self.step, self.pass_name, self.branch, self.rows), object()
         if token_types is not None:
             name = self.branch if branch is None else branch
@@ -588,8 +609,8 @@ def _runs(thread: int, model: nn.Module) -> bool:
 def _row_names(rows: Sequence[str] | None) -> tuple[str, ...] | None:
     if rows is None:
         return None
-    if isinstance(rows, str) or not isinstance(rows, Sequence) or not all(isinstance(r, str) for r in rows):
+    if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(r, str) and r for r in rows):
         raise TypeError(
-            f'rows must be a sequence of names, one per row of the batch, e.g. ("uncond", "cond"); got {rows!r}'
+            f'rows must be a sequence of names, one per row of the batch, e.g. ("uncond", "cond"); got {rows!r:.200}'
         )
     return tuple(rows)

@@ -119,8 +119,11 @@ class TypeTracker:
                 raise ValueError("token_types must hold numbers that can be read, got a tensor on meta")
             if source.numel() and not 0 <= int(source.min()) <= int(source.max()) < len(NAMES):
                 raise ValueError(f"token_types must lie between 0 and {len(NAMES) - 1}: {dict(enumerate(NAMES))}")
-        elif not callable(source):
-            raise TypeError(f"token_types must be a (B, N) tensor or a rule from ids to types, got {source!r}")
+        elif isinstance(source, type) or not callable(source):
+            hint = f"; make one: {source.__name__}(...)" if isinstance(source, type) else ""
+            raise TypeError(
+                f"token_types must be a (B, N) tensor or a rule from ids to types, got {source!r:.200}{hint}"
+            )
         self.source = source
         self.types: Tensor | None = None
         self._padded: Tensor | None = None
@@ -149,6 +152,8 @@ class TypeTracker:
                     "give a (B, N) tensor of types instead"
                 )
             new = self.source(ids)
+            if not offset or count > 1:
+                self._check_rule(ids, new)
             if offset and count == 1:
                 new = torch.full_like(new, GENERATED)
             if offset:
@@ -166,6 +171,20 @@ class TypeTracker:
                 raise ValueError(self._wrong_rows(types.shape[0], padded.shape[0]))
             types = types.masked_fill(padded.to(types.device), PAD)
         self.types = types
+
+    def _check_rule(self, ids: Tensor, types: Any) -> None:
+        good = isinstance(types, Tensor) and not types.is_floating_point() and types.dtype != torch.bool
+        if not good or types.shape != ids.shape:
+            got = f"{types.dtype} {tuple(types.shape)}" if isinstance(types, Tensor) else type(types).__name__
+            raise ValueError(
+                f"token_types: the rule {self.source!r:.80} must give integers (B, N)={tuple(ids.shape)}, one type per "
+                f"id; it gave {got}"
+            )
+        if types.numel() and not types.is_meta and not 0 <= int(types.min()) <= int(types.max()) < len(NAMES):
+            raise ValueError(
+                f"token_types: the rule {self.source!r:.80} gave types from {int(types.min())} to {int(types.max())}; "
+                f"possible: {dict(enumerate(NAMES))}"
+            )
 
     def _padding(self, mask: Any, offset: int, count: int) -> Tensor | None:
         """(B, offset + count) boolean, slots that are padding, from the mask that the model itself was given."""

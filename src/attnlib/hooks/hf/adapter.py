@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..blocks import block_of, swap_sources
 from ..intervention import Intervention, Stages, implements
-from ..session import Adapter, Session
+from ..session import Adapter, Session, part_of
 from ..site import Site
 from . import removal
 from .cache import mask_unwritten, why_not_evictable
@@ -56,14 +56,8 @@ class TransformersAdapter(Adapter):
 
     def sites(self, model: nn.Module, part: str | None) -> list[Site]:
         hf = _need()
-        root, prefix = model, ""
-        if part is not None:
-            try:
-                root, prefix = model.get_submodule(part), part + "."
-            except AttributeError as error:
-                names = [n for n, _ in model.named_modules() if n and n.count(".") < 2]
-                raise ValueError(f"part={part!r} is not in {type(model).__name__}; it has {names}") from error
-        elif isinstance(model, hf.model):
+        root, prefix = part_of(model, part)
+        if part is None and isinstance(model, hf.model):
             decoder = model.get_decoder()
             paths = {module: name for name, module in model.named_modules()}
             if isinstance(decoder, nn.Module) and decoder is not model and paths.get(decoder):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..hf.follow import _Follow, follow_generate
 from ..hf.names import PROCESSORS, cached_tokens
 from ..intervention import Stages
-from ..session import Adapter, Session
+from ..session import Adapter, Session, part_of
 from ..site import Site
 from .multihead import MultiheadRuntime
 from .runtime import ModuleRuntime, _block
@@ -63,13 +63,7 @@ class ModuleAdapter(Adapter):
     stages: ClassVar[frozenset[str]] = ModuleRuntime.serves | {"on_logits", "on_step"}
 
     def sites(self, model: nn.Module, part: str | None) -> list[Site]:
-        root, prefix = model, ""
-        if part is not None:
-            try:
-                root, prefix = model.get_submodule(part), part + "."
-            except AttributeError as error:
-                names = [n for n, _ in model.named_modules() if n and n.count(".") < 2]
-                raise ValueError(f"part={part!r} is not in {type(model).__name__}; it has {names}") from error
+        root, prefix = part_of(model, part)
         found = attention_modules(root)
         if not found:
             raise TypeError(f"part={part!r} of {type(model).__name__} has no attention that can be reached")
