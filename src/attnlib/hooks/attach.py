@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_type
+from .eager import forget_compiled
 from .intervention import MODEL_STAGES, STAGES, Intervention, Probe, Stages, check_layers, implements
 from .session import Adapter, Session, _row_names, _sessions
 from .site import KINDS, Site
@@ -113,6 +114,8 @@ def attach(
             :class:`attnlib.hooks.TokenTypes`; extended while decoding.
         part: dotted path of the submodule to act on; by default the text decoder of a transformers model.
 
+    What ``torch.compile`` made before is traced again when a session begins or ends; stages are never traced.
+
     Returns:
         The :class:`Session`, active at once.
 
@@ -194,6 +197,7 @@ def attach(
     try:
         if able:
             session.attached = [sites[n] for n in sorted(plan)]
+            forget_compiled()
             session.watch()
             adapter.install(session, [(sites[n], Stages(plan[n])) for n in sorted(plan)])
     except BaseException:

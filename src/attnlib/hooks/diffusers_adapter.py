@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..grids import Layout
 from .blocks import around, block_of, swap_sources
 from .call import run_attention
+from .eager import eagerly
 from .intercept import Intercept, pair_mask
 from .intervention import Stages
 from .recompute import Shared
@@ -105,7 +106,7 @@ def _hooked(cls: Any) -> Any:
         made = object.__reduce_ex__(self, protocol)
         return (made[0], (cls, *made[1][1:]), *made[2:])
 
-    names = {"__call__": call, "__reduce_ex__": reduce, "plain": cls}
+    names = {"__call__": eagerly(call), "__reduce_ex__": reduce, "plain": cls}
     return type(f"Attached{cls.__name__}", (cls,), names)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..checks import check_int
 from .changes import Action, Change, Entry, Hook, hooks_of, plain_copies, wraps
+from .eager import eagerly, forget_compiled
 from .intervention import Intervention, Stages, implements
 from .notes import Notes
 from .recompute import Shared, State, follow, running_backward
@@ -337,10 +338,11 @@ class Session(Shared):
         change = Hook(handle)
         hook = change.hook
 
-        def entered(*args: Any, **kwargs: Any) -> Any:
+        def enter(*args: Any, **kwargs: Any) -> Any:
             self.enter()
             return hook(*args, **kwargs)
 
+        entered = eagerly(enter)
         change.instead(entered)
         self._changes.append(change)
         hooks = change.dicts[0][0]
@@ -570,6 +572,7 @@ class Session(Shared):
         if not self.active:
             return
         self.active = False
+        forget_compiled()
         errors = []
         for change in reversed(self._changes):
             try:

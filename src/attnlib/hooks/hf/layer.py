@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..blocks import around
 from ..call import run_attention
+from ..eager import eagerly
 from ..intervention import Intervention, Stages
 from ..recompute import Shared
 from ..session import Session
@@ -188,7 +189,7 @@ class LayerRuntime(Shared):
                 )
             return output
 
-        return run
+        return eagerly(run)
 
     def around_module(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """The module's forward under ``around_sublayer``."""

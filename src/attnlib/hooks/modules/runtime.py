@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..blocks import around, block_of
 from ..call import run_attention, weight_rows
+from ..eager import eagerly
 from ..intercept import Intercept, pair_mask
 from ..intervention import ATTENTION_STAGES, Stages
 from ..recompute import Shared
@@ -69,7 +70,7 @@ class ModuleRuntime(Shared):
                 session.enter()
                 return self.run(*args, **kwargs)
 
-            self.session.set_attribute(self.module, "forward", forward)
+            self.session.set_attribute(self.module, "forward", eagerly(forward))
             # A hook is what PyTorch's fused paths look for before they bypass a module.
             self.session.hook(self.module.register_forward_pre_hook(lambda module, args: None))
 
