@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_type
+from ..checks import check_choice
 from .eager import forget_compiled
 from .intervention import MODEL_STAGES, STAGES, Intervention, Probe, Stages, check_layers, implements
 from .session import Adapter, Session, _row_names, _sessions
@@ -136,10 +136,6 @@ def attach(
             raise ValueError(f"this {type(i).__name__} is attached already, to {type(i._owner.model).__name__}")
     if len({id(i) for i in interventions}) != len(interventions):
         raise ValueError("the same intervention object is given twice")
-    if part is not None:
-        check_type("part", part, str, "the dotted path of a submodule")
-        if not part:
-            raise ValueError(f"part={part!r} is not possible; give the dotted path of a submodule, or leave it out")
     _row_names(rows)
     adapter = _adapter(model)
     mine = set(model.modules())
