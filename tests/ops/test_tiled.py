@@ -35,6 +35,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "PIECE", 40 * 8 * 30)
     monkeypatch.setattr(tiled, "PIECE_WIDTH", 30)
     monkeypatch.setattr(tiled, "LONG_RUN", 24)
+    monkeypatch.setattr(tiled, "DEEP", 44)
     monkeypatch.setattr(_tiles, "K_TILE", 16)
     monkeypatch.setattr(_tiles.build, "__defaults__", (16,))
     _tiles._cache.clear()

@@ -44,6 +44,9 @@ TALL, PIECE, PIECE_WIDTH = 1024, 1 << 20, 256
 PLANE_PAIRS = 1 << 18
 #: Gradients of gathered keys are added run by run while runs are at least this long on average.
 LONG_RUN = 64
+#: Into a slice of keys torch adds one map's product after the other. Where so many rows are summed, the products of all
+#: maps are written at once, each on a thread of its own, and added afterwards.
+DEEP = 256
 
 
 def register(operator: Operator) -> None:
@@ -428,7 +431,11 @@ def _backward(
 def _add_keys(into: Tensor, groups: slice, tile: _tiles.Tile, weights: Tensor, rows: Tensor) -> None:
     """``into[groups, :, keys of the tile] += rows^T weights``."""
     if isinstance(tile.cols, slice):
-        into[groups, :, tile.cols].baddbmm_(rows.transpose(1, 2), weights)
+        part = into[groups, :, tile.cols]
+        if part.is_contiguous() or rows.shape[1] < DEEP or part.shape[0] == 1:
+            part.baddbmm_(rows.transpose(1, 2), weights)
+        else:
+            part.add_(torch.bmm(rows.transpose(1, 2), weights))
     elif tile.width >= LONG_RUN * len(tile.runs):
         at = 0
         for start, stop in tile.runs:
