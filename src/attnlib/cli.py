@@ -200,6 +200,10 @@ def _print_paper(entry: dict[str, Any]) -> None:
         console.print(f"  [green]verified[/] {line}", highlight=False)
     for line in entry["differs"]:
         console.print(f"  [yellow]differs[/]  {line}", highlight=False)
+    for line in entry["variants"]:
+        console.print(f"  [cyan]variant[/]  {line}", highlight=False)
+    for line in entry["missing"]:
+        console.print(f"  [yellow]missing[/]  {line}", highlight=False)
     for line in entry["not_shown"]:
         console.print(f"  [dim]not shown {line}[/]", highlight=False)
 

@@ -187,3 +187,19 @@ def test_bad_input_is_refused():
         PartitionAttention.convert_state_dict({"qkv.weight": torch.zeros(24, 8)}, head_first=True)
     with pytest.raises(ValueError, match="not that of a square window"):
         PartitionAttention.convert_state_dict({"rel_pos.relative_position_bias_table": torch.zeros(15, 2)})
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("table", ["RelPosBias", "RelPosBiasTf"])
+def test_rectangular_windows_of_timm(table, first):
+    """Both forms of its table on a window of 3 by 2, heads first and not."""
+    prefix = f"rect.{table}.{first}."
+    theirs = {k.removeprefix(prefix + "sd."): v for k, v in DATA.items() if k.startswith(prefix + "sd.")}
+    m = PartitionAttention(8, 2, (3, 2))
+    m.load_state_dict(PartitionAttention.convert_state_dict(theirs, head_first=bool(first), window_size=(3, 2)))
+    close(m(DATA[prefix + "x"]), DATA[prefix + "y"])
+    if table == "RelPosBias":
+        with pytest.raises(ValueError, match="give window_size"):
+            PartitionAttention.convert_state_dict(theirs, head_first=bool(first))
+        with pytest.raises(ValueError, match=r"not that of window_size=\(4, 2\)"):
+            PartitionAttention.convert_state_dict(theirs, head_first=bool(first), window_size=(4, 2))

@@ -27,6 +27,8 @@ class Paper:
         verified: what tests hold, one line each.
         differs: what differs from the authors' code, and why.
         not_shown: claims of the paper that are not reproduced here.
+        variants: released classes and options that are here, and the settings that give them.
+        missing: released classes and options of the same mechanism that are not.
     """
 
     slug: str
@@ -42,6 +44,8 @@ class Paper:
     verified: tuple[str, ...] = field(default_factory=tuple)
     differs: tuple[str, ...] = field(default_factory=tuple)
     not_shown: tuple[str, ...] = field(default_factory=tuple)
+    variants: tuple[str, ...] = field(default_factory=tuple)
+    missing: tuple[str, ...] = field(default_factory=tuple)
 
     @property
     def link(self) -> str:
