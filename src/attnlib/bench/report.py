@@ -230,7 +230,7 @@ def findings(results: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, A
     tested = [p for p in results["pairs"] if p["task"] == task["name"]]
     separated = sorted((p for p in tested if p["separated"]), key=lambda p: -p["by"])
     if not tested:
-        verdict = "differences need two mechanisms and two seeds"
+        verdict = "differences between mechanisms need two of them and three seeds"
     elif not separated:
         verdict = f"no difference found among {len(tested)} pairs of mechanisms"
     else:

@@ -74,13 +74,13 @@ def paired_interval(
 
 
 def paired_test(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[float, float] | None:
-    """Mean of ``a - b`` over the seeds both have, and the two-sided p of Student's paired test; ``None`` below two.
+    """Mean of ``a - b`` over the seeds both have, and the two-sided p of Student's paired test; ``None`` below three.
 
-    >>> paired_test({0: 1.0, 1: 2.0}, {0: 0.0, 1: 1.0})
+    >>> paired_test({0: 1.0, 1: 2.0, 2: 0.0}, {0: 0.0, 1: 1.0, 2: -1.0})
     (1.0, 0.0)
     """
     shared = sorted(set(a) & set(b))
-    if len(shared) < 2:
+    if len(shared) < 3:  # two that agree by chance would have no spread at all
         return None
     gaps = np.asarray([a[s] - b[s] for s in shared])
     mean, spread = float(gaps.mean()), float(gaps.std(ddof=1))

@@ -112,7 +112,7 @@ class TextTask(Task):
     grid = (64,)
     # Many small steps: reading other bytes is learned after some hundreds of them, whatever the batch.
     batch_size = 8
-    steps = 800
+    steps = 1000
     learning_rate = 1e-2
     eval_windows = 96
 
