@@ -1,11 +1,14 @@
 import json
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import attnlib
+from attnlib import cli
 from attnlib.catalog import papers
 from attnlib.cli import app, parse_grid, parse_settings
+from attnlib.ops._dispatch import operators
 
 RUN = CliRunner()
 
@@ -43,6 +46,47 @@ def test_info_tells_of_every_paper():
     assert json.loads(invoke("info", "vtccls", "--json").stdout)["name"] == "vtc-cls"
 
 
+def test_list_shows_what_a_default_instance_claims():
+    rows = {row["name"]: row for row in json.loads(invoke("list", "--json").stdout)["mechanisms"]}
+    assert rows["lolcats"]["work"]["N"] == 1 and rows["nprf-rpe-fft-attention"]["work"]["N"] == 1
+    assert rows["softmax-attention"]["work"]["N"] == 2
+
+
+@pytest.mark.parametrize("args", [("list",), ("papers",), ("info", "softmax-attention"), ("info", "snapkv")])
+def test_tables_fit_eighty_columns_and_cut_no_name(args, monkeypatch):
+    monkeypatch.setattr(cli, "console", Console(width=80))
+    text = invoke(*args).stdout
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    if args == ("list",):
+        assert all(name in text for name in attnlib.list_mechanisms())
+
+
+def test_info_prints_text_not_markup(monkeypatch):
+    monkeypatch.setattr(cli, "console", Console(width=80))
+    for name in ("softmax-attention", "lolcats", "snapkv", "biformer"):
+        text = invoke("info", name).stdout
+        code = [line for line in text.splitlines() if "``" in line or ":class:" in line or ":func:" in line]
+        assert not code, code
+
+
+@pytest.mark.parametrize("op", operators())
+def test_explain_knows_every_operator(op):
+    more = {
+        "neighborhood_attention": ["--set", "grid=4,4", "--set", "kernel_size=3"],
+    }.get(op, [])
+    result = invoke("explain", op, "--shape", "1,2,16,8", *more)
+    # An operator that needs more than q, k and v names what is missing.
+    assert result.stdout.startswith("runs: ") or "argument" in str(result.exception), (op, result.exception)
+
+
+def test_errors_are_one_line_with_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["attnlib", "info", "sofmax-attention"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and len(said.err.strip().splitlines()) == 1 and said.err.startswith("error ")
+
+
 def test_papers_and_explain():
     assert json.loads(invoke("papers", "sigmoid", "--json").stdout)[0]["arxiv"] == "2409.04431"
     told = json.loads(invoke("explain", "--shape", "1,2,16,8", "--normalizer", "sigmoid", "--json").stdout)
@@ -60,7 +104,10 @@ def test_help_shows_an_example(command):
         (("info", "sofmax-attention"), "did you mean 'softmax-attention'"),
         (("info", "snapkw"), "unknown mechanism or paper 'snapkw'; did you mean 'snapkv'"),
         (("info", "snapkv", "--set", "cap=8"), "--set is not possible"),
-        (("explain", "--shape", "1,2"), "four numbers"),
+        (("explain", "--shape", "1,2"), "four whole numbers"),
+        (("explain", "attentoin"), "choose one of"),
+        (("compare", "softmax-attention", "--device", "abacus"), "device='abacus'"),
+        (("compare", "--preset", "huge"), "preset='huge'"),
         (("explain", "--backend", "cuda"), "choose one of"),
         (("info", "mha", "--set", "dim"), "name=value"),
         (("info", "mha", "--set", "dim=10", "--set", "num_heads=4"), "does not divide"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,7 +72,7 @@ def list_(
 
     [dim]attnlib list[/]  ·  [dim]attnlib list --pattern causal-self[/]  ·  [dim]attnlib list agent --json[/]
     """
-    from .nn.registry import find, list_mechanisms
+    from .nn.registry import default_traits, find, list_mechanisms
     from .types import PATTERNS, check_choice
 
     if pattern is not None:
@@ -79,21 +80,51 @@ def list_(
     rows = []
     for name in list_mechanisms():
         cls = find(name)
-        traits = cls.class_traits  # type: ignore[attr-defined]
-        if text.lower() in name and (pattern is None or pattern in traits.patterns):
-            rows.append({"name": name, "summary": (cls.__doc__ or "").strip().splitlines()[0], **traits.to_dict()})
+        most = cls.class_traits  # type: ignore[attr-defined]
+        if text.lower() in name and (pattern is None or pattern in most.patterns):
+            summary = (cls.__doc__ or "").strip().splitlines()[0]
+            # Patterns are what some setting serves; everything else is what an instance by default claims.
+            traits = {**default_traits(name).to_dict(), "patterns": most.to_dict()["patterns"]}
+            rows.append({"name": name, "summary": summary, **traits})
     fusions = [{"name": n, "summary": (find(n).__doc__ or "").splitlines()[0]} for n in list_mechanisms("fusion")]
     if as_json:
         _print_json({"mechanisms": rows, "fusions": fusions})
         return
-    table = Table("name", "patterns", "grids", "work", "streams", "mask", box=None)
+    table = _table("name", "patterns", "grids", "work", "")
     for row in rows:
+        flags = ("S" if row["streaming"] else " ") + ("M" if row["mask"] else " ")
         table.add_row(
-            row["name"], " ".join(_short(p) for p in row["patterns"]), " ".join(f"{r}D" for r in row["grid_ranks"]),
-            _cost(row["work"]), "yes" if row["streaming"] else "", "yes" if row["mask"] else "",
+            row["name"], " ".join(_short(p) for p in row["patterns"]), " ".join(str(r) for r in row["grid_ranks"]),
+            _cost(row["work"]), flags,
         )  # fmt: skip
     console.print(table)
-    console.print("[dim]NS noncausal self, CS causal self, NC noncausal cross, CC causal cross[/]")
+    console.print("[dim]NS noncausal self, CS causal self, NC noncausal cross, CC causal cross, with some settings;[/]")
+    console.print("[dim]the rest by default: ranks of grids, growth of work, S decodes step by step, M takes a mask[/]")
+
+
+def _table(first: str, *columns: str, title: str | None = None) -> Table:
+    """A table whose first column, the names, is never cut."""
+    table = Table(box=None, title=title, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def plain_text(text: str) -> str:
+    """Documentation as a terminal shows it: names without the marks of its markup.
+
+    >>> plain_text(":func:`attach` takes ``model`` and a `site`::")
+    'attach takes model and a site:'
+    """
+    lines = []
+    for line in text.splitlines():
+        if not line.lstrip().startswith((">>>", "...")):
+            line = re.sub(r":[a-z:]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`", r"\1", line)
+            line = re.sub(r"``(.+?)``|`([^`]+)`", lambda m: m[1] or m[2], line)
+            line = re.sub(r"::$", ":", line)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _short(pattern: str) -> str:
@@ -139,17 +170,17 @@ def info(
         )  # fmt: skip
         return
     console.print(f"[bold]{slug}[/]  [dim]{cls.__module__}.{cls.__qualname__}[/]\n")
-    console.print(inspect.getdoc(cls), markup=False, highlight=False)
-    table = Table("claim", "value", box=None, title="this instance" if config else "upper bound of claims")
+    console.print(plain_text(inspect.getdoc(cls) or ""), markup=False, highlight=False)
+    table = _table("claim", "value", title="this instance" if config else "upper bound of claims")
     for key, value in traits.items():
-        table.add_row(key, json.dumps(value))
+        table.add_row(key, _told(value))
     console.print(table)
-    table = Table("Y = M(X) V", "", box=None, title="as a mixing matrix")
+    table = _table("Y = M(X) V", "", title="as a mixing matrix")
     for key, text in view.items():
         table.add_row(key, text)
     console.print(table)
     if passes:
-        table = Table(*passes[0], box=None, title="passes, footprint of one query or head, least traffic")
+        table = _table(*passes[0], title="passes, footprint of one query or head, least traffic")
         for row in passes:
             table.add_row(*(str(value) for value in row.values()))
         console.print(table)
@@ -188,24 +219,32 @@ def _info_of_paper(name: str, configured: bool, as_json: bool, error: ValueError
         _print_json({"name": entry.slug, "techniques": found, "papers": [entry.to_dict()]})
         return
     for one in found:
-        console.print(f"[bold]{one['name']}[/][dim]", end="")
-        console.print(one["signature"], markup=False, highlight=False)
-        console.print(f"\n{one['doc']}\n", markup=False, highlight=False)
+        console.print(f"[bold]{escape(one['name'])}[/][dim]{escape(one['signature'])}[/]", highlight=False)
+        console.print(f"\n{plain_text(one['doc'] or '')}\n", markup=False, highlight=False)
     _print_paper(entry.to_dict())
 
 
+def _told(value: Any) -> str:
+    """A claim as people say it.
+
+    >>> _told(True), _told({"N": 2}), _told(["a", "b"]), _told([])
+    ('yes', 'N^2', 'a, b', 'none')
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return _cost(value) or "constant"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
 def _print_paper(entry: dict[str, Any]) -> None:
-    console.print(f"[bold]{entry['title']}[/] ({entry['authors']}, {entry['year']})  {entry['link']}")
-    for line in entry["verified"]:
-        console.print(f"  [green]verified[/] {line}", highlight=False)
-    for line in entry["differs"]:
-        console.print(f"  [yellow]differs[/]  {line}", highlight=False)
-    for line in entry["variants"]:
-        console.print(f"  [cyan]variant[/]  {line}", highlight=False)
-    for line in entry["missing"]:
-        console.print(f"  [yellow]missing[/]  {line}", highlight=False)
-    for line in entry["not_shown"]:
-        console.print(f"  [dim]not shown {line}[/]", highlight=False)
+    head = f"[bold]{escape(entry['title'])}[/] ({escape(entry['authors'])}, {entry['year']})  {entry['link']}"
+    console.print(head, highlight=False)
+    for word in ("verified", "differs", "variants", "missing", "not_shown"):
+        for line in entry[word]:
+            console.print(f"  [dim]{word.replace('_', ' '):<9}[/] {escape(plain_text(line))}", highlight=False)
 
 
 @app.command()
@@ -222,7 +261,7 @@ def papers(
     if as_json:
         _print_json([p.to_dict() for p in found])
         return
-    table = Table("paper", "year", "title", "held to", box=None)
+    table = _table("paper", "year", "title", "held to")
     for p in found:
         table.add_row(p.slug, str(p.year), p.title, p.parity)
     console.print(table)
@@ -230,39 +269,65 @@ def papers(
 
 @app.command()
 def explain(
+    op: Annotated[str, typer.Argument(help="The operator, e.g. linear_attention.")] = "attention",
     shape: Annotated[str, typer.Option(help="B,H,N,D of the queries.")] = "1,8,1024,64",
     kv_shape: Annotated[
         str | None, typer.Option(help="B,H,M,D of keys and values; like the queries by default.")
     ] = None,
+    v_dim: Annotated[int | None, typer.Option(help="Width of the values; that of the keys by default.")] = None,
     normalizer: Annotated[str, typer.Option(help="softmax, sigmoid, clipped_softmax, ...")] = "softmax",
     causal: Annotated[bool, typer.Option(help="Causal mask.")] = False,
     window: Annotated[int | None, typer.Option(help="Sliding window of this width.")] = None,
     weights: Annotated[bool, typer.Option(help="The weights are wanted too.")] = False,
     grad: Annotated[bool, typer.Option(help="Gradients are wanted.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A further argument of the operator; repeatable.", metavar="NAME=VALUE"),
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="Force one backend.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Which backend runs for a call, and why each other is passed over.
+    """Which backend runs for a call of an operator, and why each other is passed over.
 
-    [dim]attnlib explain --shape 1,8,4096,64 --window 513[/]  ·  [dim]attnlib explain --normalizer sigmoid --grad[/]
+    [dim]attnlib explain --shape 1,8,4096,64 --window 513[/]  ·  [dim]attnlib explain --normalizer sigmoid --grad[/]  ·
+    [dim]attnlib explain linear_attention --shape 1,4,512,32 --grad[/]  ·
+    [dim]attnlib explain neighborhood_attention --shape 1,2,64,16 --set grid=8,8 --set kernel_size=3[/]
     """
     import torch
 
     from . import masks
     from .ops import explain as explain_call
+    from .ops._dispatch import find
 
-    def parse(text: str) -> tuple[int, ...]:
-        sizes = tuple(int(part) for part in text.split(",") if part.strip().isdigit())
-        if len(sizes) != 4:
-            raise ValueError(f"shape {text!r} must be four numbers B,H,N,D")
-        return sizes
+    def parse(name: str, text: str) -> tuple[int, ...]:
+        sizes = [part.strip() for part in text.split(",")]
+        if len(sizes) != 4 or not all(part.isdigit() for part in sizes):
+            raise ValueError(f"{name} {text!r} must be four whole numbers B,H,N,D, for example 1,8,1024,64")
+        return tuple(int(part) for part in sizes)
 
-    q = torch.empty(parse(shape), requires_grad=grad)
-    k = torch.empty(parse(kv_shape or shape), requires_grad=grad)
-    mask: masks.Mask | None = masks.causal() if causal else None
-    if window is not None:
-        mask = masks.sliding_window(window) if mask is None else mask & masks.sliding_window(window)
-    text = explain_call(q, k, k, mask=mask, normalizer=normalizer, return_weights=weights, backend=backend)
+    find(op)
+    if op == "depthwise":
+        raise ValueError(
+            "the arguments of depthwise are x and weight, not queries and keys: ask attnlib.explain in Python"
+        )
+    q = torch.empty(parse("--shape", shape), requires_grad=grad)
+    sizes = parse("--kv-shape", kv_shape or shape)
+    k = torch.empty(sizes, requires_grad=grad)
+    v = torch.empty(*sizes[:3], sizes[3] if v_dim is None else v_dim, requires_grad=grad)
+    call = parse_settings(settings)
+    for name, value in call.items():
+        if isinstance(value, str) and re.fullmatch(r"\d+(,\d+)+", value):
+            call[name] = tuple(map(int, value.split(",")))
+    if causal or window is not None:
+        mask: masks.Mask | None = masks.causal() if causal else None
+        if window is not None:
+            mask = masks.sliding_window(window) if mask is None else mask & masks.sliding_window(window)
+        call["mask"] = mask
+    if normalizer != "softmax":
+        call["normalizer"] = normalizer
+    if weights:
+        call["return_weights"] = True
+    text = explain_call(op, q, k, v, **call, backend=backend)
     if as_json:
         runs, *rest = text.splitlines()
         passed = dict(line.removeprefix("passed over: ").split(": ", 1) for line in rest)
@@ -354,8 +419,9 @@ def main() -> None:
     """Entry point: errors of use are one line, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        Console(stderr=True).print(f"[bold red]error[/] {escape(text)}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

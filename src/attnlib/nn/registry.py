@@ -9,7 +9,10 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
+
 from ..checks import check_type
+from ..types import Traits
 from .released import unwrapped
 
 T = TypeVar("T", bound=type)
@@ -77,6 +80,22 @@ def find(name: str) -> type:
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else "`attnlib list` shows all"
     raise ValueError(f"unknown mechanism {name!r}; {hint}")
+
+
+def default_traits(name: str) -> Traits:
+    """What an instance with default settings claims; its class claims the most that any setting can do.
+
+    Where a class needs more than ``dim`` to be built, what the class claims.
+
+    >>> default_traits("lolcats").work["N"]
+    1
+    """
+    cls: Any = find(name)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return cls(dim=64).traits
+        except (TypeError, ValueError):
+            return cls.class_traits
 
 
 def create(name: str, **config: Any) -> Any:
