@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 import attnlib  # noqa: E402
+from attnlib import cache, reduce, steer  # noqa: E402
 from hooks.pictures import IMAGE_ID, picture_inputs, picture_model  # noqa: E402
 from hooks.test_protocol_pairs import ANSWER, LAYERS, LOOKS, MAKE, TYPES, make  # noqa: E402
 
@@ -199,3 +200,19 @@ def test_drafts_are_served_or_refused(name, model):
     assert torch.equal(got.sequences, want.sequences)
     a, b = (torch.stack(out.scores).nan_to_num(neginf=0.0) for out in (got, want))
     torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: steer.AGLA(torch.zeros(1, 3, 8, 8), x), lambda x: steer.DAMRO(x), lambda x: steer.SinkCalibration(
+            threshold=x), lambda x: steer.SinkCalibration(beta=x), lambda x: steer.VisualBoost(x, sets="all"),
+        lambda x: steer.ContrastiveDecoding(steer.NoImage(), x, 0.0), lambda x: steer.HeadReinforcement(x),
+        lambda x: steer.SoftImageGuidance(torch.zeros(4, 8), x), lambda x: reduce.CMAI(x), lambda x: reduce.Rate(x),
+        lambda x: reduce.Threshold(x), lambda x: cache.Ratio(x), lambda x: cache.Pyramid(cache.Ratio(0.5), x),
+        lambda x: steer.SoftPAG(x), lambda x: reduce.SigmoidSchedule(0.0, 1.0, x, 0.0),
+    ],
+)  # fmt: skip
+def test_no_setting_is_not_a_number(make):
+    with pytest.raises(ValueError, match="nan"):
+        make(float("nan"))

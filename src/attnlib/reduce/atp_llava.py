@@ -208,7 +208,7 @@ class ATP(Reduction):
         self.at = sorted(self.gates)
         if not self.at or self.at[0] < 0:
             raise ValueError(f"gates must name at least one layer, from 0 on; got {self.at}")
-        if target < 0:
+        if not target >= 0:
             raise ValueError(f"target must not be negative, got {target}")
         self.size, self.target, self.weights = size, target, weights
         self.scores, self.thresholds = scores, thresholds

@@ -122,6 +122,10 @@ class Threshold:
     value: float
     minimum: int = 0
 
+    def __post_init__(self) -> None:
+        check_real("value", self.value, finite=False)
+        check_int("minimum", self.minimum, least=0)
+
     @property
     def everything(self) -> bool:
         return self.value == float("-inf")

@@ -245,7 +245,7 @@ class SigmoidSchedule:
     def __post_init__(self) -> None:
         if not 0.0 <= self.low <= self.high <= 1.0:
             raise ValueError(f"shares must lie in [0, 1], low not above high; got low={self.low}, high={self.high}")
-        if self.steepness < 0:
+        if not self.steepness >= 0:
             raise ValueError(f"steepness must not be negative: counts would grow with depth; got {self.steepness}")
 
     def rates(self, layers: int) -> tuple[float, ...]:

@@ -249,7 +249,7 @@ class CMAI(Intervention):
         per_head: bool = False,
     ):
         check_choice("rule", rule, ("quantile", "mean", "value"))
-        if threshold < 0 or (rule == "quantile" and threshold > 1):
+        if not threshold >= 0 or (rule == "quantile" and threshold > 1):
             raise ValueError(f"threshold must not be negative, and at most 1 as a quantile; got {threshold}")
         self.threshold, self.rule, self.per_head = threshold, rule, per_head
         self.layers = to_list("layers", layers)

@@ -241,7 +241,7 @@ class AGLA(ContrastiveDecoding):
     name: ClassVar[str] = "agla"
 
     def __init__(self, pixels: Tensor | Callable[[Tensor], Tensor], alpha: float = 2.0, cutoff: float = 0.5):
-        if alpha < 0:
+        if not alpha >= 0:
             raise ValueError(f"alpha must not be negative, got {alpha}")
         super().__init__(OtherPixels(pixels, "relevant-region"), 1.0, alpha, cutoff)
 

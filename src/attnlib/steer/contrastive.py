@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_real
 from ..hooks.branches import Branch, Prompt
 from ..hooks.hf.follow import watch_prompts
 from ..hooks.hf.names import cache_argument, cache_out, crop, reader
@@ -117,6 +118,7 @@ class ContrastiveDecoding(Intervention):
             raise ValueError(f"cutoff must lie in [0, 1], got {cutoff}")
         if interval is not None and interval < 0:
             raise ValueError(f"interval must not be negative, got {interval}")
+        a, b = check_real("a", a), check_real("b", b)
         self.branch, self.a, self.b, self.cutoff = branch, float(a), float(b), float(cutoff)
         self.normalize, self.interval = normalize, interval
         self.layers = None

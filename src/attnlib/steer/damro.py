@@ -127,7 +127,7 @@ class DAMRO(ContrastiveDecoding):
         order: str = "score",
         vision: str | None = None,
     ):
-        if alpha < 0:
+        if not alpha >= 0:
             raise ValueError(f"alpha must not be negative, got {alpha}")
         check_choice("score", score, ("class-attention", "norm"))
         check_choice("head_merge", head_merge, ("concat", "mean", "sum"))

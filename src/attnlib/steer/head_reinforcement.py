@@ -203,7 +203,7 @@ class HeadReinforcement(Intervention):
         outliers: bool = True,
         selection: str = "layers",
     ):
-        if not alpha > 0:
+        if not 0 < alpha < float("inf"):
             raise ValueError(f"alpha must be positive, got {alpha}")
         check_choice("selection", selection, ("layers", "passes"))
         self.alpha, self.outliers, self.selection = float(alpha), outliers, selection

@@ -153,7 +153,7 @@ class SinkCalibration(Intervention):
     ):
         if not 0.0 <= beta <= 1.0:
             raise ValueError(f"beta must lie in [0, 1], got {beta}")
-        if threshold < 0:
+        if not threshold >= 0:
             raise ValueError(f"threshold must not be negative, got {threshold}")
         check_choice("compat", compat, (None, "authors"))
         if isinstance(heads, str):

@@ -94,7 +94,7 @@ class SoftImageGuidance(ContrastiveDecoding):
         cutoff: float = 0.1,
         interval: int | None = None,
     ):
-        if scale < 0 or (contrast is not None and contrast < 0):
+        if not scale >= 0 or (contrast is not None and not contrast >= 0):
             raise ValueError(f"scale and contrast must not be negative, got {scale} and {contrast}")
         if contrast is None:
             super().__init__(NullTokens(null), scale, 1 - scale, interval=interval)

@@ -119,7 +119,7 @@ class VisualBoost(Intervention):
         branches: Sequence[str | None] = (None,),
     ):
         for name, value in (("alpha", alpha), ("beta", beta)):
-            if value < 0:
+            if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must not be negative, got {value}")
         if not 0.0 <= local_ratio <= 1.0:
             raise ValueError(f"local_ratio must lie in [0, 1], got {local_ratio}")
