@@ -263,8 +263,8 @@ class VisionTower(Shared):
         if self.what == "received":
             self._now[site.layer] = _received(site, q, k, site.mask)
         elif self.what == "concat":
-            wide = [t.transpose(1, 2).flatten(2)[:, None] for t in (q[:, :, :1], k)]
-            self._now[site.layer] = class_row(*wide)[:, 0]
+            wide_q, wide_k = (t.transpose(1, 2).flatten(2)[:, None] for t in (q[:, :, :1], k))
+            self._now[site.layer] = class_row(wide_q, wide_k)[:, 0]
         else:
             row = torch.zeros(1, dtype=torch.long, device=q.device)
             scores, _ = score_rows(site, q, k, row, site.mask)
