@@ -254,6 +254,38 @@ class _DeferredCache:
         return getattr(self._cache, name)
 
 
+def fill(mask: Tensor, dead: Tensor) -> Tensor:
+    """A mask with the pairs of ``dead`` forbidden, in the form it has."""
+    return mask.masked_fill(dead, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+
+
+def decode_mask(mask: Any, k_slots: Tensor, n: int, offset: int, heads: int, padded: bool) -> Tensor | None:
+    """The mask of ``n`` new tokens over the keys that are left and the new ones themselves.
+
+    Args:
+        mask: (B or 1, 1, n, M) over all slots, or ``None``.
+        k_slots: (B, Hk, K + n), -1 for padding, or (B, 1, K + n) where all heads hold the same.
+        n: new tokens.
+        offset: slot of the first new token.
+        heads: query heads.
+        padded: there is padding in ``k_slots``.
+
+    Returns:
+        (B, 1 or heads, n, K + n), or ``None``.
+    """
+    slots = k_slots if k_slots.shape[1] == 1 else k_slots.repeat_interleave(heads // k_slots.shape[1], 1)
+    batch, groups, count = slots.shape
+    if mask is None:
+        if n == 1 and not padded:
+            return None
+        new = torch.arange(offset, offset + n, device=slots.device)
+        allowed = slots[:, :, None] <= new[:, None]
+        return allowed & (slots >= 0)[:, :, None]
+    wide = mask.expand(batch, groups, n, mask.shape[-1])
+    picked = wide.gather(-1, slots.clamp(min=0)[:, :, None].expand(batch, groups, n, count))
+    return fill(picked, (slots < 0)[:, :, None]) if padded else picked
+
+
 def mask_unwritten(site: Site, layer: Any, hidden: Tensor, mask: Any) -> Any:
     """The mask of a static cache layer that shares its cache with layers that lost keys.
 

@@ -20,7 +20,7 @@ from ..recompute import Shared
 from ..session import Session
 from ..site import PairMask, Site, slots
 from ..tokens import PAD
-from .cache import Kept, _DeferredCache, evicted_layer_class, snapshot, why_latent, why_not_evictable
+from .cache import Kept, _DeferredCache, decode_mask, evicted_layer_class, snapshot, why_latent, why_not_evictable
 from .names import (
     BIAS,
     PREFIX,
@@ -265,7 +265,7 @@ class LayerRuntime(Shared):
         if isinstance(layer, evicted_layer_class()):
             new = torch.arange(call.offset, call.offset + n, device=hidden.device)
             k_pos = torch.cat([layer.positions, new.expand(*layer.positions.shape[:2], n)], -1)  # type: ignore[attr-defined]
-            mask = self._mask_of_kept(mask, k_pos, call, batch, self.site.heads, n, layer.padded)  # type: ignore[attr-defined]
+            mask = self._mask_of_kept(mask, k_pos, call, self.site.heads, n, layer.padded)  # type: ignore[attr-defined]
             m = k_pos.shape[-1]
         elif call.kept is not None:
             m, k_pos = n, call.kept.slots[:, None].expand(-1, self.site.kv_heads, -1)
@@ -446,7 +446,7 @@ class LayerRuntime(Shared):
             if call.offset and self.prompt_only and n == 1 and mask is None and not layer.padded:  # type: ignore[attr-defined]
                 return self.kernel(self.module, q, k, v, mask, *args, **kwargs)
             k_pos = layer.positions  # type: ignore[attr-defined]
-            mask = self._mask_of_kept(mask, k_pos, call, batch, heads, n, layer.padded)  # type: ignore[attr-defined]
+            mask = self._mask_of_kept(mask, k_pos, call, heads, n, layer.padded)  # type: ignore[attr-defined]
         elif call.kept is not None:
             # A static cache holds slots that nothing was written to yet.
             left = torch.nn.functional.pad(call.kept.slots, (0, m - n), value=-1)
@@ -488,28 +488,15 @@ class LayerRuntime(Shared):
         return call.cache.layers[self.site.layer]
 
     def _mask_of_kept(
-        self, mask: Any, k_pos: Tensor, call: _Call, batch: int, heads: int, n: int, padded: bool
+        self, mask: Any, k_pos: Tensor, call: _Call, heads: int, n: int, padded: bool
     ) -> Tensor | None:
         """The model's mask, made for all slots, at the slots that are left; one row of heads per query head."""
-        groups = heads // k_pos.shape[1]
-        if mask is None:
-            if n == 1 and not padded:
-                return None
-            q_pos = torch.arange(call.offset, call.offset + n, device=k_pos.device)
-            kept = k_pos[:, :, None] <= q_pos[:, None]
-        elif isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1:
-            wide = mask.expand(batch, k_pos.shape[1], n, mask.shape[-1])
-            kept = wide.gather(-1, k_pos[:, :, None].clamp(min=0).expand(-1, -1, n, -1))
-        else:
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1):
             raise ValueError(
                 f"{self.where}: its cache lost keys, and masks of attn_implementation={self.implementation!r} cannot "
-                "be "
-                f"read at the keys that are left; load the model with one of {list(READABLE)}"
+                f"be read at the keys that are left; load the model with one of {list(READABLE)}"
             )
-        if padded:
-            nothing = (k_pos < 0)[:, :, None]
-            kept = kept.masked_fill(nothing, False if kept.dtype == torch.bool else torch.finfo(kept.dtype).min)
-        return kept.repeat_interleave(groups, 1)
+        return decode_mask(mask, k_pos, n, call.offset, heads, padded)
 
     @staticmethod
     def _at_kept(bias: Tensor, k_pos: Tensor, batch: int, heads: int) -> Tensor:

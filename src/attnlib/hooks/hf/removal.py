@@ -33,7 +33,7 @@ from ..intervention import Intervention
 from ..recompute import Shared
 from ..session import Session
 from ..site import Site
-from .cache import Kept, evicted_layer_class, mask_unwritten
+from .cache import Kept, decode_mask, evicted_layer_class, fill, mask_unwritten
 from .layer import LayerRuntime, _runtimes, intercept
 from .names import ANGLES, READABLE, _need, cache_in, implementation_of, rotary_of
 
@@ -69,11 +69,6 @@ class _Memory(dict[str, Tensor]):
         self[SHIFT] = moved
 
 
-def fill(mask: Tensor, dead: Tensor) -> Tensor:
-    """A mask with the pairs of ``dead`` forbidden, in the form it has."""
-    return mask.masked_fill(dead, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
-
-
 def prompt_mask(mask: Any, slots: Tensor, ragged: bool, causal: bool) -> Tensor | None:
     """The mask of a prompt among the tokens that are left.
 
@@ -101,33 +96,6 @@ def prompt_mask(mask: Any, slots: Tensor, ragged: bool, causal: bool) -> Tensor 
     picked = picked.gather(2, index[:, None, :, None].expand(batch, heads, count, keys))
     picked = picked.gather(3, index[:, None, None].expand(batch, heads, count, count))
     return fill(picked, (slots < 0)[:, None, None] | (slots < 0)[:, None, :, None]) if ragged else picked
-
-
-def decode_mask(mask: Any, k_slots: Tensor, n: int, offset: int, heads: int, padded: bool) -> Tensor | None:
-    """The mask of ``n`` new tokens over the keys that are left and the new ones themselves.
-
-    Args:
-        mask: (B or 1, 1, n, M) over all slots, or ``None``.
-        k_slots: (B, Hk, K + n), -1 for padding, or (B, 1, K + n) where all heads hold the same.
-        n: new tokens.
-        offset: slot of the first new token.
-        heads: query heads.
-        padded: there is padding in ``k_slots``.
-
-    Returns:
-        (B, 1 or heads, n, K + n), or ``None``.
-    """
-    slots = k_slots if k_slots.shape[1] == 1 else k_slots.repeat_interleave(heads // k_slots.shape[1], 1)
-    batch, groups, count = slots.shape
-    if mask is None:
-        if n == 1 and not padded:
-            return None
-        new = torch.arange(offset, offset + n, device=slots.device)
-        allowed = slots[:, :, None] <= new[:, None]
-        return allowed & (slots >= 0)[:, :, None]
-    wide = mask.expand(batch, groups, n, mask.shape[-1])
-    picked = wide.gather(-1, slots.clamp(min=0)[:, :, None].expand(batch, groups, n, count))
-    return fill(picked, (slots < 0)[:, :, None]) if padded else picked
 
 
 class _Prompt:
