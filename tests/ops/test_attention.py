@@ -7,6 +7,7 @@ import torch
 from reference import bias_cases, generator, gradients, mask_cases, naive_softmax_attention, qkv
 
 from attnlib import masks as M
+from attnlib import ops
 from attnlib.ops import BACKENDS, attention, attention_partial, explain, use_backend
 
 MASKS = mask_cases()
@@ -246,6 +247,26 @@ def test_explain_gives_a_reason_for_every_other_backend():
     for name in BACKENDS:
         assert f"runs: {name}" in text or f"passed over: {name}: " in text
     assert "tiled: it has no dropout" in text and "SDPA only knows softmax" in text
+
+
+@pytest.mark.parametrize("op", ops.operators())
+def test_explain_wants_the_arguments_of_a_call(op):
+    with pytest.raises(TypeError, match=rf"explain\('{op}', ...\) wants the arguments of a call: "):
+        explain(op)
+    with pytest.raises(TypeError, match="wants the arguments of a call: "):
+        explain(getattr(ops, op), tempo=3)
+
+
+def test_explain_knows_other_operators_and_head_widths():
+    q, k, v = qkv(grad=False)
+    assert explain("linear_attention", q, k, v).startswith("runs: chunkwise\npassed over: recurrent: ")
+    assert explain(ops.linear_attention, q, k, v, form="parallel").startswith("runs: eager")
+    wide = qkv(n=300, m=300, dv=16, grad=False)
+    assert "sdpa: with heads of D=8 and Dv=16 it builds the whole map" in explain(*wide)
+    with use_backend("sdpa"), pytest.raises(ValueError, match="linear_attention has no such backend; possible"):
+        ops.linear_attention(q, k, v)
+    with pytest.raises(ValueError, match="op='softmax' is no operator; choose one of"):
+        explain("softmax", q, k, v)
 
 
 def test_forced_backend_that_cannot_serve_raises():

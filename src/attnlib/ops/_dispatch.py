@@ -9,6 +9,7 @@ is written by hand, :func:`twice` takes those of the specification. Forward mode
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -196,7 +197,15 @@ def explain(op: Any, *args: Any, backend: str | None = None, **kwargs: Any) -> s
         op, args = "attention", (op, *args)
     operator, settings = find(op)
     backend = kwargs.pop("form", backend)
-    return operator.explain(operator.prepare(*args, **settings, **kwargs), backend)
+    try:
+        call = operator.prepare(*args, **settings, **kwargs)
+    except TypeError as error:
+        if "positional argument" not in str(error) and "keyword argument" not in str(error):
+            raise
+        name = op if isinstance(op, str) else op.__name__
+        takes = ", ".join([p for p in inspect.signature(operator.prepare).parameters if p not in (*settings, "want")])
+        raise TypeError(f"explain({name!r}, ...) wants the arguments of a call: {takes}; {error}") from None
+    return operator.explain(call, backend)
 
 
 def derivatives(op: str | Callable[..., Any]) -> dict[str, dict[str, str]]:

@@ -20,8 +20,16 @@ from ._dispatch import Backend, Operator, explain, use_backend
 from ._guard import guarded
 
 
-def _prepare(*args: Any, return_weights: bool = False, want: str = "out", **kwargs: Any) -> AttentionCall:
-    return prepare(*args, want="weights" if return_weights else want, **kwargs)
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = None, valid: Tensor | None = None,
+    bias: Bias | Tensor | None = None, scale: float | None = None, normalizer: str | Normalizer = "softmax",
+    dropout_p: float = 0.0, q_pos: Tensor | None = None, k_pos: Tensor | None = None, return_weights: bool = False,
+    want: str = "out",
+) -> AttentionCall:  # fmt: skip
+    return prepare(
+        q, k, v, mask=mask, valid=valid, bias=bias, scale=scale, normalizer=normalizer, dropout_p=dropout_p,
+        q_pos=q_pos, k_pos=k_pos, want="weights" if return_weights else want,
+    )  # fmt: skip
 
 
 ATTENTION = Operator("attention", _prepare, entries={"attention_partial": {"want": "partial"}})

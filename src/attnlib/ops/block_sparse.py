@@ -752,9 +752,14 @@ class _Blocks:
 
 
 def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, order: str | None = None, partial: bool = False, **kwargs: Any
-) -> _Blocks:
-    call = prepare(q, k, v, want="partial" if partial else "out", **kwargs)
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, valid: Tensor | None = None,
+    mask: masks.Mask | Tensor | None = None, bias: Bias | Tensor | None = None, scale: float | None = None,
+    q_pos: Tensor | None = None, k_pos: Tensor | None = None, order: str | None = None, partial: bool = False,
+) -> _Blocks:  # fmt: skip
+    call = prepare(
+        q, k, v, mask=mask, valid=valid, bias=bias, scale=scale, q_pos=q_pos, k_pos=k_pos,
+        want="partial" if partial else "out",
+    )  # fmt: skip
     _check_plan(plan, call)
     if order is not None:
         check_choice("order", order, ORDERS)
