@@ -235,7 +235,7 @@ def test_bad_input():
         LayerWings(16, 2, 2, compat="paper")
     with pytest.raises(ValueError, match="empty"):
         Wings([])
-    with pytest.raises(TypeError, match="not a LayerWings"):
+    with pytest.raises(TypeError, match="LayerWings"):
         VisualWings([torch.nn.Identity()])
     with pytest.raises(ValueError, match="no textual learner"):
         Wings([LayerWings(32, 4, 2, textual=False)])

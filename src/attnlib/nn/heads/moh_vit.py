@@ -236,7 +236,10 @@ class MoHViTAggregatedAttention(_CosineHeads):
             raise ValueError(f"window_size={window_size} must be odd")
         check_int("sr_ratio", sr_ratio, least=1)
         self.window_size, self.sr_ratio = window_size, sr_ratio
-        self.pool_size = None if pool_size is None else to_tuple("pool_size", pool_size, 2)
+        self.pool_size: tuple[int, int] | None = None
+        if pool_size is not None:
+            rows, columns = to_tuple("pool_size", pool_size, 2)
+            self.pool_size = rows, columns
         places = window_size**2
         self.sr = nn.Conv2d(dim, dim, kernel_size=1)
         self.norm = nn.LayerNorm(dim)
@@ -257,14 +260,14 @@ class MoHViTAggregatedAttention(_CosineHeads):
         windows = F.unfold(image, self.window_size, padding=self.window_size // 2)
         return windows.unflatten(1, (t.shape[2], -1)).permute(0, 3, 1, 2)
 
-    def _pooled(self, x: Tensor, valid: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def _pooled(self, x: Tensor, valid: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """(B, P, C) tokens of the pooled map, and which of them exist."""
         image = x.movedim(-1, 1)
         image = F.gelu(F.conv2d(image, self.sr.weight, self.sr.bias))
         if valid is None:
-            return self.norm(F.adaptive_avg_pool2d(image, tuple(size)).flatten(2).mT), None
-        share = F.adaptive_avg_pool2d(valid[:, None].to(image.dtype), tuple(size))
-        cells = F.adaptive_avg_pool2d(image * valid[:, None], tuple(size)) / torch.where(share > 0, share, 1.0)
+            return self.norm(F.adaptive_avg_pool2d(image, size).flatten(2).mT), None
+        share = F.adaptive_avg_pool2d(valid[:, None].to(image.dtype), size)
+        cells = F.adaptive_avg_pool2d(image * valid[:, None], size) / torch.where(share > 0, share, 1.0)
         return self.norm(cells.flatten(2).mT), share.flatten(1) > 0
 
     def mix(  # type: ignore[override]
@@ -276,7 +279,7 @@ class MoHViTAggregatedAttention(_CosineHeads):
         returns: tuple[str, ...] = (),
     ) -> Output:
         grid, exists = x.shape[1:3], flat_valid(valid)
-        size = self.pool_size or tuple(side // self.sr_ratio for side in grid)
+        size = self.pool_size or (grid[0] // self.sr_ratio, grid[1] // self.sr_ratio)
         if any(not 1 <= p <= n for p, n in zip(size, grid, strict=True)):
             named = f"sr_ratio={self.sr_ratio}" if self.pool_size is None else f"pool_size={self.pool_size}"
             raise ValueError(f"{named} does not fit the grid {tuple(grid)} of x: the pooled map would be {tuple(size)}")
