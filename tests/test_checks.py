@@ -1,11 +1,13 @@
 """What is checked at a door: each refusal names the argument, what was given and what is possible."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from attnlib import checks as C
 
@@ -145,3 +147,50 @@ def test_checks_trace_with_free_sizes():
     for n in (3, 5, 7):
         x = torch.randn(n, 4)
         assert torch.equal(compiled(x, 0.5), x * 0.5)
+
+
+# ---- settings, by what a constructor's annotations say
+
+
+class Base:
+    @C.checked
+    def __init__(self, dim: int, attn_drop: float = 0.0, causal: bool = False, reach: float = INF):
+        self.dim = dim
+
+
+class Derived(Base):
+    @C.checked
+    def __init__(
+        self,
+        name: str,
+        sides: int | Sequence[int] = 1,
+        map: Tensor | None = None,
+        rule: Callable[[int], int] | None = None,
+        **settings: Any,
+    ):
+        super().__init__(**settings)
+
+
+@pytest.mark.parametrize(
+    "kw, error, words",
+    [
+        (dict(dim=True), TypeError, "dim must be an integer, got True"),
+        (dict(dim=2.5), TypeError, "dim.*2.5"),
+        (dict(dim=None), TypeError, "dim.*None"),
+        (dict(attn_drop=1.5), ValueError, "attn_drop.*1.5"),
+        (dict(attn_drop=NAN), ValueError, "attn_drop.*nan"),
+        (dict(attn_drop="0.1"), TypeError, "attn_drop.*'0.1'"),
+        (dict(causal=1), TypeError, "causal must be True or False, got 1"),
+        (dict(causal=T), TypeError, "causal.*shape"),
+        (dict(name=3), TypeError, "name must be a string, got 3"),
+        (dict(sides="33"), TypeError, "sides.*'33'"),
+        (dict(sides=(2, 1.5)), TypeError, r"sides.*\(2, 1.5\)"),
+        (dict(map=[1]), TypeError, r"map must be Tensor or None, got \[1\]"),
+        (dict(rule=3), TypeError, "rule.*3"),
+        (dict(no_such=3), TypeError, "no_such"),
+    ],
+)
+def test_settings_are_checked_by_their_annotations(kw, error, words):
+    with pytest.raises(error, match=words):
+        Derived(**{"name": "a", "dim": 4, **kw})
+    assert Derived("a", sides=[1, np.int64(2)], map=T, rule=abs, dim=np.int64(4), attn_drop=0, reach=INF).dim == 4

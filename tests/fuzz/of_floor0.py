@@ -284,7 +284,7 @@ def helpers(rng: random.Random) -> Call:
     if kind == "inverse":
         return Call(
             grids.inverse_permutation, dict(permutation=torch.stack([torch.randperm(6) for _ in range(2)])),
-            lambda permutation: torch.argsort(permutation, -1),
+            lambda permutation: torch.argsort(permutation, -1), allows=META,
         )  # fmt: skip
     return Call(
         lambda x, grid: grids.unflatten_grid(grids.flatten_grid(x)[0], grid),

@@ -1,0 +1,67 @@
+"""What a mechanism is handed is looked at where it enters: the state's owner and form, the type and place of tokens."""
+
+import pytest
+import torch
+
+import attnlib
+from attnlib import State
+
+
+def make(name="softmax-attention", **config):
+    return attnlib.create(name, **{"dim": 8, "num_heads": 2, "causal": True, **config}).eval()
+
+
+X = torch.randn(2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    "state, error, words",
+    [
+        (lambda: {}, TypeError, "state must be an attnlib State"),
+        (lambda: State({}), ValueError, "state holds nothing"),
+        (lambda: make("lolcats").step(X)[1], ValueError, "state belongs to 'lolcats', not to 'softmax-attention'"),
+        (lambda: make().step(X[:1])[1], ValueError, "state holds 'k' of 1 samples, but x has 2"),
+        (lambda: make(num_heads=4).step(X)[1], ValueError, r"state holds 'k' as .*keeps .*\(2, 2, any, 4\)"),
+        (lambda: make().double().step(X.double())[1], (ValueError, TypeError), "state"),
+        (lambda: make().step(X)[1].map(lambda t: t.to("meta")), ValueError, "state holds 'k' on meta"),
+        (lambda: State({"S": torch.zeros(2, 2, 4, 4)}), (ValueError, KeyError), "state holds"),
+    ],
+)
+def test_a_state_of_something_else_is_refused(state, error, words):
+    m = make()
+    with pytest.raises(error, match=words):
+        m.step(X, state())
+    y, state = m.step(X)
+    assert state.kind == "softmax-attention"
+    torch.testing.assert_close(m.step(X[:, :1], state)[0], m(torch.cat([X, X[:, :1]], 1))[:, 3:])
+
+
+@pytest.mark.parametrize(
+    "x, error, words",
+    [
+        (X.half(), TypeError, "x has torch.float16, but the parameters of softmax-attention have torch.float32"),
+        (X.long(), TypeError, "x must be.*int64"),
+        (X.to("meta"), ValueError, "x on meta"),
+        (X[:, :0], ValueError, "at least one token"),
+        (X.tolist(), TypeError, "x must be a torch.Tensor"),
+    ],
+)
+def test_tokens_of_another_kind_are_refused(x, error, words):
+    with pytest.raises(error, match=words):
+        make()(x)
+
+
+def test_autocast_takes_what_it_casts():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert make()(X.bfloat16()).shape == X.shape
+
+
+def test_weights_that_are_brought_in_when_needed_do_not_refuse():
+    """An offloaded module has its parameters on meta until a hook of the layer fetches them."""
+    m = make()
+    m.q.register_forward_pre_hook(lambda layer, args: None)
+    whole = m(X)
+    held = m.proj.weight.data
+    m.proj.weight = torch.nn.Parameter(held.to("meta"))
+    m.proj.register_forward_pre_hook(lambda layer, args: setattr(layer, "weight", torch.nn.Parameter(held)))
+    assert torch.equal(m(X), whole)
