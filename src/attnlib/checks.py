@@ -369,7 +369,7 @@ def checked(function: F) -> F:
             parameter = signature.parameters[name]
             if parameter.kind is _ANY_KEYWORDS and args:
                 for key, inner in value.items():  # what is handed to a base class, by its annotations
-                    _check_setting(key, inner, _inherited(type(args[0]), key))
+                    _check_setting(key, inner, _inherited(type(args[0]), key, inner))
             elif (
                 parameter.kind is not _ANY_ARGS
                 and parameter.kind is not _ANY_KEYWORDS
@@ -390,12 +390,13 @@ def _check_setting(name: str, value: Any, hint: Any) -> None:
         check_real(name, value, least=0, below=1)
 
 
-def _inherited(cls: type, name: str) -> Any:
-    """The annotation of a constructor's argument, in the first class that names it."""
+def _inherited(cls: type, name: str, value: Any) -> Any:
+    """The annotation of a constructor's argument, in the first class that names it; ``Any`` for its default."""
     for base in cls.__mro__:
-        found = _hints(inspect.unwrap(base.__dict__["__init__"])) if "__init__" in base.__dict__ else {}
-        if name in found:
-            return found[name]
+        function = inspect.unwrap(base.__dict__["__init__"]) if "__init__" in base.__dict__ else None
+        found = _hints(function) if function else {}
+        if function and name in found:
+            return Any if inspect.signature(function).parameters[name].default is value else found[name]
     return Any
 
 
@@ -468,4 +469,4 @@ def _spell(hint: Any) -> str:
         return " or ".join(_spell(part) for part in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {list(typing.get_args(hint))}"
-    return _WORDS.get(hint) or (hint.__name__ if type(hint) is type else str(hint).replace("collections.abc.", ""))
+    return _WORDS.get(hint) or (hint.__name__ if isinstance(hint, type) else str(hint).replace("collections.abc.", ""))

@@ -140,7 +140,7 @@ class Mechanism(nn.Module):
             return self.mix(x, **call)
         try:
             return self.mix(x, **call)
-        except (RuntimeError, IndexError, AttributeError) as error:
+        except (RuntimeError, IndexError, AttributeError, KeyError, TypeError, ValueError) as error:
             for name in given:
                 why = self._misfit(name, x, call)
                 if why:

@@ -128,6 +128,8 @@ class BlockPlan(Plan):
         for name, block in (("q_block", q_block), ("k_block", k_block)):
             check_int(name, block, least=1)
         check_rank("chosen", chosen, (2, 3, 4), "(nq, nk), (B, nq, nk) or (B, H, nq, nk)")
+        if chosen.is_meta and kmax is None:
+            raise ValueError("chosen must hold values that can be counted, or kmax be given; got a tensor on meta")
         blocks = -(-m // k_block)
         if chosen.dtype != torch.bool or chosen.shape[-1] != blocks:
             raise ValueError(f"chosen must be boolean (..., nq, {blocks}), got {chosen.dtype} {tuple(chosen.shape)}")
