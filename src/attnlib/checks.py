@@ -365,29 +365,46 @@ def checked(function: F) -> F:
         except TypeError as error:
             raise TypeError(f"{error}; possible are the arguments {names}") from None
         hints = _hints(function)
+        asked: list[tuple[str, Any, Any]] = []
         for name, value in given.items():
             parameter = signature.parameters[name]
             if parameter.kind is _ANY_KEYWORDS and args:
-                for key, inner in value.items():  # what is handed to a base class, by its annotations
-                    _check_setting(key, inner, _inherited(type(args[0]), key, inner))
-            elif (
-                parameter.kind is not _ANY_ARGS
-                and parameter.kind is not _ANY_KEYWORDS
-                and value is not parameter.default
-            ):
-                _check_setting(name, value, hints.get(name, Any))
-        return function(*args, **kwargs)
+                # What is handed to a base class, by the annotations there.
+                asked += [(key, inner, _inherited(type(args[0]), key, inner)) for key, inner in value.items()]
+            elif parameter.kind not in (_ANY_ARGS, _ANY_KEYWORDS) and value is not parameter.default:
+                asked.append((name, value, hints.get(name, Any)))
+        unfit = [refusal for one in asked if (refusal := _check_setting(*one))]
+        # Of what is no plain number, word or flag the function itself may have more to say than its annotation.
+        try:
+            result = function(*args, **kwargs)
+        except Exception as error:
+            for name, refusal in unfit:
+                if name not in str(error):
+                    raise TypeError(refusal) from error
+            raise
+        for _, refusal in unfit:
+            raise TypeError(refusal)
+        return result
 
     return door  # type: ignore[return-value]
 
 
-def _check_setting(name: str, value: Any, hint: Any) -> None:
+def _check_setting(name: str, value: Any, hint: Any) -> tuple[str, str] | None:
+    """Raise for a plain value that does not fit; the argument and why for any other that does not."""
     if not _fits(value, hint):
+        refusal = f"{name} must be {_spell(hint)}, got {describe(value)}"
+        if any(part not in _WORDS and typing.get_origin(part) is not typing.Literal for part in _parts(hint)):
+            return name, refusal
         if not _number_for(hint) or isinstance(value, (bool, str, Tensor)) or value is None:
-            raise TypeError(f"{name} must be {_spell(hint)}, got {describe(value)}")
+            raise TypeError(refusal)
         check_real(name, value) if _number_for(hint) is float else check_int(name, value)
     if "drop" in name and type(value) is float and hint is not Any:
         check_real(name, value, least=0, below=1)
+    return None
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _inherited(cls: type, name: str, value: Any) -> Any:
@@ -457,7 +474,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _number_for(hint: Any) -> type | None:
     """``int`` or ``float`` where a hint asks for that and nothing else but ``None``."""
-    parts = [p for p in typing.get_args(hint) or (hint,) if p is not type(None)]
+    parts = [p for p in _parts(hint) if p is not type(None)]
     return parts[0] if len(parts) == 1 and parts[0] in (int, float) else None
 
 
@@ -465,8 +482,8 @@ _WORDS = {int: "an integer", float: "a finite number", bool: "True or False", st
 
 
 def _spell(hint: Any) -> str:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_spell(part) for part in typing.get_args(hint))
+    if len(_parts(hint)) > 1:
+        return " or ".join(map(_spell, _parts(hint)))
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {list(typing.get_args(hint))}"
     return _WORDS.get(hint) or (hint.__name__ if isinstance(hint, type) else str(hint).replace("collections.abc.", ""))

@@ -85,7 +85,7 @@ def init(rng: random.Random) -> Call:
             raise
         assert bool(torch.isfinite(out).all()), "the logits are not finite"
 
-    return Call(make, dict(settings), sane=sane, names=("layers", "heads", "rate", "count"))
+    return Call(make, dict(settings), sane=sane, names=("layers", "heads", "rate", "k"))
 
 
 @target("techniques.attach", weight=5)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_int, check_real, checked
+from ..checks import checked
 from ..hooks.blocks import block_of
 from ..hooks.choose import ask, pack
 from ..hooks.hf.removal import Lengths
@@ -191,9 +191,9 @@ def as_selector(keep: int | float | Selector) -> Selector:
     if isinstance(keep, bool):
         raise TypeError(f"keep must be a number of tokens, a share in [0, 1] or a selector, got {keep!r}")
     if isinstance(keep, int):
-        return TopK(check_int("keep", keep, least=0))
+        return TopK(keep)
     if isinstance(keep, float):
-        return Rate(check_real("keep", keep, least=0, most=1))
+        return Rate(keep)
     if not hasattr(keep, "keep"):
         raise TypeError(f"keep must be a number of tokens, a share in [0, 1] or a selector, got {keep!r}")
     return keep
