@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..checks import checked
+from ..checks import check_int, check_real, checked
 from ..hooks.blocks import block_of
 from ..hooks.choose import ask, pack
 from ..hooks.hf.removal import Lengths
