@@ -341,15 +341,16 @@ def check(
     target: Annotated[str, typer.Argument(help="A mechanism's name, or module:Class of your own.")],
     settings: Settings = None,
     grid: Annotated[str | None, typer.Option(help="Grid of the inputs to try, e.g. 12 or 8,8.")] = None,
+    infer: Annotated[bool, typer.Option("--infer", help="Also try what is not claimed.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Test every claim of a mechanism, claim by claim. Exit code 1 when one fails.
 
-    [dim]attnlib check biformer[/]  ·  [dim]attnlib check my.module:MyAttention --set dim=32 --grid 16[/]
+    [dim]attnlib check biformer[/]  ·  [dim]attnlib check my.module:MyAttention --set dim=32 --grid 16 --infer[/]
     """
     from .check import run_cli
 
-    report = run_cli(target, parse_settings(settings), None if grid is None else parse_grid(grid))
+    report = run_cli(target, parse_settings(settings), None if grid is None else parse_grid(grid), infer=infer)
     if as_json:
         _print_json(report.to_dict())
     else:

@@ -114,10 +114,10 @@ class StreamDrifts(Liar):
         self, x: Tensor, context: Any = None, *, valid: Tensor | None = None, state: State | None = None, **_: Any
     ) -> Output:
         k, v = zero_invalid(self.k(x).sigmoid(), valid), self.v(x)
-        past = x.new_zeros(x.shape[0], self.dim, self.dim) if state is None else state["S"]
+        past = x.new_zeros(x.shape[0], self.dim, self.dim, dtype=stats_dtype(x.dtype)) if state is None else state["S"]
         past = past * 0.999 if self.lie else past
         sums = past[:, None] + (k[..., None] * v[..., None, :]).to(past.dtype).cumsum(1)
-        y = self.proj((self.q(x).to(sums.dtype)[..., None, :] @ sums)[..., 0, :])
+        y = self.proj((self.q(x).to(sums.dtype)[..., None, :] @ sums)[..., 0, :].to(x.dtype))
         return Output(y, state=State({"S": sums[:, -1]}))
 
 

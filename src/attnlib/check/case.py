@@ -30,6 +30,7 @@ class Case:
             build larger ones; it gets an int on sequences and a tuple otherwise.
         extras: further keyword arguments of every call, made from ``x``: a carry that the mechanism cannot do without,
             for example. It should look only at the shape, dtype and device of ``x``.
+        streams: (*grid, C) of every stream of a fusion.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Case:
     symbols: Mapping[str, tuple[tuple[float, Mapping[str, Any]], ...]] = field(default_factory=dict)
     grid_setting: str | None = None
     extras: Callable[[Tensor], Mapping[str, Any]] | None = None
+    streams: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def id(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -10,14 +11,54 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from ..types import Output
-from .subject import SAME, Evidence, Subject, claim, deviation, finite, mechanism_only, refused, require, same, tokens
+from ..types import Output, Traits
+from .subject import (
+    SAME,
+    Evidence,
+    Refuted,
+    Scene,
+    Setting,
+    Subject,
+    claim,
+    deviation,
+    finite,
+    mechanism_only,
+    refused,
+    require,
+    same,
+    tokens,
+)
 
 
-def _directional(f: Any, leaves: list[Tensor], direction: list[Tensor], grads: list[Tensor]) -> tuple[float, float]:
+def _agree(
+    s: Subject, f: Any, leaves: list[Tensor], grads: list[Tensor], seed: int, what: str, limit: float
+) -> float:
+    """The error of ``grads`` along a random direction of ``leaves``; refutes with ``what`` above ``limit``.
+
+    A kink may lie within the step of a central difference, which says nothing about the gradient beside it: a wrong
+    gradient is wrong with every step and in other directions too.
+    """
+    least, why = math.inf, ""
+    for attempt, eps in enumerate((1e-6, 1e-7, 1e-6)):
+        direction = [s.noise(t, 10 * seed + i + (500 if attempt == 2 else 0)) for i, t in enumerate(leaves)]
+        analytic, numeric = _directional(f, leaves, direction, grads, eps)
+        error = abs(analytic - numeric) / max(abs(analytic), abs(numeric), 1e-2)
+        if error < least:
+            least = error
+            why = (
+                f"along a random direction of {what} the gradient says {analytic:.6g}, "
+                f"a central difference {numeric:.6g}"
+            )
+        if least <= limit:
+            return least
+    raise Refuted(why, least, limit)
+
+
+def _directional(
+    f: Any, leaves: list[Tensor], direction: list[Tensor], grads: list[Tensor], eps: float
+) -> tuple[float, float]:
     """(analytic, numeric) derivative of ``f()`` along ``direction``."""
     analytic = sum(float((g * d).sum()) for g, d in zip(grads, direction, strict=True))
-    eps = 1e-6
     with torch.no_grad():
         values = []
         for sign in (1.0, -2.0):
@@ -29,16 +70,46 @@ def _directional(f: Any, leaves: list[Tensor], direction: list[Tensor], grads: l
     return analytic, (values[0] - values[1]) / (2 * eps)
 
 
+def _exact(claims: Traits) -> bool:
+    return claims.gradient == "exact" or (claims.gradient == "stopped" and claims.needs_plan)
+
+
+def _slope(s: Subject, scene: Scene, setting: Setting, limit: float) -> float:
+    """One direction of everything at once, in another mode, at another size, on another rank; with a gap in valid."""
+    m = s.fresh(train=setting.train)
+    claims, call = s.claims_of(m), s.repeatable(m)
+    if not _exact(claims) or scene.name not in claims.patterns:
+        return 0.0
+    x, context = s.x(grid=setting.grid), s.context(scene, grid=setting.grid)
+    kw = {"valid": s.gaps(x)["right"]} if claims.valid and not claims.needs_plan else {}
+    kw |= s.plan(m, x, context)
+    leaves = [t.requires_grad_() for t in (x, context) if t is not None]
+    leaves += [p for p in m.parameters() if p.requires_grad]
+    with torch.no_grad():
+        g = s.noise(call(x, context, scene, **kw), 1)
+
+    def f() -> Tensor:
+        return (call(x, context, scene, **kw) * g).sum()
+
+    found = torch.autograd.grad(f(), leaves, allow_unused=True)
+    grads = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(leaves, found, strict=True)]
+    return _agree(s, f, leaves, grads, 4, f"everything, {scene.name}{setting.where},", limit)
+
+
 @claim("gradient")
 def gradient(s: Subject) -> Evidence:
-    """Exact gradients equal central differences in float64 along random directions, discrete choices held fixed."""
+    """Exact gradients equal central differences in float64 along random directions, discrete choices held fixed.
+
+    Again at about 130 tokens, there in training too, and on every claimed rank.
+    """
     limit, worst, dead = 1e-5, 0.0, set()
     kind = s.claims.gradient
-    exact = kind == "exact" or (kind == "stopped" and s.claims.needs_plan)
+    exact = _exact(s.claims)
     for scene in s.scenes:
         m, x, context = s.fresh(), s.x(), s.context(scene)
         plan = s.plan(m, x, context)
-        g = s.noise(x, 1)
+        with torch.no_grad():
+            g = s.noise(s.y(m, x, context, scene, **plan), 1)
 
         def f(call: Any = partial(s.y, m, x, context, scene, **plan), g: Tensor = g) -> Tensor:
             return (call() * g).sum()
@@ -57,16 +128,9 @@ def gradient(s: Subject) -> Evidence:
         for group, what in ((range(len(inputs)), "the inputs"), (range(len(inputs), len(leaves)), "the parameters")):
             chosen, chosen_grads = [leaves[i] for i in group], [grads[i] for i in group]
             for seed in range(2):
-                direction = [s.noise(t, 10 * seed + i) for i, t in enumerate(chosen)]
-                analytic, numeric = _directional(f, chosen, direction, chosen_grads)
-                scale = max(abs(analytic), abs(numeric), 1e-2)
-                error = abs(analytic - numeric) / scale
-                why = (
-                    f"{scene.name}: along a random direction of {what} the gradient says {analytic:.6g}, "
-                    f"a central difference {numeric:.6g}"
-                )
-                require(error <= limit, why, error, limit)
-                worst = max(worst, error)
+                worst = max(worst, _agree(s, f, chosen, chosen_grads, seed, f"{what}, {scene.name},", limit))
+        for setting in s.settings():
+            worst = max(worst, _slope(s, scene, setting, limit))
     said = "equal to central differences" if exact else f"finite ({kind}: not the derivative of the forward)"
     return Evidence(said + (f"; without gradient: {sorted(dead)}" if dead else ""), worst if exact else None, limit)
 

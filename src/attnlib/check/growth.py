@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ SLACK = 0.15
 #: A claim that exceeds what was measured by more than this is reported as loose.
 LOOSE = 0.3
 
+#: A call of more operators than this loops over tokens, so it is counted on few: each operator takes up to a
+#: millisecond on tensors without data.
+OPERATORS = 1500
+#: No call of more than this is counted at all.
+MOST = 8000
+
 aten = torch.ops.aten
 # These read or write the elements they name, not the whole of what they point into.
 _PICKS = {aten.index, aten.index_select, aten.gather, aten.embedding, aten.slice_scatter, aten.select_scatter}
@@ -33,6 +40,10 @@ _PUTS = {
 _FREE = {aten._unsafe_view, aten.lift_fresh, aten.detach, aten.detach_}
 
 
+class TooLong(Exception):
+    """A call has too many operators to be counted in reasonable time."""
+
+
 class Counter(TorchDispatchMode):
     """Counts arithmetic and written elements of everything below it.
 
@@ -40,15 +51,20 @@ class Counter(TorchDispatchMode):
     elements read and written. ``written``: elements of every tensor that is not a view of an input.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: float = math.inf) -> None:
         super().__init__()
         self.work = 0.0
         self.written = 0.0
+        self.calls = 0
+        self.most = most
         self.paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        self.calls += 1
+        if self.calls > self.most:
+            raise TooLong(f"more than {self.most} operators")
         if self.paused or func.namespace == "prim":
             return out
         packet, schema = func._overloadpacket, func._schema
@@ -107,31 +123,59 @@ class _Projections(TorchFunctionMode):
             self.counter.paused = before
 
 
+@dataclass(frozen=True)
+class Count:
+    """What one call costs.
+
+    Args:
+        work: arithmetic, projections left out.
+        written: elements written.
+        fake: counted on tensors without data.
+        calls: operators.
+    """
+
+    work: float
+    written: float
+    fake: bool
+    calls: int
+
+
 def count(f: Callable[..., Any], *inputs: Tensor) -> tuple[float, float, bool]:
     """``(work, written elements, without data)`` of ``f(*inputs)``.
 
     Tensors carry no data, so that large sizes cost nothing; a mechanism that looks at values is counted on real ones.
     """
+    found = _count(f, inputs)
+    return found.work, found.written, found.fake
+
+
+def _count(
+    f: Callable[..., Any], inputs: tuple[Tensor, ...], most: float = math.inf, trained: Sequence[Tensor] | None = None
+) -> Count:
+    """The cost of ``f(*inputs)``, and of its backward pass to inputs and ``trained`` when these are given."""
+    grad = trained is not None
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one opaque operator for a whole layer cannot be counted
     try:
-        return _count(f, inputs)
+        for fake in (True, False):
+            counter = Counter(most)
+            try:
+                with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext() as mode:
+                    given = [t.detach() if mode is None else mode.from_tensor(t) for t in inputs]
+                    with counter, _Projections(counter), torch.set_grad_enabled(grad):
+                        if grad:
+                            given = [t.requires_grad_() for t in given]
+                        y = f(*given)
+                        if trained is not None and y.requires_grad:
+                            torch.autograd.grad(y.sum(), [*given, *trained], allow_unused=True)
+                return Count(counter.work, counter.written, fake, counter.calls)
+            except TooLong:
+                raise
+            except Exception:
+                if not fake:
+                    raise
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _count(f: Callable[..., Any], inputs: tuple[Tensor, ...]) -> tuple[float, float, bool]:
-    for fake in (True, False):
-        counter = Counter()
-        try:
-            with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext() as mode:
-                given = inputs if mode is None else [mode.from_tensor(t) for t in inputs]
-                with counter, _Projections(counter):
-                    f(*given)
-            return counter.work, counter.written, fake
-        except Exception:
-            if not fake:
-                raise
     raise AssertionError
 
 
@@ -141,7 +185,9 @@ def exponent(points: list[tuple[float, float]]) -> float:
     return math.log(max(c1, 1.0) / max(c0, 1.0)) / math.log(n1 / n0)
 
 
-def _at(s: Subject, grid: tuple[int, ...], overrides: Mapping[str, Any]) -> tuple[float, float, bool]:
+def _at(
+    s: Subject, grid: tuple[int, ...], overrides: Mapping[str, Any], grad: bool = False, most: float = math.inf
+) -> Count:
     m = s.fresh(torch.float32, **overrides)
     scene = s.scene
 
@@ -150,37 +196,75 @@ def _at(s: Subject, grid: tuple[int, ...], overrides: Mapping[str, Any]) -> tupl
         fixed = s.case.context_grid
         other = grid if fixed is None or len(fixed) == len(grid) else fixed
         inputs.append(torch.randn(1, *other, s.context_width))
-    return count(lambda x, context=None: s.y(m, x, context, scene), *inputs)
+    trained = [p for p in m.parameters() if p.requires_grad] if grad else None
+    return _count(lambda x, context=None: s.y(m, x, context, scene), tuple(inputs), most, trained)
 
 
-def _grids(s: Subject) -> list[tuple[int, ...]]:
-    if s.case.growth is not None:
-        return list(s.case.growth)
+def _doubled(s: Subject, least: int, most: int) -> list[tuple[int, ...]]:
+    """The grid of the case, doubled: sizes from ``least`` tokens to the first of ``most`` or more, two at least."""
     grid = s.grid
     out: list[tuple[int, ...]] = []
-    while len(out) < 2 or math.prod(out[-1]) < 4096:
-        if math.prod(grid) >= 256:
+    while len(out) < 2 or math.prod(out[-1]) < most:
+        if math.prod(grid) >= least:
             out.append(grid)
         grid = tuple(2 * g for g in grid)
     return out
 
 
-def _over_n(s: Subject) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+def _below(side: int, step: int) -> int:
+    """The largest multiple of ``step`` below ``side`` that no power of two explains: a prime number of steps."""
+    for steps in range(side // step - 1, 2, -1):
+        if all(steps % d for d in range(2, math.isqrt(steps) + 1)):
+            return steps * step
+    return side
+
+
+#: What is counted: work and written elements by what was asked, each a list of (number of tokens, count).
+Points = list[tuple[float, float]]
+
+
+def _over_n(s: Subject) -> dict[str, tuple[Points, Points]]:
+    """Counts over the number of tokens: at sizes that double, and, at odd ones, forward and backward."""
     claimed = s.claims.work or s.claims.memory
     if claimed and not s.claims.resolution_free and s.case.grid_setting is None:
         raise NotClaimed("the size is fixed, and the case names no grid_setting to build another one")
-    work: list[tuple[float, float]] = []
-    written: list[tuple[float, float]] = []
-    for grid in _grids(s):
-        overrides = {}
+
+    def at(grid: tuple[int, ...], grad: bool = False, most: float = MOST) -> Count:
+        overrides: dict[str, Any] = {}
         if not s.claims.resolution_free and s.case.grid_setting is not None:
             overrides = {s.case.grid_setting: grid if len(grid) > 1 else grid[0]}
-        w, e, fake = _at(s, grid, overrides)
-        work.append((math.prod(grid), w))
-        written.append((math.prod(grid), e))
-        if not fake and s.case.growth is None and len(work) >= 2 and math.prod(grid) >= 1024:
-            break  # real tensors cost real time
-    return work, written
+        return _at(s, grid, overrides, grad, most)
+
+    if s.case.growth is not None:
+        return {"": _points([(math.prod(grid), at(grid)) for grid in s.case.growth])}
+    first, *_ = _doubled(s, 256, 256)
+    try:
+        found = at(first, most=OPERATORS)
+        # Values that are looked at are counted on real tensors, of moderate size.
+        pair = _doubled(s, 256, 4096 if found.fake else 1024)[-2:]
+    except TooLong:
+        pair = _doubled(s, 24, 48)[:2]
+    try:
+        counts = [(math.prod(grid), at(grid)) for grid in pair]
+    except TooLong as error:
+        raise NotClaimed(f"{error} for {math.prod(pair[1])} tokens, too many to be counted") from error
+    out = {"": _points(counts)}
+    step = s.claims.grid_multiple
+    odd = [tuple(_below(side, step) for side in grid) for grid in pair]
+    n = [math.prod(grid) for grid in odd]
+    if not n[0] < counts[0][0] < n[1]:
+        return out  # a side of a few steps has nothing like it below
+    # Both of a pair are odd: another path may cost a constant factor more.
+    for name, grad in ((" at odd sizes", False), (" forward and backward, at odd sizes", True)):
+        try:
+            out[name] = _points([(k, at(grid, grad)) for k, grid in zip(n, odd, strict=True)])
+        except TooLong:
+            continue
+    return out
+
+
+def _points(counts: Sequence[tuple[float, Count]]) -> tuple[Points, Points]:
+    return [(n, c.work) for n, c in counts], [(n, c.written) for n, c in counts]
 
 
 def _growth(s: Subject, kind: str) -> Evidence:
@@ -188,37 +272,38 @@ def _growth(s: Subject, kind: str) -> Evidence:
     if s._growth is None:
         s._growth = {"N": _over_n(s)} if "N" in claimed or not claimed else {}
         for symbol, settings in s.case.symbols.items():
-            counts = [(value, *_at(s, s.grid, overrides)) for value, overrides in settings]
-            s._growth[symbol] = ([(v, w) for v, w, _, _ in counts], [(v, e) for v, _, e, _ in counts])
+            s._growth[symbol] = {"": _points([(value, _at(s, s.grid, overrides)) for value, overrides in settings])}
     said, loose, worst = [], False, None
     for symbol, power in (claimed or {"N": math.nan}).items():
         if symbol not in s._growth:
             said.append(f"{symbol}: not counted, the case names no settings for it")
             continue
-        points = s._growth[symbol][0 if kind == "work" else 1]
-        measured = exponent(points)
-        sizes = f"{points[-2][0]:g} to {points[-1][0]:g}"
-        require(
-            not measured > power + SLACK,
-            f"{kind} grows like {symbol}^{measured:.2f} from {symbol} = {sizes}, claimed is {symbol}^{power:g}",
-            measured,
-            power + SLACK,
-        )
-        worst = measured if symbol == "N" or worst is None else worst
-        said.append(
-            f"{symbol}^{measured:.2f} from {sizes}" + (f", claimed {symbol}^{power:g}" if power == power else "")
-        )
-        loose = loose or measured < power - LOOSE
+        for where, both in s._growth[symbol].items():
+            points = both[0 if kind == "work" else 1]
+            measured = exponent(points)
+            sizes = f"{points[-2][0]:g} to {points[-1][0]:g}"
+            why = (
+                f"{kind}{where} grows like {symbol}^{measured:.2f} from {symbol} = {sizes}, "
+                f"claimed is {symbol}^{power:g}"
+            )
+            require(not measured > power + SLACK, why, measured, power + SLACK)
+            if where:
+                continue
+            worst = measured if symbol == "N" or worst is None else worst
+            said.append(
+                f"{symbol}^{measured:.2f} from {sizes}" + (f", claimed {symbol}^{power:g}" if power == power else "")
+            )
+            loose = loose or measured < power - LOOSE
     return Evidence("; ".join(said), worst, loose=loose)
 
 
 @claim("work", unless=lambda s: None if s.claims.work else "no growth of work is claimed", probe=True)
 def work(s: Subject) -> Evidence:
-    """Arithmetic grows no faster than claimed."""
+    """Arithmetic grows no faster than claimed, at odd sizes and with gradients too."""
     return _growth(s, "work")
 
 
 @claim("memory", unless=lambda s: None if s.claims.memory else "no growth of memory is claimed", probe=True)
 def memory(s: Subject) -> Evidence:
-    """Written elements grow no faster than claimed."""
+    """Written elements grow no faster than claimed, at odd sizes and with gradients too."""
     return _growth(s, "memory")

@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from ..checks import check_choice
+from ..nn.base import Fusion
 from ..types import Traits
-from . import causality, dtype, gradients, growth, purity, robustness, shape, tracing, validity  # noqa: F401
+from . import (  # noqa: F401
+    causality,
+    derivatives,
+    dtype,
+    gradients,
+    growth,
+    modes,
+    purity,
+    robustness,
+    shape,
+    tracing,
+    validity,
+)  # fmt: skip
+from .adapt import KINDS, Pool, Stream, stream_shapes
 from .case import Case
+from .infer import infer as infer_claims
+from .infer import spelled
 from .report import Finding, Report
-from .subject import CLAIMS, Claim, Evidence, NotClaimed, Refuted, Subject
+from .subject import CLAIMS, SILENT, Claim, Subject
+from .verdict import Evidence, NotClaimed, Refuted
 
 #: The order of reports: by theme.
 ORDER = (
     "traits", "patterns", "resolution", "grid ranks", "layout", "extras", "permutation", "causality", "streaming",
-    "no streaming", "validity", "mask", "batch", "batch sizes", "work", "memory", "gradient", "losses", "checkpointing",
-    "plan", "no plan", "float32", "bfloat16", "autocast", "compile", "export", "copies", "deploy", "inputs untouched",
-    "no hidden state", "bad arguments",
+    "no streaming", "validity", "mask", "batch", "batch sizes", "strides", "modes", "work", "memory", "gradient",
+    "derivatives", "losses", "checkpointing", "plan", "no plan", "float32", "bfloat16", "autocast", "compile", "export",
+    "copies", "deploy", "inputs untouched", "no hidden state", "bad arguments",
 )  # fmt: skip
 
 
@@ -58,10 +78,13 @@ def check(
     grid: int | Sequence[int] | None = None,
     context_grid: int | str | Sequence[int] | None = None,
     select: Iterable[str] | None = None,
-    probe: bool = False,
+    infer: bool = False,
+    kind: str | None = None,
     **config: Any,
 ) -> Report:
-    """Test everything that a mechanism claims.
+    """Test everything that a mechanism, a fusion or a pool claims.
+
+    A fusion is tested stream by stream: each in turn is ``x``, the next one is the context.
 
     Args:
         target: registry name, ``"module:Class"``, class, factory, module, or a :class:`Case`.
@@ -70,7 +93,10 @@ def check(
         grid: grid of the inputs, e.g. ``12`` or ``(8, 8)``.
         context_grid: grid of the context in cross patterns.
         select: names of claims, by default all of :data:`CLAIMS`.
-        probe: also try what is not claimed and say whether it would hold.
+        infer: also try what is not claimed: say whether it would hold, and, of a module that claims nothing, what seems
+            to hold.
+        kind: ``"mechanism"``, ``"fusion"`` or ``"pool"`` ((B, N, C) to (B, D)); by default what the target turns out
+            to be.
         config: settings for building it.
 
     Returns:
@@ -86,16 +112,78 @@ def check(
     unknown = [n for n in names if n not in CLAIMS]
     if unknown:
         raise ValueError(f"select contains {unknown}; possible: {list(ORDER)}")
+    if kind is not None:
+        check_choice("kind", kind, KINDS)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are tiny: waiting for a second thread costs more than it brings
     try:
         with torch.random.fork_rng(devices=[]):
-            s = Subject(target, case, claims, grid, context_grid, config)
-            findings = [_examine(CLAIMS[n], s, probe) for n in names]
+            makers = _subjects(target, case, kind, grid, context_grid, config)
+            note = ""
+            if infer and makers[0](claims).claims is SILENT:
+                claims = infer_claims(makers[0])
+                note = f"It claims nothing. What seems to hold: {spelled(claims)}"
+            subjects = [make(claims) for make in makers]
+            found = [[_examine(CLAIMS[n], s, infer) for n in names] for s in subjects]
     finally:
         torch.set_num_threads(threads)
+    s = subjects[0]
     name = s.case.id if isinstance(target, Case) or case is not None else s.name
-    return Report(name, dict(s.case.config), s.grid, findings, s.claims.to_dict())
+    if s.claims is SILENT:
+        note = "It claims nothing of itself (it has no traits). `--infer` or infer=True tries what seems to hold."
+    return Report(name, dict(s.case.config), s.grid, _merged(found), s.claims.to_dict(), note)
+
+
+def _subjects(
+    target: Any, case: Case | None, kind: str | None, grid: Any, context_grid: Any, config: Mapping[str, Any]
+) -> list[Callable[[Traits | None], Subject]]:
+    """Builders of what is tested, given claims: one, or one per stream of a fusion."""
+
+    def make(claims: Traits | None, **rest: Any) -> Subject:
+        return Subject(target, case, claims, grid, context_grid, config, **rest)
+
+    plain = make(None)
+    if kind == "fusion" or (kind is None and isinstance(plain.base, Fusion)):
+        shapes = plain.case.streams or stream_shapes(plain.case.config, plain.base)
+        if len(shapes) < 2:
+            raise ValueError(f"streams={shapes} names {len(shapes)} streams; a fusion has two or more")
+
+        def stream(index: int) -> Callable[[Traits | None], Subject]:
+            own, other = shapes[index][:-1], shapes[(index + 1) % len(shapes)][:-1]
+
+            def build(claims: Traits | None) -> Subject:
+                wrap = partial(Stream, index=index, shapes=shapes)
+                return Subject(target, case, claims, own, other, config, wrap=wrap)
+
+            return build
+
+        return [stream(i) for i in range(len(shapes))]
+    if kind == "pool" or (kind is None and plain.claims is SILENT and _pools(plain)):
+        return [lambda claims: make(claims, wrap=Pool)]
+    return [make]
+
+
+def _pools(s: Subject) -> bool:
+    """Whether a module that says nothing of itself turns tokens into one vector."""
+    try:
+        with torch.no_grad():
+            y = s.base(s.x(dtype=torch.float32))
+    except Exception:
+        return False
+    return isinstance(y, torch.Tensor) and y.dim() == 2 and len(s.grid) == 1
+
+
+def _merged(found: list[list[Finding]]) -> list[Finding]:
+    """One finding per claim: what was seen on the stream that fares worst, which is named."""
+    if len(found) == 1:
+        return found[0]
+    out = []
+    for findings in zip(*found, strict=True):
+        worst = min(range(len(findings)), key=lambda i: ("fail", "pass", "skip").index(findings[i].status))
+        seconds = round(sum(f.seconds for f in findings), 4)
+        why = f"stream {worst}: {findings[worst].why}" if findings[worst].status == "fail" else findings[worst].why
+        out.append(replace(findings[worst], why=why, seconds=seconds))
+    return out
 
 
 def conformance(rows: Iterable[Case]) -> Callable[..., None]:
@@ -123,6 +211,7 @@ def run_cli(
     grid: int | Sequence[int] | None = None,
     *,
     select: Iterable[str] | None = None,
+    infer: bool = False,
 ) -> Report:
-    """What ``attnlib check`` runs: :func:`check`, and what is not claimed is probed too."""
-    return check(target, grid=grid, select=select, probe=True, **dict(settings or {}))
+    """What ``attnlib check`` runs."""
+    return check(target, grid=grid, select=select, infer=infer, **dict(settings or {}))

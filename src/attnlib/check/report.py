@@ -45,6 +45,7 @@ class Report:
     grid: tuple[int, ...]
     findings: list[Finding]
     claims: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def ok(self) -> bool:
@@ -77,6 +78,7 @@ class Report:
             "ok": self.ok,
             "seconds": round(self.seconds, 3),
             "claims": self.claims,
+            "note": self.note,
             "findings": [asdict(f) for f in self.findings],
         }
 
@@ -86,7 +88,7 @@ class Report:
         verdict = "keeps its claims" if self.ok else f"breaks {', '.join(f.claim for f in self.failed)}"
         return (
             f"{self.target} {verdict}: {count['pass']} passed, {count['fail']} failed, "
-            f"{count['skip']} not claimed, {self.seconds:.1f} s"
+            f"{count['skip']} of {len(self.findings)} claims not tested, {self.seconds:.1f} s"
         )
 
     def __rich__(self) -> Any:
@@ -104,7 +106,8 @@ class Report:
             verdict = {"skip": "not claimed"}.get(f.status, f.status) + (" (loose)" if f.loose else "")
             measured = "" if f.measured is None else f"{f.measured:.3g}"
             table.add_row(f.claim, Text(verdict, STYLES[f.status]), measured, Text(f.why))
-        return Group(table, Text(self.summary(), STYLES["pass" if self.ok else "fail"]))
+        end = Text(self.summary(), STYLES["pass" if self.ok else "fail"])
+        return Group(table, end, Text(self.note)) if self.note else Group(table, end)
 
     def __str__(self) -> str:
         from rich.console import Console

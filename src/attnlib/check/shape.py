@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..types import PATTERNS
 from .subject import (
+    SILENT,
     Evidence,
     NotClaimed,
+    Scene,
     Subject,
     accepts,
     claim,
@@ -49,14 +53,14 @@ def patterns(s: Subject) -> str:
         x, context = s.x(), s.context(scene)
         x.requires_grad_()
         y = finite(s.y(m, x, context, scene), f"y of {scene.name}")
-        require(y.shape == x.shape, f"{scene.name}: y has shape {tuple(y.shape)} for x of shape {tuple(x.shape)}")
+        require(s.fits(y, x), f"{scene.name}: y has shape {tuple(y.shape)} for x of shape {tuple(x.shape)}")
         require(y.dtype == x.dtype, f"{scene.name}: y is {y.dtype} for x of {x.dtype}")
         leaves = [x] if context is None else [x, context.requires_grad_()]
         y = s.y(m, x, context, scene)
         for grad in torch.autograd.grad(y.square().sum(), leaves, retain_graph=True, allow_unused=True):
             require(grad is not None and grad.any(), f"{scene.name}: y does not read all that it is given")
             finite(grad, f"the gradient of {scene.name}")  # type: ignore[arg-type]
-        if not scene.cross and not scene.causal and x.shape[1] > 1:
+        if not scene.cross and not scene.causal and x.shape[1] > 1 and s.claims is not SILENT and not s.pool:
             later = (
                 torch.autograd.grad(y[:, t].square().sum(), x, retain_graph=True)[0][:, t + 1 :].any()
                 for t in range(x.shape[1] - 1)
@@ -90,7 +94,7 @@ def resolution(s: Subject) -> str:
         attempt = partial(s.y, m, x, context, scene)
         if s.claims.resolution_free:
             y = finite(attempt(), f"y on grid {grid}")
-            require(y.shape == x.shape, f"grid {grid}: y has shape {tuple(y.shape)} for x of shape {tuple(x.shape)}")
+            require(s.fits(y, x), f"grid {grid}: y has shape {tuple(y.shape)} for x of shape {tuple(x.shape)}")
             said.append(f"grid {grid} works")
         elif s.is_mechanism:
             refused(attempt, f"grid {grid}, though one instance claims only the size it was built for,")
@@ -167,7 +171,8 @@ def permutation(s: Subject) -> Evidence:
     for scene in s.scenes:
         m, x, context = s.fresh(), s.x(), s.context(scene)
         order = torch.randperm(math.prod(s.grid), generator=torch.Generator().manual_seed(4))
-        y = s.y(m, x, context, scene).flatten(1, -2)[:, order]
+        y = s.y(m, x, context, scene).flatten(1, -2)
+        y = y if s.pool else y[:, order]
         moved = s.y(m, x.flatten(1, -2)[:, order].view_as(x), context, scene).flatten(1, -2)
         worst = max(worst, same(moved, y, f"{scene.name}: permuting tokens does not permute the answer"))
     return Evidence("permuting tokens permutes the answer", worst)
@@ -200,12 +205,111 @@ def batch(s: Subject) -> Evidence:
                 torch.manual_seed(0)
                 why = f"{mode}, the answer for sample 0 changes with the other samples"
                 worst = max(worst, same(s.y(m, other, context, scene)[:1], y[:1], why))
-    return Evidence("other samples change nothing", worst)
+    worst = max([worst, *(_others(s, scene) for scene in s.scenes)])
+    return Evidence("other samples change nothing, nor does which of their tokens exist", worst)
+
+
+def _others(s: Subject, scene: Scene) -> float:
+    """Which tokens of other samples exist does not matter, nor how many: none, few, all, more than here."""
+    worst = 0.0
+    if not s.claims.valid:
+        return worst
+    m, x, context = s.fresh(), s.x(4), s.context(scene, 4)
+    for argument, held in (("valid", x), ("context_valid", context)):
+        if held is None:
+            continue
+        first = s.gaps(held)["right"][0]
+        n, shape = first.numel(), first.shape
+        answers = []
+        for most in (0, 1, n // 2, n):
+            valid = torch.stack([first, *((torch.arange(n) < max(0, most - i)).view(shape) for i in range(3))])
+            with torch.no_grad():
+                answers.append(s.y(m, x, context, scene, **{argument: valid})[0])
+        why = f"{scene.name}: the answer for sample 0 changes with {argument} of the other samples"
+        worst = max([worst, *(same(y, answers[0], why) for y in answers[1:])])
+    return worst
+
+
+def _map(
+    s: Subject, m: nn.Module, x: Tensor, context: Tensor | None, scene: Scene, **kw: Any
+) -> tuple[Tensor, Tensor]:
+    """(y, weights) of shapes (B, N, C) and (B, H, N, M)."""
+    out = s.run(m, x, context, scene, returns=("weights",), **kw)
+    weights = out.weights
+    require(isinstance(weights, Tensor), f"weights are {type(weights).__name__}, not a tensor (B, H, N, M)")
+    n, k = math.prod(x.shape[1:-1]), math.prod((x if context is None else context).shape[1:-1])
+    found, want = tuple(weights.shape), f"(B, H, N, M) with N={n}, M={k}"
+    require(weights.dim() == 4 and weights.shape[2:] == (n, k), f"weights have shape {found}, not {want}")
+    return out.y.flatten(1, -2), weights
+
+
+def _vanish(s: Subject, scene: Scene) -> None:
+    """Weights are zero where nothing may be read."""
+    m, x, context = s.fresh(), s.x(), s.context(scene)
+    source = x if context is None else context
+    n, k = math.prod(x.shape[1:-1]), math.prod(source.shape[1:-1])
+    tries: list[tuple[str, dict[str, Any], Tensor]] = []
+    if s.claims.valid:
+        name = "valid" if context is None else "context_valid"
+        for valid in (s.holes(source), s.gaps(source)["left"]):
+            hidden = ~valid.flatten(1)[:, None, None].expand(-1, 1, n, -1)
+            tries.append((f"keys that {name} excludes", {name: valid}, hidden))
+    if s.claims.mask:
+        allowed = torch.rand(n, k, generator=torch.Generator().manual_seed(15)) > 0.5
+        tries.append(("keys that the mask hides", {"mask": allowed}, ~allowed.expand(x.shape[0], 1, n, k)))
+    if scene.causal and context is None:
+        steps = torch.arange(n) // max(1, n // x.shape[1])
+        later = steps[:, None] < steps
+        tries.append(("the future", {}, later.expand(x.shape[0], 1, n, k)))
+    with torch.no_grad():
+        for what, kw, hidden in tries:
+            _, weights = _map(s, m, x, context, scene, **kw)
+            largest = float((weights * hidden).abs().max()) if hidden.any() else 0.0
+            require(largest == 0, f"{scene.name}: weights at {what} reach {largest:.2g}", largest, 0.0)
+
+
+def _explain(s: Subject, scene: Scene) -> None:
+    """Weights are those that were used: what each head reads by them explains ``y`` better than others' weights do.
+
+    ``y`` is fitted, by least squares, to the tokens averaged by the weights of every head; with softmax attention the
+    fit is exact. A mechanism may do more than attend, so no fit is demanded, only one better than with the weights of
+    other samples or other rows.
+    """
+    batch = 48 if s.claims.batch_independent else 2
+    m = s.fresh()
+    x, context = 2 * s.x(batch), s.context(scene, batch)
+    context = None if context is None else 2 * context
+    with torch.no_grad():
+        y, weights = _map(s, m, x, context, scene)
+        source = (x if context is None else context).flatten(1, -2)
+        n, unknown = y.shape[1], weights.shape[1] * source.shape[-1] + 1
+        if batch * n < 3 * unknown:
+            return  # anything could be fitted
+
+        def rest(weights: Tensor) -> float:
+            read = torch.einsum("bhnm,bmc->bnhc", weights.double(), source.double()).flatten(2).flatten(0, 1)
+            read = torch.cat([read, read.new_ones(len(read), 1)], 1)
+            target = y.double().flatten(0, 1)
+            fit = read @ torch.linalg.lstsq(read, target, driver="gelsd").solution
+            return float((fit - target).norm() / (target - target.mean(0)).norm().clamp_min(1e-12))
+
+        generator = torch.Generator().manual_seed(16)
+        samples, rows = torch.randperm(batch, generator=generator), torch.randperm(n, generator=generator)
+        own = rest(weights)
+        other = min(rest(weights[samples]), rest(weights[:, :, rows]))
+    why = (
+        f"{scene.name}: the weights do not explain y: a fit by them leaves {own:.3f} of it, by those of other samples "
+        f"and rows {other:.3f}; they are not the weights that were used"
+    )
+    require(own < 1e-6 or own < 0.975 * other, why, own, 0.975 * other)
 
 
 @claim("extras")
 def extras(s: Subject) -> str:
-    """Weights and carry come back when asked for, and asking changes nothing."""
+    """Weights and carry come back when asked for, and asking changes nothing.
+
+    Weights vanish where ``valid``, the mask or causality forbids, and explain the answer.
+    """
     asked = [e for e, yes in (("weights", s.claims.weights), ("carry", s.claims.carries)) if yes]
     if not asked:
         raise NotClaimed("returns neither weights nor a carry")
@@ -226,6 +330,8 @@ def extras(s: Subject) -> str:
                 require(
                     leaves[0].shape[0] == x.shape[0], f"weights have shape {tuple(leaves[0].shape)}, batch not first"
                 )
+                _vanish(s, scene)
+                _explain(s, scene)
             else:
                 finite(s.y(m, y, context, scene, carry=value), "y of the next block, given the carry")
     return f"{' and '.join(asked)} come back"

@@ -21,7 +21,9 @@ from ..masks import Mask, as_mask, causal
 from ..nn.base import Fusion, Mechanism
 from ..nn.registry import find
 from ..types import Output, Traits
+from .adapt import FUSED, Pool, Stream
 from .case import Case
+from .verdict import Evidence, NotClaimed, Refuted  # noqa: F401
 
 #: What is assumed of a plain module that says nothing about itself.
 SILENT = Traits(valid=False, work={}, memory={}, resolution_free=False, batch_independent=False, traceable=False)
@@ -29,28 +31,6 @@ SILENT = Traits(valid=False, work={}, memory={}, resolution_free=False, batch_in
 #: Largest deviation, relative to the size of the output, between values that should agree in float64. What is looked
 #: for (a leaked token, a drifting state) is orders of magnitude larger, rounding is orders smaller.
 SAME = 1e-6
-
-
-class Refuted(Exception):
-    """A claim does not hold."""
-
-    def __init__(self, why: str, measured: float | None = None, limit: float | None = None):
-        super().__init__(why)
-        self.why, self.measured, self.limit = why, measured, limit
-
-
-class NotClaimed(Exception):
-    """There is nothing to test."""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """A claim held, and this is what was seen."""
-
-    why: str
-    measured: float | None = None
-    limit: float | None = None
-    loose: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,6 +125,13 @@ def refused(call: Callable[[], Any], what: str) -> str:
     raise Refuted(f"{what} is accepted silently")
 
 
+def unserved(error: Exception, dtype: torch.dtype) -> bool:
+    """Whether an operator said by name that it does not know ``dtype``."""
+    name = str(dtype).removeprefix("torch.").lower()
+    text = str(error).lower()
+    return isinstance(error, (RuntimeError, TypeError, NotImplementedError, ValueError)) and name in text
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Building
 
@@ -231,6 +218,15 @@ def still(module: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """Where a claim is tried again: another mode, another size, another rank."""
+
+    where: str
+    grid: tuple[int, ...]
+    train: bool = False
+
+
+@dataclass(frozen=True)
 class Scene:
     """One way of calling the mechanism: self or cross, causal or not."""
 
@@ -251,12 +247,11 @@ class Subject:
         grid: Any = None,
         context_grid: Any = None,
         config: Mapping[str, Any] = MappingProxyType({}),
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
     ):
         if isinstance(target, Case):
             target, case = target.name, target
         self.name, self.factory = resolve(target)
-        if isinstance(self.factory, type) and issubclass(self.factory, Fusion):
-            raise ValueError(f"{self.name} fuses several streams; the kit tests single-stream mechanisms")
         if case is None:
             settings = dict(config) if isinstance(target, nn.Module) else default_config(self.factory, config)
             # A class that cannot be tried on just any input says what to try: fields of Case, in ``example``.
@@ -268,10 +263,14 @@ class Subject:
             context_grid=case.context_grid if context_grid is None else _tuple(context_grid),
         )
         self.case = case
+        if wrap is not None:
+            build = self.factory
+            self.factory = lambda **config: wrap(build(**config))
         self.base = self.fresh(torch.float32, like=None)
         self.is_mechanism = isinstance(self.base, Mechanism)
         self._claims = claims
         self._growth: Any = None
+        self.pool = isinstance(self.base, Pool)
         self.claims = self.claims_of(self.base)
         if not case.grid:
             self.case = replace(case, grid=default_grid(self.claims))
@@ -295,24 +294,37 @@ class Subject:
 
     def claims_of(self, module: nn.Module) -> Traits:
         """What ``module`` claims in its mode."""
+        if isinstance(module, Stream):  # a stream reads another one, whatever a fusion says of patterns
+            return (self._claims or self._said(module.inner)).but(patterns={"noncausal-cross"})
         if self._claims is not None:
             return self._claims
+        return self._said(module.inner if isinstance(module, Pool) else module)
+
+    def _said(self, module: nn.Module) -> Traits:
         for holder, name in ((module, "traits"), (type(module), "class_traits")):
             found = getattr(holder, name, None)
             if isinstance(found, Traits):
                 return found
-        return SILENT
+        return FUSED if isinstance(module, Fusion) else SILENT
+
+    def fits(self, y: Tensor, x: Tensor) -> bool:
+        """Whether ``y`` has the shape that the answer to ``x`` must have."""
+        return y.dim() == 3 and y.shape[:2] == (x.shape[0], 1) if self.pool else y.shape == x.shape
 
     @cached_property
     def width(self) -> int:
         """Channels of ``x``."""
-        for holder in (dict(self.case.config), vars(self.base)):
+        config = self.case.config
+        for look in (config.get, lambda name: getattr(self.base, name, None)):
             for name in ("dim", "embed_dim", "d_model", "hidden_size", "channels", "in_channels", "in_dim"):
-                if isinstance(holder.get(name), int):
-                    return holder[name]
+                if isinstance(look(name), int):
+                    return look(name)
         for p in self.base.modules():
-            if isinstance(p, nn.Linear):
-                return p.in_features
+            for name in ("in_features", "embed_dim", "input_size"):
+                if isinstance(getattr(p, name, None), int):
+                    return getattr(p, name)
+        if not any(True for _ in self.base.parameters()):
+            return 16  # nothing in it has a width
         raise ValueError(f"cannot tell how wide the input of {self.name} is; pass dim=... or give the module a .dim")
 
     @property
@@ -353,20 +365,46 @@ class Subject:
         shape = (batch, *(self.grid if grid is None else grid), self.width)
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    def context(self, scene: Scene, batch: int = 2, dtype: torch.dtype = torch.float64, seed: int = 2) -> Tensor | None:
-        """(B, *grid', C') random context of a cross scene."""
+    def context(
+        self, scene: Scene, batch: int = 2, dtype: torch.dtype = torch.float64, seed: int = 2, grid: Any = None
+    ) -> Tensor | None:
+        """(B, *grid', C') random context of a cross scene, for queries on ``grid``."""
         if not scene.cross:
             return None
+        own = self.grid if grid is None else grid
         grid = self.case.context_grid
         if grid is None:
-            grid = tuple(g + self.claims.grid_multiple for g in self.grid) if self.claims.resolution_free else self.grid
+            grid = tuple(g + self.claims.grid_multiple for g in own) if self.claims.resolution_free else own
         generator = torch.Generator().manual_seed(seed)
         return torch.randn((batch, *grid, self.context_width), generator=generator, dtype=torch.float64).to(dtype)
+
+    def alike(self, like: Tensor, seed: int, own: float = 0.3) -> Tensor:
+        """Tokens of the shape of ``like`` (B, N, ...) that have much in common, the first half one thing and the second
+        another: sums over them grow, and where rounding stops them from growing, the second half goes missing."""
+        shape = (like.shape[0], 2, *[1] * (like.dim() - 3), like.shape[-1])
+        common = self.noise(like.new_empty(shape), seed)
+        late = (torch.arange(like.shape[1]) >= like.shape[1] // 2).long()
+        return common[:, late] + own * self.noise(like, seed + 1)
 
     def noise(self, like: Tensor, seed: int, size: float = 1.0) -> Tensor:
         """Random values of the shape of ``like``."""
         generator = torch.Generator().manual_seed(1000 + seed)
         return size * torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
+
+    @staticmethod
+    def gaps(x: Tensor) -> dict[str, Tensor]:
+        """(B, *grid) masks of existing tokens by the shape of their gap, each a little different in every sample."""
+        batch, grid = x.shape[0], tuple(x.shape[1:-1])
+        n = math.prod(grid)
+        order, sample = torch.arange(n).expand(batch, n), torch.arange(batch)[:, None]
+        third = max(1, n // 3)
+        size = (third + sample % 2).clamp(max=max(n - 1, 0))
+        found = {
+            "left": order >= size,
+            "middle": (order < n // 3) | (order >= n // 3 + size),
+            "right": order < n - size,
+        }
+        return {name: valid.view(batch, *grid) for name, valid in found.items()}
 
     def holes(self, x: Tensor) -> Tensor:
         """(B, *grid) boolean: scattered tokens of even samples and the last part of odd ones do not exist."""
@@ -400,6 +438,59 @@ class Subject:
             return {}
         extras = self.case.extras(x) if self.case.extras is not None else {}
         return {"plan": m.plan(x, **extras) if context is None else m.plan(x, context, **extras)}
+
+    # ---- where to try again
+
+    @cached_property
+    def long(self) -> tuple[int, ...]:
+        """About 130 tokens, with odd and unequal sides where the traits allow; the usual grid where size is fixed."""
+        if not self.claims.resolution_free:
+            return self.grid
+        step = self.claims.grid_multiple
+        sides = {1: (131,), 2: (11, 12), 3: (5, 5, 6)}[len(self.grid)]
+        return tuple(math.ceil(max(side, least) / step) * step for side, least in zip(sides, self.grid, strict=True))
+
+    @cached_property
+    def elsewhere(self) -> list[tuple[int, ...]]:
+        """A small grid with unequal sides for every other rank that is claimed and accepts one."""
+        if not self.claims.resolution_free:
+            return []
+        step, found = self.claims.grid_multiple, []
+        for rank in sorted(self.claims.grid_ranks - {len(self.grid)}):
+            for least in (3, 6, max(self.grid)):  # the smaller may be too small for a window
+                grid = tuple(math.ceil((least + axis) / step) * step for axis in range(rank))
+                x, context = self.x(grid=grid, dtype=torch.float32), self.context(self.scene, 2, torch.float32)
+                try:
+                    with torch.no_grad():
+                        self.y(self.fresh(torch.float32), x, context, self.scene)
+                except ValueError:
+                    continue
+                found.append(grid)
+                break
+        return found
+
+    def settings(self, ranks: bool = True) -> list[Setting]:
+        """At about 130 tokens, the same in training, and on every other rank."""
+        n, free = math.prod(self.long), self.claims.resolution_free
+        found = [Setting(f" at {n} tokens", self.long)] if free else []
+        found.append(Setting(f" in training, at {n} tokens" if free else " in training", self.long, train=True))
+        if ranks:
+            found += [Setting(f" on a grid of rank {len(grid)}", grid) for grid in self.elsewhere]
+        return found
+
+    def repeatable(self, m: nn.Module) -> Callable[..., Tensor]:
+        """``y`` of ``m``, each time from the same random numbers and, in training, from the same buffers."""
+        buffers = {n: b.clone() for n, b in m.named_buffers()} if m.training else {}
+
+        def y(x: Tensor, context: Tensor | None = None, scene: Scene | None = None, **kw: Any) -> Tensor:
+            with torch.no_grad():
+                for n, b in m.named_buffers():
+                    if n in buffers and not torch.equal(b, buffers[n]):
+                        b.copy_(buffers[n])
+            torch.manual_seed(0)
+            return self.y(m, x, context, scene, **kw)
+
+        return y
 
     def other_grids(self) -> Iterator[tuple[int, ...]]:
         """Awkward grids other than the usual one, all multiples of ``grid_multiple``."""
