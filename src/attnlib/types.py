@@ -185,7 +185,7 @@ class _TensorDict:
         for name, value in self.tensors.items():
             if isinstance(value, _TensorDict):
                 yield from value._named()
-            else:
+            elif isinstance(value, Tensor):
                 yield name, value
 
     def get(self, name: str, default: Any = None) -> Any:
