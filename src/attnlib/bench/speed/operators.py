@@ -7,6 +7,7 @@ ratio within one run, never a time against a time of another day.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,25 @@ def _suite_normalizers(record: _Recorder, n: int = 4096) -> None:
     for what, make, times in (("forward", _forward, 1.0), ("forward+backward", _both, 3.5)):
         runs = {name: make(q, k, v, **call) for name, call in calls.items()}
         record.time(case, what, runs, "sdpa softmax", {name: work * times for name in runs})
+
+
+def _suite_sigmoid(record: _Recorder, n: int = 4096, threads: Sequence[int] = (1, 2)) -> None:
+    q, k, v = _qkv(n)
+    work = 14.0 * 8 * n * n * 64
+    for count in threads:
+        if count > (os.cpu_count() or 1):
+            record.progress(f"{count} threads: left out, there are fewer cores")
+            continue
+        with limit_threads(count):
+            runs = {
+                "sdpa softmax": _both(q, k, v, backend="sdpa"),
+                "tiled sigmoid": _both(q, k, v, backend="tiled", normalizer=Sigmoid(sigmoid_bias(n))),
+            }
+            case = f"dense, N={n}, 8 heads x 64, float32, {count} thread{'s' if count > 1 else ''}"
+            before = load()
+            record.time(case, "forward+backward", runs, "sdpa softmax", {name: work for name in runs})
+            for row in record.rows[-len(runs) :]:
+                row.update(threads=count, load=[before, load()])
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Run | None:
@@ -196,6 +216,7 @@ def _suite_memory(record: _Recorder, sizes: Sequence[int] = (1024, 2048, 4096, 8
 
 SUITES: dict[str, Callable[..., None]] = {
     "normalizers": _suite_normalizers,
+    "sigmoid": _suite_sigmoid,
     "window": _suite_window,
     "block-sparse": _suite_block_sparse,
     "decode": _suite_decode,
