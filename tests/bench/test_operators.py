@@ -11,7 +11,7 @@ from attnlib.bench.speed import operators as O
     "suite,sizes",
     [
         ("normalizers", {"n": 128}),
-        ("sigmoid", {"n": 128, "threads": (1,)}),
+        ("sigmoid", {"n": 128, "counts": (1,)}),
         ("block-sparse", {"n": 256, "block": 32}),
         ("decode", {"m": 64, "batch": 1}),
         ("memory", {"sizes": (64, 128)}),

@@ -96,10 +96,10 @@ def _suite_normalizers(record: _Recorder, n: int = 4096) -> None:
         record.time(case, what, runs, "sdpa softmax", {name: work * times for name in runs})
 
 
-def _suite_sigmoid(record: _Recorder, n: int = 4096, threads: Sequence[int] = (1, 2)) -> None:
+def _suite_sigmoid(record: _Recorder, n: int = 4096, counts: Sequence[int] = (1, 2)) -> None:
     q, k, v = _qkv(n)
     work = 14.0 * 8 * n * n * 64
-    for count in threads:
+    for count in counts:
         if count > (os.cpu_count() or 1):
             record.progress(f"{count} threads: left out, there are fewer cores")
             continue
