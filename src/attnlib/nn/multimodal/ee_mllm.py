@@ -64,8 +64,9 @@ class CompositeAttention(HeadFrame[Notes]):
         check_choice("aligner", aligner, ("vo", "none"))
         if not causal:
             raise ValueError("causal=False is not possible: text reads the image before it, in order")
-        if settings.get("alibi") or settings.get("context_dim", dim) != dim:
-            raise ValueError("composite attention takes neither alibi nor a context of another width")
+        for name, other in (("alibi", False), ("context_dim", dim)):
+            if settings.get(name, other) not in (other, None):
+                raise ValueError(f"{name}={settings[name]!r} is not possible: composite attention is self-attention")
         super().__init__(dim, num_heads, num_kv_heads, causal=True, **settings)
         self.aligner, self.image = aligner, image
 

@@ -215,6 +215,9 @@ class PLaplacianAttention(HeadFrame[AdapterNotes]):
             raise ValueError(f"pooled={pooled} must be at least 1")
         if settings.get("attn_drop"):
             raise ValueError("attn_drop is not possible: the adapter reads the weights themselves")
+        for name in ("rotary", "alibi"):
+            if cross and settings.get(name):
+                raise ValueError(f"{name}={settings[name]!r} is not possible with cross=True")
         check_divides("num_heads", num_heads, "dim", dim)
         if settings.get("head_dim") not in (None, dim // num_heads):
             raise ValueError(

@@ -1,0 +1,53 @@
+"""Settings that cannot be are refused at the door, each by its name: no internal error, nothing meaningless built."""
+
+import inspect
+
+import pytest
+import torch
+from table import rows
+
+from attnlib.check.subject import Subject
+from attnlib.nn.registry import find
+
+ONE_EACH = list({case.name: case for case in rows() if ":" not in case.name}.values())
+BAD = (-1, 1.5, float("nan"), "x", True, [1.5])
+
+
+def settings(cls) -> dict[str, str]:
+    """Name and annotation of everything that a class takes, its base classes' settings included."""
+    found: dict[str, str] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters.values()
+        for p in parameters:
+            if p.kind is not p.VAR_KEYWORD and p.name != "self":
+                found.setdefault(p.name, str(p.annotation))
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
+def test_a_setting_is_refused_by_its_name_or_means_something(case):
+    cls, subject = find(case.name), Subject(case)
+    scene = subject.scene
+    x, context = subject.x(dtype=torch.float32), subject.context(scene, dtype=torch.float32)
+    for name in settings(cls):
+        for bad in BAD:
+            try:
+                module = cls(**{**case.config, name: bad}).eval()
+            except (TypeError, ValueError) as error:
+                words = (name, *MEANT.get((case.name, name), ()))
+                assert any(word in str(error) for word in words), f"{name}={bad!r}: {error}"
+                continue
+            try:
+                y = subject.y(module, x, context, scene)
+            except (TypeError, ValueError) as error:
+                assert name in str(error), f"{name}={bad!r}, when called: {error}"
+            else:
+                assert torch.isfinite(y).all(), f"{name}={bad!r} gives no numbers"
+
+
+#: Settings that belong to a pair, of which the other one is named.
+MEANT: dict[tuple[str, str], tuple[str, ...]] = {("maxvit", "grid_size"): ("window_size",)}
