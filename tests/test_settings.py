@@ -33,13 +33,14 @@ def test_a_setting_is_refused_by_its_name_or_means_something(case):
     cls, subject = find(case.name), Subject(case)
     scene = subject.scene
     x, context = subject.x(dtype=torch.float32), subject.context(scene, dtype=torch.float32)
-    for name in settings(cls):
+    for name, annotation in settings(cls).items():
         for bad in BAD:
+            if bad is True and "bool" in annotation:
+                continue  # a setting like another
             try:
                 module = cls(**{**case.config, name: bad}).eval()
             except (TypeError, ValueError) as error:
-                words = (name, *MEANT.get((case.name, name), ()))
-                assert any(word in str(error) for word in words), f"{name}={bad!r}: {error}"
+                assert name in str(error), f"{name}={bad!r}: {error}"
                 continue
             try:
                 y = subject.y(module, x, context, scene)

@@ -11,6 +11,7 @@ from table import rows
 import attnlib
 from attnlib.nn.base import CALL, Mechanism
 from attnlib.nn.registry import find
+from attnlib.types import State
 
 ROOT = Path(attnlib.__file__).parent
 ONE_EACH = list({case.name: case for case in rows() if ":" not in case.name}.values())
@@ -46,3 +47,35 @@ def test_an_unknown_argument_is_refused_by_name(case):
     for call in (module.forward, module.mix, module.plan, module.step):
         with pytest.raises(TypeError, match="unexpected keyword argument 'vaild'"):
             call(x, vaild=torch.ones(x.shape[:-1], dtype=torch.bool))
+
+
+STREAMING = [
+    case for case in rows() if ":" not in case.name and attnlib.create(case.name, **case.config).traits.streaming
+]
+
+
+@pytest.mark.parametrize("case", STREAMING, ids=lambda case: case.id)
+def test_a_state_that_cannot_be_continued_is_refused(case):
+    module = attnlib.create(case.name, **case.config).eval()
+    x = torch.randn(2, *case.grid, case.config["dim"])
+    _, state = module.step(x)
+    foreign = attnlib.create("softmax-attention", dim=8, num_heads=1, causal=True)
+    for wrong, says in (
+        ({}, "state must be"),
+        (State({}), "state"),
+        (state.select(torch.tensor([0])), "samples"),
+        (foreign.step(torch.randn(2, 3, 8))[1], "state"),
+        (State({"nothing": torch.zeros(2)}), "state"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=says):
+            module.step(x, wrong)
+
+
+def test_a_context_has_no_state():
+    module = attnlib.create("softmax-attention", dim=8, num_heads=2, causal=True)
+    x, context = torch.randn(1, 3, 8), torch.randn(1, 4, 8)
+    _, state = module.step(x)
+    with pytest.raises(ValueError, match="state was given with a context"):
+        module(x, context, state=state)
+    with pytest.raises(ValueError, match="cannot return 'state'"):
+        module(x, context, returns=("state",))

@@ -284,6 +284,8 @@ class Mechanism(nn.Module):
         if 0 in x.shape[1:-1]:
             raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
         check_width("x", x, self.dim)
+        if valid is not None and not traits.valid:
+            raise ValueError(f"{name} takes no valid (trait valid is False)")
         check_valid("valid", valid, x.shape[:-1])
         check_device(x=x, valid=valid)
         if context is not None:
@@ -313,6 +315,8 @@ class Mechanism(nn.Module):
             check_type("plan", plan, Plan)
         if state is not None:
             check_type("state", state, State, "an attnlib State, as returns=('state',) gives it")
+            if context is not None:
+                raise ValueError("state was given with a context; it continues the tokens that x itself reads")
             state.expect(name, x.shape[0], x.device)
         if mask is not None and state is None:
             source = x if context is None else context
@@ -323,7 +327,7 @@ class Mechanism(nn.Module):
             )
         check_type("returns", returns, (tuple, list, set, frozenset), "a tuple of names")
         supported = {
-            "state": traits.streaming,
+            "state": traits.streaming and context is None,
             "carry": traits.carries,
             "weights": traits.weights,
             "losses": bool(traits.losses),

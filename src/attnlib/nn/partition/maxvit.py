@@ -213,7 +213,10 @@ class MaxSA(Mechanism):
         **options: Any,
     ):
         super().__init__(dim)
-        grid_size = window_size if grid_size is None else grid_size
+        if grid_size is None:
+            grid_size = window_size
+        else:
+            _window_of("grid_size", grid_size, options.get("rank"))
         self.block = PartitionAttention(dim, num_heads, window_size, "block", **options)
         self.norm = nn.LayerNorm(dim, eps=1e-5) if norm else nn.Identity()
         self.grid = PartitionAttention(dim, num_heads, grid_size, "grid", **options)
