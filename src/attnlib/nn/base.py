@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -43,6 +44,38 @@ def _named(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(name for name in CALL if anything or name in parameters)
 
 
+def _in_range(name: str, value: float) -> None:
+    """Raise unless a number lies where the name of the setting says that such numbers lie."""
+    if name == "drop" or name.endswith("_drop"):
+        check_real(name, value, least=0, below=1)
+    elif name in ("rotary", "scale", "eps") or name.endswith("_ratio"):
+        check_real(name, value, above=0)
+    elif name.endswith("_std"):
+        check_real(name, value, least=0)
+    elif name == "layer":
+        check_int(name, value, least=0)
+    elif (
+        name in ("dim", "kernel_size", "patch_size", "block_size", "chunk", "rank")
+        or name.endswith(("_dim", "hidden"))
+        or (name.startswith("num_") and name.endswith(("heads", "experts", "points", "levels", "layers", "features")))
+    ):
+        check_int(name, value, least=1)
+
+
+def _sized(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor whose widths, counts, scales and dropouts are checked by their names."""
+    names = list(inspect.signature(init).parameters)
+
+    @functools.wraps(init)
+    def door(self: Any, *args: Any, **settings: Any) -> None:
+        for name, value in (*zip(names[1:], args, strict=False), *settings.items()):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                _in_range(name, value)
+        init(self, *args, **settings)
+
+    return door
+
+
 class Mechanism(nn.Module):
     """Base of all single-stream mechanisms: ``x (B, *grid, C) -> y (B, *grid, C)``.
 
@@ -67,7 +100,7 @@ class Mechanism(nn.Module):
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
         if "__init__" in cls.__dict__ and cls.__module__.startswith("attnlib."):
-            cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = _sized(checked(cls.__init__))  # type: ignore[method-assign]
         cls._mix_takes, cls._plan_takes = _named(cls.mix), _named(cls.make_plan)
 
     def __init__(self, dim: int, context_dim: int | None = None):
