@@ -303,7 +303,7 @@ def prompt(question: str) -> str:
 
 def weights_folder() -> Path:
     """Where a checkout of the repository keeps the trained model."""
-    return Path(__file__).resolve().parents[3] / "examples" / "multimodal" / "weights"
+    return Path(__file__).resolve().parents[4] / "examples" / "multimodal" / "weights"
 
 
 def load_model(folder: Path | str | None = None) -> tuple[Any, Any]:
