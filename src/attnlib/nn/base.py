@@ -174,8 +174,13 @@ class Mechanism(nn.Module):
         try:
             return self.mix(x, **call)
         except (RuntimeError, IndexError, AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, (TypeError, ValueError)) and any(name in str(error) for name in given):
+                raise  # it says so itself
             for name in given:
-                why = self._misfit(name, x, call)
+                try:
+                    why = self._misfit(name, x, call)
+                except (RuntimeError, IndexError, AttributeError, KeyError, TypeError, ValueError):
+                    why = None  # nothing to compare with: the first error stands
                 if why:
                     raise ValueError(why) from error
             raise
