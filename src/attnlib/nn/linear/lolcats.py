@@ -14,7 +14,7 @@ from ...ops import attention
 from ...ops._call import expand_heads
 from ...ops.linear import linear_partial
 from ...positions import rotary_angles, rotate
-from ...types import Output, Partial, State, Traits, check_choice, check_divides, stats_dtype
+from ...types import Output, Partial, State, Traits, check_choice, check_divides, exactly, stats_dtype
 from ..base import Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
@@ -220,7 +220,8 @@ class LoLCATs(Mechanism):
         )  # fmt: skip
         total = linear.shift(log_beta)
         if window:
-            soft = window_part((q * self.scale).to(high), k.to(high), v.to(high), exists, self.consistent)
+            with exactly(q):  # statistics keep their precision under autocast
+                soft = window_part((q * self.scale).to(high), k.to(high), v.to(high), exists, self.consistent)
             total = soft.shift(log_gamma).merge(total)
         return total.finish().to(v.dtype), final
 
@@ -253,26 +254,29 @@ class LoLCATs(Mechanism):
 
         q, k, v = place(q), place(k), place(v)
         seen = there.unflatten(1, (blocks, size))
-        keys, values = pair(k, 2).to(high), pair(v, 2).to(high)
-        reach = torch.arange(2 * size, device=q.device) <= torch.arange(size, 2 * size, device=q.device)[:, None]
-        allowed = reach & pair(seen, 1)[:, None, :, None, :]
-        scores = ((q * self.scale).to(high) @ keys.mT).masked_fill(~allowed, float("-inf"))
-        top = scores.amax(-1, keepdim=True)
-        top = torch.where(allowed.any(-1, keepdim=True), top, torch.zeros_like(top))
-        e = torch.exp(scores - top)
-        scale = top.squeeze(-1) if self.consistent else torch.zeros_like(top.squeeze(-1))
+        with exactly(q):  # statistics keep their precision under autocast
+            keys, values = pair(k, 2).to(high), pair(v, 2).to(high)
+            reach = torch.arange(2 * size, device=q.device) <= torch.arange(size, 2 * size, device=q.device)[:, None]
+            allowed = reach & pair(seen, 1)[:, None, :, None, :]
+            scores = ((q * self.scale).to(high) @ keys.mT).masked_fill(~allowed, float("-inf"))
+            top = scores.amax(-1, keepdim=True)
+            top = torch.where(allowed.any(-1, keepdim=True), top, torch.zeros_like(top))
+            e = torch.exp(scores - top)
+            read = e @ values
+            scale = top.squeeze(-1) if self.consistent else torch.zeros_like(top.squeeze(-1))
         log_gamma, log_beta = (f.unsqueeze(-1) for f in self._factors(high))
-        soft = Partial(scale, e.sum(-1), e @ values).shift(log_gamma)
+        soft = Partial(scale, e.sum(-1), read).shift(log_gamma)
         f_q = self.phi_q(q.flatten(2, 3)).unflatten(2, (blocks, size)).to(high)
         f_k = self.phi_k(k.flatten(2, 3)).unflatten(2, (blocks, size)).to(high)
-        f_k = f_k.masked_fill(~seen[:, None, :, :, None], 0.0)
-        # What ends two blocks before: sums over the blocks, moved on by two.
-        sums = torch.cat([f_k.mT @ v.to(high), f_k.sum(3).unsqueeze(-1)], -1).cumsum(2)
-        sums = F.pad(sums, (0, 0, 0, 0, 2, 0))[:, :, :blocks]
-        num, den = (f_q @ sums).split([v.shape[-1], 1], -1)
-        if self.compat == "authors":
-            inside = (f_q @ f_k.mT).masked_fill(~(slip[:, None, None, None, None] & reach[:, size:]), 0.0)
-            num, den = num + inside @ v.to(high), den + inside.sum(-1, keepdim=True)
+        with exactly(q):
+            f_k = f_k.masked_fill(~seen[:, None, :, :, None], 0.0)
+            # What ends two blocks before: sums over the blocks, moved on by two.
+            sums = torch.cat([f_k.mT @ v.to(high), f_k.sum(3).unsqueeze(-1)], -1).cumsum(2)
+            sums = F.pad(sums, (0, 0, 0, 0, 2, 0))[:, :, :blocks]
+            num, den = (f_q @ sums).split([v.shape[-1], 1], -1)
+            if self.compat == "authors":
+                inside = (f_q @ f_k.mT).masked_fill(~(slip[:, None, None, None, None] & reach[:, size:]), 0.0)
+                num, den = num + inside @ v.to(high), den + inside.sum(-1, keepdim=True)
         old = Partial(torch.zeros_like(scale), den.squeeze(-1), num).shift(log_beta)
         out = soft.merge(old).finish().flatten(2, 3)
         back = (torch.arange(n, device=q.device) + before[:, None])[:, None, :, None]
