@@ -191,8 +191,8 @@ def test_empty_inputs():
         (dict(causal=False), "causal=False is not possible"),
         (dict(window_size=-1), "window_size must be at least 0"),
         (dict(num_kv_heads=3), "num_kv_heads=3 does not divide num_heads=4"),
-        (dict(features="tanh"), "kind='tanh'"),
-        (dict(chunk=0), "chunk must be at least 1"),
+        (dict(features="tanh"), "features='tanh'"),
+        (dict(chunk=0), "chunk must be an integer of at least 1"),
     ],
 )
 def test_bad_settings(config, message):
