@@ -378,12 +378,12 @@ def checked(function: F) -> F:
         try:
             result = function(*args, **kwargs)
         except Exception as error:
-            for name, refusal in unfit:
+            for name, why in unfit:
                 if name not in str(error):
-                    raise TypeError(refusal) from error
+                    raise TypeError(why) from error
             raise
-        for _, refusal in unfit:
-            raise TypeError(refusal)
+        for _, why in unfit:
+            raise TypeError(why)
         return result
 
     return door  # type: ignore[return-value]

@@ -207,12 +207,12 @@ def _info_of_paper(name: str, configured: bool, as_json: bool, error: ValueError
         raise ValueError(f"unknown mechanism or paper {name!r}; did you mean {' or '.join(map(repr, near))}?")
     if configured:
         raise ValueError(f"{name!r} is no mechanism that attnlib.create builds, so --set is not possible")
-    found = []
+    found: list[dict[str, str]] = []
     for path in entry.mechanisms:
         module, _, attribute = path.rpartition(".")
         if module:
             value = getattr(importlib.import_module(module), attribute)
-            found.append({"name": path, "doc": inspect.getdoc(value), "signature": str(inspect.signature(value))})
+            found.append({"name": path, "doc": inspect.getdoc(value) or "", "signature": str(inspect.signature(value))})
         else:
             found.append({"name": path, "doc": f"A mechanism: attnlib info {path}", "signature": ""})
     if as_json:
@@ -220,7 +220,7 @@ def _info_of_paper(name: str, configured: bool, as_json: bool, error: ValueError
         return
     for one in found:
         console.print(f"[bold]{escape(one['name'])}[/][dim]{escape(one['signature'])}[/]", highlight=False)
-        console.print(f"\n{plain_text(one['doc'] or '')}\n", markup=False, highlight=False)
+        console.print(f"\n{plain_text(one['doc'])}\n", markup=False, highlight=False)
     _print_paper(entry.to_dict())
 
 

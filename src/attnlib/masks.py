@@ -87,7 +87,7 @@ class Mask:
     def extent(self) -> tuple[int | None, int | None]:
         """How many positions of queries and of keys this mask knows, counted from 0; ``None``: any integer."""
         parts = [a.extent() for a in self._args() if isinstance(a, Mask)]
-        rows, cols = [[e[i] for e in parts if e[i] is not None] for i in (0, 1)]
+        rows, cols = ([size for e in parts if (size := e[i]) is not None] for i in (0, 1))
         return min(rows) if rows else None, min(cols) if cols else None
 
     # ---- frozen values
@@ -605,9 +605,7 @@ class PrefixLM(Mask):
         return _build(PrefixLM, [self._args()[0][b : b + 1]]) if self.batch() > 1 else self
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
-        low = high = self._args()[0]
-        if isinstance(low, Tensor):
-            low, high = int(low.min()), int(low.max())
+        low, high = _span(self._args()[0])
         return (q_hi >= k_lo) | (k_lo < high), (q_lo >= k_hi) | (k_hi < low)
 
 
@@ -621,6 +619,11 @@ def _per_sample(name: str, value: Any, least: int) -> Any:
     if low < least:
         raise ValueError(f"{name} must hold integers of at least {least}, got {low}")
     return value
+
+
+def _span(values: int | Tensor) -> tuple[int, int]:
+    """The least and the greatest of an integer per sample."""
+    return (int(values.min()), int(values.max())) if isinstance(values, Tensor) else (values, values)
 
 
 def _of_sample(values: Any, b: Tensor) -> Any:
@@ -965,9 +968,7 @@ class CausalFrames(Mask):
         return k // self.size <= self._last(q, _of_sample(self._args()[1], b))
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
-        low = high = self._args()[1]
-        if isinstance(low, Tensor):
-            low, high = int(low.min()), int(low.max())
+        low, high = _span(self._args()[1])
         return k_lo // self.size <= self._last(q_hi, high), k_hi // self.size <= self._last(q_lo, low)
 
 

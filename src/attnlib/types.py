@@ -6,6 +6,7 @@ Everything here is a plain frozen value, registered as a pytree so that it passe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -113,9 +114,7 @@ class Partial(NamedTuple):
         parts = (self, *others)
         # A part without weight must not set the scale: an empty linear part says (0, 0, 0), whatever the others' scale.
         tops = [torch.where(p.den == 0, float("-inf"), p.log_scale).detach() for p in parts]
-        top = tops[0]
-        for other in tops[1:]:
-            top = torch.maximum(top, other)
+        top = functools.reduce(torch.maximum, tops)
         reference = torch.where(torch.isinf(top), torch.zeros_like(top), top)
         most = 700.0 if top.dtype == torch.float64 else 80.0  # only parts without weight reach it; exp stays finite
         den: Tensor | float = 0.0

@@ -314,7 +314,9 @@ def _enter(threads: int, inbox: Any) -> None:
     _inbox = inbox
 
 
-def _work(number: int, task: str, path: Path | None, spec: Spec, *arguments: Any) -> dict[str, Any]:
+def _work(
+    number: int, task: str, path: Path | None, spec: Spec, seed: int, steps: int, settings: Settings, sample: bool
+) -> dict[str, Any]:
     """:func:`training.run` in a process of its own; failures come back as values."""
     if (task, path) not in _tasks:
         _tasks[task, path] = task_class(task)(path)
@@ -323,7 +325,7 @@ def _work(number: int, task: str, path: Path | None, spec: Spec, *arguments: Any
         if taken % 20 == 0:
             _inbox.put((number, taken))
 
-    return _attempt(_tasks[task, path], spec, *arguments, show)
+    return _attempt(_tasks[task, path], spec, seed, steps, settings, sample, show)
 
 
 def _attempt(
@@ -825,7 +827,7 @@ def pairs(
     """
     out = []
     for task in tasks.values():
-        found = []
+        found: list[dict[str, Any]] = []
         for i, a in enumerate(labels):
             for b in labels[i + 1 :]:
                 test = stats.paired_test(_metric(runs, task, a), _metric(runs, task, b))

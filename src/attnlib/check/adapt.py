@@ -16,7 +16,12 @@ KINDS = ("mechanism", "fusion", "pool")
 
 #: What is assumed of a fusion that says nothing about itself: its contract, no growth.
 FUSED = Traits(
-    patterns={"noncausal-cross"}, grid_ranks={1, 2, 3}, work={}, memory={}, resolution_free=False, traceable=False
+    patterns=frozenset({"noncausal-cross"}),
+    grid_ranks=frozenset({1, 2, 3}),
+    work={},
+    memory={},
+    resolution_free=False,
+    traceable=False,
 )
 
 
@@ -51,8 +56,8 @@ class Stream(nn.Module):
             raise Refuted(f"forward of {len(streams)} streams returned {found}, not a tuple of {len(streams)} tensors")
         for i, (y, stream) in enumerate(zip(out, streams, strict=True)):
             if not isinstance(y, Tensor) or y.shape != stream.shape:
-                found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-                raise Refuted(f"stream {i} of shape {tuple(stream.shape)} came back as {found}")
+                got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+                raise Refuted(f"stream {i} of shape {tuple(stream.shape)} came back as {got}")
         y = out[self.index]
         return y if valid is None else y.masked_fill(~valid.unsqueeze(-1), 0.0)
 

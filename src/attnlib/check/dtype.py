@@ -111,10 +111,10 @@ def bfloat16(s: Subject) -> Evidence:
         assert x.grad is not None
         finite(x.grad, f"{scene.name}: the gradient in bfloat16")
         wide, wide_context = x.detach().float(), _wide(context, torch.float32)
-        error = _error(finite(y, f"{scene.name}: y"), s.y(m32, wide, wide_context, scene, **plan))
+        off = _error(finite(y, f"{scene.name}: y"), s.y(m32, wide, wide_context, scene, **plan))
         limit = _limit(s, m32, scene, wide, wide_context, plan)
-        require(error <= limit, f"{scene.name}: bfloat16 is off by {error:.3f} (limit {limit:.3f})", error, limit)
-        worst = max(worst, error)
+        require(off <= limit, f"{scene.name}: bfloat16 is off by {off:.3f} (limit {limit:.3f})", off, limit)
+        worst = max(worst, off)
         if s.claims.resolution_free:
             worst = max(worst, _length(s, scene))
     return Evidence("bfloat16 stays near float32", worst, limit)
@@ -137,13 +137,13 @@ def autocast(s: Subject) -> Evidence:
                 raise NotClaimed(f"bfloat16 is refused by name: {' '.join(str(error).split())[:100]}") from error
             raise
         require(y.dtype in (torch.float32, torch.bfloat16), f"{scene.name}: y is {y.dtype} under autocast")
-        error = _error(finite(y, f"{scene.name}: y under autocast"), full)
+        off = _error(finite(y, f"{scene.name}: y under autocast"), full)
         limit = _limit(s, m, scene, x.detach(), context, plan)
-        require(error <= limit, f"{scene.name}: autocast is off by {error:.3f} (limit {limit:.3f})", error, limit)
+        require(off <= limit, f"{scene.name}: autocast is off by {off:.3f} (limit {limit:.3f})", off, limit)
         y.float().square().sum().backward()
         for name, p in (("x", x), *m.named_parameters()):
             if p.grad is not None:
                 require(p.grad.dtype == torch.float32, f"{scene.name}: the gradient of {name} is {p.grad.dtype}")
                 finite(p.grad, f"{scene.name}: the gradient of {name}")
-        worst = max(worst, error)
+        worst = max(worst, off)
     return Evidence("autocast works forward and backward", worst, limit)

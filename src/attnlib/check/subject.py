@@ -317,12 +317,12 @@ class Subject:
         config = self.case.config
         for look in (config.get, lambda name: getattr(self.base, name, None)):
             for name in ("dim", "embed_dim", "d_model", "hidden_size", "channels", "in_channels", "in_dim"):
-                if isinstance(look(name), int):
-                    return look(name)
+                if isinstance(found := look(name), int):
+                    return found
         for p in self.base.modules():
             for name in ("in_features", "embed_dim", "input_size"):
-                if isinstance(getattr(p, name, None), int):
-                    return getattr(p, name)
+                if isinstance(found := getattr(p, name, None), int):
+                    return found
         if not any(True for _ in self.base.parameters()):
             return 16  # nothing in it has a width
         raise ValueError(f"cannot tell how wide the input of {self.name} is; pass dim=... or give the module a .dim")

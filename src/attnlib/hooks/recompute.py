@@ -131,6 +131,7 @@ class State:
         return new
 
     def _new(self, value: Any, memo: dict[int, Any]) -> Any:
+        new: Any
         if isinstance(value, Tensor):
             if value.is_leaf and not value.requires_grad and value.numel() <= COPIED:
                 return value.clone()

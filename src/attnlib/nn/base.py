@@ -190,12 +190,17 @@ class Mechanism(nn.Module):
         with torch.no_grad():
             if name == "plan":
                 asked = {k: v for k, v in call.items() if k in self._plan_takes and k in ("context", "valid", "layout")}
-                made = [self.make_plan(x, **asked)]
+                made: list[Plan | State] = [self.make_plan(x, **asked)]
             else:
                 one = x[:, :1]
                 fresh = {**call, "state": None, "valid": None, "mask": None, "plan": None, "returns": ("state",)}
                 fresh = {k: v for k, v in fresh.items() if k in call}
-                made = [self.mix(t, **fresh).state for t in (one, torch.cat([one, one], 1))]  # type: ignore[union-attr]
+                made = []
+                for t in (one, torch.cat([one, one], 1)):
+                    out = self.mix(t, **fresh)
+                    if not isinstance(out, Output) or out.state is None:
+                        return None  # it keeps no state to compare with
+                    made.append(out.state)
         forms = [dict(m._named()) for m in made]
         given = dict(call[name]._named())
         if set(given) != set(forms[0]):

@@ -114,7 +114,12 @@ def _records(
             for name, run in contenders.items()
             for what, fn in (("forward", forward), ("both", both))
         }
-        times = interleave(jobs, rounds, clock, progress and (lambda line, n=n: progress(f"N={n} {line}")))
+
+        def say(line: str, n: int = n) -> None:
+            if progress is not None:
+                progress(f"N={n} {line}")
+
+        times = interleave(jobs, rounds, clock, say)
         for name, run in contenders.items():
             record = records.setdefault(
                 name, {"contender": name, "sizes": [], "forward_seconds": [], "both_seconds": [], "peak_bytes": []}

@@ -17,7 +17,7 @@ from .names import _need, implementation_of, tokens_to_remove
 
 
 @functools.cache
-def evicted_layer_class() -> type:
+def evicted_layer_class() -> type[Any]:
     """The cache layer of a compressed layer (a class made on first use, since transformers is imported only then)."""
     hf = _need()
 
@@ -162,7 +162,7 @@ def _nobody() -> None:
 def _empty_layer() -> Any:
     """A compressed layer to be filled with what was saved."""
     layer = object.__new__(evicted_layer_class())
-    layer.session = _nobody  # type: ignore[attr-defined]
+    layer.session = _nobody
     return layer
 
 

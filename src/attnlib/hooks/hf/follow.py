@@ -76,7 +76,8 @@ def _candidates(session: Session) -> Callable[..., Any]:
                 f"{type(scored[0]).__name__} changes scores, and would be asked about those of the model that drafts "
                 "(assistant_model), which are not served; prompt_lookup_num_tokens is"
             )
-        drafts, read = generator.get_candidates, []
+        drafts = generator.get_candidates
+        read: list[bool] = []  # True once the prompt was read
 
         @functools.wraps(drafts)
         def get_candidates(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:

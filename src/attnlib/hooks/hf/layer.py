@@ -142,7 +142,7 @@ class LayerRuntime(Shared):
         self._calls: list[_Call] = []
         self.module: Any = site.module
         self.names = parameters_of(self.module)
-        self.takes_cache = cache_parameter(self.module)
+        cache_parameter(self.module)  # raises where a cache could not be followed
         self.rotary = True if gets_angles(self.module) else None
         # Nothing to do here while decoding but to read what is left of the cache.
         self.prompt_only = stages.used == ["on_cache"] and not stages.probes
@@ -206,14 +206,17 @@ class LayerRuntime(Shared):
                 call.before = snapshot(call.cache.layers[self.site.layer])
 
             def innermost(x: Tensor) -> Tensor:
-                new = kwargs
+                new: dict[str, Any] = {first: x}
                 if outputs and call.cache is not None:
-                    new = {**kwargs, cache_name(kwargs) or self.takes_cache: self._read_again(call)}
-                    mask, m = kwargs.get("attention_mask"), call.offset + x.shape[1]
+                    held = cache_name(given)
+                    assert held is not None, "the cache of the call was found by it"
+                    new[held] = self._read_again(call)
+                    mask, m = given.get("attention_mask"), call.offset + x.shape[1]
                     if type(call.before) is _need().cache.StaticLayer and isinstance(mask, Tensor):
                         new["attention_mask"] = mask[..., :m]  # only the slots that are written
-                inner = (x, *args[1:]) if args else args
-                outputs.append(forward(*inner, **(new if args else {**new, first: x})))
+                # What is passed by place stays there.
+                placed = [new.pop(name, value) for name, value in zip(self.names, args, strict=False)]
+                outputs.append(forward(*placed, **{**kwargs, **new}))
                 return outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
 
             site = self.sublayer_site(call, hidden, given.get("attention_mask"))
@@ -264,8 +267,8 @@ class LayerRuntime(Shared):
         k_pos = None
         if isinstance(layer, evicted_layer_class()):
             new = torch.arange(call.offset, call.offset + n, device=hidden.device)
-            k_pos = torch.cat([layer.positions, new.expand(*layer.positions.shape[:2], n)], -1)  # type: ignore[attr-defined]
-            mask = self._mask_of_kept(mask, k_pos, call, self.site.heads, n, layer.padded)  # type: ignore[attr-defined]
+            k_pos = torch.cat([layer.positions, new.expand(*layer.positions.shape[:2], n)], -1)
+            mask = self._mask_of_kept(mask, k_pos, call, self.site.heads, n, layer.padded)
             m = k_pos.shape[-1]
         elif call.kept is not None:
             m, k_pos = n, call.kept.slots[:, None].expand(-1, self.site.kv_heads, -1)
@@ -441,12 +444,12 @@ class LayerRuntime(Shared):
         k_pos = None
         if isinstance(layer, evicted_layer_class()):
             if kwargs.get(BIAS) is not None:
-                bias = self._at_kept(kwargs[BIAS], layer.positions, batch, heads)  # type: ignore[attr-defined]
+                bias = self._at_kept(kwargs[BIAS], layer.positions, batch, heads)
                 kwargs = {**kwargs, BIAS: bias}
-            if call.offset and self.prompt_only and n == 1 and mask is None and not layer.padded:  # type: ignore[attr-defined]
+            if call.offset and self.prompt_only and n == 1 and mask is None and not layer.padded:
                 return self.kernel(self.module, q, k, v, mask, *args, **kwargs)
-            k_pos = layer.positions  # type: ignore[attr-defined]
-            mask = self._mask_of_kept(mask, k_pos, call, heads, n, layer.padded)  # type: ignore[attr-defined]
+            k_pos = layer.positions
+            mask = self._mask_of_kept(mask, k_pos, call, heads, n, layer.padded)
         elif call.kept is not None:
             # A static cache holds slots that nothing was written to yet.
             left = torch.nn.functional.pad(call.kept.slots, (0, m - n), value=-1)

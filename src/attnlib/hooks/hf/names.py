@@ -154,7 +154,8 @@ def implementation_of(module: nn.Module) -> str:
 def seen_through(config: Any, name: Callable[[str], str]) -> Any:
     """The same configuration, what is set on one is set on the other, that names another implementation:
     ``name(implementation)``, whatever the implementation is at that time."""
-    view = object.__new__(_view(type(config), name))
+    cls: type = type(config)
+    view: Any = object.__new__(_view(cls, name))
     object.__setattr__(view, "__dict__", config.__dict__)
     return view
 

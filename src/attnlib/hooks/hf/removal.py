@@ -350,7 +350,7 @@ class Removal(Shared):
             return
         capacity = prompt.capacity.get(site.layer, -1)
         if isinstance(layer, evicted):
-            layer.capacity = capacity  # type: ignore[attr-defined]
+            layer.capacity = capacity
         else:
             slots = prompt.slots[:, None].expand(-1, layer.keys.shape[1], -1)
             layer = evicted(self.session, layer.keys, layer.values, slots, prompt.total, capacity)
@@ -453,7 +453,7 @@ class Removal(Shared):
         evicted: Any = evicted_layer_class()
         if not isinstance(layer, evicted):
             return None
-        n, new, slots = hidden.shape[1], dict(kwargs), layer.positions  # type: ignore[attr-defined]
+        n, new, slots = hidden.shape[1], dict(kwargs), layer.positions
         if SHIFT in layer.memory:
             ids = kwargs["position_ids"] - layer.memory[SHIFT].to(hidden.device)
             new["position_ids"], new[ANGLES] = ids, self._rotate(site, hidden, ids)
