@@ -87,7 +87,8 @@ class Mask:
     def extent(self) -> tuple[int | None, int | None]:
         """How many positions of queries and of keys this mask knows, counted from 0; ``None``: any integer."""
         parts = [a.extent() for a in self._args() if isinstance(a, Mask)]
-        rows, cols = ([size for e in parts if (size := e[i]) is not None] for i in (0, 1))
+        rows = [n for n, _ in parts if n is not None]
+        cols = [m for _, m in parts if m is not None]
         return min(rows) if rows else None, min(cols) if cols else None
 
     # ---- frozen values

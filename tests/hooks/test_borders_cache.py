@@ -11,6 +11,7 @@ import torch
 import attnlib
 from attnlib.cache import Cap, KVCompression, SnapKV, ValueNorm
 from attnlib.hooks import Intervention
+from attnlib.hooks.hf.names import cache_parameter, parameters_of
 from hooks.models import SIZES, NoOp, language_model, prompt, scores
 
 transformers = pytest.importorskip("transformers")
@@ -198,6 +199,24 @@ def test_several_runs_share_nothing_that_is_written_in_place(cache, which):
     want, tokens = scores(model, inputs, new=14, **mode)
     with attnlib.attach(model, Twice(which)):
         got, same = scores(model, inputs, new=14, **mode)
+    assert torch.equal(tokens, same)
+    close(got, want)
+
+
+def by_place(module, args, kwargs):
+    """All arguments up to the cache by place, as a model may call its attention."""
+    first = parameters_of(module)[: parameters_of(module).index(cache_parameter(module)) + 1]
+    return tuple(kwargs.pop(n, None) for n in first), kwargs
+
+
+@pytest.mark.parametrize("mode", [{}, {"cache_implementation": "static"}], ids=str)
+def test_several_runs_of_a_module_that_gets_its_cache_by_place(mode):
+    model, inputs = language_model(), prompt()
+    want, tokens = scores(model, inputs, new=4, **mode)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(by_place, with_kwargs=True)
+    with attnlib.attach(model, Twice(2)):
+        got, same = scores(model, inputs, new=4, **mode)
     assert torch.equal(tokens, same)
     close(got, want)
 
