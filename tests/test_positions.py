@@ -175,6 +175,7 @@ def test_sincos():
         (lambda: P.AxisBias([T(1, 1, 2, 3), T(1, 1, 3, 3)]), "share B, H and N"),
         (lambda: P.AxisBias([T(2, 1, 2, 3), T(3, 1, 2, 3)]), "share B, H and N"),
         (lambda: P.AxisBias([T(1, 1, 2, 3)], C2 + 2), "k_coords holds 3 on axis 0; possible: 0 to 2"),
+        (lambda: P.AxisBias([T(1, 1, 2, 0)], C2), r"k_coords holds 1 on axis 0; possible: none, factors\[0\]"),
         (lambda: P.AxisBias([T(1, 1, 2, 3).long()]), "factors.*int64"),
         (lambda: P.window_bias(T(2, 9), (2, 0)), "window.*0"),
         (lambda: P.alibi_slopes(0), "num_heads.*0"),

@@ -25,6 +25,7 @@ from .checks import (
     check_rank,
     check_real,
     check_tensor,
+    check_type,
     check_whole,
     describe,
     extremes,
@@ -103,14 +104,18 @@ def raise_bias(spec: str, tensors: Sequence[Tensor]) -> Bias:
     return _KINDS[name].rebuild(list(tensors), settings)
 
 
+def _check_dense(name: str, bias: Any) -> None:
+    if not isinstance(bias, Tensor) or not bias.is_floating_point() or bias.dim() not in (2, 3, 4):
+        raise ValueError(f"{name} must be a float tensor (N, M), (H, N, M) or (B, H, N, M), got {describe(bias)}")
+
+
 class DenseBias(Bias):
     """A tensor (N, M), (H, N, M) or (B or 1, H or 1, N, M), added to the scaled scores."""
 
     name = "dense"
 
     def __init__(self, bias: Tensor):
-        if not isinstance(bias, Tensor) or not bias.is_floating_point() or bias.dim() not in (2, 3, 4):
-            raise ValueError(f"bias must be a float tensor (N, M), (H, N, M) or (B, H, N, M), got {describe(bias)}")
+        _check_dense("bias", bias)
         self.bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
 
     def block(self, rows: slice, cols: slice | Tensor) -> Tensor:
@@ -265,9 +270,8 @@ class AxisBias(Bias):
         for axis, f in enumerate(factors):
             low, high = extremes(k_coords[:, axis], (0, -1))
             if low < 0 or high >= f.shape[-1]:
-                raise ValueError(
-                    f"k_coords holds {low if low < 0 else high} on axis {axis}; possible: 0 to {f.shape[-1] - 1}"
-                )
+                possible = f"0 to {f.shape[-1] - 1}" if f.shape[-1] else f"none, factors[{axis}] has no coordinate"
+                raise ValueError(f"k_coords holds {low if low < 0 else high} on axis {axis}; possible: {possible}")
         self.factors, self.k_coords = list(factors), k_coords
 
     def block(self, rows: slice, cols: slice | Tensor) -> Tensor:
@@ -301,11 +305,13 @@ class AxisBias(Bias):
         return out
 
 
-def as_bias(bias: Bias | Tensor | None) -> Bias | None:
-    """Accept a float tensor where a bias is meant."""
-    if bias is not None and not isinstance(bias, (Bias, Tensor)):
-        raise TypeError(f"bias must be an attnlib bias or a float tensor, got {describe(bias)}")
-    return DenseBias(bias) if isinstance(bias, Tensor) else bias
+def as_bias(bias: Bias | Tensor | None, name: str = "bias") -> Bias | None:
+    """Accept a float tensor where a bias is meant; ``name`` is what the caller knows it by."""
+    if bias is None or isinstance(bias, Bias):
+        return bias
+    check_type(name, bias, Tensor, "a float tensor or a Bias")
+    _check_dense(name, bias)
+    return DenseBias(bias)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -128,7 +128,9 @@ def test_cost_does_not_depend_on_the_size_of_the_map():
     [
         ({"num_heads": 3}, "num_heads=3 does not divide dim=8"),
         ({"reference": "box"}, "reference='box'"),
-        ({"num_points": 0}, "num_points must be at least 1"),
+        ({"num_points": 0}, "num_points must be an integer of at least 1"),
+        ({"value_ratio": -1.5}, "value_ratio must be a finite number above 0, got -1.5"),
+        ({"value_ratio": 0.1}, "value_ratio=0.1 leaves no channel of dim=8"),
         ({"context_layout": LEVELS}, "context_layout has 2 levels, but num_levels=1"),
         ({"context_layout": Layout((("cls", 1), ("image", (2, 2)))), "num_levels": 2}, "feature maps"),
     ],

@@ -192,6 +192,7 @@ def test_empty_inputs():
         (dict(window_size=-1), "window_size must be at least 0"),
         (dict(num_kv_heads=3), "num_kv_heads=3 does not divide num_heads=4"),
         (dict(features="tanh"), "features='tanh'"),
+        (dict(feature_options={"kind": "relu"}), "feature_options='kind' is not possible"),
         (dict(chunk=0), "chunk must be an integer of at least 1"),
     ],
 )

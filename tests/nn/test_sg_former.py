@@ -225,6 +225,9 @@ def test_bad_inputs_are_refused():
     plan = guided.plan(x, carry=torch.zeros(1, 8, 8))
     with pytest.raises(ValueError, match="plan was made for"):
         guided(x[:, :4], plan=plan)
+    for bad in ("junk", torch.zeros(1, 8, 8, dtype=torch.long), torch.zeros(1, 4, 4), torch.zeros(1, 8, 8).to("meta")):
+        with pytest.raises((TypeError, ValueError), match="carry"):
+            guided(x, plan=plan, carry=bad)
     with pytest.raises(ValueError, match="takes no plan"):
         hybrid(x, plan=plan)
     with pytest.raises(ValueError, match="takes no carry"):

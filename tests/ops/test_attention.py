@@ -153,6 +153,18 @@ def test_empty_problems(backend, shape, mask):
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "tiled"])
+@pytest.mark.parametrize(("d", "dv"), [(4, 0), (0, 3), (0, 0)])
+def test_heads_without_channels(backend, d, dv):
+    """Queries without channels meet all keys alike; values without channels give rows without any."""
+    q, k, v = (torch.randn(2, 4, n, width, requires_grad=True) for n, width in ((5, d), (6, d), (6, dv)))
+    out = attention(q, k, v, backend=backend)
+    want = v.mean(2, keepdim=True).expand_as(out) if d == 0 else v.new_zeros(2, 4, 5, 0)
+    torch.testing.assert_close(out, want)
+    for grad, x in zip(gradients(out, [q, k, v]), (q, k, v), strict=True):
+        assert grad.shape == x.shape and bool(grad.isfinite().all())
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "tiled"])
 def test_decoding_positions(backend):
     """One query at position 9 sees what row 9 of the whole problem sees; keys may lie in any order."""
     q, k, v = qkv()

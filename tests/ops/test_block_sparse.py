@@ -338,6 +338,18 @@ def test_bad_plans_are_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize("order", engine.ORDERS)
+@pytest.mark.parametrize(("d", "dv"), [(4, 0), (0, 3), (0, 0)])
+def test_heads_without_channels(d, dv, order):
+    q, k, v = tensors(2, 4, 1, 2, 6, 8, d=d, dv=dv)
+    plan = BlockPlan.from_mask(torch.rand(2, 4, 3, 4) < 0.6, 2, 2, 6, 8)
+    out = block_sparse_attention(q, k, v, plan, order=order)
+    want = attention(q, k, v, mask=engine.dense_mask(plan, None), backend="eager")
+    torch.testing.assert_close(out, want)
+    for a, b in zip(*(torch.autograd.grad(y.sum(), (q, k, v)) for y in (out, want)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_bad_calls_are_refused():
     q, k, v = tensors(2, 2, 2, 2, 8, 8, grad=False)
     plan = BlockPlan.full(8, 8, 4, 4)

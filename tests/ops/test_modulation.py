@@ -151,6 +151,7 @@ def test_gradients_are_exact():
         (lambda: modulate(torch.zeros(1, 4, 2), torch.zeros(1, 3, 2)), "broadcast"),
         (lambda: channel_attention(*torch.zeros(2, 1, 1, 4, 2), torch.zeros(1, 1, 3, 2)), "share their tokens"),
         (lambda: channel_attention(*torch.zeros(2, 1, 1, 4, 2), torch.zeros(1, 1, 4, 3)), "share their features"),
+        (lambda: channel_attention(*torch.zeros(2, 1, 1, 4, 2), torch.zeros(2, 1, 4, 2)), "q, k and v must share the"),
     ],
 )
 def test_bad_input_is_refused(call, match):

@@ -168,5 +168,11 @@ def test_bad_input():
         adaptive_pool_tokens(torch.randn(1, 4, 3), 2, torch.ones(1, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="size=.* names 2 axes"):
         adaptive_pool_tokens(torch.randn(1, 4, 3), (2, 2))
-    with pytest.raises(ValueError, match="bias is for N, M"):
-        agent_attention(q, q[:, :, :3], k, v, read_bias=torch.randn(2, 8, 3))
+
+
+@pytest.mark.parametrize("bad", ["junk", torch.ones(9, 9), torch.ones(2, 1).long(), torch.ones(1, 1, 1, 1, 1)])
+@pytest.mark.parametrize("name", ["read_bias", "write_bias"])
+def test_a_bad_bias_is_called_by_its_name(name, bad):
+    q, k, v = torch.randn(3, 1, 2, 8, 4)
+    with pytest.raises((TypeError, ValueError), match=f"^{name} "):
+        agent_attention(q, q[:, :, :3], k, v, **{name: bad})

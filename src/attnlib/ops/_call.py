@@ -136,9 +136,7 @@ def prepare(
         raise TypeError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     batch, heads, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     check_valid("valid", valid, (batch, m))
-    if bias is not None:
-        check_type(bias_name, bias, (Tensor, Bias), "a float tensor or a Bias")
-    mask, bias = as_mask(mask), as_bias(bias)
+    mask, bias = as_mask(mask), as_bias(bias, bias_name)
     check_positions("q_pos", q_pos, batch, heads, n)
     check_positions("k_pos", k_pos, batch, heads, m)
     check_device(q=q, k=k, v=v, valid=valid, q_pos=q_pos, k_pos=k_pos)
@@ -146,7 +144,7 @@ def prepare(
         mask.check(n, m, batch=batch, heads=heads, device=q.device, q_pos=q_pos, k_pos=k_pos)
     if bias is not None:
         check_bias(bias_name, bias, batch, heads, n, m, q.device)
-    scale = q.shape[3] ** -0.5 if scale is None else check_scale(scale)
+    scale = max(q.shape[3], 1) ** -0.5 if scale is None else check_scale(scale)
     check_real("dropout_p", dropout_p, least=0, below=1)
     return AttentionCall(
         q, k, v, mask, valid, bias, scale, as_normalizer(normalizer), float(dropout_p), q_pos, k_pos, want

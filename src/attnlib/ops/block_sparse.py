@@ -291,8 +291,8 @@ class _Work:
         self.rows = self.batch * self.heads * self.nq
         self.k_heads, self.v_heads = k.shape[1], v.shape[1]
         self.q = self.blocks(q, q_block, self.nq).view(self.rows, q_block, self.d)
-        self.k = self.blocks(k, k_block, self.nk).view(-1, k_block * self.d)
-        self.v = self.blocks(v, k_block, self.nk).view(-1, k_block * self.dv)
+        self.k = self.blocks(k, k_block, self.nk).view(self.batch * self.k_heads * self.nk, k_block * self.d)
+        self.v = self.blocks(v, k_block, self.nk).view(self.batch * self.v_heads * self.nk, k_block * self.dv)
         shape = (self.batch, self.heads, self.nq)
         self.index = index.expand(*shape, index.shape[-1]).reshape(self.rows, index.shape[-1])
         self.count = None if count is None else count.expand(shape).reshape(self.rows)
@@ -479,13 +479,13 @@ class _Work:
                 s, gathers = self.scores(q, k, rows, part, index, keep)
                 p = s.sub_(lse[rows, part].unsqueeze(-1)).exp_()
                 back = torch.bmm(p.transpose(1, 2), g, out=self.buffer("back", r, span, self.dv))
-                grad_v.index_add_(0, at_v, back.view(-1, self.k_block * self.dv))
+                grad_v.index_add_(0, at_v, back.view(at_v.numel(), self.k_block * self.dv))
                 ds = torch.bmm(g, v.transpose(1, 2), out=self.buffer("p", *s.shape))
                 ds.sub_(delta[rows, part].unsqueeze(-1)).mul_(p)
                 _add_bias_grad(grad_bias, gathers, ds)
                 grad_q[rows, part] = torch.bmm(ds, k).mul_(self.scale)
                 back = torch.bmm(ds.transpose(1, 2), q, out=self.buffer("back", r, span, self.d)).mul_(self.scale)
-                grad_k.index_add_(0, at_k, back.view(-1, self.k_block * self.d))
+                grad_k.index_add_(0, at_k, back.view(at_k.numel(), self.k_block * self.d))
         return grad_q, grad_k, grad_v
 
     # ---- by keys
@@ -515,7 +515,7 @@ class _Work:
         self, b: int, h: int, block: int, rows: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, int, int, list[tuple[int, Tensor]]]:
         """Queries (Q, D), keys (K, D), scores (Q, K), the places of keys and values, the bias's gathers."""
-        q = self.q.index_select(0, rows).view(-1, self.d)
+        q = self.q.index_select(0, rows).view(rows.numel() * self.q_block, self.d)
         at_k = (b * self.k_heads + h // (self.heads // self.k_heads)) * self.nk + block
         at_v = (b * self.v_heads + h // (self.heads // self.v_heads)) * self.nk + block
         k = self.k[at_k].view(self.k_block, self.d)
@@ -558,7 +558,7 @@ class _Work:
         for b, h, block, rows in self.visits():
             q, k, s, at_k, at_v, gathers = self.visit_scores(b, h, block, rows)
             p = s.sub_(lse.index_select(0, rows).view(-1, 1)).exp_()
-            g = grad.index_select(0, rows).view(-1, self.dv)
+            g = grad.index_select(0, rows).view(rows.numel() * self.q_block, self.dv)
             v = self.v[at_v].view(self.k_block, self.dv)
             grad_v[at_v].view(self.k_block, self.dv).addmm_(p.t(), g)
             ds = torch.mm(g, v.t(), out=self.buffer("p", *s.shape))

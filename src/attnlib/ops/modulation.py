@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..checks import (
     check_axes,
+    check_batch,
     check_device,
     check_dtype,
     check_flag,
@@ -379,6 +380,7 @@ def _prepare_channels(
         raise ValueError(f"q, k and v must share their tokens, got N={q.shape[2]}, {k.shape[2]} and {v.shape[2]}")
     if k.shape[3] != v.shape[3]:
         raise ValueError(f"k and v must share their features, got D={k.shape[3]} and {v.shape[3]}")
+    check_batch(q=q, k=k, v=v)
     check_valid("valid", valid, (q.shape[0], q.shape[2]))
     check_device(q=q, k=k, v=v, valid=valid)
     for name, tensor in (("q", q), ("k", k), ("v", v)):

@@ -205,7 +205,8 @@ class _Problem:
         """(groups, heads of a group * rows, D): the tile's rows of ``x`` (B, H, N, D), contiguous."""
         part = x[chunk.b, chunk.h, slice(*tile.rows)]
         part = part.to(self.dtype) if scale is None else part.to(self.dtype) * scale
-        return part.reshape(groups.stop - groups.start, -1, x.shape[3])
+        count = groups.stop - groups.start
+        return part.reshape(count, part.shape[:3].numel() // count, x.shape[3])
 
     def keys(self, x: Tensor, groups: slice, tile: _tiles.Tile) -> Tensor:
         """(groups, width, D): the tile's keys or values."""

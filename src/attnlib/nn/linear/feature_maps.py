@@ -5,16 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ...checks import checked
 from ...ops.feature_maps import elu1, exp_features, joint_softmax_features, softmax_features
 from ...types import check_choice
 
 #: Kinds of features that have no second half.
 HALVES = ("elu1", "relu")
 KINDS = ("softmax", "exp", "exp-unstable", "joint-softmax", *HALVES)
+#: What else a caller may set who has heads, widths and the kind from elsewhere.
+OPTIONS = ("fullspace", "identity", "skip", "bias", "hidden")
 #: Lower bound of every feature, so that a sum of them is never zero.
 EPS = 1e-12
 
 
+@checked
 class HedgehogFeatures(nn.Module):
     """``phi(x) = [f(x W_h), f(-x W_h)]`` with one matrix ``W_h`` per head, trained to reproduce softmax attention.
 

@@ -19,7 +19,7 @@ from ..base import Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
 from ..released import Released, Rule
-from .feature_maps import KINDS, HedgehogFeatures
+from .feature_maps import KINDS, OPTIONS, HedgehogFeatures
 
 
 def window_part(q: Tensor, k: Tensor, v: Tensor, exists: Tensor, consistent: bool) -> Partial:
@@ -152,6 +152,8 @@ class LoLCATs(Mechanism):
             raise ValueError(f"window_size must be at least 0, got {window_size}")
         check_choice("window", window, ("sliding", "terraced"))
         check_choice("features", features, KINDS)
+        for option in feature_options or {}:
+            check_choice("feature_options", option, OPTIONS)
         check_choice("compat", compat, (None, "authors"))
         if window == "terraced" and not window_size:
             raise ValueError("window='terraced' needs a window_size of at least 1")

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_tensor
+from ...checks import check_device, check_float
 from ...grids import block_windows, unblock_windows
 from ...ops import attention
 from ...types import Output, Plan, Traits, check_choice, check_divides
@@ -32,6 +32,14 @@ def _grid_multiple(groups: Groups) -> int:
     while any(side * side * share % (whole * factor) for share, factor in groups):
         side += 1
     return side
+
+
+def _check_significance(carry: Any, x: Tensor) -> None:
+    """Raise unless ``carry`` is a map (B, H, W) of numbers for the tokens ``x``."""
+    check_float("carry", carry, "a significance map, a floating-point tensor (B, H, W)")
+    if carry.shape != x.shape[:-1]:
+        raise ValueError(f"carry must be a significance map of shape {tuple(x.shape[:-1])}, got {tuple(carry.shape)}")
+    check_device(x=x, carry=carry)
 
 
 @register("sg-former", "self-guided-attention")
@@ -237,9 +245,7 @@ class SelfGuidedAttention(Mechanism):
                 "role='guided' needs the significance map (B, H, W) as carry: "
                 "the hybrid layer before it returns it with returns=('carry',)"
             )
-        if not isinstance(carry, Tensor) or carry.shape != x.shape[:-1]:
-            given = tuple(carry.shape) if isinstance(carry, Tensor) else type(carry).__name__
-            raise ValueError(f"carry must be a significance map of shape {tuple(x.shape[:-1])}, got {given}")
+        _check_significance(carry, x)
         height, width = x.shape[1:3]
         if valid is not None:
             carry = carry.masked_fill(~valid, float("-inf"))
@@ -310,9 +316,11 @@ class SelfGuidedAttention(Mechanism):
     ) -> Output:
         if self.role == "hybrid":
             if carry is not None:  # the map of an earlier block, replaced by this one's
-                check_tensor("carry", carry)
+                check_float("carry", carry)
             out, carry = self._hybrid(x, valid, "carry" in returns)
         elif self.role == "guided":
+            if carry is not None:
+                _check_significance(carry, x)
             if plan is None:
                 plan = self.plan(x, carry=carry, valid=valid)
             if carry is not None and valid is not None:

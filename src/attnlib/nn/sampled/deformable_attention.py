@@ -110,6 +110,8 @@ class DeformableAttention(Mechanism):
         if self.levels is not None and len(self.levels) != num_levels:
             raise ValueError(f"context_layout has {len(self.levels)} levels, but num_levels={num_levels}")
         width = int(dim * value_ratio)
+        if not width:
+            raise ValueError(f"value_ratio={value_ratio} leaves no channel of dim={dim}")
         head_dim_of(width, num_heads)
         per_level = num_heads * num_levels * num_points
         self.sampling_offsets = nn.Linear(dim, per_level * 2)
