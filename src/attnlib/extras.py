@@ -13,13 +13,13 @@ EXTRAS = {
 }
 
 
-def missing(what: str, error: ImportError) -> ImportError:
-    """The error to raise in place of ``error`` where ``what`` cannot be had: it names the extra, where one brings it.
+def missing(what: str, error: ImportError, module: str = "") -> ImportError:
+    """The error to raise in place of ``error`` where ``what`` needs ``module``: it names the extra that brings it.
 
     >>> missing("plots", ImportError("No module named 'matplotlib'", name="matplotlib"))
     ImportError("plots needs 'matplotlib': pip install 'attnlib[bench]'")
     """
-    package = (error.name or "").partition(".")[0]
+    package = (error.name or module).partition(".")[0]
     for extra, packages in EXTRAS.items():
         if package in packages:
             return ImportError(f"{what} needs {package!r}: pip install 'attnlib[{extra}]'", name=error.name)
@@ -31,4 +31,4 @@ def need(module: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise missing(what, error) from error
+        raise missing(what, error, module) from error

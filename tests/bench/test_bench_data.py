@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -184,9 +186,12 @@ def test_a_wheel_without_its_photographs_says_so(monkeypatch):
         data.photos()
 
 
-def test_a_missing_extra_names_the_command():
-    with pytest.raises(ImportError, match=r"pip install attnlib\[bench\]"):
-        data.require("attnlib_has_no_such_friend")
+def test_a_missing_extra_names_the_command(monkeypatch):
+    for name in [n for n in sys.modules if n.partition(".")[0] == "skimage"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(ImportError, match=r"needs 'skimage': pip install 'attnlib\[bench\]'"):
+        data.require("skimage.data")
 
 
 def test_tasks_are_found_by_name_and_by_pattern():

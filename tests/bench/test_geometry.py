@@ -105,6 +105,6 @@ def test_without_scipy_the_extra_is_named(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "scipy.spatial", None)
-    with pytest.raises(ImportError, match=r"pip install attnlib\[bench\]"):
+    with pytest.raises(ImportError, match=r"pip install 'attnlib\[bench\]'"):
         problems("hull", 1, 5)
     assert problems("tsp", 1, 4).answers.shape == (1, 4)

@@ -73,5 +73,5 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
         return plain(name, *args)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(ImportError, match=r"pip install attnlib\[bench\]"):
+    with pytest.raises(ImportError, match=r"pip install 'attnlib\[bench\]'"):
         head_grid(torch.rand(1, 1, 2, 2))

@@ -151,7 +151,7 @@ def test_bad_input():
         (dict(num_v_heads=5), "num_v_heads=5 does not divide num_heads=8"),
         (dict(num_kv_heads=2), "num_k_heads and num_v_heads"),
         (dict(v_keep=0), "v_keep=0 must be at least 1"),
-        (dict(k_head_dim=0), "k_head_dim=0 must be at least 1"),
+        (dict(k_head_dim=0), "k_head_dim must be an integer of at least 1, got 0"),
         (dict(q_activation="silu"), "needs q_hidden"),
         (dict(q_hidden=8, q_activation="tanh"), "q_activation="),
         (dict(v_keep=2, attn_drop=0.1), "attn_drop=0.1 is not possible"),

@@ -63,7 +63,7 @@ def build(task: Task, spec: Spec, seed: int, settings: Settings) -> TinyModel:
         return task.build(make, plain, settings.dim, settings.depth).to(settings.device)
 
 
-class _Visitor(nn.Module):
+class Visitor(nn.Module):
     """A model on its device, called with tensors of the CPU and answering there."""
 
     def __init__(self, model: TinyModel, device: str) -> None:
@@ -179,7 +179,7 @@ def run(
         model.eval()
         began = now()
         with torch.no_grad():
-            guest = _Visitor(model, settings.device)
+            guest = Visitor(model, settings.device)
             record["metrics"] = task.evaluate(guest)
             record["evaluate_seconds"] = now() - began
             if sample:
@@ -215,5 +215,5 @@ def measure(task: Task, spec: Spec, settings: Settings, steps: int = 3) -> tuple
     model.eval()
     began = now()
     with torch.no_grad():
-        task.evaluate(_Visitor(model, settings.device))
+        task.evaluate(Visitor(model, settings.device))
     return taken, now() - began

@@ -313,9 +313,7 @@ def check_layers(intervention: Intervention, sites: Sequence[Site]) -> list[Site
 
 
 def check_heads(intervention: Intervention, heads: Sequence[int], site: Site) -> None:
-    """Raise ``ValueError`` unless there are heads and every one exists at the site."""
-    if not len(heads):
-        raise ValueError(f"{type(intervention).__name__}: heads is empty; name at least one, or leave it out for all")
+    """Raise ``ValueError`` unless every head exists at the site."""
     for head in heads:
         if not 0 <= head < site.heads:
             raise ValueError(

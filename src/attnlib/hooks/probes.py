@@ -92,6 +92,8 @@ class Record(Probe):
 
     def wants(self, site: Site) -> bool:
         if self.heads is not None:
+            if not len(self.heads):
+                raise ValueError(f"{type(self).__name__}: heads is empty; name at least one, or leave it out for all")
             check_heads(self, self.heads, site)
         self._kinds.setdefault(site.layer, set()).add(site.kind)
         return True

@@ -167,13 +167,16 @@ class Mechanism(nn.Module):
         return output if returns else output.y
 
     def _mixed(self, x: Tensor, call: dict[str, Any]) -> Tensor | Output:
-        """:meth:`mix`; an error of the arithmetic is laid to a state or a plan that does not fit, if one does not."""
+        """:meth:`mix`; an error of the arithmetic is laid to a state or a plan that does not fit, or to no tokens."""
         given = [name for name in ("state", "plan") if call.get(name) is not None]
-        if not given or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not (given or 0 in x.shape[1:-1]):
             return self.mix(x, **call)
         try:
             return self.mix(x, **call)
-        except (RuntimeError, IndexError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (RuntimeError, IndexError, AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            if 0 in x.shape[1:-1]:
+                shape = tuple(x.shape)
+                raise ValueError(f"{self._name()}: x must hold at least one token, got shape {shape}") from error
             if isinstance(error, (TypeError, ValueError)) and any(name in str(error) for name in given):
                 raise  # it says so itself
             for name in given:
@@ -324,8 +327,6 @@ class Mechanism(nn.Module):
             shapes = {1: "(B, N, C)", 2: "(B, H, W, C)", 3: "(B, T, H, W, C)"}
             check_rank("x", x, ranks, " or ".join(shapes[r - 2] for r in ranks))
         check_float("x", x)
-        if 0 in x.shape[1:-1]:
-            raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
         check_width("x", x, self.dim)
         if valid is not None and not traits.valid:
             raise ValueError(f"{name} takes no valid (trait valid is False)")

@@ -132,9 +132,11 @@ def convert_state_dict(name: str, state_dict: Any, *, prefix: str = "", **option
     convert = getattr(find(name), "convert_state_dict", None)
     if convert is None:
         raise ValueError(f"{name!r} has no released state dict to convert")
-    check_type("state_dict", state_dict, Mapping, "a dictionary of tensors by name")
-    for key in state_dict:
-        check_type("a key of state_dict", key, str)
+    several = isinstance(state_dict, (list, tuple))  # of checkpoints, where the converter merges them
+    for one in state_dict if several else [state_dict]:
+        check_type("state_dict", one, Mapping, "a dictionary of tensors by name")
+        for key in one:
+            check_type("a key of state_dict", key, str)
     if prefix:
         entries = unwrapped(state_dict)
         prefix = prefix if prefix.endswith(".") else prefix + "."

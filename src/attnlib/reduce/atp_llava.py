@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_real
 from ..hooks.call import row_blocks, score_rows, weights_of
 from ..hooks.recompute import refuse_reentrant
 from ..hooks.site import Site
@@ -180,7 +181,7 @@ class ATP(Reduction):
         target: see :func:`atp_losses`.
         weights: see :func:`atp_losses`.
         scores: ``"logits"`` as the paper, or ``"sigmoid"`` of their mean.
-        thresholds: ``(theta_r, theta_s)`` instead of the gates' own.
+        thresholds: ``(theta_r, theta_s)`` instead of the gates' own; they may be infinite.
 
     Raises:
         ValueError: no gates, negative layers.
@@ -201,9 +202,14 @@ class ATP(Reduction):
         target: float = 144,
         weights: tuple[float, float] = (0.05, 0.2),
         scores: str = "logits",
-        thresholds: tuple[float, float] | None = None,
+        thresholds: Sequence[Any] | None = None,
     ):
         check_choice("scores", scores, ("logits", "sigmoid"))
+        if thresholds is not None:
+            if len(thresholds) != 2:
+                raise ValueError(f"thresholds must be the two (theta_r, theta_s), got {thresholds!r}")
+            for theta in thresholds:  # infinite ones keep everything, or nothing
+                check_real("thresholds", theta, finite=False)
         self.gates: dict[int, ATPGate] = {int(n): g for n, g in gates.items()}  # type: ignore[misc]
         self.at = sorted(self.gates)
         if not self.at or self.at[0] < 0:

@@ -93,6 +93,7 @@ class ContrastiveDecoding(Intervention):
     Raises:
         ValueError: a cut-off outside [0, 1]; models with an encoder, or with positions kept from call to call.
 
+    >>> from attnlib.steer import NoImage
     >>> ContrastiveDecoding(NoImage(), a=2.0, b=-1.0, cutoff=0.1).branch.name
     'no-image'
     """

@@ -91,6 +91,7 @@ NOT_LINEAR: dict[str, str] = {
     "gaussian-adaptive-attention": "it multiplies every number by a weight of its own; no token reads another's values",
     "maxvit": "it is two attentions with a residual and a norm between them, each of which has its own matrix",
     "p-adapter": "behind its output projection an adapter reads the values again, through distances between them",
+    "moh-vit-aggregated-attention": "it mixes the values of tokens and those of pooled cells, with a matrix for each",
     "activator-geglu": "it has a gate for every token and no mixing; values pass a LayerNorm first",
 }
 

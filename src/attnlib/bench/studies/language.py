@@ -30,7 +30,7 @@ from ..data.files import Dataset, require
 from ..data.tasks import Batch, Make, Plain, TextTask
 from ..specs import Spec
 from ..store import Store, write_json
-from ..training import Settings
+from ..training import Settings, Visitor
 
 SCHEMA = 1
 BASELINE = "softmax"
@@ -219,6 +219,7 @@ class LanguageTask(TextTask):
         ``bits per byte at 2x`` is the mean over windows of twice the trained length; ``bits beyond, to 2x`` is the mean
         over the positions of these windows that training never had.
         """
+        model = model.model if isinstance(model, Visitor) else model
         assert isinstance(model, DecoderUnderTest)
         found: dict[str, float] = {}
         if self.contestant.lookahead:
