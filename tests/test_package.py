@@ -10,6 +10,7 @@ import pytest
 import attnlib
 
 ROOT = Path(__file__).parent.parent
+DOCS = list((ROOT / "docs").glob("*.md"))
 
 
 def python(code: str) -> str:
@@ -42,9 +43,13 @@ def test_every_public_name_resolves():
         attnlib.atention  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
-def test_python_snippets_run(name):
-    """Every python block of a page runs, in order, in one namespace."""
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted(DOCS))])
+def test_python_snippets_run(name, tmp_path, monkeypatch):
+    """Every python block of a page runs, in order, in one namespace, in a folder that may be written to."""
+    if name.startswith("docs/"):
+        for extra in ("transformers", "sklearn", "skimage", "matplotlib"):
+            pytest.importorskip(extra)
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.S)
     assert blocks or name != "README.md"
     namespace: dict = {}
