@@ -12,6 +12,22 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
+def own_mechanisms_only():
+    """What a test registers is gone behind it, so that tests over all mechanisms see those of the library."""
+    from attnlib.nn import registry
+
+    registry.discover()
+    entries = {kind: dict(known) for kind, known in registry._ENTRIES.items()}
+    aliases = {alias: list(owners) for alias, owners in registry._ALIASES.items()}
+    yield
+    for kind, known in entries.items():
+        if registry._ENTRIES[kind] != known:
+            registry._ENTRIES[kind] = known
+    registry._ALIASES.clear()
+    registry._ALIASES.update(aliases)
+
+
+@pytest.fixture(autouse=True)
 def same_random_numbers():
     """Every test starts from the same seed, whatever ran before it in this worker."""
     torch.manual_seed(0)

@@ -73,7 +73,7 @@ def test_separate_norms():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="hidden_dim must be at least 1"):
+    with pytest.raises(ValueError, match="hidden_dim must be an integer of at least 1"):
         attnlib.create(SLUG, dim=6, hidden_dim=0)
     with pytest.raises(ValueError, match="multiples of patch_size=4"):
         small()(torch.randn(1, 8, 10, 3, dtype=torch.double))

@@ -205,7 +205,7 @@ def test_dropout_acts_in_training_only():
         (dict(num_agents=0), "num_agents=0 is no square"),
         (dict(num_agents=(2, 0)), "num_agents=.*at least 1 on each axis"),
         (dict(num_heads=3), "num_heads=3 does not divide dim=8"),
-        (dict(sr_ratio=0), "sr_ratio must be at least 1"),
+        (dict(sr_ratio=0), "sr_ratio must be a finite number above 0"),
         (dict(kernel_size=2), "kernel_size=2 is not possible"),
         (dict(grid=0), "grid=0 must be at least 1"),
         (dict(shift_size=1), "shift_size=1 needs a window_size"),

@@ -308,7 +308,7 @@ def test_attention_experts_beat_averaged_attention_at_equal_steps():
     [
         (dict(top_k=4), "top_k=4 active experts"),
         (dict(top_k=0), "top_k=0"),
-        (dict(num_experts=0), "num_experts=0"),
+        (dict(num_experts=0), "num_experts must be an integer of at least 1, got 0"),
         (dict(num_heads=5, num_kv_heads=None), "num_heads=5 does not divide"),
         (dict(num_kv_heads=3), "num_kv_heads=3 does not divide"),
         (dict(alibi=True), "alibi"),

@@ -96,7 +96,7 @@ def test_a_head_without_decay_is_plain_linear_attention():
         (dict(layer=4, num_layers=4), "layer=4 is not possible"),
         (dict(slopes=torch.zeros(3)), "slopes must be"),
         (dict(slopes=-torch.ones(4)), "at least 0"),
-        (dict(chunk=0), "chunk must be at least 1"),
+        (dict(chunk=0), "chunk must be an integer of at least 1"),
     ],
 )
 def test_bad_settings(config, message):

@@ -162,7 +162,7 @@ def test_bad_input():
     d, e, points = torch.randn(1, 2, 8), torch.randn(1, 3, 8), torch.rand(2, 5, 2)
     with pytest.raises(ValueError, match="nothing to point at"):
         m.log_probs(d, e, torch.zeros(1, 1, 3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="hidden=0"):
+    with pytest.raises(ValueError, match="hidden must be an integer of at least 1, got 0"):
         make(hidden=0)
     with pytest.raises(ValueError, match="d has 7 channels"):
         m.log_probs(torch.randn(1, 2, 7), e)

@@ -21,7 +21,7 @@ X = torch.randn(2, 3, 8)
         (lambda: State({}), ValueError, "state holds nothing"),
         (lambda: make("lolcats").step(X)[1], ValueError, "state belongs to 'lolcats', not to 'softmax-attention'"),
         (lambda: make().step(X[:1])[1], ValueError, "state holds 'k' of 1 samples, but x has 2"),
-        (lambda: make(num_heads=4).step(X)[1], ValueError, r"state holds 'k' as .*keeps .*\(2, 2, any, 4\)"),
+        (lambda: make(num_heads=4).step(X)[1], ValueError, r"state holds k of shape \(2, 4, 3, 2\), .*\(2, 2, M, 4\)"),
         (lambda: make().double().step(X.double())[1], (ValueError, TypeError), "state"),
         (lambda: make().step(X)[1].map(lambda t: t.to("meta")), ValueError, "state holds 'k' on meta"),
         (lambda: State({"S": torch.zeros(2, 2, 4, 4)}), (ValueError, KeyError), "state holds"),
@@ -42,7 +42,6 @@ def test_a_state_of_something_else_is_refused(state, error, words):
         (X.half(), TypeError, "x has torch.float16, but the parameters of softmax-attention have torch.float32"),
         (X.long(), TypeError, "x must be.*int64"),
         (X.to("meta"), ValueError, "x on meta"),
-        (X[:, :0], ValueError, "at least one token"),
         (X.tolist(), TypeError, "x must be a torch.Tensor"),
     ],
 )

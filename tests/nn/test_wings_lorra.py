@@ -225,7 +225,7 @@ def test_bad_input():
 
     with pytest.raises(ValueError, match="num_kv_heads=2 must equal"):
         attnlib.create("wings-lorra", dim=16, num_heads=4, num_kv_heads=2)
-    with pytest.raises(ValueError, match="rank=0"):
+    with pytest.raises(ValueError, match="rank must be an integer of at least 1, got 0"):
         attnlib.create("wings-lorra", dim=16, num_heads=4, rank=0)
     with pytest.raises(ValueError, match="max_keys"):
         LearnerRouter(4)(torch.rand(1, 3, 5))

@@ -44,13 +44,13 @@ def _named(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(name for name in CALL if anything or name in parameters)
 
 
-def _in_range(name: str, value: float) -> None:
-    """Raise unless a number lies where the name of the setting says that such numbers lie."""
+def _in_range(name: str, value: float, off: bool = False) -> None:
+    """Raise unless a number lies where the name of the setting says that such numbers lie; 0 if it switches it off."""
     if name == "drop" or name.endswith("_drop"):
         check_real(name, value, least=0, below=1)
-    elif name in ("rotary", "scale", "eps") or name.endswith("_ratio"):
+    elif name in ("rotary", "scale") or name.endswith("_ratio"):
         check_real(name, value, above=0)
-    elif name.endswith("_std"):
+    elif name == "eps" or name.endswith("_std"):
         check_real(name, value, least=0)
     elif name == "layer":
         check_int(name, value, least=0)
@@ -59,7 +59,7 @@ def _in_range(name: str, value: float) -> None:
         or name.endswith(("_dim", "hidden"))
         or (name.startswith("num_") and name.endswith(("heads", "experts", "points", "levels", "layers", "features")))
     ):
-        check_int(name, value, least=1)
+        check_int(name, value, least=0 if off else 1)
 
 
 def _sized(init: Callable[..., None]) -> Callable[..., None]:
@@ -70,7 +70,7 @@ def _sized(init: Callable[..., None]) -> Callable[..., None]:
     def door(self: Any, *args: Any, **settings: Any) -> None:
         for name, value in (*zip(names[1:], args, strict=False), *settings.items()):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                _in_range(name, value)
+                _in_range(name, value, name in self.zero_is_off)
         init(self, *args, **settings)
 
     return door
@@ -90,6 +90,8 @@ class Mechanism(nn.Module):
     #: Buffers that are ours alone, so that no released state dict holds them: one that lacks them leaves them as they
     #: are, also when it is loaded strictly.
     own_state: ClassVar[tuple[str, ...]] = ()
+    #: Settings of which 0 means that there is no such part.
+    zero_is_off: ClassVar[tuple[str, ...]] = ()
     #: Its pattern lies on slots of the sequence, so that padding at the front moves it over the tokens.
     counts_slots: bool = False
     #: Its answer depends on how many slots there are, so that padding at the end changes it.

@@ -185,6 +185,7 @@ class AgentAttention(Mechanism):
     torch.Size([2, 6, 6, 16])
     """
 
+    zero_is_off = ("kernel_size",)
     class_traits = Traits(
         grid_ranks=frozenset({2}),
         layout=True,
