@@ -114,7 +114,7 @@ def test_batch_dependence_is_said():
     ("config", "match"),
     [
         ({"partial_dim": 13}, "partial_dim must lie between 1 and dim=12"),
-        ({"partial_dim": 0}, "partial_dim must lie"),
+        ({"partial_dim": 0}, "partial_dim must be an integer of at least 1"),
         ({"qk_dim": 0}, "qk_dim must be an integer of at least 1"),
     ],
 )
