@@ -490,9 +490,7 @@ class LayerRuntime(Shared):
             return None
         return call.cache.layers[self.site.layer]
 
-    def _mask_of_kept(
-        self, mask: Any, k_pos: Tensor, call: _Call, heads: int, n: int, padded: bool
-    ) -> Tensor | None:
+    def _mask_of_kept(self, mask: Any, k_pos: Tensor, call: _Call, heads: int, n: int, padded: bool) -> Tensor | None:
         """The model's mask, made for all slots, at the slots that are left; one row of heads per query head."""
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1):
             raise ValueError(

@@ -98,6 +98,15 @@ def installed() -> tuple[str, bool]:
     return version, Version(OLDEST) <= Version(Version(version).base_version) < Version(BEYOND)
 
 
+@functools.cache
+def hooks_are_recomputed() -> bool:
+    """Whether blocks under gradient checkpointing run their hooks inside the checkpoint, as releases before 5.23 do."""
+    import transformers
+    from packaging.version import Version
+
+    return Version(str(transformers.__version__)) < Version("5.23")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Modules
 

@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from ..blocks import block_of
 from ..choose import take
 from ..intervention import Intervention
-from ..recompute import Shared
+from ..recompute import Shared, refuse_reentrant
 from ..session import Session
 from ..site import Site
 from .cache import Kept, decode_mask, evicted_layer_class, fill, mask_unwritten
 from .layer import LayerRuntime, _runtimes, intercept
-from .names import ANGLES, READABLE, _need, cache_in, implementation_of, rotary_of
+from .names import ANGLES, READABLE, _need, cache_in, hooks_are_recomputed, implementation_of, rotary_of
 
 #: Under this name a cache layer carries by how much the positions of its sample moved.
 SHIFT = "position_shift"
@@ -283,6 +283,8 @@ class Removal(Shared):
         cache = cache_in(kwargs)
         if self._seen(cache, site):
             return None
+        if hooks_are_recomputed():
+            refuse_reentrant("removing tokens", "what is left of the prompt")
         if self.prompt is None:
             length = self.session.notes.prompt_length or 0
             if length > hidden.shape[1]:
