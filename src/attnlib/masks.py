@@ -231,8 +231,7 @@ class Mask:
         if heads != 1:
             h = torch.arange(heads, device=q.device).view(1, -1, 1, 1)
         out = self.pair(b, h, q, k)
-        shape = torch.broadcast_shapes(out.shape, q.shape, k.shape)
-        return out.expand(shape)
+        return torch.broadcast_tensors(out, q, k)[0]  # what works out shapes alone costs a decoding step more
 
     def dense(self, n: int, m: int | None = None, device: torch.device | str | None = None) -> Tensor:
         """:meth:`at` for queries ``0..n-1`` and keys ``0..m-1``."""
