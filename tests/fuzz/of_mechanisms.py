@@ -197,7 +197,7 @@ def init(rng: random.Random) -> Call:
             if "drop" in name and isinstance(value, (int, float)):
                 assert 0 <= value <= 1, f"{name}={value} is no probability"
             if COUNTS.match(name) and isinstance(value, int):
-                assert value >= 1, f"{name}={value} counts nothing"
+                assert value >= (name not in m.zero_is_off), f"{name}={value} counts nothing"
         use(m.eval(), case)
 
     kwargs = {k: v if not callable(v) and not isinstance(v, dict) else Either(v) for k, v in settings(index).items()}

@@ -220,7 +220,7 @@ class AgentAttention(Mechanism):
             raise ValueError(f"kernel_size={kernel_size} is not possible; choose 0 or an odd number")
         self.windows: tuple[tuple[int, int], ...] = ()
         if window_size is not None:
-            several = not isinstance(window_size, int) and not isinstance(window_size[0], int)
+            several = isinstance(window_size, Sequence) and any(isinstance(w, Sequence) for w in window_size)
             shapes: Sequence[Any] = window_size if several else [window_size]  # type: ignore[assignment]
             self.windows = tuple((w[0], w[1]) for w in (to_tuple("window_size", s, 2) for s in shapes))
             if min(min(w) for w in self.windows) < 1:
