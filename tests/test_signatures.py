@@ -66,9 +66,14 @@ def test_a_state_that_cannot_be_continued_is_refused(case):
         (state.select(torch.tensor([0])), "samples"),
         (foreign.step(torch.randn(2, 3, 8))[1], "state"),
         (State({"nothing": torch.zeros(2)}), "state"),
+        (State({f"{name}_": value for name, value in state.tensors.items()}), "state"),
     ):
         with pytest.raises((TypeError, ValueError), match=says):
             module.step(x, wrong)
+        with pytest.raises((TypeError, ValueError), match=says):
+            module(x, state=wrong)  # also where the new state, for which it is read, is not asked for
+    y, anonymous = module(x, state=state), State(state.tensors)
+    torch.testing.assert_close(module(x, state=anonymous), y, rtol=0, atol=0)
 
 
 def test_a_context_has_no_state():

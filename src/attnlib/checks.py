@@ -143,6 +143,14 @@ def check_type(name: str, value: Any, kind: type | tuple[type, ...], what: str =
         raise TypeError(f"{name} must be {what or ' or '.join(k.__name__ for k in kinds)}, got {describe(value)}")
 
 
+def check_name(name: str, value: Any) -> str:
+    """``value``, or an error unless it is a name that somebody chose: a string that is not empty."""
+    check_type(name, value, str, "a name")
+    if not value:
+        raise ValueError(f"{name} must not be empty, got {value!r}")
+    return value
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Sequences
 

@@ -21,6 +21,7 @@ from .checks import (
     check_index,
     check_int,
     check_ints,
+    check_name,
     check_rank,
     check_tensor,
     check_type,
@@ -60,7 +61,7 @@ class Layout:
             if not isinstance(segment, (tuple, list)) or len(segment) != 2:
                 raise TypeError(f"segments must be (name, size) pairs, got {describe(segment)}")
             name, size = segment
-            check_type("name of a segment", name, str)
+            check_name("name of a segment", name)
             where = f"size of the layout segment {name!r}"
             if isinstance(size, (tuple, list)):
                 size = check_ints(where, size)

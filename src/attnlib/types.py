@@ -7,7 +7,7 @@ Everything here is a plain frozen value, registered as a pytree so that it passe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeVar
@@ -225,6 +225,21 @@ class Plan(_TensorDict):
                     "make a new one with m.plan(x, ...)"
                 )
         return self
+
+    def choices(self, name: str, shape: Sequence[int | None], count: int, what: str) -> Tensor:
+        """The choices ``name``: integers of ``shape`` (``None``: any size), each one of ``count`` of ``what``.
+
+        A mechanism reads its plan by this and by nothing else: a plan may come from elsewhere, and an index beyond what
+        it points at reads another sample's memory. Whatever else it holds raises ``TypeError`` or ``ValueError``; the
+        numbers are looked at as :func:`~attnlib.checks.check_within` says.
+        """
+        index = self[name]
+        given = tuple(index.shape) if isinstance(index, Tensor) else ()
+        wanted = shape
+        if len(given) == len(shape):
+            wanted = [g if size is None else size for g, size in zip(given, shape, strict=True)]
+        check_index(f"plan's {name}", index, wanted, count, what)
+        return index
 
 
 @dataclass(frozen=True, eq=False)

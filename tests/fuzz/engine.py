@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 import attnlib
 
-from .mutate import Either, Junk, mutate
+from .mutate import Either, Junk, Name, mutate
 
 SOURCE = str(Path(attnlib.__file__).parent)
 HERE = str(Path(__file__).parent)
@@ -130,7 +130,7 @@ def show(value: Any) -> str:
         return (
             f"{str(value.dtype)[6:]}{list(value.shape)}{'' if value.device.type == 'cpu' else '@' + value.device.type}"
         )
-    if isinstance(value, Either):
+    if isinstance(value, (Either, Name)):
         return show(value.value)
     if isinstance(value, (tuple, list)):
         return f"{type(value).__name__}({', '.join(map(show, value))})"
@@ -178,7 +178,7 @@ def run_trial(name: str, seed: int, number: int, spoil: float = 0.75) -> Verdict
             spoilt = rng.choice(open_to)
             kind, given[spoilt], refuse = mutate(given[spoilt], rng)
             what = f"{spoilt}: {kind}"
-    given = {k: v.value if isinstance(v, Either) else v for k, v in given.items()}
+    given = {k: v.value if isinstance(v, (Either, Name)) else v for k, v in given.items()}
     described = f"{what} | " + ", ".join(f"{k}={show(v)}" for k, v in given.items())
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from attnlib.masks import Mask
 from attnlib.types import Plan, State
@@ -34,6 +35,13 @@ class Either:
         self.value = value
 
 
+class Name:
+    """Wraps a name that the caller chooses, or ``None``: any other name is fine, an empty one is not."""
+
+    def __init__(self, value: str | None):
+        self.value = value
+
+
 Mutant = tuple[str, Any, bool]
 
 
@@ -48,6 +56,11 @@ def _mutants(value: Any, rng: random.Random) -> list[tuple[str, Callable[[], Any
     junk: list[tuple[str, Callable[[], Any], bool]] = [("junk", Junk, True)]
     if isinstance(value, Either):
         return junk
+    if isinstance(value, Name):
+        return junk + [
+            ("another name", lambda: "somebody", False), ("empty", lambda: "", True), ("a number", lambda: 2.5, True),
+            ("a sequence", lambda: ["image"], True), ("a boolean", lambda: True, True),
+        ]  # fmt: skip
     if isinstance(value, Tensor):
         return junk + _tensor(value, rng)
     if isinstance(value, bool):
@@ -92,8 +105,11 @@ def _mutants(value: Any, rng: random.Random) -> list[tuple[str, Callable[[], Any
             ("a dictionary", lambda: dict(value.tensors), True),
             ("another kind", lambda: Plan("something", value.tensors, value.shape), True),
             ("empty", lambda: Plan(value.kind, {}, value.shape), True),
-            ("indices far beyond", lambda: _changed(value, lambda t: t + 99 if t.dtype == torch.long else t), False),
-            ("one sample more", lambda: _changed(value, lambda t: torch.cat([t, t[:1]]) if t.dim() else t), False),
+            ("indices far beyond", lambda: _changed(value, lambda t: t + 99 if t.dtype == torch.long else t), True),
+            ("negative indices", lambda: _changed(value, lambda t: -t - 1 if t.dtype == torch.long else t), True),
+            ("one sample more", lambda: _changed(value, lambda t: torch.cat([t, t[:1]]) if t.dim() else t), True),
+            ("floats", lambda: _changed(value, Tensor.float), True),
+            ("on meta", lambda: _changed(value, lambda t: t.to("meta")), True),
         ]  # fmt: skip
     if isinstance(value, Mask):
         n = rng.randint(2, 9)
@@ -161,4 +177,4 @@ def _sequence(value: Any, rng: random.Random) -> list[tuple[str, Callable[[], An
 
 
 def _changed(plan: Plan, fn: Callable[[Tensor], Tensor]) -> Plan:
-    return Plan(plan.kind, {k: fn(t) if isinstance(t, Tensor) else t for k, t in plan.tensors.items()}, plan.shape)
+    return pytree.tree_map(lambda t: fn(t) if isinstance(t, Tensor) else t, plan)

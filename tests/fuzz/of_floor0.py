@@ -155,11 +155,13 @@ def at(rng: random.Random) -> Call:
     q, k = torch.randint(0, rows, shape), torch.randint(0, cols, rng.choice([(4,), (b, 4)]))
 
     def oracle(q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        if mask.extent() == (None, None):
-            return mask.at(q_pos.long(), k_pos.long())
+        spans = []
         for pos, known in ((q_pos, mask.extent()[0]), (k_pos, mask.extent()[1])):
-            assert known is None or not pos.numel() or (pos.min() >= 0 and pos.max() < known)
-        return _looked_up(mask.dense(rows, cols), q_pos, k_pos)
+            low, high = (int(pos.min()), int(pos.max())) if pos.numel() else (0, 0)
+            assert known is None or not pos.numel() or (low >= 0 and high < known)
+            spans.append((low, high + 1))
+        (first_q, _), (first_k, _) = spans
+        return _looked_up(mask.block(*spans), q_pos - first_q, k_pos - first_k)
 
     return Call(mask.at, dict(q_pos=q, k_pos=k), oracle, names=("mask",))
 

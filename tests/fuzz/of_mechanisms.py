@@ -18,11 +18,13 @@ from torch import Tensor, nn
 import attnlib
 from attnlib import masks, ops
 from attnlib.check import Case
+from attnlib.grids import Layout
 from attnlib.nn.base import Mechanism
 from attnlib.nn.registry import find
 from attnlib.types import Output
 
 from .engine import REFUSALS, Call, Either, deliberate, target
+from .mutate import Name
 
 #: Settings that count something, and must be at least 1 where they are integers.
 COUNTS = re.compile(r"^(dim|head_dim|num_heads|num_kv_heads|num_groups|num_agents|kernel_size|block_size)$")
@@ -167,9 +169,20 @@ def forward(rng: random.Random) -> Call:
     )  # fmt: skip
 
 
+#: Settings that name a segment of a layout.
+SEGMENTS = ("image",)
+
+
 def use(m: Any, case: Case) -> None:
     """A mechanism that was built must run, or say at its door why it does not."""
     width = getattr(m, "dim", case.config["dim"])
+    for name in SEGMENTS:
+        if isinstance(chosen := getattr(m, name, None), str):
+            found = Layout(((chosen, (2, 3)), ("rest", 3)))
+            assert m(torch.randn(1, 9, width), layout=found).shape == (1, 9, width)
+            with contextlib.suppress(ValueError):
+                m(torch.randn(1, 9, width), layout=Layout((("else", (2, 3)), ("rest", 3))))
+                raise AssertionError(f"{name}={chosen!r} is no segment of the layout, which nobody says")
     x = torch.randn(2, *case.grid, width)
     context = None
     if isinstance(m, Mechanism) and not any(p.endswith("self") for p in m.traits.patterns):
@@ -201,6 +214,7 @@ def init(rng: random.Random) -> Call:
         use(m.eval(), case)
 
     kwargs = {k: v if not callable(v) and not isinstance(v, dict) else Either(v) for k, v in settings(index).items()}
+    kwargs |= {k: Name(kwargs[k]) for k in SEGMENTS if k in kwargs}
     return Call(cls, kwargs, sane=sane, names=(*signature(cls), "num_dense"))
 
 

@@ -163,7 +163,7 @@ def test_bad_input():
         m(tokens(2, 5), plan=m.plan(tokens(2, 4)))
     with pytest.raises(ValueError, match="plan was made for M=6 keys"):
         m(tokens(2, 4), tokens(2, 5), plan=m.plan(tokens(2, 4), tokens(2, 6)))
-    with pytest.raises(ValueError, match="samples and heads"):
+    with pytest.raises(ValueError, match="plan's index must have shape"):
         m(tokens(3, 4), plan=m.plan(tokens(2, 4)))
     with pytest.raises(ValueError, match="no released state dict"):
         attnlib.convert_state_dict(SLUG, {})

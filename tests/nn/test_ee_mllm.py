@@ -139,7 +139,8 @@ def test_savings_of_a_7b_layer():
         (lambda: _attend(alibi=True), "alibi"),
         (lambda: CompositeBlock(16, 4, variant="all"), "variant"),
         (lambda: composite_flops(1, 1, 8, 8, "all"), "variant"),
-        (lambda: _attend(image="picture")(_x(), layout=PICTURE), "no segment 'picture'"),
+        (lambda: _attend(image="picture")(_x(), layout=PICTURE), "image='picture' is no segment"),
+        (lambda: _attend(image=""), "image must not be empty"),
         (lambda: _attend()(_x(n=9), layout=PICTURE), "13"),
     ],
 )

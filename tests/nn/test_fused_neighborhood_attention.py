@@ -116,6 +116,26 @@ def test_streaming_equals_the_whole_and_keeps_a_ring(kernel, dilation, chunks, r
         torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("rel_bias", [False, True])
+@pytest.mark.parametrize("chunks", [[2, 1, 9], [12], [7, 5]])
+def test_weights_of_a_stream_are_those_of_the_whole(chunks, rel_bias):
+    """(B, H, n, M): remembered tokens first; a sequence shorter than its window shows its weights too."""
+    m = make(kernel_size=4, dilation=2, causal=True, rel_bias=rel_bias)
+    x, valid = data(2, 12, 8), torch.ones(2, 12, dtype=torch.bool)
+    valid[1, :3] = False
+    whole = m(x, valid=valid, returns=("weights",)).weights
+    state, at = None, 0
+    for piece, exists in zip(x.split(chunks, 1), valid.split(chunks, 1), strict=True):
+        out = m(piece, valid=exists, state=state, returns=("weights", "state"))
+        plain = m(piece, valid=exists, state=state, returns=("state",))
+        torch.testing.assert_close(out.y, plain.y, atol=1e-12, rtol=0)
+        stop, (rows, keys) = at + piece.shape[1], out.weights.shape[2:]
+        assert rows == piece.shape[1] and keys == (0 if state is None else state["k"].shape[2]) + rows
+        want = whole[:, :, at:stop, stop - keys : stop]
+        torch.testing.assert_close(out.weights, want, atol=1e-12, rtol=0)
+        state, at = out.state, stop
+
+
 def test_causal_axes_mix_with_bidirectional_ones():
     """A video that is causal in time: a frame reads earlier frames and the whole neighbourhood in space."""
     m, x = make(kernel_size=3, causal=(True, False, False)), data(1, 5, 4, 4, 8).requires_grad_()
@@ -209,8 +229,6 @@ def test_bad_input_is_refused():
         make(rank=2)(data(1, 6, 8), layout=Layout((("sequence", (5,)), ("cls", 1))))
     with pytest.raises(ValueError, match="trait streaming is False"):
         make().step(data(1, 1, 8))
-    with pytest.raises(ValueError, match="ask for one of them"):
-        make(causal=True)(data(1, 5, 8), returns=("weights", "state"))
     with pytest.raises(ValueError, match="valid must have shape"):
         make()(data(1, 4, 4, 8), valid=torch.ones(1, 16, dtype=torch.bool))
     with pytest.raises(ValueError, match="does not divide|takes no context"):

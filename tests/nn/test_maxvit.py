@@ -162,7 +162,7 @@ def test_forced_specification_gives_the_same():
     [
         (dict(num_heads=3), "num_heads=3 does not divide dim=8"),
         (dict(window_size=0), "at least 1"),
-        (dict(window_size=(2, 2, 2, 2)), "1 to 3 integers"),
+        (dict(window_size=(2, 2, 2, 2)), "must have 1 or 2 or 3 axes"),
         (dict(window_size=(2, 2), rank=3), "names 2 axes, but the grid has 3"),
         (dict(kind="tree"), "kind='tree' is not possible"),
     ],

@@ -329,7 +329,14 @@ def test_gathered_blocks():
         (lambda: BlockPlan(torch.zeros(3, 2, dtype=torch.long), 4, 4, 8), "3 query blocks, but n=8 .* are 2"),
         (lambda: BlockPlan(torch.zeros(2, 2, dtype=torch.long), 4, 0, 8), "k_block must be an integer of at least 1"),
         (lambda: BlockPlan(torch.zeros(2, 2, dtype=torch.long), 4, 4, 8, count=torch.ones(3).long()), "count must be"),
+        (lambda: BlockPlan(torch.ones(2, 2, dtype=torch.long), 4, 4, 8), "names a key block twice"),
+        (lambda: BlockPlan(torch.tensor([[0, 2], [0, 1]]), 4, 4, 8), "points at key block 2; possible: 0 to 1"),
+        (lambda: BlockPlan(torch.tensor([[0], [-1]]), 4, 4, 8), "points at key block -1"),
+        (lambda: BlockPlan(torch.tensor([[0], [1]]), 4, 4, 8, count=torch.tensor([1, 2])), "count points at slot 2"),
+        (lambda: BlockPlan(torch.tensor([[0], [1]]), 4, 4, 8, count=torch.tensor([1, -1])), "count points at slot -1"),
         (lambda: BlockPlan.from_mask(torch.ones(2, 3, dtype=torch.bool), 4, 4, 8), "chosen must be boolean"),
+        (lambda: BlockPlan.from_mask(torch.ones(3, 2, dtype=torch.bool), 4, 4, 8), "chosen must be boolean"),
+        (lambda: BlockPlan.from_mask(torch.ones(2, 2, dtype=torch.bool), 4, 4, 8, kmax=1), "at most kmax in a row"),
         (lambda: BlockPlan.from_csr(torch.tensor([0, 1]), torch.tensor([0]), 4, 4, 8), "row_ptr must have"),
     ],
 )
@@ -348,6 +355,24 @@ def test_heads_without_channels(d, dv, order):
     torch.testing.assert_close(out, want)
     for a, b in zip(*(torch.autograd.grad(y.sum(), (q, k, v)) for y in (out, want)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_slots_beyond_the_count_may_hold_anything():
+    q, k, v = tensors(1, 1, 1, 1, 8, 8, grad=False)
+    index, count = torch.tensor([[0, 99], [1, 1]]), torch.tensor([1, 1])
+    out = block_sparse_attention(q, k, v, BlockPlan(index, 4, 4, 8, count=count))
+    want = block_sparse_attention(q, k, v, BlockPlan(index[:, :1], 4, 4, 8))
+    torch.testing.assert_close(out, want)
+
+
+def test_a_plan_put_together_as_a_tree_is_checked_when_it_is_executed():
+    q, k, v = tensors(1, 1, 1, 1, 8, 8, grad=False)
+    plan = pytree.tree_map_only(torch.Tensor, lambda t: t + 5, BlockPlan(torch.tensor([[0], [1]]), 4, 4, 8))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="plan's index points at key block 6"):
+            block_sparse_attention(q, k, v, plan)
+    with pytest.raises(ValueError, match="plan's index points at key block 6"):
+        gather_blocks(k, plan)
 
 
 def test_bad_calls_are_refused():

@@ -182,35 +182,24 @@ class Mechanism(nn.Module):
             if isinstance(error, (TypeError, ValueError)) and any(name in str(error) for name in given):
                 raise  # it says so itself
             for name in given:
-                try:
-                    why = self._misfit(name, x, call)
-                except (RuntimeError, IndexError, AttributeError, KeyError, TypeError, ValueError):
-                    why = None  # nothing to compare with: the first error stands
-                if why:
+                if why := self._misfit(name, x, call):
                     raise ValueError(why) from error
             raise
 
-    def _misfit(self, name: str, x: Tensor, call: dict[str, Any]) -> str | None:
+    def _misfit(self, name: str, x: Tensor, call: dict[str, Any], shapes: bool = True) -> str | None:
         """How the state or plan of a call differs from what this mechanism makes for it; ``None`` if it does not."""
-        with torch.no_grad():
-            if name == "plan":
-                asked = {k: v for k, v in call.items() if k in self._plan_takes and k in ("context", "valid", "layout")}
-                made: list[Plan | State] = [self.make_plan(x, **asked)]
-            else:
-                one = x[:, :1]
-                fresh = {**call, "state": None, "valid": None, "mask": None, "plan": None, "returns": ("state",)}
-                fresh = {k: v for k, v in fresh.items() if k in call}
-                made = []
-                for t in (one, torch.cat([one, one], 1)):
-                    out = self.mix(t, **fresh)
-                    if not isinstance(out, Output) or out.state is None:
-                        return None  # it keeps no state to compare with
-                    made.append(out.state)
+        try:
+            with torch.no_grad():
+                made = self._made(name, x, call)
+        except (RuntimeError, IndexError, AttributeError, KeyError, TypeError, ValueError):
+            return None  # nothing to compare with
+        if not made:
+            return None
         forms = [dict(m._named()) for m in made]
         given = dict(call[name]._named())
         if set(given) != set(forms[0]):
             return f"{name} holds {sorted(given)}, but {self._name()!r} keeps {sorted(forms[0])}"
-        for key, t in given.items():
+        for key, t in given.items() if shapes else ():
             like = [form[key] for form in forms]
             # What one token more makes longer may have any length.
             open_axes = {i for i, (a, b) in enumerate(zip(like[0].shape, like[-1].shape, strict=True)) if a != b}
@@ -227,6 +216,17 @@ class Mechanism(nn.Module):
                 if low < min(0, *extremes(like[0], (0, 0))):
                     return f"plan holds {low} in {key!r}, which is no choice"
         return None
+
+    def _made(self, name: str, x: Tensor, call: dict[str, Any]) -> list[Plan] | list[State]:
+        """The plan that this mechanism makes for a call, or its states after one token and after two."""
+        if name == "plan":
+            asked = {k: v for k, v in call.items() if k in self._plan_takes and k in ("context", "valid", "layout")}
+            return [self.make_plan(x, **asked)]
+        fresh = {**call, "state": None, "valid": None, "mask": None, "plan": None, "returns": ("state",)}
+        fresh = {k: v for k, v in fresh.items() if k in call}
+        one = x[:, :1]
+        outs = [self.mix(t, **fresh) for t in (one, torch.cat([one, one], 1))]
+        return [out.state for out in outs if isinstance(out, Output) and out.state is not None]
 
     def mix(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | Output:
         """The mechanism itself. A subclass names what it takes of the arguments of :meth:`forward`, and no more."""
@@ -359,11 +359,19 @@ class Mechanism(nn.Module):
                 raise ValueError(f"{name} takes no {argument} (trait {trait} is False)")
         if plan is not None:
             check_type("plan", plan, Plan)
+            for key, t in plan._named():
+                check_device(x=x, **{f"plan's {key}": t})
         if state is not None:
             check_type("state", state, State, "an attnlib State, as returns=('state',) gives it")
             if context is not None:
                 raise ValueError("state was given with a context; it continues the tokens that x itself reads")
             state.expect(name, x.shape[0], x.device)
+            if not state.kind and not self.training and not torch.compiler.is_compiling():
+                # Whose it is is not known, and a mechanism that does not read it in this call would not notice.
+                given = {"state": state, "layout": layout, "carry": carry, "returns": ()}
+                given = {k: v for k, v in given.items() if k in self._mix_takes}
+                if why := self._misfit("state", x, given, shapes=False):  # lengths may grow at any number of tokens
+                    raise ValueError(why)
         if mask is not None and state is None:
             source = x if context is None else context
             mask.check(math.prod(x.shape[1:-1]), math.prod(source.shape[1:-1]), batch=x.shape[0], device=x.device)

@@ -23,7 +23,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import masks
-from ..checks import check_choice, check_device, check_int, check_rank, check_whole
+from ..checks import (
+    check_choice,
+    check_device,
+    check_int,
+    check_rank,
+    check_serves,
+    check_whole,
+    check_within,
+    readable,
+)
 from ..positions import AxisBias, Bias, DenseBias, RelativeBias
 from ..types import Partial, Plan, exactly, register_pytree, stats_dtype
 from . import eager
@@ -97,8 +106,55 @@ class BlockPlan(Plan):
                 )
             count = _lift(count.long(), 3)
         self._set(index, count, q_block, k_block, n, m)
+        self._check_numbers()
 
-    def _set(self, index: Tensor, count: Tensor | None, q_block: int, k_block: int, n: int, m: int) -> None:
+    def _check_numbers(self) -> None:
+        """Raise unless every slot that counts names a block that there is, and no row names one twice.
+
+        A number beyond the blocks would read those of another head. Done once: what was taken apart and put together
+        again as a tree is looked at when it is first executed.
+        """
+        if self._checked or torch.compiler.is_compiling():
+            return
+        check_whole("plan's index", self.index)
+        blocks, width = self.k_blocks, self.index.shape[3]
+        if self.count is None:
+            check_within("plan's index", self.index, blocks, "key block")
+            apart = self.index
+        else:
+            check_device(index=self.index, count=self.count)
+            for axis, what in ((0, "samples"), (1, "heads")):
+                if self.index.shape[axis] != 1:
+                    check_serves("plan's count", self.count.shape[axis], self.index.shape[axis], what)
+            check_whole("plan's count", self.count)
+            check_within("plan's count", self.count, width + 1 if blocks else 1, "slot")
+            counts = self.slots()
+            index = self.index.expand(counts.shape)
+            check_within("plan's index", index.masked_fill(~counts, 0), max(blocks, 1), "key block")
+            apart = torch.where(counts, index, blocks + torch.arange(width, device=index.device))
+        if width > 1 and readable(apart):
+            twice = (apart.sort(-1).values.diff(dim=-1) == 0).any()
+            if apart.device.type != "cpu":
+                torch._assert_async(~twice, "plan's index names a key block twice in one row")
+            elif twice:
+                raise ValueError("plan's index names a key block twice in one row; a row may name each once")
+        object.__setattr__(self, "_checked", True)
+
+    def expect(self, kind: str, **shape: Any) -> BlockPlan:
+        super().expect(kind, **shape)
+        self._check_numbers()
+        return self
+
+    @classmethod
+    def _made(cls, index: Tensor, q_block: int, k_block: int, n: int, m: int, count: Tensor | None) -> BlockPlan:
+        """A plan whose numbers are right because of how they were made."""
+        plan = object.__new__(cls)
+        plan._set(_lift(index, 4), None if count is None else _lift(count, 3), q_block, k_block, n, m, True)
+        return plan
+
+    def _set(
+        self, index: Tensor, count: Tensor | None, q_block: int, k_block: int, n: int, m: int, checked: bool = False
+    ) -> None:
         for name, value in (
             ("kind", "blocks"),
             ("tensors", {"index": index, "count": count}),
@@ -109,6 +165,7 @@ class BlockPlan(Plan):
             ("k_block", k_block),
             ("n", n),
             ("m", m),
+            ("_checked", checked),
         ):
             object.__setattr__(self, name, value)
 
@@ -130,19 +187,21 @@ class BlockPlan(Plan):
         check_rank("chosen", chosen, (2, 3, 4), "(nq, nk), (B, nq, nk) or (B, H, nq, nk)")
         if chosen.is_meta and kmax is None:
             raise ValueError("chosen must hold values that can be counted, or kmax be given; got a tensor on meta")
-        blocks = -(-m // k_block)
-        if chosen.dtype != torch.bool or chosen.shape[-1] != blocks:
-            raise ValueError(f"chosen must be boolean (..., nq, {blocks}), got {chosen.dtype} {tuple(chosen.shape)}")
+        rows, blocks = -(-n // q_block), -(-m // k_block)
+        if chosen.dtype != torch.bool or chosen.shape[-2:] != (rows, blocks):
+            raise ValueError(
+                f"chosen must be boolean (..., nq={rows}, nk={blocks}), got {chosen.dtype} {tuple(chosen.shape)}"
+            )
         count = chosen.sum(-1)
-        if kmax is not None:
-            check_int("kmax", kmax, least=0)
+        if kmax is not None and check_int("kmax", kmax, least=0) < blocks:
+            check_within("chosen, at most kmax in a row,", count, kmax + 1, "slot")
         if kmax is None:
             kmax = int(count.max()) if count.numel() else 0
         slot = (chosen.long().cumsum(-1) - 1).masked_fill(~chosen, kmax)
         numbers = torch.arange(blocks, device=chosen.device).expand(chosen.shape)
         index = torch.zeros(*chosen.shape[:-1], kmax + 1, dtype=torch.long, device=chosen.device)
         index = index.scatter(-1, slot.clamp(max=kmax), numbers)[..., :kmax]
-        return cls(index, q_block, k_block, n, m, count)
+        return cls._made(index, q_block, k_block, n, m, count)
 
     @classmethod
     def from_csr(
@@ -231,7 +290,7 @@ def _lift(x: Tensor, rank: int) -> Tensor:
 
 def _unflatten_plan(leaves: Any, context: Any) -> BlockPlan:
     plan = object.__new__(BlockPlan)
-    plan._set(leaves[0], leaves[1], *context)
+    plan._set(leaves[0], leaves[1], *context)  # leaves may be anything while a tree is taken apart
     return plan
 
 
@@ -918,6 +977,7 @@ def gather_blocks(x: Tensor, plan: BlockPlan) -> Tensor:
     missing = plan.k_blocks * plan.k_block - m
     x = F.pad(x, (0, 0, 0, missing)) if missing else x
     x = x.reshape(batch * heads * plan.k_blocks, plan.k_block * d)
+    plan._check_numbers()
     index = plan.index.masked_fill(~plan.slots(), 0)
     index = index.expand(batch, heads, plan.q_blocks, index.shape[-1])
     base = torch.arange(batch * heads, device=x.device).view(batch, heads, 1, 1) * plan.k_blocks

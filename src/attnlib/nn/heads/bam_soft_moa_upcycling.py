@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...types import Output, Plan, State, Traits, check_choice, check_divides, check_index, stats_dtype
+from ...types import Output, Plan, State, Traits, check_choice, check_divides, stats_dtype
 from ..dense.softmax_attention import SoftmaxAttention
 from ..frame import HeadCall, HeadFrame, Notes
 from ..layers import zero_invalid
@@ -149,9 +149,8 @@ class SoftMixtureOfAttention(HeadFrame[ExpertNotes]):
         if not self._routed:
             return None
         made = self._choose(logits.detach()) if plan is None else plan
-        index = made.expect("experts", N=logits.shape[1])["index"]
-        if plan is not None:
-            check_index("plan's index", index, (*logits.shape[:2], self.top_k or 0), self.num_experts, "expert")
+        made.expect("experts", N=logits.shape[1])
+        index = made.choices("index", (*logits.shape[:2], self.top_k or 0), self.num_experts, "expert")
         return torch.zeros_like(logits).scatter(-1, index, 1.0)
 
     def _gates(self, logits: Tensor, chosen: Tensor | None) -> Tensor:

@@ -17,6 +17,10 @@ from ..registry import register
 ACTIVATIONS: dict[str, type[nn.Module] | None] = {"none": None, "silu": nn.SiLU, "gelu": nn.GELU}
 
 
+class _Wanted(Plan):
+    """Asks a call to leave its choice here, instead of telling it what to choose."""
+
+
 @register("diffqkv-sigma", "diffqkv")
 class DiffQKVAttention(HeadFrame[Notes]):
     """Keys compressed hard, values lightly, queries enlarged: the cache holds ``n_k d_k + n_v d_v`` numbers per token.
@@ -142,10 +146,8 @@ class DiffQKVAttention(HeadFrame[Notes]):
         if self.v_keep is None:
             return super().make_plan(x)
         made: dict[str, Tensor] = {}
-        # the call itself chooses and leaves its choice in an empty plan
-        self.mix(
-            x, context, plan=Plan("value-fetch", made), valid=valid, context_valid=context_valid, mask=mask, state=state
-        )
+        wanted = _Wanted("value-fetch", made)
+        self.mix(x, context, plan=wanted, valid=valid, context_valid=context_valid, mask=mask, state=state)
         n, m = (t.shape[1:-1].numel() for t in (x, x if context is None else context))
         return Plan("value-fetch", made, (("N", n), ("M", m)))
 
@@ -156,16 +158,12 @@ class DiffQKVAttention(HeadFrame[Notes]):
         asked = call.but(return_weights=True)
         _, weights = attention(q, k, v[..., :0], scale=self.scale, normalizer=self.normalizer, **asked.options())
         plan = notes.plan
-        if plan is not None and "index" in plan:
-            index = plan.expect("value-fetch", N=q.shape[2])["index"]
+        if plan is not None and not isinstance(plan, _Wanted):
             # slots are counted from the start of the cache, which may have grown since the plan was made
-            made = dict(plan.shape).get("M", 0)
+            made = dict(plan.expect("value-fetch", N=q.shape[2]).shape).get("M", 0)
             if made > k.shape[2]:
                 raise ValueError(f"plan was made for M={made} keys, but there are M={k.shape[2]}; make a new one")
-            if index.shape[:2] != weights.shape[:2]:
-                raise ValueError(
-                    f"plan fetches for {tuple(index.shape[:2])} samples and heads, not {weights.shape[:2]}"
-                )
+            index = plan.choices("index", (*weights.shape[:3], None), k.shape[2], "key")
         else:
             index = weights.topk(min(self.v_keep, weights.shape[-1]), dim=-1).indices
             if plan is not None:

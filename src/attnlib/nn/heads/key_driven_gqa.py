@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...types import Plan, Traits, check_choice, check_index
+from ...types import Plan, Traits, check_choice
 from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
 from ..released import PLAIN, Released
@@ -191,12 +191,7 @@ class KeyDrivenGQA(HeadFrame[Notes]):
         if plan is None:
             chosen = self._choose(k, call.valid)
         else:
-            chosen = plan.expect("head-map")["map"]
-            if chosen.shape != (self.num_heads,):
-                raise ValueError(
-                    f"plan maps {tuple(chosen.shape)} heads, but this module has num_heads={self.num_heads}"
-                )
-            check_index("plan's map", chosen, (self.num_heads,), self.num_kv_heads, "key head")
+            chosen = plan.expect("head-map").choices("map", (self.num_heads,), self.num_kv_heads, "key head")
         return super()._mix_heads(q, k.index_select(1, chosen), v.index_select(1, chosen), call, notes)
 
     # ---- PGQA

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import attention
-from ...types import Plan, Traits, check_choice, check_index
+from ...types import Plan, Traits, check_choice
 from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
 from ..released import PLAIN, Released, Rule
@@ -122,9 +122,8 @@ class MixtureOfHeads(HeadFrame[RoutedNotes]):
             return
         p = self._scores(x, q)
         plan = self._choose(p.detach()) if notes.plan is None else notes.plan
-        index = plan.expect("routed-heads", N=x.shape[1])["index"]
-        if notes.plan is not None:
-            check_index("plan's index", index, (*p.shape[:2], self.active_heads), self.routed_heads, "routed head")
+        plan.expect("routed-heads", N=x.shape[1])
+        index = plan.choices("index", (*p.shape[:2], self.active_heads), self.routed_heads, "routed head")
         chosen = torch.zeros_like(p).scatter(-1, index, 1.0)
         notes.gates, notes.chosen = self._gates(x, p, chosen).transpose(1, 2), chosen
         if "losses" in notes.returns:

@@ -167,11 +167,9 @@ class FusedNeighborhoodAttention(Mechanism):
         drop = self.attn_drop if self.training else 0.0
         weights = new_state = None
         # A causal sequence shorter than its window is the beginning of one, as it is for a state.
-        short = self._claims().streaming and "weights" not in returns and x.shape[1] < self._reach
+        short = self._claims().streaming and x.shape[1] < self._reach
         if state is not None or "state" in returns or short:
-            if "weights" in returns:
-                raise ValueError("weights and state cannot be returned by one call; ask for one of them")
-            out, new_state = self._stream(q, k, v, exists, mask, state, drop)
+            out, weights, new_state = self._stream(q, k, v, exists, mask, state, drop, "weights" in returns)
         elif "weights" in returns:
             out, weights = self._with_weights(q, k, v, grid, layout, exists, mask, drop)
         elif layout is None:
@@ -260,8 +258,12 @@ class FusedNeighborhoodAttention(Mechanism):
         mask: masks.Mask | None,
         state: State | None,
         drop: float,
-    ) -> tuple[Tensor, State]:
-        """Continue a causal sequence: the state is the last ``(kernel_size - 1) * dilation`` tokens."""
+        shown: bool,
+    ) -> tuple[Tensor, Tensor | None, State]:
+        """Continue a causal sequence: the state is the last ``(kernel_size - 1) * dilation`` tokens.
+
+        Weights, if they are to be shown, are (B, H, n, M): over the remembered tokens and then the new ones.
+        """
         (w,), (d,) = to_tuple("kernel_size", self.kernel_size, 1), to_tuple("dilation", self.dilation, 1)
         batch, fresh = q.shape[0], q.shape[2]
         if exists is None:
@@ -271,8 +273,8 @@ class FusedNeighborhoodAttention(Mechanism):
         if state is not None:
             k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
             exists = torch.cat([state["valid"], exists], 1)
-        past, total = k.shape[2] - fresh, k.shape[2]
-        if mask is None and fresh > max(past, 2 * w):
+        past, total, weights = k.shape[2] - fresh, k.shape[2], None
+        if mask is None and not shown and fresh > max(past, 2 * w):
             # A long run of new tokens: the ring is simply the beginning of the sequence.
             padded = nn.functional.pad(q, (0, 0, past, 0))
             out = neighborhood_attention(
@@ -287,7 +289,10 @@ class FusedNeighborhoodAttention(Mechanism):
             if mask is not None:
                 allowed = allowed & mask.at(seen[:, None] + i[:, 0] - past, (seen[:, None] + j - past).clamp(min=0))
             bias = None if self.rpb is None else self.rpb[:, (w - 1 - steps).clamp(0, 2 * w - 2)]
-            out = attention(q, k, v, mask=allowed, valid=exists, bias=bias, scale=self.scale, dropout_p=drop)
+            out = attention(
+                q, k, v, mask=allowed, valid=exists, bias=bias, scale=self.scale, dropout_p=drop, return_weights=shown
+            )
+            out, weights = out if shown else (out, None)
         keep = max(0, total - (w - 1) * d)
         ring = State(
             {
@@ -298,7 +303,7 @@ class FusedNeighborhoodAttention(Mechanism):
                 "tokens": tokens,
             }
         )
-        return out, ring
+        return out, weights, ring
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

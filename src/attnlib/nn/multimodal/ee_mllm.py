@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import masks
+from ...checks import check_name
 from ...grids import Layout
 from ...types import Output, State, Traits, check_choice
 from ..dense.softmax_attention import SoftmaxAttention
@@ -62,6 +63,8 @@ class CompositeAttention(HeadFrame[Notes]):
         **settings: Any,
     ):
         check_choice("aligner", aligner, ("vo", "none"))
+        if image is not None:
+            check_name("image", image)
         if not causal:
             raise ValueError("causal=False is not possible: text reads the image before it, in order")
         for name, other in (("alibi", False), ("context_dim", dim)):
@@ -86,10 +89,16 @@ class CompositeAttention(HeadFrame[Notes]):
     ) -> Output:
         if layout is None:
             return super().mix(x, valid=valid, mask=mask, state=state, returns=returns)
-        start, stop = layout.span(layout.grid_name() if self.image is None else self.image)
+        start, stop = self.picture(layout)
         return self._composite(x, start, stop, valid, mask, state, returns)
 
     convert_state_dict = staticmethod(SoftmaxAttention.convert_state_dict)
+
+    def picture(self, layout: Layout) -> tuple[int, int]:
+        """``(start, stop)`` of the image tokens; ``ValueError`` for a layout without them."""
+        if self.image is not None and self.image not in layout.names:
+            raise ValueError(f"image={self.image!r} is no segment of the layout; it has {list(layout.names)}")
+        return layout.span(layout.grid_name() if self.image is None else self.image)
 
     def _composite(
         self, x: Tensor, start: int, stop: int, valid: Tensor | None, mask: masks.Mask | None, state: State | None,
@@ -176,7 +185,7 @@ class CompositeBlock(nn.Module):
         if layout is None:
             y = self._feed(x + output.y)
         else:
-            start, stop = layout.span(layout.grid_name() if self.attn.image is None else self.attn.image)
+            start, stop = self.attn.picture(layout)
             moved = x[:, start:stop]
             if self.variant != "frozen":
                 # Without the value term the attention's own output for these tokens is zero, or a bias: left out.

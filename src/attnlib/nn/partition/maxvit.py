@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checks import check_grid, check_int
 from ...grids import check_windows
 from ...masks import Mask
 from ...ops.partition import KINDS, window_attention
@@ -42,10 +43,11 @@ PerAxis = int | Sequence[int]
 
 
 def _window_of(name: str, size: PerAxis, rank: int | None) -> tuple[int, ...]:
-    window = to_tuple(name, size, rank or (2 if isinstance(size, int) else len(size)))
-    if not 1 <= len(window) <= 3 or any(not isinstance(w, int) or w < 1 for w in window):
-        raise ValueError(f"{name}={window} must hold 1 to 3 integers of at least 1")
-    return window
+    if rank is None:
+        rank = len(size) if isinstance(size, (tuple, list)) else 2
+    else:
+        check_int("rank", rank, least=1, most=3)
+    return check_grid(name, to_tuple(name, size, rank))
 
 
 class PartitionAttention(Mechanism):

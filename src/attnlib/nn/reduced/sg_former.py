@@ -291,8 +291,9 @@ class SelfGuidedAttention(Mechanism):
         flat, exists = zero_invalid(x, valid).flatten(1, 2), flat_valid(valid)
         drop, half = self.attn_drop if self.training else 0.0, self.num_heads // 2
         q = split_heads(self.q(x), self.num_heads)
-        tokens1, alive1 = self._merged(flat, plan["rows"], exists)
-        tokens2, alive2 = self._merged(flat, plan["columns"], exists)
+        rows, columns = (plan.choices(scan, flat.shape[:2], flat.shape[1], "token") for scan in ("rows", "columns"))
+        tokens1, alive1 = self._merged(flat, rows, exists)
+        tokens2, alive2 = self._merged(flat, columns, exists)
         k1, v1 = (split_heads(t, half) for t in self.kv1(tokens1).chunk(2, -1))
         k2, v2 = (split_heads(t, half) for t in self.kv2(tokens2).chunk(2, -1))
         if valid is None:

@@ -284,6 +284,11 @@ class BiLevelRoutingAttention(Mechanism):
             raise TypeError(f"plan must be a BlockPlan made by m.plan(x), got {type(plan).__name__}")
         n, m = (q.shape[1] * t for t in self._tokens(region))
         plan.expect("blocks", N=n, M=m, q_block=n // q.shape[1], k_block=m // q.shape[1])
+        if plan.index.shape[0] not in (1, q.shape[0]) or plan.index.shape[1] != 1:
+            raise ValueError(
+                f"plan routes {plan.index.shape[0]} samples and {plan.index.shape[1]} heads, but there are "
+                f"{q.shape[0]} samples, whose heads share one routing"
+            )
         readable = self._exists(x, valid, region, attended=True)
         if readable is not None:
             v = v.masked_fill(~readable.unsqueeze(-1), 0.0)
