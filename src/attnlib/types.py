@@ -235,9 +235,8 @@ class Plan(_TensorDict):
         """
         index = self[name]
         given = tuple(index.shape) if isinstance(index, Tensor) else ()
-        wanted = shape
-        if len(given) == len(shape):
-            wanted = [g if size is None else size for g, size in zip(given, shape, strict=True)]
+        given += (0,) * (len(shape) - len(given))
+        wanted = [g if size is None else size for g, size in zip(given, shape, strict=False)]
         check_index(f"plan's {name}", index, wanted, count, what)
         return index
 

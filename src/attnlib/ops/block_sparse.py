@@ -80,6 +80,7 @@ class BlockPlan(Plan):
     k_block: int
     n: int
     m: int
+    _checked: bool
 
     def __init__(
         self, index: Tensor, q_block: int, k_block: int, n: int, m: int | None = None, count: Tensor | None = None
