@@ -2,11 +2,13 @@
 
 A fixture ``fixtures/<slug>.safetensors`` holds per case ``<case>/sd/<name>`` (their state dict), ``x/<input>``, ``y``,
 ``g`` (the gradient of y), ``dx/<input>`` and ``dw/<name>``; its metadata names repository, commit, class, seed and our
-settings per case.
+settings per case. ``fixtures/options/<slug>.safetensors`` holds runs with options off their defaults in the same form,
+inputs in our layout and named as the arguments of the call.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -14,15 +16,18 @@ import torch
 from safetensors import safe_open
 
 import attnlib
+from attnlib.grids import Layout
 
 HERE = Path(__file__).parent / "fixtures"
 
 
 class Fixture:
+    folder = HERE
+
     def __init__(self, slug: str, **options):
         """``options`` go to ``convert_state_dict``; a callable gets the settings of the case."""
         self.slug, self.options = slug, options
-        with safe_open(HERE / f"{slug}.safetensors", "pt") as f:
+        with safe_open(self.folder / f"{slug}.safetensors", "pt") as f:
             self.tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
             self.meta = f.metadata()
         self.config = json.loads(self.meta["config"])
@@ -64,3 +69,42 @@ class Fixture:
         least = 3e-2 * max(float(value.abs().max()) for value in theirs.values())
         for name, expected in theirs.items():
             self._close(ours[name], expected, atol, name, least)
+
+
+class Options(Fixture):
+    """Runs with options off their defaults; the metadata holds per case:
+
+    ``settings`` of ours, ``convert`` (options of the converter), ``train`` (whether the module was training), ``class``
+    (``module:name`` where it is not the registered one) and ``note``.
+    """
+
+    folder = HERE / "options"
+
+    @classmethod
+    def all(cls) -> list[tuple[str, str]]:
+        """(slug, case) of every recorded run."""
+        slugs = sorted(path.stem for path in cls.folder.glob("*.safetensors"))
+        return [(slug, case) for slug in slugs for case in cls(slug).config]
+
+    def convert(self, case: str, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return attnlib.convert_state_dict(self.slug, theirs, **self.config[case].get("convert", {}))
+
+    def _convert(self, case: str, what: str) -> dict[str, torch.Tensor]:
+        return self.convert(case, self.under(f"{case}/{what}"))
+
+    def create(self, case: str):
+        """Our module as it starts."""
+        config = self.config[case]
+        settings = dict(config["settings"])
+        for name in ("context_layout",):
+            if name in settings:
+                settings[name] = Layout(tuple((part, tuple(size)) for part, size in settings[name]))
+        if "class" not in config:
+            return attnlib.create(self.slug, **settings)
+        module, name = config["class"].split(":")
+        return getattr(importlib.import_module(module), name)(**settings)
+
+    def build(self, case: str, **changes):
+        module = self.create(case)
+        module.load_state_dict(self._convert(case, "sd"))
+        return module.train(self.config[case].get("train", False))

@@ -152,3 +152,33 @@ def test_padding_values_pass_and_need_the_authors_arithmetic():
     x = torch.randn(1, 4, 8)
     x[0, 1] = -3.0
     assert torch.equal(m(x)[0, 1], x[0, 1])
+
+
+def test_an_axis_of_a_grid_weighs_every_line_alone():
+    m = build(axis=1, num_heads=2)
+    x = torch.randn(2, 5, 3, 12, dtype=torch.double)
+    lines = build(axis="tokens", num_heads=2)
+    lines.load_state_dict(m.state_dict())
+    torch.testing.assert_close(m(x)[:, :, 1], lines(x[:, :, 1]))
+    assert attnlib.create(SLUG, dim=8, axis=2).traits.grid_ranks == {1, 2, 3}  # features of a sequence, or columns
+    assert attnlib.create(SLUG, dim=8, axis=3).traits.grid_ranks == {2, 3}
+
+
+@pytest.mark.parametrize("axis", [1, 2, -2, "tokens", "batch"])
+def test_absent_tokens_leave_the_lines(axis):
+    m, x = build(axis=axis, num_heads=1), torch.randn(4, 4, 5, 12, dtype=torch.double)
+    valid = torch.rand(4, 4, 5, generator=torch.Generator().manual_seed(0)) > 0.3
+    y = m(x, valid=valid)
+    torch.testing.assert_close(m(torch.where(valid[..., None], x, 7.0), valid=valid), y)
+    along = (1, 2) if axis == "tokens" else {"batch": 0, -2: 2}.get(axis, axis)
+    some = valid.any(1).any(1)[:, None] if axis == "tokens" else valid.any(along)[..., None]
+    sums = m.gate(x, valid).sum(along)
+    torch.testing.assert_close(sums, some.expand_as(sums).double())
+
+
+def test_over_the_batch_samples_meet():
+    m, x = build(axis="batch", num_heads=1), torch.randn(4, 3, 12, dtype=torch.double)
+    assert not m.traits.batch_independent
+    torch.testing.assert_close(m.gate(x).sum(0), torch.ones(3, 12, dtype=torch.double))
+    with pytest.raises(ValueError, match="axis='batch' every head needs at least two"):
+        m(x[:1])

@@ -71,11 +71,11 @@ class ActivatorUnit(Mechanism):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From the authors' ``ActivatorGatingUnit``, ``ActivatorBlock`` or ``ACTIVATORImageClassification``."""
-        theirs = Released(state_dict, "ActivatorGatingUnit, ActivatorBlock or ACTIVATORImageClassification")
+        """From the authors' ``ActivatorGatingUnit``, ``ActivatorBlock``, ``ACTIVATOR`` or its image classifier."""
+        theirs = Released(state_dict, "ActivatorGatingUnit, ActivatorBlock, ACTIVATOR or ACTIVATORImageClassification")
         out: dict[str, Tensor] = {}
-        # a block in the classifier, a unit in a block, or either alone
-        for block, ours in ((r"model\.(\d+)\.", r"blocks.\1."), (r"()", r"\1")):
+        # a block in a stack, whose only name "model." counts as a wrapper's; a unit in a block; or either alone
+        for block, ours in ((r"(?:model\.)?(\d+)\.", r"blocks.\1."), (r"()", r"\1")):
             for unit, inside in ((r"actgu\.", "unit."), ("", "")):
                 out |= theirs.renamed(
                     {
@@ -123,7 +123,37 @@ class ActivatorBlock(nn.Module):
         return x if self.ffn is None else x + self.ffn((self.ffn_norm or self.norm)(x))
 
 
-class ActivatorClassifier(nn.Module):
+class Activator(nn.Module):
+    """Blocks one after another: the authors' ``ACTIVATOR``.
+
+    Args:
+        dim, hidden_dim, drop, ffn, shared_norm: as in :class:`ActivatorBlock`.
+        depth: number of blocks.
+
+    Reference: Abdullah and Aydin, 2024, arXiv 2405.15953.
+
+    >>> Activator(8, 16, depth=2)(torch.randn(2, 5, 8)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int | None = None,
+        depth: int = 4,
+        drop: float = 0.5,
+        ffn: bool = True,
+        shared_norm: bool = True,
+    ):
+        super().__init__()
+        self.blocks = nn.Sequential(*(ActivatorBlock(dim, hidden_dim, ffn, drop, shared_norm) for _ in range(depth)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *grid, C) -> the same shape."""
+        return self.blocks(x)
+
+
+class ActivatorClassifier(Activator):
     """Patches, blocks, the mean over patches, a linear map; no positions, so that the order of patches is not seen.
 
     Args:
@@ -151,9 +181,8 @@ class ActivatorClassifier(nn.Module):
         ffn: bool = True,
         shared_norm: bool = True,
     ):
-        super().__init__()
+        super().__init__(dim, hidden_dim, depth, drop, ffn, shared_norm)
         self.patch = nn.Conv2d(in_channels, dim, patch_size, patch_size)
-        self.blocks = nn.Sequential(*(ActivatorBlock(dim, hidden_dim, ffn, drop, shared_norm) for _ in range(depth)))
         self.head = nn.Linear(dim, num_classes)
 
     def forward(self, image: Tensor) -> Tensor:

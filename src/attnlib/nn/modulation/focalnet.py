@@ -44,6 +44,7 @@ class FocalModulation(Mechanism):
         bias: biases of ``W_f`` and ``W_h``.
         normalize_modulator: divide the sum over levels by L + 1.
         use_postln_in_modulation: LayerNorm before the output projection.
+        norm_eps: of that LayerNorm; timm's models have 1e-6.
         proj_drop: dropout of the output.
 
     Reference: Yang et al., 2022, arXiv 2203.11926, eq. 3-6.
@@ -72,6 +73,7 @@ class FocalModulation(Mechanism):
         normalize_modulator: bool = False,
         use_postln_in_modulation: bool = False,
         proj_drop: float = 0.0,
+        norm_eps: float = 1e-5,
     ):
         super().__init__(dim)
         check_choice("grid_rank", grid_rank, (1, 2, 3))
@@ -88,7 +90,7 @@ class FocalModulation(Mechanism):
         self.f = nn.Linear(dim, 2 * dim + focal_level + 1, bias=bias)
         self.h = nn.Linear(dim, dim, bias=bias)
         self.focal_layers = nn.ModuleList(DepthwiseConv(dim, k, rank=grid_rank, bias=False) for k in kernels)
-        self.norm = nn.LayerNorm(dim) if use_postln_in_modulation else nn.Identity()
+        self.norm = nn.LayerNorm(dim, eps=norm_eps) if use_postln_in_modulation else nn.Identity()
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -131,13 +133,13 @@ class FocalModulation(Mechanism):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From the authors' ``FocalModulation``: ``h`` is a 1x1 convolution there, the LayerNorm is called ``ln``."""
-        theirs = Released(state_dict, "the authors' FocalModulation")
-        rules: dict[str, Rule] = {
-            r"(f|proj)\.(weight|bias)": r"\1.\2",
-            r"h\.weight": lambda match, value: {"h.weight": value.flatten(1)},
-            r"h\.bias": "h.bias",
-            r"focal_layers\.(\d+)\.0\.weight": r"focal_layers.\1.weight",
-            r"ln\.(weight|bias)": r"norm.\1",
-        }
-        return theirs.close(theirs.renamed(rules))
+        """From the authors' ``FocalModulation``, timm's (1x1 convolutions) or transformers' ``FocalNetModulation``."""
+        theirs = Released(state_dict, "the authors', timm's or transformers' FocalModulation")
+
+        def flat(ours: str) -> Rule:
+            return lambda match, value: {f"{ours}.weight": value.flatten(1)}
+
+        rules: dict[str, Rule] = {r"focal_layers\.(\d+)\.0\.weight": r"focal_layers.\1.weight"}
+        for ours, names in (("f", "f|projection_in"), ("h", "h|projection_context"), ("proj", "proj|projection_out")):
+            rules |= {rf"(?:{names})\.weight": flat(ours), rf"(?:{names})\.bias": f"{ours}.bias"}
+        return theirs.close(theirs.renamed(rules | {r"(?:ln|norm|layernorm)\.(weight|bias)": r"norm.\1"}))

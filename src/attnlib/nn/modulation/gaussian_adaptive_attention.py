@@ -16,7 +16,7 @@ from ..layers import flat_valid, zero_invalid
 from ..registry import register
 from ..released import Released
 
-AXES = ("features", "tokens")
+AXES = ("features", "tokens", "batch")
 
 
 @register("gaussian-adaptive-attention", "gaam")
@@ -33,13 +33,15 @@ class GaussianAdaptiveAttention(Mechanism):
     computed: it costs the same for every G and cannot underflow.
 
     Over ``"features"`` a token reads only itself: tokens do not mix, which makes it causal and lets it stream. Over
-    ``"tokens"`` every channel is weighed along the whole sequence.
+    ``"tokens"`` every channel is weighed along the whole sequence, over one axis of a grid along its rows or columns,
+    over ``"batch"`` along the samples.
 
     Args:
         dim: width of ``x``.
         num_heads: chunks of the axis.
         num_gaussians: G.
-        axis: ``"features"`` or ``"tokens"`` (all tokens of the grid, flattened).
+        axis: ``"features"``, ``"tokens"`` (all tokens of the grid, flattened), ``"batch"``, or an axis of ``x`` as the
+            authors number it: 0 for the batch, 1 to r for the grid, r + 1 or -1 for the features.
         residual: ``y = x + w x``, a layer of the authors' block.
         eps: added to the variance.
         compat: ``"authors"`` computes the product of densities as it stands and clamps their sum at ``eps``.
@@ -73,14 +75,18 @@ class GaussianAdaptiveAttention(Mechanism):
         dim: int,
         num_heads: int = 4,
         num_gaussians: int = 5,
-        axis: str = "features",
+        axis: str | int = "features",
         residual: bool = False,
         eps: float = 1e-8,
         compat: str | None = None,
         padding_value: float | None = None,
     ):
         super().__init__(dim)
-        check_choice("axis", axis, AXES)
+        axis = {-1: "features", 0: "batch"}.get(axis, axis) if isinstance(axis, int) else axis
+        if isinstance(axis, str):
+            check_choice("axis", axis, AXES)
+        elif not -5 <= axis <= 4:
+            raise ValueError(f"axis={axis} is not possible; x has axes 0 (batch) to 4 at most, or {AXES}")
         check_choice("compat", compat, (None, "authors"))
         if padding_value is not None and compat != "authors":
             raise ValueError(
@@ -104,10 +110,15 @@ class GaussianAdaptiveAttention(Mechanism):
     @property
     def traits(self) -> Traits:
         alone = self.axis == "features"
+        ranks, anywhere = self.class_traits.grid_ranks, alone or self.axis == "batch"
+        if isinstance(self.axis, int):
+            ranks = frozenset(r for r in ranks if -r - 2 <= self.axis <= r + 1)
         return self.class_traits.but(
             patterns=frozenset({"causal-self" if alone else "noncausal-self"}),
+            grid_ranks=ranks,
             streaming=alone,
-            permutation_equivariant=alone or self.num_heads == 1,
+            batch_independent=self.axis != "batch" and not (isinstance(self.axis, int) and self.axis < -2),
+            permutation_equivariant=anywhere or (self.axis == "tokens" and self.num_heads == 1),
         )
 
     def gaussians(self) -> tuple[Tensor, Tensor]:
@@ -170,32 +181,44 @@ class GaussianAdaptiveAttention(Mechanism):
         1.0
         """
         check_valid("valid", valid, x.shape[:-1])
-        flat = x.flatten(1, -2).to(stats_dtype(x.dtype))
-        axis = 2 if self.axis == "features" else 1
+        place = self._place(x.dim())
+        axis = 2 if place == "features" else 1
+        # (lines, tokens of a line, C): what is weighed lies along the last axis or the one before it
+        lines = x if isinstance(place, str) else x.movedim(place, -2)
+        flat = (lines.flatten(1, -2) if isinstance(place, str) else lines.flatten(0, -3)).to(stats_dtype(x.dtype))
         length = flat.shape[axis]
         if length < 2 * self.num_heads:
             raise ValueError(
-                f"x has {length} tokens for num_heads={self.num_heads}; with axis='tokens' every head needs at least "
-                f"two, so at least {2 * self.num_heads}"
+                f"x has {length} tokens for num_heads={self.num_heads}; with axis={self.axis!r} every head needs at "
+                f"least two, so at least {2 * self.num_heads}"
             )
-        if axis == 2 or valid is None:
-            flat = zero_invalid(flat, None if valid is None else valid.flatten(1))
+        exists = valid
+        if valid is not None:
+            exists = valid.flatten(1) if isinstance(place, str) else valid.movedim(place, -1).flatten(0, -2)
+        if axis == 2 or exists is None:
+            flat = zero_invalid(flat, exists)
             size = length // self.num_heads
             starts = [head * size for head in range(self.num_heads)]
             parts = [
                 self._chunk(flat.narrow(axis, at, length - at if head == self.num_heads - 1 else size), head, axis)
                 for head, at in enumerate(starts)
             ]
-            weights = torch.cat(parts, axis).view(x.shape)
+            total = torch.cat(parts, axis)
         else:
-            exists = valid.flatten(1)
             size_of = (exists.sum(1, keepdim=True) // self.num_heads).clamp(min=1)
             owner = ((exists.long().cumsum(1) - 1).clamp(min=0) // size_of).clamp(max=self.num_heads - 1)
             total = torch.zeros_like(flat)
             for head in range(self.num_heads):
                 total = total + self._chunk(flat, head, 1, (exists & (owner == head))[..., None])
-            weights = total.view(x.shape)
-        return zero_invalid(weights, valid)
+        weights = total.view(lines.shape)
+        return zero_invalid(weights if isinstance(place, str) else weights.movedim(-2, place), valid)
+
+    def _place(self, dims: int) -> str | int:
+        """``"features"``, ``"tokens"``, or the number of the axis in an ``x`` of so many dimensions."""
+        if isinstance(self.axis, str):
+            return 0 if self.axis == "batch" else self.axis
+        place = self.axis % dims
+        return "features" if place == dims - 1 else place
 
     def importance_factor(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """How much each feature is let through: the mean weight, brought to the range from 0 to 1.
@@ -228,8 +251,12 @@ class GaussianAdaptiveAttention(Mechanism):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From the authors' ``MultiHeadGaussianAdaptiveAttention``, or ``GaussianBlock`` for :class:`GaussianBlock`."""
-        theirs = Released(state_dict, "MultiHeadGaussianAdaptiveAttention or GaussianBlock")
+        """From the authors' ``MultiHeadGaussianAdaptiveAttention``, one ``GaussianAdaptiveAttention`` of it (a single
+        head), or ``GaussianBlock`` for :class:`GaussianBlock`.
+        """
+        theirs = Released(state_dict, "MultiHeadGaussianAdaptiveAttention, GaussianAdaptiveAttention or GaussianBlock")
+        if "c" in theirs:
+            return theirs.close({"offset": theirs.take("mean_offsets")[None], "width": theirs.take("c")[None]})
         heads: dict[str, dict[int, Tensor]] = {}
         for name, ours in (("mean_offsets", "offset"), ("c", "width")):
             for match, value in theirs.matching(rf"((?:layers\.\d+\.)?)attention_heads\.(\d+)\.{name}"):
@@ -259,11 +286,11 @@ class GaussianBlock(nn.Module):
         dim: int,
         num_heads: Sequence[int] = (4, 4, 4),
         num_gaussians: Sequence[int] = (5, 5, 5),
-        axes: Sequence[str] | None = None,
+        axes: Sequence[str | int] | None = None,
         **settings: Any,
     ):
         super().__init__()
-        axes = ["features"] * len(num_heads) if axes is None else axes
+        axes = ["features" for _ in num_heads] if axes is None else axes
         if not len(num_heads) == len(num_gaussians) == len(axes):
             raise ValueError(
                 f"num_heads, num_gaussians and axes must name as many layers, got {len(num_heads)}, "
