@@ -492,3 +492,13 @@ def test_a_mask_enters_a_graph_as_an_argument():
     x = torch.randn(N, N)
     for name in ("documents", "modality", "prefix", "and", "neighborhood_2d", "blocks"):
         assert torch.equal(compiled(x, KINDS[name]), f(x, KINDS[name]))
+
+
+def test_a_mask_keeps_its_numbers_on_a_padded_grid():
+    allowed = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    padded = M.Padded(M.as_mask(allowed), (2, 3), (4, 5))
+    places = torch.arange(20).view(4, 5)[:2, :3].flatten()
+    expected = torch.zeros(2, 1, 20, 20, dtype=torch.bool)
+    expected[:, :, places[:, None], places] = allowed
+    assert torch.equal(padded.dense(20), expected)
+    assert padded.extent() == (20, 20)

@@ -13,6 +13,8 @@ _LAZY = {
     "list_mechanisms": "attnlib.nn.registry",
     "convert_state_dict": "attnlib.nn.registry",
     "register": "attnlib.nn.registry",
+    "create_model": "attnlib.models.build",
+    "list_models": "attnlib.models.build",
     "deploy": "attnlib.nn.base",
     "Mechanism": "attnlib.nn.base",
     "Fusion": "attnlib.nn.base",
@@ -37,6 +39,7 @@ __all__ = ["__version__", *_LAZY]
 
 if TYPE_CHECKING:
     from .grids import Layout
+    from .models.build import create_model, list_models
     from .nn.base import Fusion, Mechanism, deploy
     from .nn.registry import convert_state_dict, create, list_mechanisms, register
     from .ops.attention import attention, attention_partial, explain, use_backend

@@ -248,6 +248,31 @@ def _print_paper(entry: dict[str, Any]) -> None:
 
 
 @app.command()
+def models(
+    text: Annotated[str, typer.Argument(help="Only names containing this.")] = "", as_json: JsonFlag = False
+) -> None:
+    """The released sizes of models, with parameters and the licence of their weights.
+
+    [dim]attnlib models[/]  ·  [dim]attnlib models maxvit --json[/]
+    """
+    from .models.build import counted_params, list_models, model_entry
+
+    rows = []
+    for name in list_models(f"*{text.lower()}*"):
+        entry = model_entry(name)
+        rows.append({**entry.to_dict(), "params": counted_params(entry)})
+    if as_json:
+        _print_json(rows)
+        return
+    table = _table("model", "paper", "parameters", "image", "weights' licence")
+    for row in rows:
+        table.add_row(
+            row["name"], row["family"], f"{row['params']:,}", str(row["img_size"]), row["license"] or "none released"
+        )
+    console.print(table)
+
+
+@app.command()
 def papers(
     text: Annotated[str, typer.Argument(help="Only papers containing this.")] = "", as_json: JsonFlag = False
 ) -> None:

@@ -382,7 +382,7 @@ def _check_dense(mask: Mask, n: int, m: int, name: str) -> None:
         shape = tuple(mask._allowed.shape)
         if shape[-2:] != (n, m):
             raise ValueError(f"{name} must be (..., {n}, {m}) for N={n} queries and M={m} keys, got {shape}")
-    elif not isinstance(mask, Within):
+    elif not isinstance(mask, (Within, Padded)):
         for part in mask._args():
             if isinstance(part, Mask):
                 _check_dense(part, n, m, name)
@@ -721,6 +721,35 @@ class Strided(Mask):
         if self.heads() > 1:
             return torch.ones_like(some), every
         return some | ((self.offset - k_lo) % self.stride <= k_hi - k_lo), every
+
+
+class Padded(Mask):
+    """A mask of the tokens of ``grid``, on the numbers they have in ``full``: the grid with more tokens at its ends.
+
+    Tokens that were added meet nothing.
+    """
+
+    name = "padded"
+    fields = ("inner", "grid", "full")
+
+    def __init__(self, inner: Mask, grid: Sequence[int], full: Sequence[int]):
+        self.inner, self.grid, self.full = inner, check_ints("grid", grid, least=1), check_ints("full", full, least=1)
+
+    def extent(self) -> tuple[int | None, int | None]:
+        return (math.prod(self.full),) * 2
+
+    def _in_grid(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        number, inside, step = torch.zeros_like(at), torch.ones_like(at, dtype=torch.bool), 1
+        for side, full in zip(reversed(self.grid), reversed(self.full), strict=True):
+            place = at % full
+            inside = inside & (place < side)
+            number = number + place.clamp(max=side - 1) * step
+            at, step = at // full, step * side
+        return number, inside
+
+    def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        (q, q_inside), (k, k_inside) = self._in_grid(q), self._in_grid(k)
+        return self.inner.pair(b, h, q, k) & q_inside & k_inside
 
 
 class Everything(Mask):

@@ -127,7 +127,7 @@ def test_dilation_of_the_authors_fits_every_stage(side):
     m = make(dilation=largest)
     assert m(data(1, side, side, 8)).shape == (1, side, side, 8)
     with pytest.raises(ValueError, match=f"possible: dilation from 1 to {largest}"):
-        make(dilation=largest + 1)(data(1, side, side, 8))
+        make(dilation=largest + 1, pad="refuse")(data(1, side, side, 8))
 
 
 def test_rank_follows_the_settings():
@@ -144,7 +144,7 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match=r"x must have shape \(B, H, W, C\)"):
         make()(data(1, 9, 8))
     with pytest.raises(ValueError, match="larger than the grid"):
-        make()(data(1, 2, 9, 8))
+        make(pad="refuse")(data(1, 2, 9, 8))
     with pytest.raises(RuntimeError, match="size mismatch for rpb"):
         make().load_state_dict(make(kernel_size=5).state_dict())
 
@@ -165,10 +165,21 @@ def test_small_maps_are_padded_as_the_authors_do(grid):
     exists[:, 0, 1] = False
     cropped = plain(padded, valid=exists)[:, : grid[0], : grid[1]]
     torch.testing.assert_close(m(x, valid=valid), cropped)
-    with pytest.raises(ValueError, match=r"returns=\('weights',\) is not possible on a grid"):
-        m(x, returns=("weights",))
-    with pytest.raises(ValueError, match="mask is not possible on a grid"):
-        m(x, mask=masks.causal())
+
+
+@pytest.mark.parametrize("grid", [(2, 9), (9, 4), (3, 3)])
+def test_what_pads_a_small_map_is_not_there(grid):
+    """Weights are those of the tokens that came in, and a mask keeps their numbers."""
+    m, x, n = make(dilation=2), data(2, *grid, 8), math.prod(grid)
+    allowed = torch.rand(n, n, generator=torch.Generator().manual_seed(3)) < 0.7
+    out = m(x, mask=allowed, returns=("weights",))
+    assert out.weights.shape[-2:] == (n, n)
+    assert not out.weights[..., ~allowed].any()
+    total = out.weights.sum(-1)
+    torch.testing.assert_close(total, torch.where(total > 0, 1.0, 0.0).to(total.dtype))
+    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in m.qkv(x.flatten(1, 2)).chunk(3, -1))
+    mixed = (out.weights @ v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(out.y.flatten(1, 2), m.proj(mixed))
 
 
 def test_without_a_bias_any_rank_is_taken():

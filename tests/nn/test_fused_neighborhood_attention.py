@@ -220,9 +220,9 @@ def test_bad_settings_are_refused(config, message):
 
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match=r"kernel_size=3 is larger than the grid \(2, 8\) on axis 0"):
-        make()(data(1, 2, 8, 8))
+        make(pad="refuse")(data(1, 2, 8, 8))
     with pytest.raises(ValueError, match="possible: dilation from 1 to 2"):
-        make(dilation=4)(data(1, 8, 8))
+        make(dilation=4, pad="refuse")(data(1, 8, 8))
     with pytest.raises(ValueError, match="layout adds up to 21 tokens"):
         make()(data(1, 20, 8), layout=Layout.image(4, 5, cls=1))
     with pytest.raises(ValueError, match="rank=2"):

@@ -96,4 +96,4 @@ def test_bad_settings_are_refused(config, message):
 
 def test_kernel_times_dilation_beyond_the_grid_is_refused():
     with pytest.raises(ValueError, match="kernel_size=4 with dilation=2 spans 8 tokens"):
-        make(stride=2, dilation=2)(data(1, 8, 7, 8))
+        make(stride=2, dilation=2, pad="refuse")(data(1, 8, 7, 8))

@@ -174,11 +174,11 @@ def test_bad_settings_are_refused(config, message):
 
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match=r"window_size=\(2, 2\) does not divide the grid \(4, 5\)"):
-        make()(data(1, 4, 5, 8))
+        make(pad="refuse")(data(1, 4, 5, 8))
     with pytest.raises(ValueError, match=r"grid_size=\(3, 3\) does not divide the grid \(4, 6\)"):
-        make(cls=MaxSA, grid_size=3)(data(1, 4, 6, 8))
+        make(cls=MaxSA, grid_size=3, pad="refuse")(data(1, 4, 6, 8))
     with pytest.raises(ValueError, match="window_size=.* does not fit the grid"):
-        make(window_size=8)(data(1, 4, 4, 8))
+        make(window_size=8, pad="refuse")(data(1, 4, 4, 8))
     with pytest.raises(ValueError, match="as many axes"):
         make(cls=MaxSA, window_size=(2,), grid_size=(2, 2))
     with pytest.raises(ValueError, match="trait mask is False"):

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from attnlib.types import check_rank
 
+from .blocks import mix
+
 MakeMixer = Callable[[], nn.Module]
 
 
@@ -35,42 +37,6 @@ def make_apart(make: MakeMixer) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
-
-
-def mix(mixer: nn.Module, x: Tensor, context: Tensor | None = None, carry: Any = None) -> tuple[Tensor, Any, dict]:
-    """Call a mechanism on ``x``: on its grid when it takes that rank, on the flattened grid otherwise.
-
-    Args:
-        mixer: a mechanism; its ``traits`` say which grid ranks it takes, whether it carries and what losses it has.
-        x: (B, *grid, C).
-        context: (B, *grid', C) for cross patterns.
-        carry: what the mechanism of the block before handed on.
-
-    Returns:
-        The tokens (B, *grid, C), the carry for the next block and the named losses.
-
-    Raises:
-        ValueError: when the mechanism takes neither the grid's rank nor a flat sequence.
-    """
-    traits: Any = mixer.traits
-    rank = x.dim() - 2
-    grid = x.shape[1:-1]
-    flat = rank not in traits.grid_ranks
-    if flat:
-        if 1 not in traits.grid_ranks:
-            raise ValueError(f"x has a grid of rank {rank}, but the mechanism takes ranks {sorted(traits.grid_ranks)}")
-        x = x.flatten(1, -2)
-        context = context.flatten(1, -2) if context is not None else None
-    returns = (*(("carry",) if traits.carries else ()), *(("losses",) if traits.losses else ()))
-    extra: dict[str, Any] = {}
-    if context is not None:
-        extra["context"] = context
-    if traits.carries:
-        extra["carry"] = carry
-    out = mixer(x, **extra, returns=returns) if returns else mixer(x, **extra)
-    if not returns:
-        return (out.unflatten(1, grid) if flat else out), None, {}
-    return (out.y.unflatten(1, grid) if flat else out.y), out.carry, out.losses or {}
 
 
 def mlp(dim: int, ratio: float) -> nn.Sequential:

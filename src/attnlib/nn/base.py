@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import (
@@ -25,13 +26,17 @@ from ..checks import (
     checked,
     describe,
     extremes,
+    to_tuple,
 )
-from ..grids import Layout
-from ..masks import Mask, as_mask
+from ..grids import Layout, crop_grid
+from ..masks import Mask, Padded, as_mask
 from ..types import EXTRAS, Output, Plan, State, Traits, traced_as_constant
 from .layers import zero_invalid
 
 Extras = Sequence[str]
+
+#: What :attr:`Mechanism.pad` can be.
+PADS = ("mask", "zeros", "refuse")
 
 #: What :meth:`Mechanism.forward` can hand to :meth:`Mechanism.mix` beside ``x``.
 CALL = ("context", "layout", "valid", "context_valid", "mask", "plan", "state", "carry", "returns")
@@ -96,6 +101,10 @@ class Mechanism(nn.Module):
     counts_slots: bool = False
     #: Its answer depends on how many slots there are, so that padding at the end changes it.
     reads_length: bool = False
+    #: What becomes of a grid that :meth:`mix` cannot take: ``"mask"`` adds tokens that do not exist, ``"zeros"`` adds
+    #: zeros that are tokens like any other, as most released models do (in both cases what was added is cut off
+    #: again); with ``"refuse"`` :meth:`mix` raises.
+    pad: str = "mask"
     _mix_takes: ClassVar[tuple[str, ...]] = CALL
     _plan_takes: ClassVar[tuple[str, ...]] = CALL
 
@@ -116,6 +125,47 @@ class Mechanism(nn.Module):
     def traits(self) -> Traits:
         """What this instance, configured so and in this mode, supports."""
         return self.class_traits
+
+    @property
+    def grid_step(self) -> int | tuple[int, ...]:
+        """What :meth:`mix` needs the sides of the grid to be multiples of; one number, or one per axis."""
+        return 1
+
+    def _full_grid(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """The smallest grid that holds ``grid`` and that :meth:`mix` can take."""
+        step = self.grid_step
+        if step == 1:
+            return grid
+        return tuple(-(-n // s) * s for n, s in zip(grid, to_tuple("grid_step", step, len(grid)), strict=True))
+
+    @property
+    def _grid_multiple(self) -> int:
+        """The trait ``grid_multiple``: what is padded takes any size."""
+        step = self.grid_step
+        return 1 if self.pad != "refuse" else step if isinstance(step, int) else math.lcm(*step)
+
+    def _fit_grid(
+        self, x: Tensor, valid: Tensor | None, mask: Mask | None
+    ) -> tuple[Tensor, Tensor | None, Mask | None]:
+        """``x``, ``valid`` and ``mask`` on a grid that :meth:`mix` can take."""
+        grid = tuple(x.shape[1:-1])
+        full = self._full_grid(grid)
+        if full == grid or self.pad == "refuse" or not math.prod(grid):
+            return x, valid, mask
+        pads = [end for n, m in zip(reversed(grid), reversed(full), strict=True) for end in (0, m - n)]
+        if valid is None and self.pad == "mask":
+            valid = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        if valid is not None:
+            valid = F.pad(valid, pads, value=self.pad == "zeros")
+        return F.pad(x, [0, 0, *pads]), valid, None if mask is None else Padded(mask, grid, full)
+
+    def _cut_grid(self, output: Output, grid: Sequence[int], full: Sequence[int]) -> Output:
+        """What :meth:`_fit_grid` added is taken off again, in outputs and in weights."""
+        weights, count = output.weights, math.prod(full)
+        if weights is not None and tuple(weights.shape[-2:]) == (count, count):
+            kept = crop_grid(torch.arange(count, device=weights.device).view(1, *full, 1), grid).flatten()
+            output = output._replace(weights=weights.index_select(-2, kept).index_select(-1, kept))
+        return output._replace(y=crop_grid(output.y, grid))
 
     # ---- the call
 
@@ -156,12 +206,17 @@ class Mechanism(nn.Module):
         mask = as_mask(mask)
         self._check_call(x, context, layout, valid, context_valid, mask, plan, state, carry, returns)
         x, context = zero_invalid(x, valid), context if context is None else zero_invalid(context, context_valid)
+        grid, exists = x.shape[1:-1], valid
+        if layout is None:
+            x, valid, mask = self._fit_grid(x, valid, mask)
         call = dict(
             context=context, layout=layout, valid=valid, context_valid=context_valid, mask=mask, plan=plan, state=state,
             carry=carry, returns=tuple(returns),
         )  # fmt: skip
         result = self._mixed(x, {name: call[name] for name in self._mix_takes})
         output = result if isinstance(result, Output) else Output(result)
+        if x.shape[1:-1] != grid:
+            output, valid = self._cut_grid(output, grid, x.shape[1:-1]), exists
         if output.state is not None and not output.state.kind:
             output = output._replace(state=State(output.state.tensors, self._name()))
         if valid is not None:
@@ -255,6 +310,8 @@ class Mechanism(nn.Module):
         mask = as_mask(mask)
         self._check_call(x, context, layout, valid, context_valid, mask, None, state, carry, ())
         x, context = zero_invalid(x, valid), context if context is None else zero_invalid(context, context_valid)
+        if layout is None:
+            x, valid, mask = self._fit_grid(x, valid, mask)
         call = dict(
             context=context, layout=layout, valid=valid, context_valid=context_valid, mask=mask, state=state,
             carry=carry,
@@ -420,7 +477,10 @@ class Fusion(nn.Module):
 
 
 def deploy(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` for inference in which every mechanism is replaced by its deployed form.
+    """A copy of ``module`` for inference in which every part that has a deployed form is replaced by it.
+
+    That is every module with a method ``deployed()``: mechanisms, convolutions with norms, stems and mergings. Where a
+    module's own form is itself, what lies inside it is visited.
 
     >>> import attnlib
     >>> attnlib.deploy(attnlib.create("softmax-attention", dim=8, num_heads=2)).training
@@ -430,10 +490,11 @@ def deploy(module: nn.Module) -> nn.Module:
 
     def visit(parent: nn.Module) -> None:
         for name, child in list(parent.named_children()):
-            if isinstance(child, Mechanism):
-                setattr(parent, name, child.deployed())
-            else:
+            new = child.deployed() if hasattr(child, "deployed") else child
+            if new is child:
                 visit(child)
+            else:
+                setattr(parent, name, new.eval())
 
     visit(result)
-    return result.deployed().eval() if isinstance(result, Mechanism) else result
+    return result.deployed().eval() if hasattr(result, "deployed") else result

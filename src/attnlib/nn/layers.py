@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..types import check_divides, to_tuple
+from ..checks import check_divides, check_real, to_tuple
+from ..types import stats_dtype
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -79,15 +81,363 @@ class DepthwiseConv(nn.Module):
 
 
 class Mlp(nn.Module):
-    """``Linear -> activation -> Linear`` on the last axis."""
+    """``Linear -> activation -> Linear`` on the last axis, with a gate or a depthwise convolution in the middle.
 
-    def __init__(self, dim: int, ratio: float = 4.0, activation: type[nn.Module] = nn.GELU, drop: float = 0.0):
+    Args:
+        dim: width of ``x``.
+        ratio: hidden width over ``dim``.
+        activation: of the hidden layer.
+        drop: dropout in training, of the output (and of the hidden layer with ``drop_hidden``).
+        hidden: hidden width, instead of ``ratio``.
+        out_dim: width of the output; ``dim`` by default.
+        gated: ``fc2(act(a) * b)`` with ``[a, b] = fc1(x)`` and ``a``, ``b`` of the hidden width (SwiGLU, GEGLU).
+        depthwise: side of a depthwise convolution over the grid, before the activation (0: none).
+        skip: add the hidden layer to that convolution: ``act(z + conv(z))``.
+        bias: of both linear maps.
+        drop_hidden: apply ``drop`` to the hidden layer as well, as timm does.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ratio: float = 4.0,
+        activation: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        hidden: int | None = None,
+        out_dim: int | None = None,
+        gated: bool = False,
+        depthwise: int = 0,
+        skip: bool = False,
+        bias: bool = True,
+        drop_hidden: bool = False,
+    ):
         super().__init__()
-        hidden = int(dim * ratio)
-        self.fc1 = nn.Linear(dim, hidden)
+        hidden = int(dim * ratio) if hidden is None else hidden
+        self.gated, self.skip, self.drop_hidden = gated, skip, drop_hidden
+        self.fc1 = nn.Linear(dim, hidden * (2 if gated else 1), bias=bias)
+        self.dwconv = DepthwiseConv(hidden, depthwise) if depthwise else None
         self.act = activation()
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = nn.Linear(hidden, dim if out_dim is None else out_dim, bias=bias)
         self.drop = nn.Dropout(drop)
 
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B, *grid, dim) -> (B, *grid, out_dim); tokens outside ``valid`` are zeros to the convolution."""
+        z = self.fc1(x)
+        gate = None
+        if self.gated:
+            z, gate = z.chunk(2, -1)
+        if self.dwconv is not None:
+            z = zero_invalid(z, valid)
+            local = self.dwconv(z)
+            z = z + local if self.skip else local
+        z = self.act(z) if gate is None else self.act(z) * gate
+        return self.drop(self.fc2(self.drop(z) if self.drop_hidden else z))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, whole samples of a branch are dropped with ``p`` and the rest is scaled up."""
+
+    def __init__(self, p: float = 0.0):
+        super().__init__()
+        self.p = check_real("drop_path", p, least=0, below=1)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.act(self.fc1(x))))
+        if not (self.training and self.p):
+            return x
+        kept = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.p
+        return x * (kept / (1 - self.p)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.p}"
+
+
+class LayerScale(nn.Module):
+    """``gamma * x`` with one learned number per channel, ``init`` at the start."""
+
+    def __init__(self, dim: int, init: float = 1e-5):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class PositionalConv(nn.Module):
+    """``x + conv(x)``, depthwise: a position encoding that is conditioned on the tokens (CPE).
+
+    Its parameters are those of the convolution: ``conv.weight``, ``conv.bias``.
+    """
+
+    def __init__(self, dim: int, kernel_size: int | Sequence[int] = 3, rank: int = 2, bias: bool = True):
+        super().__init__()
+        self.conv = DepthwiseConv(dim, kernel_size, rank, bias=bias)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        return x + self.conv(zero_invalid(x, valid))
+
+
+def strided_valid(valid: Tensor | None, stride: int | Sequence[int]) -> Tensor | None:
+    """Which cells of ``stride`` tokens a side hold a token that exists: (B, H, W) -> (B, ceil(H / s), ceil(W / s)).
+
+    >>> strided_valid(torch.tensor([[[True, False, False]]]), 2)
+    tensor([[[ True, False]]])
+    """
+    if valid is None:
+        return None
+    steps = to_tuple("stride", stride, valid.dim() - 1)
+    sides = [-n % s for n, s in zip(valid.shape[1:], steps, strict=True)]
+    cells = F.pad(valid, [end for side in reversed(sides) for end in (0, side)])
+    for axis, step in enumerate(steps, 1):
+        cells = cells.unflatten(axis, (-1, step)).any(axis + 1)
+    return cells
+
+
+def masked_batch_norm(norm: nn.BatchNorm2d, x: Tensor, valid: Tensor | None) -> Tensor:
+    """BatchNorm of (B, *grid, C) whose statistics, in training, are those of the tokens that exist."""
+    if not norm.training or valid is None:
+        return norm(x.reshape(x.shape[0], -1, 1, x.shape[-1]).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(x.shape)
+    high = stats_dtype(x.dtype)
+    exists = valid.unsqueeze(-1).to(high)
+    axes = tuple(range(x.dim() - 1))
+    count = exists.sum().clamp(min=1)
+    mean = (x * exists).sum(axes) / count
+    var = ((x - mean).square() * exists).sum(axes) / count
+    if norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None:
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+            unbiased = var * (count / (count - 1).clamp(min=1))
+            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+    return ((x - mean) * torch.rsqrt(var + norm.eps)).to(x.dtype) * norm.weight + norm.bias
+
+
+def batch_norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """``(scale, shift)`` of BatchNorm with its running statistics: ``norm(x) = scale * x + shift``."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias
+
+
+class ConvNorm(nn.Module):
+    """Convolution, BatchNorm, activation on (B, H, W, C); convolution and norm are one convolution in evaluation.
+
+    Any size: the output has ``ceil(side / stride)`` tokens a side, zeros are added at the bottom and on the right where
+    that needs them. Parameters: ``conv.weight``, ``norm.*``.
+
+    Args:
+        dim: channels in.
+        out_dim: channels out.
+        kernel_size: side of the kernel.
+        stride: of the convolution.
+        padding: zeros on every side; ``(dilation * (kernel_size - 1)) // 2`` by default.
+        dilation: of the convolution.
+        groups: of the convolution.
+        bias: of the convolution, which a norm makes superfluous.
+        norm: BatchNorm after it.
+        activation: makes the activation; ``None`` for none.
+        gain: of the norm at the start.
+        eps: of the norm.
+        momentum: of the norm.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        padding: int | None = None,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        norm: bool = True,
+        activation: Callable[[], nn.Module] | None = None,
+        gain: float = 1.0,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ):
+        super().__init__()
+        padding = dilation * (kernel_size - 1) // 2 if padding is None else padding
+        self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride, padding, dilation, groups, bias=bias)
+        self.norm: nn.BatchNorm2d | None = nn.BatchNorm2d(out_dim, eps, momentum) if norm else None
+        if self.norm is not None:
+            nn.init.constant_(self.norm.weight, gain)
+        self.act = None if activation is None else activation()
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B, H, W, dim) -> (B, ceil(H / stride), ceil(W / stride), out_dim).
+
+        Args:
+            x: the tokens; those outside ``valid`` are zeros to the convolution.
+            valid: (B, H, W) boolean, which tokens exist; only they enter the statistics of the norm.
+        """
+        conv, norm = self.conv, self.norm
+        x = zero_invalid(x, valid)
+        if norm is None or norm.training:
+            x = conv_any_size(conv, x, conv.weight, conv.bias)
+            if norm is not None:
+                x = masked_batch_norm(norm, x, strided_valid(valid, conv.stride))
+        else:
+            x = conv_any_size(conv, x, *self._folded())
+        return x if self.act is None else self.act(x)
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        assert self.norm is not None
+        scale, shift = batch_norm_affine(self.norm)
+        bias = shift if self.conv.bias is None else shift + self.conv.bias * scale
+        return self.conv.weight * scale[:, None, None, None], bias
+
+    @torch.no_grad()
+    def deployed(self) -> ConvNorm:
+        """The same with norm and convolution folded into one."""
+        out = copy.deepcopy(self).eval()
+        if self.norm is not None:
+            weight, bias = self._folded()
+            out.conv.weight.copy_(weight)
+            out.conv.bias = nn.Parameter(bias.detach().clone())
+            out.norm = None
+        return out
+
+
+def conv_any_size(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution of (B, H, W, C) that leaves ``ceil(side / stride)`` tokens a side, whatever the side."""
+    grid = x.shape[1:-1]
+    more = []
+    for n, k, s, p, d in zip(grid, conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True):
+        out = -(-n // s)
+        more.append(max(0, (out - 1) * s + d * (k - 1) + 1 - n - 2 * int(p)))
+    x = x.permute(0, 3, 1, 2)
+    if any(more):
+        x = F.pad(x, [0, more[1], 0, more[0]])
+    x = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    outs = [-(-n // s) for n, s in zip(grid, conv.stride, strict=True)]
+    return x.permute(0, 2, 3, 1)[:, : outs[0], : outs[1]]
+
+
+class Patchify(nn.Module):
+    """Patches to tokens, as stems and between stages: a strided convolution with a norm before or after it.
+
+    Any size: the output has ``ceil(side / stride)`` tokens a side, zeros are added at the bottom and on the right where
+    that needs them. Parameters: ``proj.weight``, ``proj.bias``, ``norm.*``.
+
+    Args:
+        dim: channels in.
+        out_dim: channels out.
+        kernel_size: side of the kernel.
+        stride: of the convolution; ``kernel_size`` by default.
+        padding: zeros on every side.
+        norm: makes the norm from a width; ``None`` for none.
+        norm_first: norm before the convolution instead of after it.
+        bias: of the convolution.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        kernel_size: int,
+        stride: int | None = None,
+        padding: int = 0,
+        norm: Callable[[int], nn.Module] | None = nn.LayerNorm,
+        norm_first: bool = False,
+        bias: bool = True,
+    ):
+        super().__init__()
+        self.norm_first = norm_first
+        self.proj = nn.Conv2d(dim, out_dim, kernel_size, stride or kernel_size, padding, bias=bias)
+        self.norm = None if norm is None else norm(dim if norm_first else out_dim)
+
+    @property
+    def stride(self) -> int:
+        return int(self.proj.stride[0])
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, dim) -> (B, ceil(H / s), ceil(W / s), out_dim), and which of these exist."""
+        if self.norm is not None and self.norm_first:
+            x = self.norm(x)
+        x = conv_any_size(self.proj, zero_invalid(x, valid), self.proj.weight, self.proj.bias)
+        if self.norm is not None and not self.norm_first:
+            x = self.norm(x)
+        return x, strided_valid(valid, self.stride)
+
+
+class PatchMerging(nn.Module):
+    """Four neighbouring tokens to one: their channels side by side, norm, linear map without bias (Swin).
+
+    The order of the four is (0, 0), (1, 0), (0, 1), (1, 1) in rows and columns. Any size: a missing row or column is
+    zeros. Parameters: ``norm.*``, ``reduction.weight``.
+
+    Args:
+        dim: width.
+        out_dim: width of the output; twice ``dim`` by default.
+        norm: makes the norm from a width.
+        norm_first: norm of the four before the linear map; of its output otherwise.
+    """
+
+    stride = 2
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int | None = None,
+        norm: Callable[[int], nn.Module] = nn.LayerNorm,
+        norm_first: bool = True,
+    ):
+        super().__init__()
+        out_dim = 2 * dim if out_dim is None else out_dim
+        self.norm_first = norm_first
+        self.norm = norm(4 * dim if norm_first else out_dim)
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, dim) -> (B, ceil(H / 2), ceil(W / 2), out_dim), and which of these exist."""
+        x = zero_invalid(x, valid)
+        _, height, width, _ = x.shape
+        if height % 2 or width % 2:
+            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        x = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        x = self.reduction(self.norm(x)) if self.norm_first else self.norm(self.reduction(x))
+        return x, strided_valid(valid, 2)
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gates from the mean token: ``x * gate(W_2 act(W_1 mean(x)))`` on (B, *grid, C).
+
+    Args:
+        dim: width.
+        hidden: width of the middle layer.
+        activation: of the middle layer.
+        gate: of the output.
+        bias: of both linear maps.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        gate: Callable[[], nn.Module] = nn.Sigmoid,
+        bias: bool = True,
+    ):
+        super().__init__()
+        self.fc1, self.act = nn.Linear(dim, hidden, bias=bias), activation()
+        self.fc2, self.gate = nn.Linear(hidden, dim, bias=bias), gate()
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The mean is that of the tokens in ``valid``."""
+        g = self.gate(self.fc2(self.act(self.fc1(masked_mean(x, valid)))))
+        return x * g.reshape(g.shape[0], *[1] * (x.dim() - 2), -1)
+
+
+def masked_mean(x: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean token of (B, *grid, C) over those that exist: (B, C); zeros where none does."""
+    x = x.flatten(1, -2)
+    if valid is None:
+        return x.mean(1)
+    exists = valid.flatten(1)
+    count = exists.sum(1, keepdim=True).clamp(min=1)
+    return (x.masked_fill(~exists.unsqueeze(-1), 0.0).sum(1) / count).to(x.dtype)

@@ -115,6 +115,21 @@ class Released:
                 out.update(made)
         return out
 
+    def parts(
+        self, pattern: str, to: str, convert: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Take the state dicts of parts that have a converter of their own.
+
+        Args:
+            pattern: of the whole name; its last group is the name within the part.
+            to: our name of the part, with ``\\1`` for the other groups.
+            convert: from a part's state dict to ours.
+        """
+        prefixes: dict[str, dict[str, Tensor]] = {}
+        for match, value in self.matching(pattern):
+            prefixes.setdefault(match.expand(to), {})[match.group(match.re.groups)] = value
+        return {f"{p}.{key}": value for p, held in prefixes.items() for key, value in convert(held).items()}
+
     def leave(self, pattern: str, because: str) -> None:
         """Leave out what matches by name; ``because`` says, to who reads the converter, why nothing is lost."""
         assert because

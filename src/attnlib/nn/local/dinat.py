@@ -6,21 +6,16 @@ Hassani, Shi, 2022, "Dilated Neighborhood Attention Transformer", arXiv 2209.150
 indexed *key minus query*, opposite to Swin's. ``dilation = 1`` is local, ``dilation = floor(X / w)`` sparse and global;
 the transformer alternates both. Parameters carry the authors' names: ``qkv``, ``proj``, ``rpb``.
 
-Differs from the authors' code: a map smaller than ``kernel_size * dilation`` is refused, unless ``compat="authors"``
-pads it with zeros that are attended, as their modules do; odd and even kernels are both possible.
+Differs from the authors' code: a map smaller than ``kernel_size * dilation`` is padded with tokens that nobody attends
+to, unless ``compat="authors"`` pads it with zeros that are attended, as their modules do; odd and even kernels are both
+possible.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor
-
-from ...checks import check_choice, to_tuple
-from ...grids import Layout, crop_grid
-from ...masks import Mask
-from ...types import Output, State
+from ...checks import check_choice
 from ..registry import register
 from .fused_neighborhood_attention import FusedNeighborhoodAttention, PerAxis
 
@@ -67,44 +62,7 @@ class DilatedNeighborhoodAttention(FusedNeighborhoodAttention):
             and all(isinstance(s, (int, bool)) for s in (kernel_size, dilation, causal))
         ):
             rank = 2
+        if compat is not None:
+            options = {"pad": "zeros", **options}
         super().__init__(dim, num_heads, kernel_size, dilation, rank=rank, rel_bias=rel_bias, **options)
         self.compat = compat
-
-    def _missing(self, x: Tensor, layout: Layout | None) -> list[int]:
-        """Tokens per axis that the authors' padding adds."""
-        if self.compat != "authors" or layout is not None:
-            return []
-        grid = x.shape[1:-1]
-        sides, steps, causal = (
-            to_tuple(name, value, len(grid))
-            for name, value in (
-                ("kernel_size", self.kernel_size), ("dilation", self.dilation), ("causal", self.causal),
-            )
-        )  # fmt: skip
-        return [0 if c else max(0, w * d - n) for n, w, d, c in zip(grid, sides, steps, causal, strict=True)]
-
-    def mix(
-        self,
-        x: Tensor,
-        *,
-        layout: Layout | None = None,
-        valid: Tensor | None = None,
-        mask: Mask | None = None,
-        state: State | None = None,
-        returns: tuple[str, ...] = (),
-    ) -> Output:
-        missing = self._missing(x, layout)
-        if not any(missing):
-            return super().mix(x, layout=layout, valid=valid, mask=mask, state=state, returns=returns)
-        if mask is not None or returns:
-            what = "mask" if mask is not None else f"returns={returns}"
-            raise ValueError(
-                f"{what} is not possible on a grid {tuple(x.shape[1:-1])} that compat='authors' pads: it needs "
-                "at least kernel_size * dilation tokens per axis"
-            )
-        grid = x.shape[1:-1]
-        ends = [end for m in reversed(missing) for end in (0, m)]
-        if valid is not None:
-            valid = F.pad(valid, ends, value=True)
-        y = super().mix(F.pad(x, [0, 0, *ends]), valid=valid).y
-        return Output(crop_grid(y, grid))

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from ... import masks
+from ...checks import check_choice
 from ...grids import Layout, coordinates
 from ...ops import attention
 from ...ops.neighborhood import axis_rules, neighborhood_attention
 from ...types import Output, State, Traits, to_tuple
-from ..base import Mechanism
+from ..base import PADS, Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
 from ..released import Released, Rule, join
@@ -59,7 +60,7 @@ class FusedNeighborhoodAttention(Mechanism):
     Args:
         dim: width of ``x``.
         num_heads: heads; must divide ``dim``.
-        kernel_size: keys per axis, at least 2; ``kernel_size * dilation`` must fit the grid.
+        kernel_size: keys per axis, at least 2.
         dilation: tokens between neighbouring keys, per axis.
         causal: the window ends at the query, per axis. ``True`` without a ``rank`` means a sequence, which then streams
             with a ring of ``(kernel_size - 1) * dilation`` tokens.
@@ -69,6 +70,8 @@ class FusedNeighborhoodAttention(Mechanism):
         scale: ``head_dim ** -0.5`` by default.
         attn_drop: dropout of attention weights in training.
         proj_drop: dropout of the output in training.
+        pad: of a grid with less than ``kernel_size * dilation`` tokens on an axis that is not causal: ``"mask"`` adds
+            tokens that nobody attends to, ``"zeros"`` adds zeros that take part, ``"refuse"`` raises.
 
     Reference: Hassani, Hwu, Shi, 2024, arXiv 2403.04690, section 2; Hassani et al., 2023, arXiv 2204.07143, eq. 2-4.
 
@@ -102,8 +105,11 @@ class FusedNeighborhoodAttention(Mechanism):
         scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        pad: str = "mask",
     ):
         super().__init__(dim)
+        check_choice("pad", pad, PADS)
+        self.pad = pad
         self.num_heads, self.head_dim = num_heads, head_dim_of(dim, num_heads)
         self.kernel_size, self.dilation, self.causal = kernel_size, dilation, causal
         settings: dict[str, Any] = dict(kernel_size=kernel_size, dilation=dilation, stride=self.stride, causal=causal)
@@ -139,6 +145,15 @@ class FusedNeighborhoodAttention(Mechanism):
             layout=not causal,
             streaming=causal and self.rank == 1 and to_tuple("stride", self.stride, 1)[0] == 1,
         )
+
+    def _full_grid(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        sides, steps, causal = (
+            to_tuple(name, value, len(grid))
+            for name, value in (
+                ("kernel_size", self.kernel_size), ("dilation", self.dilation), ("causal", self.causal),
+            )
+        )  # fmt: skip
+        return tuple(n if c else max(n, w * d) for n, w, d, c in zip(grid, sides, steps, causal, strict=True))
 
     @property
     def _window(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from ...masks import Mask
 from ...ops.partition import KINDS, window_attention
 from ...positions import window_bias
 from ...types import Traits, check_choice, to_tuple
-from ..base import Mechanism
+from ..base import PADS, Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
 from ..released import Released, Rule
@@ -56,7 +56,7 @@ class PartitionAttention(Mechanism):
     Args:
         dim: width of ``x``.
         num_heads: heads; must divide ``dim``. The authors' models have ``dim / 32``.
-        window_size: sides of a window; must divide the grid.
+        window_size: sides of a window.
         kind: ``"block"``: windows of neighbouring tokens; ``"grid"``: of tokens spread evenly over the map.
         rank: axes of the grid; 2, unless ``window_size`` is a tuple.
         rel_bias: learn a relative bias per head.
@@ -64,6 +64,8 @@ class PartitionAttention(Mechanism):
         proj_bias: bias of the output projection.
         attn_drop: dropout of attention weights in training.
         proj_drop: dropout of the output in training.
+        pad: of a grid that windows do not divide: ``"mask"`` adds tokens at the bottom and on the right that nobody
+            attends to, ``"zeros"`` adds zeros that take part, ``"refuse"`` raises.
 
     Reference: Tu et al., 2022, arXiv 2204.01697, section 3.2.
 
@@ -91,9 +93,12 @@ class PartitionAttention(Mechanism):
         proj_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        pad: str = "mask",
     ):
         super().__init__(dim)
         check_choice("kind", kind, KINDS)
+        check_choice("pad", pad, PADS)
+        self.pad = pad
         self.num_heads, self.head_dim, self.kind = num_heads, head_dim_of(dim, num_heads), kind
         self.window_size = _window_of("window_size", window_size, rank)
         self.attn_drop = attn_drop
@@ -108,9 +113,11 @@ class PartitionAttention(Mechanism):
 
     @property
     def traits(self) -> Traits:
-        return self.class_traits.but(
-            grid_ranks=frozenset({len(self.window_size)}), grid_multiple=math.lcm(*self.window_size)
-        )
+        return self.class_traits.but(grid_ranks=frozenset({len(self.window_size)}), grid_multiple=self._grid_multiple)
+
+    @property
+    def grid_step(self) -> tuple[int, ...]:
+        return self.window_size
 
     def mix(  # type: ignore[override]
         self,
@@ -190,10 +197,10 @@ class MaxSA(Mechanism):
     Args:
         dim: width of ``x``.
         num_heads: heads of each half; must divide ``dim``.
-        window_size: sides ``P`` of a block; must divide the grid.
+        window_size: sides ``P`` of a block.
         grid_size: sides ``G`` of the global grid; ``window_size`` by default.
         norm: LayerNorm before the grid half.
-        options: ``rank``, ``rel_bias``, ``qkv_bias``, ``proj_bias``, ``attn_drop``, ``proj_drop`` of
+        options: ``rank``, ``rel_bias``, ``qkv_bias``, ``proj_bias``, ``attn_drop``, ``proj_drop``, ``pad`` of
             :class:`PartitionAttention`.
 
     Reference: Tu et al., 2022, arXiv 2204.01697, section 3.2 and figure 3.
@@ -233,7 +240,8 @@ class MaxSA(Mechanism):
         return halves[0].but(mask=False, grid_multiple=math.lcm(*(half.grid_multiple for half in halves)))
 
     def mix(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        check_windows(x.shape[1:-1], self.grid.window_size, "grid_size")
+        if self.grid.pad == "refuse":
+            check_windows(x.shape[1:-1], self.grid.window_size, "grid_size")
         local = self.block(x, valid=valid)
         return local + self.grid(self.norm(x + local), valid=valid)
 

@@ -1,0 +1,1 @@
+"""Vision backbones: stages, and one short file of settings per family."""

@@ -1,0 +1,412 @@
+"""Vision models by name: what is released in which sizes, and how to build and load it.
+
+>>> import attnlib
+>>> sorted(attnlib.list_models("dinat_mini*"))
+['dinat_mini']
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import importlib
+import logging
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checks import check_choice, check_flag, check_int, check_type, describe
+from ..extras import need
+from ..nn.released import unwrapped
+
+log = logging.getLogger("attnlib")
+
+Convert = Callable[..., dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One released size of a model.
+
+    Args:
+        name: what :func:`create_model` knows it by.
+        family: slug of its paper.
+        make: builds it from its settings.
+        settings: of this size.
+        params: parameters with the released head, as counted on the authors' class.
+        license: of the released weights; empty when none are released.
+        source: repository of the authors' code, ``owner/name``.
+        weights: ``(repository, file)`` on the Hugging Face hub; empty when the weights lie elsewhere.
+        convert: from the released state dict to ours: ``convert(state_dict, model)``.
+        img_size: side of the images it was trained on.
+        task: ``"classify"``, ``"restore"``, ``"detect"`` or ``"segment"``.
+    """
+
+    name: str
+    family: str
+    make: Callable[..., nn.Module]
+    settings: Mapping[str, Any]
+    params: int | None = None
+    license: str = ""
+    source: str = ""
+    weights: tuple[str, str] | tuple[()] = ()
+    convert: Convert | None = None
+    img_size: int = 224
+    task: str = "classify"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "name": self.name, "family": self.family, "params": self.params, "license": self.license,
+            "source": self.source, "weights": "/".join(self.weights), "img_size": self.img_size, "task": self.task,
+        }  # fmt: skip
+
+
+_MODELS: dict[str, ModelEntry] = {}
+_discovered = False
+
+
+def register_models(
+    family: str,
+    make: Callable[..., nn.Module],
+    sizes: Mapping[str, Mapping[str, Any]],
+    *,
+    params: Mapping[str, int] | None = None,
+    license: str = "",
+    source: str = "",
+    weights: Mapping[str, tuple[str, str]] | None = None,
+    convert: Convert | None = None,
+    img_size: int | Mapping[str, int] = 224,
+    task: str = "classify",
+) -> None:
+    """Make the sizes of a family known.
+
+    Args:
+        family: slug of the paper.
+        make: builds a model from the settings of a size and what :func:`create_model` hands on.
+        sizes: settings by name.
+        params: parameters by name, as counted on the authors' class.
+        license, source, convert, task: as in :class:`ModelEntry`.
+        weights: ``(repository, file)`` by name.
+        img_size: one for all, or by name (224 where absent).
+    """
+    for name, settings in sizes.items():
+        if name in _MODELS and _MODELS[name].make is not make:
+            raise ValueError(f"model {name!r} is registered already, by {_MODELS[name].family!r}")
+        side = img_size if isinstance(img_size, int) else img_size.get(name, 224)
+        _MODELS[name] = ModelEntry(
+            name, family, make, dict(settings), (params or {}).get(name), license, source,
+            (weights or {}).get(name, ()), convert, side, task,
+        )  # fmt: skip
+
+
+def discover() -> None:
+    """Import every module of models once, so that all registrations have run."""
+    global _discovered
+    if _discovered:
+        return
+    for room in ("backbones", "dense", "detect", "restore"):
+        try:
+            package = importlib.import_module(f"attnlib.models.{room}")
+        except ModuleNotFoundError as error:
+            if error.name != f"attnlib.models.{room}":
+                raise
+            continue
+        for module in pkgutil.walk_packages(package.__path__, prefix=f"attnlib.models.{room}."):
+            importlib.import_module(module.name)
+    _discovered = True
+
+
+def list_models(pattern: str = "*", family: str | None = None) -> list[str]:
+    """Names of models, sorted.
+
+    Args:
+        pattern: as of a shell: ``"maxvit*"``.
+        family: slug of a paper.
+    """
+    discover()
+    check_type("pattern", pattern, str)
+    return sorted(
+        n for n, e in _MODELS.items() if fnmatch.fnmatch(n, pattern) and (family is None or e.family == family)
+    )
+
+
+def model_entry(name: str) -> ModelEntry:
+    """What is known of a model.
+
+    Raises:
+        ValueError: unknown name; the nearest, or the sizes of the family of that name, are listed.
+    """
+    discover()
+    check_type("name", name, str, "the name of a model")
+    entry = _MODELS.get(name)
+    if entry is not None:
+        return entry
+    own = [n for n in _MODELS if n.startswith(f"{name}_")] or [n for n, e in _MODELS.items() if e.family == name]
+    near = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(repr(n) for n in own[:8] or near)}?" if own or near else "`attnlib models`"
+    raise ValueError(f"unknown model {name!r}; {hint}")
+
+
+def create_model(
+    name: str,
+    pretrained: bool | str | Path = False,
+    *,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    img_size: int | tuple[int, int] | None = None,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    drop_path_rate: float | None = None,
+    drop_rate: float | None = None,
+    global_pool: str | None = None,
+    mechanism: str | Callable[..., nn.Module] | None = None,
+    mechanism_settings: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
+    """Build a released model, or a variation of it.
+
+    Args:
+        name: one of :func:`list_models`.
+        pretrained: True to fetch the released weights from the Hugging Face hub; a path to load a file of them
+            (``.safetensors``, ``.pth``, ``.bin``), in the authors', in timm's or in our names.
+        num_classes: of the head; the released number by default, 0 for none. Another number than the released one gives
+            a new head.
+        in_chans: channels of images; the first convolution of released weights is adapted to another number.
+        img_size: side of images, for models that hold tables of positions.
+        features_only: return the maps of the stages instead of logits, as timm does.
+        out_indices: which stages, with ``features_only``; all by default.
+        drop_path_rate: stochastic depth of the last block.
+        drop_rate: dropout before the head.
+        global_pool: ``"avg"``, ``"max"`` or ``""`` (none).
+        mechanism: a registered mechanism (or a function from a :class:`attnlib.models.blocks.Place` to a module) that
+            takes the place of the model's own in every block.
+        mechanism_settings: of that mechanism, beyond width and heads.
+        settings: of the family's constructor.
+
+    Returns:
+        The model: ``(B, in_chans, H, W) -> (B, num_classes)``, or a list of ``(B, C_i, H_i, W_i)``.
+
+    Raises:
+        ValueError: an unknown name, weights of another model, a stage that does not exist.
+        TypeError: a setting that the family does not take.
+        FileNotFoundError: no such file of weights.
+        OSError: weights that cannot be fetched.
+    """
+    entry = model_entry(name)
+    check_flag("features_only", features_only)
+    if not isinstance(pretrained, (bool, str, Path)):
+        raise TypeError(f"pretrained must be True, False or a path, got {describe(pretrained)}")
+    if out_indices is not None and not features_only:
+        raise ValueError("out_indices was given without features_only=True")
+    given: dict[str, Any] = {
+        "in_chans": check_int("in_chans", in_chans, least=1),
+        "num_classes": None if num_classes is None else check_int("num_classes", num_classes, least=0),
+        "img_size": img_size, "drop_path_rate": drop_path_rate, "drop_rate": drop_rate, "global_pool": global_pool,
+        "mechanism": mechanism,
+    }  # fmt: skip
+    if mechanism_settings is not None and not isinstance(mechanism, str):
+        raise ValueError("mechanism_settings was given without the name of a mechanism")
+    if isinstance(mechanism, str):
+        from .blocks import fitted
+
+        given["mechanism"] = fitted(mechanism, mechanism_settings)
+    given = {k: v for k, v in given.items() if v is not None}
+    try:
+        model: Any = entry.make(**{**entry.settings, **given, **settings})
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise TypeError(f"{name!r}: {error}") from None
+    model.entry = entry
+    if pretrained is not False:
+        load_pretrained(model, None if pretrained is True else pretrained)
+    if features_only:
+        from .backbones.stages import Features
+
+        if not hasattr(model, "feature_info"):
+            raise ValueError(f"{name!r} has no stages to take maps from (features_only=True)")
+        return Features(model, out_indices)
+    return model
+
+
+def counted_params(entry: ModelEntry) -> int:
+    """Parameters of a model with its released head, counted on one that holds no numbers."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in entry.make(**entry.settings).parameters())
+
+
+def register_with_timm() -> list[str]:
+    """Make every classifier known to timm, as ``attnlib_<name>``: ``timm.create_model("attnlib_dinat_mini")``.
+
+    Returns:
+        The names.
+
+    Raises:
+        ImportError: timm is not installed.
+    """
+    registry = need("timm.models", "register_with_timm")
+    names = []
+    for name in list_models():
+        if model_entry(name).task == "classify":
+            names.append(f"attnlib_{name}")
+            registry.register_model(_for_timm(name, names[-1]))
+    return names
+
+
+def _for_timm(name: str, known_as: str) -> Callable[..., Any]:
+    def build(pretrained: bool = False, **settings: Any) -> Any:
+        ours = {k: v for k, v in settings.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
+        return create_model(name, pretrained, **ours)
+
+    build.__name__ = build.__qualname__ = known_as
+    build.__module__ = __name__
+    return build
+
+
+@dataclass
+class Loaded:
+    """What became of a state dict: names of ours.
+
+    Args:
+        resized: tables that were interpolated to this model's size.
+        adapted: first convolutions that were changed to another number of channels.
+        dropped: a head of another number of classes, which stays as it was initialised.
+    """
+
+    resized: list[str] = field(default_factory=list)
+    adapted: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file: ``.safetensors``, or what ``torch.save`` wrote, also inside a training checkpoint.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no state dict in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"pretrained={str(path)!r} is no file")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    held = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict_ema", "model_ema", "params_ema", "state_dict", "model", "params"):
+        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
+            held = held[key]
+            break
+    if not isinstance(held, Mapping) or not all(isinstance(v, Tensor) for v in held.values()):
+        raise ValueError(f"{path} holds no state dict: a mapping from names to tensors was expected")
+    return dict(held)
+
+
+def load_pretrained(model: Any, source: str | Path | Mapping[str, Tensor] | None = None) -> Loaded:
+    """Load released weights into a model that :func:`create_model` built.
+
+    Args:
+        model: ours.
+        source: file, or state dict, in the authors', in timm's or in our names; ``None`` to fetch it from the hub.
+
+    Raises:
+        ValueError: entries that are missing, left over or of another shape; all are named.
+        OSError: cannot be fetched.
+    """
+    entry: ModelEntry = model.entry
+    if source is None:
+        source = _fetch(entry)
+    state = dict(source) if isinstance(source, Mapping) else read_weights(source)
+    own, head = model.state_dict(), tuple(getattr(model, "head_names", ()))
+    theirs = {key for key in unwrapped(state) if key not in own and not (head and key.startswith(head))}
+    state = entry.convert(state, model) if theirs and entry.convert is not None else unwrapped(state)
+    done = Loaded()
+    for key in [k for k in state if k in own and state[k].shape != own[k].shape]:
+        value, like = state[key], own[key]
+        if key.startswith(head) and head:
+            done.dropped += [k for k in own if k.startswith(head)]
+        elif key == getattr(model, "input_name", None):
+            state[key] = _adapt_channels(value, like.shape[1])
+            done.adapted.append(key)
+        elif (axes := _table_axes(model, key)) and value.shape[:-axes] == like.shape[:-axes]:
+            state[key] = resized(value, like.shape[-axes:])
+            done.resized.append(key)
+    done.dropped = sorted(set(done.dropped))
+    for key in done.dropped:
+        state[key] = own[key]
+    if not hasattr(model, "num_classes") or model.num_classes == 0:
+        state = {k: v for k, v in state.items() if k in own or not (head and k.startswith(head))}
+    missing, left = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    other = [f"{k} {tuple(state[k].shape)}, ours {tuple(own[k].shape)}" for k in own if k in state and
+             state[k].shape != own[k].shape]  # fmt: skip
+    if missing or left or other:
+        parts = [f"{what}: {_some(names)}" for what, names in
+                 (("missing", missing), ("left over", left), ("of another shape", other)) if names]  # fmt: skip
+        raise ValueError(f"these are no weights of {entry.name!r}; {'; '.join(parts)}")
+    model.load_state_dict(state, strict=True)
+    for what, names in (("interpolated", done.resized), ("adapted", done.adapted), ("left new", done.dropped)):
+        if names:
+            log.info("%s: %s %s", entry.name, what, ", ".join(names))
+    return done
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _fetch(entry: ModelEntry) -> str:
+    if not entry.weights:
+        where = f"; their home is https://github.com/{entry.source}" if entry.source else ""
+        raise OSError(
+            f"the weights of {entry.name!r} are not on the Hugging Face hub: pretrained=PATH loads a file{where}"
+        )
+    hub = need("huggingface_hub", f"create_model({entry.name!r}, pretrained=True)")
+    repository, file = entry.weights
+    try:
+        return hub.hf_hub_download(repository, file)
+    except Exception as error:
+        raise OSError(
+            f"{file} of {repository} on the Hugging Face hub, the weights of {entry.name!r}, could not be fetched and "
+            f"is not in the cache ({type(error).__name__}); connect once, or give a file: pretrained=PATH"
+        ) from error
+
+
+def _adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    """A first convolution for another number of channels, with the same answer to grey images."""
+    count = weight.shape[1]
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    repeats = -(-channels // count)
+    return weight.repeat(1, repeats, 1, 1)[:, :channels] * (count / channels)
+
+
+def _table_axes(model: nn.Module, key: str) -> int:
+    """How many last axes of a parameter are a table of places, by the ``tables`` of the module that owns it."""
+    owner, _, name = key.rpartition(".")
+    try:
+        return getattr(model.get_submodule(owner), "tables", {}).get(name, 0)
+    except AttributeError:
+        return 0
+
+
+def resized(table: Tensor, sides: Sequence[int], mode: str = "bicubic") -> Tensor:
+    """A table (..., *places) interpolated to other numbers of places, in float32.
+
+    Args:
+        table: its last ``len(sides)`` axes, one or two, are places.
+        sides: new numbers of places.
+        mode: ``"bicubic"`` or ``"bilinear"``, corners not aligned.
+    """
+    check_choice("mode", mode, ("bicubic", "bilinear"))
+    axes = len(sides)
+    lead = table.shape[:-axes]
+    flat = table.detach().float().reshape(-1, 1, *([1] if axes == 1 else []), *table.shape[-axes:])
+    size = [*([1] if axes == 1 else []), *sides]
+    return F.interpolate(flat, size=size, mode=mode, align_corners=False).reshape(*lead, *sides).to(table.dtype)
