@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import Fixture
 from safetensors.torch import load_file
 
 import attnlib
-from attnlib.nn.multimodal.p_adapter import PLaplacianAdapter, pool_nodes
+from attnlib.nn.multimodal.p_adapter import BottleneckAdapter, PLaplacianAdapter, pool_nodes
 
 HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE))
 RECORDED = load_file(HERE / "fixtures" / "p-adapter.safetensors")
+OPTIONS = Fixture("p-adapter-options")
 
 
 @pytest.mark.parametrize("case", ["self", "square", "cube", "cross"])
@@ -33,6 +35,52 @@ def test_equals_the_authors(case):
     for ours, name in ((h.grad, "dx/h"), (a.grad, "dx/a"), (adapter.p.grad, "dw/p"), (adapter.theta.grad, "dw/theta")):
         torch.testing.assert_close(ours, data[name], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(adapter.inner.weight.grad, data["dw/inner"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["masked", "fixed", "sampled", "upsampled", "step"])
+def test_options_equal_the_authors(case):
+    """Three heads, no bottleneck, an exponent that is not learned, other numbers of nodes, one new token."""
+    settings = dict(OPTIONS.config[case])
+    pooled = settings.pop("pooled")
+    adapter = PLaplacianAdapter(**settings)
+    theirs = OPTIONS.under(f"{case}/sd")
+    adapter.load_state_dict(PLaplacianAdapter.convert_state_dict(theirs))
+    assert ("p" in adapter.state_dict()) == settings["learn_p"]
+    x = {k: v.clone().requires_grad_() for k, v in OPTIONS.under(f"{case}/x").items()}
+
+    def dense(t):
+        return F.linear(t, theirs["dense.weight"], theirs["dense.bias"])
+
+    weights, nodes = (x["a"], x["v"]) if pooled is None else pool_nodes(x["a"], x["v"], pooled)
+    y = adapter(dense(x["h"]), weights, dense(nodes), dense(x["q"]) if "q" in x else None)
+    torch.testing.assert_close(y, OPTIONS.tensors[f"{case}/y"], rtol=1e-5, atol=1e-5)
+    (y * OPTIONS.tensors[f"{case}/g"]).sum().backward()
+    for name, expected in OPTIONS.under(f"{case}/dx").items():
+        torch.testing.assert_close(x[name].grad, expected, rtol=1e-5, atol=1e-5)
+    for name, expected in PLaplacianAdapter.convert_state_dict(OPTIONS.under(f"{case}/dw")).items():
+        torch.testing.assert_close(adapter.get_parameter(name).grad, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bottleneck_of_the_feed_forward_equals_the_authors():
+    adapter = BottleneckAdapter(**OPTIONS.config["ffn"])
+    adapter.load_state_dict(BottleneckAdapter.convert_state_dict(OPTIONS.under("ffn/sd")))
+    x = OPTIONS.tensors["ffn/x/x"].clone().requires_grad_()
+    y = adapter(x)
+    torch.testing.assert_close(y, OPTIONS.tensors["ffn/y"], rtol=1e-5, atol=1e-5)
+    (y * OPTIONS.tensors["ffn/g"]).sum().backward()
+    torch.testing.assert_close(x.grad, OPTIONS.tensors["ffn/dx/x"], rtol=1e-5, atol=1e-5)
+    for name, expected in BottleneckAdapter.convert_state_dict(OPTIONS.under("ffn/dw")).items():
+        torch.testing.assert_close(adapter.get_parameter(name).grad, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="does not have: attn"):
+        BottleneckAdapter.convert_state_dict({**OPTIONS.under("ffn/sd"), "attn": torch.zeros(1)})
+
+
+def test_cross_attention_reads_the_keys_themselves_on_request():
+    m = attnlib.create("p-adapter", dim=16, num_heads=2, cross=True, pooled=None, reduction=4)
+    pooled = attnlib.create("p-adapter", dim=16, num_heads=2, cross=True, pooled=7, reduction=4)
+    pooled.load_state_dict(m.state_dict())
+    x, context = torch.randn(2, 3, 16), torch.randn(2, 7, 16)
+    torch.testing.assert_close(m(x, context), pooled(x, context))
 
 
 def _pieces(n=6, m=6, seed=0):

@@ -29,7 +29,7 @@ class PLaplacian(Intervention):
         adapters: :class:`~attnlib.nn.multimodal.p_adapter.PLaplacianAdapter` by number of the layer; a ``ModuleList``
             or sequence for the layers from 0 on. Train them as any module: gradients flow.
         kind: ``"self"`` or ``"cross"`` attention.
-        pooled: nodes of a context.
+        pooled: nodes of a context; ``None`` for the keys themselves.
 
     Raises:
         TypeError: something that is no adapter.
@@ -48,11 +48,11 @@ class PLaplacian(Intervention):
         self,
         adapters: Mapping[int, PLaplacianAdapter] | Sequence[PLaplacianAdapter] | nn.ModuleList,
         kind: str = "self",
-        pooled: int = 16,
+        pooled: int | None = 16,
     ):
         if kind not in ("self", "cross"):
             raise ValueError(f"kind={kind!r} is not possible; choose 'self' or 'cross'")
-        if pooled < 1:
+        if pooled is not None and pooled < 1:
             raise ValueError(f"pooled={pooled} must be at least 1")
         self.adapters = by_layer("adapters", adapters, PLaplacianAdapter)
         self.kinds = (kind,)  # type: ignore[misc]
@@ -102,7 +102,8 @@ class PLaplacian(Intervention):
         assert projection is not None
         nodes, queries = merge_heads(v.repeat_interleave(q.shape[1] // v.shape[1], 1)), None
         if site.kind == "cross":
-            weights, nodes = pool_nodes(weights, nodes, self.pooled, (weights > 0).any(2).any(1))
+            if self.pooled is not None:
+                weights, nodes = pool_nodes(weights, nodes, self.pooled, (weights > 0).any(2).any(1))
             queries = projection(merge_heads(q))
         elif v.shape[2] > site.offset + q.shape[2]:
             # A static cache goes on after the new tokens; nobody reads that part.

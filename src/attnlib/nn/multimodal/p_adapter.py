@@ -37,7 +37,7 @@ class PLaplacianAdapter(nn.Module):
         num_heads: heads of the attention.
         reduction: the bottleneck is ``dim / reduction`` wide.
         p: initial exponent, 1.25 in the paper; learned.
-        learn_p: learn it.
+        learn_p: learn it; otherwise it is a setting, and no part of the state dict.
         mu: ``mu_0``; ``mu = mu_0 (2 + tanh(theta))`` with a learned ``theta`` that starts at 0.
         restart: the term ``(2 mu / p) F_i`` also where queries and nodes are different tokens. The authors' code loses
             it there, the paper has it.
@@ -70,7 +70,11 @@ class PLaplacianAdapter(nn.Module):
         self.inner = nn.Linear(dim, dim // reduction)
         self.gate = nn.Linear(dim, dim // reduction)
         self.outer = nn.Linear(dim // reduction, dim)
-        self.p = nn.Parameter(torch.tensor([float(p)]), requires_grad=learn_p)
+        self.p: Tensor
+        if learn_p:
+            self.p = nn.Parameter(torch.tensor([float(p)]))
+        else:
+            self.register_buffer("p", torch.tensor([float(p)]), persistent=False)
         self.theta = nn.Parameter(torch.zeros(1))
 
     def pass_messages(self, weights: Tensor, keys: Tensor, queries: Tensor, restart: bool = True) -> Tensor:
@@ -140,6 +144,42 @@ class PLaplacianAdapter(nn.Module):
         return theirs.close(theirs.renamed(_adapter_rules("", "")))
 
 
+class BottleneckAdapter(nn.Module):
+    """The paper's second adapter, ``y = x + W_2 relu(W_1 x)``, on what the residual of a feed-forward carries.
+
+    A BERT layer then ends in ``norm(feed_forward(x) + adapter(x))``.
+
+    Args:
+        dim: width.
+        reduction: the bottleneck is ``dim / reduction`` wide.
+
+    Reference: Wu et al., 2023, arXiv 2312.10613, section 4.1; Houlsby et al., 2019, arXiv 1902.00751.
+
+    >>> BottleneckAdapter(16, reduction=4)(torch.randn(1, 3, 16)).shape
+    torch.Size([1, 3, 16])
+    """
+
+    def __init__(self, dim: int, reduction: int = 8):
+        super().__init__()
+        check_divides("reduction", reduction, "dim", dim)
+        self.down, self.up = nn.Linear(dim, dim // reduction), nn.Linear(dim // reduction, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to (..., C)."""
+        return x + self.up(F.relu(self.down(x)))
+
+    @staticmethod
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From the authors' ``BertOutput`` (``text_ffn_adapter.*``), whose own projection and norm stay out."""
+        theirs = Released(state_dict, "the authors' BertOutput", wrappers=("text_ffn_adapter.",))
+        theirs.leave(r"(dense|LayerNorm)\.(weight|bias)", because="they are the model's, not the adapter's")
+        rules: dict[str, Rule] = {
+            r"(?:text_ffn_adapter\.)?0\.(weight|bias)": r"down.\1",
+            r"(?:text_ffn_adapter\.)?2\.(weight|bias)": r"up.\1",
+        }
+        return theirs.close(theirs.renamed(rules))
+
+
 def pool_nodes(weights: Tensor, nodes: Tensor, count: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Keys of cross-attention averaged to ``count`` nodes, and the columns of attention with them.
 
@@ -183,7 +223,7 @@ class PLaplacianAttention(HeadFrame[AdapterNotes]):
         dim, num_heads, num_kv_heads, ...: as in :class:`HeadFrame`.
         cross: for a context. It takes no mask then: averaged nodes would show hidden keys to every query.
         reduction, p, learn_p, mu, restart: of :class:`PLaplacianAdapter`.
-        pooled: nodes of a context.
+        pooled: nodes of a context; ``None`` for the keys themselves.
 
     It reads the attention map, so memory is quadratic.
 
@@ -208,10 +248,10 @@ class PLaplacianAttention(HeadFrame[AdapterNotes]):
         learn_p: bool = True,
         mu: float = 0.1,
         restart: bool = True,
-        pooled: int = 16,
+        pooled: int | None = 16,
         **settings: Any,
     ):
-        if pooled < 1:
+        if pooled is not None and pooled < 1:
             raise ValueError(f"pooled={pooled} must be at least 1")
         if settings.get("attn_drop"):
             raise ValueError("attn_drop is not possible: the adapter reads the weights themselves")
@@ -255,7 +295,8 @@ class PLaplacianAttention(HeadFrame[AdapterNotes]):
         weights, nodes, queries = notes.weights, notes.nodes, notes.queries
         assert weights is not None and nodes is not None
         if queries is not None:
-            weights, nodes = pool_nodes(weights, nodes, self.pooled, notes.exists)
+            if self.pooled is not None:
+                weights, nodes = pool_nodes(weights, nodes, self.pooled, notes.exists)
             queries = self.proj(queries)
         return self.adapter(y, weights, self.proj(nodes), queries).unflatten(1, grid)
 
