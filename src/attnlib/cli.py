@@ -332,9 +332,7 @@ def explain(
 
     find(op)
     if op == "depthwise":
-        raise ValueError(
-            "the arguments of depthwise are x and weight, not q, k, v: ask attnlib.explain in Python"
-        )
+        raise ValueError("the arguments of depthwise are x and weight, not q, k, v: ask attnlib.explain in Python")
     q = torch.empty(parse("--shape", shape), requires_grad=grad)
     sizes = parse("--kv-shape", kv_shape or shape)
     k = torch.empty(sizes, requires_grad=grad)

@@ -129,6 +129,7 @@ def test_gradients_are_those_of_the_forward_as_it_ran(family, make, case):
 @functools.cache
 def _with_gradient(family):
     """The same, called with an input that asks for a gradient."""
+
     def call(model):
         torch.manual_seed(1)
         return model(torch.randn(2, 6, 16, requires_grad=True))

@@ -458,9 +458,7 @@ def test_other_techniques_behind_a_removal(technique):
     [
         pytest.param(
             "lookup",
-            marks=pytest.mark.skipif(
-                release() < (5, 18), reason="drafts overshoot the length there"
-            ),
+            marks=pytest.mark.skipif(release() < (5, 18), reason="drafts overshoot the length there"),
         ),
         "cache",
         "chunks",

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import Fixture
 from safetensors.torch import load_file
 
 from attnlib.nn.multimodal.croc import CrocPretraining, PromptTokenPool, ReconstructionHead, mixed_mask
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 RECORDED = load_file(Path(__file__).parents[1] / "fixtures" / "croc.safetensors")
+OPTIONS = Fixture("croc-options")
 
 
 def _pool(**settings):
@@ -41,6 +43,37 @@ def test_reconstruction_head_equals_the_authors():
         ("pos", head.positions.weight.grad),
     ):
         torch.testing.assert_close(grad, RECORDED[f"head/dw/{name}"], rtol=1e-5, atol=2e-5)
+
+
+def test_two_layers_and_another_width_equal_the_authors():
+    head = ReconstructionHead(**OPTIONS.config["deep"]).eval()
+    head.load_state_dict(ReconstructionHead.convert_state_dict(OPTIONS.under("deep/sd")))
+    x = OPTIONS.tensors["deep/x/x"].clone().requires_grad_()
+    y = head(x)
+    torch.testing.assert_close(y, OPTIONS.tensors["deep/y"], rtol=1e-5, atol=1e-5)
+    (y * OPTIONS.tensors["deep/g"]).sum().backward()
+    torch.testing.assert_close(x.grad, OPTIONS.tensors["deep/dx/x"], rtol=1e-5, atol=1e-5)
+    theirs = ReconstructionHead.convert_state_dict(OPTIONS.under("deep/dw"))
+    assert set(theirs) == {name for name, _ in head.named_parameters()}
+    for name, expected in theirs.items():
+        torch.testing.assert_close(head.get_parameter(name).grad, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_authors_mask_opens_padding_and_samples_without_labels():
+    labels, valid = OPTIONS.tensors["mask/labels"], OPTIONS.tensors["mask/valid"].bool()
+    theirs = OPTIONS.tensors["mask/allowed"]
+    assert torch.equal(mixed_mask(labels, valid, compat="authors"), theirs)
+    ours = mixed_mask(labels, valid)
+    assert not bool((ours & ~valid[:, None, None]).any()) and bool((theirs & ~valid[:, None, None]).any())
+    assert torch.equal(ours[3], theirs[3]) and torch.equal(ours[1], theirs[1])  # padding on the right, and none
+
+
+def test_as_many_tokens_are_replaced_as_by_the_authors():
+    for key, count in OPTIONS.tensors.items():
+        if key.startswith("count/"):
+            n = int(key[6:])
+            assert PromptTokenPool(4, 3).choose(torch.zeros(3, n, 4)).sum(1).tolist() == [int(count)] * 3
+    assert PromptTokenPool(4, 3, keep=0.29).choose(torch.zeros(1, 100, 4)).sum() == 71
 
 
 def test_mask_and_reconstruction_loss_equal_the_authors():
@@ -160,6 +193,22 @@ def test_objective_adds_up_and_keep_one_is_a_plain_prefix_model():
     torch.testing.assert_close(loss.reconstruction, F.smooth_l1_loss(back, embeds[image].view(2, 8, 32), beta=0.01))
 
 
+def test_image_tokens_of_unit_length_and_the_authors_mask():
+    model = _language_model()
+    embeds, image, labels = _batch(model)
+    valid = torch.ones(labels.shape, dtype=torch.bool)
+    valid[0, :2] = False
+    croc = CrocPretraining(model, 32, 8, 20, keep=1.0, head_dim=16, normalize=True, compat="authors").eval()
+    loss = croc(embeds, image, labels, valid)
+    unit = torch.where(image[..., None], F.normalize(embeds, dim=-1), embeds)
+    allowed = mixed_mask(labels, valid, compat="authors")
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    out = model(inputs_embeds=unit, attention_mask=mask, output_hidden_states=True)
+    torch.testing.assert_close(loss.caption, F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+    back = croc.head(out.hidden_states[-1][image].view(2, 8, 32))
+    torch.testing.assert_close(loss.reconstruction, F.smooth_l1_loss(back, unit[image].view(2, 8, 32), beta=0.01))
+
+
 def test_a_short_run_reconstructs_better_than_the_mean():
     """Image tokens of few kinds; what was replaced can be told from what stays."""
     torch.manual_seed(0)
@@ -188,6 +237,7 @@ def test_a_short_run_reconstructs_better_than_the_mean():
         (lambda: PromptTokenPool(8, keep=1.5), "keep"),
         (lambda: PromptTokenPool(8, 0), "num_entries"),
         (lambda: PromptTokenPool(8, assignment="best"), "assignment"),
+        (lambda: mixed_mask(torch.zeros(1, 2).long(), compat="paper"), "compat"),
         (lambda: PromptTokenPool(8, 3, assignment="hungarian")(torch.randn(1, 9, 8)), "the pool has 3"),
         (lambda: PromptTokenPool(8)(torch.randn(1, 9, 7)), "dim"),
         (lambda: PromptTokenPool(8)(torch.randn(2, 3, 8), torch.tensor([[True] * 3, [False] * 3])), "as many"),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import attnlib
+from attnlib.nn.multimodal.croc import PromptTokenPool, ReconstructionHead
 from attnlib.nn.multimodal.wings_lorra import LayerWings
 
 
@@ -302,3 +303,21 @@ def test_layers_of_wings_start_with_a_router_of_linear_layers():
     router = LayerWings(32, 4, rank=2).router
     uniform(fan_in)("linear.weight", router.linear.weight.detach(), router.linear)
     assert isinstance(router.linear, nn.Linear)
+
+
+def test_croc_starts_as_its_authors_classes_alone():
+    """Every layer is drawn anew, as linear maps are; positions and the pool are normal."""
+    head = ReconstructionHead(64, 9, num_layers=2, head_dim=16, out_dim=32)
+    for name, p in head.named_parameters():
+        p = p.detach()
+        if "norm" in name:
+            constant(float(name.endswith("weight")))(name, p, None)
+        elif name == "positions.weight":
+            normal(1.0)(name, p, None)
+        else:
+            owner = head.get_submodule(name.rpartition(".")[0])
+            bound = 64**-0.5 if "self_attn" in name else None
+            uniform(fan_in if bound is None else bound)(name, p, owner)
+    first, second = head.layers.layers
+    assert not torch.equal(first.linear1.weight, second.linear1.weight)
+    normal(1.0)("entries", PromptTokenPool(64, 50).entries.detach(), None)

@@ -25,7 +25,8 @@ ROWS += [
     Case(
         "quantizable-transformers",
         dict(dim=16, num_heads=4, num_kv_heads=2, relative="key_query", max_distance=8192, causal=True, out_proj=False),
-        (12,), "relative-causal",
+        (12,),
+        "relative-causal",
     ),
     Case("quantizable-transformers", dict(dim=16, num_heads=2, gate="conditional_per_head"), (3, 4), "gated-head"),
     Case("softplus-attention-lssar", dict(dim=16, num_heads=2), (12,)),

@@ -1,4 +1,3 @@
-
 from torch import Tensor
 
 from attnlib.check import Case

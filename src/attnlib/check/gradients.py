@@ -30,9 +30,7 @@ from .subject import (
 )
 
 
-def _agree(
-    s: Subject, f: Any, leaves: list[Tensor], grads: list[Tensor], seed: int, what: str, limit: float
-) -> float:
+def _agree(s: Subject, f: Any, leaves: list[Tensor], grads: list[Tensor], seed: int, what: str, limit: float) -> float:
     """The error of ``grads`` along a random direction of ``leaves``; refutes with ``what`` above ``limit``.
 
     A kink may lie within the step of a central difference, which says nothing about the gradient beside it: a wrong

@@ -66,7 +66,6 @@ def batch_sizes(s: Subject) -> Evidence:
     return Evidence("; ".join([f"one, two, 17 and {most} samples work", *(said or ["an empty batch too"])]), worst)
 
 
-
 @claim("bad arguments", unless=mechanism_only)
 def bad_arguments(s: Subject) -> str:
     """What cannot work is refused at the door by a message that says what and why."""

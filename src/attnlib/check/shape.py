@@ -230,9 +230,7 @@ def _others(s: Subject, scene: Scene) -> float:
     return worst
 
 
-def _map(
-    s: Subject, m: nn.Module, x: Tensor, context: Tensor | None, scene: Scene, **kw: Any
-) -> tuple[Tensor, Tensor]:
+def _map(s: Subject, m: nn.Module, x: Tensor, context: Tensor | None, scene: Scene, **kw: Any) -> tuple[Tensor, Tensor]:
     """(y, weights) of shapes (B, N, C) and (B, H, N, M)."""
     out = s.run(m, x, context, scene, returns=("weights",), **kw)
     weights = out.weights

@@ -7,6 +7,7 @@ reconstruct the image tokens as they were and write the caption.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ class PromptTokenPool(nn.Module):
     Args:
         dim: width of a token.
         num_entries: size of the pool.
-        keep: part of the tokens that stays; ``floor((1 - keep) N)`` are replaced.
+        keep: part of the tokens that stays; ``N - floor(keep N)`` are replaced.
         assignment: ``"nearest"`` or ``"hungarian"`` (needs SciPy).
 
     Reference: Xie et al., 2024, arXiv 2410.14332, section 3.2.
@@ -65,7 +66,7 @@ class PromptTokenPool(nn.Module):
     def choose(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(B, N) boolean: a random part of the positions of each sample."""
         batch, n = x.shape[:2]
-        count = n - round(self.keep * n)
+        count = n - math.floor(self.keep * n + 1e-9)  # 0.29 of 100 is 28.999... in binary
         order = torch.rand(batch, n, generator=generator, device=x.device if generator is None else None).argsort(1)
         return (order < count).to(x.device)
 
@@ -120,6 +121,7 @@ class ReconstructionHead(nn.Module):
         num_layers: layers, each with ``dim / head_dim`` heads and a feed-forward of ``4 dim``.
         head_dim: width of a head.
         drop: dropout of the layers in training.
+        out_dim: width of what is reconstructed; ``dim`` by default.
 
     Reference: Xie et al., 2024, arXiv 2410.14332, section 3.3.
 
@@ -127,7 +129,15 @@ class ReconstructionHead(nn.Module):
     torch.Size([2, 9, 64])
     """
 
-    def __init__(self, dim: int, max_tokens: int = 576, num_layers: int = 1, head_dim: int = 64, drop: float = 0.1):
+    def __init__(
+        self,
+        dim: int,
+        max_tokens: int = 576,
+        num_layers: int = 1,
+        head_dim: int = 64,
+        drop: float = 0.1,
+        out_dim: int | None = None,
+    ):
         super().__init__()
         check_divides("head_dim", head_dim, "dim", dim)
         self.dim, self.max_tokens = dim, max_tokens
@@ -137,10 +147,16 @@ class ReconstructionHead(nn.Module):
         )
         layer.dropout = nn.Dropout(0.0)  # BERT's layer, the authors', drops nothing inside the feed-forward
         self.layers = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
-        self.out = nn.Linear(dim, dim)
+        for one in self.layers.layers:  # torch copies one layer, and draws attention otherwise than linear maps
+            attn: Any = one.self_attn
+            for linear in (attn.out_proj, one.linear1, one.linear2):
+                linear.reset_parameters()  # type: ignore[operator, union-attr]
+            for p in (attn.in_proj_weight, attn.in_proj_bias):
+                nn.init.uniform_(p, -(dim**-0.5), dim**-0.5)
+        self.out = nn.Linear(dim, dim if out_dim is None else out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, P, C) states of the image positions to (B, P, C)."""
+        """(B, P, C) states of the image positions to (B, P, out_dim)."""
         check_rank("x", x, 3, "(B, P, C)")
         check_width("x", x, self.dim)
         if x.shape[1] > self.max_tokens:
@@ -172,7 +188,7 @@ class ReconstructionHead(nn.Module):
         return theirs.close(out | theirs.renamed(rules))
 
 
-def mixed_mask(labels: Tensor, valid: Tensor | None = None) -> Tensor:
+def mixed_mask(labels: Tensor, valid: Tensor | None = None, compat: str | None = None) -> Tensor:
     """Everything before the answer reads everything before the answer; from the first label on, causal.
 
     Padding is read by nobody, wherever it stands; a sample without labels is causal.
@@ -180,6 +196,8 @@ def mixed_mask(labels: Tensor, valid: Tensor | None = None) -> Tensor:
     Args:
         labels: (B, N) integers, -100 where there is none.
         valid: (B, N) boolean, which tokens exist.
+        compat: ``"authors"`` opens, as their loop does, padding that stands before the first label, and all of a
+            sample without labels.
 
     Returns:
         (B, 1, N, N) boolean, for a transformers model that takes four-dimensional masks, or for ``attention``.
@@ -191,13 +209,17 @@ def mixed_mask(labels: Tensor, valid: Tensor | None = None) -> Tensor:
     """
     check_rank("labels", labels, 2, "(B, N)")
     check_valid("valid", valid, labels.shape)
+    check_choice("compat", compat, (None, "authors"))
     n = labels.shape[1]
     asked = labels != -100
     at = torch.arange(n, device=labels.device)
     first = torch.where(asked, at, n).amin(1) if n else asked.new_zeros(len(labels), dtype=torch.long)
-    allowed = masks.prefix_lm(torch.where(asked.any(1), first, 0)).at(at, at)
+    allowed = masks.prefix_lm(first if compat == "authors" else torch.where(asked.any(1), first, 0)).at(at, at)
     allowed = allowed.expand(len(labels), 1, n, n)
-    return allowed if valid is None else allowed & valid[:, None, None]
+    if valid is None:
+        return allowed
+    read = valid | (at < first[:, None]) if compat == "authors" else valid
+    return allowed & read[:, None, None]
 
 
 class CrocLoss(NamedTuple):
@@ -219,6 +241,8 @@ class CrocPretraining(nn.Module):
         num_entries, keep, assignment: of :class:`PromptTokenPool`.
         weight, beta: of the reconstruction, a smooth L1 loss over *all* image positions.
         head_dim: of :class:`ReconstructionHead`.
+        normalize: image tokens are brought to unit length first, as the authors' code does (the paper does not say).
+        compat: of :func:`mixed_mask`.
 
     The target are the image tokens before replacement, in float32 and without gradient.
 
@@ -236,9 +260,12 @@ class CrocPretraining(nn.Module):
         weight: float = 10.0,
         beta: float = 0.01,
         head_dim: int = 64,
+        normalize: bool = False,
+        compat: str | None = None,
     ):
         super().__init__()
-        self.model, self.weight, self.beta = model, weight, beta
+        check_choice("compat", compat, (None, "authors"))
+        self.model, self.weight, self.beta, self.normalize, self.compat = model, weight, beta, normalize, compat
         self.pool = PromptTokenPool(dim, num_entries, keep, assignment)
         self.head = ReconstructionHead(dim, image_tokens, head_dim=head_dim)
 
@@ -274,9 +301,11 @@ class CrocPretraining(nn.Module):
             raise ValueError("labels are -100 everywhere; a caption to be predicted is needed")
         shape = (len(counts), int(counts[0]), -1)
         original = inputs_embeds[image].view(shape)
+        if self.normalize:
+            original = F.normalize(original, dim=-1)
         replaced = self.pool(original, generator=generator)
         embeds = inputs_embeds.masked_scatter(image.unsqueeze(-1), replaced.tokens)
-        allowed = mixed_mask(labels, valid)
+        allowed = mixed_mask(labels, valid, self.compat)
         # Rows of padding see nothing; an additive mask of finite size keeps them out of trouble.
         additive = torch.zeros_like(allowed, dtype=embeds.dtype).masked_fill(~allowed, torch.finfo(embeds.dtype).min)
         out = self.model(inputs_embeds=embeds, attention_mask=additive, output_hidden_states=True, **call)
