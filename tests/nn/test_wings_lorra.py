@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity import Fixture
 from safetensors.torch import load_file
 
 import attnlib
-from attnlib.nn.multimodal.wings_lorra import LayerWings, LearnerRouter
+from attnlib.nn.multimodal.wings_lorra import ROUTER_ACTIVATIONS, LayerWings, LearnerRouter
 
 HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE))
 RECORDED = load_file(HERE / "fixtures" / "wings-lorra.safetensors")
+OPTIONS = Fixture("wings-lorra-options")
 
 
 def _under(prefix):
@@ -46,6 +48,100 @@ def test_router_equals_the_authors_and_sums_to_one():
     weighed = router(RECORDED["router/a"].sum(1))
     torch.testing.assert_close(weighed, RECORDED["router/y"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weighed.sum(-1), torch.ones(2, 9))
+
+
+def test_options_of_the_learner_equal_the_authors():
+    """Three heads though the model has one key head, another base, and a mask of numbers with rows that hide all."""
+    m = attnlib.create("wings-lorra", **OPTIONS.config["grouped"])
+    m.load_state_dict(attnlib.convert_state_dict("wings-lorra", OPTIONS.under("grouped/sd")))
+    x = {k: v.clone().requires_grad_() for k, v in OPTIONS.under("grouped/x").items()}
+    low = OPTIONS.tensors["grouped/mask"][..., :5].clone()
+    for row, count in enumerate(OPTIONS.config["padding"]):
+        low[row, :, low.shape[2] - count :] = torch.finfo(torch.float32).min
+    y = m.attend(x["h"], x["features"], torch.arange(7), OPTIONS.tensors["grouped/pos"], bias=low)
+    torch.testing.assert_close(y, OPTIONS.tensors["grouped/y"], rtol=1e-5, atol=1e-5)
+    (y * OPTIONS.tensors["grouped/g"]).sum().backward()
+    for name, expected in OPTIONS.under("grouped/dx").items():
+        torch.testing.assert_close(x[name].grad, expected, rtol=1e-5, atol=2e-5)
+    for name, expected in attnlib.convert_state_dict("wings-lorra", OPTIONS.under("grouped/dw")).items():
+        torch.testing.assert_close(m.get_parameter(name).grad, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "activation", sorted(OPTIONS.under("router").keys() - {"a", "sd/linear.weight", "sd/linear.bias"})
+)
+def test_activations_of_the_router_equal_the_authors(activation):
+    router = LearnerRouter(6, activation)
+    router.load_state_dict(OPTIONS.under("router/sd"))
+    weighed = router(OPTIONS.tensors["router/a"].sum(1))
+    torch.testing.assert_close(weighed, OPTIONS.tensors[f"router/{activation}"], rtol=1e-5, atol=1e-6)
+
+
+def test_every_activation_is_recorded():
+    assert {*OPTIONS.under("router"), "silu"} - {"a", "sd/linear.weight", "sd/linear.bias"} == set(ROUTER_ACTIVATIONS)
+
+
+@pytest.mark.parametrize("case", ["none-both", "zeros-both", "some-both", "some-image", "some-text"])
+def test_layer_with_the_authors_mask_and_padding_equals_theirs(case):
+    """Their released layer whole: both learners, added as often as it does, and states that may read nothing."""
+    padding, kinds = case.split("-")
+    wings = LayerWings(**OPTIONS.config["layer"], compat="authors")
+    wings.load_state_dict(LayerWings.convert_state_dict(OPTIONS.under("layer/sd")))
+    t = {k: v.clone() for k, v in OPTIONS.under("layer").items()}
+    x = {name: t[name].requires_grad_() for name in ("h", "image", "text") if name in ("h", kinds) or kinds == "both"}
+    y = wings(
+        x["h"], x.get("image"), x.get("text"), t["attended"], image_pos=t["image_pos"], text_pos=t["text_pos"],
+        mask=t["mask"][:, 0] == 0, text_padding={"none": None, "zeros": [0, 0, 0], "some": [0, 1, 2]}[padding],
+    )  # fmt: skip
+    torch.testing.assert_close(y, t[f"{case}/y"], rtol=1e-5, atol=1e-5)
+    (y * t["g"]).sum().backward()
+    for name, tensor in x.items():
+        torch.testing.assert_close(tensor.grad, t[f"{case}/d{name}"], rtol=1e-5, atol=2e-5)
+    if case == "some-both":
+        for name, expected in LayerWings.convert_state_dict(OPTIONS.under("layer/dw")).items():
+            torch.testing.assert_close(wings.get_parameter(name).grad, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_the_layers_own_mask_is_read_where_text_stands():
+    m = _random(LayerWings(16, 2, 3, max_keys=12))
+    text_pos, slots = torch.tensor([[0, 1, 6, 7, 8]]), torch.arange(9)
+    h, text = torch.randn(2, 9, 16), torch.randn(2, 5, 16)
+    causal = (slots <= slots[:, None])[None]
+    torch.testing.assert_close(m(h, None, text, text_pos=text_pos, mask=causal), m(h, None, text, text_pos=text_pos))
+    window = causal & (slots > slots[:, None] - 3)
+    allowed = window[:, None][..., text_pos[0]]
+    torch.testing.assert_close(
+        m(h, None, text, text_pos=text_pos, mask=window), m.textual.attend(h, text, slots, text_pos, mask=allowed)
+    )
+    for bad, match in (
+        (dict(mask=causal[:, :4]), "mask must be boolean"),
+        (dict(mask=causal.float()), "mask must be boolean"),
+        (dict(mask=causal[..., :8]), "text_pos goes up to 8"),
+        (dict(mask=causal[0]), "mask"),
+        (dict(text_padding=[0, 1]), "compat='authors'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            m(h, None, text, text_pos=text_pos, **bad)
+    authors = LayerWings(16, 2, 3, max_keys=12, compat="authors")
+    with pytest.raises(ValueError, match="one number for each of 2"):
+        authors(h, None, text, text_padding=[1])
+    with pytest.raises(ValueError, match="4 slots"):
+        authors(h, None, text, mask=causal[..., :4])
+
+
+def test_weights_are_dropped_in_training_only():
+    torch.manual_seed(0)
+    m = _random(LayerWings(16, 2, 3, max_keys=12, attn_drop=0.5))
+    h, e, a = RECORDED["image/x/h"], RECORDED["image/x/features"], RECORDED["router/a"].sum(1)
+    still = _random(LayerWings(16, 2, 3, max_keys=12)).eval()
+    torch.testing.assert_close(m.eval()(h, e, h, a), still(h, e, h, a))
+    many = torch.stack([m.train().visual.attend(h, e) for _ in range(3000)])
+    assert not torch.equal(many[0], many[1])
+    # Weights become w / 0.5 with probability 0.5, so that the mean is what it is without dropout.
+    error = many.std(0) / 3000**0.5
+    assert bool(((many.mean(0) - still.visual.attend(h, e)).abs() < 5 * error + 1e-6).all())
+    with pytest.raises(ValueError, match="attn_drop"):
+        LayerWings(16, 2, attn_drop=1.5)
 
 
 def test_layer_loads_the_authors_names_and_repeats_their_sum_on_request():
@@ -265,4 +361,4 @@ def test_masks_compare_positions_and_the_authors_mask_counts_tokens():
     torch.testing.assert_close(authors(h, None, text, text_pos=text_pos), expected)
     assert float((expected - by_position).abs().max()) > 1e-3
     with pytest.raises(ValueError, match="activation="):
-        LearnerRouter(4, activation="swish")
+        LearnerRouter(4, activation="prelu")

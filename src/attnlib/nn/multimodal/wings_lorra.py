@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checks import check_real
 from ...masks import Mask
 from ...ops import attention
 from ...positions import rotary_angles, rotate
-from ...types import Output, Traits, check_choice, check_width
+from ...types import Output, Traits, check_choice, check_rank, check_width
 from ..base import Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads, zero_invalid
 from ..registry import register
@@ -41,6 +42,7 @@ class LowRankResidualAttention(Mechanism):
         num_kv_heads: refused unless equal to ``num_heads``.
         rank: ``r`` (8 in the authors' class, 64 in their training).
         rotary: base of rotary positions; ``None`` for none.
+        attn_drop: dropout of the weights in training.
 
     Without projections the products of a deep layer's states can be large; weights are computed in float32.
 
@@ -62,7 +64,13 @@ class LowRankResidualAttention(Mechanism):
     )
 
     def __init__(
-        self, dim: int, num_heads: int = 8, num_kv_heads: int | None = None, rank: int = 8, rotary: float | None = None
+        self,
+        dim: int,
+        num_heads: int = 8,
+        num_kv_heads: int | None = None,
+        rank: int = 8,
+        rotary: float | None = None,
+        attn_drop: float = 0.0,
     ):
         super().__init__(dim)
         self.num_heads, self.head_dim = num_heads, head_dim_of(dim, num_heads)
@@ -73,7 +81,7 @@ class LowRankResidualAttention(Mechanism):
             )
         if rank < 1:
             raise ValueError(f"rank={rank} must be at least 1")
-        self.rotary = rotary
+        self.rotary, self.attn_drop = rotary, check_real("attn_drop", attn_drop, least=0.0, most=1.0)
         self.q, self.k, self.v, self.proj = (_low_rank(dim, rank) for _ in range(4))
 
     @property
@@ -91,6 +99,7 @@ class LowRankResidualAttention(Mechanism):
         *,
         valid: Tensor | None = None,
         mask: Mask | Tensor | None = None,
+        bias: Tensor | None = None,
         return_weights: bool = False,
     ) -> Any:
         """The learner on states of a sequence.
@@ -102,6 +111,7 @@ class LowRankResidualAttention(Mechanism):
             k_pos: (M,) or (B, M) positions of the features.
             valid: (B, M) boolean, which features exist; a sample without any gets zeros.
             mask: which pairs meet: a mask compares positions, a boolean (B or 1, H or 1, N, M) speaks of indices.
+            bias: (B or 1, H or 1, N, M) added to the scaled scores, in the eager backend.
             return_weights: also return (B, H, N, M).
         """
         features = zero_invalid(features, valid)
@@ -113,7 +123,12 @@ class LowRankResidualAttention(Mechanism):
             k_pos = torch.arange(features.shape[1], device=h.device) if k_pos is None else k_pos
             q = rotate(q, rotary_angles(q_pos, self.head_dim, self.rotary))
             k = rotate(k, rotary_angles(k_pos, self.head_dim, self.rotary))
-        call: dict[str, Any] = dict(mask=mask, valid=valid)
+        call: dict[str, Any] = dict(mask=mask, valid=valid, bias=bias)
+        if bias is not None:
+            # Where all scores of a row are lowered out of reach, torch's CPU kernel has a wrong gradient.
+            call["backend"] = "eager"
+        if self.training and self.attn_drop:
+            call["dropout_p"] = self.attn_drop
         if isinstance(mask, Mask):
             call |= dict(q_pos=q_pos, k_pos=k_pos)
         weights = None
@@ -148,8 +163,16 @@ class LowRankResidualAttention(Mechanism):
         return theirs.close(theirs.renamed(_learner_rules("", "")))
 
 
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+#: By transformers' names, from which the authors' router chooses.
 ROUTER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
+    "silu": F.silu, "swish": F.silu, "relu": F.relu, "relu2": lambda x: F.relu(x).square(), "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu, "gelu": F.gelu, "gelu_new": _gelu_tanh, "gelu_pytorch_tanh": _gelu_tanh,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "mish": F.mish, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
+    "linear": lambda x: x,
 }  # fmt: skip
 
 
@@ -161,8 +184,7 @@ class LearnerRouter(nn.Module):
 
     Args:
         max_keys: longest sequence.
-        activation: ``"silu"``, as above, or another of the authors' choices: ``"relu"``, ``"gelu"``, ``"sigmoid"`` or
-            ``"tanh"``.
+        activation: ``"silu"``, as above, or another of :data:`ROUTER_ACTIVATIONS`.
 
     >>> LearnerRouter(8)(torch.rand(2, 3, 4)).sum(-1).allclose(torch.ones(2, 3))
     True
@@ -193,10 +215,11 @@ class LayerWings(nn.Module):
     Args:
         dim, num_heads, rank, rotary: of :class:`LowRankResidualAttention`.
         textual: a textual learner and a router beside the visual learner (the second stage of training).
-        max_keys: of :class:`LearnerRouter`.
+        max_keys, activation: of :class:`LearnerRouter`.
+        attn_drop: of :class:`LowRankResidualAttention`.
         compat: ``"authors"`` adds both learners twice, as the authors' released layer does, and gives the textual
             learner their mask: state at slot i reads the first i + 1 tokens of the text, wherever they stand, so that
-            behind an image it reads text that follows.
+            behind an image it reads text that follows, and a state that may read nothing reads all of it alike.
 
     >>> sum(p.numel() for p in LayerWings(32, 4, rank=2, textual=False).parameters()) == 8 * 32 * 2
     True
@@ -211,13 +234,16 @@ class LayerWings(nn.Module):
         textual: bool = True,
         max_keys: int = 4096,
         compat: str | None = None,
+        activation: str = "silu",
+        attn_drop: float = 0.0,
     ):
         super().__init__()
         check_choice("compat", compat, (None, "authors"))
         self.dim, self.compat = dim, compat
-        self.visual = LowRankResidualAttention(dim, num_heads, rank=rank, rotary=rotary)
-        self.textual = LowRankResidualAttention(dim, num_heads, rank=rank, rotary=rotary) if textual else None
-        self.router = LearnerRouter(max_keys) if textual else None
+        settings: dict[str, Any] = dict(rank=rank, rotary=rotary, attn_drop=attn_drop)
+        self.visual = LowRankResidualAttention(dim, num_heads, **settings)
+        self.textual = LowRankResidualAttention(dim, num_heads, **settings) if textual else None
+        self.router = LearnerRouter(max_keys, activation) if textual else None
 
     def forward(
         self,
@@ -231,6 +257,8 @@ class LayerWings(nn.Module):
         text_pos: Tensor | None = None,
         image_valid: Tensor | None = None,
         text_valid: Tensor | None = None,
+        mask: Tensor | None = None,
+        text_padding: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """What is added to the states after attention.
 
@@ -241,6 +269,11 @@ class LayerWings(nn.Module):
             attended: (B, N, keys) attention weights summed over heads; needed when both learners act.
             q_pos, image_pos, text_pos: (.., N), (.., P), (.., M) slots in the sequence; text reads earlier text only.
             image_valid, text_valid: which features exist.
+            mask: (B or 1, N, L) boolean, which slots of the sequence each state may read; by default those up to its
+                own. The textual learner goes by it.
+            text_padding: with ``compat="authors"`` only, how many of the M text tokens of each sample fill up the
+                batch, as their layer is told: so many of the last states read all text alike, and samples without
+                such tokens get the visual learner once instead of twice.
 
         Returns:
             (B, N, C); samples without an image get the textual learner alone, weighed by the router.
@@ -253,17 +286,55 @@ class LayerWings(nn.Module):
             return torch.zeros_like(h) if seen is None else seen
         q_pos = torch.arange(h.shape[1], device=h.device) if q_pos is None else q_pos
         text_pos = torch.arange(text.shape[1], device=h.device) if text_pos is None else text_pos
-        last = torch.arange(text.shape[1], device=h.device) if self.compat == "authors" else text_pos
-        before = (last.unsqueeze(-2) <= q_pos.unsqueeze(-1)).expand(h.shape[0], -1, -1)[:, None]
-        read = self.textual.attend(h, text, q_pos, text_pos, valid=text_valid, mask=before)
+        before = self._before(h, text, q_pos, text_pos, mask)
+        twice: float | Tensor = 1.0
+        if text_padding is not None:
+            if self.compat is None:
+                raise ValueError("text_padding is a slip of the authors' layer; it needs compat='authors'")
+            fill = torch.as_tensor(text_padding, device=h.device)
+            if fill.shape != h.shape[:1]:
+                raise ValueError(
+                    f"text_padding must be one number for each of {h.shape[0]} samples, got {text_padding}"
+                )
+            twice = (fill > 0).to(h.dtype)[:, None, None]
+            rows = torch.arange(h.shape[1], device=h.device)
+            before = before & (rows < h.shape[1] - fill[:, None])[:, None, :, None]
+        if self.compat == "authors":
+            # Their mask is a number, so that a state without anything to read does not see what it hides.
+            low = torch.zeros(before.shape, dtype=h.dtype, device=h.device)
+            low = low.masked_fill(~before, torch.finfo(h.dtype).min)
+            read = self.textual.attend(h, text, q_pos, text_pos, valid=text_valid, bias=low)
+        else:
+            read = self.textual.attend(h, text, q_pos, text_pos, valid=text_valid, mask=before)
         if seen is None:
             return read
         if attended is None:
             raise ValueError("attended is needed when both learners act: the layer's weights, summed over heads")
         assert self.router is not None
         weigh = self.router(attended).to(h.dtype)
-        added = weigh[..., :1] * seen + weigh[..., 1:] * read
-        return 2 * added if self.compat == "authors" else added
+        seen, read = weigh[..., :1] * seen, weigh[..., 1:] * read
+        return (1 + twice) * seen + 2 * read if self.compat == "authors" else seen + read
+
+    def _before(self, h: Tensor, text: Tensor, q_pos: Tensor, text_pos: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, 1, N, M) boolean: which text tokens each state may read."""
+        count = text.shape[1]
+        if mask is None:
+            last = torch.arange(count, device=h.device) if self.compat == "authors" else text_pos
+            return (last.unsqueeze(-2) <= q_pos.unsqueeze(-1)).expand(h.shape[0], -1, -1)[:, None]
+        check_rank("mask", mask, 3, "(B or 1, N, L)")
+        if mask.dtype != torch.bool or mask.shape[1] != h.shape[1] or mask.shape[0] not in (1, h.shape[0]):
+            raise ValueError(
+                f"mask must be boolean ({h.shape[0]} or 1, {h.shape[1]}, slots), got {mask.dtype} {tuple(mask.shape)}"
+            )
+        mask = mask.expand(h.shape[0], -1, -1)
+        if self.compat == "authors":
+            if mask.shape[-1] < count:
+                raise ValueError(f"mask tells of {mask.shape[-1]} slots, the text has {count} tokens")
+            return mask[:, None, :, :count]
+        if text_pos.numel() and int(text_pos.max()) >= mask.shape[-1]:
+            raise ValueError(f"mask tells of {mask.shape[-1]} slots, text_pos goes up to {int(text_pos.max())}")
+        at = text_pos.expand(h.shape[0], -1)[:, None].expand(-1, h.shape[1], -1)
+        return mask.gather(-1, at)[:, None]
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
