@@ -16,13 +16,46 @@ def make(**settings):
 
 @pytest.mark.parametrize("case", FIXTURE.config)
 def test_equals_the_authors(case):
-    module = FIXTURE.build(case)
-    torch.manual_seed({"pgqa": 7}.get(case, 5))
-    FIXTURE.holds(case, module.eval(), lambda m, xs: m(xs["x"]))
+    module = FIXTURE.build(case).eval()
     if f"{case}/splits" in FIXTURE.tensors:
         torch.manual_seed(5)
         plan = module.plan(FIXTURE.tensors[f"{case}/x/x"])
-        assert torch.equal(plan["map"].bincount(minlength=4), FIXTURE.tensors[f"{case}/splits"])
+        assert torch.equal(plan["map"].bincount(minlength=module.num_kv_heads), FIXTURE.tensors[f"{case}/splits"])
+    torch.manual_seed({"pgqa": 7}.get(case, 5))
+    FIXTURE.holds(case, module, lambda m, xs: m(xs["x"]))
+
+
+@pytest.mark.parametrize("kind", ["ema", "diff"])
+def test_caches_and_groups_move_as_the_authors_do(kind):
+    """Training and evaluation calls in turn: theirs move the cache in both."""
+    case, full = f"calls_{kind}", {"ema": "average", "diff": "difference"}[kind]
+    m = make(dim=8, num_heads=4, num_kv_heads=2, kind=full, window=2, compat="authors")
+    m.load_state_dict(attnlib.convert_state_dict(SLUG, FIXTURE.under(f"{case}/sd")))
+    for i, call in enumerate(FIXTURE.meta["calls"]):
+        m.train(call == "t")
+        torch.manual_seed(9 + i)
+        y = m(FIXTURE.tensors[f"{case}/x/{i}"]).detach()
+        FIXTURE._close(y, FIXTURE.tensors[f"{case}/y/{i}"], 1e-5, "y")
+        torch.testing.assert_close(m.cache, FIXTURE.tensors[f"{case}/cache/{i}"])
+        assert torch.equal(m.head_map.bincount(minlength=2), FIXTURE.tensors[f"{case}/splits/{i}"])
+
+
+def test_groups_that_follow_the_keys_need_not_divide_the_heads():
+    m, x = make(dim=24, num_heads=6, num_kv_heads=4), torch.randn(2, 5, 24)
+    chosen = m.plan(x)["map"]
+    q, k, v = (p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (m.q, m.k, m.v))
+    heads = [(q[:, h] @ k[:, g].mT / 2).softmax(-1) @ v[:, g] for h, g in enumerate(chosen.tolist())]
+    torch.testing.assert_close(m(x), m.proj(torch.cat(heads, -1)), atol=1e-6, rtol=1e-5)
+    for kind in ("uniform", "perturbed"):
+        with pytest.raises(ValueError, match="num_kv_heads=4 does not divide num_heads=6"):
+            make(dim=24, num_heads=6, num_kv_heads=4, kind=kind)
+
+
+def test_a_dense_checkpoint_starts_every_kind():
+    dense = {"qkv.weight": torch.randn(96, 32), "proj.weight": torch.randn(32, 32)}
+    for kind in KINDS:
+        converted = attnlib.convert_state_dict(SLUG, dense, num_heads=8, num_kv_heads=4, kind=kind)
+        make(kind=kind, qkv_bias=False, proj_bias=False).load_state_dict(converted)
 
 
 def test_allocation_sums_to_the_heads():
@@ -129,7 +162,7 @@ def test_parameters():
 
 @pytest.mark.parametrize(
     "settings, words",
-    [(dict(kind="norm"), "kind="), (dict(window=0), "window=0"), (dict(num_kv_heads=3), "does not divide")],
+    [(dict(kind="norm"), "kind="), (dict(window=0), "window=0"), (dict(num_kv_heads=3, kind="uniform"), "not divide")],
 )
 def test_bad_settings(settings, words):
     with pytest.raises(ValueError, match=words):

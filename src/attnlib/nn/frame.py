@@ -209,6 +209,8 @@ class HeadFrame(Mechanism, Generic[N]):
     notes_type: ClassVar[type[Notes]] = Notes
     #: Whether rotary positions and ALiBi also serve cross-attention, where queries and keys both count from zero.
     cross_positions: ClassVar[bool] = False
+    #: Whether every key head serves equally many query heads; a mechanism that deals them out itself says no.
+    even_groups: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -233,7 +235,8 @@ class HeadFrame(Mechanism, Generic[N]):
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = head_dim_of(dim, num_heads) if head_dim is None else head_dim
-        check_divides("num_kv_heads", self.num_kv_heads, "num_heads", num_heads)
+        if self.even_groups:
+            check_divides("num_kv_heads", self.num_kv_heads, "num_heads", num_heads)
         self.num_v_heads = self.num_kv_heads
         self.causal, self.rotary, self.rotary_interleaved = causal, rotary, rotary_interleaved
         self.rotary_dim = self.head_dim if rotary_dim is None else rotary_dim

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...types import Plan, Traits, check_choice
+from ...types import Plan, Traits, check_choice, check_divides, stats_dtype
 from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
 from ..released import PLAIN, Released
@@ -20,7 +20,7 @@ def key_norms(k: Tensor, valid: Tensor | None = None) -> Tensor:
     """(G,) sum over the batch of the Frobenius norms of key heads ``k`` (B, G, N, D)."""
     if valid is not None:
         k = k.masked_fill(~valid[:, None, :, None], 0.0)
-    return k.detach().float().norm(dim=(2, 3)).sum(0)
+    return k.detach().to(stats_dtype(k.dtype)).norm(dim=(2, 3)).sum(0)
 
 
 def allocate(shares: Tensor, num_heads: int, fix: str = "extreme") -> Tensor:
@@ -62,20 +62,22 @@ class KeyDrivenGQA(HeadFrame[Notes]):
 
     Args:
         dim, num_heads, num_kv_heads, ...: as in :class:`HeadFrame`; ``num_kv_heads`` is half of ``num_heads`` by
-            default.
+            default, and need not divide it where groups follow the keys.
         kind: how groups are sized. ``"uniform"``: GQA. ``"key_norm"``: KDGQA, from ``(m - min) / (max - min)`` in every
             call. ``"difference"`` and ``"average"``: DGQA, from ``|cache - m|`` or ``beta m + (1 - beta) cache``, where
             the cache follows training. ``"perturbed"``: PGQA, uniform groups, Gaussian-shaped noise subtracted from the
             outputs of heads in training.
         window: DGQA updates its groups and cache every ``window`` training calls.
         beta: weight of the current norms in ``"average"``.
-        compat: ``"authors"`` mends the sum of DGQA at random groups and perturbs in evaluation too.
+        compat: ``"authors"`` mends the sum of DGQA at random groups, lets evaluation move DGQA's cache and groups (to
+            the norms of the call), and perturbs in evaluation too.
 
     With ``causal=True`` a choice made from all keys would look ahead, so the groups are those of the last training call
     (a buffer, saved with the weights): generation with a cache then equals the full pass.
 
     What differs from the authors' code: equal norms give the uniform split, where theirs divides by zero; evaluation
-    never changes the cache, where two evaluation calls of theirs on one input disagree; DGQA's groups are saved.
+    changes the cache under ``compat`` only, since two evaluation calls on one input disagree then; DGQA's groups are
+    saved.
 
     Reference: Khan et al., 2024, arXiv 2408.08454.
 
@@ -88,6 +90,7 @@ class KeyDrivenGQA(HeadFrame[Notes]):
     cache: Tensor
     calls: Tensor
     own_state = ("head_map", "calls")
+    even_groups = False
 
     class_traits = HeadFrame.class_traits.but(needs_plan=True, batch_independent=False, gradient="stopped")
 
@@ -105,13 +108,15 @@ class KeyDrivenGQA(HeadFrame[Notes]):
     ):
         if num_kv_heads is None:
             num_kv_heads = max(1, num_heads // 2)
-        super().__init__(dim, num_heads, num_kv_heads, **settings)
         check_choice("kind", kind, KINDS)
+        if kind in ("uniform", "perturbed") or num_kv_heads > num_heads:
+            check_divides("num_kv_heads", num_kv_heads, "num_heads", num_heads)
+        super().__init__(dim, num_heads, num_kv_heads, **settings)
         check_choice("compat", compat, (None, "authors"))
         if window < 1:
             raise ValueError(f"window={window} must be at least 1")
         self.kind, self.window, self.beta, self.compat = kind, window, beta, compat
-        uniform = torch.arange(num_heads) // (num_heads // num_kv_heads)
+        uniform = torch.arange(num_heads) * num_kv_heads // num_heads
         self.register_buffer("head_map", uniform)
         if kind in ("difference", "average"):
             self.register_buffer("cache", torch.zeros(num_kv_heads))
@@ -154,9 +159,15 @@ class KeyDrivenGQA(HeadFrame[Notes]):
         current = self.head_map
         if not self._adaptive:
             return current
-        if not self.training:
-            return current if self.causal else self._map(key_norms(k, valid))
+        if not self.training and self.causal:
+            return current
         norms = key_norms(k, valid)
+        if not self.training:
+            chosen = self._map(norms)
+            if self.compat == "authors" and self.kind != "key_norm":
+                self.cache.copy_(norms)
+                self.head_map.copy_(chosen)
+            return chosen
         if self.kind == "key_norm":
             chosen = self._map(norms)
             self.head_map.copy_(chosen)
@@ -215,9 +226,13 @@ class KeyDrivenGQA(HeadFrame[Notes]):
 
     @staticmethod
     def convert_state_dict(
-        state_dict: Mapping[str, Tensor], num_heads: int | None = None, num_kv_heads: int | None = None
+        state_dict: Mapping[str, Tensor],
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        kind: str = "key_norm",
     ) -> dict[str, Tensor]:
-        """The authors' classes; or, given head counts, a dense ``qkv`` checkpoint mean-pooled per group."""
+        """The authors' classes; or, given head counts, a dense ``qkv`` checkpoint mean-pooled per group for a kind."""
+        check_choice("kind", kind, KINDS)
         theirs = Released(state_dict, "the authors' GQA, KDGQA, DGQA or PGQA, or a dense attention with qkv")
         dense = "qkv.weight" in theirs
         out = theirs.renamed({"cache": "cache"} | PLAIN)
@@ -231,4 +246,6 @@ class KeyDrivenGQA(HeadFrame[Notes]):
                     raise ValueError(f"{key} has {out[key].shape[0]} rows, which num_heads={num_heads} does not divide")
                 heads = out[key].unflatten(0, (num_kv_heads, num_heads // num_kv_heads, -1))
                 out[key] = heads.mean(1).flatten(0, 1)
+            if kind in ("difference", "average"):
+                out["cache"] = torch.zeros(num_kv_heads)
         return theirs.close(out)
