@@ -76,9 +76,29 @@ def test_context_length_fixes_the_bias():
     assert not torch.allclose(fixed(x[:, :3]), counted(x[:, :3]))
 
 
+def test_rms_norms_of_heads():
+    """The plain norm, whatever batch and length; the authors' counts the entries of the whole tensor."""
+    m, x = attnlib.create("sigmoid-attention", dim=8, num_heads=2, qk_norm="rms", attn_bias=-1.0), torch.randn(2, 5, 8)
+    assert {"q_norm.weight", "k_norm.weight"} <= set(m.state_dict()) and "q_norm.bias" not in m.state_dict()
+    torch.testing.assert_close(m(x)[:1], m(x[:1]), atol=1e-6, rtol=1e-5)
+    q, k, v = (p(x).unflatten(-1, (2, 4)).transpose(1, 2) for p in (m.q, m.k, m.v))
+    q, k = (t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
+    out = torch.sigmoid(q @ k.mT / 2 - 1.0) @ v
+    torch.testing.assert_close(m(x), m.proj(out.transpose(1, 2).flatten(2)), atol=1e-6, rtol=1e-5)
+    theirs = attnlib.create("sigmoid-attention", dim=8, num_heads=2, qk_norm="rms", attn_bias=-1.0, compat="authors")
+    theirs.load_state_dict(m.state_dict())
+    assert not torch.allclose(theirs(x)[:1], theirs(x[:1]), atol=1e-4)
+    assert not theirs.traits.batch_independent and not theirs.traits.valid
+    with pytest.raises(ValueError, match="qk_norm="):
+        attnlib.create("softmax-attention", dim=8, num_heads=2, qk_norm="batch")
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [
+        (dict(activation="relu"), "activation="),
+        (dict(activation="softmax", row_norm="sqrt"), "row_norm='sqrt'"),
+        (dict(v_norm="batch"), "v_norm="),
         (dict(attn_bias=0.0, context_length=3), "not both"),
         (dict(context_length=0), "context_length"),
         (dict(row_norm="rows"), "row_norm"),

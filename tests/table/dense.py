@@ -12,6 +12,12 @@ ROWS += [
     Case("sigmoid-attention", dict(dim=16, num_heads=2), (12,), layout=Layout.image(3, 3, cls=1)),
     Case("sigmoid-attention", dict(dim=16, num_heads=2, causal=True, alibi=True), (12,), "causal"),
     Case("sigmoid-attention", dict(dim=16, num_heads=2, context_length=16, row_norm="sqrt"), (3, 4), "image"),
+    Case(
+        "sigmoid-attention",
+        dict(dim=16, num_heads=2, causal=True, activation="softmax", qk_norm="rms"),
+        (12,),
+        "softmax",
+    ),
     Case("quantizable-transformers", dict(dim=16, num_heads=2, gamma=-0.03), (12,), "clipped"),
     Case(
         "quantizable-transformers",

@@ -19,7 +19,7 @@ from ..ops import attention
 from ..positions import Bias, alibi, rotary_angles, rotate
 from ..types import Output, Plan, State, Traits, check_divides
 from .base import Mechanism
-from .layers import flat_valid, head_dim_of, merge_heads, split_heads
+from .layers import flat_valid, head_dim_of, head_norm, merge_heads, split_heads
 
 
 class Stream:
@@ -184,7 +184,7 @@ class HeadFrame(Mechanism, Generic[N]):
         context_dim: width of ``context``; ``dim`` by default.
         qkv_bias: biases of the query, key and value projections.
         proj_bias: bias of the output projection.
-        qk_norm: LayerNorm of every head of the queries and of the keys.
+        qk_norm: LayerNorm of every head of the queries and of the keys; ``"rms"`` for RMSNorm.
         causal: every token reads itself and earlier ones. With a context: reads all of it.
         rotary: rotary positions with this base; ``None`` for none. Positions count valid tokens only.
         rotary_interleaved: rotate neighbouring channels instead of the two halves.
@@ -221,7 +221,7 @@ class HeadFrame(Mechanism, Generic[N]):
         context_dim: int | None = None,
         qkv_bias: bool = True,
         proj_bias: bool = True,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         causal: bool = False,
         rotary: float | None = None,
         rotary_interleaved: bool = False,
@@ -249,8 +249,8 @@ class HeadFrame(Mechanism, Generic[N]):
         self.q = nn.Linear(dim, num_heads * self.head_dim, bias=qkv_bias)
         self.k = nn.Linear(self.context_dim, self.num_kv_heads * self.head_dim, bias=qkv_bias)
         self.v = nn.Linear(self.context_dim, self.num_kv_heads * self.head_dim, bias=qkv_bias)
-        self.q_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.q_norm = head_norm(qk_norm, self.head_dim)
+        self.k_norm = head_norm(qk_norm, self.head_dim)
         self.proj = nn.Linear(num_heads * self.head_dim, dim, bias=proj_bias)
 
     @property

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_divides, check_real, to_tuple
+from ..checks import check_choice, check_divides, check_real, to_tuple
 from ..types import stats_dtype
 
 
@@ -30,6 +30,14 @@ def head_dim_of(dim: int, num_heads: int) -> int:
     """``dim / num_heads``, checked."""
     check_divides("num_heads", num_heads, "dim", dim)
     return dim // num_heads
+
+
+def head_norm(kind: bool | str, dim: int, name: str = "qk_norm") -> nn.Module:
+    """A norm over the channels of a head: ``False`` for none, ``True`` or ``"layer"``, ``"rms"``."""
+    check_choice(name, kind, (False, True, "layer", "rms"))
+    if kind == "rms":
+        return nn.RMSNorm(dim, eps=1e-6)
+    return nn.LayerNorm(dim) if kind else nn.Identity()
 
 
 def flat_valid(valid: Tensor | None) -> Tensor | None:

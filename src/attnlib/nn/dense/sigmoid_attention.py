@@ -15,8 +15,24 @@ from ...ops import attention
 from ...positions import Bias, RelativeBias, alibi, alibi_slopes
 from ...types import Traits, check_choice, stats_dtype
 from ..frame import HeadCall, HeadFrame, Notes
+from ..layers import head_norm
 from ..registry import register
 from ..released import Released, split_rule
+
+
+class _SpreadRMSNorm(nn.Module):
+    """The authors' RMSNorm: the norm of a head is divided by a root of the size of the whole tensor, not of the head.
+
+    Hence outputs depend on batch and length; ``eps`` is added to the root.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-8):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        rms = x.norm(2, dim=-1, keepdim=True) * x.numel() ** (-1.0 / x.dim())
+        return self.weight * x / (rms + self.eps)
 
 
 @register("sigmoid-attention", "flash-sigmoid")
@@ -31,13 +47,14 @@ class SigmoidAttention(HeadFrame[Notes]):
         dim, num_heads, num_kv_heads, head_dim, context_dim, causal, rotary, alibi, attn_drop: as in
             :class:`~attnlib.nn.frame.HeadFrame`.
         qkv_bias, proj_bias: biases of projections, off as in the authors' code.
-        qk_norm: LayerNorm of every head of queries and keys; on, as the authors advise.
-        v_norm: LayerNorm of every head of values (their cross-attention has it).
+        qk_norm: LayerNorm of every head of queries and keys; on, as the authors advise. ``"rms"`` for RMSNorm.
+        v_norm: the same for every head of values (their cross-attention has it).
+        activation: ``"sigmoid"``, or ``"softmax"`` to compare with: no ``b`` changes it.
         attn_bias: a fixed ``b``.
         context_length: sets ``b = -log(context_length)``.
         temperature: ``t``; scores are multiplied by ``e^t``.
         compat: ``"authors"``: ALiBi adds ``slope (j - i)``, which rewards later keys, instead of penalising the
-            distance; under a causal mask that is the same.
+            distance (under a causal mask that is the same); RMSNorm counts the entries of the whole tensor.
         row_norm: also divide row ``i`` (from 1) by ``"sqrt"``: ``sqrt(i)``, or ``"length"``: ``i``; their ablations.
 
     What differs from the authors' code: pairs that may not meet have weight exactly zero, where they set the most
@@ -57,8 +74,9 @@ class SigmoidAttention(HeadFrame[Notes]):
         *,
         qkv_bias: bool = False,
         proj_bias: bool = False,
-        qk_norm: bool = True,
-        v_norm: bool = False,
+        qk_norm: bool | str = True,
+        v_norm: bool | str = False,
+        activation: str = "sigmoid",
         attn_bias: float | None = None,
         context_length: int | None = None,
         temperature: float = 0.0,
@@ -67,26 +85,35 @@ class SigmoidAttention(HeadFrame[Notes]):
         **settings: Any,
     ):
         super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, qk_norm=qk_norm, **settings)
+        check_choice("activation", activation, ("sigmoid", "softmax"))
         check_choice("row_norm", row_norm, ("none", "sqrt", "length"))
+        if activation == "softmax" and row_norm != "none":
+            raise ValueError(f"row_norm={row_norm!r} is a norm of sigmoids; it needs activation='sigmoid'")
         check_choice("compat", compat, (None, "authors"))
         if attn_bias is not None and context_length is not None:
             raise ValueError(f"give attn_bias={attn_bias} or context_length={context_length}, not both")
         if context_length is not None and context_length < 1:
             raise ValueError(f"context_length must be at least 1, got {context_length}")
         self.attn_bias = -math.log(context_length) if context_length is not None else attn_bias
-        self.row_norm, self.compat = row_norm, compat
+        self.activation, self.row_norm, self.compat = activation, row_norm, compat
         self.heat = math.exp(temperature)
         self.scale *= self.heat
-        self.v_norm = nn.LayerNorm(self.head_dim) if v_norm else nn.Identity()
+        self.v_norm = head_norm(v_norm, self.head_dim, "v_norm")
+        self.spread = compat == "authors" and "rms" in (qk_norm, v_norm)
+        for name in ("q_norm", "k_norm", "v_norm"):
+            if self.spread and isinstance(getattr(self, name), nn.RMSNorm):
+                setattr(self, name, _SpreadRMSNorm(self.head_dim))
 
     cross_positions = True
 
     @property
     def traits(self) -> Traits:
         traits = super().traits
-        if self.row_norm == "none":
-            return traits
-        return traits.but(permutation_equivariant=False)
+        if self.row_norm != "none":
+            traits = traits.but(permutation_equivariant=False)
+        if self.spread:
+            traits = traits.but(valid=False, streaming=False, batch_independent=False, layout=False)
+        return traits
 
     def _alibi(self, q_pos: Tensor, k_pos: Tensor, span: tuple[int, int]) -> Bias:
         slopes = alibi_slopes(self.num_heads).to(q_pos.device) * self.heat
@@ -98,6 +125,8 @@ class SigmoidAttention(HeadFrame[Notes]):
 
     def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: Notes) -> Any:
         v = self.v_norm(v)
+        if self.activation == "softmax":
+            return attention(q, k, v, scale=self.scale, **call.options())
         bias, scale = self.attn_bias or 0.0, self.scale
         if self.attn_bias is None:
             # Two more channels carry the row's bias, coarse and rest (so that half precision keeps its digits), against

@@ -12,6 +12,7 @@ from ...ops import attention
 from ...positions import rotary_angles
 from ...types import Plan, State, Traits, check_choice, check_divides
 from ..frame import HeadCall, HeadFrame, Notes
+from ..layers import head_norm
 from ..registry import register
 
 ACTIVATIONS: dict[str, type[nn.Module] | None] = {"none": None, "silu": nn.SiLU, "gelu": nn.GELU}
@@ -67,7 +68,7 @@ class DiffQKVAttention(HeadFrame[Notes]):
         q_activation: str = "none",
         v_keep: int | None = None,
         qkv_bias: bool = True,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         **settings: Any,
     ):
         if "num_kv_heads" in settings:
@@ -101,8 +102,7 @@ class DiffQKVAttention(HeadFrame[Notes]):
         self.k_up: nn.Linear | None = None
         if self.k_head_dim != self.head_dim:
             self.k_up = nn.Linear(self.k_head_dim, self.head_dim, bias=qkv_bias)
-            if qk_norm:
-                self.k_norm = nn.LayerNorm(self.k_head_dim)
+            self.k_norm = head_norm(qk_norm, self.k_head_dim)
 
     @property
     def traits(self) -> Traits:
