@@ -18,6 +18,52 @@ def test_equals_the_authors(case):
     FIXTURE.holds(case, module, lambda m, xs: m(xs["x"]))
 
 
+@pytest.mark.parametrize("sparse", [0.8, 3.0])
+def test_sparse_rows_read_their_largest_scores(sparse):
+    """Against a loop over rows; a plan freezes the choice, and steps choose as the whole does."""
+    m = attnlib.create(SLUG, dim=8, num_heads=2, causal=True, position="none", sparse=sparse).double()
+    x = torch.randn(2, 24, 8, dtype=torch.float64)
+    q, k, v = (p(x).unflatten(-1, (2, 4)).transpose(1, 2) for p in (m.q, m.k, m.v))
+    out = torch.zeros_like(q)
+    for i in range(24):
+        s = (q[:, :, i : i + 1] @ k[:, :, : i + 1].mT).squeeze(2) / 2
+        least = s.topk(min(i + 1, max(10, int((i + 1) ** 0.8)) if sparse < 1.5 else 3)).values[..., -1:]
+        out[:, :, i] = (s.masked_fill(s < least, -math.inf).softmax(-1)[..., None] * v[:, :, : i + 1]).sum(2)
+    y = m.proj(out.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(m(x), y)
+    weights = m(x, returns=("weights",)).weights
+    assert int((weights[:, :, -1] > 0).sum(-1).max()) == (12 if sparse < 1.5 else 3)
+    torch.testing.assert_close(m(x, plan=m.plan(x)), y)
+    state, steps = None, []
+    for t in range(24):
+        y_t, state = m.step(x[:, t : t + 1], state)
+        steps.append(y_t)
+    torch.testing.assert_close(torch.cat(steps, 1), y)
+    with pytest.raises(ValueError, match="plan was made for N=24"):
+        m(x[:, :5], plan=m.plan(x))
+
+
+def test_sparse_rows_are_an_ablation_of_plain_attention():
+    for settings, words in (
+        (dict(sparse=0.5), "position='none'"),
+        (dict(sparse=0.5, position="none", attn_drop=0.1), "attn_drop=0.1"),
+        (dict(sparse=0.0, position="none"), "sparse"),
+        (dict(compat="paper"), "compat="),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attnlib.create(SLUG, dim=8, num_heads=2, **settings)
+    with pytest.raises(ValueError, match="no plan"):
+        attnlib.create(SLUG, dim=8, num_heads=2).plan(torch.randn(1, 3, 8))
+
+
+def test_what_the_statistics_class_keeps_is_left_by_name():
+    theirs = FIXTURE.under("plain/sd")
+    kept = {"alpha": torch.ones(()), "beta": torch.ones(()), "mask_cache": torch.ones(4, 4).bool()}
+    kept["sorted_att_buffer"] = torch.zeros(4, 4)
+    ours = attnlib.convert_state_dict(SLUG, {**theirs, **kept}, num_heads=3, num_kv_heads=3)
+    assert ours.keys() == attnlib.convert_state_dict(SLUG, theirs, num_heads=3, num_kv_heads=3).keys()
+
+
 def test_starts_as_plain_attention():
     m = attnlib.create(SLUG, dim=16, num_heads=2, init=-1e4)
     plain = attnlib.create("softmax-attention", dim=16, num_heads=2)

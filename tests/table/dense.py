@@ -39,4 +39,7 @@ ROWS += [
     Case("softplus-attention-lssar", dict(dim=16, num_heads=2, power=None, causal=True, rotary=1e4), (12,), "causal"),
     Case("selective-self-attention", dict(dim=16, num_heads=2), (12,)),
     Case("selective-self-attention", dict(dim=16, num_heads=2, causal=True, per_head=True), (12,), "causal"),
+    Case(
+        "selective-self-attention", dict(dim=16, num_heads=2, causal=True, position="none", sparse=4), (12,), "sparse"
+    ),
 ]

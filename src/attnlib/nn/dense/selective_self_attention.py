@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...masks import visible_keys
-from ...types import check_choice, stats_dtype
+from ...checks import check_real
+from ...masks import Mask, visible_keys
+from ...ops import attention
+from ...types import Plan, State, Traits, check_choice, stats_dtype
 from ..frame import HeadCall, HeadFrame, Notes
 from ..layers import merge_heads
 from ..registry import register
@@ -43,10 +45,14 @@ class SelectiveAttention(HeadFrame[TemperatureNotes]):
             ``1 + b log(n_i)``, the authors' released forms; ``"none"``.
         per_head: one ``a`` (or ``b``) per head instead of one per layer.
         init: initial value of ``a`` or ``b``; by default -6, 2 or 1e-5.
+        sparse: the authors' ablation of plain attention, which a row with ``n_i`` keys gives to its largest scores
+            alone: the ``max(10, n_i ** sparse)`` largest up to 1.5, the ``floor(sparse)`` largest above.
+        compat: ``"authors"``: ``n_i = 1, 2, ..`` counts the rows of the call, whatever keys they see.
 
     What differs from the authors' code: it releases only the position temperature, counts rows from the start of every
     call (so decoding with its cache restarts at 1) and ignores its mask argument; here ``n_i`` is the number of keys
-    that row really sees. The token temperatures follow the paper's description.
+    that row really sees. Theirs refuses sequences shorter than what sparse rows keep; here all is kept. The token
+    temperatures follow the paper's description.
 
     Reference: Zhang et al., 2024, arXiv 2411.12892.
 
@@ -55,6 +61,8 @@ class SelectiveAttention(HeadFrame[TemperatureNotes]):
     """
 
     notes_type = TemperatureNotes
+    own_state = ("beta",)  # as a buffer, of sparse rows: theirs makes it in the first call
+    class_traits = HeadFrame.class_traits.but(needs_plan=True, memory={"N": 2})
 
     def __init__(
         self,
@@ -66,17 +74,34 @@ class SelectiveAttention(HeadFrame[TemperatureNotes]):
         position: str = "sigmoid",
         per_head: bool = False,
         init: float | None = None,
+        sparse: float | None = None,
+        compat: str | None = None,
         **settings: Any,
     ):
         super().__init__(dim, num_heads, **settings)
         check_choice("position", position, POSITION)
-        self.position = position
+        check_choice("compat", compat, (None, "authors"))
+        self.position, self.compat, self.sparse = position, compat, sparse is not None
+        if sparse is not None:
+            check_real("sparse", sparse, above=0)
+            if position != "none":
+                raise ValueError(f"sparse={sparse} is an ablation of plain attention; it needs position='none'")
+            if self.attn_drop:
+                raise ValueError(f"attn_drop={self.attn_drop} is not possible with sparse={sparse}")
         self.tau_q = nn.Parameter(torch.zeros(self.q.out_features)) if token_queries else None
         self.tau_v = nn.Parameter(torch.zeros(self.v.out_features)) if token_values else None
         start = {"none": 0.0, "sigmoid": -6.0, "double_exponential": 2.0, "linear": 1e-5}[position]
         shape = (num_heads, 1, 1) if per_head else ()
         start = float(start if init is None else init)
-        self.beta = nn.Parameter(torch.full(shape, start)) if position != "none" else None
+        if sparse is not None:
+            self.register_buffer("beta", torch.tensor(float(sparse)))
+        else:
+            self.beta = nn.Parameter(torch.full(shape, start)) if position != "none" else None
+
+    @property
+    def traits(self) -> Traits:
+        # the largest scores are searched in the whole map
+        return super().traits.but(needs_plan=self.sparse, memory={"N": 2 if self.sparse else 1})
 
     def _growth(self) -> Tensor:
         """Factor of ``log(n_i)``: a scalar or (H, 1, 1)."""
@@ -96,25 +121,82 @@ class SelectiveAttention(HeadFrame[TemperatureNotes]):
 
     def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: TemperatureNotes) -> Any:
         temperature: Tensor | float = 1.0
-        if self.beta is not None:
-            count = visible_keys(call.mask, q.shape[2], k.shape[2], call.valid, call.q_pos, q.device)
-            temperature = 1 + self._growth() * torch.log(count.clamp(min=1).to(stats_dtype(q.dtype)))
+        if self.position != "none":
+            count = self._count(q, k, call).clamp(min=1).to(stats_dtype(q.dtype))
+            temperature = 1 + self._growth() * torch.log(count)
         if notes.token is not None:
             temperature = temperature + notes.token
         if isinstance(temperature, Tensor):
             q = q * temperature.to(q.dtype)
         if self.tau_v is not None:
             v = v * (1 + self._token(v, self.tau_v)).to(v.dtype)
+        if self.sparse:
+            return self._largest(q, k, v, call, notes)
         return super()._mix_heads(q, k, v, call, notes)
+
+    def _count(self, q: Tensor, k: Tensor, call: HeadCall) -> Tensor:
+        """(B or 1, H or 1, N, 1): ``n_i``."""
+        if self.compat == "authors":
+            return torch.arange(1, q.shape[2] + 1, device=q.device)[None, None, :, None]
+        return visible_keys(call.mask, q.shape[2], k.shape[2], call.valid, call.q_pos, q.device)
+
+    # ---- sparse rows
+
+    def _largest(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: Notes) -> Any:
+        """Attention to the largest scores of every row."""
+        whole = call.but(return_weights=True)
+        _, weights = attention(q, k, v[..., :0], scale=self.scale, normalizer=self.normalizer, **whole.options())
+        plan = notes.plan
+        if plan is not None and "keep" in plan:
+            keep = plan.expect("largest-scores", N=q.shape[2])["keep"]
+            later = weights.shape[-1] - keep.shape[-1]  # keys that came since the plan was made
+            if keep.shape[:3] != weights.shape[:3] or later < 0:
+                raise ValueError(f"plan keeps scores {tuple(keep.shape)}, but there are {tuple(weights.shape)}")
+            keep = F.pad(keep, (0, later))
+        else:
+            assert self.beta is not None
+            power = (self._count(q, k, call).to(self.beta.dtype) ** self.beta).clamp(min=10)
+            some = torch.where(self.beta > 1.5, self.beta, power)
+            order = weights.detach().argsort(dim=-1, descending=True, stable=True)
+            rank = torch.arange(k.shape[2], device=q.device).expand_as(order)
+            keep = torch.zeros_like(order).scatter_(-1, order, rank) < some.long()
+            if plan is not None:
+                plan.tensors["keep"] = keep
+        weights = weights * keep
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / torch.where(total == 0, 1, total)
+        out = (weights @ v.repeat_interleave(self.num_heads // self.num_kv_heads, 1).to(weights.dtype)).to(q.dtype)
+        return (out, weights) if call.return_weights else out
+
+    def make_plan(  # type: ignore[override]
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        context_valid: Tensor | None = None,
+        mask: Mask | None = None,
+        state: State | None = None,
+    ) -> Plan:
+        if not self.sparse:
+            return super().make_plan(x)
+        made: dict[str, Tensor] = {}
+        # the call itself chooses and leaves its choice in an empty plan
+        plan = Plan("largest-scores", made)
+        self.mix(x, context, plan=plan, valid=valid, context_valid=context_valid, mask=mask, state=state)
+        return Plan("largest-scores", made, (("N", made["keep"].shape[-2]),))
 
     @staticmethod
     def convert_state_dict(
         state_dict: Mapping[str, Tensor], num_heads: int | None = None, num_kv_heads: int | None = None
     ) -> dict[str, Tensor]:
-        """From the authors' ``CausalSelfAttention``: lit-gpt's, whose ``attn`` interleaves the projections of every
-        group (give ``num_heads``), or GPT-2's, whose ``c_attn`` holds queries, keys and values one after another."""
+        """From the authors' ``CausalSelfAttention`` classes: lit-gpt's, whose ``attn`` interleaves the projections of
+        every group (give ``num_heads``), or GPT-2's, whose ``c_attn`` holds queries, keys, values one after another."""
         theirs = Released(state_dict, "the authors' CausalSelfAttention")
-        theirs.leave(r"bias|attn_bias", because="GPT-2's constant causal mask")
+        theirs.leave(r"bias|attn_bias|mask_cache", because="a constant causal mask")
+        theirs.leave(r"sorted_att_buffer", because="what model_statistic recorded")
+        if "alpha" in theirs:
+            theirs.leave(r"alpha|beta", because="constants that model_statistic keeps and does not use")
         out = theirs.renamed(
             {
                 r"attn\.(weight|bias)": grouped_rule(num_heads, num_kv_heads),
