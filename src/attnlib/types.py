@@ -241,6 +241,10 @@ class Plan(_TensorDict):
         return index
 
 
+class Wanted(Plan):
+    """Asks a call to leave its choice here, instead of telling it what to choose: how ``make_plan`` runs the call."""
+
+
 @dataclass(frozen=True, eq=False)
 class State(_TensorDict):
     """What a mechanism keeps from call to call; every tensor has the batch as its first axis.

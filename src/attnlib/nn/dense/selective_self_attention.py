@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...checks import check_real
 from ...masks import Mask, visible_keys
 from ...ops import attention
-from ...types import Plan, State, Traits, check_choice, stats_dtype
+from ...types import Plan, State, Traits, Wanted, check_choice, stats_dtype
 from ..frame import HeadCall, HeadFrame, Notes
 from ..layers import merge_heads
 from ..registry import register
@@ -147,21 +147,21 @@ class SelectiveAttention(HeadFrame[TemperatureNotes]):
         whole = call.but(return_weights=True)
         _, weights = attention(q, k, v[..., :0], scale=self.scale, normalizer=self.normalizer, **whole.options())
         plan = notes.plan
-        if plan is not None and "keep" in plan:
-            keep = plan.expect("largest-scores", N=q.shape[2])["keep"]
-            later = weights.shape[-1] - keep.shape[-1]  # keys that came since the plan was made
-            if keep.shape[:3] != weights.shape[:3] or later < 0:
-                raise ValueError(f"plan keeps scores {tuple(keep.shape)}, but there are {tuple(weights.shape)}")
-            keep = F.pad(keep, (0, later))
+        if plan is not None and not isinstance(plan, Wanted):
+            # keys that came since the plan was made are not among its choices
+            index = plan.expect("largest-scores", N=q.shape[2]).choices(
+                "index", (*weights.shape[:3], None), k.shape[2], "key"
+            )
         else:
             assert self.beta is not None
             power = (self._count(q, k, call).to(self.beta.dtype) ** self.beta).clamp(min=10)
-            some = torch.where(self.beta > 1.5, self.beta, power)
-            order = weights.detach().argsort(dim=-1, descending=True, stable=True)
-            rank = torch.arange(k.shape[2], device=q.device).expand_as(order)
-            keep = torch.zeros_like(order).scatter_(-1, order, rank) < some.long()
+            some = torch.where(self.beta > 1.5, self.beta, power).long()
+            index = weights.detach().argsort(dim=-1, descending=True, stable=True)
+            late = torch.arange(k.shape[2], device=q.device) >= some
+            index = torch.where(late, index[..., :1], index)  # the largest once more instead of one too many
             if plan is not None:
-                plan.tensors["keep"] = keep
+                plan.tensors["index"] = index
+        keep = torch.zeros_like(weights).scatter(-1, index, 1.0)
         weights = weights * keep
         total = weights.sum(-1, keepdim=True)
         weights = weights / torch.where(total == 0, 1, total)
@@ -181,10 +181,9 @@ class SelectiveAttention(HeadFrame[TemperatureNotes]):
         if not self.sparse:
             return super().make_plan(x)
         made: dict[str, Tensor] = {}
-        # the call itself chooses and leaves its choice in an empty plan
-        plan = Plan("largest-scores", made)
-        self.mix(x, context, plan=plan, valid=valid, context_valid=context_valid, mask=mask, state=state)
-        return Plan("largest-scores", made, (("N", made["keep"].shape[-2]),))
+        wanted = Wanted("largest-scores", made)
+        self.mix(x, context, plan=wanted, valid=valid, context_valid=context_valid, mask=mask, state=state)
+        return Plan("largest-scores", made, (("N", made["index"].shape[2]),))
 
     @staticmethod
     def convert_state_dict(

@@ -10,16 +10,12 @@ from torch import Tensor, nn
 from ...masks import Mask
 from ...ops import attention
 from ...positions import rotary_angles
-from ...types import Plan, State, Traits, check_choice, check_divides
+from ...types import Plan, State, Traits, Wanted, check_choice, check_divides
 from ..frame import HeadCall, HeadFrame, Notes
 from ..layers import head_norm
 from ..registry import register
 
 ACTIVATIONS: dict[str, type[nn.Module] | None] = {"none": None, "silu": nn.SiLU, "gelu": nn.GELU}
-
-
-class _Wanted(Plan):
-    """Asks a call to leave its choice here, instead of telling it what to choose."""
 
 
 @register("diffqkv-sigma", "diffqkv")
@@ -146,7 +142,7 @@ class DiffQKVAttention(HeadFrame[Notes]):
         if self.v_keep is None:
             return super().make_plan(x)
         made: dict[str, Tensor] = {}
-        wanted = _Wanted("value-fetch", made)
+        wanted = Wanted("value-fetch", made)
         self.mix(x, context, plan=wanted, valid=valid, context_valid=context_valid, mask=mask, state=state)
         n, m = (t.shape[1:-1].numel() for t in (x, x if context is None else context))
         return Plan("value-fetch", made, (("N", n), ("M", m)))
@@ -158,7 +154,7 @@ class DiffQKVAttention(HeadFrame[Notes]):
         asked = call.but(return_weights=True)
         _, weights = attention(q, k, v[..., :0], scale=self.scale, normalizer=self.normalizer, **asked.options())
         plan = notes.plan
-        if plan is not None and not isinstance(plan, _Wanted):
+        if plan is not None and not isinstance(plan, Wanted):
             # slots are counted from the start of the cache, which may have grown since the plan was made
             made = dict(plan.expect("value-fetch", N=q.shape[2]).shape).get("M", 0)
             if made > k.shape[2]:
