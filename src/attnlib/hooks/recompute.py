@@ -29,9 +29,10 @@ from torch.utils import checkpoint as _checkpoint
 #: Tensors in the state of interventions up to this many elements are copied; larger ones are watched.
 COPIED = 1 << 16
 
-#: The code of the two kinds of checkpoints, by which their calls are known on the stack.
+#: The code of the two kinds of checkpoints, by which their calls are known on the stack; since 2.14 ``checkpoint``
+#: may also be a decorator, and what it does lies in a function of its own.
 _REENTRANT: Any = inspect.unwrap(_checkpoint.CheckpointFunction.forward).__code__
-_PLAIN: Any = inspect.unwrap(_checkpoint.checkpoint).__code__
+_PLAIN: Any = inspect.unwrap(getattr(_checkpoint, "_checkpoint_impl", _checkpoint.checkpoint)).__code__
 
 
 class Shared:
