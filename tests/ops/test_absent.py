@@ -83,6 +83,16 @@ CASES = {
         "valid",
         lambda q, k, v: ops.window_attention(q, k, v, (4, 3), (2, 3), valid=VALID),
     ),
+    "windows, shifted": (
+        "window_attention",
+        "valid",
+        lambda q, k, v: ops.window_attention(q, k, v, (4, 3), (2, 3), shift=(1, 2), valid=VALID),
+    ),
+    "halo": (
+        "halo_attention",
+        "valid",
+        lambda q, k, v: ops.halo_attention(q, k, v, (4, 3), (2, 3), 1, border="zeros", valid=VALID),
+    ),
     "windows, mask": (
         "window_attention",
         "pairs",

@@ -66,6 +66,11 @@ CASES = {
         lambda q, k, v, b: ops.partition_attention(q, k, v, window_partition((2, 4), 2), bias=b),
     ),
     "windows": ("window_attention", GRID, lambda q, k, v: ops.window_attention(q, k, v, (2, 4), 2, mask=M.causal())),
+    "halo": (
+        "halo_attention",
+        (*GRID, (2, 4, 16), (1, 2, 8, 5), (1, 2, 8, 5)),
+        lambda q, k, v, b, y, x: ops.halo_attention(q, k, v, (2, 4), 2, 1, bias=b, axis_tables=[y, x]),
+    ),
     "agents": (
         "agent_attention",
         ((1, 2, 6, 3), (1, 2, 2, 3), (1, 2, 5, 3), (1, 2, 5, 2), (2, 2, 5)),

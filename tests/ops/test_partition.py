@@ -106,6 +106,28 @@ def test_windows_by_reshape_equal_windows_by_index(grid, window, kind):
     torch.testing.assert_close(by_reshape, eager, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize(("grid", "window", "shift"), [((12,), 4, 2), ((4, 6), (2, 3), (1, 2)), ((4, 6), 2, (0, 1))])
+def test_shifted_windows_are_windows_with_borders_of_their_own(grid, window, shift):
+    """Windows moved by a shift cut the map elsewhere; what is left of one at both ends does not meet."""
+    torch.manual_seed(0)
+    n, rank = torch.Size(grid).numel(), len(grid)
+    sides, moved = (attnlib.types.to_tuple("s", s, rank) for s in (window, shift))
+    q = torch.randn(2, 4, n, 3, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 2, n, 3, dtype=torch.float64)
+    at = torch.cartesian_prod(*(torch.arange(g) for g in grid)).view(n, rank)
+    cell = torch.div(at - torch.tensor(moved), torch.tensor(sides), rounding_mode="floor")
+    near = (cell[:, None] == cell).all(-1)
+    options = dict(valid=torch.rand(2, n) < 0.7, mask=masks.strided(2, local=3))
+    spec = attention(q, k, v, mask=masks.as_mask(near) & options["mask"], valid=options["valid"])
+    for backend in (None, "eager", "tiled"):
+        ours = window_attention(q, k, v, grid, window, shift=shift, backend=backend, **options)
+        torch.testing.assert_close(ours, spec, atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="must be less than window_size"):
+        window_attention(q, k, v, grid, window, shift=max(sides))
+    with pytest.raises(ValueError, match="0 with kind='grid'"):
+        window_attention(q, k, v, grid, window, "grid", shift=shift)
+
+
 def test_one_group_of_everything_is_dense_attention():
     q, k, v = torch.randn(3, 2, 2, 9, 4)
     everything = Partition(torch.arange(9)[None])

@@ -7,5 +7,6 @@ ROWS = [
     Case("maxvit", dict(dim=16, num_heads=2, window_size=4, grid_size=3, rank=1), (12,), "sequence"),
     Case(HALF, dict(dim=16, num_heads=2, window_size=2), (4, 6), "block"),
     Case(HALF, dict(dim=16, num_heads=2, window_size=(3, 2), kind="grid"), (6, 6), "grid"),
+    Case(HALF, dict(dim=16, num_heads=2, window_size=2, shift=1), (4, 6), "shifted"),
     Case(HALF, dict(dim=16, num_heads=2, window_size=(3, 2, 2), rel_bias=False), (3, 4, 4), "video"),
 ]

@@ -4,6 +4,7 @@ from . import naive
 from ._dispatch import derivatives, explain, operators, use_backend
 from .attention import BACKENDS, attention, attention_partial
 from .block_sparse import BlockPlan, block_sparse_attention, block_sparse_partial
+from .halo import halo_attention
 from .linear import LinearOutput, linear_attention, linear_partial
 from .modulation import channel_attention, depthwise
 from .neighborhood import neighborhood_attention, neighborhood_partial
@@ -28,6 +29,7 @@ __all__ = [
     "depthwise",
     "derivatives",
     "explain",
+    "halo_attention",
     "linear_attention",
     "linear_partial",
     "naive",

@@ -21,14 +21,23 @@ from ..checks import (
     check_float,
     check_grid,
     check_int,
+    check_ints,
     check_rank,
     check_serves,
     check_type,
     check_valid,
     to_tuple,
 )
-from ..grids import Partition, block_windows, check_windows, grid_windows, unblock_windows, ungrid_windows
-from ..masks import Mask, as_mask
+from ..grids import (
+    Partition,
+    block_windows,
+    check_windows,
+    coordinates,
+    grid_windows,
+    unblock_windows,
+    ungrid_windows,
+)
+from ..masks import Mask, as_mask, documents
 from ..types import Partial
 from ._call import check_qkv
 from ._dispatch import AUTO, Operator
@@ -337,6 +346,7 @@ def window_attention(
     window_size: int | Sequence[int],
     kind: str = "block",
     *,
+    shift: int | Sequence[int] = 0,
     valid: Tensor | None = None,
     mask: Mask | Tensor | None = None,
     bias: Tensor | None = None,
@@ -353,6 +363,8 @@ def window_attention(
         grid: the grid, ``prod(grid) == N``.
         window_size: sides of a window; must divide the grid.
         kind: ``"block"``: windows of consecutive tokens; ``"grid"``: windows of tokens spread evenly over the map.
+        shift: how far block windows are moved towards the end of each axis. The windows at both ends are then parts
+            of one, which lie in one window and do not meet.
         valid: (B, N) boolean, which tokens exist.
         mask: which pairs may meet besides, on token numbers.
         bias: (S, S) or (H, S, S), the same in every window of S tokens.
@@ -372,8 +384,9 @@ def window_attention(
     torch.Size([1, 2, 16, 8])
     """
     call = _prepare_windows(
-        q, k, v, grid, window_size, kind, valid=valid, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p
-    )
+        q, k, v, grid, window_size, kind, shift=shift, valid=valid, mask=mask, bias=bias, scale=scale,
+        dropout_p=dropout_p,
+    )  # fmt: skip
     return _WINDOWS.run(call, backend)
 
 
@@ -387,6 +400,7 @@ class _Windows:
     grid: tuple[int, ...]
     window: tuple[int, ...]
     kind: str
+    shift: tuple[int, ...]
     valid: Tensor | None
     mask: Mask | None
     bias: Tensor | None
@@ -395,10 +409,21 @@ class _Windows:
     def inputs(self) -> list[Tensor]:
         return [t for t in (self.q, self.k, self.v, self.bias) if t is not None]
 
+    def roll(self, t: Tensor, sign: int) -> Tensor:
+        """(B, *grid, C), moved by the shift."""
+        if not any(self.shift):
+            return t
+        return t.roll([sign * s for s in self.shift], tuple(range(1, 1 + len(self.grid))))
+
+    def parts(self) -> Tensor:
+        """(1, N): numbers that differ between tokens of the two ends of a shifted map."""
+        at = coordinates(self.grid, self.q.device) < torch.tensor(self.shift, device=self.q.device)
+        return (at * 2 ** torch.arange(len(self.grid), device=self.q.device)).sum(-1)[None]
+
     def cut(self, t: Tensor) -> Tensor:
         """(B, N, C) -> (B, G, S, C)."""
         split, rank = block_windows if self.kind == "block" else grid_windows, len(self.grid)
-        t = split(t.reshape(t.shape[0], *self.grid, t.shape[-1]), self.window)
+        t = split(self.roll(t.reshape(t.shape[0], *self.grid, t.shape[-1]), -1), self.window)
         return t.reshape(t.shape[0], math.prod(t.shape[1 : 1 + rank]), math.prod(self.window), t.shape[-1])
 
     def numbers(self) -> Tensor:
@@ -408,8 +433,8 @@ class _Windows:
 
 def _prepare_windows(
     q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int], window_size: int | Sequence[int], kind: str = "block", *,
-    valid: Tensor | None = None, mask: Mask | Tensor | None = None, bias: Tensor | None = None,
-    scale: float | None = None, dropout_p: float = 0.0,
+    shift: int | Sequence[int] = 0, valid: Tensor | None = None, mask: Mask | Tensor | None = None,
+    bias: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0,
 ) -> _Windows:  # fmt: skip
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_rank(name, t, 4, "(B, H, N, D)")
@@ -421,6 +446,9 @@ def _prepare_windows(
         if math.prod(grid) != t.shape[2]:
             raise ValueError(f"grid={grid} holds {math.prod(grid)} tokens, but {name} has {t.shape[2]}")
     check_windows(grid, window)
+    moved = check_ints("shift", to_tuple("shift", shift, len(grid)), least=0)
+    if any(s >= w for s, w in zip(moved, window, strict=True)) or (any(moved) and kind != "block"):
+        raise ValueError(f"shift={moved} must be less than window_size={window}, and 0 with kind={kind!r}")
     check_valid("valid", valid, (q.shape[0], q.shape[2]))
     check_device(q=q, k=k, v=v, valid=valid)
     mask = _checked_mask(mask, q.shape[0], q.shape[1], q.shape[2], q.shape[2], q.device)
@@ -430,7 +458,7 @@ def _prepare_windows(
         check_device(q=q, bias=bias)
     if bias is not None and (bias.dim() not in (2, 3, 4, 5) or tuple(bias.shape[-2:]) != (size, size)):
         raise ValueError(f"bias must end in (S, S) = {(size, size)} for windows of S tokens, got {tuple(bias.shape)}")
-    return _Windows(q, k, v, grid, window, kind, valid, mask, bias, dict(scale=scale, dropout_p=dropout_p))
+    return _Windows(q, k, v, grid, window, kind, moved, valid, mask, bias, dict(scale=scale, dropout_p=dropout_p))
 
 
 def _in_windows(call: _Windows, inner: str = AUTO) -> Tensor:
@@ -442,6 +470,10 @@ def _in_windows(call: _Windows, inner: str = AUTO) -> Tensor:
     if call.mask is not None:
         index = call.numbers()
         allowed = pair_mask(call.mask, index, index)
+    if any(call.shift):
+        part = call.cut(call.parts().unsqueeze(-1))[0, :, :, 0]
+        together = (part[:, :, None] == part[:, None])[None, :, None]
+        allowed = together if allowed is None else allowed & together
     exists = None if call.valid is None else call.cut(call.valid.unsqueeze(-1))[..., 0]
     if bias is not None:
         bias = bias.reshape((1,) * (5 - bias.dim()) + tuple(bias.shape))
@@ -451,12 +483,16 @@ def _in_windows(call: _Windows, inner: str = AUTO) -> Tensor:
     counts = [g // w for g, w in zip(call.grid, call.window, strict=True)]
     out = out.transpose(2, 3).reshape(q.shape[0], *counts, *call.window, heads * width)
     join = unblock_windows if call.kind == "block" else ungrid_windows
-    return join(out).reshape(q.shape[0], q.shape[2], heads, width).transpose(1, 2)
+    return call.roll(join(out), 1).reshape(q.shape[0], q.shape[2], heads, width).transpose(1, 2)
 
 
 def _windows_eager(call: _Windows) -> Tensor:
+    mask = call.mask
+    if any(call.shift):
+        together = documents(call.parts())
+        mask = together if mask is None else mask & together
     return partition_attention(
-        call.q, call.k, call.v, Partition(call.numbers()), valid=call.valid, mask=call.mask, bias=call.bias,
+        call.q, call.k, call.v, Partition(call.numbers()), valid=call.valid, mask=mask, bias=call.bias,
         backend="eager", **call.options,
     )  # fmt: skip
 

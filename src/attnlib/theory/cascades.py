@@ -435,7 +435,9 @@ def _channels() -> Cascade:
 
 #: Every operator of floor 1.
 OPERATORS: dict[str, Described] = {
-    "attention": Described(("attention", "window_attention"), lambda: attention_cascade("softmax", bias=False), "keys"),
+    "attention": Described(
+        ("attention", "window_attention", "halo_attention"), lambda: attention_cascade("softmax", bias=False), "keys"
+    ),
     "attention_partial": Described(("attention_partial",), _partial, "keys"),
     "merge": Described(("attention_partial",), _merge, "parts of the keys"),
     "split": Described(("split_decoding", "split_partial"), _split, "keys"),

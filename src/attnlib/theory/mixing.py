@@ -331,6 +331,7 @@ FORMS: dict[str, str] = {
     "split_partial": "normalised scores, the keys split among workers",
     "window_attention": "normalised scores inside windows: block-diagonal after a permutation",
     "partition_attention": "normalised scores inside groups: block-diagonal after a permutation",
+    "halo_attention": "normalised scores of a block and its halo: a band of blocks",
     "neighborhood_attention": "normalised scores of a band around each query",
     "neighborhood_partial": "normalised scores of a band, merged with other keys",
     "block_sparse_attention": "normalised scores of chosen blocks: sparse by a plan",

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_grid, check_int
+from ...checks import check_grid, check_int, check_ints
 from ...grids import check_windows
 from ...masks import Mask
 from ...ops.partition import KINDS, window_attention
@@ -59,6 +59,8 @@ class PartitionAttention(Mechanism):
         window_size: sides of a window.
         kind: ``"block"``: windows of neighbouring tokens; ``"grid"``: of tokens spread evenly over the map.
         rank: axes of the grid; 2, unless ``window_size`` is a tuple.
+        shift: how far windows of ``kind="block"`` are moved, as every second layer of Swin does by half a window;
+            along an axis with one window alone they stay.
         rel_bias: learn a relative bias per head.
         qkv_bias: bias of the query, key and value projections.
         proj_bias: bias of the output projection.
@@ -94,6 +96,7 @@ class PartitionAttention(Mechanism):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         pad: str = "mask",
+        shift: PerAxis = 0,
     ):
         super().__init__(dim)
         check_choice("kind", kind, KINDS)
@@ -101,6 +104,13 @@ class PartitionAttention(Mechanism):
         self.pad = pad
         self.num_heads, self.head_dim, self.kind = num_heads, head_dim_of(dim, num_heads), kind
         self.window_size = _window_of("window_size", window_size, rank)
+        self.shift = check_ints("shift", to_tuple("shift", shift, len(self.window_size)), least=0)
+        if any(s >= w for s, w in zip(self.shift, self.window_size, strict=True)) or (
+            any(self.shift) and kind != "block"
+        ):
+            raise ValueError(
+                f"shift={self.shift} must be less than window_size={self.window_size}, and 0 for kind='grid'"
+            )
         self.attn_drop = attn_drop
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
@@ -132,8 +142,9 @@ class PartitionAttention(Mechanism):
         bias = None
         if self.rel_bias is not None:
             bias = window_bias(self.rel_bias.flatten(1), self.window_size).dense()[0]
+        shift = [0 if n <= w else s for n, w, s in zip(grid, self.window_size, self.shift, strict=True)]
         out = window_attention(
-            q, k, v, grid, self.window_size, self.kind, valid=flat_valid(valid), mask=mask, bias=bias,
+            q, k, v, grid, self.window_size, self.kind, shift=shift, valid=flat_valid(valid), mask=mask, bias=bias,
             scale=self.head_dim**-0.5, dropout_p=self.attn_drop if self.training else 0.0,
         )  # fmt: skip
         return self.proj_drop(self.proj(merge_heads(out, grid)))
