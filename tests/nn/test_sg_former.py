@@ -232,3 +232,21 @@ def test_bad_inputs_are_refused():
         hybrid(x, plan=plan)
     with pytest.raises(ValueError, match="takes no carry"):
         make(role="global")(x, carry=torch.zeros(1, 8, 8))
+
+
+def test_carry_may_be_two_lists():
+    """The authors hand on both scans; they need not be those of one map."""
+    m, x = make(role="guided", sr_ratio=2), torch.randn(2, 4, 6, 8, dtype=F64)
+    one, other = torch.rand(2, 4, 6, dtype=F64), torch.rand(2, 4, 6, dtype=F64)
+    pair = one.flatten(1), one.transpose(1, 2).flatten(1)
+    torch.testing.assert_close(m(x, carry=pair), m(x, carry=one))
+    plan = m.plan(x, carry=(pair[0], other.transpose(1, 2).flatten(1)))
+    assert torch.equal(plan["rows"], m.plan(x, carry=one)["rows"])
+    assert torch.equal(plan["columns"], m.plan(x, carry=other)["columns"])
+    valid = torch.rand(2, 4, 6) > 0.3
+    y = m(x, carry=pair, valid=valid, returns=("carry",))
+    whole = m(x, carry=one, valid=valid, returns=("carry",))
+    torch.testing.assert_close(y.y, whole.y)
+    torch.testing.assert_close(y.carry[1], whole.carry.transpose(1, 2).flatten(1))
+    with pytest.raises(ValueError, match=r"carry as a pair must hold two tensors of shape \(2, 24\)"):
+        m(x, carry=(one, other))

@@ -128,3 +128,12 @@ def test_bad_inputs_are_refused():
         make()(torch.zeros(1, 4, 8))
     with pytest.raises(ValueError, match="takes no mask"):
         make()(torch.zeros(1, 4, 12), mask=torch.ones(4, 4, dtype=torch.bool))
+
+
+def test_a_deployed_layer_fills_a_folded_one():
+    layer = attnlib.create("shvit", dim=12, qk_dim=4, partial_dim=6).eval()
+    torch.nn.init.normal_(layer.proj.norm.weight)
+    folded = attnlib.create("shvit", dim=12, qk_dim=4, partial_dim=6, folded=True)
+    folded.load_state_dict(layer.deployed().state_dict())
+    x = torch.randn(2, 3, 4, 12)
+    torch.testing.assert_close(folded(x), layer(x), atol=1e-5, rtol=1e-5)

@@ -65,7 +65,7 @@ class NormedLinear(nn.Module):
         return out
 
 
-class _FoldedLinear(nn.Module):
+class FoldedLinear(nn.Module):
     """A plain linear map that is called like :class:`NormedLinear`."""
 
     def __init__(self, linear: nn.Linear):
@@ -94,6 +94,8 @@ class SingleHeadAttention(Mechanism):
         dim: width C.
         partial_dim: p; ``dim / 4.67``, rounded, by default.
         qk_dim: d.
+        folded: built as :meth:`deployed` leaves it, without BatchNorms: for weights that were fused when they were
+            saved.
 
     Reference: Yun and Ro, 2024, arXiv 2401.16456, eq. 3-5.
 
@@ -109,7 +111,7 @@ class SingleHeadAttention(Mechanism):
         memory={"N": 2},
     )
 
-    def __init__(self, dim: int, partial_dim: int | None = None, qk_dim: int = 16):
+    def __init__(self, dim: int, partial_dim: int | None = None, qk_dim: int = 16, folded: bool = False):
         super().__init__(dim)
         self.partial_dim = max(1, round(dim / 4.67)) if partial_dim is None else partial_dim
         if not 1 <= self.partial_dim <= dim:
@@ -118,8 +120,14 @@ class SingleHeadAttention(Mechanism):
             raise ValueError(f"qk_dim must be at least 1, got {qk_dim}")
         self.qk_dim = qk_dim
         self.pre_norm = nn.GroupNorm(1, self.partial_dim)
-        self.qkv: nn.Module = NormedLinear(self.partial_dim, 2 * qk_dim + self.partial_dim)
-        self.proj: nn.Module = NormedLinear(dim, dim, gain=0.0)
+        width = 2 * qk_dim + self.partial_dim
+        self.qkv: nn.Module
+        self.proj: nn.Module
+        if folded:
+            self.qkv = FoldedLinear(nn.Linear(self.partial_dim, width))
+            self.proj = FoldedLinear(nn.Linear(dim, dim))
+        else:
+            self.qkv, self.proj = NormedLinear(self.partial_dim, width), NormedLinear(dim, dim, gain=0.0)
 
     @property
     def traits(self) -> Traits:
@@ -156,17 +164,22 @@ class SingleHeadAttention(Mechanism):
         """The same layer with both BatchNorms folded into their linear maps."""
         out = copy.deepcopy(self).eval()
         if isinstance(out.qkv, NormedLinear) and isinstance(out.proj, NormedLinear):
-            out.qkv, out.proj = _FoldedLinear(out.qkv.folded()), _FoldedLinear(out.proj.folded())
+            out.qkv, out.proj = FoldedLinear(out.qkv.folded()), FoldedLinear(out.proj.folded())
         return out
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From the authors' ``SHSA``: 1x1 convolutions ``c`` with ``bn``; the projection sits behind a ReLU."""
+        """From the authors' ``SHSA``: 1x1 convolutions ``c`` with ``bn``; the projection sits behind a ReLU.
+
+        Where both were fused, the one convolution that is left goes to a layer with ``folded=True``.
+        """
         theirs = Released(state_dict, "the authors' SHSA")
         out = theirs.renamed(
             {
                 r"pre_norm\.(weight|bias)": r"pre_norm.\1",
                 r"(qkv|proj)\.(?:1\.)?c\.weight": lambda match, value: {f"{match[1]}.linear.weight": value.flatten(1)},
+                r"(qkv|proj)\.(?:1\.)?weight": lambda match, value: {f"{match[1]}.linear.weight": value.flatten(1)},
+                r"(qkv|proj)\.(?:1\.)?bias": r"\1.linear.bias",
                 r"(qkv|proj)\.(?:1\.)?bn\.(weight|bias|running_mean|running_var|num_batches_tracked)": r"\1.norm.\2",
             }
         )

@@ -34,12 +34,21 @@ def _grid_multiple(groups: Groups) -> int:
     return side
 
 
-def _check_significance(carry: Any, x: Tensor) -> None:
-    """Raise unless ``carry`` is a map (B, H, W) of numbers for the tokens ``x``."""
+def _scans(carry: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The significance (B, N) of the tokens ``x`` in row-major and in column-major order; raise unless it is one."""
+    if isinstance(carry, (tuple, list)) and len(carry) == 2:
+        shape = (x.shape[0], x.shape[1] * x.shape[2])
+        for part in carry:
+            check_float("carry", part, "a pair of floating-point tensors (B, H W), in row-major and column-major order")
+            if part.shape != shape:
+                raise ValueError(f"carry as a pair must hold two tensors of shape {shape}, got {tuple(part.shape)}")
+            check_device(x=x, carry=part)
+        return carry[0], carry[1]
     check_float("carry", carry, "a significance map, a floating-point tensor (B, H, W)")
     if carry.shape != x.shape[:-1]:
         raise ValueError(f"carry must be a significance map of shape {tuple(x.shape[:-1])}, got {tuple(carry.shape)}")
     check_device(x=x, carry=carry)
+    return carry.flatten(1), carry.transpose(1, 2).flatten(1)
 
 
 @register("sg-former", "self-guided-attention")
@@ -61,6 +70,9 @@ class SelfGuidedAttention(Mechanism):
     Every role adds a locally enhanced position, ``y = W_o (o + DWConv_3x3(W_l x))``. With ratio s = 8, a quarter, a
     half and a quarter of the N tokens are merged by 196, 56 and 28 (s = 4: by 49, 14 and 7; s = 2: halves by 2 and 1),
     so each half of the heads reads N / 784 + N / 112 + N / 112 keys.
+
+    The authors hand on two lists, ``[mask_1, mask_2]``, which for maps of their own making are the two scans of one map.
+    As a pair ``(mask_1, mask_2)`` of tensors (B, H W) the carry may be any two.
 
     Shapes: x and y (B, H, W, C); multiples of ``m.traits.grid_multiple`` always do as H and W. The order is a plan:
     ``m.plan(x, carry=S)``, with a stable sort, so equal tokens keep the order of their scan.
@@ -245,12 +257,12 @@ class SelfGuidedAttention(Mechanism):
                 "role='guided' needs the significance map (B, H, W) as carry: "
                 "the hybrid layer before it returns it with returns=('carry',)"
             )
-        _check_significance(carry, x)
         height, width = x.shape[1:3]
+        scans = _scans(carry, x)
         if valid is not None:
-            carry = carry.masked_fill(~valid, float("-inf"))
-        rows = carry.flatten(1).argsort(dim=1, stable=True)
-        columns = carry.transpose(1, 2).flatten(1).argsort(dim=1, stable=True)
+            first, second = valid.flatten(1), valid.transpose(1, 2).flatten(1)
+            scans = scans[0].masked_fill(~first, float("-inf")), scans[1].masked_fill(~second, float("-inf"))
+        rows, columns = (scan.argsort(dim=1, stable=True) for scan in scans)
         columns = columns % height * width + columns // height
         return Plan("significance", {"rows": rows, "columns": columns}, (("B", x.shape[0]), ("grid", (height, width))))
 
@@ -320,12 +332,15 @@ class SelfGuidedAttention(Mechanism):
                 check_float("carry", carry)
             out, carry = self._hybrid(x, valid, "carry" in returns)
         elif self.role == "guided":
-            if carry is not None:
-                _check_significance(carry, x)
+            scans = None if carry is None else _scans(carry, x)
             if plan is None:
                 plan = self.plan(x, carry=carry, valid=valid)
-            if carry is not None and valid is not None:
-                carry = carry.masked_fill(~valid, 0.0)
+            if scans is not None and valid is not None:
+                exists = valid.flatten(1), valid.transpose(1, 2).flatten(1)
+                if isinstance(carry, Tensor):
+                    carry = carry.masked_fill(~valid, 0.0)
+                else:
+                    carry = tuple(s.masked_fill(~e, 0.0) for s, e in zip(scans, exists, strict=True))
             plan = plan.expect("significance", B=x.shape[0], grid=tuple(x.shape[1:3]))
             out = self._guided(x, valid, plan)
         else:
