@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_real
 from ..grids import Layout
 from ..masks import Mask, causal
 from ..normalizers import Normalizer, as_normalizer
@@ -189,6 +190,7 @@ class HeadFrame(Mechanism, Generic[N]):
         rotary: rotary positions with this base; ``None`` for none. Positions count valid tokens only.
         rotary_interleaved: rotate neighbouring channels instead of the two halves.
         rotary_dim: rotate only so many channels of a head, the first ones; all of them by default.
+        rotary_factor: positions are divided by it before they turn anything (linear scaling of longer contexts).
         alibi: linear distance penalties, one slope per head.
         attn_drop: dropout of attention weights in training.
         proj_drop: dropout of the output in training.
@@ -226,6 +228,7 @@ class HeadFrame(Mechanism, Generic[N]):
         rotary: float | None = None,
         rotary_interleaved: bool = False,
         rotary_dim: int | None = None,
+        rotary_factor: float = 1.0,
         alibi: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -242,6 +245,7 @@ class HeadFrame(Mechanism, Generic[N]):
         self.rotary_dim = self.head_dim if rotary_dim is None else rotary_dim
         if not 0 < self.rotary_dim <= self.head_dim or (rotary_dim is not None and rotary_dim % 2):
             raise ValueError(f"rotary_dim={rotary_dim} must be even and lie between 2 and head_dim={self.head_dim}")
+        self.rotary_factor = check_real("rotary_factor", rotary_factor, above=0)
         self.alibi, self.attn_drop = alibi, attn_drop
         self.proj_drop = nn.Dropout(proj_drop)
         self.normalizer = as_normalizer(normalizer)
@@ -287,7 +291,8 @@ class HeadFrame(Mechanism, Generic[N]):
     def _angles(self, stream: Stream) -> Tensor:
         """(.., n, rotary_dim / 2) rotary angles of the new tokens."""
         assert self.rotary is not None
-        return rotary_angles(stream.positions, self.rotary_dim, self.rotary)
+        angles = rotary_angles(stream.positions, self.rotary_dim, self.rotary)
+        return angles if self.rotary_factor == 1 else angles / self.rotary_factor
 
     def _alibi(self, q_pos: Tensor, k_pos: Tensor, span: tuple[int, int]) -> Bias:
         """ALiBi between slots (n,) and (M,); ``span`` is the least and the greatest ``k - q``."""

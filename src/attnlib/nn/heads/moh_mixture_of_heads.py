@@ -42,8 +42,11 @@ class MixtureOfHeads(HeadFrame[RoutedNotes]):
     Args:
         dim, num_heads, ...: as in :class:`HeadFrame`.
         shared_heads: heads that are always on, ``h_s``.
-        active_heads: routed heads per token, ``k``; ``None`` for all of them, 0 only when all heads are shared.
+        active_heads: routed heads per token, ``k``; ``None`` for all of them, 0 only when all heads are shared or, with
+            ``router="norm"``, for routed heads that are always off.
         router: ``"linear"`` or ``"norm"``.
+        straight_through: with ``router="norm"``, gates of 0 and 1 pass gradient to the scores in training. The authors'
+            released code, which is for inference, passes none.
 
     Losses: ``balance = E^2 mean_e(mean_t p_e mean_t m_e)`` over the ``E`` routed heads and the tokens that exist; the
     authors add 0.01 times its mean over layers.
@@ -69,6 +72,7 @@ class MixtureOfHeads(HeadFrame[RoutedNotes]):
         shared_heads: int = 2,
         active_heads: int | None = None,
         router: str = "linear",
+        straight_through: bool = True,
         **settings: Any,
     ):
         super().__init__(dim, num_heads, **settings)
@@ -77,12 +81,13 @@ class MixtureOfHeads(HeadFrame[RoutedNotes]):
         if not 0 <= shared_heads <= num_heads:
             raise ValueError(f"shared_heads={shared_heads} must lie between 0 and num_heads={num_heads}")
         self.active_heads = routed if active_heads is None else active_heads
-        if not (1 <= self.active_heads <= routed or self.active_heads == routed == 0):
+        if not (1 <= self.active_heads <= routed or (self.active_heads == 0 and (not routed or router == "norm"))):
             raise ValueError(
                 f"active_heads={self.active_heads} must lie between 1 and the {routed} routed heads "
                 f"(num_heads={num_heads} less shared_heads={shared_heads})"
             )
         self.shared_heads, self.routed_heads, self.router = shared_heads, routed, router
+        self.straight_through = straight_through
         linear = router == "linear"
         self.wg = nn.Linear(dim, routed, bias=False) if linear and routed else None
         self.wg_0 = nn.Linear(dim, 2, bias=False) if linear and routed and shared_heads else None
@@ -93,7 +98,8 @@ class MixtureOfHeads(HeadFrame[RoutedNotes]):
         traits = super().traits
         if not self.routed_heads:
             return traits.but(needs_plan=False, losses=())
-        return traits.but(gradient="surrogate" if self.router == "norm" else "exact")
+        hard = "surrogate" if self.straight_through else "stopped"
+        return traits.but(gradient=hard if self.router == "norm" else "exact")
 
     # ---- routing
 
@@ -136,7 +142,7 @@ class MixtureOfHeads(HeadFrame[RoutedNotes]):
         """(B, N, H): shared heads first."""
         ones = torch.ones_like(p[..., :1]).expand(-1, -1, self.shared_heads)
         if self.router == "norm":
-            straight = chosen + p - p.detach() if self.training else chosen
+            straight = chosen + p - p.detach() if self.training and self.straight_through else chosen
             return torch.cat([ones, straight], -1)
         picked = p * chosen
         routed = self.active_heads * picked / picked.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).eps)
@@ -156,7 +162,7 @@ class MixtureOfHeads(HeadFrame[RoutedNotes]):
         chosen = notes.chosen if self.active_heads < self.routed_heads and q.shape[2] > 1 else None
         per_head_mask = call.mask is not None and call.mask.heads() > 1
         dense = self.training or per_head_mask or call.return_weights or torch.compiler.is_compiling()
-        if dense or chosen is None or q.numel() == 0:
+        if dense or chosen is None or q.numel() == 0 or not self.active_heads:
             return super()._mix_heads(q, k, v, call, notes)
         return self._sparse_heads(q, k, v, chosen, call)
 
