@@ -115,3 +115,35 @@ def test_a_plan_for_another_length_is_refused():
     m = make()
     with pytest.raises(ValueError, match="N=6"):
         m(torch.randn(1, 5, 32), plan=m.plan(torch.randn(1, 6, 32)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_routed_heads_may_be_off_for_good(training):
+    m = make(router="norm", shared_heads=2, active_heads=0).train(training)
+    x = torch.randn(2, 6, 32)
+    with torch.no_grad():
+        before = m(x)
+        m.v.weight[8:].normal_()
+        torch.testing.assert_close(m(x), before)
+    with pytest.raises(ValueError, match="active_heads=0"):
+        make(active_heads=0)
+
+
+def test_gates_without_gradient():
+    m, x = make(router="norm", straight_through=False), torch.randn(2, 6, 32)
+    assert m.traits.gradient == "stopped"
+    grads = []
+    for train in (True, False):
+        y = m.train(train)(x)
+        grads.append(torch.autograd.grad(y.square().sum(), m.q.weight)[0])
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
+
+
+def test_scaled_rotary_positions_stream():
+    m = make(causal=True, rotary=100.0, rotary_factor=3.0, router="norm")
+    x = torch.randn(2, 6, 32)
+    start = m(x[:, :4], returns=("state",))
+    torch.testing.assert_close(m.step(x[:, 4:], start.state)[0], m(x)[:, 4:], atol=1e-5, rtol=1e-4)
+    plain = make(causal=True, rotary=100.0, router="norm")
+    plain.load_state_dict(m.state_dict())
+    assert not torch.allclose(plain(x), m(x), atol=1e-3)

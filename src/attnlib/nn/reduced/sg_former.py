@@ -71,8 +71,8 @@ class SelfGuidedAttention(Mechanism):
     half and a quarter of the N tokens are merged by 196, 56 and 28 (s = 4: by 49, 14 and 7; s = 2: halves by 2 and 1),
     so each half of the heads reads N / 784 + N / 112 + N / 112 keys.
 
-    The authors hand on two lists, ``[mask_1, mask_2]``, which for maps of their own making are the two scans of one map.
-    As a pair ``(mask_1, mask_2)`` of tensors (B, H W) the carry may be any two.
+    The authors hand on two lists, ``[mask_1, mask_2]``, of one map from their hybrid layer. As a pair of tensors
+    (B, H W), in row-major and column-major order, the carry may be any two.
 
     Shapes: x and y (B, H, W, C); multiples of ``m.traits.grid_multiple`` always do as H and W. The order is a plan:
     ``m.plan(x, carry=S)``, with a stable sort, so equal tokens keep the order of their scan.
