@@ -79,6 +79,13 @@ def test_types_of_a_prompt_with_a_question():
     assert TokenTypes(image=IMG, answer=ANSWER)(before)[0].tolist() == want
 
 
+def test_the_authors_know_no_question_behind_an_answer():
+    ids = torch.tensor([[1, ANSWER, IMG, 5, ANSWER, 6], [1, 2, IMG, 5, ANSWER, 6]])
+    assert TokenTypes(image=IMG, answer=ANSWER)(ids).tolist() == [[3, 3, 2, 4, 5, 5], [3, 3, 2, 4, 5, 5]]
+    types = TokenTypes(image=IMG, answer=ANSWER, compat="authors")(ids)
+    assert types.tolist() == [[1, 1, 2, 1, 1, 1], [3, 3, 2, 4, 4, 5]]
+
+
 def test_markers_of_several_tokens():
     ids = torch.tensor([[1, IMG, 5, 40, 41, 5, 40, 42, 7, 40]])
     assert TokenTypes(image=IMG, answer=(40, 42))(ids)[0].tolist() == [3, 2, 4, 4, 4, 4, 5, 5, 5, 5]

@@ -76,6 +76,27 @@ def test_causal_image_mask_equals_the_authors_where_a_row_has_image_keys(recorde
     torch.testing.assert_close(out[0, :, 0], v[0, :, 0])
 
 
+@pytest.mark.parametrize("image_mask", ["full", "causal"])
+def test_the_authors_blank_rows_equal_theirs(image_mask):
+    """An image in front of all text, padding, text alone; one key head; outputs and gradients of every row."""
+    t = load_file(FIXTURE.parent / "lacing-options.safetensors")
+    q, k, v = (t[n].requires_grad_() for n in "qkv")
+    types, dual = t["types"], DualAttention(image_mask, compat="authors")
+    out = run(dual, site_of(q, k, types), q, k, v)
+    torch.testing.assert_close(out, t[f"{image_mask}/y"], atol=1e-5, rtol=1e-5)
+    for mine, name in zip(torch.autograd.grad((out * t["g"]).sum(), (q, k, v)), "qkv", strict=True):
+        torch.testing.assert_close(mine, t[f"{image_mask}/d{name}"], atol=1e-5, rtol=1e-5)
+    step = run(dual, site_of(q[:, :, -1:], k, types, offset=6), q[:, :, -1:], k, v)
+    torch.testing.assert_close(step, t[f"{image_mask}/step"], atol=1e-5, rtol=1e-5)
+    one = run(dual, site_of(q[:1], k[:1], types[:1]), q[:1], k[:1], v[:1])
+    torch.testing.assert_close(one, t[f"{image_mask}/one"], atol=1e-5, rtol=1e-5)
+    plain = run(DualAttention(image_mask), site_of(q, k, types), q, k, v)
+    rows = (plain - out).abs().amax((1, 3)) > 1e-4
+    # Text parts of the image in front (and, by order, of nothing else); image parts of text before the image.
+    before = [[True, True] + [False] * 5, [True, True, image_mask == "causal"] + [False] * 4, [False] * 7]
+    assert rows.tolist() == before
+
+
 def test_explicit_softmaxes_grouped_heads_and_rows_without_images():
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
@@ -192,3 +213,5 @@ def test_refusals():
         model(**image_prompt())
     with pytest.raises(ValueError, match="image_mask='none'"):
         DualAttention("none")
+    with pytest.raises(ValueError, match="compat"):
+        DualAttention(compat="paper")

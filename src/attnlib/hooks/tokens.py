@@ -45,7 +45,8 @@ class TokenTypes:
         image: id, or ids, of the image placeholder, one per image token as transformers' processors write them.
         pad: id of the padding token, where padding is not told by an attention mask.
         answer: id that opens the answer, or several ids in a row (``"ASSISTANT:"`` may be more than one token).
-        compat: ``"authors"`` counts a marker of one token to the question, as the code of AKI does.
+        compat: ``"authors"`` counts a marker of one token to the question, and knows no question where the first marker
+            stands before the image, as the code of AKI does.
 
     >>> import torch
     >>> TokenTypes(image=9)(torch.tensor([[1, 9, 9, 4]])).tolist()
@@ -80,8 +81,11 @@ class TokenTypes:
         if self.answer is not None:
             after_image = image.cumsum(1) > 0
             # The first marker after the first image; before an image there is nothing to answer.
-            opened = ((self._markers(ids) & after_image).cumsum(1) > 0) & after_image
+            markers = self._markers(ids)
+            opened = ((markers & after_image).cumsum(1) > 0) & after_image
             told_apart = (image.any(1) & opened.any(1))[:, None]
+            if self.compat == "authors":
+                told_apart = told_apart & ~(markers & ~after_image).any(1, keepdim=True)
             last = F.pad(opened[:, :-1], (1, 0)) if self.compat == "authors" else opened
             parts = torch.where(after_image, torch.full_like(ids, QUESTION), SYSTEM)
             parts = parts.masked_fill(last, GENERATED)
