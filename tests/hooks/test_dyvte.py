@@ -13,7 +13,17 @@ pytest.importorskip("transformers")
 import attnlib  # noqa: E402
 from attnlib.cache import SnapKV  # noqa: E402
 from attnlib.hooks import IMAGE, PAD, TEXT, Intervention, TokenTypes  # noqa: E402
-from attnlib.reduce import VTCCLS, DyVTE, ExitGate, ExitGates, exit_features, exit_labels, gate_loss  # noqa: E402
+from attnlib.reduce import (  # noqa: E402
+    VTCCLS,
+    DyVTE,
+    DyVTEByAttention,
+    ExitGate,
+    ExitGates,
+    attention_exit_features,
+    exit_features,
+    exit_labels,
+    gate_loss,
+)
 from hooks.pictures import IMAGE_ID, TOKENS, image_slots, picture_inputs, picture_model  # noqa: E402
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "dyvte.safetensors"
@@ -98,6 +108,30 @@ def test_gates_equal_the_authors_with_their_weights(recorded, layer):
     close(gates[layer].w2.weight.grad[:, :16], recorded[f"{layer}/dw2"])
     with pytest.raises(ValueError, match="no visual_gates_router"):
         ExitGates.convert_state_dict({"w": torch.zeros(1)})
+
+
+def test_gates_that_read_attention_equal_the_authors():
+    """Features of three prompts with answers and padding, and what a gate makes of them."""
+    t = load_file(FIXTURE.parent / "dyvte-attention.safetensors")
+    types = torch.full((3, 16), TEXT)
+    types[:, 2:8] = IMAGE
+    end, peak = t["valid"].sum(1) - t["answers"], t["weights"].amax(1)
+    rows = peak[:, 7], peak[torch.arange(3), end - 1]
+    # Theirs takes text up to the row's end less the answer, wherever padding begins.
+    f = attention_exit_features(*rows, types.masked_fill(torch.arange(16) >= 16 - t["answers"][:, None], PAD))
+    close(f, t["feat"])
+    ours = attention_exit_features(*rows, types.masked_fill(torch.arange(16) >= end[:, None], PAD))
+    assert torch.equal(ours[0], f[0]) and not torch.allclose(ours[1:], f[1:])
+    gate = ExitGate(18, 288)
+    gate.load_state_dict({"w1.weight": formula(288, 18, 0), "w2.weight": formula(2, 288, 10) * 0.1})
+    f = f.detach().requires_grad_()
+    y = gate(f)
+    close(y, t["y"])
+    (y * t["g"]).sum().backward()
+    close(f.grad, t["df"])
+    close(gate.w1.weight.grad[:8], t["dw1"])
+    close(gate.w2.weight.grad[:, :16], t["dw2"])
+    assert gate.w1.weight.shape == ExitGates(1, 6, 288, features="attention")[0].w1.weight.shape
 
 
 def test_labels_equal_the_authors(recorded):
@@ -201,6 +235,44 @@ def test_gates_read_states_after_their_layer(model):
     close(said[0], gates[0](exit_features(states[1], types)).detach())
     if not (said[0][:, 1] > said[0][:, 0]).any():
         close(said[1], gates[1](exit_features(states[2], types)).detach())
+
+
+class Width(torch.nn.Module):
+    """Keeps what it was asked, and says yes to chosen rows."""
+
+    def __init__(self, yes):
+        super().__init__()
+        self.yes, self.seen = torch.tensor(yes), []
+
+    def forward(self, f):
+        self.seen.append(f)
+        return torch.stack([~self.yes, self.yes], 1).float()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("exits", [(0, 1), (1, -1)])
+def test_gates_that_read_attention_see_the_models_own_weights(family, exits):
+    model = picture_model(family, implementation="eager")
+    inputs = picture_inputs((1, 1))
+    gates = torch.nn.ModuleList(Width([e == n for e in exits]) for n in range(3))
+    with torch.no_grad():
+        maps = model(**inputs, output_attentions=True).attentions
+    with attnlib.attach(model, Forbid(image_slots(inputs), exits)):
+        want, ids = scores(model, inputs)
+    with attnlib.attach(model, DyVTEByAttention(gates), token_types=TYPES) as session:
+        got, mine = scores(model, inputs)
+    close(got, want)
+    assert torch.equal(ids, mine) and session.results["dyvte-by-attention"]["exit"].tolist() == list(exits)
+    types = TYPES(inputs["input_ids"]).masked_fill(inputs["attention_mask"] == 0, PAD)
+    peak = maps[0].amax(1)
+    image = image_slots(inputs)
+    end = (image * torch.arange(image.shape[1])).amax(1)
+    close(gates[0].seen[0], attention_exit_features(peak[torch.arange(2), end], peak[:, -1], types))
+    assert len(gates[0].seen) == len(gates[1].seen) == 1 and not gates[2].seen
+    asked = DyVTEByAttention(gates, layers=[1])
+    with attnlib.attach(model, asked, token_types=TYPES) as session:
+        scores(model, inputs, num_beams=1)
+    assert session.results["dyvte-by-attention"]["exit"].tolist() == [1 if e == 1 else -1 for e in exits]
 
 
 def test_cost_behind_the_exit_is_that_of_the_text(model):
@@ -332,6 +404,29 @@ def test_training_reads_the_prompt_without_its_answer(model):
         gate_loss(model, ExitGates.of(model, 8), inputs, torch.full_like(labels, -100), TYPES, 0)
 
 
+def test_training_reads_rows_of_the_prompt_only(model):
+    inputs = picture_inputs((1, 1), after=8)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    labels[1, -5:] = inputs["input_ids"][1, -5:]
+    gate = Width([False, False])
+    eager = picture_model(implementation="eager")
+    with torch.no_grad():
+        peak = eager(**inputs, output_attentions=True).attentions[0].amax(1)
+    gate_loss(model, torch.nn.ModuleList([gate]), inputs, labels, TYPES, 0, features="attention")
+    end = torch.tensor([labels.shape[1] - 4, labels.shape[1] - 6])
+    image = image_slots(inputs)
+    at = (image * torch.arange(image.shape[1])).amax(1)
+    types = TYPES(inputs["input_ids"]).masked_fill(inputs["attention_mask"] == 0, PAD)
+    types = types.masked_fill(torch.arange(labels.shape[1]) > end[:, None], PAD)
+    two = torch.arange(2)
+    close(gate.seen[0], attention_exit_features(peak[two, at], peak[two, end], types))
+    gates = ExitGates(3, TOKENS, 16, features="attention")
+    loss, _ = gate_loss(model, gates, inputs, labels, TYPES, 0, features="attention")
+    loss.backward()
+    assert gates[0].w1.weight.grad.abs().sum() > 0
+
+
 # ---- limits
 
 
@@ -356,6 +451,13 @@ def test_bad_settings_and_use(model):
         DyVTE(gates, layers=[-1])
     with pytest.raises(ValueError, match="layers must be at least 1"):
         ExitGates(0, 4)
+    with pytest.raises(ValueError, match="features"):
+        ExitGates(1, 4, features="tokens")
+    row = torch.zeros(2, 4)
+    with pytest.raises(ValueError, match="as many image tokens"):
+        attention_exit_features(row, row, torch.tensor([[2, 2, 1, 1], [2, 1, 1, 1]]))
+    with pytest.raises(ValueError, match="sample 1 has no text after the image"):
+        attention_exit_features(row, row, torch.tensor([[1, 2, 2, 1], [1, 1, 2, 2]]))
     with pytest.raises(ValueError, match="layer 3 does not exist"):
         attnlib.attach(model, DyVTE(exit_layer=2), token_types=TYPES)
     with pytest.raises(ValueError, match="got 1, the model asks up to layer 1"):

@@ -46,6 +46,14 @@ def atp(model):
     return reduce.ATP(gates)
 
 
+def no(f):
+    return torch.tensor([[1.0, 0.0]]).expand(len(f), 2)
+
+
+def yes(f):
+    return torch.tensor([[0.0, 1.0]]).expand(len(f), 2)
+
+
 def flipped(pixels):
     return pixels.flip(-1)
 
@@ -78,6 +86,7 @@ MAKE = {
     "VTCCLS": lambda model: reduce.VTCCLS(5, start=1),
     "CompositeLayers": lambda model: reduce.CompositeLayers([1, 2]),
     "DyVTE": lambda model: reduce.DyVTE(exit_layer=2),
+    "DyVTEByAttention": lambda model: reduce.DyVTEByAttention([no, no, yes, no]),
     "Reduce": lambda model: reduce.Reduce(reduce.Learned(torch.nn.Linear(32, 1)), {2: 6}),
     "ReduceByAttention": lambda model: reduce.ReduceByAttention({2: 6}),
     "ScheduledPruning": lambda model: reduce.ScheduledPruning(counts=[16, 16, 8, 4]),
@@ -88,7 +97,7 @@ MAKE = {
 BASES = {"Intervention", "Probe", "Reduction"}
 
 #: Those that take image tokens away: where one has been, another may find nothing left to do.
-REDUCES = {"ATP", "VMTC", "VTCCLS", "DyVTE", "Reduce", "ReduceByAttention", "ScheduledPruning"}
+REDUCES = {"ATP", "VMTC", "VTCCLS", "DyVTE", "DyVTEByAttention", "Reduce", "ReduceByAttention", "ScheduledPruning"}
 
 #: Those that only look.
 LOOKS = {"Record", "Statistics", "HeadDivergence"}

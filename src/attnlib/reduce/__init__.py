@@ -28,7 +28,16 @@ from .base import (
     TopK,
 )
 from .composite import CompositeLayers
-from .dyvte import DyVTE, ExitGate, ExitGates, exit_features, exit_labels, gate_loss
+from .dyvte import (
+    DyVTE,
+    DyVTEByAttention,
+    ExitGate,
+    ExitGates,
+    attention_exit_features,
+    exit_features,
+    exit_labels,
+    gate_loss,
+)
 from .flops import BlockCost, prefill_flops
 from .mergers import ClusterMerge, NearestMerge, cosine_kmeans, merge_clusters
 from .token_search import (
@@ -55,6 +64,7 @@ __all__ = [
     "ClusterMerge",
     "CompositeLayers",
     "DyVTE",
+    "DyVTEByAttention",
     "ExitGate",
     "ExitGates",
     "Grid",
@@ -75,6 +85,7 @@ __all__ = [
     "VisionAttention",
     "adaptive_rate",
     "atp_gates",
+    "attention_exit_features",
     "atp_losses",
     "bayesian_search",
     "cosine_kmeans",
