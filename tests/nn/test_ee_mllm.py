@@ -1,10 +1,12 @@
 """EE-MLLM: composite attention as a mechanism, as a block, and in models that exist."""
 
+import functools
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from parity import Fixture
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnlib
@@ -13,6 +15,7 @@ from attnlib.nn.multimodal.ee_mllm import CompositeBlock, composite_flops
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+SHORTV = Fixture("ee-mllm-shortv")
 PICTURE = Layout((("text", 3), ("image", (2, 3)), ("question", 4)))
 IMAGE = slice(3, 9)
 
@@ -50,6 +53,24 @@ def test_equals_attention_under_the_mask(settings):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     output = m(x, layout=PICTURE, returns=("weights",))
     assert torch.equal(output.weights[0, 0] > 0, _rule())
+
+
+@pytest.mark.parametrize("case", ["grouped", "heads"])
+def test_frozen_image_tokens_equal_a_released_layer(case):
+    """ShortV's layer, which is a Llama layer whose image tokens stay as they are; no code of this paper is released."""
+    norm = functools.partial(torch.nn.RMSNorm, eps=1e-6)
+    block = CompositeBlock(
+        **SHORTV.config[case], variant="frozen", norm=norm, rotary=1e4, qkv_bias=False, proj_bias=False
+    )
+    block.load_state_dict(CompositeBlock.convert_state_dict(SHORTV.under(f"{case}/sd")))
+    x = SHORTV.tensors[f"{case}/x/x"].clone().requires_grad_()
+    y = block(x, layout=Layout((("text", 2), ("image", (2, 2)), ("question", 3))))
+    torch.testing.assert_close(y, SHORTV.tensors[f"{case}/y"], rtol=1e-5, atol=1e-5)
+    assert torch.equal(y[:, 2:6], x[:, 2:6])
+    (y * SHORTV.tensors[f"{case}/g"]).sum().backward()
+    torch.testing.assert_close(x.grad, SHORTV.tensors[f"{case}/dx/x"], rtol=1e-5, atol=1e-5)
+    for name, expected in CompositeBlock.convert_state_dict(SHORTV.under(f"{case}/dw")).items():
+        torch.testing.assert_close(block.get_parameter(name).grad, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_image_states_know_no_neighbour_and_text_knows_the_image():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..dense.softmax_attention import SoftmaxAttention
 from ..frame import HeadCall, HeadFrame, Notes, Stream
 from ..layers import merge_heads, split_heads, zero_invalid
 from ..registry import register
+from ..released import Released, Rule
 
 #: What an image token goes through in a layer: feed-forward alone; its own value too; nothing at all.
 VARIANTS = ("ffn", "vo+ffn", "frozen")
@@ -148,7 +150,7 @@ class CompositeBlock(nn.Module):
         hidden: hidden width of the feed-forward.
         variant: what image tokens go through, one of :data:`VARIANTS`: ``"ffn"`` the feed-forward, ``"vo+ffn"`` their
             own value and the feed-forward, ``"frozen"`` nothing.
-        norm: class of the norms, RMSNorm by default.
+        norm: makes a norm of a width, RMSNorm by default.
 
     >>> block = CompositeBlock(16, 2, hidden=32, variant="ffn")
     >>> block(torch.randn(2, 9, 16), layout=Layout((("image", (2, 3)), ("text", 3)))).shape
@@ -161,7 +163,7 @@ class CompositeBlock(nn.Module):
         num_heads: int = 8,
         hidden: int | None = None,
         variant: str = "vo+ffn",
-        norm: type[nn.Module] = nn.RMSNorm,
+        norm: Callable[[int], nn.Module] = nn.RMSNorm,
         **settings: Any,
     ):
         super().__init__()
@@ -195,6 +197,21 @@ class CompositeBlock(nn.Module):
             )
             y = torch.cat([text[:, :start], moved, text[:, start:]], 1)
         return output._replace(y=y) if isinstance(result, Output) else y
+
+    @staticmethod
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From a decoder layer of Llama and its kin (``self_attn.q_proj.weight`` and so on), of which composite
+        attention is made."""
+        theirs = Released(state_dict, "a Llama decoder layer")
+        theirs.leave(r"self_attn\.rotary_emb\.\w+", because="a setting here: the rotary base")
+        rules: dict[str, Rule] = {
+            r"input_layernorm\.weight": "norm1.weight",
+            r"post_attention_layernorm\.weight": "norm2.weight",
+            r"self_attn\.([qkv])_proj\.(weight|bias)": r"attn.\1.\2",
+            r"self_attn\.o_proj\.(weight|bias)": r"attn.proj.\1",
+            r"mlp\.(gate|up|down)_proj\.weight": r"\1.weight",
+        }
+        return theirs.close(theirs.renamed(rules))
 
 
 def composite_flops(text: int, image: int, dim: int, hidden: int, variant: str | None = None) -> int:
