@@ -56,7 +56,8 @@ class Fixture:
 
     def holds(self, case: str, module, call, atol: float = 1e-5) -> None:
         """Output, input gradients and weight gradients equal the recording. ``call(module, inputs) -> y``."""
-        inputs = {k: v.clone().requires_grad_() for k, v in self.under(f"{case}/x").items()}
+        given = self.under(f"{case}/x")
+        inputs = {k: v.clone().requires_grad_(v.is_floating_point()) for k, v in given.items()}
         y = call(module, inputs)
         self._close(y.detach(), self.tensors[f"{case}/y"], atol, "y")
         (y * self.tensors[f"{case}/g"]).sum().backward()

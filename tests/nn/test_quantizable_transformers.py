@@ -95,6 +95,43 @@ def test_doing_nothing_needs_growing_scores_only_in_softmax():
     assert reach["clipped"] < 0.8 * reach["softmax"] and reach["gated"] < 0.8 * reach["softmax"], reach
 
 
+def test_head_masks_and_skipped_attention():
+    x = torch.randn(2, 5, 16)
+    m = attnlib.create(SLUG, dim=16, num_heads=2, gamma=-0.03, head_mask=[0.0, 0.5])
+    plain = attnlib.create(SLUG, dim=16, num_heads=2, gamma=-0.03)
+    plain.load_state_dict(m.state_dict())
+    plain.proj.weight.data[:, :8] *= 0
+    plain.proj.weight.data[:, 8:] *= 0.5
+    torch.testing.assert_close(m(x), plain(x), atol=1e-6, rtol=1e-5)
+    weights = m(x, returns=("weights",)).weights
+    assert float(weights[:, 0].abs().max()) == 0.0 and float(weights[:, 1].sum(-1).max()) <= 0.5 + 1e-6
+    skip = attnlib.create(SLUG, dim=16, num_heads=2, skip_attn=True)
+    assert torch.equal(skip(x), skip.proj.bias.expand(2, 5, 16))
+    bare = attnlib.create(SLUG, dim=16, num_heads=2, skip_attn=True, out_proj=False)
+    y = bare(x.requires_grad_())
+    y.sum().backward()
+    assert float(y.abs().max()) == 0.0 and float(x.grad.abs().max()) == 0.0
+    with pytest.raises(ValueError, match="head_mask must hold num_heads=2 numbers, got 3"):
+        attnlib.create(SLUG, dim=16, num_heads=2, head_mask=[1.0, 1.0, 1.0])
+
+
+def test_a_pooled_gate_under_a_mask_says_that_it_looks_ahead():
+    settings = dict(dim=8, num_heads=2, gate="conditional_per_head", causal=True)
+    with pytest.raises(ValueError, match="traits patterns"):
+        attnlib.create(SLUG, **settings)(torch.randn(1, 3, 8))
+    m, x = attnlib.create(SLUG, compat="authors", **settings), torch.randn(1, 4, 8)
+    assert m.traits.patterns == {"noncausal-self", "noncausal-cross"} and not m.traits.streaming
+    later = x.clone()
+    later[:, 3] += 1.0
+    assert not torch.allclose(m(x)[:, 0], m(later)[:, 0], atol=1e-5)
+    m.gate.w2.data.zero_()
+    m.gate.b2.data.fill_(0.7)  # a gate that reads nothing leaves the causal order
+    free = attnlib.create(SLUG, **{**settings, "gate": "none"})
+    free.load_state_dict({k: v for k, v in m.state_dict().items() if not k.startswith("gate")})
+    gated = free.proj.bias + (free(x) - free.proj.bias) * torch.tensor(0.7).sigmoid()
+    torch.testing.assert_close(m(x), gated, atol=1e-6, rtol=1e-5)
+
+
 def test_outlier_metrics_of_a_normal_sample():
     torch.manual_seed(0)
     metrics = outlier_metrics(torch.randn(4, 100, 100))

@@ -35,6 +35,7 @@ ROWS += [
         "relative-causal",
     ),
     Case("quantizable-transformers", dict(dim=16, num_heads=2, gate="conditional_per_head"), (3, 4), "gated-head"),
+    Case("quantizable-transformers", dict(dim=16, num_heads=2, head_mask=[0.5, 1.0], causal=True), (12,), "head-mask"),
     Case("softplus-attention-lssar", dict(dim=16, num_heads=2), (12,)),
     Case("softplus-attention-lssar", dict(dim=16, num_heads=2, power=None, causal=True, rotary=1e4), (12,), "causal"),
     Case("selective-self-attention", dict(dim=16, num_heads=2), (12,)),

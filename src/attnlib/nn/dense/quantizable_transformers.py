@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,10 +120,16 @@ class QuantizableAttention(HeadFrame[GateNotes]):
         relative: BERT's relative positions, with a learned table E over distances and before the scaling by
             ``1 / sqrt(D)``: ``"key"`` adds ``q_i . E[i - j]`` to a score, ``"key_query"`` also ``k_j . E[i - j]``. The
             map is built then.
-        max_distance: P; sequences, remembered tokens included, have at most P tokens.
+        max_distance: P; sequences, remembered tokens included, have at most P tokens. In cross-attention both count
+            from zero.
+        head_mask: H numbers that the weights of the heads are multiplied by.
+        skip_attn: heads put out zeros, whatever they read.
+        compat: ``"authors"``: the mean of ``conditional_per_head`` is taken over all tokens, also those that a mask or
+            the causal order hides from a row, so that nothing is causal with it; without it such gates take no mask.
 
     What differs from the authors' code: their slip ``"clipped(-.005:1.005)" -> gamma=-0.003`` is not reproduced; a row
-    that sees nothing gives zeros; the mean of ``conditional_per_head`` counts only tokens that exist.
+    that sees nothing gives zeros; the mean of ``conditional_per_head`` counts only tokens that exist (and ``valid``
+    says which, under ``compat`` too).
 
     Reference: Bondarenko, Nagel, Blankevoort, 2023, arXiv 2306.12929, equations 4 and 5.
 
@@ -132,6 +138,7 @@ class QuantizableAttention(HeadFrame[GateNotes]):
     torch.Size([2, 5, 16])
     """
 
+    head_mask: Tensor | None
     class_traits = HeadFrame.class_traits.but(memory={"N": 2})
     notes_type = GateNotes
 
@@ -153,8 +160,12 @@ class QuantizableAttention(HeadFrame[GateNotes]):
         out_proj: bool = True,
         relative: str = "none",
         max_distance: int = 512,
+        head_mask: Sequence[float] | None = None,
+        skip_attn: bool = False,
+        compat: str | None = None,
         **settings: Any,
     ):
+        check_choice("compat", compat, (None, "authors"))
         if (alpha is None) != (max_length is None):
             raise ValueError(f"alpha and max_length come together, got alpha={alpha}, max_length={max_length}")
         if alpha is not None and max_length is not None:
@@ -183,6 +194,11 @@ class QuantizableAttention(HeadFrame[GateNotes]):
             else None
         )
 
+        self.skip_attn, self.compat = skip_attn, compat
+        if head_mask is not None and len(head_mask) != num_heads:
+            raise ValueError(f"head_mask must hold num_heads={num_heads} numbers, got {len(head_mask)}")
+        factors = None if head_mask is None else torch.tensor([float(f) for f in head_mask])[:, None, None]
+        self.register_buffer("head_mask", factors, persistent=False)
         self.relative, self.max_distance = relative, max_distance
         table = torch.randn(2 * max_distance - 1, self.head_dim) if relative != "none" else None
         self.distance_keys = None if table is None else nn.Parameter(table)
@@ -191,11 +207,11 @@ class QuantizableAttention(HeadFrame[GateNotes]):
     def traits(self) -> Traits:
         traits = super().traits.but(memory={"N": 1})
         if self.distance_keys is not None:
-            traits = traits.but(
-                patterns=frozenset(p for p in traits.patterns if p.endswith("self")), grid_ranks=frozenset({1}),
-                memory={"N": 2}, permutation_equivariant=False,
-            )  # fmt: skip
+            traits = traits.but(grid_ranks=frozenset({1}), memory={"N": 2}, permutation_equivariant=False)
         if self.gate is not None and self.gate.pools:  # reads the mean over all tokens
+            if self.compat == "authors":
+                patterns = frozenset("non" + p if p.startswith("causal") else p for p in traits.patterns)
+                return traits.but(patterns=patterns, streaming=False)
             return traits.but(
                 patterns=frozenset(p for p in traits.patterns if p.startswith("noncausal")), streaming=False, mask=False
             )
@@ -206,17 +222,27 @@ class QuantizableAttention(HeadFrame[GateNotes]):
             notes.gate = self.gate(x, notes.valid)
 
     def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: GateNotes) -> Any:
+        if self.skip_attn:
+            out = q.masked_fill(q.new_ones((), dtype=torch.bool), 0.0)
+            return (out, q.new_zeros(*q.shape[:3], k.shape[2])) if call.return_weights else out
         if self.distance_keys is not None:
             near = self._distances(q, k, call.q_pos) * self.scale
             call = call.but(bias=as_bias(near if call.bias is None else near + call.bias.dense()))
-        return super()._mix_heads(q, k, v, call, notes)
+        result = super()._mix_heads(q, k, v, call, notes)
+        if self.head_mask is None:
+            return result
+        if call.return_weights:
+            return tuple(part * self.head_mask.to(part.dtype) for part in result)
+        return result * self.head_mask.to(result.dtype)
 
     def _distances(self, q: Tensor, k: Tensor, q_pos: Tensor | None) -> Tensor:
         """(B, H, N, M): what distances add to the scores, not scaled."""
         assert self.distance_keys is not None
         n, m, most = q.shape[2], k.shape[2], self.max_distance
-        if m > most:
-            raise ValueError(f"max_distance={most} bounds a sequence, remembered tokens included; this one has {m}")
+        if max(n, m) > most:
+            raise ValueError(
+                f"max_distance={most} bounds a sequence, remembered tokens included; this one has {max(n, m)}"
+            )
         rows = torch.arange(n, device=q.device) if q_pos is None else q_pos
         index = rows[:, None] - torch.arange(m, device=q.device) + most - 1
         table = self.distance_keys.to(q.dtype).t()
