@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+import attnlib
 from attnlib import positions as P
 from attnlib.grids import coordinates
 
@@ -204,3 +205,66 @@ def test_sincos():
 def test_bad_arguments_are_refused(make, words):
     with pytest.raises((ValueError, TypeError), match=words):
         make()
+
+
+SCALED = [
+    {"rope_type": "linear", "factor": 2.5},
+    {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8},
+    {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scaling", SCALED, ids=lambda s: s["rope_type"])
+@pytest.mark.parametrize("length", [5, 20])
+def test_scaled_rotary_frequencies_are_those_of_transformers(scaling, length):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        hidden_size=32, num_attention_heads=2, max_position_embeddings=8,
+        rope_parameters={"rope_theta": 1000.0, **scaling},
+    )  # fmt: skip
+    pos = torch.arange(length)[None]
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1, 2, length, 16), pos)
+    angles = P.rotary_angles(pos, 16, 1000.0, scaling=scaling, length=torch.tensor([length]))
+    torch.testing.assert_close(torch.cat([angles.cos()] * 2, -1), cos, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(torch.cat([angles.sin()] * 2, -1), sin, atol=1e-6, rtol=1e-5)
+
+
+def test_scaled_rotary_positions_in_a_mechanism():
+    x = torch.randn(2, 12, 16)
+    for scaling in SCALED:
+        m = attnlib.create("softmax-attention", dim=16, num_heads=2, causal=True, rotary=100.0, rotary_scaling=scaling)
+        plain = attnlib.create("softmax-attention", dim=16, num_heads=2, causal=True, rotary=100.0)
+        plain.load_state_dict(m.state_dict())
+        assert not torch.allclose(m(x), plain(x), atol=1e-4)
+        dynamic = scaling["rope_type"] == "dynamic"
+        assert m.traits.streaming is not dynamic and m.reads_length is dynamic
+        if dynamic:  # as short as in training: nothing changes; absent tokens are no length
+            torch.testing.assert_close(m(x[:, :8]), plain(x[:, :8]), atol=1e-6, rtol=1e-5)
+            valid = torch.arange(12) < torch.tensor([[12], [10]])
+            torch.testing.assert_close(m(x, valid=valid)[1:, :10], m(x[1:, :10]), atol=1e-6, rtol=1e-5)
+            continue
+        first = m(x[:, :7], returns=("state",))
+        torch.testing.assert_close(m.step(x[:, 7:], first.state)[0], m(x)[:, 7:], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        ({"rope_type": "yarn", "factor": 2.0}, "rope_type="),
+        ({"factor": 2.0}, "rope_type="),
+        ({"rope_type": "linear"}, "must hold rope_type, factor"),
+        ({"rope_type": "linear", "factor": 0.0}, "factor"),
+        ({"rope_type": "linear", "factor": 2.0, "beta": 1}, "must hold"),
+        ({**SCALED[2], "low_freq_factor": 4.0}, "low_freq_factor=4.0 must be below"),
+    ],
+)
+def test_scalings_that_are_none(scaling, words):
+    with pytest.raises(ValueError, match=words):
+        attnlib.create("softmax-attention", dim=16, num_heads=2, rotary=100.0, rotary_scaling=scaling)
+    with pytest.raises(ValueError, match="needs a rotary base"):
+        attnlib.create("softmax-attention", dim=16, num_heads=2, rotary_scaling={"rope_type": "linear", "factor": 2.0})

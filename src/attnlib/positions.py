@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .checks import (
     check_axes,
+    check_choice,
     check_device,
     check_flag,
     check_float,
@@ -497,7 +498,92 @@ def toeplitz_matmul(c: Tensor, x: Tensor, queries: Sequence[int] | None = None) 
 # Rotary
 
 
-def rotary_angles(pos: Tensor, head_dim: int, base: float = 10000.0, grid: Sequence[int] | None = None) -> Tensor:
+#: Rules by which rotary positions stretch beyond the lengths of training, and the numbers that each needs.
+ROTARY_SCALINGS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def check_rotary_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """``scaling`` as a plain dictionary; raise unless it names a rule of :data:`ROTARY_SCALINGS` and its numbers."""
+    if scaling is None:
+        return None
+    check_type("rotary_scaling", scaling, Mapping, "a mapping such as {'rope_type': 'linear', 'factor': 2.0}")
+    check_choice("rotary_scaling's rope_type", scaling.get("rope_type"), ROTARY_SCALINGS)
+    needed = ROTARY_SCALINGS[scaling["rope_type"]]
+    if set(scaling) != {"rope_type", *needed}:
+        raise ValueError(
+            f"rotary_scaling must hold rope_type, {', '.join(needed)} for {scaling['rope_type']!r}, got {list(scaling)}"
+        )
+    for name in needed:
+        check_real(f"rotary_scaling's {name}", scaling[name], above=0)
+    if scaling["rope_type"] == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ValueError(
+            f"rotary_scaling's low_freq_factor={scaling['low_freq_factor']} must be below "
+            f"high_freq_factor={scaling['high_freq_factor']}"
+        )
+    return dict(scaling)
+
+
+def rotary_frequencies(
+    head_dim: int,
+    base: float = 10000.0,
+    scaling: Mapping[str, Any] | None = None,
+    length: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Frequencies of rotary positions, one per pair of channels.
+
+    Args:
+        head_dim: width of a head.
+        base: wavelength base.
+        scaling: as configurations of transformers have it, ``{"rope_type": .., ..}``; see :data:`ROTARY_SCALINGS`.
+            ``"linear"`` divides positions by ``factor``; ``"dynamic"`` enlarges the base for sequences longer than
+            ``original_max_position_embeddings``; ``"llama3"`` slows down long wavelengths only.
+        length: (B,) tokens per sample, which ``"dynamic"`` needs.
+
+    Returns:
+        (D / 2,) float32, or (B, 1, D / 2) when it depends on ``length``.
+
+    Reference: Peng et al., 2023, arXiv 2309.00071 (rules of thumb before it); Llama 3.1's model card.
+
+    >>> rotary_frequencies(4, 100.0, {"rope_type": "linear", "factor": 2.0}).tolist()
+    [0.5, 0.05000000074505806]
+    """
+    half = head_dim // 2
+    at = torch.arange(half, device=device, dtype=torch.float32) / half
+    rule = None if scaling is None else scaling["rope_type"]
+    if scaling is None or rule is None:
+        return base**-at
+    factor = scaling["factor"]
+    if rule == "linear":
+        return base**-at / factor
+    most = scaling["original_max_position_embeddings"]
+    if rule == "dynamic":
+        if length is None:
+            raise ValueError("length is needed: the frequencies of dynamic scaling depend on it")
+        if head_dim <= 2:
+            raise ValueError(f"head_dim={head_dim} must be above 2 for dynamic scaling")
+        stretch = factor * length.to(torch.float32) / most - (factor - 1)
+        wide = base * stretch.clamp(min=1.0) ** (head_dim / (head_dim - 2))
+        return wide[:, None, None] ** -at
+    frequency = base**-at
+    wavelength = 2 * math.pi / frequency
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = ((most / wavelength - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+def rotary_angles(
+    pos: Tensor,
+    head_dim: int,
+    base: float = 10000.0,
+    grid: Sequence[int] | None = None,
+    scaling: Mapping[str, Any] | None = None,
+    length: Tensor | None = None,
+) -> Tensor:
     """Angles of rotary embedding in one, two or three dimensions.
 
     Args:
@@ -505,6 +591,7 @@ def rotary_angles(pos: Tensor, head_dim: int, base: float = 10000.0, grid: Seque
         head_dim: width of a head; ``head_dim / 2`` angles are split evenly over the axes.
         base: wavelength base.
         grid: pass any r-tuple to read ``pos`` as coordinates.
+        scaling, length: see :func:`rotary_frequencies`; not with a grid.
 
     Returns:
         (..., N, head_dim / 2) float32 angles.
@@ -523,10 +610,11 @@ def rotary_angles(pos: Tensor, head_dim: int, base: float = 10000.0, grid: Seque
         raise ValueError(f"pos must be (..., N, {axes}) for a grid of {axes} axes, got {tuple(pos.shape)}")
     if not pos.dim():
         raise ValueError("pos must be (..., N), got ()")
-    half = head_dim // (2 * axes)
-    frequency = base ** (-torch.arange(half, device=pos.device, dtype=torch.float32) / half)
     if grid is None:
-        return pos.to(torch.float32).unsqueeze(-1) * frequency
+        return pos.to(torch.float32).unsqueeze(-1) * rotary_frequencies(head_dim, base, scaling, length, pos.device)
+    if scaling is not None:
+        raise ValueError(f"scaling={dict(scaling)} is not possible with a grid")
+    frequency = rotary_frequencies(head_dim // axes, base, device=pos.device)
     return (pos.to(torch.float32).unsqueeze(-1) * frequency).flatten(-2)
 
 

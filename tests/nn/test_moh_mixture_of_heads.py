@@ -140,7 +140,7 @@ def test_gates_without_gradient():
 
 
 def test_scaled_rotary_positions_stream():
-    m = make(causal=True, rotary=100.0, rotary_factor=3.0, router="norm")
+    m = make(causal=True, rotary=100.0, rotary_scaling={"rope_type": "linear", "factor": 3.0}, router="norm")
     x = torch.randn(2, 6, 32)
     start = m(x[:, :4], returns=("state",))
     torch.testing.assert_close(m.step(x[:, 4:], start.state)[0], m(x)[:, 4:], atol=1e-5, rtol=1e-4)

@@ -6,18 +6,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_real
 from ..grids import Layout
 from ..masks import Mask, causal
 from ..normalizers import Normalizer, as_normalizer
 from ..ops import attention
-from ..positions import Bias, alibi, rotary_angles, rotate
+from ..positions import Bias, alibi, check_rotary_scaling, rotary_angles, rotate
 from ..types import Output, Plan, State, Traits, check_divides
 from .base import Mechanism
 from .layers import flat_valid, head_dim_of, head_norm, merge_heads, split_heads
@@ -190,7 +190,9 @@ class HeadFrame(Mechanism, Generic[N]):
         rotary: rotary positions with this base; ``None`` for none. Positions count valid tokens only.
         rotary_interleaved: rotate neighbouring channels instead of the two halves.
         rotary_dim: rotate only so many channels of a head, the first ones; all of them by default.
-        rotary_factor: positions are divided by it before they turn anything (linear scaling of longer contexts).
+        rotary_scaling: how rotary positions stretch beyond the lengths of training, as transformers' configurations say
+            it: see :func:`attnlib.positions.rotary_frequencies`. ``"dynamic"`` turns all by the length of the call, so
+            that nothing can be kept from call to call.
         alibi: linear distance penalties, one slope per head.
         attn_drop: dropout of attention weights in training.
         proj_drop: dropout of the output in training.
@@ -228,7 +230,7 @@ class HeadFrame(Mechanism, Generic[N]):
         rotary: float | None = None,
         rotary_interleaved: bool = False,
         rotary_dim: int | None = None,
-        rotary_factor: float = 1.0,
+        rotary_scaling: Mapping[str, Any] | None = None,
         alibi: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -245,7 +247,10 @@ class HeadFrame(Mechanism, Generic[N]):
         self.rotary_dim = self.head_dim if rotary_dim is None else rotary_dim
         if not 0 < self.rotary_dim <= self.head_dim or (rotary_dim is not None and rotary_dim % 2):
             raise ValueError(f"rotary_dim={rotary_dim} must be even and lie between 2 and head_dim={self.head_dim}")
-        self.rotary_factor = check_real("rotary_factor", rotary_factor, above=0)
+        self.rotary_scaling = check_rotary_scaling(rotary_scaling)
+        if rotary_scaling is not None and rotary is None:
+            raise ValueError(f"rotary_scaling={dict(rotary_scaling)} needs a rotary base, such as rotary=10000.0")
+        self.reads_length = self._dynamic
         self.alibi, self.attn_drop = alibi, attn_drop
         self.proj_drop = nn.Dropout(proj_drop)
         self.normalizer = as_normalizer(normalizer)
@@ -268,7 +273,7 @@ class HeadFrame(Mechanism, Generic[N]):
         return self.class_traits.but(
             patterns=frozenset(patterns),
             grid_ranks=frozenset({1}) if self.causal else self.class_traits.grid_ranks,
-            streaming=self.causal and "causal-self" in patterns,
+            streaming=self.causal and "causal-self" in patterns and not self._dynamic,
             permutation_equivariant=not self.causal and not positional,
         )
 
@@ -291,8 +296,14 @@ class HeadFrame(Mechanism, Generic[N]):
     def _angles(self, stream: Stream) -> Tensor:
         """(.., n, rotary_dim / 2) rotary angles of the new tokens."""
         assert self.rotary is not None
-        angles = rotary_angles(stream.positions, self.rotary_dim, self.rotary)
-        return angles if self.rotary_factor == 1 else angles / self.rotary_factor
+        length = stream.tokens if self._dynamic else None
+        scaling = self.rotary_scaling
+        return rotary_angles(stream.positions, self.rotary_dim, self.rotary, scaling=scaling, length=length)
+
+    @property
+    def _dynamic(self) -> bool:
+        """Whether rotary positions depend on the length of the call."""
+        return self.rotary_scaling is not None and self.rotary_scaling["rope_type"] == "dynamic"
 
     def _alibi(self, q_pos: Tensor, k_pos: Tensor, span: tuple[int, int]) -> Bias:
         """ALiBi between slots (n,) and (M,); ``span`` is the least and the greatest ``k - q``."""

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ...grids import Layout
 from ...masks import Mask, as_mask
-from ...positions import rotary_angles
 from ...types import Plan, State, Traits, check_choice, stats_dtype
-from ..frame import HeadCall, HeadFrame, Notes
+from ..frame import HeadCall, HeadFrame, Notes, Stream
 from ..layers import flat_valid, split_heads, zero_invalid
 from ..registry import register
 from ..released import Released, Rule
@@ -202,8 +201,7 @@ class PowerLawGraphAttention(HeadFrame[Notes]):
         q = self.q_norm(split_heads(self.q(zero_invalid(x, valid)), self.num_heads))
         exists = flat_valid(valid)
         if self.rotary is not None:
-            now = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=x.device) if exists is None else exists
-            q = self._turn(q, rotary_angles(now.long().cumsum(1) - 1, self.rotary_dim, self.rotary))
+            q = self._turn(q, self._angles(Stream(x.flatten(1, -2), exists, None, False)))
         return self.learner(q, exists)
 
     @torch.no_grad()

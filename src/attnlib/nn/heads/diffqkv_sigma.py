@@ -125,7 +125,10 @@ class DiffQKVAttention(HeadFrame[Notes]):
         if self.rotary is None:
             return k
         at = torch.arange(k.shape[2], device=k.device)[None] if valid is None else valid.long().cumsum(1) - 1
-        return self._turn(k, rotary_angles(at, self.rotary_dim, self.rotary))
+        length = at.amax(-1) + 1 if self._dynamic else None
+        return self._turn(
+            k, rotary_angles(at, self.rotary_dim, self.rotary, scaling=self.rotary_scaling, length=length)
+        )
 
     # ---- selective fetch
 
