@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
+import zlib
 from pathlib import Path
 
 import torch
@@ -109,3 +111,99 @@ class Options(Fixture):
         module = self.create(case)
         module.load_state_dict(self._convert(case, "sd"))
         return module.train(self.config[case].get("train", False))
+
+
+def synthetic(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    """Weights of a whole model from names and shapes alone, the same everywhere: waves that differ by name.
+
+    Matrices and kernels are scaled by their fan-in, vectors lie near 1 where their name says norm and weight, near 0
+    otherwise; running variances are positive. What ends in ``index`` or ``num_batches_tracked`` is whole zeros.
+    """
+    out = {}
+    for name, shape in shapes.items():
+        count = math.prod(shape)
+        if name.endswith(("index", "num_batches_tracked")):
+            out[name] = torch.zeros(shape, dtype=torch.long)
+            continue
+        seed = zlib.crc32(name.encode()) % 10007
+        wave = torch.sin(torch.arange(count, dtype=torch.float64) * (1.0 + seed / 10007) + seed)
+        wave = wave + 0.5 * torch.sin(torch.arange(count, dtype=torch.float64) * 0.7391 + 2.0 * seed)
+        if name.endswith("running_var"):
+            wave = 1.0 + 0.3 * wave
+        elif len(shape) > 1:
+            fan_in = math.prod(shape[1:])
+            wave = wave * (1.5 / fan_in**0.5)
+        elif "weight" in name or "gamma" in name:
+            wave = 1.0 + 0.2 * wave
+        else:
+            wave = 0.2 * wave
+        out[name] = wave.float().reshape(shape)
+    return out
+
+
+class Models(Fixture):
+    """Runs of the authors' whole models in ``fixtures/models/<slug>.safetensors``, with :func:`synthetic` weights.
+
+    The metadata's ``config`` holds per case ``model`` (a name of ours), ``settings``, ``shapes`` (their state dict),
+    and ``train``; tensors are ``<case>/x``, ``<case>/y``, ``<case>/g``, ``<case>/dx`` and chosen ``<case>/dw/<name>``.
+    """
+
+    folder = HERE / "models"
+
+    def build_model(self, case: str):
+        from attnlib.models.build import load_pretrained
+
+        config = self.config[case]
+        module = attnlib.create_model(config["model"], **config["settings"])
+        load_pretrained(module, synthetic(config["shapes"]))
+        return module.train(config.get("train", False))
+
+    def model_holds(self, case: str, atol: float = 1e-5) -> None:
+        """Output, the gradient of the images and the recorded gradients of weights."""
+        module, config = self.build_model(case), self.config[case]
+        x = self.tensors[f"{case}/x"].clone().requires_grad_()
+        y = module(x)
+        self._close(y.detach(), self.tensors[f"{case}/y"], atol, "y")
+        (y * self.tensors[f"{case}/g"]).sum().backward()
+        self._close(x.grad, self.tensors[f"{case}/dx"], atol, "dx")
+        theirs = self.under(f"{case}/dw")
+        assert theirs, "no weight gradient to compare"
+        unknown = {k: torch.full(s, torch.nan) for k, s in config["shapes"].items() if k not in theirs}
+        converted = module.entry.convert({**unknown, **theirs}, module)
+        compared, named = 0, dict(module.named_parameters())
+        largest = max(float(t.abs().max()) for t in theirs.values())
+        for name, expected in converted.items():
+            known = ~expected.isnan()
+            if name not in named or not known.any():
+                continue
+            compared += 1
+            self._close(named[name].grad[known], expected[known], atol, name, 3e-2 * largest)
+        assert compared >= len(theirs), f"{len(theirs)} gradients were recorded, {compared} compared"
+
+
+def record_model(cases: dict[str, dict], path, **origin) -> None:
+    """Write a fixture for :class:`Models`; run by hand, outside the suite, where the authors' code is at hand.
+
+    Args:
+        cases: per case ``theirs`` (the authors' module), ``x``, ``model``, ``settings`` (ours), ``grads`` (names of
+            theirs), ``train``; ``call`` for what is not ``theirs(x)``.
+        path: of the file.
+        origin: ``repository``, ``commit`` and ``cls`` of theirs.
+    """
+    from safetensors.torch import save_file
+
+    tensors, config = {}, {}
+    for case, run in cases.items():
+        theirs = run["theirs"].train(run.get("train", False))
+        shapes = {k: list(v.shape) for k, v in theirs.state_dict().items() if v.is_floating_point()}
+        theirs.load_state_dict(synthetic(shapes), strict=False)
+        x = run["x"].clone().requires_grad_()
+        y = run.get("call", lambda m, x: m(x))(theirs, x)
+        g = torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
+        (y * g).sum().backward()
+        grads = {n: p.grad for n, p in theirs.named_parameters()}
+        tensors |= {f"{case}/x": x.detach(), f"{case}/y": y.detach(), f"{case}/g": g, f"{case}/dx": x.grad}
+        tensors |= {f"{case}/dw/{n}": grads[n] for n in run["grads"]}
+        config[case] = {k: run[k] for k in ("model", "settings", "train") if k in run} | {"shapes": shapes}
+    meta = {"config": json.dumps(config), "seed": "7", **{k: str(v) for k, v in origin.items()}}
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path, metadata=meta)

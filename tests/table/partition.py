@@ -3,6 +3,8 @@ from attnlib.check import Case
 HALF = "attnlib.nn.partition.maxvit:PartitionAttention"
 
 ROWS = [
+    Case("hat", dict(dim=16, num_heads=2, window_size=4), (8, 12)),
+    Case("hat", dict(dim=16, num_heads=2, window_size=4, overlap_ratio=1.0, compat="authors"), (8, 8), "zeros"),
     Case("maxvit", dict(dim=16, num_heads=4, window_size=2), (4, 6)),
     Case("maxvit", dict(dim=16, num_heads=2, window_size=4, grid_size=3, rank=1), (12,), "sequence"),
     Case(HALF, dict(dim=16, num_heads=2, window_size=2), (4, 6), "block"),

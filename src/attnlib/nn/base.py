@@ -54,7 +54,7 @@ def _in_range(name: str, value: float, off: bool = False) -> None:
     if name == "drop" or name.endswith("_drop"):
         check_real(name, value, least=0, below=1)
     elif name in ("rotary", "scale") or name.endswith("_ratio"):
-        check_real(name, value, above=0)
+        check_real(name, value, **({"least": 0} if off else {"above": 0}))
     elif name == "eps" or name.endswith("_std"):
         check_real(name, value, least=0)
     elif name == "layer":

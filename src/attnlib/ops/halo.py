@@ -195,7 +195,7 @@ def _prepare(
     check_valid("valid", valid, (q.shape[0], k.shape[2]))
     check_device(q=q, k=k, v=v, valid=valid)
     if bias is not None:
-        size = math.prod(a.q for a in axes), math.prod(a.w for a in axes)
+        size = math.prod([a.q for a in axes]), math.prod([a.w for a in axes])
         check_float("bias", bias)
         check_device(q=q, bias=bias)
         if bias.dim() not in (2, 3) or tuple(bias.shape[-2:]) != size:
@@ -237,7 +237,9 @@ def _windows(t: Tensor, axes: Sequence[_Axis]) -> Tensor:
         else:
             t = t.unfold(at, a.w, a.k).movedim(-1, at + 1)
     order = [0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1]
-    return t.permute(order).reshape(t.shape[0], math.prod(a.count for a in axes), math.prod(a.w for a in axes), -1)
+    return t.permute(order).reshape(
+        t.shape[0], math.prod([a.count for a in axes]), math.prod([a.w for a in axes]), t.shape[-1]
+    )
 
 
 def _heads(t: Tensor, grid: Sequence[int]) -> Tensor:
@@ -252,7 +254,7 @@ def _rounds(call: _Call) -> int:
     if kept or first.clamped or torch.compiler.is_compiling():
         return 1
     width = sum(t.shape[0] * t.shape[1] * t.shape[3] for t in (call.k, call.v))
-    return max(1, min(first.count, -(-math.prod(a.count * a.w for a in call.axes) * width // ROUND)))
+    return max(1, min(first.count, -(-math.prod([a.count * a.w for a in call.axes]) * width // ROUND)))
 
 
 def _blocks(call: _Call, inner: str = AUTO) -> Tensor:
@@ -304,7 +306,7 @@ def _one_round(
             bias = bias.dense() + call.bias
     out = attention(q, k, v, valid=valid, bias=bias, backend=inner, **call.options)
     out = out.transpose(1, 2).reshape(batch, *counts, *sides, heads * out.shape[-1])
-    return unblock_windows(out).reshape(batch, -1, heads, call.v.shape[3]).transpose(1, 2)
+    return unblock_windows(out).reshape(batch, groups * math.prod(sides), heads, call.v.shape[3]).transpose(1, 2)
 
 
 def _factor(table: Tensor, axis: int, axes: Sequence[_Axis], groups: int) -> Tensor:
@@ -331,7 +333,7 @@ def _eager(call: _Call) -> Tensor:
     k_places = torch.arange(call.k.shape[2], device=device).view(*call.k_grid)
     out: list[Tensor] = []
     rows: list[Tensor] = []
-    for number in range(math.prod(a.count for a in call.axes)):
+    for number in range(math.prod([a.count for a in call.axes])):
         spans, k_at, inside = [], [], []
         for a in reversed(call.axes):
             number, i = divmod(number, a.count)

@@ -1,0 +1,1 @@
+"""Models from images to images: super-resolution and restoration."""
