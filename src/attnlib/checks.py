@@ -213,10 +213,10 @@ def _tensor(name: str, value: Any) -> Tensor:
 
 def check_rank(name: str, value: Any, ranks: int | Sequence[int], layout: str) -> None:
     """Raise unless ``value`` is a tensor with one of ``ranks`` dimensions; ``layout`` spells the expected shape."""
-    allowed = (ranks,) if isinstance(ranks, int) else tuple(ranks)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape {layout}, got {describe(value)}")
-    if value.dim() not in allowed:
+    rank = value.dim()
+    if rank != ranks and (isinstance(ranks, int) or rank not in ranks):
         raise ValueError(f"{name} must have shape {layout}, got a tensor of shape {tuple(value.shape)}")
 
 
@@ -273,17 +273,32 @@ _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 def check_dtype(**tensors: Tensor | None) -> None:
     """Raise ``TypeError`` unless all of these share one floating dtype; names them in order."""
-    given = {name: _tensor(name, t) for name, t in tensors.items() if t is not None}
-    dtypes = {name: t.dtype for name, t in given.items()}
-    if len(set(dtypes.values())) > 1 or not all(t.is_floating_point() for t in given.values()):
+    first = None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            check_tensor(name, t)
+        first = t.dtype if first is None else first
+        if t.dtype == first and first.is_floating_point:
+            continue
+        dtypes = {name: t.dtype for name, t in tensors.items() if isinstance(t, Tensor)}
         listed = ", ".join(f"{name} has {dtype}" for name, dtype in dtypes.items())
         raise TypeError(f"{_and(dtypes)} must share one floating dtype, but {listed}")
 
 
 def check_device(**tensors: Tensor | None) -> None:
     """Raise ``ValueError`` unless all of these lie on the device of the first one."""
-    devices = {name: _tensor(name, t).device for name, t in tensors.items() if t is not None}
-    if len(set(devices.values())) > 1:
+    first = None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            check_tensor(name, t)
+        first = t.device if first is None else first
+        if t.device == first:
+            continue
+        devices = {name: t.device for name, t in tensors.items() if isinstance(t, Tensor)}
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"{_and(devices)} must lie on one device, but {listed} was given")
 

@@ -140,6 +140,10 @@ class Mask:
 
     # ---- at the door
 
+    def anywhere(self) -> bool:
+        """Whether it serves any positions, samples, heads and devices, so that nothing needs to be checked."""
+        return False
+
     def check(
         self,
         n: int,
@@ -160,6 +164,8 @@ class Mask:
             q_pos, k_pos: positions, where they are not ``0..n-1`` and ``0..m-1``. Read on the CPU; on an accelerator
                 they are asserted there, without waiting.
         """
+        if self.anywhere():
+            return
         if batch is not None:
             check_serves(name, self.batch(), batch)
         if heads is not None:
@@ -231,6 +237,8 @@ class Mask:
         if heads != 1:
             h = torch.arange(heads, device=q.device).view(1, -1, 1, 1)
         out = self.pair(b, h, q, k)
+        if out.dim() == q.dim() == k.dim() == 2 and out.shape == (q.shape[0], k.shape[1]):
+            return out
         return torch.broadcast_tensors(out, q, k)[0]  # what works out shapes alone costs a decoding step more
 
     def dense(self, n: int, m: int | None = None, device: torch.device | str | None = None) -> Tensor:
@@ -239,7 +247,10 @@ class Mask:
 
     def block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
         """:meth:`at` for the queries ``rows[0]..rows[1]-1`` and the keys ``cols[0]..cols[1]-1``."""
-        device = self._check_block(rows, cols, device)
+        return self._block(rows, cols, self._check_block(rows, cols, device))
+
+    def _block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | None) -> Tensor:
+        """:meth:`block` of what :meth:`check` let pass."""
         return self._at(torch.arange(*rows, device=device), torch.arange(*cols, device=device))
 
     def _check_block(
@@ -462,11 +473,14 @@ class And(Mask):
     def __init__(self, left: Mask, right: Mask):
         self.left, self.right = _pair_up(left, right)
 
+    def anywhere(self) -> bool:
+        return self.left.anywhere() and self.right.anywhere()
+
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.left.pair(b, h, q, k) & self.right.pair(b, h, q, k)
 
-    def block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
-        return self.left.block(rows, cols, device) & self.right.block(rows, cols, device)
+    def _block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | None) -> Tensor:
+        return self.left._block(rows, cols, device) & self.right._block(rows, cols, device)
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
         (some, all_), (some2, all2) = self.left.tile(q_lo, q_hi, k_lo, k_hi), self.right.tile(q_lo, q_hi, k_lo, k_hi)
@@ -482,11 +496,14 @@ class Or(Mask):
     def __init__(self, left: Mask, right: Mask):
         self.left, self.right = _pair_up(left, right)
 
+    def anywhere(self) -> bool:
+        return self.left.anywhere() and self.right.anywhere()
+
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.left.pair(b, h, q, k) | self.right.pair(b, h, q, k)
 
-    def block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
-        return self.left.block(rows, cols, device) | self.right.block(rows, cols, device)
+    def _block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | None) -> Tensor:
+        return self.left._block(rows, cols, device) | self.right._block(rows, cols, device)
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
         (some, all_), (some2, all2) = self.left.tile(q_lo, q_hi, k_lo, k_hi), self.right.tile(q_lo, q_hi, k_lo, k_hi)
@@ -503,11 +520,14 @@ class Not(Mask):
         check_type("inner", inner, Mask, "an attnlib mask")
         self.inner = inner
 
+    def anywhere(self) -> bool:
+        return self.inner.anywhere()
+
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return ~self.inner.pair(b, h, q, k)
 
-    def block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
-        return ~self.inner.block(rows, cols, device)
+    def _block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | None) -> Tensor:
+        return ~self.inner._block(rows, cols, device)
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
         some, all_ = self.inner.tile(q_lo, q_hi, k_lo, k_hi)
@@ -525,6 +545,9 @@ class Causal(Mask):
     """Keys up to the query's own position."""
 
     name = "causal"
+
+    def anywhere(self) -> bool:
+        return True
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return q >= k
@@ -544,6 +567,9 @@ class SlidingWindow(Mask):
     def __init__(self, window: int):
         self.window = check_int("window", window, least=1)
 
+    def anywhere(self) -> bool:
+        return True
+
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         left, right = self.window // 2, (self.window - 1) // 2
         return (k >= q - left) & (k <= q + right)
@@ -562,6 +588,9 @@ class Recent(Mask):
     def __init__(self, window: int):
         self.window = check_int("window", window, least=1)
 
+    def anywhere(self) -> bool:
+        return True
+
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (k > q - self.window)
 
@@ -576,6 +605,9 @@ class Terraced(Mask):
 
     def __init__(self, window: int, previous: int = 1):
         self.window, self.previous = check_int("window", window, least=1), check_int("previous", previous, least=0)
+
+    def anywhere(self) -> bool:
+        return True
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (q // self.window - k // self.window <= self.previous)
@@ -757,6 +789,9 @@ class Everything(Mask):
 
     name = "everything"
 
+    def anywhere(self) -> bool:
+        return True
+
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= 0) | (q < 0) | (k >= 0)  # true, in the shape of the pairs
 
@@ -786,8 +821,7 @@ class Explicit(Mask):
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return _cell(self._allowed, b, h, q, k)
 
-    def block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
-        self._check_block(rows, cols, device)
+    def _block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | None) -> Tensor:
         return self._allowed[..., slice(*rows), slice(*cols)]
 
     def plane(self, b: int, h: int) -> Mask:

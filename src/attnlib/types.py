@@ -46,7 +46,12 @@ def register_pytree(cls: type, flatten: Callable, unflatten: Callable) -> None:
 def exactly(x: Tensor) -> AbstractContextManager[Any]:
     """Autocast off on the device of ``x``, where that device has it: statistics and states keep their precision."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    # Where it is off already the switch would cost more than a small product; a traced graph may run where it is on.
+    if not torch.is_autocast_enabled(device) and not torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -131,11 +136,8 @@ class Partial(NamedTuple):
         check_float("log_scale", self.log_scale)
         if isinstance(log_weight, Tensor):
             check_float("log_weight", log_weight)
-            try:
-                fits = torch.broadcast_shapes(log_weight.shape, self.log_scale.shape) == self.log_scale.shape
-            except RuntimeError:
-                fits = False
-            if not fits:
+            given, most = log_weight.shape, self.log_scale.shape
+            if len(given) > len(most) or any(a not in (1, b) for a, b in zip(given[::-1], most[::-1], strict=False)):
                 raise ValueError(
                     f"log_weight must broadcast to (B, H, N) = {tuple(self.log_scale.shape)}, "
                     f"got {tuple(log_weight.shape)}"
@@ -406,7 +408,24 @@ class Traits:
 
     def but(self, **changes: Any) -> Traits:
         """A copy with some claims changed."""
-        return replace(self, **changes)
+        if torch.compiler.is_compiling():
+            return replace(self, **changes)
+        # A mechanism says its traits at every call, mostly the same ones: each variant is made and checked once.
+        made: dict[Any, Traits] = self.__dict__.setdefault("_made", {})
+        growth = [tuple(v.items()) if type(v) is dict else v for v in changes.values()]
+        said = (*changes, *growth, *map(type, growth))
+        try:
+            found = made.get(said)
+        except TypeError:  # a value that has no hash
+            return replace(self, **changes)
+        if found is None:
+            if len(made) >= 64:
+                made.clear()
+            found = made[said] = replace(self, **changes)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_made"}
 
     def within(self, bound: Traits) -> list[str]:
         """Claims of this instance that exceed the class's upper ``bound``; empty when it keeps its word."""

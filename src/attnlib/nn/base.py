@@ -30,7 +30,7 @@ from ..checks import (
 )
 from ..grids import Layout, crop_grid
 from ..masks import Mask, Padded, as_mask
-from ..types import EXTRAS, Output, Plan, State, Traits, traced_as_constant
+from ..types import EXTRAS, PATTERNS, Output, Plan, State, Traits, traced_as_constant
 from .layers import zero_invalid
 
 Extras = Sequence[str]
@@ -40,6 +40,8 @@ PADS = ("mask", "zeros", "refuse")
 
 #: What :meth:`Mechanism.forward` can hand to :meth:`Mechanism.mix` beside ``x``.
 CALL = ("context", "layout", "valid", "context_valid", "mask", "plan", "state", "carry", "returns")
+
+_SELF, _CROSS = (frozenset(p for p in PATTERNS if p.endswith(end)) for end in ("self", "cross"))
 
 
 def _named(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -226,7 +228,7 @@ class Mechanism(nn.Module):
     def _mixed(self, x: Tensor, call: dict[str, Any]) -> Tensor | Output:
         """:meth:`mix`; an error of the arithmetic is laid to a state or a plan that does not fit, or to no tokens."""
         given = [name for name in ("state", "plan") if call.get(name) is not None]
-        if torch.compiler.is_compiling() or not (given or 0 in x.shape[1:-1]):
+        if not (given or 0 in x.shape[1:-1]) or torch.compiler.is_compiling():
             return self.mix(x, **call)
         try:
             return self.mix(x, **call)
@@ -374,6 +376,7 @@ class Mechanism(nn.Module):
         carry: Any,
         returns: Extras,
     ) -> None:
+        # Before every call of every layer: what passes is only compared, the words are made for what does not.
         traits, name = self._claims(), self._name()
         if layout is not None:
             check_type("layout", layout, Layout)
@@ -381,18 +384,21 @@ class Mechanism(nn.Module):
                 raise ValueError(f"{name} takes no layout (trait layout is False)")
             check_rank("x", x, 3, "(B, N, C) when a layout is given")
             layout.check(x.shape[1])
-        else:
+        elif not isinstance(x, Tensor) or x.dim() - 2 not in traits.grid_ranks:
             ranks = [r + 2 for r in sorted(traits.grid_ranks)]
             shapes = {1: "(B, N, C)", 2: "(B, H, W, C)", 3: "(B, T, H, W, C)"}
             check_rank("x", x, ranks, " or ".join(shapes[r - 2] for r in ranks))
-        check_float("x", x)
-        check_width("x", x, self.dim)
-        if valid is not None and not traits.valid:
-            raise ValueError(f"{name} takes no valid (trait valid is False)")
-        check_valid("valid", valid, x.shape[:-1])
-        check_device(x=x, valid=valid)
+        if not x.is_floating_point():
+            check_float("x", x)
+        if x.shape[-1] != self.dim:
+            check_width("x", x, self.dim)
+        if valid is not None:
+            if not traits.valid:
+                raise ValueError(f"{name} takes no valid (trait valid is False)")
+            check_valid("valid", valid, x.shape[:-1])
+            check_device(x=x, valid=valid)
         if context is not None:
-            if not any(p.endswith("cross") for p in traits.patterns):
+            if _CROSS.isdisjoint(traits.patterns):
                 raise ValueError(f"{name} takes no context (traits patterns are {sorted(traits.patterns)})")
             check_rank("context", context, (3, 4, 5), "(B, M, C), (B, H, W, C) or (B, T, H, W, C)")
             check_width("context", context, self.context_dim, "context_dim")
@@ -404,16 +410,17 @@ class Mechanism(nn.Module):
             check_device(x=x, context_valid=context_valid)
         elif context_valid is not None:
             raise ValueError("context_valid was given without a context")
-        elif not any(p.endswith("self") for p in traits.patterns):
+        elif _SELF.isdisjoint(traits.patterns):
             raise ValueError(f"{name} needs a context (traits patterns are {sorted(traits.patterns)})")
-        for argument, value, trait in (
-            ("mask", mask, "mask"),
-            ("plan", plan, "needs_plan"),
-            ("state", state, "streaming"),
-            ("carry", carry, "carries"),
-        ):
-            if value is not None and not getattr(traits, trait):
-                raise ValueError(f"{name} takes no {argument} (trait {trait} is False)")
+        if mask is not None or plan is not None or state is not None or carry is not None:
+            for argument, value, trait in (
+                ("mask", mask, "mask"),
+                ("plan", plan, "needs_plan"),
+                ("state", state, "streaming"),
+                ("carry", carry, "carries"),
+            ):
+                if value is not None and not getattr(traits, trait):
+                    raise ValueError(f"{name} takes no {argument} (trait {trait} is False)")
         if plan is not None:
             check_type("plan", plan, Plan)
             for key, t in plan._named():
@@ -432,39 +439,55 @@ class Mechanism(nn.Module):
         if mask is not None and state is None:
             source = x if context is None else context
             mask.check(math.prod(x.shape[1:-1]), math.prod(source.shape[1:-1]), batch=x.shape[0], device=x.device)
-        if isinstance(returns, str):
-            raise TypeError(
-                f"returns must be a tuple of names, got the string {returns!r}; write returns=({returns!r},)"
-            )
-        check_type("returns", returns, (tuple, list, set, frozenset), "a tuple of names")
-        supported = {
-            "state": traits.streaming and context is None,
-            "carry": traits.carries,
-            "weights": traits.weights,
-            "losses": bool(traits.losses),
-        }
-        for extra in returns:
-            if extra not in EXTRAS:
-                raise ValueError(f"returns contains {extra!r}; possible: {list(EXTRAS)}")
-            if not supported[extra]:
-                possible = [e for e in EXTRAS if supported[e]]
-                raise ValueError(f"{name} cannot return {extra!r}; possible: {possible}")
+        if type(returns) is not tuple:
+            if isinstance(returns, str):
+                raise TypeError(
+                    f"returns must be a tuple of names, got the string {returns!r}; write returns=({returns!r},)"
+                )
+            check_type("returns", returns, (tuple, list, set, frozenset), "a tuple of names")
+        if returns:
+            supported = {
+                "state": traits.streaming and context is None,
+                "carry": traits.carries,
+                "weights": traits.weights,
+                "losses": bool(traits.losses),
+            }
+            for extra in returns:
+                if extra not in EXTRAS:
+                    raise ValueError(f"returns contains {extra!r}; possible: {list(EXTRAS)}")
+                if not supported[extra]:
+                    possible = [e for e in EXTRAS if supported[e]]
+                    raise ValueError(f"{name} cannot return {extra!r}; possible: {possible}")
         self._check_weights(x)
 
     def _check_weights(self, x: Tensor) -> None:
         """Raise unless ``x`` lies where the parameters lie, in a type that one of them has."""
-        first = next(self.parameters(), None)
+        first = next(self.parameters(), None) if torch.compiler.is_compiling() else _first_parameter(self)
         if first is None or (first.is_meta and not x.is_meta):  # weights that are brought in when they are needed
             return
-        check_device(x=x, **{"the parameters": first})
+        if first.device != x.device:
+            check_device(x=x, **{"the parameters": first})
+        if first.dtype == x.dtype:
+            return
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             return
-        if first.dtype != x.dtype and all(p.dtype != x.dtype for p in self.parameters()):
+        if all(p.dtype != x.dtype for p in self.parameters()):
             raise TypeError(
                 f"x has {x.dtype}, but the parameters of {self._name()} have {first.dtype}; convert one of them, or "
                 "use torch.autocast"
             )
+
+
+def _first_parameter(module: nn.Module) -> Tensor | None:
+    """``next(module.parameters(), None)``, without what makes the names of all modules for it."""
+    for own in module._parameters.values():
+        if own is not None:
+            return own
+    for child in module._modules.values():
+        if child is not None and (found := _first_parameter(child)) is not None:
+            return found
+    return None
 
 
 class Fusion(nn.Module):

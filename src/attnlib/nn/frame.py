@@ -41,13 +41,14 @@ class Stream:
     def __init__(self, x: Tensor, valid: Tensor | None, state: State | None, keep: bool):
         self.batch, self.new, self.device = x.shape[0], x.shape[1], x.device
         self.valid, self.state, self.keep = valid, state, keep
+        self._now, self._slots = valid, None
 
     @property
     def now(self) -> Tensor:
         """(B, n) boolean, which of the new tokens exist."""
-        if self.valid is not None:
-            return self.valid
-        return torch.ones(self.batch, self.new, dtype=torch.bool, device=self.device)
+        if self._now is None:
+            self._now = torch.ones(self.batch, self.new, dtype=torch.bool, device=self.device)
+        return self._now
 
     @property
     def past(self) -> Tensor:
@@ -81,7 +82,9 @@ class Stream:
     @property
     def slots(self) -> Tensor:
         """(B, M) boolean, which keys exist, remembered ones included."""
-        return self.now if self.state is None else torch.cat([self.state["valid"], self.now], 1)
+        if self._slots is None:
+            self._slots = self.now if self.state is None else torch.cat([self.state["valid"], self.now], 1)
+        return self._slots
 
     @property
     def exists(self) -> Tensor | None:

@@ -16,14 +16,15 @@ from ..types import stats_dtype
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, *grid, H * D) -> (B, H, N, D) with the grid flattened."""
-    x = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), num_heads, x.shape[-1] // num_heads)
-    return x.transpose(1, 2)
+    batch, *grid, width = x.shape
+    return x.reshape(batch, math.prod(grid), num_heads, width // num_heads).transpose(1, 2)
 
 
 def merge_heads(x: Tensor, grid: Sequence[int] | None = None) -> Tensor:
     """(B, H, N, D) -> (B, N, H * D), or (B, *grid, H * D)."""
-    x = x.transpose(1, 2).flatten(2)
-    return x if grid is None else x.reshape(x.shape[0], *grid, x.shape[-1])
+    if grid is None or len(grid) == 1:
+        return x.transpose(1, 2).flatten(2)
+    return x.transpose(1, 2).reshape(x.shape[0], *grid, x.shape[1] * x.shape[3])
 
 
 def head_dim_of(dim: int, num_heads: int) -> int:

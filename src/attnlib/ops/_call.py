@@ -91,9 +91,9 @@ class AttentionCall:
         out = None
         if self.mask is not None:
             if self.standard_positions:
-                out = self.mask.dense(self.q.shape[2], self.k.shape[2], self.q.device)
+                out = self.mask._block((0, self.q.shape[2]), (0, self.k.shape[2]), self.q.device)
             else:
-                out = self.mask.at(*self.positions())
+                out = self.mask._at(*self.positions())
             out = out.reshape((1,) * (4 - out.dim()) + tuple(out.shape))
         if self.valid is not None:
             valid = self.valid[:, None, None, :]
@@ -134,7 +134,7 @@ def prepare(
         q, k, v = (t.to(dtype) if t.dtype != torch.float64 else t for t in (q, k, v))
     if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
         raise TypeError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    batch, heads, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    (batch, heads, n, _), m = q.shape, k.shape[2]
     check_valid("valid", valid, (batch, m))
     mask, bias = as_mask(mask), as_bias(bias, bias_name)
     check_positions("q_pos", q_pos, batch, heads, n)
@@ -145,7 +145,8 @@ def prepare(
     if bias is not None:
         check_bias(bias_name, bias, batch, heads, n, m, q.device)
     scale = max(q.shape[3], 1) ** -0.5 if scale is None else check_scale(scale)
-    check_real("dropout_p", dropout_p, least=0, below=1)
+    if dropout_p.__class__ is not float or not 0 <= dropout_p < 1:
+        check_real("dropout_p", dropout_p, least=0, below=1)
     return AttentionCall(
         q, k, v, mask, valid, bias, scale, as_normalizer(normalizer), float(dropout_p), q_pos, k_pos, want
     )
@@ -156,18 +157,19 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_rank("q", q, 4, "(B, Hq, N, D)")
     check_rank("k", k, 4, "(B, Hk, M, D)")
     check_rank("v", v, 4, "(B, Hv, M, Dv)")
-    if not (q.shape[0] == k.shape[0] == v.shape[0]):
-        raise ValueError(f"q, k and v must share the batch, got {q.shape[0]}, {k.shape[0]} and {v.shape[0]}")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q has head_dim={q.shape[3]}, k has head_dim={k.shape[3]}; they must agree")
-    if k.shape[2] != v.shape[2]:
-        raise ValueError(f"k has {k.shape[2]} tokens, v has {v.shape[2]}; they must agree")
-    if q.shape[1] == 0:
+    (qb, qh, _, qd), (kb, kh, km, kd), (vb, vh, vm, _) = q.shape, k.shape, v.shape
+    if not (qb == kb == vb):
+        raise ValueError(f"q, k and v must share the batch, got {qb}, {kb} and {vb}")
+    if qd != kd:
+        raise ValueError(f"q has head_dim={qd}, k has head_dim={kd}; they must agree")
+    if km != vm:
+        raise ValueError(f"k has {km} tokens, v has {vm}; they must agree")
+    if qh == 0:
         raise ValueError(f"q must have at least one head, got {describe(q)}")
-    for name, other in (("k", k), ("v", v)):
-        if other.shape[1] == 0 or q.shape[1] % other.shape[1]:
+    for name, heads in (("k", kh), ("v", vh)):
+        if heads == 0 or qh % heads:
             raise ValueError(
-                f"{name} has {other.shape[1]} heads, which do not divide the {q.shape[1]} heads of q; "
+                f"{name} has {heads} heads, which do not divide the {qh} heads of q; "
                 "for other maps select the heads first (index_select)"
             )
 

@@ -88,7 +88,7 @@ class Operator:
     def refusal(self, backend: Backend, call: Any) -> str | None:
         """Why a backend cannot serve a call; ``None`` when it can."""
         why = backend.supports(call)
-        if why is None and backend.transforms is not None and transformed(call.inputs()):
+        if why is None and backend.transforms is not None and _watched() and transformed(call.inputs()):
             able = [b.name for b in self.backends.values() if b.transforms is None]
             return f"{backend.transforms}, so it has no forward mode and no vmap; possible: {able}"
         return why
@@ -233,13 +233,18 @@ def derivatives(op: str | Callable[..., Any]) -> dict[str, dict[str, str]]:
 
 def transformed(tensors: Sequence[Tensor]) -> bool:
     """Whether a transform of ``torch.func`` or forward mode looks at any of these tensors."""
-    if torch.compiler.is_compiling():
+    if not _watched():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
-    if forward_ad._current_level < 0:
-        return False
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _watched() -> bool:
+    """Whether a transform or forward mode is at work at all."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def wants_gradient(tensors: Sequence[Tensor]) -> bool:

@@ -9,6 +9,7 @@ would wait for a device, ``valid`` is written into keys and values instead, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -51,12 +52,18 @@ def readable(*tensors: Tensor) -> bool:
     """Whether the numbers of tensors can be looked at, and at once."""
     if torch.compiler.is_compiling():
         return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    for t in tensors:
+        if type(t) not in (Tensor, torch.nn.Parameter) or t.device.type != "cpu":
+            return False
+    return True
 
 
 def finite(*tensors: Tensor) -> bool:
     """Whether all numbers are finite. By their sum, so that it may say no because that overflows."""
-    return all(bool(torch.isfinite(t.detach().sum(dtype=stats_dtype(t.dtype)))) for t in tensors)
+    for t in tensors:
+        if not math.isfinite(t.detach().sum(dtype=stats_dtype(t.dtype)).item()):
+            return False
+    return True
 
 
 def existing(call: AttentionCall) -> AttentionCall:
@@ -75,7 +82,7 @@ def bad_rows(*tensors: Tensor) -> Tensor:
 
 def _any_nan(tensors: list[Tensor]) -> bool:
     """Infinity is welcome in a bias."""
-    return any(bool(torch.isnan(t.detach().sum())) and bool(torch.isnan(t).any()) for t in tensors)
+    return any(math.isnan(t.detach().sum().item()) and bool(torch.isnan(t).any()) for t in tensors)
 
 
 def _fields(out: Any) -> tuple[Tensor, ...]:

@@ -434,10 +434,8 @@ def _recurrent(call: _Call, strict: bool) -> tuple[Tensor, Tensor]:
         if call.decay is not None:
             g = call.decay[:, :, t if call.decay.shape[2] > 1 else 0].exp()
             s = s * (g.unsqueeze(-1) if g.dim() == 3 else g[..., None, None])
-        update = call.k[:, :, t].unsqueeze(-1) * call.v[:, :, t].unsqueeze(-2)
-        read = s if strict else s + update
-        outs.append((call.q[:, :, t].unsqueeze(-2) @ read).squeeze(-2))
-        s = s + update
+        before, s = s, s + call.k[:, :, t].unsqueeze(-1) * call.v[:, :, t].unsqueeze(-2)
+        outs.append((call.q[:, :, t].unsqueeze(-2) @ (before if strict else s)).squeeze(-2))
     out = torch.stack(outs, 2) if outs else call.v.new_zeros(*call.q.shape[:3], call.v.shape[-1])
     return out, s
 
@@ -742,8 +740,19 @@ _OPERATOR = Operator(
     entries={"linear_partial": {"normalizer": "sum"}},
     argument="form",
 )
-_OPERATOR.register("chunkwise", partial(_both_ways, _chunkwise), second="the same chunks by plain operations")
+
+
+def _single(call: _Call) -> bool:
+    """Whether there is one token, as while decoding; said of no graph, which serves any number."""
+    return not torch.compiler.is_compiling() and call.q.shape[2] == 1 == call.k.shape[2]
+
+
 _OPERATOR.register(
-    "recurrent", partial(_both_ways, _recurrent), prefers=lambda call: "one token after the other is slower"
-)
+    "chunkwise", partial(_both_ways, _chunkwise), second="the same chunks by plain operations",
+    prefers=lambda call: "a single token needs no chunks" if _single(call) else None,
+)  # fmt: skip
+_OPERATOR.register(
+    "recurrent", partial(_both_ways, _recurrent),
+    prefers=lambda call: None if _single(call) else "one token after the other is slower",
+)  # fmt: skip
 _OPERATOR.register("eager", _parallel)

@@ -85,7 +85,7 @@ def pair_mask(mask: Mask, q_pos: Tensor, k_pos: Tensor) -> Tensor:
     b = torch.arange(batch, device=q.device).view(-1, 1, 1, 1, 1) if batch > 1 else zero
     h = torch.arange(heads, device=q.device).view(1, 1, -1, 1, 1) if heads > 1 else zero
     out = mask.pair(b, h, q, k)
-    return out.expand(torch.broadcast_shapes(out.shape, q.shape, k.shape))
+    return torch.broadcast_tensors(out, q, k)[0]
 
 
 def _fold(t: Tensor, batch: int, groups: int) -> Tensor:

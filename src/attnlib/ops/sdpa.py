@@ -97,7 +97,7 @@ def _run(call: AttentionCall) -> Tensor:
         allowed = allowed | empty
         bias = allowed if bias is None else bias.masked_fill(~allowed, float("-inf"))
     if bias is not None:
-        bias = bias.expand(torch.broadcast_shapes(bias.shape, (1, 1, q.shape[2], k.shape[2])))
+        bias = bias.expand(-1, -1, q.shape[2], k.shape[2])
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=bias, dropout_p=call.dropout_p, scale=call.scale, enable_gqa=grouped
     )
