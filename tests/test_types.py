@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -34,6 +36,22 @@ def test_plan_says_what_it_was_made_for():
         plan.expect("topk", N=5)
     with pytest.raises(ValueError, match="kind 'topk'"):
         plan.expect("buckets")
+
+
+def test_variants_of_traits_are_made_once_and_checked():
+    bound = Traits(patterns={"causal-self"}, work={"N": 2})
+    once = bound.but(mask=True, work={"N": 1})
+    assert bound.but(mask=True, work={"N": 1}) is once and bound.but(mask=True) is not once
+    assert once.work == {"N": 1} and bound.work == {"N": 2} and not bound.mask
+    assert bound.but(losses=["a"]).losses == ["a"]  # what has no hash is made every time
+    assert bound.but(grid_multiple=1).grid_multiple == 1
+    with pytest.raises(TypeError, match="grid_multiple"):
+        bound.but(grid_multiple=True)
+    copied = pickle.loads(pickle.dumps(bound))
+    assert copied == bound and copied.but(mask=True) == bound.but(mask=True) and copied.but(mask=True).mask
+    for _ in range(2):
+        with pytest.raises(ValueError, match="patterns"):
+            bound.but(patterns=frozenset({"sideways"}))
 
 
 def test_traits_bound():

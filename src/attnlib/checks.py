@@ -183,9 +183,15 @@ def to_tuple(name: str, value: Any, rank: int) -> tuple[Any, ...]:
 
 def check_ints(name: str, value: Any, least: int | None = None, most: int | None = None) -> tuple[int, ...]:
     """A sequence of integers as a tuple, each checked by :func:`check_int`."""
-    if isinstance(value, (str, Tensor, Mapping)) or not isinstance(value, Iterable):
+    if not isinstance(value, (tuple, list)) and (
+        isinstance(value, (str, Tensor, Mapping)) or not isinstance(value, Iterable)
+    ):
         raise TypeError(f"{name} must be a sequence of integers such as (14, 14), got {describe(value)}")
-    return tuple([check_int(f"{name}[{i}]", v, least, most) for i, v in enumerate(value)])
+    numbers = tuple(value)
+    for v in numbers:
+        if type(v) is not int or (least is not None and v < least) or (most is not None and v > most):
+            return tuple([check_int(f"{name}[{i}]", v, least, most) for i, v in enumerate(numbers)])
+    return numbers
 
 
 def check_grid(name: str, grid: Any, ranks: Sequence[int] = (1, 2, 3)) -> tuple[int, ...]:

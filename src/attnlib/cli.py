@@ -388,16 +388,23 @@ def bench(
     grid: Annotated[str, typer.Option(help="Grid of the inputs.")] = "1024",
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the JSON results.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Revision or folder: time small calls here beside that source tree.")
+    ] = None,
+    rows: Annotated[str, typer.Option(help="With --against: a pattern of the calls.")] = "*",
     as_json: JsonFlag = False,
 ) -> None:
     """Time operators and mechanisms: medians of interleaved runs, as ratios to softmax attention.
 
     [dim]attnlib bench sigmoid-attention --grid 1024 --set dim=256 --set num_heads=4[/]  ·
-    [dim]attnlib bench --suite normalizers --out results[/]
+    [dim]attnlib bench --suite normalizers --out results[/]  ·  [dim]attnlib bench --against HEAD~5 --rows "step*"[/]
     """
-    from .bench import run_bench
+    from .bench import run_against, run_bench
 
-    results = run_bench(list(names or []), suite, parse_grid(grid), parse_settings(settings), out, console, as_json)
+    if against is not None:
+        results = run_against(against, rows, out, console, as_json)
+    else:
+        results = run_bench(list(names or []), suite, parse_grid(grid), parse_settings(settings), out, console, as_json)
     if as_json:
         _print_json(results)
 

@@ -920,6 +920,34 @@ def _ranges(lo: Tensor, hi: Tensor, grid: Sequence[int]) -> list[tuple[Tensor, T
     return out
 
 
+def check_neighborhood(
+    grid: Sequence[int],
+    kernel: int | Sequence[int],
+    dilation: int | Sequence[int],
+    stride: int | Sequence[int],
+    causal: bool | Sequence[bool],
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
+    """Settings of a neighborhood whose windows are clamped at the borders, one of each per axis, checked."""
+    grid = check_grid("grid", grid)
+    kernels = check_ints("kernel_size", to_tuple("kernel_size", kernel, len(grid)))
+    dilations = check_ints("dilation", to_tuple("dilation", dilation, len(grid)))
+    strides = check_ints("stride", to_tuple("stride", stride, len(grid)))
+    flags = tuple([check_flag("causal", c) for c in to_tuple("causal", causal, len(grid))])
+    for axis, (x, w, d, s) in enumerate(zip(grid, kernels, dilations, strides, strict=True)):
+        if w < 2:
+            raise ValueError(f"kernel_size={w} on axis {axis} is too small; at least 2 is needed")
+        if d < 1 or w * d > x:
+            raise ValueError(
+                f"kernel_size={w} with dilation={d} spans {w * d} tokens, but axis {axis} of the grid {grid} "
+                f"has {x}; possible: dilation from 1 to {x // w}"
+                if w <= x
+                else f"kernel_size={w} is larger than the grid {grid} on axis {axis}"
+            )
+        if not 1 <= s <= w:
+            raise ValueError(f"stride={s} on axis {axis} must be between 1 and kernel_size={w}")
+    return grid, kernels, dilations, strides, flags
+
+
 class Neighborhood(Mask):
     """Neighborhood attention on a row-major grid, 1-3 D: kernel, dilation, stride and causality per axis.
 
@@ -938,24 +966,8 @@ class Neighborhood(Mask):
         stride: int | Sequence[int] = 1,
         causal: bool | Sequence[bool] = False,
     ):
-        grid = check_grid("grid", grid)
-        self.grid = grid
-        self.kernel = check_ints("kernel_size", to_tuple("kernel_size", kernel, len(grid)))
-        self.dilation = check_ints("dilation", to_tuple("dilation", dilation, len(grid)))
-        self.stride = check_ints("stride", to_tuple("stride", stride, len(grid)))
-        self.causal = tuple([check_flag("causal", c) for c in to_tuple("causal", causal, len(grid))])
-        for axis, (x, w, d, s) in enumerate(zip(grid, self.kernel, self.dilation, self.stride, strict=True)):
-            if w < 2:
-                raise ValueError(f"kernel_size={w} on axis {axis} is too small; at least 2 is needed")
-            if d < 1 or w * d > x:
-                raise ValueError(
-                    f"kernel_size={w} with dilation={d} spans {w * d} tokens, but axis {axis} of the grid {grid} "
-                    f"has {x}; possible: dilation from 1 to {x // w}"
-                    if w <= x
-                    else f"kernel_size={w} is larger than the grid {grid} on axis {axis}"
-                )
-            if not 1 <= s <= w:
-                raise ValueError(f"stride={s} on axis {axis} must be between 1 and kernel_size={w}")
+        checked = check_neighborhood(grid, kernel, dilation, stride, causal)
+        self.grid, self.kernel, self.dilation, self.stride, self.causal = checked
 
     def extent(self) -> tuple[int | None, int | None]:
         return math.prod(self.grid), math.prod(self.grid)

@@ -111,6 +111,41 @@ def run_bench(
     return results
 
 
+def run_against(
+    against: str | Path,
+    rows: str = "*",
+    out: Path | str | None = None,
+    console: Console | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """What small calls cost in this source tree beside another one; see :mod:`attnlib.bench.speed.revisions`.
+
+    Args:
+        against: a revision of the repository, or a folder with sources.
+        rows: a pattern of the calls.
+        out: folder for the JSON result, ``revisions-cpu.json``.
+        console: where every row goes as soon as it is measured.
+        quiet: print nothing.
+
+    Raises:
+        ValueError: no such revision, folder or row.
+    """
+    from .speed import revisions
+
+    console = Console() if console is None else console
+
+    def progress(line: str) -> None:
+        if not quiet:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    result = revisions.measure(against, rows, progress=progress)
+    if out is not None:
+        path = Path(out) / "revisions-cpu.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
 def _print_rows(console: Console, suite: str, rows: list[dict[str, Any]]) -> None:
     table = Table("case", "what", "candidate", "median s", "ratio", "exponent", box=None, title=suite)
     for row in rows:

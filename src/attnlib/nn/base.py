@@ -384,7 +384,9 @@ class Mechanism(nn.Module):
                 raise ValueError(f"{name} takes no layout (trait layout is False)")
             check_rank("x", x, 3, "(B, N, C) when a layout is given")
             layout.check(x.shape[1])
-        elif not isinstance(x, Tensor) or x.dim() - 2 not in traits.grid_ranks:
+        elif not isinstance(x, Tensor) or x.dim() - 2 not in (
+            *traits.grid_ranks,
+        ):  # a tuple: compilers cannot guard a set
             ranks = [r + 2 for r in sorted(traits.grid_ranks)]
             shapes = {1: "(B, N, C)", 2: "(B, H, W, C)", 3: "(B, T, H, W, C)"}
             check_rank("x", x, ranks, " or ".join(shapes[r - 2] for r in ranks))

@@ -20,7 +20,7 @@ from ..ops import attention
 from ..positions import Bias, alibi, check_rotary_scaling, rotary_angles, rotate
 from ..types import Output, Plan, State, Traits, check_divides
 from .base import Mechanism
-from .layers import flat_valid, head_dim_of, head_norm, merge_heads, split_heads
+from .layers import flat_valid, head_dim_of, head_norm, merge_heads, split_heads, through
 
 
 class Stream:
@@ -41,7 +41,8 @@ class Stream:
     def __init__(self, x: Tensor, valid: Tensor | None, state: State | None, keep: bool):
         self.batch, self.new, self.device = x.shape[0], x.shape[1], x.device
         self.valid, self.state, self.keep = valid, state, keep
-        self._now, self._slots = valid, None
+        self._now: Tensor | None = valid
+        self._slots: Tensor | None = None
 
     @property
     def now(self) -> Tensor:
@@ -344,8 +345,8 @@ class HeadFrame(Mechanism, Generic[N]):
     ) -> Output:
         grid, source = x.shape[1:-1], x if context is None else context
         q, k, v = (
-            self.q_norm(split_heads(self.q(x), self.num_heads)),
-            self.k_norm(split_heads(self.k(source), self.num_kv_heads)),
+            through(self.q_norm, split_heads(self.q(x), self.num_heads)),
+            through(self.k_norm, split_heads(self.k(source), self.num_kv_heads)),
             split_heads(self.v(source), self.num_v_heads),
         )
         tokens, own_valid = x.flatten(1, -2), flat_valid(valid)
@@ -374,5 +375,5 @@ class HeadFrame(Mechanism, Generic[N]):
         if call.return_weights:
             out, weights = out
         new = stream.next(**{"k": k, "v": v, "valid": stream.slots, **notes.kept}) if stream.keep else None
-        y = self.proj_drop(self._project(self._gate(out, notes), notes, grid))
+        y = through(self.proj_drop, self._project(self._gate(out, notes), notes, grid))
         return Output(y, state=new, weights=weights, losses=notes.losses)

@@ -51,6 +51,15 @@ def zero_invalid(x: Tensor, valid: Tensor | None) -> Tensor:
     return x if valid is None else x.masked_fill(~valid.unsqueeze(-1), 0.0)
 
 
+def through(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``, where an identity or a dropout that drops nothing is not called unless somebody listens to it."""
+    kind = type(module)
+    if not (kind is nn.Identity or (kind is nn.Dropout and not (module.training and module.p))):
+        return module(x)
+    heard = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return module(x) if heard or "forward" in module.__dict__ else x
+
+
 class DepthwiseConv(nn.Module):
     """Depthwise convolution of (B, *grid, C), zero padded to keep the size (or strided).
 

@@ -139,7 +139,9 @@ def prepare(
     mask, bias = as_mask(mask), as_bias(bias, bias_name)
     check_positions("q_pos", q_pos, batch, heads, n)
     check_positions("k_pos", k_pos, batch, heads, m)
-    check_device(q=q, k=k, v=v, valid=valid, q_pos=q_pos, k_pos=k_pos)
+    given = (k, v) if valid is q_pos is k_pos is None else (k, v, valid, q_pos, k_pos)
+    if any([t is not None and t.device != q.device for t in given]):
+        check_device(q=q, k=k, v=v, valid=valid, q_pos=q_pos, k_pos=k_pos)
     if mask is not None:
         mask.check(n, m, batch=batch, heads=heads, device=q.device, q_pos=q_pos, k_pos=k_pos)
     if bias is not None:

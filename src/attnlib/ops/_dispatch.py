@@ -265,15 +265,10 @@ class _Twice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
-        inputs = ctx.saved_tensors
-        given = [g for g in grads if g is not None]
         again = torch.is_grad_enabled()
-        if (
-            not again
-            and not any(torch._C._functorch.is_legacy_batchedtensor(g) for g in given)
-            and not transformed(given)
-        ):
-            return (None, None, *grads, *(None for _ in inputs))
+        if not again and not _batched(grads):
+            return (None, None, *grads, *[None] * (len(ctx.needs_input_grad) - 2 - ctx.count))
+        inputs = ctx.saved_tensors
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2 + ctx.count :]) if needed]
         with torch.enable_grad():
             # Views of their own, so that an input that stands in two places gets two gradients.
@@ -288,6 +283,11 @@ class _Twice(torch.autograd.Function):
         for i, g in zip(wanted, found, strict=True):
             result[i] = g
         return (None, None, *(None for _ in grads), *result)
+
+
+def _batched(grads: Sequence[Tensor | None]) -> bool:
+    given = [g for g in grads if g is not None]
+    return any(map(torch._C._functorch.is_legacy_batchedtensor, given)) or transformed(given)
 
 
 def twice(

@@ -41,7 +41,7 @@ def guarded(
         return run(existing(call))
     if not wants_gradient(inputs):
         out = run(call)
-        if finite(*_fields(out)):
+        if finite(out) if isinstance(out, Tensor) else finite(*_fields(out)):
             return out
     elif finite(call.q, call.k, call.v) and not _any_nan(inputs[3:]):
         return run(call)
@@ -61,7 +61,9 @@ def readable(*tensors: Tensor) -> bool:
 def finite(*tensors: Tensor) -> bool:
     """Whether all numbers are finite. By their sum, so that it may say no because that overflows."""
     for t in tensors:
-        if not math.isfinite(t.detach().sum(dtype=stats_dtype(t.dtype)).item()):
+        if t.requires_grad:
+            t = t.detach()
+        if not math.isfinite(t.sum(dtype=stats_dtype(t.dtype)).item()):
             return False
     return True
 
@@ -85,10 +87,8 @@ def _any_nan(tensors: list[Tensor]) -> bool:
     return any(math.isnan(t.detach().sum().item()) and bool(torch.isnan(t).any()) for t in tensors)
 
 
-def _fields(out: Any) -> tuple[Tensor, ...]:
-    if isinstance(out, Partial):
-        return out.den, out.num
-    return out if isinstance(out, tuple) else (out,)
+def _fields(out: Partial | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (out.den, out.num) if isinstance(out, Partial) else out
 
 
 def _apart(run: Callable[[AttentionCall], Any], call: AttentionCall, problem: AttentionCall) -> Any:

@@ -669,6 +669,8 @@ def _chunkwise(call: _Call, strict: bool) -> tuple[Tensor, Tensor]:
         tensors = (q, k, v, call.decay, start)
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
         return _forward_op(q, k, v, call.decay, call.segment, start, call.chunk, strict, keep)[:2]
+    if not wants_gradient(call.inputs()):
+        return _forward_tiles(q, k, v, call.decay, call.segment, start, call.chunk, strict, False)[:2]
     out, final = _Chunkwise.apply(q, k, v, call.decay, call.segment, start, call.chunk, strict)
 
     def spec(q: Tensor, k: Tensor, v: Tensor, start: Tensor, *decay: Tensor) -> tuple[Tensor, Tensor]:

@@ -452,7 +452,7 @@ def axis_rules(
     if min(steps) < 1:
         raise ValueError(f"dilation must be at least 1, got {steps}")
     if border == "clamp":
-        masks.neighborhood(grid, kernel, steps, strides, flags)  # its checks are ours
+        masks.check_neighborhood(grid, kernel, steps, strides, flags)
     for axis, (w, s) in enumerate(zip(kernel, strides, strict=True)):
         if w < 1 or not 1 <= s <= w:
             raise ValueError(f"on axis {axis}: kernel_size={w} must be at least 1, stride={s} from 1 to {w}")

@@ -66,7 +66,10 @@ def _holds_dense(mask: Mask) -> bool:
 
 def run(call: AttentionCall) -> Tensor:
     """(B, H, N, Dv). Rows that may attend to nothing give zeros."""
-    return twice((_run(call),), call.inputs(), lambda *inputs: eager.outputs(_undropped(call).replaced(inputs)))[0]
+    out = _run(call)
+    if not torch.is_grad_enabled():
+        return out
+    return twice((out,), call.inputs(), lambda *inputs: eager.outputs(_undropped(call).replaced(inputs)))[0]
 
 
 def _undropped(call: AttentionCall) -> AttentionCall:
@@ -78,7 +81,9 @@ def _undropped(call: AttentionCall) -> AttentionCall:
 
 
 def _run(call: AttentionCall) -> Tensor:
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (call.q, call.k, call.v))  # or it builds the map
+    q, k, v = call.q, call.k, call.v
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:  # or it builds the map
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     grouped = k.shape[1] == v.shape[1] != q.shape[1]
     if not grouped:
         k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])

@@ -1,4 +1,4 @@
-"""Small calls, whose cost is mostly what stands around the arithmetic: the rows of :mod:`attnlib.bench.speed.revisions`.
+"""Small calls, mostly what stands around the arithmetic: the rows of :mod:`attnlib.bench.speed.revisions`.
 
 A script of its own, ``python calls.py``, that knows nothing but the public interface, so that it runs beside any source
 tree: it answers one line of JSON on its input by one on its output.
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,6 +71,17 @@ def _operator(name: str, *args: Any, heads: int = 4, n: int = 64, width: int = 3
     return run
 
 
+def _query() -> Run:
+    q, k, v = torch.randn(1, 8, 1, 32), torch.randn(1, 8, CONTEXT, 32), torch.randn(1, 8, CONTEXT, 32)
+    valid, at = torch.ones(1, CONTEXT, dtype=torch.bool), torch.tensor([CONTEXT - 1])
+
+    def run() -> None:
+        with torch.no_grad():
+            attnlib.attention(q, k, v, mask=attnlib.masks.causal(), valid=valid, q_pos=at)
+
+    return run
+
+
 def _decoder(layers: list[int] | None, attached: bool) -> Run:
     """A decoding step of a small Llama model, untouched or with an intervention that does nothing."""
     import transformers
@@ -110,14 +122,14 @@ _CAUSAL = {"num_heads": 8, "causal": True}
 
 #: Rows by name; each makes what is timed.
 ROWS: dict[str, Callable[[], Run]] = {
-    "step softmax-attention": lambda: _step("softmax-attention", **_CAUSAL),
-    "step softmax-attention, rotary": lambda: _step("softmax-attention", rotary=10000.0, **_CAUSAL),
-    "step softmax-attention, grouped": lambda: _step("softmax-attention", num_kv_heads=2, **_CAUSAL),
-    "step sigmoid-attention": lambda: _step("sigmoid-attention", **_CAUSAL),
-    "step diffqkv-sigma": lambda: _step("diffqkv-sigma", **_CAUSAL),
-    "step lightning-attention-2": lambda: _step("lightning-attention-2", **_HEADS),
-    "step lolcats": lambda: _step("lolcats", window_size=16, **_HEADS),
-    "step nprf-rpe-fft-attention": lambda: _step("nprf-rpe-fft-attention", max_distance=128, **_CAUSAL),
+    "step softmax-attention": partial(_step, "softmax-attention", **_CAUSAL),
+    "step softmax-attention, rotary": partial(_step, "softmax-attention", rotary=10000.0, **_CAUSAL),
+    "step softmax-attention, grouped": partial(_step, "softmax-attention", num_kv_heads=2, **_CAUSAL),
+    "step sigmoid-attention": partial(_step, "sigmoid-attention", **_CAUSAL),
+    "step diffqkv-sigma": partial(_step, "diffqkv-sigma", **_CAUSAL),
+    "step lightning-attention-2": partial(_step, "lightning-attention-2", **_HEADS),
+    "step lolcats": partial(_step, "lolcats", window_size=16, **_HEADS),
+    "step nprf-rpe-fft-attention": partial(_step, "nprf-rpe-fft-attention", max_distance=128, **_CAUSAL),
 }
 for _n, _side in ((16, 4), (64, 8), (128, 0)):
     for _dim in (64, 256):
@@ -129,9 +141,9 @@ for _n, _side in ((16, 4), (64, 8), (128, 0)):
             ("lightning-attention-2", "lightning-attention-2", _HEADS),
             ("lolcats", "lolcats", {"window_size": 16, **_HEADS}),
         ):
-            ROWS[f"forward {_label}, {_at}"] = lambda s=_slug, n=_n, d=_dim, m=_more: _forward(s, (n,), d, **m)
-        ROWS[f"forward softmax-attention, sliding window, {_at}"] = lambda n=_n, d=_dim: _forward(
-            "softmax-attention", (n,), d, mask=attnlib.masks.sliding_window(8), **_HEADS
+            ROWS[f"forward {_label}, {_at}"] = partial(_forward, _slug, (_n,), _dim, **_more)
+        ROWS[f"forward softmax-attention, sliding window, {_at}"] = partial(
+            _forward, "softmax-attention", (_n,), _dim, mask=attnlib.masks.sliding_window(8), **_HEADS
         )
         if _side:
             for _slug, _more in (
@@ -143,35 +155,24 @@ for _n, _side in ((16, 4), (64, 8), (128, 0)):
                 ("focalnet", {}),
                 ("deformable-attention", _HEADS),
             ):
-                ROWS[f"forward {_slug}, {_at}"] = lambda s=_slug, n=_side, d=_dim, m=_more: _forward(s, (n, n), d, **m)
+                ROWS[f"forward {_slug}, {_at}"] = partial(_forward, _slug, (_side, _side), _dim, **_more)
 for _slug, _more in (("softmax-attention", _CAUSAL), ("lightning-attention-2", _HEADS)):
-    ROWS[f"training {_slug}, N=64, dim=128"] = lambda s=_slug, m=_more: _training(s, (64,), 128, **m)
+    ROWS[f"training {_slug}, N=64, dim=128"] = partial(_training, _slug, (64,), 128, **_more)
 ROWS |= {
-    "attention": lambda: _operator("attention"),
-    "attention, causal": lambda: _operator("attention", mask=attnlib.masks.causal()),
-    "attention, one query": lambda: _query(),
-    "attention, sliding window": lambda: _operator("attention", mask=attnlib.masks.sliding_window(8)),
-    "attention, sliding window, tiled": lambda: _operator(
-        "attention", mask=attnlib.masks.sliding_window(8), backend="tiled"
+    "attention": partial(_operator, "attention"),
+    "attention, causal": partial(_operator, "attention", mask=attnlib.masks.causal()),
+    "attention, one query": _query,
+    "attention, sliding window": partial(_operator, "attention", mask=attnlib.masks.sliding_window(8)),
+    "attention, sliding window, tiled": partial(
+        _operator, "attention", mask=attnlib.masks.sliding_window(8), backend="tiled"
     ),
-    "attention, sigmoid": lambda: _operator("attention", normalizer="sigmoid"),
-    "linear_attention": lambda: _operator("linear_attention"),
-    "neighborhood_attention": lambda: _operator("neighborhood_attention", (8, 8), 3),
-    "decoder step, untouched": lambda: _decoder(None, False),
-    "decoder step, idle hook in every layer": lambda: _decoder(None, True),
-    "decoder step, idle hook in one of eight layers": lambda: _decoder([0], True),
+    "attention, sigmoid": partial(_operator, "attention", normalizer="sigmoid"),
+    "linear_attention": partial(_operator, "linear_attention"),
+    "neighborhood_attention": partial(_operator, "neighborhood_attention", (8, 8), 3),
+    "decoder step, untouched": partial(_decoder, None, False),
+    "decoder step, idle hook in every layer": partial(_decoder, None, True),
+    "decoder step, idle hook in one of eight layers": partial(_decoder, [0], True),
 }
-
-
-def _query() -> Run:
-    q, k, v = torch.randn(1, 8, 1, 32), torch.randn(1, 8, CONTEXT, 32), torch.randn(1, 8, CONTEXT, 32)
-    valid, at = torch.ones(1, CONTEXT, dtype=torch.bool), torch.tensor([CONTEXT - 1])
-
-    def run() -> None:
-        with torch.no_grad():
-            attnlib.attention(q, k, v, mask=attnlib.masks.causal(), valid=valid, q_pos=at)
-
-    return run
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ...ops.feature_maps import feature_map
 from ...ops.linear import linear_partial
 from ...types import Output, Partial, Plan, State, Traits, check_choice, stats_dtype
 from ..frame import HeadCall, HeadFrame, Notes, Stream
-from ..layers import flat_valid, merge_heads, split_heads
+from ..layers import flat_valid, merge_heads, split_heads, through
 from ..registry import register
 from ..released import Released, grouped_rule
 
@@ -168,8 +168,8 @@ class SinkFreeAttention(HeadFrame[Notes]):
                 returns=returns,
             )  # fmt: skip
         source = x if context is None else context
-        q = self.q_norm(split_heads(self.q(x), self.num_heads))
-        k = self.k_norm(split_heads(self.k(source), self.num_kv_heads))
+        q = through(self.q_norm, split_heads(self.q(x), self.num_heads))
+        k = through(self.k_norm, split_heads(self.k(source), self.num_kv_heads))
         v = split_heads(self.v(source), self.num_kv_heads)
         exists = flat_valid(valid if context is None else context_valid)
         stream = Stream(x.flatten(1, -2), exists if context is None else None, state, "state" in returns)
@@ -187,7 +187,7 @@ class SinkFreeAttention(HeadFrame[Notes]):
         else:
             out = part.num / part.den.abs().clamp(min=1).unsqueeze(-1)
         out = self._gate(out.to(q.dtype), self._notes(None, None, state, returns))
-        y = self.proj_drop(self.proj(merge_heads(out, x.shape[1:-1])))
+        y = through(self.proj_drop, self.proj(merge_heads(out, x.shape[1:-1])))
         return Output(y, state=stream.next(**final.tensors))
 
     @staticmethod

@@ -14,7 +14,7 @@ from ...grids import Layout
 from ...masks import Mask, as_mask
 from ...types import Plan, State, Traits, check_choice, stats_dtype
 from ..frame import HeadCall, HeadFrame, Notes, Stream
-from ..layers import flat_valid, split_heads, zero_invalid
+from ..layers import flat_valid, split_heads, through, zero_invalid
 from ..registry import register
 from ..released import Released, Rule
 
@@ -198,7 +198,7 @@ class PowerLawGraphAttention(HeadFrame[Notes]):
         """What the learner deduces from ``x`` (B, *grid, C); ``valid`` (B, *grid)."""
         if self.learner is None:
             raise ValueError("this module was deployed with its cached metric and has no learner any more")
-        q = self.q_norm(split_heads(self.q(zero_invalid(x, valid)), self.num_heads))
+        q = through(self.q_norm, split_heads(self.q(zero_invalid(x, valid)), self.num_heads))
         exists = flat_valid(valid)
         if self.rotary is not None:
             q = self._turn(q, self._angles(Stream(x.flatten(1, -2), exists, None, False)))

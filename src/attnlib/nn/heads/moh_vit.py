@@ -23,7 +23,7 @@ from ...checks import check_int, to_tuple
 from ...positions import as_bias
 from ...types import Output, Plan, Traits
 from ..frame import HeadCall
-from ..layers import flat_valid, merge_heads, split_heads, zero_invalid
+from ..layers import flat_valid, merge_heads, split_heads, through, zero_invalid
 from ..registry import register
 from ..released import Released, Rule, split_rule
 from .moh_mixture_of_heads import MixtureOfHeads
@@ -176,7 +176,7 @@ class MoHViTAttention(_CosineHeads):
         call = HeadCall(None, exists, None, bias, self.attn_drop if self.training else 0.0)
         q, k = q.to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)  # autocast normalises in float32
         out = self._gate(self._mix_heads(q, k, v, call, notes), notes)
-        return Output(self.proj_drop(self.proj(merge_heads(out, grid))), losses=notes.losses)
+        return Output(through(self.proj_drop, self.proj(merge_heads(out, grid))), losses=notes.losses)
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -315,7 +315,7 @@ class MoHViTAggregatedAttention(_CosineHeads):
         near = near + unit @ self.learnable_tokens + self.learnable_bias
         out = (v_local @ near.unsqueeze(-1)).squeeze(-1) + far @ pool_v
         y = self.proj(merge_heads(self._gate(out, notes), grid))
-        return Output(self.proj_drop(y), losses=notes.losses)
+        return Output(through(self.proj_drop, y), losses=notes.losses)
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

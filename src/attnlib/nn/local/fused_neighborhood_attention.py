@@ -32,7 +32,7 @@ from ...ops import attention
 from ...ops.neighborhood import axis_rules, neighborhood_attention
 from ...types import Output, State, Traits, to_tuple
 from ..base import PADS, Mechanism
-from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
+from ..layers import flat_valid, head_dim_of, merge_heads, split_heads, through
 from ..registry import register
 from ..released import Released, Rule, join
 
@@ -194,7 +194,7 @@ class FusedNeighborhoodAttention(Mechanism):
             )  # fmt: skip
         else:
             out = self._with_layout(q, k, v, grid, layout, exists, mask, drop)
-        return Output(self.proj_drop(self.proj(merge_heads(out, shape))), state=new_state, weights=weights)
+        return Output(through(self.proj_drop, self.proj(merge_heads(out, shape))), state=new_state, weights=weights)
 
     def _with_layout(
         self,

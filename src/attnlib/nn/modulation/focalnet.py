@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...ops.modulation import gated_sum, modulate, pool, pyramid
 from ...types import Traits, check_choice
 from ..base import Mechanism
-from ..layers import DepthwiseConv, zero_invalid
+from ..layers import DepthwiseConv, through, zero_invalid
 from ..registry import register
 from ..released import Released, Rule
 
@@ -129,7 +129,7 @@ class FocalModulation(Mechanism):
 
     def mix(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
         query, modulator, _gates = self._parts(x, valid)
-        return self.proj_drop(self.proj(self.norm(modulate(query, modulator))))
+        return through(self.proj_drop, self.proj(self.norm(modulate(query, modulator))))
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from ...grids import Layout
 from ...types import Output, State, Traits, check_choice
 from ..dense.softmax_attention import SoftmaxAttention
 from ..frame import HeadCall, HeadFrame, Notes, Stream
-from ..layers import merge_heads, split_heads, zero_invalid
+from ..layers import merge_heads, split_heads, through, zero_invalid
 from ..registry import register
 from ..released import Released, Rule
 
@@ -110,8 +110,8 @@ class CompositeAttention(HeadFrame[Notes]):
         at = torch.arange(n, device=x.device)
         rows = torch.cat([at[:start], at[stop:]])
         text = torch.cat([x[:, :start], x[:, stop:]], 1)
-        q = self.q_norm(split_heads(self.q(text), self.num_heads))
-        k = self.k_norm(split_heads(self.k(x), self.num_kv_heads))
+        q = through(self.q_norm, split_heads(self.q(text), self.num_heads))
+        k = through(self.k_norm, split_heads(self.k(x), self.num_kv_heads))
         v = own = split_heads(self.v(x), self.num_v_heads)
         stream = Stream(x, valid, state, "state" in returns)
         if self.rotary is not None:

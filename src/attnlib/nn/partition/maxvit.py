@@ -35,7 +35,7 @@ from ...ops.partition import KINDS, window_attention
 from ...positions import window_bias
 from ...types import Traits, check_choice, to_tuple
 from ..base import PADS, Mechanism
-from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
+from ..layers import flat_valid, head_dim_of, merge_heads, split_heads, through
 from ..registry import register
 from ..released import Released, Rule
 
@@ -147,7 +147,7 @@ class PartitionAttention(Mechanism):
             q, k, v, grid, self.window_size, self.kind, shift=shift, valid=flat_valid(valid), mask=mask, bias=bias,
             scale=self.head_dim**-0.5, dropout_p=self.attn_drop if self.training else 0.0,
         )  # fmt: skip
-        return self.proj_drop(self.proj(merge_heads(out, grid)))
+        return through(self.proj_drop, self.proj(merge_heads(out, grid)))
 
     @staticmethod
     def convert_state_dict(

@@ -14,7 +14,7 @@ from ...grids import Layout, block_windows, crop_grid, flatten_grid, pad_to_mult
 from ...ops.reduced import adaptive_pool_tokens, agent_attention
 from ...types import Traits, check_choice, check_divides, to_tuple
 from ..base import Mechanism
-from ..layers import DepthwiseConv, flat_valid, merge_heads, split_heads, zero_invalid
+from ..layers import DepthwiseConv, flat_valid, merge_heads, split_heads, through, zero_invalid
 from ..registry import register
 from ..released import Released, Rule, join
 
@@ -260,7 +260,7 @@ class AgentAttention(Mechanism):
     ) -> Tensor:
         x = zero_invalid(x, valid)
         if self.windows:
-            return self.proj_drop(self.proj(self._windowed(x, valid)))
+            return through(self.proj_drop, self.proj(self._windowed(x, valid)))
         before = after = 0
         if layout is None:
             (flat, grid), exists = flatten_grid(x), flat_valid(valid)
@@ -284,7 +284,7 @@ class AgentAttention(Mechanism):
             q, k, v = self._project(flat)
         drop = self.attn_drop if self.training else 0.0
         out = self.cores[0](q, k, v, grid, kv_grid, before, after, exists, kv_exists, drop)
-        return self.proj_drop(self.proj(out)).reshape(x.shape)
+        return through(self.proj_drop, self.proj(out)).reshape(x.shape)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each contiguous: pool, products and convolution would otherwise copy them."""

@@ -14,7 +14,7 @@ from ...grids import block_windows, unblock_windows
 from ...ops import attention
 from ...types import Output, Plan, Traits, check_choice, check_divides
 from ..base import Mechanism
-from ..layers import DepthwiseConv, flat_valid, head_dim_of, merge_heads, split_heads, zero_invalid
+from ..layers import DepthwiseConv, flat_valid, head_dim_of, merge_heads, split_heads, through, zero_invalid
 from ..registry import register
 from ..released import Released, Rule
 
@@ -350,7 +350,7 @@ class SelfGuidedAttention(Mechanism):
                 attention(q, k, v, valid=flat_valid(valid), scale=self.scale, dropout_p=drop), x.shape[1:-1]
             )
         out = out + self.lepe_conv(zero_invalid(self.lepe_linear(x), valid))
-        return Output(self.proj_drop(self.proj(out)), carry=carry)
+        return Output(through(self.proj_drop, self.proj(out)), carry=carry)
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
