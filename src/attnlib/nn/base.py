@@ -109,12 +109,14 @@ class Mechanism(nn.Module):
     pad: str = "mask"
     _mix_takes: ClassVar[tuple[str, ...]] = CALL
     _plan_takes: ClassVar[tuple[str, ...]] = CALL
+    _fits_grid: ClassVar[bool] = False
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
         if "__init__" in cls.__dict__ and cls.__module__.startswith("attnlib."):
             cls.__init__ = _sized(checked(cls.__init__))  # type: ignore[method-assign]
         cls._mix_takes, cls._plan_takes = _named(cls.mix), _named(cls.make_plan)
+        cls._fits_grid = (cls.grid_step, cls._full_grid) != (Mechanism.grid_step, Mechanism._full_grid)
 
     def __init__(self, dim: int, context_dim: int | None = None):
         super().__init__()
@@ -209,7 +211,8 @@ class Mechanism(nn.Module):
         self._check_call(x, context, layout, valid, context_valid, mask, plan, state, carry, returns)
         x, context = zero_invalid(x, valid), context if context is None else zero_invalid(context, context_valid)
         grid, exists = x.shape[1:-1], valid
-        if layout is None:
+        fitted = self._fits_grid and layout is None
+        if fitted:
             x, valid, mask = self._fit_grid(x, valid, mask)
         call = dict(
             context=context, layout=layout, valid=valid, context_valid=context_valid, mask=mask, plan=plan, state=state,
@@ -217,7 +220,7 @@ class Mechanism(nn.Module):
         )  # fmt: skip
         result = self._mixed(x, {name: call[name] for name in self._mix_takes})
         output = result if isinstance(result, Output) else Output(result)
-        if x.shape[1:-1] != grid:
+        if fitted and x.shape[1:-1] != grid:
             output, valid = self._cut_grid(output, grid, x.shape[1:-1]), exists
         if output.state is not None and not output.state.kind:
             output = output._replace(state=State(output.state.tensors, self._name()))
