@@ -75,10 +75,10 @@ def test_doors_stay_cheap():
     """Calls, not seconds: what passes a door is compared, and no words are made for it."""
     x, q = torch.randn(1, 4, 8), torch.randn(1, 2, 4, 8)
     plain = Plain(8)
-    assert counted(lambda: plain(x)) <= 16
+    assert counted(lambda: plain(x)) <= 18
     softmax = attnlib.create("softmax-attention", dim=8, num_heads=2, causal=True)
-    assert counted(lambda: softmax._check_call(x, None, None, None, None, None, None, None, None, ())) <= 10
-    assert counted(lambda: attnlib.attention(q, q, q)) <= 30
-    assert counted(lambda: attnlib.attention(q, q, q, mask=attnlib.masks.causal())) <= 48
+    assert counted(lambda: softmax._check_call(x, None, None, None, None, None, None, None, None, ())) <= 14
+    assert counted(lambda: attnlib.attention(q, q, q)) <= 36
+    assert counted(lambda: attnlib.attention(q, q, q, mask=attnlib.masks.causal())) <= 50
     _, state = softmax.step(x)
-    assert counted(lambda: softmax.step(x[:, :1], state)) <= 170
+    assert counted(lambda: softmax.step(x[:, :1], state)) <= 185
