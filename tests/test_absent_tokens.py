@@ -56,7 +56,10 @@ def test_what_absent_tokens_hold_reaches_nothing(case, train):
             valid = s.holes(held)
             clean = torch.where(valid.unsqueeze(-1), held, 0.0)
             extras = {} if case.extras is None else dict(case.extras(x))
-            dirty = tree_map(lambda t, v=valid, a=argument: filthy(t, v) if a == "valid" else t, extras)
+            own = argument == "valid"  # what is carried beside tokens, and not by them, is clean
+            dirty = tree_map(
+                lambda t, v=valid, own=own: filthy(t, v) if own and t.shape[: v.dim()] == v.shape else t, extras
+            )
             answers = []
             for tokens, more in ((clean, extras), (filthy(held, valid), dirty)):
                 m = s.fresh(train=train)

@@ -234,3 +234,37 @@ def test_bad_calls_are_refused():
         module(x)
     with pytest.raises(ValueError, match="host='vit' is not possible"):
         attnlib.convert_state_dict("agent-attention", {}, host="vit")
+
+
+def test_tables_made_for_other_agents_are_interpolated():
+    """As many agents as the tables hold: the same numbers; others: tables resized over their rows and columns."""
+    plain, other = make(num_agents=4), make(num_agents=4, bias_agents=4)
+    other.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 6, 6, 8).double()
+    assert torch.equal(plain(x), other(x))
+    wide = make(num_agents=(3, 5), bias_agents=4)
+    wide.load_state_dict(plain.state_dict())
+    read, write = wide.cores[0].biases((6, 6), (6, 6), 0, 0)
+    small, small_write = plain.cores[0].biases((6, 6), (6, 6), 0, 0)
+
+    def grown(t):
+        maps = t.mT.unflatten(-1, (2, 2))
+        return torch.nn.functional.interpolate(maps, size=(3, 5), mode="bilinear").flatten(-2)
+
+    torch.testing.assert_close(read.mT, grown(small))
+    torch.testing.assert_close(write, grown(small_write.mT))
+    assert wide(x).shape == x.shape
+
+
+def test_scale_and_tables_that_keep_their_map():
+    x = torch.randn(2, 4, 9, 8).double()
+    module = make(scale=0.3, compat="authors")
+    assert module.cores[0].scale == 0.3
+    tables = [t.detach() for t in module.cores[0].biases((4, 9), (4, 9), 0, 0)]
+    square = [t.detach() for t in module.cores[0].biases((6, 6), (6, 6), 0, 0)]
+    assert all(torch.equal(a, b) for a, b in zip(tables, square, strict=True))
+    assert module(x).shape == x.shape
+    with pytest.raises(ValueError, match=r"map of \(4, 8\).*keeps the biases of a map of \(6, 6\)"):
+        module(x[:, :, :8])
+    with pytest.raises(ValueError, match="bias_agents=5 is no square"):
+        make(bias_agents=5)

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from parity import HERE, Fixture
+from parity import HERE, Fixture, Options
 from safetensors.torch import load_file
 from torch import nn
 
@@ -64,6 +64,13 @@ def rows():
                     theirs,
                     functools.partial(attnlib.create, slug, **config),
                 )
+
+    for slug, case in Options.all():
+        recorded = Options(slug)
+        if "class" not in recorded.config[case]:
+            theirs = recorded.under(f"{case}/sd")
+            convert, create = functools.partial(recorded.convert, case), functools.partial(recorded.create, case)
+            add(f"{slug}/{case}", convert, theirs, create)
 
     def plain(slug, theirs, build, **options):
         add(slug, functools.partial(attnlib.convert_state_dict, slug.split("/")[0], **options), theirs, build)

@@ -1,7 +1,16 @@
+from torch import Tensor
+
 from attnlib import Layout
 from attnlib.check import Case
 
 _AGENTS = ((4, {"num_agents": 4}), (16, {"num_agents": 16}), (64, {"num_agents": 64}))
+
+
+def _few(x: Tensor) -> dict[str, Tensor]:
+    """Three agents that no token has made."""
+    numbers = (x.new_ones(x.shape[0] * 3 * x.shape[-1]).cumsum(0) * 0.7548776662).frac()
+    return {"carry": numbers.view(x.shape[0], 3, x.shape[-1])}
+
 
 ROWS = [
     Case(
@@ -14,5 +23,8 @@ ROWS = [
     ),
     Case("agent-attention", dict(dim=8, num_heads=2, num_agents=(2, 3), grid=8, sr_ratio=2), (8, 8), "pvt"),
     Case("agent-attention", dict(dim=8, num_heads=2, num_agents=4, window_size=4, shift_size=2), (8, 8), "swin"),
+    Case("agent-attention", dict(dim=8, num_heads=2, num_agents=(2, 3), bias_agents=4, grid=5), (6, 7), "detector"),
     Case("agent-attention", dict(dim=8, num_heads=2, num_agents=4, window_size=((6, 2), (2, 6))), (6, 6), "cswin"),
+    Case("agent-sd", dict(dim=8, num_heads=2), (9,), "agents", extras=_few),
+    Case("agent-sd", dict(dim=8, num_heads=2, shortcut=0.0), (3, 4), "no-shortcut", extras=_few),
 ]

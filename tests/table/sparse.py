@@ -34,4 +34,7 @@ ROWS = [
     ),
     Case("biformer", dict(dim=8, num_heads=2, n_win=3, topk=2, compat="authors"), (7, 8), "authors"),
     Case("biformer", dict(dim=8, num_heads=2, n_win=3, topk=2, compat="authors-nchw"), (7, 8), "authors-nchw"),
+    Case("attention-lepe", dict(dim=8, num_heads=2), (4, 5)),
+    Case("attention-lepe", dict(dim=8, num_heads=2, lepe="input", side_dwconv=3, qkv_bias=True), (4, 5), "input"),
+    Case("attention-lepe", dict(dim=8, num_heads=2, side_dwconv=0), (4, 5), "alone"),
 ]

@@ -22,19 +22,19 @@ from ..released import Released, Rule, join
 COARSE = 7
 
 
-def _agent_grid(num_agents: int | Sequence[int]) -> tuple[int, int]:
+def _agent_grid(num_agents: int | Sequence[int], name: str = "num_agents") -> tuple[int, int]:
     if not isinstance(num_agents, int):
-        rows, columns = to_tuple("num_agents", num_agents, 2)
+        rows, columns = to_tuple(name, num_agents, 2)
     else:
         rows = columns = math.isqrt(max(num_agents, 0))
         if rows * columns != num_agents or rows < 1:
             near = max(1, rows) ** 2
             raise ValueError(
-                f"num_agents={num_agents} is no square; possible: {near}, {(max(1, rows) + 1) ** 2}, or a pair "
+                f"{name}={num_agents} is no square; possible: {near}, {(max(1, rows) + 1) ** 2}, or a pair "
                 "(rows, columns)"
             )
     if min(rows, columns) < 1:
-        raise ValueError(f"num_agents={num_agents} must be at least 1 on each axis")
+        raise ValueError(f"{name}={num_agents} must be at least 1 on each axis")
     return rows, columns
 
 
@@ -49,6 +49,9 @@ class AgentCore(nn.Module):
         reduction: how much smaller the keys' grid is per side.
         extra_tokens: tokens beside the grid that have biases of their own.
         kernel_size: of the depthwise convolution on the values; 0 for none.
+        scale: of both score maps; ``head_dim ** -0.5`` by default.
+        table_agents: rows and columns of the agents that the bias tables are made for; other agents interpolate them.
+        fixed: the tables keep the grid that they are made for, and are read row by row on any other of as many tokens.
     """
 
     def __init__(
@@ -60,12 +63,17 @@ class AgentCore(nn.Module):
         reduction: int = 1,
         extra_tokens: int = 0,
         kernel_size: int = 3,
+        scale: float | None = None,
+        table_agents: tuple[int, int] | None = None,
+        fixed: bool = False,
     ):
         super().__init__()
         self.num_heads, self.agents, self.reduction, self.extra_tokens = num_heads, agents, reduction, extra_tokens
         kv_grid = [-(-side // reduction) for side in grid]
-        self.scale = (dim // num_heads) ** -0.5
-        n = math.prod(agents)
+        self.grid, self.kv_grid, self.fixed = tuple(grid), tuple(kv_grid), fixed
+        self.scale = (dim // num_heads) ** -0.5 if scale is None else scale
+        self.table_agents = agents if table_agents is None else table_agents
+        n = math.prod(self.table_agents)
 
         def table(*shape: int) -> nn.Parameter:
             p = nn.Parameter(torch.empty(num_heads, *shape))
@@ -79,8 +87,18 @@ class AgentCore(nn.Module):
             self.ac_bias, self.ca_bias = table(n, extra_tokens), table(extra_tokens, n)
         self.dwc = DepthwiseConv(dim, kernel_size) if kernel_size else None
 
+    def _for_agents(self, table: Tensor, axis: int = 1) -> Tensor:
+        """A table (H, n, ...) for the agents that there are; ``axis`` is that of the agents."""
+        if self.table_agents == self.agents:
+            return table
+        lines = table.movedim(axis, -1)
+        maps = lines.reshape(1, -1, *self.table_agents)
+        maps = F.interpolate(maps, size=self.agents, mode="bilinear")
+        return maps.reshape(*lines.shape[:-1], math.prod(self.agents)).movedim(-1, axis)
+
     def _bias(self, coarse: Tensor, rows: Tensor, columns: Tensor, grid: Sequence[int]) -> Tensor:
         """(H, n, h, w): a coarse map, plus one part for rows and one for columns."""
+        coarse, rows, columns = (self._for_agents(table) for table in (coarse, rows, columns))
 
         def resize(line: Tensor, size: int) -> Tensor:
             return line if line.shape[-1] == size else F.interpolate(line, size=size, mode="linear")
@@ -90,11 +108,20 @@ class AgentCore(nn.Module):
 
     def biases(self, grid: Sequence[int], kv_grid: Sequence[int], before: int, after: int) -> tuple[Tensor, Tensor]:
         """(H, n, M) of the agents' reading and (H, N, n) of the queries'; extra tokens stand around the grid."""
+        if self.fixed:
+            for given, made in ((grid, self.grid), (kv_grid, self.kv_grid)):
+                if math.prod(given) != math.prod(made):
+                    raise ValueError(
+                        f"x has a map of {tuple(given)}, but compat='authors' keeps the biases of a map of {made}; it "
+                        "serves maps of as many tokens only"
+                    )
+            grid, kv_grid = self.grid, self.kv_grid
         read = self._bias(self.an_bias, self.ah_bias, self.aw_bias, kv_grid).flatten(2)
         write = self._bias(self.na_bias, self.ha_bias, self.wa_bias, grid).flatten(2).transpose(1, 2)
         if before + after:
             if self.extra_tokens:
-                ac, ca = self.ac_bias.split([before, after], -1), self.ca_bias.split([before, after], 1)
+                ac = self._for_agents(self.ac_bias).split([before, after], -1)
+                ca = self._for_agents(self.ca_bias, 2).split([before, after], 1)
             else:
                 heads, n, _ = read.shape
                 ac = tuple(read.new_zeros(heads, n, extra) for extra in (before, after))
@@ -177,6 +204,13 @@ class AgentAttention(Mechanism):
         kernel_size: of the depthwise convolution on values; 0 for none.
         attn_drop: dropout of both attention weights in training.
         proj_drop: dropout after the output projection.
+        scale: of both score maps; ``head_dim ** -0.5`` by default. The authors' ``qk_scale`` does nothing; their
+            ``scale`` of detectors and segmenters is the exponent of ``head_dim``.
+        bias_agents: agents that the bias tables are made for, a square number or (rows, columns); ``num_agents`` by
+            default, and interpolated to them. Their detectors and segmenters keep the tables of the classifier and
+            read with ``downstream_agent_shape`` agents.
+        compat: ``"authors"`` keeps the bias tables on the square map that their PVT is built for: a map of other sides
+            and as many tokens reads them row by row, although its rows are longer or shorter.
 
     Reference: Han et al., 2023, arXiv 2312.08874, equations 5 to 8.
 
@@ -207,10 +241,15 @@ class AgentAttention(Mechanism):
         kernel_size: int = 3,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        scale: float | None = None,
+        bias_agents: int | Sequence[int] | None = None,
+        compat: str | None = None,
     ):
         super().__init__(dim)
         check_divides("num_heads", num_heads, "dim", dim)
+        check_choice("compat", compat, (None, "authors"))
         agents = _agent_grid(num_agents)
+        tables = agents if bias_agents is None else _agent_grid(bias_agents, "bias_agents")
         self.num_heads, self.num_agents, self.sr_ratio = num_heads, math.prod(agents), sr_ratio
         self.extra_tokens, self.attn_drop = extra_tokens, attn_drop
         self.shift_size = to_tuple("shift_size", shift_size, 2)
@@ -246,7 +285,8 @@ class AgentAttention(Mechanism):
             self.norm = nn.LayerNorm(dim)
         self.cores = nn.ModuleList(
             AgentCore(
-                dim // groups, num_heads // groups, agents, shape, sr_ratio, extra_tokens, kernel_size
+                dim // groups, num_heads // groups, agents, shape, sr_ratio, extra_tokens,
+                kernel_size, scale, tables, compat == "authors",
             )
             for shape in (self.windows or [base])
         )  # fmt: skip

@@ -104,7 +104,9 @@ class BiLevelRoutingAttention(Mechanism):
         self.n_win = to_tuple("n_win", n_win, 2)
         if min(self.n_win) < 1:
             raise ValueError(f"n_win={n_win} must be at least 1")
-        if not 1 <= topk <= math.prod(self.n_win):
+        # their second class may cut more regions than n_win, so that only the map tells how many there are
+        most = None if compat == "authors-nchw" else math.prod(self.n_win)
+        if topk < 1 or (most is not None and topk > most):
             raise ValueError(
                 f"topk={topk} is not possible with {self.n_win[0]} x {self.n_win[1]} regions; "
                 f"choose 1 to {math.prod(self.n_win)}"
@@ -207,7 +209,8 @@ class BiLevelRoutingAttention(Mechanism):
         if not self.diff_routing:
             q, k = q.detach(), k.detach()
         q_r, k_r = self.router(self._mean(q, exists)), self.router(self._mean(k, exists))
-        return ((q_r * self.scale) @ k_r.transpose(-2, -1)).unsqueeze(1)
+        scale = 1.0 if self.compat == "authors-nchw" else self.scale  # only the order counts there
+        return ((q_r * scale) @ k_r.transpose(-2, -1)).unsqueeze(1)
 
     def _route(self, affinity: Tensor, exists: Tensor | None, tokens: tuple[int, int]) -> BlockPlan:
         regions, (q_block, k_block) = affinity.shape[-1], tokens
