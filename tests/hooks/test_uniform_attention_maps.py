@@ -19,12 +19,14 @@ from attnlib.steer.diffusion.uniform_maps import (  # noqa: E402
     ddim_invert,
     ddim_sample,
     edit_mask,
+    inversion_offsets,
     masked_edit,
     noise_predictor,
     quantile,
 )
 
 FIXTURE = Fixture("uniform-attention-maps")
+OPTIONS = Fixture("uniform-attention-maps-options")
 T = FIXTURE.tensors
 
 
@@ -119,6 +121,74 @@ def test_masked_edit_equals_the_authors(case):
     expected = T[f"loop/{case}"]
     assert expected.abs().max() < 100 and (expected[0] - expected[1]).abs().max() > 0.1
     torch.testing.assert_close(latents, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-5)
+
+
+STEPS = 20
+
+
+def wave(seed, *shape):
+    count = torch.Size(shape).numel()
+    return torch.sin(torch.arange(count, dtype=torch.float64) * 0.7 + seed).float().view(shape)
+
+
+def recorded_path():
+    mixed = [T["loop/z0"] * (1 - i / STEPS) + T["loop/inverted"] * (i / STEPS) for i in range(STEPS + 1)]
+    return [wave(i, 1, 4, 8, 8) * 0.3 + z for i, z in enumerate(mixed)]
+
+
+@pytest.mark.parametrize("case", sorted(OPTIONS.config))
+def test_options_of_the_authors_editors_equal_theirs(case):
+    """20 steps of their 50, a source that follows its inversion, offsets, and their Prompt-to-Prompt editors."""
+    more = {
+        "reference": dict(path=recorded_path()),
+        "offset": dict(offsets=[wave(i, 2, 4, 8, 8) * 0.02 for i in range(STEPS)]),
+        "p2p": dict(blend_source=False),
+        "direct": dict(
+            blend_source=False, offsets=[wave(i, 2, 4, 8, 8) * 0.02 for i in range(STEPS)], uniform_waits=True
+        ),
+    }.get(case, {})
+    predict = (lambda z, t: guided(z, t, 3.0)) if case == "weak" else guided
+    settings = dict(steps=STEPS, ramp=50, **OPTIONS.config[case], **more)
+    start = T["loop/start"].expand(2, -1, -1, -1)
+    latents, uniform = masked_edit(predict, toy(T["loop/empty"]), scheduler(), start, T["loop/inverted"], **settings)
+    expected = OPTIONS.tensors[case]
+    size = float(expected.abs().max())
+    torch.testing.assert_close(latents, expected, atol=1e-5 * size, rtol=1e-5)
+    if f"{case}-uniform" in OPTIONS.tensors:
+        torch.testing.assert_close(uniform, OPTIONS.tensors[f"{case}-uniform"], atol=1e-5 * size, rtol=1e-5)
+    if case != "weak":
+        plain = masked_edit(guided, toy(T["loop/empty"]), scheduler(), start, T["loop/inverted"], steps=STEPS)[0]
+        assert (plain - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("case, more", [("full", {}), ("part", {"scale": 0.3}), ("some", {"every": 3})])
+def test_offsets_equal_the_authors_and_lead_back(case, more):
+    path = recorded_path()
+    offsets = inversion_offsets(guided, scheduler(), path, **more)
+    assert len(offsets) == STEPS
+    expected = OPTIONS.tensors[f"offsets-{case}"]
+    torch.testing.assert_close(torch.stack(offsets)[::9, :, :2], expected, atol=1e-5, rtol=1e-5)
+    if case == "full":
+        edited = masked_edit(
+            guided, toy(T["loop/empty"]), scheduler(), path[-1].expand(2, -1, -1, -1), path[-1], steps=STEPS, below=0,
+            offsets=offsets,
+        )[0]  # fmt: skip
+        torch.testing.assert_close(edited[:1], path[0], atol=1e-5, rtol=1e-5)
+
+
+def test_bad_options_of_the_editor():
+    start, inverted = T["loop/start"].expand(2, -1, -1, -1), T["loop/inverted"]
+    for bad, match in (
+        (dict(ramp=5), "ramp"),
+        (dict(path=[inverted] * 3), "path must hold 21"),
+        (dict(offsets=[inverted] * 3), "one for each of 20"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            masked_edit(guided, toy(T["loop/empty"]), scheduler(), start, inverted, steps=STEPS, **bad)
+    with pytest.raises(ValueError, match="every"):
+        inversion_offsets(guided, scheduler(), [inverted] * 3, every=0)
+    with pytest.raises(ValueError, match="at least two"):
+        inversion_offsets(guided, scheduler(), [inverted])
 
 
 # ---- the map

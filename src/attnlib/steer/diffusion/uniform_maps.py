@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checks import check_int
 from ...hooks.intervention import Intervention
 from ...hooks.session import Session
 from ...hooks.site import Site
@@ -202,6 +203,40 @@ def ddim_sample(predict: Predict, scheduler: Any, latents: Tensor, steps: int = 
     return latents
 
 
+@torch.no_grad()
+def inversion_offsets(
+    predict: Predict, scheduler: Any, path: Sequence[Tensor], batch: int = 2, scale: float = 1.0, every: int = 1
+) -> list[Tensor]:
+    """How far sampling misses an inversion, step by step (Direct Inversion, which the authors' editors build on).
+
+    Step i starts where step i - 1 ended plus its offset, so that with all of them sampling goes back along ``path``.
+
+    Args:
+        predict: noise of (``batch``, C, H, W) as the editing will predict it, guidance included.
+        scheduler: a diffusers scheduler; its noise levels are used.
+        path: the latents of :func:`ddim_invert`, the clean ones first.
+        batch: latents that are sampled side by side.
+        scale: share of each offset that is used.
+        every: use one offset in so many, the others are zero.
+
+    Returns:
+        ``len(path) - 1`` offsets (``batch``, C, H, W), for ``masked_edit(offsets=...)``.
+
+    Reference: Ju et al., 2023, arXiv 2310.01506.
+    """
+    check_int("every", every, least=1)
+    if len(path) < 2:
+        raise ValueError(f"path must hold at least two latents, got {len(path)}")
+    forward = _fresh(scheduler, len(path) - 1)
+    offsets, latents = [], path[-1].expand(batch, -1, -1, -1)
+    for i, t in enumerate(forward.timesteps):
+        back = forward.step(predict(latents, t), t, latents).prev_sample
+        offset = scale * (path[-2 - i] - back) if i % every == 0 else torch.zeros_like(back)
+        offsets.append(offset)
+        latents = back + offset
+    return offsets
+
+
 def quantile(x: Tensor, q: float) -> Tensor:
     """The ``q``-quantile of all elements, of any number (``torch.quantile`` stops at 16 million).
 
@@ -267,6 +302,11 @@ def masked_edit(
     below: int = 200,
     radius: int = 0,
     twice: bool = True,
+    ramp: int | None = None,
+    blend_source: bool = True,
+    path: Sequence[Tensor] | None = None,
+    offsets: Sequence[Tensor] | None = None,
+    uniform_waits: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sample source and target while a branch with uniform maps keeps what the edit does not touch.
 
@@ -285,6 +325,15 @@ def masked_edit(
         below: timestep from which on the images are blended; 200 in their script, 400 in their function.
         radius: growth of the mask; 0 in their script, 1 in their editor.
         twice: see :func:`edit_mask`.
+        ramp: steps over which the quantile grows to ``q``; ``steps`` by default, 50 in the authors' code whatever
+            ``steps``.
+        blend_source: the source takes the uniform branch's image inside the mask, as in the authors' MasaCtrl editor;
+            their Prompt-to-Prompt editor leaves it.
+        path: latents of an inversion, see :func:`ddim_invert`; the source then starts every step from its own.
+        offsets: (1 or 2, C, H, W) for each step, the first of which is added to the source after it, see
+            :func:`inversion_offsets`.
+        uniform_waits: the uniform branch stands still outside the timesteps of the blending, as in the authors'
+            Prompt-to-Prompt editor with Direct Inversion.
 
     Returns:
         ``(latents (2, C, H, W), uniform latents (1, C, H, W))``, clean.
@@ -301,16 +350,28 @@ def masked_edit(
         )
     if not 0.0 <= q <= 1.0:
         raise ValueError(f"q must lie in [0, 1], got {q}")
+    ramp = steps if ramp is None else check_int("ramp", ramp, least=steps)
+    if path is not None and len(path) != steps + 1:
+        raise ValueError(f"path must hold {steps + 1} latents, the clean ones first; got {len(path)}")
+    if offsets is not None and len(offsets) != steps:
+        raise ValueError(f"offsets must be one for each of {steps} steps, got {len(offsets)}")
     forward = _fresh(scheduler, steps)
     for i, t in enumerate(forward.timesteps):
+        if path is not None:
+            latents = torch.cat([path[-1 - i].to(latents), latents[1:]])
         noise, noise_uniform = predict(latents, t), predict_uniform(uniform_latents, t)
         after = forward.step(noise_uniform, t, uniform_latents)
-        if 0 < int(t) < below:
+        inside = 0 < int(t) < below
+        if inside:
             clean = forward.step(noise, t, latents).pred_original_sample
-            mask = edit_mask(clean[0], clean[1], q * i / max(steps - 1, 1), radius, twice)
-            clean = torch.stack(blend(clean[0], clean[1], after.pred_original_sample[0], mask))
+            mask = edit_mask(clean[0], clean[1], q * i / max(ramp - 1, 1), radius, twice)
+            source, target = blend(clean[0], clean[1], after.pred_original_sample[0], mask)
+            clean = torch.stack([source if blend_source else clean[0], target])
             # The same noise beside another clean image: what the scheduler steps back from.
             latents = forward.add_noise(clean, noise, t)
         latents = forward.step(noise, t, latents).prev_sample
-        uniform_latents = after.prev_sample
+        if offsets is not None:
+            latents = torch.cat([latents[:1] + offsets[i][:1].to(latents), latents[1:]])
+        if inside or not uniform_waits:
+            uniform_latents = after.prev_sample
     return latents, uniform_latents
