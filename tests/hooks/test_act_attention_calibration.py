@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity import Fixture
 from safetensors.torch import load_file
 
 import attnlib
@@ -60,6 +61,22 @@ def test_edited_maps_equal_the_authors(recorded):
             if compat is None and 2 in heads:
                 assert int(sinks[0, 2].sum()) == int(find_sinks(c, 0.1, first, "authors")[0, 2].sum()) + 1
     assert not torch.equal(recorded["weights"], recorded["one"])
+
+
+OPTIONS = Fixture("act-options")
+
+
+@pytest.mark.parametrize("case", OPTIONS.config)
+def test_other_settings_and_a_batch_equal_the_authors(case):
+    """Theirs edits the first sample of a batch."""
+    settings = dict(OPTIONS.config[case])
+    heads, weights = settings.pop("heads"), OPTIONS.tensors["weights"]
+    site, rows = call_site(torch.zeros(3, 3, 7, 4), torch.zeros(3, 3, 7, 4)), torch.arange(7)
+    edited = SinkCalibration({2: heads}, compat="authors", **settings).on_weights(site, weights, rows)
+    torch.testing.assert_close(edited, OPTIONS.tensors[case], atol=1e-6, rtol=1e-5)
+    assert not torch.equal(edited[0], weights[0]) and torch.equal(edited[1:], weights[1:])
+    every = SinkCalibration({2: heads}, **settings).on_weights(site, weights, rows)
+    assert all(not torch.equal(a, b) for a, b in zip(every, weights, strict=True))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.4, 0.9])
@@ -129,6 +146,12 @@ def test_lists_of_the_authors():
     lists = HEADS["llama-2-7b-chat/classification"]
     assert lists[2] == (2, 8, 12, 13, 16, 17, 20, 25) and lists[30] == (2,) and 28 not in lists
     assert SinkCalibration("llama-2-7b-chat/multiple-choice").layers[:2] == [2, 3]
+    assert HEADS["mistral-7b/classification"] == {
+        2: (5, 10), 3: (23,), 5: (3,), 6: (8, 13), 9: (16, 24), 10: (14,), 11: (31,), 12: (9,), 13: (0, 13, 27),
+        14: (0, 9),
+    }  # fmt: skip
+    assert HEADS["llama-2-7b-chat/all"][31] == (4,) and HEADS["mistral-7b/multiple-choice"][22] == (13, 23)
+    assert all(2 <= n < 32 and all(0 <= h < 32 for h in some) for t in HEADS.values() for n, some in t.items())
     with pytest.raises(ValueError, match="layer 3 does not exist"):
         attnlib.attach(
             language_model(num_attention_heads=32, num_key_value_heads=32), SinkCalibration(next(iter(HEADS)))

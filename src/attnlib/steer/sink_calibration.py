@@ -10,11 +10,11 @@ With the causal weights ``A`` of a head over the prompt,
 Heads are chosen offline: each head of each layer is edited alone and a calibration set is scored; the heads that beat
 the untouched model are kept (:func:`search_heads`).
 
-What differs from the authors' code: every sample of a batch is edited (theirs edits the first), padding counts neither
-as row nor as key; the first token is spared and nothing else (theirs spares the first index above the threshold, so a
-real sink where the first token is none: ``compat="authors"``); a row whose whole weight lies on ``S`` stays (theirs
-divides by zero); new tokens read sinks of the prompt with the same edit (theirs breaks there; ``decode=False`` leaves
-them alone).
+What differs from the authors' code: every sample of a batch is edited, and padding counts neither as row nor as key
+(theirs edits the first sample); the first token is spared and nothing else (theirs spares the first index above the
+threshold, so a real sink where the first token is none); both are theirs with ``compat="authors"``. A row whose whole
+weight lies on ``S`` stays (theirs divides by zero); new tokens read sinks of the prompt with the same edit (theirs
+breaks there; ``decode=False`` leaves them alone).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..hooks.session import Session
 from ..hooks.site import Site
 from ..types import check_choice, exactly, to_list
 
-#: Heads that the authors' search kept, ``{layer: heads}``.
+#: Heads that the authors' search kept, ``{layer: heads}``; ``"all"`` is that of their open questions (MT-Bench).
 HEADS: dict[str, dict[int, tuple[int, ...]]] = {
     "llama-2-7b-chat/classification": {
         2: (2, 8, 12, 13, 16, 17, 20, 25), 3: (0, 1, 2, 10, 24, 28), 4: (1, 3, 4, 9, 10, 11, 15, 19, 23, 25, 27, 30),
@@ -50,6 +50,22 @@ HEADS: dict[str, dict[int, tuple[int, ...]]] = {
         9: (0, 7, 10, 15, 20), 10: (19, 22, 23, 25, 26), 11: (8, 10, 12, 14, 15, 17, 18, 26), 12: (0, 6, 31),
         13: (8, 9, 21, 26), 14: (0, 13, 15), 15: (12, 21, 24), 16: (31,), 17: (24, 30), 18: (7, 17), 19: (30,),
         20: (15, 29), 21: (20,), 22: (2, 6), 24: (18, 20), 26: (6, 14, 19), 27: (29,), 28: (13,), 29: (2, 15),
+    },
+    "llama-2-7b-chat/all": {
+        2: (8,), 3: (1,), 5: (1, 13), 6: (11, 31), 8: (2,), 9: (0,), 10: (23, 25), 11: (8, 10, 12, 14, 26), 12: (31,),
+        13: (8, 9), 14: (15,), 15: (21,), 20: (15,), 21: (20,), 24: (18,), 29: (2,), 31: (4,),
+    },
+    "mistral-7b/classification": {
+        2: (5, 10), 3: (23,), 5: (3,), 6: (8, 13), 9: (16, 24), 10: (14,), 11: (31,), 12: (9,), 13: (0, 13, 27),
+        14: (0, 9),
+    },
+    "mistral-7b/multiple-choice": {
+        2: (19,), 3: (22,), 4: (3, 7, 12, 15, 31), 5: (0, 29), 6: (31,), 7: (5, 13, 21, 23, 24, 27),
+        8: (0, 7, 17, 20, 25, 27, 29), 9: (7, 19, 23, 29), 10: (24, 26, 28, 31), 11: (5, 11, 23, 27),
+        12: (9, 12, 13, 14), 13: (4, 22, 26, 30), 14: (14, 16, 20, 22, 23, 25), 15: (4, 8, 13, 22),
+        16: (15, 23, 26, 28), 17: (7, 10, 22), 18: (6, 28, 31), 19: (3, 14, 21), 20: (1, 7, 21), 21: (9,),
+        22: (13, 23), 23: (2,), 24: (8, 9, 19, 28, 30), 25: (4, 6, 17, 22, 28), 26: (22,), 27: (2, 9, 14, 22),
+        28: (2, 4, 5, 7, 10, 13, 20), 29: (6, 28, 29), 31: (0, 1, 11, 14, 21, 30),
     },
 }  # fmt: skip
 
@@ -126,7 +142,7 @@ class SinkCalibration(Intervention):
         decode: also edit the rows of new tokens, with the sinks of the prompt. Without a cache every step reads all
             tokens anew, and sinks are those of all of them.
         layers: when ``heads`` does not name them.
-        compat: ``"authors"``, see :func:`find_sinks`.
+        compat: ``"authors"``, see :func:`find_sinks`; only the first sample of a batch is edited.
 
     Raises:
         ValueError: a share outside [0, 1], heads or lists that do not exist.
@@ -238,6 +254,8 @@ class SinkCalibration(Intervention):
             threshold = self.threshold / key_exists.sum(-1).clamp(min=1)[:, None, None]
         sinks = torch.zeros(*weights.shape[:2], weights.shape[-1], dtype=torch.bool, device=weights.device)
         sinks[:, chosen] = find_sinks(scores, threshold, first, self.compat)
+        if self.compat == "authors":
+            sinks[1:] = False
         return sinks
 
     def _by_slot(self, site: Site, sinks: Tensor) -> Tensor:
