@@ -72,13 +72,27 @@ def test_smooth_maps_equal_scikit_image_at_other_sizes():
     torch.manual_seed(0)
     for grid, size in (((6, 9), (40, 60)), ((7, 7), (28, 28)), ((3, 3), (224, 224))):
         cam = torch.rand(2, *grid)
-        mine = spread_relevance(cam, size)
-        for one, want in zip(mine, cam.double().numpy(), strict=True):
-            want = (want - want.min()) / (want.max() - want.min())
-            want = transform.resize(want, size, order=3, mode="constant")
-            want = ndimage.gaussian_filter(want, 0.02 * max(size))
-            want = (want - want.min()) / (want - want.min()).max()
-            torch.testing.assert_close(one, torch.from_numpy(want), atol=1e-6, rtol=1e-5)
+        for blur in (0.02, 0.05, 0.0):  # the authors' getAttMap(blur=False) stops after resizing
+            mine = spread_relevance(cam, size, blur)
+            for one, want in zip(mine, cam.double().numpy(), strict=True):
+                want = (want - want.min()) / (want.max() - want.min())
+                want = transform.resize(want, size, order=3, mode="constant")
+                if blur:
+                    want = ndimage.gaussian_filter(want, blur * max(size))
+                    want = (want - want.min()) / (want - want.min()).max()
+                torch.testing.assert_close(one, torch.from_numpy(want), atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="blur"):
+        spread_relevance(cam, size, -1.0)
+
+
+def test_maps_of_single_tokens_are_what_is_averaged():
+    attention, gradient = toy_attention()
+    valid = torch.tensor([[True] * 5 + [False]])
+    each = grad_cam(attention, gradient, valid, (24, 24), average=False)
+    assert each.shape == (1, 6, 24, 24) and (each[0, 5] == 0).all()
+    torch.testing.assert_close(each[:, 1:4].mean(1), grad_cam(attention, gradient, valid, (24, 24)))
+    want = (attention[0, :, 2, 1:] * gradient[0, :, 2, 1:].clamp(min=0)).mean(0)
+    torch.testing.assert_close(each[0, 2].flatten(), want)
 
 
 def test_masks_of_a_batch_flat_maps_and_extreme_scores():
@@ -219,6 +233,32 @@ def test_decoding_equals_two_models(case, mode):
         assert agla.forwards == 5
     assert not torch.equal(want[0], plain[0])
     equal(generated(model, inputs, mode), plain, atol=0)
+
+
+def test_the_authors_read_the_branch_once(case):
+    """From the second new token on their branch goes on with the main cache: both scores are one."""
+    model, inputs, rule = case
+    pixels = inputs["pixel_values"].flip(-1)
+
+    class Once(Scratch):
+        def __call__(self, ids, scores):
+            self.step += 1
+            return contrast(scores, self.other(ids) if self.step == 0 else scores, *self.settings)
+
+    def other(ids):
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=(ids != 0).long(), pixel_values=pixels).logits[:, -1]
+
+    want = generated(model, inputs, processor=Once(other, 1.0, 2.0, 0.3))
+    agla = AGLA(pixels, 2.0, 0.3, compat="authors")
+    with attnlib.attach(model, agla, token_types=rule):
+        equal(generated(model, inputs), want, atol=1e-5)
+    assert agla.forwards == 1
+    ours = AGLA(pixels, 2.0, 0.3)
+    with attnlib.attach(model, ours, token_types=rule):
+        assert not torch.allclose(generated(model, inputs)[0][1], want[0][1])
+    with pytest.raises(ValueError, match="compat"):
+        AGLA(pixels, compat="paper")
 
 
 def test_the_same_image_only_sharpens(case):

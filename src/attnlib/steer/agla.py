@@ -11,7 +11,7 @@ scaled again; with the matching score ``s`` pixels stay that are at least as rel
 ``1 + alpha``: a temperature of ``1 / (1 + alpha)``.
 
 What differs from the authors' code: the branch keeps a cache of its own; from the second new token on theirs continues
-the main branch's cache, so that both scores coincide.
+the main branch's cache, so that both scores coincide (``compat="authors"``).
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_real
 from ..hooks.branches import OtherPixels
-from .contrastive import ContrastiveDecoding
+from ..types import check_choice
+from .contrastive import ContrastiveDecoding, contrast
 
 # --------------------------------------------------------------------------------------------------------------------
 # From relevance to a mask
@@ -58,12 +60,13 @@ def _blur_matrix(n: int, sigma: float) -> Tensor:
     return torch.zeros(n, n, dtype=torch.float64).scatter_add(1, at, kernel.expand(n, -1))
 
 
-def spread_relevance(relevance: Tensor, size: tuple[int, int] = (384, 384)) -> Tensor:
+def spread_relevance(relevance: Tensor, size: tuple[int, int] = (384, 384), blur: float = 0.02) -> Tensor:
     """A coarse map as a smooth one between 0 and 1.
 
     Args:
         relevance: (B, h, w).
         size: (H, W).
+        blur: sigma of the blur as a share of the longer side; with 0 the resized map is left as it is.
 
     Returns:
         (B, H, W) float64.
@@ -83,18 +86,23 @@ def spread_relevance(relevance: Tensor, size: tuple[int, int] = (384, 384)) -> T
     rows, columns = (_spline_matrix(n, m) for n, m in zip(x.shape[1:], size, strict=True))
     low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
     x = (rows @ x @ columns.T).clamp(low, high)
-    sigma = 0.02 * max(size)
+    if not blur:
+        return x.to(relevance.device)
+    sigma = check_real("blur", blur, above=0.0) * max(size)
     x = _blur_matrix(size[0], sigma) @ x @ _blur_matrix(size[1], sigma).T
     return scaled(x).to(relevance.device)
 
 
-def relevance_mask(relevance: Tensor, score: Tensor | float, size: tuple[int, int] = (384, 384)) -> Tensor:
+def relevance_mask(
+    relevance: Tensor, score: Tensor | float, size: tuple[int, int] = (384, 384), blur: float = 0.02
+) -> Tensor:
     """Which pixels stay.
 
     Args:
         relevance: (B, h, w) how much each region matters to the text.
         score: (B,) how well image and text match, at most 2.
         size: (H, W).
+        blur: of :func:`spread_relevance`.
 
     Returns:
         (B, H, W) boolean.
@@ -104,7 +112,7 @@ def relevance_mask(relevance: Tensor, score: Tensor | float, size: tuple[int, in
     >>> relevance_mask(torch.eye(4)[None], 2.0, (16, 16)).sum().item()
     1
     """
-    spread = spread_relevance(relevance, size)
+    spread = spread_relevance(relevance, size, blur)
     share = (1 - torch.as_tensor(score, dtype=torch.float64).reshape(-1) / 2).clamp(0, 1 - 1e-5)
     if len(share) not in (1, len(spread)):
         raise ValueError(f"score has {len(share)} entries for {len(spread)} images")
@@ -141,7 +149,7 @@ def mask_pixels(pixels: Tensor, mask: Tensor, mean: Sequence[float] = (0.0,), st
 # Relevance
 
 
-def grad_cam(attention: Tensor, gradient: Tensor, valid: Tensor, grid: tuple[int, int]) -> Tensor:
+def grad_cam(attention: Tensor, gradient: Tensor, valid: Tensor, grid: tuple[int, int], average: bool = True) -> Tensor:
     """Relevance of patches from one layer of cross-attention.
 
     Args:
@@ -149,9 +157,10 @@ def grad_cam(attention: Tensor, gradient: Tensor, valid: Tensor, grid: tuple[int
         gradient: of the matching score with respect to them.
         valid: (B, T) tokens that exist; the first and the last of them are left out of the average.
         grid: (h, w) of the patches.
+        average: over the text; otherwise there is a map for every token.
 
     Returns:
-        (B, h, w): ``mean_h(A * max(G, 0))``, averaged over the text.
+        (B, h, w), or (B, T, h, w): ``mean_h(A * max(G, 0))``; zeros for tokens that do not exist.
 
     Reference: An et al., 2024, arXiv 2406.12718, equations 4 and 5.
     """
@@ -162,6 +171,8 @@ def grad_cam(attention: Tensor, gradient: Tensor, valid: Tensor, grid: tuple[int
             f"{patches} keys, or one more"
         )
     cam = (attention * gradient.clamp(min=0))[..., -patches:].mean(1) * valid[..., None].to(attention)
+    if not average:
+        return cam.unflatten(2, grid)
     count = valid.long().sum(1) - 2
     place = valid.long().cumsum(1) - 1
     inner = valid & (place >= 1) & (place <= count[:, None])
@@ -228,6 +239,8 @@ class AGLA(ContrastiveDecoding):
             prompt's own pixels to such; see :func:`relevance_mask` and :func:`mask_pixels`.
         alpha: weight of the branch; 0 leaves the scores of plausible tokens as they are.
         cutoff: share of the largest probability that a token needs.
+        compat: ``"authors"`` reads the branch for the first new token only; from the second on its scores are the
+            model's own, which are then sharpened by ``1 + alpha``.
 
     Raises:
         ValueError: a negative weight, a cut-off outside [0, 1].
@@ -240,10 +253,21 @@ class AGLA(ContrastiveDecoding):
 
     name: ClassVar[str] = "agla"
 
-    def __init__(self, pixels: Tensor | Callable[[Tensor], Tensor], alpha: float = 2.0, cutoff: float = 0.5):
+    def __init__(
+        self,
+        pixels: Tensor | Callable[[Tensor], Tensor],
+        alpha: float = 2.0,
+        cutoff: float = 0.5,
+        compat: str | None = None,
+    ):
         if not alpha >= 0:
             raise ValueError(f"alpha must not be negative, got {alpha}")
-        super().__init__(OtherPixels(pixels, "relevant-region"), 1.0, alpha, cutoff)
+        check_choice("compat", compat, (None, "authors"))
+        self.compat = compat
+        super().__init__(OtherPixels(pixels, "relevant-region"), 1.0, alpha, cutoff, interval=0 if compat else None)
+
+    def beyond(self, logits: Tensor) -> Tensor:
+        return contrast(logits, logits, self.a, self.b, self.cutoff) if self.compat else logits
 
     @classmethod
     def from_relevance(
@@ -256,7 +280,7 @@ class AGLA(ContrastiveDecoding):
     ) -> AGLA:
         """Mask the prompt's own pixels by relevance maps (images, h, w) and matching scores (images,).
 
-        ``mean`` and ``std`` are those of the model's image processor; ``settings`` are ``alpha`` and ``cutoff``.
+        ``mean`` and ``std`` are those of the model's image processor; ``settings`` those of the class.
         """
 
         def masked(pixels: Tensor) -> Tensor:

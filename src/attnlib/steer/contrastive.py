@@ -211,9 +211,14 @@ class ContrastiveDecoding(Intervention):
         if state is None or not bool(state.image.any()):
             return logits
         if self.interval is not None and ids.shape[1] - state.start > self.interval:
-            return logits
-        out = contrast(logits, state.logits.to(logits), self.a, self.b, self.cutoff, self.normalize)
-        return torch.where(state.image[:, None], out, logits)
+            out = self.beyond(logits)
+        else:
+            out = contrast(logits, state.logits.to(logits), self.a, self.b, self.cutoff, self.normalize)
+        return out if out is logits else torch.where(state.image[:, None], out, logits)
+
+    def beyond(self, logits: Tensor) -> Tensor:
+        """Scores beyond the interval, where the second branch is not read any more."""
+        return logits
 
     def _follow(self, ids: Tensor, logits: Tensor) -> _State | None:
         """The second branch, with the same tokens read as the first."""
