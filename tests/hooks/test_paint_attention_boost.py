@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity import Fixture
 from safetensors.torch import load_file
 
 import attnlib
@@ -41,6 +42,22 @@ def test_sets_equal_the_authors(recorded):
     assert torch.equal(local[0].nonzero().flatten(), recorded["local"])
     assert torch.equal(summary[0].nonzero().flatten(), recorded["summary"])
     assert len(recorded["summary"]) == 3 and len(recorded["local"]) > 3
+
+
+OPTIONS = Fixture("paint-options")
+
+
+@pytest.mark.parametrize("case", OPTIONS.config)
+def test_sets_of_other_ratios_equal_the_authors(case):
+    """Half and none of the patches, the spatial term, and an outlier lost to rounding."""
+    t, settings = OPTIONS.under(case), OPTIONS.config[case]
+    local, summary = boost_sets(t["first"], t["late"], **settings, spatial=t["spatial"], compat="authors")
+    assert torch.equal(local[0].nonzero().flatten(), t["local"])
+    assert torch.equal(summary[0].nonzero().flatten(), t["summary"])
+    ours = boost_sets(t["first"], t["late"], settings["ratio"])[1]
+    assert int(ours.sum()) - int(summary.sum()) == (case == "rounded")
+    with pytest.raises(ValueError, match="spatial must be"):
+        boost_sets(t["first"], t["late"], spatial=t["spatial"][:, 2:])
 
 
 def test_prefill_and_decoding_equal_the_authors(recorded):

@@ -36,13 +36,25 @@ from ._watch import at_keys, image_slots, prompt_types
 from .contrastive import ContrastiveDecoding
 
 
-def boost_sets(first: Tensor, late: Tensor, ratio: float = 0.25) -> tuple[Tensor, Tensor]:
+def boost_sets(
+    first: Tensor,
+    late: Tensor,
+    ratio: float = 0.25,
+    spatial: Tensor | None = None,
+    spatial_ratio: float = 0.0,
+    compat: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """Which patches are local and which are summary.
 
     Args:
         first: (B, N) what the class token reads of each patch in the first layer.
         late: (B, N) the same in the last layer but one.
         ratio: share of patches that are local.
+        spatial: (B, N) another worth of each patch, whose best are local too. The authors take the row sums of the
+            first layer's map, class token included (its N + 1 entries count as patches from there, the last as none);
+            rows of a softmax sum to one, so that rounding decides.
+        spatial_ratio: share of patches for which ``spatial`` speaks; 0 in the authors' code.
+        compat: ``"authors"`` keeps ``int(N (k / N))`` of k outliers, which in floating point may be one fewer.
 
     Returns:
         Two (B, N) booleans without a common element.
@@ -52,12 +64,23 @@ def boost_sets(first: Tensor, late: Tensor, ratio: float = 0.25) -> tuple[Tensor
     >>> local[0].nonzero().flatten().tolist(), summary[0].nonzero().flatten().tolist()
     ([6], [7])
     """
+    check_choice("compat", compat, (None, "authors"))
+    count = first.shape[-1]
     wide = late.to(stats_dtype(late.dtype))
     at = torch.tensor([0.25, 0.75], dtype=wide.dtype, device=wide.device)
     q1, q3 = torch.quantile(wide, at, dim=-1, keepdim=True)
     summary = wide > q3 + 1.5 * (q3 - q1)
-    top = first.topk(int(ratio * first.shape[-1]), -1).indices
-    local = torch.zeros_like(summary).scatter(-1, top, True)
+    if compat == "authors":
+        for row, worth in zip(summary, wide, strict=True):
+            stays = int(count * (int(row.sum()) / count))
+            row[worth.masked_fill(~row, float("-inf")).argsort(descending=True)[stays:]] = False
+    local = torch.zeros_like(summary).scatter(-1, first.topk(int(ratio * count), -1).indices, True)
+    if spatial is not None:
+        if spatial.shape[-1] not in (count, count + 1):
+            raise ValueError(f"spatial must be (B, {count}) or (B, {count + 1}), got {tuple(spatial.shape)}")
+        top = spatial.topk(int(spatial_ratio * count), -1).indices
+        more = torch.zeros(*local.shape[:-1], spatial.shape[-1], dtype=torch.bool, device=local.device)
+        local = local | more.scatter(-1, top, True)[..., :count]
     return local & ~summary, summary
 
 
@@ -91,6 +114,7 @@ class VisualBoost(Intervention):
         layers: layers to change; ``None`` for all from ``first_layer`` on.
         vision: dotted path of the vision encoder, when it is not found by itself.
         branches: names of the decoding branches to act in; the default is the main one only.
+        compat: of :func:`boost_sets`.
 
     Raises:
         ValueError: negative gains, a ratio outside [0, 1], no vision encoder with a class token, sets of tokens that
@@ -117,7 +141,9 @@ class VisualBoost(Intervention):
         layers: Sequence[int | str] | None = None,
         vision: str | None = None,
         branches: Sequence[str | None] = (None,),
+        compat: str | None = None,
     ):
+        check_choice("compat", compat, (None, "authors"))
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -128,7 +154,7 @@ class VisualBoost(Intervention):
         elif len(sets) != 2 or any(s.dim() != 2 or s.dtype != torch.bool for s in sets):
             raise ValueError("sets must be 'vision', 'all' or two (B, N) boolean tensors (local, summary)")
         self.alpha, self.beta, self.local_ratio, self.sets = alpha, beta, local_ratio, sets
-        self.head_gain, self.first_layer, self.vision = head_gain, first_layer, vision
+        self.head_gain, self.first_layer, self.vision, self.compat = head_gain, first_layer, vision, compat
         self.branches = tuple(branches)
         self.layers = to_list("layers", layers)
         self.encoder: VisionTower | None = None
@@ -189,7 +215,7 @@ class VisualBoost(Intervention):
                 "VisualBoost: the prompt has image tokens, but the vision encoder did not run for it, so there is "
                 "nothing to choose them by; give sets='all' or two boolean tensors"
             )
-        local, summary = boost_sets(first, late, self.local_ratio)
+        local, summary = boost_sets(first, late, self.local_ratio, compat=self.compat)
         gain = local.double() * self.alpha + summary.double() * self.beta
         return image_slots(types, gain, 0.0, self.encoder.class_token)
 
