@@ -410,7 +410,7 @@ class Activated(Normalizer):
         if self.power is None:
             return base, base, total, base, total, total
         count = (scores > float("-inf")).sum(-1, keepdim=True).to(scores.dtype)
-        excess = (base * count - self.offset * (count > self.spare)).clamp(min=0)
+        excess = (base * count - self.offset * (count > self.spare).to(scores.dtype)).clamp(min=0)
         # Divided by the largest before the power: the same after normalisation, and 4096 ** 15 never appears.
         top = excess.amax(-1, keepdim=True) if scores.shape[-1] else torch.zeros_like(count)
         ratio = _over(excess, top)

@@ -332,8 +332,10 @@ def window_bias(table: Tensor, window: Sequence[int]) -> RelativeBias:
     return RelativeBias(table, coords, coords, [w - 1 for w in window], [2 * w - 1 for w in window])
 
 
-def alibi_slopes(num_heads: int) -> Tensor:
+def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
     """(H,) slopes ``2 ** (-8 (h + 1) / H)``, with the authors' interpolation when H is no power of two.
+
+    They are float32, or float64 where that is the default type.
 
     Reference: Press, Smith, Lewis, 2022, arXiv 2108.12409.
     """
@@ -348,7 +350,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
     slopes = power_of_two(closest)
     if closest < num_heads:
         slopes += power_of_two(2 * closest)[0::2][: num_heads - closest]
-    return torch.tensor(slopes)
+    return torch.tensor(slopes, device=device, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
 
 
 def alibi(
@@ -367,7 +369,7 @@ def alibi(
         check_axes(name, pos, **{size: None})
     check_device(q_pos=q_pos, k_pos=k_pos, slopes=slopes)
     if slopes is None:
-        slopes = alibi_slopes(num_heads).to(q_pos.device)
+        slopes = alibi_slopes(num_heads, q_pos.device)
     check_float("slopes", slopes)
     check_axes("slopes", slopes, H=num_heads)
     if span is None and not (q_pos.numel() and k_pos.numel()):

@@ -1,6 +1,8 @@
 """The specification (eager) against loops, and SDPA against the specification."""
 
 import math
+import threading
+from typing import Any
 
 import pytest
 import torch
@@ -358,3 +360,52 @@ def test_partial_refuses_what_attention_refuses():
         attention_partial(_t(2, 1, 3, 4), _t(1, 1, 3, 4), _t(1, 1, 3, 4))
     with pytest.raises(ValueError, match="cannot serve this call: SDPA does not return the row statistics"):
         attention_partial(*[_t(1, 1, 3, 4)] * 3, backend="sdpa")
+
+
+def test_a_backend_is_forced_in_its_own_thread_only() -> None:
+    q = torch.randn(1, 1, 4, 4)
+    inside, entered, left = threading.Event(), threading.Event(), threading.Event()
+    seen: dict[str, str] = {}
+
+    def first() -> None:
+        with use_backend("eager"):
+            inside.set()
+            entered.wait(10)
+        left.set()
+
+    def second() -> None:
+        inside.wait(10)
+        seen["beside"] = explain(q, q, q).splitlines()[0]
+        with use_backend("tiled"):
+            entered.set()
+            left.wait(10)  # the other one leaves before this one does
+            seen["inside"] = explain(q, q, q).splitlines()[0]
+
+    threads = [threading.Thread(target=f) for f in (first, second)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert seen == {"beside": "runs: sdpa", "inside": "runs: tiled"}
+    assert explain(q, q, q).splitlines()[0] == "runs: sdpa"
+
+
+def test_compiled_code_follows_what_is_forced() -> None:
+    q = torch.randn(1, 1, 4, 4)
+    seen: list[str] = []
+
+    def f(q: torch.Tensor) -> torch.Tensor:
+        return attention(q, q, q, normalizer="relu")
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        seen.append(" ".join(str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    compiled = torch.compile(f, backend=backend, fullgraph=True)
+    compiled(q)
+    with use_backend("eager"):
+        with use_backend("tiled"):
+            pass
+        compiled(q)
+    compiled(q)
+    assert ["tiled_attention" in graph for graph in seen] == [True, False]

@@ -291,20 +291,15 @@ class TinyCrossUpsampler(TinyModel):
         super().__init__()
         self.stem = DetailStem(3, dim)
         self.query = DetailStem(3, dim, kernel_size=1)
-        low, high = (_fourier_grid(grid, 1), _fourier_grid(grid, factor))
-        self.where = nn.Linear(low.shape[-1], dim)
-        self.register_buffer("low", low, persistent=False)
-        self.register_buffer("high", high, persistent=False)
+        self.grid, self.factor = grid, factor
+        self.where = nn.Linear(_fourier_grid(grid, 1).shape[-1], dim)
         self.backbone = TinyBackbone(dim, depth, make)
         self.head = _zero(nn.Linear(dim, 3))
 
-    low: Tensor
-    high: Tensor
-
     def forward(self, low: Tensor, bicubic: Tensor) -> Prediction:
         """(B, h·factor, w·factor, 3) from ``low`` (B, h, w, 3) and its ``bicubic`` enlargement."""
-        context = self.stem(low) + self.where(self.low)
-        out = self.backbone(self.query(bicubic) + self.where(self.high), context)
+        here, there = (_fourier_grid(self.grid, factor).to(low) for factor in (1, self.factor))
+        out = self.backbone(self.query(bicubic) + self.where(there), self.stem(low) + self.where(here))
         return Prediction(bicubic + self.head(out.y), out.losses)
 
 

@@ -162,8 +162,8 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and self.p):
             return x
-        kept = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.p
-        return x * (kept / (1 - self.p)).to(x.dtype)
+        kept = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device, dtype=torch.float32) >= self.p
+        return x * (kept.float() / (1 - self.p)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.p}"

@@ -10,6 +10,7 @@ is written by hand, :func:`twice` takes those of the specification. Forward mode
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,17 @@ from ..checks import check_type
 #: As ``backend``: the automatic choice even inside :func:`use_backend`, for the problems that an engine hands on.
 AUTO = "auto"
 
+
+class _Thread(threading.local):
+    """What :func:`use_backend` forces in this thread."""
+
+    name: str | None = None
+
+
+_thread = _Thread()
+#: What was forced and not left again, in any thread, and the last of it: what compiled code sees, since compilers
+#: notice when a plain variable changes, and not when a thread's own does.
+_entered: list[str | None] = []
 _forced: str | None = None
 
 Ask = Callable[[Any], "str | None"]
@@ -95,7 +107,7 @@ class Operator:
 
     def choose(self, call: Any, backend: str | None = None) -> Backend:
         """The backend that serves a call; ``ValueError`` when a forced one cannot."""
-        name, argument = (_forced, "backend") if backend is None else (backend, self.argument)
+        name, argument = (forced(), "backend") if backend is None else (backend, self.argument)
         if name is None or name == AUTO:
             for one in self.backends.values():
                 if self.refusal(one, call) is None and one.prefers(call) is None:
@@ -155,9 +167,16 @@ def known(name: str, here: Sequence[str] | None = None, argument: str = "backend
         raise ValueError(f"{argument}={name!r} is unknown; choose one of {choices} or None for the automatic choice")
 
 
+def forced() -> str | None:
+    """The backend that :func:`use_backend` forces here; ``None`` for the automatic choice."""
+    return _forced if torch.compiler.is_compiling() else _thread.name
+
+
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Force one backend for every operator call inside the block; a backend that cannot serve a call raises.
+
+    Other threads are not forced.
 
     Operators that lay attention over pieces (windows, neighborhoods, blocks, agents) take the names of
     ``attnlib.ops.BACKENDS`` for what runs on a piece. ``"eager"`` is the specification of every operator. A call with a
@@ -173,11 +192,15 @@ def use_backend(name: str | None) -> Iterator[None]:
     if name is not None:
         check_type("name", name, str, "the name of a backend or None")
         known(name)
-    before, _forced = _forced, name
+    before, _thread.name = _thread.name, name
+    _entered.append(name)
+    _forced = name
     try:
         yield
     finally:
-        _forced = before
+        _thread.name = before
+        del _entered[len(_entered) - 1 - _entered[::-1].index(name)]
+        _forced = _entered[-1] if _entered else None
 
 
 def explain(op: Any, *args: Any, backend: str | None = None, **kwargs: Any) -> str:

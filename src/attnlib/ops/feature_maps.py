@@ -123,11 +123,14 @@ def random_directions(
     >>> bool((w @ w.t()).fill_diagonal_(0).abs().max() < 1e-5)
     True
     """
-    w = torch.randn(count, dim, generator=generator)
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # right angles need digits
+    w = torch.randn(count, dim, generator=generator, dtype=dtype)
     if not orthogonal:
         return w
     norms = w.norm(dim=1, keepdim=True)
-    blocks = [torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0] for _ in range(-(-count // dim))]
+    blocks = [
+        torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=dtype))[0] for _ in range(-(-count // dim))
+    ]
     return torch.cat(blocks)[:count] * norms
 
 

@@ -116,7 +116,7 @@ class SigmoidAttention(HeadFrame[Notes]):
         return traits
 
     def _alibi(self, q_pos: Tensor, k_pos: Tensor, span: tuple[int, int]) -> Bias:
-        slopes = alibi_slopes(self.num_heads).to(q_pos.device) * self.heat
+        slopes = alibi_slopes(self.num_heads, q_pos.device) * self.heat
         if self.compat != "authors":
             return alibi(self.num_heads, q_pos, k_pos, slopes, span)
         low, high = span
@@ -142,7 +142,7 @@ class SigmoidAttention(HeadFrame[Notes]):
             return result
         out, *rest = result if isinstance(result, tuple) else (result,)
         at = torch.arange(q.shape[2], device=q.device) if call.q_pos is None else call.q_pos
-        factor = (at + 1.0) ** (-0.5 if self.row_norm == "sqrt" else -1.0)
+        factor = (at + 1).to(stats_dtype(q.dtype)) ** (-0.5 if self.row_norm == "sqrt" else -1.0)
         out = out * factor.to(out.dtype)[:, None]
         return (out, rest[0] * factor[:, None]) if rest else out
 

@@ -104,8 +104,6 @@ class LightningAttention2(Mechanism):
         memory={"N": 1},
     )
 
-    slopes: Tensor
-
     def __init__(
         self,
         dim: int,
@@ -135,10 +133,13 @@ class LightningAttention2(Mechanism):
         self.num_heads, self.head_dim = num_heads, head_dim_of(dim, num_heads)
         self.activation, self.value_activation, self.chunk = activation, value_activation, chunk
         if slopes is None:
-            slopes = decay_slopes(num_heads, layer, num_layers)
+            with torch.device("cpu"):  # also where a model is built without storage
+                slopes = decay_slopes(num_heads, layer, num_layers)
         elif tuple(slopes.shape) != (num_heads,) or bool((slopes < 0).any()):
             raise ValueError(f"slopes must be ({num_heads},) and at least 0, got {slopes.tolist()}")
-        self.register_buffer("slopes", slopes.float(), persistent=False)
+        # Numbers, not a buffer: no released state dict holds them, and neither a change of type nor memory that was
+        # only set aside for the weights may change them.
+        self._slopes = tuple(slopes.float().tolist())
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.k = nn.Linear(dim, dim, bias=qkv_bias)
         self.v = nn.Linear(dim, dim, bias=qkv_bias)
@@ -160,6 +161,14 @@ class LightningAttention2(Mechanism):
         self.lrpe = LinearizedRotary(num_heads, self.head_dim) if lrpe else None
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
+    @property
+    def slopes(self) -> Tensor:
+        """(H,) float32 slopes of the decay."""
+        return self._decay(next(self.parameters()).device)
+
+    def _decay(self, device: torch.device) -> Tensor:
+        return torch.tensor(self._slopes, dtype=torch.float32, device=device)
+
     def mix(  # type: ignore[override]
         self,
         x: Tensor,
@@ -175,7 +184,7 @@ class LightningAttention2(Mechanism):
         if self.lrpe is not None:
             q, k = self.lrpe(q, stream.positions), self.lrpe(k, stream.positions)
         out, final = linear_attention(
-            q, k, v, decay=-self.slopes, valid=exists, state=state, chunk=self.chunk, return_state=True
+            q, k, v, decay=-self._decay(x.device), valid=exists, state=state, chunk=self.chunk, return_state=True
         )
         y = self.norm(merge_heads(out))
         if self.gate is not None:

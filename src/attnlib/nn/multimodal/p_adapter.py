@@ -70,11 +70,7 @@ class PLaplacianAdapter(nn.Module):
         self.inner = nn.Linear(dim, dim // reduction)
         self.gate = nn.Linear(dim, dim // reduction)
         self.outer = nn.Linear(dim // reduction, dim)
-        self.p: Tensor
-        if learn_p:
-            self.p = nn.Parameter(torch.tensor([float(p)]))
-        else:
-            self.register_buffer("p", torch.tensor([float(p)]), persistent=False)
+        self.p = nn.Parameter(torch.tensor([float(p)])) if learn_p else float(p)
         self.theta = nn.Parameter(torch.zeros(1))
 
     def pass_messages(self, weights: Tensor, keys: Tensor, queries: Tensor, restart: bool = True) -> Tensor:
@@ -92,7 +88,8 @@ class PLaplacianAdapter(nn.Module):
         dtype = stats_dtype(keys.dtype)
         with exactly(keys):
             a, fk, fq = weights.to(dtype), keys.to(dtype), queries.to(dtype)
-            p, mu = self.p.to(dtype), self.mu * (2 + torch.tanh(self.theta.to(dtype)))
+            p = self.p.to(dtype) if isinstance(self.p, Tensor) else self.p
+            mu = self.mu * (2 + torch.tanh(self.theta.to(dtype)))
             soft = a + EPS
             apart = torch.cdist(fq, fk, compute_mode="donot_use_mm_for_euclid_dist")
             # |sqrt(s) (F_j - F_i) + eps|^2, multiplied out, so that no tensor of pairs has a feature axis.
