@@ -33,8 +33,7 @@ class Restorer(nn.Module):
     def __init__(self, scale: int, in_chans: int, step: int, img_range: float = 1.0):
         super().__init__()
         self.scale, self.in_chans, self.step, self.img_range = scale, in_chans, step, img_range
-        mean = torch.tensor(RGB_MEAN) if in_chans == 3 else torch.zeros(in_chans)
-        self.register_buffer("mean", mean.view(1, -1, 1, 1), persistent=False)
+        self.mean = RGB_MEAN if in_chans == 3 else (0.0,) * in_chans
 
     def restore(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W), mean subtracted, to (B, in_chans, scale * H, scale * W)."""
@@ -48,7 +47,7 @@ class Restorer(nn.Module):
         if not (height and width):
             raise ValueError(f"x must hold at least one pixel, got shape {tuple(x.shape)}")
         x = reflected(x, (-height % self.step, -width % self.step))
-        mean = self.mean.to(x.dtype)
+        mean = torch.tensor(self.mean, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
         y = self.restore((x - mean) * self.img_range) / self.img_range + mean
         return y[..., : self.scale * height, : self.scale * width]
 

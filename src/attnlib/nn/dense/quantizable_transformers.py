@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...normalizers import ClippedSoftmax
 from ...positions import as_bias
-from ...types import Traits, check_choice
+from ...types import Traits, check_choice, stats_dtype
 from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
 from ..released import Released
@@ -138,7 +138,6 @@ class QuantizableAttention(HeadFrame[GateNotes]):
     torch.Size([2, 5, 16])
     """
 
-    head_mask: Tensor | None
     class_traits = HeadFrame.class_traits.but(memory={"N": 2})
     notes_type = GateNotes
 
@@ -197,8 +196,7 @@ class QuantizableAttention(HeadFrame[GateNotes]):
         self.skip_attn, self.compat = skip_attn, compat
         if head_mask is not None and len(head_mask) != num_heads:
             raise ValueError(f"head_mask must hold num_heads={num_heads} numbers, got {len(head_mask)}")
-        factors = None if head_mask is None else torch.tensor([float(f) for f in head_mask])[:, None, None]
-        self.register_buffer("head_mask", factors, persistent=False)
+        self.head_mask = None if head_mask is None else tuple(float(f) for f in head_mask)
         self.relative, self.max_distance = relative, max_distance
         table = torch.randn(2 * max_distance - 1, self.head_dim) if relative != "none" else None
         self.distance_keys = None if table is None else nn.Parameter(table)
@@ -231,9 +229,10 @@ class QuantizableAttention(HeadFrame[GateNotes]):
         result = super()._mix_heads(q, k, v, call, notes)
         if self.head_mask is None:
             return result
+        factors = torch.tensor(self.head_mask, dtype=stats_dtype(q.dtype), device=q.device)[:, None, None]
         if call.return_weights:
-            return tuple(part * self.head_mask.to(part.dtype) for part in result)
-        return result * self.head_mask.to(result.dtype)
+            return tuple(part * factors.to(part.dtype) for part in result)
+        return result * factors.to(result.dtype)
 
     def _distances(self, q: Tensor, k: Tensor, q_pos: Tensor | None) -> Tensor:
         """(B, H, N, M): what distances add to the scores, not scaled."""
