@@ -111,6 +111,24 @@ def test_sdpa_is_eager_with_biases(name, mask):
         torch.testing.assert_close(ours, spec, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("size", [40, 600])
+@pytest.mark.parametrize("height", [-torch.finfo(torch.float32).max, -1e9, -1e4, 3e3])
+@pytest.mark.parametrize("backend", [None, "sdpa", "tiled"])
+def test_gradients_of_rows_whose_bias_lies_far_from_zero(backend, height, size):
+    """What transformers adds to a row that sees nothing: SDPA's own backward loses the scores of such a row."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, size, 8, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(1, 1, size, size)
+    bias[:, :, 3] = height
+    g = torch.randn(1, 2, size, 8)
+    grads = []
+    for name in ("eager", backend):
+        y = attention(q, k, v, bias=bias, backend=name)
+        grads.append([y, *torch.autograd.grad((y * g).sum(), (q, k, v))])
+    for ours, spec in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(ours, spec, atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "tiled"])
 def test_rows_that_see_nothing_give_zeros_and_zero_gradients(backend):
     q, k, v = qkv(dtype=torch.float32)

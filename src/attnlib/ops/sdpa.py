@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..checks import readable
 from ..masks import Explicit, Mask
 from ..positions import DenseBias
 from ..types import stats_dtype
@@ -57,11 +61,32 @@ def prefers(call: AttentionCall) -> str | None:
         return f"with heads of D={width} and Dv={v_width} it builds the whole map; its kernels need one width"
     if call.bias is not None and not isinstance(call.bias, DenseBias) and call.smaller_than(1 << 20) is None:
         return "it would hold the bias as a dense map"
+    if isinstance(call.bias, DenseBias) and call.smaller_than(1 << 18) is None and _differentiates(call):
+        if _far_rows(call.bias.dense()):
+            return "rows of the bias lie, or may lie, far from zero, where only its path with the whole map is right"
     return None
 
 
 def _holds_dense(mask: Mask) -> bool:
     return isinstance(mask, Explicit) or any(isinstance(a, Mask) and _holds_dense(a) for a in mask._args())
+
+
+#: Height of a row of the bias from which on rounding of its log-sum-exp shows in the gradient.
+FAR = 100.0
+
+
+def _differentiates(call: AttentionCall) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in call.inputs())
+
+
+def _far_rows(bias: Tensor | None) -> bool:
+    """Whether the largest entry of some row lies far from zero; assumed where the numbers cannot be looked at."""
+    if bias is None or bias.dtype == torch.bool or not bias.numel():
+        return False
+    if not readable(bias):
+        return True
+    top = bias.detach().amax(-1).abs()
+    return bool(((top > FAR) & top.isfinite()).any())
 
 
 def run(call: AttentionCall) -> Tensor:
@@ -103,7 +128,10 @@ def _run(call: AttentionCall) -> Tensor:
         bias = allowed if bias is None else bias.masked_fill(~allowed, float("-inf"))
     if bias is not None:
         bias = bias.expand(-1, -1, q.shape[2], k.shape[2])
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, dropout_p=call.dropout_p, scale=call.scale, enable_gqa=grouped
-    )
+    # From the sum of a row that lies far from zero the hand-written backward cannot tell its scores apart.
+    far = call.bias is not None and _differentiates(call) and _far_rows(bias)
+    with sdpa_kernel(SDPBackend.MATH) if far else nullcontext():
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=call.dropout_p, scale=call.scale, enable_gqa=grouped
+        )
     return out if empty is None else out.masked_fill(empty, 0.0)
