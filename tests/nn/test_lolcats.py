@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from parity import Fixture
@@ -7,6 +9,7 @@ import attnlib
 from attnlib import masks
 from attnlib.nn.linear.feature_maps import HedgehogFeatures
 from attnlib.ops.linear import linear_attention
+from attnlib.positions import rotary_angles, rotate
 
 FIXTURE = Fixture("lolcats")
 
@@ -193,11 +196,29 @@ def test_empty_inputs():
         (dict(features="tanh"), "features='tanh'"),
         (dict(feature_options={"kind": "relu"}), "feature_options='kind' is not possible"),
         (dict(chunk=0), "chunk must be an integer of at least 1"),
+        (dict(eps=0.1), "needs window_size=0"),
+        (dict(decode_window_size=0), "decode_window_size must be at least 1"),
+        (dict(train_window=False, window="terraced"), "train_window=False needs window='sliding'"),
+        (dict(rotary=None, rotary_scaling={"rope_type": "linear", "factor": 2.0}), "needs a rotary base"),
+        (dict(feature_options={"normal": True, "identity": True}), "two starts"),
     ],
 )
 def test_bad_settings(config, message):
     with pytest.raises(ValueError, match=message):
         make(**config)
+
+
+@pytest.mark.parametrize("case", [case for case in FIXTURE.config if f"{case}/decode/y" in FIXTURE.tensors])
+def test_decoding_equals_the_authors(case):
+    """The prompt through the layer, then token by token through the one that decodes."""
+    m, theirs = FIXTURE.build(case).eval(), FIXTURE.under(f"{case}/decode")
+    x, prompt = theirs["x"], int(theirs["prompt"])
+    decoder = m.decoding()
+    pieces, state = [m(x[:, :prompt])], decoder(x[:, :prompt], returns=("state",)).state
+    for t in range(prompt, x.shape[1]):
+        y, state = decoder.step(x[:, t : t + 1], state)
+        pieces.append(y)
+    FIXTURE._close(torch.cat(pieces, 1).detach(), theirs["y"], 1e-5, "y")
 
 
 def test_a_state_of_another_window_is_refused():
@@ -240,5 +261,71 @@ def test_terraces_begin_with_the_sequence_or_end_with_it(n, compat):
     valid[0, :3], valid[1, n // 2 : n // 2 + 3] = False, False
     holes = torch.full((2, n + 3, 16), float("nan"), dtype=torch.float64)
     holes[valid] = x.flatten(0, 1)
-    assert m.traits.streaming is False
+    assert m.traits.streaming is (compat is None)
     torch.testing.assert_close(m(holes, valid=valid)[valid].unflatten(0, (2, n)), m(x))
+
+
+@pytest.mark.parametrize("consistent", [False, True])
+@pytest.mark.parametrize("cuts", [(1, 2, 3, 4, 5, 6), (4, 8), (3, 11), (9,), (13, 14)])
+def test_terraces_that_begin_with_the_sequence_decode(cuts, consistent):
+    """Pieces that end anywhere in a block, samples of which some tokens are missing."""
+    m = make(window="terraced", num_kv_heads=2, consistent=consistent).double()
+    x = torch.randn(2, 15, 16, dtype=torch.float64)
+    valid = torch.ones(2, 15, dtype=torch.bool)
+    valid[0, :2] = valid[1, 6:9] = False
+    whole, state, pieces = m(x, valid=valid), None, []
+    for lo, hi in itertools.pairwise((0, *cuts, 15)):
+        y, state = m.step(x[:, lo:hi], state, valid=valid[:, lo:hi])
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+    assert state["tokens"].tolist() == [13, 12]
+    with pytest.raises(ValueError, match="state k must be"):
+        make(window="terraced", num_kv_heads=2, window_size=3).double().step(x[:, :1], state)
+
+
+def test_the_layer_that_decodes_has_a_window_of_its_own():
+    m = make(window="terraced", compat="authors", decode_window_size=3)
+    decoder = m.decoding()
+    assert (decoder.window, decoder.window_size, decoder.compat) == ("sliding", 3, None)
+    assert decoder.q is m.q and decoder.window_factor is m.window_factor and m.window == "terraced"
+    plain = make(window_size=3)
+    plain.load_state_dict(m.state_dict())
+    x = torch.randn(2, 7, 16)
+    torch.testing.assert_close(decoder(x), plain(x))
+    with pytest.raises(ValueError, match="decodes as it is"):
+        make(window_size=0).decoding()
+
+
+def test_a_window_that_passes_no_gradient():
+    m, x = make(train_window=False, affine=True), torch.randn(1, 9, 16)
+    assert m.traits.gradient == "surrogate"
+    whole = make(affine=True)
+    whole.load_state_dict(m.state_dict())
+    torch.testing.assert_close(m(x), whole(x))
+    # inside the first window there is nothing else, and all that is left is the values' and the projection's
+    m(x[:, :4]).sum().backward()
+    assert float(m.q.weight.grad.abs().max()) == 0.0 and float(m.v.weight.grad.abs().max()) == 0.0
+    m(x).sum().backward()
+    assert float(m.phi_q.weight.grad.abs().max()) > 0.0
+
+
+def test_features_and_denominators_have_lower_bounds():
+    m = make(window_size=0, eps=0.5, feature_options={"eps": 0.1}).double()
+    x = torch.randn(1, 6, 16, dtype=torch.float64)
+    plain = make(window_size=0, feature_options={"eps": 0.1}).double()
+    plain.load_state_dict(m.state_dict())
+    assert float(m.phi_q(torch.randn(1, 4, 6, 4, dtype=torch.float64)).min()) >= 0.1
+    m.proj.weight.data.copy_(torch.eye(16))
+    plain.proj.weight.data.copy_(torch.eye(16))
+    q, k = (p(x).unflatten(-1, (4, 4)).transpose(1, 2) for p in (m.q, m.k))
+    angles = rotary_angles(torch.arange(6), 4)
+    sums = (m.phi_q(rotate(q, angles)) @ m.phi_k(rotate(k, angles)).mT).tril().sum(-1)  # (1, 4, 6)
+    shrunk = plain(x).unflatten(-1, (4, 4)) * (sums / (sums + 0.5)).transpose(1, 2)[..., None]
+    # float32 angles
+    torch.testing.assert_close(m(x), shrunk.flatten(2), atol=1e-6, rtol=1e-6)
+
+
+def test_queries_and_keys_start_with_the_same_features():
+    m = make(feature_options={"normal": True})
+    assert torch.equal(m.phi_q.weight, m.phi_k.weight) and m.phi_q.weight is not m.phi_k.weight
+    assert 0.7 < float(m.phi_q.weight.std()) < 1.3

@@ -32,4 +32,9 @@ ROWS = [
         growth=_LONG,
     ),
     Case("lolcats", dict(dim=16, num_heads=2, window_size=4, attention_transfer=True), (12,), "transfer"),
+    Case(
+        "lolcats",
+        dict(dim=16, num_heads=2, window_size=4, chunk=8, rotary_scaling=dict(rope_type="linear", factor=2.0)),
+        (12,), "scaled", growth=_LONG,
+    ),
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...checks import checked
+from ...checks import check_real, checked
 from ...ops.feature_maps import elu1, exp_features, joint_softmax_features, softmax_features
 from ...types import check_choice
 
@@ -13,7 +13,7 @@ from ...types import check_choice
 HALVES = ("elu1", "relu")
 KINDS = ("softmax", "exp", "exp-unstable", "joint-softmax", *HALVES)
 #: What else a caller may set who has heads, widths and the kind from elsewhere.
-OPTIONS = ("fullspace", "identity", "skip", "bias", "hidden")
+OPTIONS = ("fullspace", "identity", "normal", "skip", "bias", "hidden", "eps")
 #: Lower bound of every feature, so that a sum of them is never zero.
 EPS = 1e-12
 
@@ -32,9 +32,11 @@ class HedgehogFeatures(nn.Module):
             no second half.
         fullspace: append the features of ``-x W_h``.
         identity: start from the identity instead of random matrices; with ``skip``, from zeros.
+        normal: start from standard normal matrices.
         skip: ``phi`` of ``x + x W_h`` instead of ``x W_h``; needs ``feature_dim == head_dim``.
         bias: add a number per head to ``x W_h``.
         hidden: instead of ``W_h`` an adapter, ``x + relu(x A_h + a_h) B_h + b_h`` through this width, from zeros.
+        eps: lower bound of every feature (``"joint-softmax"`` has none).
 
     Reference: Zhang et al., 2024, arXiv 2402.04347; the stable forms are those of LoLCATs, arXiv 2410.10254.
 
@@ -50,14 +52,19 @@ class HedgehogFeatures(nn.Module):
         kind: str = "softmax",
         fullspace: bool = True,
         identity: bool = False,
+        normal: bool = False,
         skip: bool = False,
         bias: bool = False,
         hidden: int | None = None,
+        eps: float = EPS,
     ):
         super().__init__()
         check_choice("kind", kind, KINDS)
-        if hidden is not None and (hidden < 1 or identity or bias):
-            raise ValueError(f"hidden={hidden} must be at least 1, and goes without identity and bias")
+        check_real("eps", eps, least=0)
+        if hidden is not None and (hidden < 1 or identity or normal or bias):
+            raise ValueError(f"hidden={hidden} must be at least 1, and goes without identity, normal and bias")
+        if identity and normal:
+            raise ValueError("identity=True and normal=True are two starts; give one of them")
         skip = skip or hidden is not None
         fullspace = fullspace and kind not in HALVES
         if kind == "joint-softmax" and not fullspace:
@@ -65,7 +72,7 @@ class HedgehogFeatures(nn.Module):
         feature_dim = head_dim if feature_dim is None else feature_dim
         if skip and feature_dim != head_dim:
             raise ValueError(f"skip needs feature_dim == head_dim, got {feature_dim} and {head_dim}")
-        self.kind, self.fullspace, self.skip = kind, fullspace, skip
+        self.kind, self.fullspace, self.skip, self.eps = kind, fullspace, skip, eps
         self.width = feature_dim * (2 if fullspace else 1)
         self.hidden, self.bias = hidden, None
         if hidden is not None:
@@ -80,6 +87,8 @@ class HedgehogFeatures(nn.Module):
         elif identity:
             with torch.no_grad():
                 self.weight.copy_(torch.eye(head_dim, feature_dim).expand_as(self.weight))
+        elif normal:
+            nn.init.normal_(self.weight)
         else:
             nn.init.kaiming_uniform_(self.weight)
         if bias:
@@ -98,12 +107,12 @@ class HedgehogFeatures(nn.Module):
         if self.skip:
             z = x + z
         if self.kind in HALVES:
-            return (elu1(z) if self.kind == "elu1" else torch.relu(z)).clamp(min=EPS)
+            return (elu1(z) if self.kind == "elu1" else torch.relu(z)).clamp(min=self.eps)
         if self.kind == "joint-softmax":
             return joint_softmax_features(z)
         if self.kind == "softmax":
-            return softmax_features(z, self.fullspace)
-        return exp_features(z, self.fullspace, stable=self.kind == "exp")
+            return softmax_features(z, self.fullspace, self.eps)
+        return exp_features(z, self.fullspace, stable=self.kind == "exp", eps=self.eps)
 
     def extra_repr(self) -> str:
         shape = tuple(self.layer0.shape if self.hidden is not None else self.weight.shape)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from ... import masks
 from ...ops import attention
 from ...ops._call import expand_heads
 from ...ops.linear import linear_partial
-from ...positions import rotary_angles, rotate
+from ...positions import check_rotary_scaling, rotary_angles, rotate
 from ...types import Output, Partial, State, Traits, check_choice, check_divides, exactly, stats_dtype
 from ..base import Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
@@ -75,12 +77,19 @@ class LoLCATs(Mechanism):
     with the sequence, as their class does, so that where blocks begin depends on the length; otherwise the first block
     begins with it.
 
-    Decoding keeps the last ``window_size`` keys and values and, for all older ones, a state that does not grow.
+    Decoding keeps the last ``window_size`` keys and values (of terraces, those of this block and the one before) and,
+    for all older ones, a state that does not grow. Terraces that end with the sequence cannot be continued; the authors
+    decode them by a sliding window, and so does the layer that :meth:`decoding` gives, whose weights are this one's::
+
+        y = m(x)                                                     # the prompt
+        decoder = m.decoding()
+        state = decoder(x, returns=("state",)).state
+        y_t, state = decoder.step(x_t, state)
 
     Differs from the authors' code: cost linear in N in training too (theirs builds the whole map); padding (windows
-    and positions count the tokens that exist); states in float32; the terraced window does not decode (theirs
-    decodes with a sliding one); a rotary base only, without the scaling rules of Llama 3.1. A sequence no longer than a
-    terrace is plain softmax; in theirs, a slip of its mask adds the linear part there too, which ``compat`` keeps.
+    and positions count the tokens that exist); states in float32; their training on a sequence in chunks, whose windows
+    begin anew with every chunk, is not here. A sequence no longer than a terrace is plain softmax; in theirs, a slip of
+    its mask adds the linear part there too, which ``compat`` keeps.
 
     Args:
         dim: width of ``x``.
@@ -90,15 +99,21 @@ class LoLCATs(Mechanism):
         window_size: keys under softmax, the query's own included; 0 leaves linear attention alone.
         feature_dim: columns of each feature matrix; ``head_dim`` by default.
         features: how features are made, the ``kind`` of :class:`attnlib.nn.linear.feature_maps.HedgehogFeatures`.
-        feature_options: the other settings of that class: ``fullspace``, ``identity``, ``skip``, ``bias``, ``hidden``.
+        feature_options: the other settings of that class: ``fullspace``, ``identity``, ``normal``, ``skip``, ``bias``,
+            ``hidden``, ``eps``.
         tie_features: one map for queries and keys.
         window: ``"sliding"`` or ``"terraced"``.
         compat: ``"authors"``, see above.
+        decode_window_size: window of :meth:`decoding`; ``window_size`` by default.
         rotary: base of the rotary positions that queries and keys have before the maps; ``None`` for none.
+        rotary_scaling: how they stretch, see :func:`attnlib.positions.rotary_frequencies`.
         window_factor: start of ``g``; -2.1972 makes ``gamma`` 0.1. Without a window there is no ``g``.
         train_window_factor: whether ``g`` is trained.
+        train_window: ``False``: no gradient passes the window, only the linear part, as in the authors' class of linear
+            memory; not with terraces.
         affine: ``beta = 1 - gamma`` instead of 1.
         consistent: weigh window and linear part in the same units.
+        eps: added to the denominator of linear attention alone, without a window.
         attention_transfer: start as its own teacher, see above; the attribute of that name turns it on and off.
         qkv_bias: biases of the query, key and value projections.
         proj_bias: bias of the output projection.
@@ -133,11 +148,15 @@ class LoLCATs(Mechanism):
         feature_options: Mapping[str, Any] | None = None,
         tie_features: bool = False,
         window: str = "sliding",
+        decode_window_size: int | None = None,
         rotary: float | None = 10000.0,
+        rotary_scaling: Mapping[str, Any] | None = None,
         window_factor: float = -2.1972245773362196,
         train_window_factor: bool = True,
+        train_window: bool = True,
         affine: bool = False,
         consistent: bool = False,
+        eps: float = 0.0,
         attention_transfer: bool = False,
         qkv_bias: bool = False,
         proj_bias: bool = False,
@@ -159,6 +178,14 @@ class LoLCATs(Mechanism):
             raise ValueError("window='terraced' needs a window_size of at least 1")
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
+        if decode_window_size is not None and decode_window_size < 1:
+            raise ValueError(f"decode_window_size must be at least 1, got {decode_window_size}")
+        if eps and window_size:
+            raise ValueError(f"eps={eps} belongs to linear attention alone; it needs window_size=0, got {window_size}")
+        if not train_window and (window == "terraced" or not window_size):
+            raise ValueError("train_window=False needs window='sliding' and a window_size of at least 1")
+        if rotary_scaling is not None and rotary is None:
+            raise ValueError(f"rotary_scaling={dict(rotary_scaling)} needs a rotary base, such as rotary=10000.0")
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_divides("num_kv_heads", self.num_kv_heads, "num_heads", num_heads)
@@ -169,13 +196,14 @@ class LoLCATs(Mechanism):
         self.k = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=qkv_bias)
         self.v = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=qkv_bias)
         self.proj = nn.Linear(num_heads * self.head_dim, dim, bias=proj_bias)
-        self.window, self.compat = window, compat
+        self.window, self.compat, self.train_window, self.eps = window, compat, train_window, eps
+        self.decode_window_size = window_size if decode_window_size is None else decode_window_size
+        self.rotary_scaling = check_rotary_scaling(rotary_scaling)
+        self.reads_length = self._dynamic
 
-        def phi() -> HedgehogFeatures:
-            return HedgehogFeatures(num_heads, self.head_dim, feature_dim, features, **(feature_options or {}))
-
-        self.phi_q = phi()
-        self.phi_k = self.phi_q if tie_features else phi()
+        options = dict(feature_options or {})
+        self.phi_q = HedgehogFeatures(num_heads, self.head_dim, feature_dim, features, **options)
+        self.phi_k = self.phi_q if tie_features else copy.deepcopy(self.phi_q)  # both start alike
         self.window_factor: nn.Parameter | None = None
         if window_size:
             factor = torch.full((num_heads,), float(window_factor))
@@ -185,9 +213,24 @@ class LoLCATs(Mechanism):
     def traits(self) -> Traits:
         if self.attention_transfer:
             return self.class_traits.but(streaming=False)
-        return self.class_traits.but(
-            streaming=self.window == "sliding", work={"N": 1}, memory={"N": 1}, losses=()
-        )  # fmt: skip
+        streaming = not self._dynamic and (self.window == "sliding" or self.compat != "authors")
+        gradient = "exact" if self.train_window else "surrogate"
+        return self.class_traits.but(streaming=streaming, work={"N": 1}, memory={"N": 1}, losses=(), gradient=gradient)
+
+    @property
+    def _dynamic(self) -> bool:
+        """Whether rotary positions depend on the length of the call."""
+        return self.rotary_scaling is not None and self.rotary_scaling["rope_type"] == "dynamic"
+
+    def decoding(self) -> LoLCATs:
+        """The layer that continues a prompt as the authors do: these weights, and a sliding window of
+        ``decode_window_size``, which the prompt's last keys fill."""
+        if not self.window_size:
+            raise ValueError("window_size=0: linear attention decodes as it is")
+        layer = copy.copy(self)
+        layer.window, layer.compat, layer.attention_transfer = "sliding", None, False
+        layer.window_size = self.decode_window_size
+        return layer
 
     def feature_parameters(self) -> list[nn.Parameter]:
         """What attention transfer trains; everything else stays as it is."""
@@ -220,11 +263,15 @@ class LoLCATs(Mechanism):
             self.phi_q(q), self.phi_k(k[:, :, :n]), v[:, :, :n], valid=old, state=state, chunk=self.chunk,
             return_state=True,
         )  # fmt: skip
+        if self.eps:
+            linear = linear._replace(den=linear.den + self.eps)
         total = linear.shift(log_beta)
         if window:
-            with exactly(q):  # statistics keep their precision under autocast
+            # statistics keep their precision under autocast
+            with exactly(q), nullcontext() if self.train_window else torch.no_grad():
                 soft = window_part((q * self.scale).to(high), k.to(high), v.to(high), exists, self.consistent)
-            total = soft.shift(log_gamma).merge(total)
+                soft = soft.shift(log_gamma)
+            total = soft.merge(total)
         return total.finish().to(v.dtype), final
 
     def _terraces(self, many: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,27 +281,43 @@ class LoLCATs(Mechanism):
             return -many % self.window_size, many <= self.window_size
         return torch.zeros_like(many), torch.zeros_like(many, dtype=torch.bool)
 
-    def _terraced(self, q: Tensor, k: Tensor, v: Tensor, exists: Tensor) -> Tensor:
-        """(B, H, n, D) outputs with a window of this block and the one before."""
+    def _terraced(
+        self, q: Tensor, k: Tensor, v: Tensor, exists: Tensor, state: State | None = None, keep: bool = False
+    ) -> tuple[Tensor, State | None]:
+        """(B, H, n, D) outputs with a window of this block and the one before, and the state behind them."""
         n, size, high = q.shape[2], self.window_size, stats_dtype(q.dtype)
         many = exists.sum(1)
         before, slip = self._terraces(many)
-        blocks = (n + 2 * size - 2) // size if self.compat == "authors" else -(-n // size)
-        at = torch.arange(blocks * size, device=q.device) - before[:, None]
-        there = (at >= 0) & (at < many[:, None])
-        index = at.clamp(0, max(n - 1, 0))[:, None, :, None]
+        past = torch.zeros_like(many) if state is None else state["tokens"]
+        if state is None:
+            blocks = (n + 2 * size - 2) // size if self.compat == "authors" else -(-n // size)
+            at = torch.arange(blocks * size, device=q.device) - before[:, None]
+            there, index, back = (at >= 0) & (at < many[:, None]), at.clamp(0, max(n - 1, 0)), before
+        else:
+            # Places count from the block before the one that is being filled; the state holds those two.
+            k, v = torch.cat([state["k"].to(k.dtype), k], 2), torch.cat([state["v"].to(v.dtype), v], 2)
+            q = F.pad(q, (0, 0, 2 * size, 0))
+            blocks = -(-(2 * size - 1 + n) // size)
+            at, back = torch.arange(blocks * size, device=q.device), size + past % size
+            new = at - back[:, None]
+            index = torch.where(new < 0, at, (2 * size + new).clamp(max=2 * size + n - 1))
+            there = torch.where(new < 0, (at >= size) | (past[:, None] >= size), new < many[:, None])
 
         def place(t: Tensor) -> Tensor:
-            t = expand_heads(t, self.num_heads)
-            t = t.gather(2, index.expand(-1, t.shape[1], -1, t.shape[3])).masked_fill(~there[:, None, :, None], 0.0)
-            return t.unflatten(2, (blocks, size))
+            """(B, H, places, D), zeros where no token is."""
+            t = t.gather(2, index[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
+            return t.masked_fill(~there[:, None, :, None], 0.0)
+
+        def in_blocks(t: Tensor) -> Tensor:
+            return expand_heads(t, self.num_heads).unflatten(2, (blocks, size))
 
         def pair(t: Tensor, axis: int) -> Tensor:
             """Every block (axis) behind the one before it."""
             earlier = torch.cat([torch.zeros_like(t.narrow(axis, 0, 1)), t.narrow(axis, 0, t.shape[axis] - 1)], axis)
             return torch.cat([earlier, t], axis + 1)
 
-        q, k, v = place(q), place(k), place(v)
+        held_k, held_v = place(k), place(v)
+        q, k, v = in_blocks(place(q)), in_blocks(held_k), in_blocks(held_v)
         seen = there.unflatten(1, (blocks, size))
         with exactly(q):  # statistics keep their precision under autocast
             keys, values = pair(k, 2).to(high), pair(v, 2).to(high)
@@ -273,16 +336,30 @@ class LoLCATs(Mechanism):
         with exactly(q):
             f_k = f_k.masked_fill(~seen[:, None, :, :, None], 0.0)
             # What ends two blocks before: sums over the blocks, moved on by two.
-            sums = torch.cat([f_k.mT @ v.to(high), f_k.sum(3).unsqueeze(-1)], -1).cumsum(2)
-            sums = F.pad(sums, (0, 0, 0, 0, 2, 0))[:, :, :blocks]
-            num, den = (f_q @ sums).split([v.shape[-1], 1], -1)
+            sums = torch.cat([f_k.mT @ v.to(high), f_k.sum(3).unsqueeze(-1)], -1)
+            first = torch.zeros_like(sums[:, :, :1]) if state is None else state["sums"].unsqueeze(2).to(high)
+            sums = torch.cat([first, first, first + sums.cumsum(2)], 2)  # sums[:, :, r]: all before block r - 1
+            num, den = (f_q @ sums[:, :, :blocks]).split([v.shape[-1], 1], -1)
             if self.compat == "authors":
                 inside = (f_q @ f_k.mT).masked_fill(~(slip[:, None, None, None, None] & reach[:, size:]), 0.0)
                 num, den = num + inside @ v.to(high), den + inside.sum(-1, keepdim=True)
         old = Partial(torch.zeros_like(scale), den.squeeze(-1), num).shift(log_beta)
         out = soft.merge(old).finish().flatten(2, 3)
-        back = (torch.arange(n, device=q.device) + before[:, None])[:, None, :, None]
-        return out.gather(2, back.expand(-1, out.shape[1], -1, out.shape[3])).to(v.dtype)
+        back = (torch.arange(n, device=q.device) + back[:, None])[:, None, :, None]
+        out = out.gather(2, back.expand(-1, out.shape[1], -1, out.shape[3])).to(v.dtype)
+        if not keep:
+            return out, None
+        # The block that comes next, counted from the first place; the one before it may lie before all places.
+        tokens = past + many
+        block = tokens // size - (0 if state is None else past // size - 1)
+        held = (block[:, None] - 1) * size + torch.arange(2 * size, device=q.device)
+        pad = (0, 0, size, size)
+        held_k, held_v = (
+            F.pad(t, pad).gather(2, (held + size)[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
+            for t in (held_k, held_v)
+        )
+        where = block[:, None, None, None, None].expand(-1, sums.shape[1], 1, *sums.shape[3:])
+        return out, State({"sums": sums.gather(2, where).squeeze(2), "k": held_k, "v": held_v, "tokens": tokens})
 
     def _map(self, q: Tensor, k: Tensor, exists: Tensor) -> Tensor:
         """(B, H, N, N) weights of the hybrid, for the loss between maps."""
@@ -316,7 +393,7 @@ class LoLCATs(Mechanism):
         truth, target = attention(q, k, v, return_weights=True, **call)
         q, k, v, truth_, target = (t.detach() for t in (q, k, v, truth, target))
         if self.window == "terraced":
-            out = self._terraced(q, k, v, exists)
+            out, _ = self._terraced(q, k, v, exists)
         else:
             pad = (0, 0, self.window_size, 0)
             out, _ = self._hybrid(q, F.pad(k, pad), F.pad(v, pad), F.pad(exists, (self.window_size, 0)), None)
@@ -351,22 +428,21 @@ class LoLCATs(Mechanism):
         k, v = split_heads(self.k(x), self.num_kv_heads), split_heads(self.v(x), self.num_kv_heads)
         past = torch.zeros_like(many) if state is None else state["tokens"]
         if self.rotary is not None:
-            angles = rotary_angles(past[:, None] + torch.arange(n, device=x.device), self.head_dim, self.rotary)
+            pos, length = past[:, None] + torch.arange(n, device=x.device), many if self._dynamic else None
+            angles = rotary_angles(pos, self.head_dim, self.rotary, scaling=self.rotary_scaling, length=length)
             q, k = rotate(q, angles), rotate(k, angles)
         now = torch.arange(n, device=x.device) < many[:, None]
         if self.attention_transfer:
             out, losses = self._transfer(q, k, v, now, "losses" in returns)
             return Output(self._finish(out, order), losses=losses)
         if self.window == "terraced":
-            return Output(self._finish(self._terraced(q, k, v, now), order))
+            self._check_state(state, q, 2 * window)
+            out, new_state = self._terraced(q, k, v, now, state, "state" in returns)
+            return Output(self._finish(out, order), state=new_state)
         if state is None:
             k, v = (F.pad(t, (0, 0, window, 0)) for t in (k, v))
         else:
-            if tuple(state["k"].shape) != (batch, self.num_kv_heads, window, self.head_dim):
-                raise ValueError(
-                    f"state k must be {(batch, self.num_kv_heads, window, self.head_dim)}, "
-                    f"got {tuple(state['k'].shape)}; it was made by another mechanism or for another batch"
-                )
+            self._check_state(state, q, window)
             k, v = torch.cat([state["k"].to(k.dtype), k], 2), torch.cat([state["v"].to(v.dtype), v], 2)
         before = torch.arange(window, device=x.device) >= window - past[:, None]
         out, final = self._hybrid(q, k, v, torch.cat([before, now], 1), state)
@@ -377,6 +453,14 @@ class LoLCATs(Mechanism):
             k, v = (torch.gather(t, 2, keep.expand(-1, t.shape[1], -1, t.shape[3])) for t in (k, v))
             new_state = final.replace(k=k, v=v, tokens=past + many)
         return Output(self._finish(out, order), state=new_state)
+
+    def _check_state(self, state: State | None, q: Tensor, slots: int) -> None:
+        shape = (q.shape[0], self.num_kv_heads, slots, self.head_dim)
+        if state is not None and tuple(state["k"].shape) != shape:
+            raise ValueError(
+                f"state k must be {shape}, got {tuple(state['k'].shape)}; it was made by another mechanism or for "
+                "another batch"
+            )
 
     def _finish(self, out: Tensor, order: Tensor | None) -> Tensor:
         y = self.proj(merge_heads(out))
@@ -391,7 +475,8 @@ class LoLCATs(Mechanism):
         theirs = Released(state_dict, "LolcatsSlidingWindowAttention or its relatives")
         if "window_factors" in theirs:
             theirs.leave(r"window_factor", because="an older name of window_factors, which they keep beside it")
-        theirs.leave(r"rotary_emb\.inv_freq", because="a setting here: the rotary base")
+        theirs.leave(r"(?:base_attn\.)?rotary_emb\..*", because="a setting here: the rotary base")
+        theirs.leave(r"base_attn\..*", because="the same projections once more, kept with remove_base_attn=False")
         rules: dict[str, Rule] = {
             r"window_factors?": lambda match, value: {"window_factor": value.flatten()},
             r"feature_map_([qk])\.mlp\.layer": r"phi_\1.weight",
