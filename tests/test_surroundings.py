@@ -8,6 +8,7 @@ import pytest
 import torch
 from table import rows
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import attnlib
 from attnlib.check import Case
@@ -111,3 +112,59 @@ def test_slopes_are_never_coarse() -> None:
     with default(device="meta"):
         at = torch.arange(5, device="cpu")
         assert attnlib.positions.alibi(12, at, at).dense().device.type == "cpu"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_under_checkpoints_of_both_kinds_buffers_change_once(case: Case) -> None:
+    s = Subject(case)
+    found = []
+    for reentrant in (None, False, True):
+        m = s.fresh(train=True)
+        x, context = s.x().requires_grad_(), s.context(s.scene)
+        torch.manual_seed(0)
+        for _ in range(2):  # the second time on what the first left
+            y = (
+                s.y(m, x, context, s.scene)
+                if reentrant is None
+                else checkpoint(lambda x, m=m, context=context: s.y(m, x, context, s.scene), x, use_reentrant=reentrant)
+            )
+            y.square().sum().backward()
+        assert x.grad is not None
+        found.append((y, x.grad, *(b for _, b in sorted(m.named_buffers()))))
+    for other in found[1:]:
+        for a, b in zip(other, found[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+class Counter(attnlib.nn.Mechanism):
+    """Adds how often it ran, and counts it."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def mix(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        calls = self.calls + 1
+        if self.training:
+            self.calls.copy_(calls)
+        return x * calls
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_runs_again_finds_its_buffers(reentrant: bool) -> None:
+    m = Counter(1)
+    x = torch.ones(1, 1, 1, requires_grad=True)
+
+    def run(f, *args):
+        return checkpoint(f, *args, use_reentrant=reentrant)
+
+    # by itself, twice in one checkpoint, in a checkpoint within one, and in one of two that are both recomputed later
+    y = run(m, x)
+    y = run(lambda x: m(m(x)), y)
+    y = run(lambda x: run(m, x) * 1, y)
+    assert m.calls == 4
+    y.sum().backward()
+    assert x.grad is not None and float(x.grad) == 1 * 2 * 3 * 4 and m.calls == 4
+    m.eval()
+    run(m, x).sum().backward()
+    assert m.calls == 4

@@ -2,6 +2,7 @@ import pytest
 import torch
 from parity import Fixture
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import attnlib
 from attnlib.nn.heads.key_driven_gqa import KINDS, allocate
@@ -173,3 +174,28 @@ def test_bad_settings(settings, words):
 def test_a_plan_for_other_heads_is_refused():
     with pytest.raises(ValueError, match=r"plan's map must have shape \(8,\)"):
         make()(torch.randn(1, 3, 32), plan=make(num_heads=4, num_kv_heads=2).plan(torch.randn(1, 3, 32)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", ["key_norm", "average"])
+def test_under_checkpoints_groups_move_once_and_the_second_run_finds_them(kind, causal, reentrant):
+    def run(wrapped):
+        torch.manual_seed(0)
+        m = make(dim=32, num_heads=8, num_kv_heads=4, kind=kind, window=2, causal=causal).train()
+        with torch.no_grad():
+            m.k.weight[:8] *= 3  # one head's keys are larger
+        maps, grads = [m.head_map.clone()], []
+        for step in range(4):
+            x = (torch.randn(2, 6, 32) * (1 + step)).requires_grad_()
+            y = checkpoint(m, x, use_reentrant=reentrant) if wrapped else m(x)
+            maps.append(m.head_map.clone())
+            y.square().sum().backward()
+            grads.append(x.grad)
+        return maps, grads, [b.clone() for b in m.buffers()]
+
+    plain, wrapped = run(False), run(True)
+    assert len({tuple(m.tolist()) for m in plain[0]}) > 1  # or nothing was tried
+    for a, b in zip(plain, wrapped, strict=True):
+        for one, other in zip(a, b, strict=True):
+            torch.testing.assert_close(one, other)

@@ -1,115 +1,41 @@
-"""Gradient checkpointing: what is recomputed for a backward pass sees what the forward saw.
+"""Gradient checkpointing of attached models: what is recomputed for a backward pass sees what the forward saw.
 
-``torch.utils.checkpoint`` runs a part of a model twice, the second time from within ``backward()``, which may come when
-the session is over, when other steps or branches are current, or when what an intervention keeps has moved on. The
-first time the part enters anything of ours, the state of session and interventions is put aside, and the function that
-the checkpoint will run again is wrapped: the second run finds the model attached and the state as it was, and leaves
-both as it found them, so that what is stateful acts once.
-
-The function to run again stands in objects of PyTorch that are not public, and they are known here only. Whatever else
-recomputes a part of a model is noticed, and refused by name, as long as the session lives.
+``backward()`` may come when the session is over, when other steps or branches are current, or when what an intervention
+keeps has moved on. So session and interventions put their state aside and find it again, as
+:mod:`attnlib.nn.recompute` has it. Whatever else recomputes a part of a model is noticed, and refused by name, as long
+as the session lives.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import random
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import checkpoint as _checkpoint
+
+from ..nn.recompute import reentrant
 
 #: Tensors in the state of interventions up to this many elements are copied; larger ones are watched.
 COPIED = 1 << 16
-
-#: The code of the two kinds of checkpoints, by which their calls are known on the stack; since 2.14 ``checkpoint``
-#: may also be a decorator, and what it does lies in a function of its own.
-_REENTRANT: Any = inspect.unwrap(_checkpoint.CheckpointFunction.forward).__code__
-_PLAIN: Any = inspect.unwrap(getattr(_checkpoint, "_checkpoint_impl", _checkpoint.checkpoint)).__code__
 
 
 class Shared:
     """Base of what objects refer to without it being state of theirs: sessions and what runs their stages."""
 
 
-class Recomputed:
-    """A function that runs again as it ran the first time."""
-
-    def __init__(self, session: Any, function: Callable[..., Any], state: State):
-        self.session, self.function, self.state = session, function, state
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.session.as_it_was(self.state):
-            return self.function(*args, **kwargs)
-
-    def of(self, session: Any) -> bool:
-        """Whether it already runs for a session."""
-        function: Any = self
-        while isinstance(function, Recomputed):
-            if function.session is session:
-                return True
-            function = function.function
-        return False
-
-
-_AGAIN: Any = Recomputed.__call__.__code__
-
-
-def running_backward() -> bool:
-    """Whether this thread runs a backward pass."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def checkpoints(frame: FrameType | None) -> list[tuple[Any, str]]:
-    """Checkpoints whose forward is running: the objects, innermost first, that hold what will be run again.
-
-    Within something that runs again, those that are entered there.
-    """
-    found: list[tuple[Any, str]] = []
-    while frame is not None:
-        code = frame.f_code
-        if code is _AGAIN:
-            break
-        if code is _REENTRANT:
-            found.append((frame.f_locals["ctx"], "run_function"))
-        elif code is _PLAIN:
-            generator = frame.f_locals.get("gen")
-            inner = None if generator is None else generator.gi_frame
-            held = None if inner is None else inner.f_locals.get("new_frame")
-            if held is not None:
-                found.append((held, "recompute_fn"))
-        frame = frame.f_back
-    return found
-
-
 def refuse_reentrant(who: str, what: str) -> None:
     """Raise where a reentrant checkpoint runs: tensors that reach a layer past its arguments get no gradients there."""
-    if not torch.is_grad_enabled() and any(name == "run_function" for _, name in checkpoints(sys._getframe(1))):
+    if not torch.is_grad_enabled() and reentrant():
         raise ValueError(
             f"{who}: {what} needs gradients, which checkpointing with use_reentrant=True does not pass on from one "
             "layer to another; use model.gradient_checkpointing_enable({'use_reentrant': False})"
         )
-
-
-def follow(session: Any, made: Callable[[], State], depth: int = 2) -> bool:
-    """Wrap what will be run again of the checkpoints around the caller; whether there are any."""
-    state: State | None = None
-    around = checkpoints(sys._getframe(depth))
-    for holder, name in around:
-        function = getattr(holder, name)
-        if isinstance(function, Recomputed) and function.of(session):
-            break  # those around it were wrapped with it
-        if state is None:
-            state = made()
-        setattr(holder, name, Recomputed(session, function, state))
-    return bool(around)
 
 
 class State:

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_int
+from ..nn.recompute import Again, follow, running_backward
 from .changes import Action, Change, Entry, Hook, hooks_of, plain_copies, wraps
 from .eager import eagerly, forget_compiled
 from .intervention import Intervention, Stages, implements
 from .notes import Notes
-from .recompute import Shared, State, follow, running_backward
+from .recompute import Shared, State
 from .sequences import Sequence as ReadSequence
 from .sequences import put, sequence_of
 from .site import Site
@@ -385,7 +387,7 @@ class Session(Shared):
             self._depth += 1
         if self._depth == 1 and not self._recomputing:
             self.audit()
-            self._may_recompute = torch.is_grad_enabled() or follow(self, self._state, 2)
+            self._may_recompute = torch.is_grad_enabled() or follow(self, self._again)
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
@@ -441,10 +443,10 @@ class Session(Shared):
                 "attached, or something else recomputes it. Run backward() first, or checkpoint with "
                 "torch.utils.checkpoint"
             )
-        follow(self, self._state, 2)
+        follow(self, self._again)
 
-    def _state(self) -> State:
-        return State([self._now, *self.interventions, *self.stateful])
+    def _again(self) -> Again:
+        return partial(self.as_it_was, State([self._now, *self.interventions, *self.stateful]))
 
     @contextmanager
     def as_it_was(self, state: State) -> Iterator[None]:

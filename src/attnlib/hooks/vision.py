@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.recompute import running_backward
 from ..types import check_choice, stats_dtype
 from .call import row_blocks, score_rows, verify, weights_of
 from .hf.follow import watch_prompts
@@ -27,7 +28,7 @@ from .hf.names import (
     vision_towers,
 )
 from .intervention import Stages
-from .recompute import Shared, running_backward
+from .recompute import Shared
 from .session import Session
 from .site import PairMask, Site
 

@@ -32,6 +32,7 @@ from ..grids import Layout, crop_grid
 from ..masks import Mask, Padded, as_mask
 from ..types import EXTRAS, PATTERNS, Output, Plan, State, Traits, traced_as_constant
 from .layers import zero_invalid
+from .recompute import buffers_once
 
 Extras = Sequence[str]
 
@@ -218,6 +219,8 @@ class Mechanism(nn.Module):
             context=context, layout=layout, valid=valid, context_valid=context_valid, mask=mask, plan=plan, state=state,
             carry=carry, returns=tuple(returns),
         )  # fmt: skip
+        if self.training and not torch.compiler.is_compiling():
+            buffers_once(self)
         result = self._mixed(x, {name: call[name] for name in self._mix_takes})
         output = result if isinstance(result, Output) else Output(result)
         if fitted and x.shape[1:-1] != grid:
