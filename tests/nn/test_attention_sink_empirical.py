@@ -7,7 +7,7 @@ from parity import Fixture
 import attnlib
 from attnlib import attention
 from attnlib.hooks.probes import sink_rate
-from attnlib.nn.dense.attention_sink_empirical import sink_metric
+from attnlib.nn.dense.attention_sink_empirical import bucket_numbers, sink_metric
 from attnlib.nn.layers import merge_heads, split_heads
 from attnlib.normalizers import Activated, Sigmoid
 
@@ -150,6 +150,36 @@ def test_masks_and_padding_see_the_virtual_key():
     torch.testing.assert_close(m(x, valid=valid)[1, :3], m(x[1:, :3])[0], atol=1e-6, rtol=1e-5)
 
 
+def test_windows_and_prefixes_are_masks():
+    x = torch.randn(2, 9, 16)
+    plain = build()
+    m = build(window_size=3)
+    torch.testing.assert_close(m(x), plain(x, mask=attnlib.masks.recent(3)), atol=1e-6, rtol=1e-5)
+    first = m(x[:, :5], returns=("state",))
+    torch.testing.assert_close(m.step(x[:, 5:], first.state)[0], m(x)[:, 5:], atol=1e-6, rtol=1e-5)
+    open_, ahead = build(causal=False), build(prefix_tokens=4)
+    torch.testing.assert_close(ahead(x), open_(x, mask=attnlib.masks.prefix_lm(4)), atol=1e-6, rtol=1e-5)
+    assert ahead.traits.patterns == {"noncausal-self", "causal-cross"} and not ahead.traits.streaming
+    hidden = attnlib.masks.sliding_window(5)
+    both = attnlib.masks.prefix_lm(4) & hidden
+    torch.testing.assert_close(ahead(x, mask=hidden), open_(x, mask=both), atol=1e-6, rtol=1e-5)
+
+
+def test_numbers_of_buckets():
+    """T5's own: bidirectional off, 32 buckets, up to 128."""
+    expected = [
+        float(d) if d < 16 else min(31.0, 16 + math.floor(math.log(d / 16) / math.log(8) * 16 + 1e-9))
+        for d in range(300)
+    ]
+    assert bucket_numbers(torch.arange(300)).tolist() == expected
+    m, x = build(relative="bucket"), torch.randn(1, 20, 16)
+    q, k, v = heads(m, x)
+    at = torch.arange(20)
+    s = q @ k.mT * 8**-0.5 + bucket_numbers((at[:, None] - at).clamp(min=0))
+    s = s.masked_fill(at > at[:, None], -math.inf)
+    torch.testing.assert_close(m(x), m.proj(merge_heads(s.softmax(-1) @ v)), atol=1e-6, rtol=1e-5)
+
+
 def test_bad_settings():
     for settings, message in (
         (dict(similarity="tanh"), "similarity="),
@@ -162,6 +192,12 @@ def test_bad_settings():
         (dict(k_bias=True, attn_drop=0.1), "attn_drop=0.1 is not possible with k_bias"),
         (dict(kernel="mlp", attn_drop=0.1), "attn_drop=0.1 is not possible with kernel"),
         (dict(kernel="mlp", alibi=True), "alibi=True is not possible"),
+        (dict(kernel="mlp", window_size=3), "window_size=3 is not possible with kernel"),
+        (dict(causal=False, prefix_tokens=3), "needs causal=True"),
+        (dict(window_size=0), "window_size must be at least 1"),
+        (dict(window_size=3, prefix_tokens=2), "goes without a window_size"),
+        (dict(relative="t5"), "relative="),
+        (dict(relative="bucket", alibi=True), "two biases"),
     ):
         with pytest.raises(ValueError, match=message):
             build(**settings)

@@ -269,7 +269,7 @@ class HeadFrame(Mechanism, Generic[N]):
     @property
     def traits(self) -> Traits:
         patterns = {"causal-self", "causal-cross"} if self.causal else {"noncausal-self", "noncausal-cross"}
-        positional = self.rotary is not None or self.alibi
+        positional = self.rotary is not None or self.biased
         if positional and not self.cross_positions:
             patterns = {p for p in patterns if p.endswith("self")}
         if self.context_dim != self.dim:
@@ -309,9 +309,18 @@ class HeadFrame(Mechanism, Generic[N]):
         """Whether rotary positions depend on the length of the call."""
         return self.rotary_scaling is not None and self.rotary_scaling["rope_type"] == "dynamic"
 
-    def _alibi(self, q_pos: Tensor, k_pos: Tensor, span: tuple[int, int]) -> Bias:
+    @property
+    def biased(self) -> bool:
+        """Whether :meth:`_position_bias` is added to the scores."""
+        return self.alibi
+
+    def _position_bias(self, q_pos: Tensor, k_pos: Tensor, span: tuple[int, int]) -> Bias:
         """ALiBi between slots (n,) and (M,); ``span`` is the least and the greatest ``k - q``."""
         return alibi(self.num_heads, q_pos, k_pos, span=span)
+
+    def _order(self, mask: Mask | None) -> Mask:
+        """``mask``, and what the causal order hides."""
+        return Stream.mask(mask)
 
     def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: N) -> Any:
         """The operator: (B, H, N, Dv), or with ``call.return_weights`` that and (B, H, N, M)."""
@@ -363,12 +372,12 @@ class HeadFrame(Mechanism, Generic[N]):
         k, v = stream.join(k=k, v=v)
         exists = stream.exists
         bias: Bias | None = None
-        if self.alibi:
+        if self.biased:
             start, n, m = stream.start, q.shape[2], k.shape[2]
             q_at, k_at = torch.arange(start, start + n, device=x.device), torch.arange(m, device=x.device)
-            bias = self._alibi(q_at, k_at, (1 - start - n, m - 1 - start))
+            bias = self._position_bias(q_at, k_at, (1 - start - n, m - 1 - start))
         call = HeadCall(
-            stream.mask(mask) if ordered else mask, exists, stream.q_pos, bias,
+            self._order(mask) if ordered else mask, exists, stream.q_pos, bias,
             self.attn_drop if self.training else 0.0, "weights" in returns,
         )  # fmt: skip
         out, weights = self._mix_heads(q, k, v, call, notes), None

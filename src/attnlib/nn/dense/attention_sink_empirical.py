@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from ...normalizers import ACTIVATIONS, Activated
 from ...ops import attention_partial
 from ...ops.feature_maps import feature_map
 from ...ops.linear import linear_partial
+from ...positions import Bias, RelativeBias, alibi, alibi_slopes
 from ...types import Output, Partial, Plan, State, Traits, check_choice, stats_dtype
 from ..frame import HeadCall, HeadFrame, Notes, Stream
 from ..layers import flat_valid, merge_heads, split_heads, through
@@ -23,6 +25,17 @@ from ..released import Released, grouped_rule
 
 SIMILARITIES = ("softmax", *ACTIVATIONS)
 KERNELS = ("identity", "elu1", "mlp")
+
+
+def bucket_numbers(distance: Tensor) -> Tensor:
+    """T5's bucket of each distance, 0 to 31: exact below 16, then logarithmic up to 128.
+
+    >>> bucket_numbers(torch.tensor([3, 15, 16, 64, 500])).tolist()
+    [3.0, 15.0, 16.0, 26.0, 31.0]
+    """
+    d = distance.float()
+    far = 16 + torch.floor(torch.log(d.clamp(min=1) / 16) / math.log(8) * 16)
+    return torch.where(d < 16, d, far.clamp(max=31))
 
 
 class _KernelMLP(nn.Module):
@@ -56,6 +69,14 @@ class SinkFreeAttention(HeadFrame[Notes]):
         kernel: ``"identity"``, ``"elu1"`` or ``"mlp"`` (two layers, the same for queries and keys), instead of a
             similarity.
         normalize: divide rows by their sum; with a kernel that may be negative, by ``max(|sum|, 1)``.
+        window_size: causal: only the last so many keys, the query's own included.
+        prefix_tokens: causal: the first so many tokens are read by all, also by the earlier ones among them. Slots are
+            counted, and nothing is kept from call to call.
+        relative: ``"bucket"`` adds to a score the number of T5's bucket of the distance, as the study does (it looks up
+            no table), so that farther keys get more.
+        compat: ``"authors"``: ALiBi is computed in bfloat16.
+
+    The study's other positions are settings of the frame (``rotary``, ``alibi``, neither) or of the model around it.
 
     What differs from the authors' code: normalised similarities divide by the sum without their ``1e-8``; the virtual
     token has no query row; it comes as a mergeable part, so that any backend, mask and cache goes with it.
@@ -77,8 +98,14 @@ class SinkFreeAttention(HeadFrame[Notes]):
         similarity: str = "softmax",
         kernel: str | None = None,
         normalize: bool = True,
+        window_size: int | None = None,
+        prefix_tokens: int = 0,
+        relative: str | None = None,
+        compat: str | None = None,
         **settings: Any,
     ):
+        check_choice("relative", relative, (None, "bucket"))
+        check_choice("compat", compat, (None, "authors"))
         check_choice("similarity", similarity, SIMILARITIES)
         check_choice("kernel", kernel, (None, *KERNELS))
         if "normalizer" in settings:
@@ -97,8 +124,21 @@ class SinkFreeAttention(HeadFrame[Notes]):
         for name, used in (("k_bias", k_bias), ("kernel", kernel is not None)):
             if used and self.attn_drop:
                 raise ValueError(f"attn_drop={self.attn_drop} is not possible with {name}")
+        for name, value in (("window_size", window_size), ("prefix_tokens", prefix_tokens), ("relative", relative)):
+            if value and kernel is not None:
+                raise ValueError(f"{name}={value!r} is not possible with kernel={kernel!r}, which has no map")
+            if value and name != "relative" and not self.causal:
+                raise ValueError(f"{name}={value!r} belongs to the causal order; it needs causal=True")
         if kernel is not None and self.alibi:
             raise ValueError(f"alibi=True is not possible with kernel={kernel!r}, which has no scores")
+        if relative is not None and self.alibi:
+            raise ValueError(f"relative={relative!r} and alibi=True are two biases; give one of them")
+        if window_size is not None and window_size < 1:
+            raise ValueError(f"window_size must be at least 1, got {window_size}")
+        if prefix_tokens < 0 or (prefix_tokens and window_size is not None):
+            raise ValueError(f"prefix_tokens={prefix_tokens} must be at least 0, and goes without a window_size")
+        self.window_size, self.prefix_tokens, self.relative, self.compat = window_size, prefix_tokens, relative, compat
+        self.counts_slots = prefix_tokens > 0
         self.similarity, self.normalize = similarity, normalize
         shape = (num_heads, self.head_dim) if per_head else (self.head_dim,)
         self.k_bias = nn.Parameter(torch.randn(shape) * 0.02) if k_bias else None
@@ -109,10 +149,37 @@ class SinkFreeAttention(HeadFrame[Notes]):
     @property
     def traits(self) -> Traits:
         traits = super().traits
+        if self.prefix_tokens:
+            ahead = frozenset("non" + p if p == "causal-self" else p for p in traits.patterns)
+            return traits.but(patterns=ahead, streaming=False)
         if self.kernel_name is None:
             return traits
         linear = {"N": 1.0}
         return traits.but(mask=False, weights=False, work=linear, memory=linear)
+
+    # ---- order and positions
+
+    def _order(self, mask: masks.Mask | None) -> masks.Mask:
+        if self.prefix_tokens:
+            order = masks.prefix_lm(self.prefix_tokens)
+        else:
+            order = masks.causal() if self.window_size is None else masks.recent(self.window_size)
+        return order if mask is None else order & mask
+
+    @property
+    def biased(self) -> bool:
+        return self.alibi or self.relative is not None
+
+    def _position_bias(self, q_pos: Tensor, k_pos: Tensor, span: tuple[int, int]) -> Bias:
+        if self.relative is None and self.compat is None:
+            return alibi(self.num_heads, q_pos, k_pos, span=span)
+        low, high = span
+        apart = torch.arange(low, high + 1, device=q_pos.device)
+        if self.relative is None:
+            table = alibi_slopes(self.num_heads).to(q_pos.device).bfloat16()[:, None] * -apart.abs().bfloat16()
+        else:
+            table = bucket_numbers((-apart).clamp(min=0))[None]
+        return RelativeBias(table.float(), q_pos[:, None], k_pos[:, None], (-low,), (high - low + 1,))
 
     # ---- the virtual token
 
