@@ -145,40 +145,65 @@ class Models(Fixture):
     """Runs of the authors' whole models in ``fixtures/models/<slug>.safetensors``, with :func:`synthetic` weights.
 
     The metadata's ``config`` holds per case ``model`` (a name of ours), ``settings``, ``shapes`` (their state dict),
-    and ``train``; tensors are ``<case>/x``, ``<case>/y``, ``<case>/g``, ``<case>/dx`` and chosen ``<case>/dw/<name>``.
+    and ``train``; tensors are ``<case>/x``, ``<case>/y``, ``<case>/g``, ``<case>/dx`` and chosen ``<case>/dw/<name>``,
+    maps of stages ``<case>/map/<i>`` (B, C, H, W), and after a pass in training chosen buffers ``<case>/after/<name>``.
     """
 
     folder = HERE / "models"
 
-    def build_model(self, case: str):
+    @classmethod
+    def all(cls) -> list[tuple[str, str]]:
+        """(slug, case) of every recorded run."""
+        slugs = sorted(path.stem for path in cls.folder.glob("*.safetensors"))
+        return [(slug, case) for slug in slugs for case in cls(slug).config]
+
+    def weights(self, case: str) -> dict[str, torch.Tensor]:
+        """Their state dict."""
+        return synthetic(self.config[case]["shapes"])
+
+    def build_model(self, case: str, weights: dict[str, torch.Tensor] | None = None):
         from attnlib.models.build import load_pretrained
 
         config = self.config[case]
         module = attnlib.create_model(config["model"], **config["settings"])
-        load_pretrained(module, synthetic(config["shapes"]))
+        load_pretrained(module, self.weights(case) if weights is None else weights)
         return module.train(config.get("train", False))
 
     def model_holds(self, case: str, atol: float = 1e-5) -> None:
-        """Output, the gradient of the images and the recorded gradients of weights."""
-        module, config = self.build_model(case), self.config[case]
+        """Output, maps, the gradient of the images, and the recorded gradients of weights and buffers."""
+        module = self.build_model(case)
         x = self.tensors[f"{case}/x"].clone().requires_grad_()
         y = module(x)
         self._close(y.detach(), self.tensors[f"{case}/y"], atol, "y")
         (y * self.tensors[f"{case}/g"]).sum().backward()
         self._close(x.grad, self.tensors[f"{case}/dx"], atol, "dx")
-        theirs = self.under(f"{case}/dw")
-        assert theirs, "no weight gradient to compare"
-        unknown = {k: torch.full(s, torch.nan) for k, s in config["shapes"].items() if k not in theirs}
+        grads = {name: p.grad for name, p in module.named_parameters()}
+        assert self.under(f"{case}/dw"), "no weight gradient to compare"
+        self._same(case, "dw", module, grads, atol)
+        self._same(case, "after", module, dict(module.named_buffers()), atol)
+        if maps := self.under(f"{case}/map"):
+            with torch.no_grad():
+                ours = self.build_model(case).forward_intermediates(x, intermediates_only=True)
+            for i, expected in maps.items():
+                self._close(ours[int(i)], expected, atol, f"map {i}")
+
+    def _same(self, case: str, what: str, module, held: dict, atol: float) -> None:
+        """What was recorded under ``what`` in their names equals what ``held`` has in ours."""
+        theirs = self.under(f"{case}/{what}")
+        if not theirs:
+            return
+        shapes = self.config[case]["shapes"]
+        unknown = {k: torch.full(s, torch.nan) for k, s in shapes.items() if k not in theirs}
         converted = module.entry.convert({**unknown, **theirs}, module)
-        compared, named = 0, dict(module.named_parameters())
         largest = max(float(t.abs().max()) for t in theirs.values())
+        compared = 0
         for name, expected in converted.items():
             known = ~expected.isnan()
-            if name not in named or not known.any():
+            if name not in held or not known.any():
                 continue
             compared += 1
-            self._close(named[name].grad[known], expected[known], atol, name, 3e-2 * largest)
-        assert compared >= len(theirs), f"{len(theirs)} gradients were recorded, {compared} compared"
+            self._close(held[name][known], expected[known], atol, name, 3e-2 * largest)
+        assert compared >= len(theirs), f"{len(theirs)} of {what} were recorded, {compared} compared"
 
 
 def record_model(cases: dict[str, dict], path, **origin) -> None:
@@ -186,7 +211,8 @@ def record_model(cases: dict[str, dict], path, **origin) -> None:
 
     Args:
         cases: per case ``theirs`` (the authors' module), ``x``, ``model``, ``settings`` (ours), ``grads`` (names of
-            theirs), ``train``; ``call`` for what is not ``theirs(x)``.
+            theirs), ``train``; ``call`` for what is not ``theirs(x)``, ``maps`` (from their module and images to maps
+            of stages) and ``after`` (names of buffers) where they are to be held, too.
         path: of the file.
         origin: ``repository``, ``commit`` and ``cls`` of theirs.
     """
@@ -195,8 +221,14 @@ def record_model(cases: dict[str, dict], path, **origin) -> None:
     tensors, config = {}, {}
     for case, run in cases.items():
         theirs = run["theirs"].train(run.get("train", False))
-        shapes = {k: list(v.shape) for k, v in theirs.state_dict().items() if v.is_floating_point()}
-        theirs.load_state_dict(synthetic(shapes), strict=False)
+        shapes = {k: list(v.shape) for k, v in theirs.state_dict().items()}
+        weights = {k: v for k, v in synthetic(shapes).items() if v.is_floating_point()}
+        theirs.load_state_dict(weights, strict=False)
+        if "maps" in run:
+            with torch.no_grad():
+                tensors |= {f"{case}/map/{i}": t.clone() for i, t in enumerate(run["maps"](theirs, run["x"]))}
+            theirs.load_state_dict(weights, strict=False)
+        theirs.zero_grad()
         x = run["x"].clone().requires_grad_()
         y = run.get("call", lambda m, x: m(x))(theirs, x)
         g = torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
@@ -204,6 +236,7 @@ def record_model(cases: dict[str, dict], path, **origin) -> None:
         grads = {n: p.grad for n, p in theirs.named_parameters()}
         tensors |= {f"{case}/x": x.detach(), f"{case}/y": y.detach(), f"{case}/g": g, f"{case}/dx": x.grad}
         tensors |= {f"{case}/dw/{n}": grads[n] for n in run["grads"]}
+        tensors |= {f"{case}/after/{n}": theirs.get_buffer(n) for n in run.get("after", ())}
         config[case] = {k: run[k] for k in ("model", "settings", "train") if k in run} | {"shapes": shapes}
     meta = {"config": json.dumps(config), "seed": "7", **{k: str(v) for k, v in origin.items()}}
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path, metadata=meta)

@@ -264,6 +264,64 @@ def ungrid_windows(x: Tensor) -> Tensor:
     return x.permute(order).reshape(x.shape[0], *grid, x.shape[-1])
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Equal windows of a grid that they divide: cuts maps into them and joins them again.
+
+    Args:
+        grid: sides of the map.
+        size: sides of a window.
+        kind: ``"block"``: windows of consecutive tokens; ``"grid"``: of tokens spread over the map.
+        shift: how far block windows are moved towards the end of each axis; those at both ends are then parts of one.
+
+    >>> w = Windows((4, 6), (2, 3))
+    >>> w.cut(torch.zeros(1, 4, 6, 8)).shape, w.join(torch.zeros(1, 4, 6, 8)).shape
+    (torch.Size([1, 4, 6, 8]), torch.Size([1, 4, 6, 8]))
+    """
+
+    grid: tuple[int, ...]
+    size: tuple[int, ...]
+    kind: str = "block"
+    shift: tuple[int, ...] = ()
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Windows per axis."""
+        return tuple(n // w for n, w in zip(self.grid, self.size, strict=True))
+
+    def _rolled(self, x: Tensor, sign: int) -> Tensor:
+        if not any(self.shift):
+            return x
+        return x.roll([sign * s for s in self.shift], tuple(range(1, 1 + len(self.grid))))
+
+    def cut(self, x: Tensor) -> Tensor:
+        """(B, *grid, C) -> (B, G, S, C): G windows of S tokens."""
+        if self.size == self.grid and not any(self.shift):  # one window
+            return x.reshape(x.shape[0], 1, math.prod(self.grid), x.shape[-1])
+        split = block_windows if self.kind == "block" else grid_windows
+        x = split(self._rolled(x, -1), self.size)
+        return x.reshape(x.shape[0], math.prod(self.counts), math.prod(self.size), x.shape[-1])
+
+    def join(self, x: Tensor) -> Tensor:
+        """(B, G, S, C) -> (B, *grid, C)."""
+        if self.size == self.grid and not any(self.shift):
+            return x.reshape(x.shape[0], *self.grid, x.shape[-1])
+        back = unblock_windows if self.kind == "block" else ungrid_windows
+        return self._rolled(back(x.reshape(x.shape[0], *self.counts, *self.size, x.shape[-1])), 1)
+
+    def numbers(self, device: torch.device | None = None) -> Tensor:
+        """(G, S) numbers of the tokens in each."""
+        at = torch.arange(math.prod(self.grid), device=device).reshape(1, *self.grid, 1)
+        return self.cut(at)[0, :, :, 0]
+
+    def ends(self, device: torch.device | None = None) -> Tensor | None:
+        """(1, N): numbers that differ between tokens of the two ends of a shifted map; ``None`` without a shift."""
+        if not any(self.shift):
+            return None
+        at = coordinates(self.grid, device) < torch.tensor(self.shift, device=device)
+        return (at * 2 ** torch.arange(len(self.grid), device=device)).sum(-1)[None]
+
+
 def pad_to_multiple(x: Tensor, multiple: int | Sequence[int], value: float = 0.0) -> Tensor:
     """Pad (B, *grid, C) at the far end of every axis to a multiple."""
     check_rank("x", x, GRID_RANKS, GRID_SHAPES)

@@ -209,6 +209,7 @@ ROWS = {
     ),
     "biformer": ("biformer", dict(BIG, n_win=2, topk=2), {}),
     "focalnet": ("focalnet", dict(dim=64), {}),
+    "davit": ("davit", dict(BIG), {}),
     "deformable": (
         "deformable-attention",
         dict(dim=32, num_heads=4, num_levels=2, num_points=3),

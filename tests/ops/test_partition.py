@@ -7,7 +7,7 @@ import torch
 
 import attnlib
 from attnlib import masks
-from attnlib.grids import Partition, window_partition
+from attnlib.grids import Partition, Windows, window_partition
 from attnlib.ops import attention
 from attnlib.ops.partition import grouped_attention, partition_attention, window_attention
 
@@ -126,6 +126,46 @@ def test_shifted_windows_are_windows_with_borders_of_their_own(grid, window, shi
         window_attention(q, k, v, grid, window, shift=max(sides))
     with pytest.raises(ValueError, match="0 with kind='grid'"):
         window_attention(q, k, v, grid, window, "grid", shift=shift)
+
+
+@pytest.mark.parametrize(
+    ("grid", "window", "kind", "shift"),
+    [
+        ((12,), 4, "block", 2),
+        ((4, 6), (2, 3), "block", (1, 2)),
+        ((4, 6), (2, 3), "grid", 0),
+        ((4, 6), (4, 6), "grid", 0),
+    ],
+)
+def test_what_lies_in_windows_already_stays_there(grid, window, kind, shift):
+    torch.manual_seed(0)
+    n, rank = torch.Size(grid).numel(), len(grid)
+    windows = Windows(grid, *(attnlib.types.to_tuple("s", s, rank) for s in (window,)), kind,
+                      attnlib.types.to_tuple("s", shift, rank))  # fmt: skip
+    q = torch.randn(2, 4, n, 3, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 2, n, 3, dtype=torch.float64)
+    size = torch.Size(windows.size).numel()
+    options = dict(
+        valid=torch.rand(2, n) < 0.7, mask=masks.strided(2, local=3), bias=torch.randn(4, size, size).double()
+    )
+
+    def cut(t):
+        t = windows.cut(t.transpose(1, 2).reshape(2, *grid, -1))
+        return t.unflatten(-1, (-1, 3)).transpose(2, 3)
+
+    expected = cut(window_attention(q, k, v, grid, window, kind, shift=shift, **options))
+    for backend in (None, "windows", "eager", "tiled"):
+        ours = window_attention(
+            cut(q), cut(k), cut(v), grid, window, kind, shift=shift, cut=True, backend=backend, **options
+        )
+        torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
+    x = torch.randn(2, *grid, 5)
+    assert windows.join(windows.cut(x)).equal(x)
+    assert windows.numbers().flatten().sort().values.equal(torch.arange(n))
+    with pytest.raises(ValueError, match="q must have shape"):
+        window_attention(q, k, v, grid, window, cut=True)
+    with pytest.raises(ValueError, match=r"windows of \d+ tokens, but k has"):
+        window_attention(cut(q), cut(k)[:, :, :, :-1], cut(v), grid, window, cut=True)
 
 
 def test_one_group_of_everything_is_dense_attention():

@@ -5,4 +5,6 @@ ROWS = [
     Case("focalnet", dict(dim=8, grid_rank=1, use_postln_in_modulation=True), (12,), "sequence"),
     Case("focalnet", dict(dim=8, grid_rank=3, focal_level=1, normalize_modulator=True), (3, 4, 4), "video"),
     Case("focalnet", dict(dim=8, focal_level=0), (6, 6), "global"),
+    Case("davit", dict(dim=16, num_heads=2), (4, 6)),
+    Case("davit", dict(dim=12, num_heads=1, scale="tokens", qkv_bias=False), (12,), "tokens"),
 ]

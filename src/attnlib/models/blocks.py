@@ -231,15 +231,15 @@ class Chain(nn.Sequential):
         return x, valid
 
 
-def init_weights(model: nn.Module, std: float = 0.02) -> None:
+def init_weights(model: nn.Module, std: float = 0.02, also: tuple[type[nn.Module], ...] = ()) -> None:
     """Linear maps from a truncated normal distribution with zero biases, as most vision transformers start.
 
-    What a mechanism initialises in its own way stays as it is.
+    What a mechanism initialises in its own way stays as it is, but for those of the classes ``also``.
     """
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
-            if isinstance(child, Mechanism):
+            if isinstance(child, Mechanism) and not isinstance(child, also):
                 continue
             if isinstance(child, nn.Linear):
                 nn.init.trunc_normal_(child.weight, std=std)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checks import (
     check_choice,
     check_device,
+    check_flag,
     check_float,
     check_grid,
     check_int,
@@ -28,15 +29,7 @@ from ..checks import (
     check_valid,
     to_tuple,
 )
-from ..grids import (
-    Partition,
-    block_windows,
-    check_windows,
-    coordinates,
-    grid_windows,
-    unblock_windows,
-    ungrid_windows,
-)
+from ..grids import Partition, Windows, check_windows
 from ..masks import Mask, as_mask, documents
 from ..types import Partial
 from ._call import check_qkv
@@ -347,6 +340,7 @@ def window_attention(
     kind: str = "block",
     *,
     shift: int | Sequence[int] = 0,
+    cut: bool = False,
     valid: Tensor | None = None,
     mask: Mask | Tensor | None = None,
     bias: Tensor | None = None,
@@ -365,6 +359,8 @@ def window_attention(
         kind: ``"block"``: windows of consecutive tokens; ``"grid"``: windows of tokens spread evenly over the map.
         shift: how far block windows are moved towards the end of each axis. The windows at both ends are then parts
             of one, which lie in one window and do not meet.
+        cut: q, k and v lie in windows already, (B, G, H, S, D), as :meth:`attnlib.grids.Windows.cut` orders them, and
+            so does the result: for who projects behind the cut, which moves a third of the numbers.
         valid: (B, N) boolean, which tokens exist.
         mask: which pairs may meet besides, on token numbers.
         bias: (S, S) or (H, S, S), the same in every window of S tokens.
@@ -374,7 +370,7 @@ def window_attention(
             windows; or ``"eager"``, which builds the whole (N, N) map (the specification).
 
     Returns:
-        (B, H, N, Dv).
+        (B, H, N, Dv); with ``cut`` (B, G, H, S, Dv).
 
     Raises:
         ValueError: a window that does not divide the grid, or a grid that is not N tokens.
@@ -384,7 +380,7 @@ def window_attention(
     torch.Size([1, 2, 16, 8])
     """
     call = _prepare_windows(
-        q, k, v, grid, window_size, kind, shift=shift, valid=valid, mask=mask, bias=bias, scale=scale,
+        q, k, v, grid, window_size, kind, shift=shift, cut=cut, valid=valid, mask=mask, bias=bias, scale=scale,
         dropout_p=dropout_p,
     )  # fmt: skip
     return _WINDOWS.run(call, backend)
@@ -394,13 +390,11 @@ def window_attention(
 class _Windows:
     """A checked problem on a grid in windows."""
 
-    q: Tensor
+    q: Tensor  # (B, G, H, S, D) when ``cut``, (B, H, N, D) otherwise; so are k and v
     k: Tensor
     v: Tensor
-    grid: tuple[int, ...]
-    window: tuple[int, ...]
-    kind: str
-    shift: tuple[int, ...]
+    windows: Windows
+    cut: bool
     valid: Tensor | None
     mask: Mask | None
     bias: Tensor | None
@@ -409,92 +403,87 @@ class _Windows:
     def inputs(self) -> list[Tensor]:
         return [t for t in (self.q, self.k, self.v, self.bias) if t is not None]
 
-    def roll(self, t: Tensor, sign: int) -> Tensor:
-        """(B, *grid, C), moved by the shift."""
-        if not any(self.shift):
-            return t
-        return t.roll([sign * s for s in self.shift], tuple(range(1, 1 + len(self.grid))))
+    def split(self, t: Tensor) -> Tensor:
+        """(B, H, N, D) -> (B, G, H, S, D)."""
+        heads, width = t.shape[1], t.shape[3]
+        t = t.transpose(1, 2).reshape(t.shape[0], *self.windows.grid, heads * width)
+        return self.windows.cut(t).unflatten(-1, (heads, width)).transpose(2, 3)
 
-    def parts(self) -> Tensor:
-        """(1, N): numbers that differ between tokens of the two ends of a shifted map."""
-        at = coordinates(self.grid, self.q.device) < torch.tensor(self.shift, device=self.q.device)
-        return (at * 2 ** torch.arange(len(self.grid), device=self.q.device)).sum(-1)[None]
-
-    def cut(self, t: Tensor) -> Tensor:
-        """(B, N, C) -> (B, G, S, C)."""
-        split, rank = block_windows if self.kind == "block" else grid_windows, len(self.grid)
-        t = split(self.roll(t.reshape(t.shape[0], *self.grid, t.shape[-1]), -1), self.window)
-        return t.reshape(t.shape[0], math.prod(t.shape[1 : 1 + rank]), math.prod(self.window), t.shape[-1])
-
-    def numbers(self) -> Tensor:
-        """(G, S) token numbers."""
-        return self.cut(torch.arange(self.q.shape[2], device=self.q.device)[None, :, None])[0, :, :, 0]
+    def joined(self, t: Tensor) -> Tensor:
+        """(B, G, H, S, D) -> (B, H, N, D)."""
+        heads, width = t.shape[2], t.shape[4]
+        t = self.windows.join(t.transpose(2, 3).flatten(3))
+        return t.reshape(t.shape[0], -1, heads, width).transpose(1, 2)
 
 
 def _prepare_windows(
     q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int], window_size: int | Sequence[int], kind: str = "block", *,
-    shift: int | Sequence[int] = 0, valid: Tensor | None = None, mask: Mask | Tensor | None = None,
+    shift: int | Sequence[int] = 0, cut: bool = False, valid: Tensor | None = None, mask: Mask | Tensor | None = None,
     bias: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0,
 ) -> _Windows:  # fmt: skip
+    check_flag("cut", cut)
     for name, t in (("q", q), ("k", k), ("v", v)):
-        check_rank(name, t, 4, "(B, H, N, D)")
-    check_qkv(q, k, v)
+        check_rank(name, t, 5 if cut else 4, "(B, G, H, S, D)" if cut else "(B, H, N, D)")
     check_choice("kind", kind, KINDS)
     grid = check_grid("grid", grid)
     window = tuple(check_int("window_size", w, least=1) for w in to_tuple("window_size", window_size, len(grid)))
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if math.prod(grid) != t.shape[2]:
-            raise ValueError(f"grid={grid} holds {math.prod(grid)} tokens, but {name} has {t.shape[2]}")
     check_windows(grid, window)
     moved = check_ints("shift", to_tuple("shift", shift, len(grid)), least=0)
     if any(s >= w for s, w in zip(moved, window, strict=True)) or (any(moved) and kind != "block"):
         raise ValueError(f"shift={moved} must be less than window_size={window}, and 0 with kind={kind!r}")
-    check_valid("valid", valid, (q.shape[0], q.shape[2]))
+    windows = Windows(grid, window, kind, moved)
+    size, tokens = math.prod(window), math.prod(grid)
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if cut and (t.shape[1], t.shape[3]) != (tokens // size, size):
+            held = f"{tokens // size} windows of {size} tokens, but {name} has {t.shape[1]} of {t.shape[3]}"
+            raise ValueError(f"grid={grid} has {held}")
+        if not cut and t.shape[2] != tokens:
+            raise ValueError(f"grid={grid} holds {tokens} tokens, but {name} has {t.shape[2]}")
+    check_qkv(*((t[:, 0] for t in (q, k, v)) if cut else (q, k, v)))
+    check_valid("valid", valid, (q.shape[0], tokens))
     check_device(q=q, k=k, v=v, valid=valid)
-    mask = _checked_mask(mask, q.shape[0], q.shape[1], q.shape[2], q.shape[2], q.device)
-    size = math.prod(window)
+    mask = _checked_mask(mask, q.shape[0], q.shape[-3], tokens, tokens, q.device)
     if bias is not None:
         check_float("bias", bias)
         check_device(q=q, bias=bias)
     if bias is not None and (bias.dim() not in (2, 3, 4, 5) or tuple(bias.shape[-2:]) != (size, size)):
         raise ValueError(f"bias must end in (S, S) = {(size, size)} for windows of S tokens, got {tuple(bias.shape)}")
-    return _Windows(q, k, v, grid, window, kind, moved, valid, mask, bias, dict(scale=scale, dropout_p=dropout_p))
+    return _Windows(q, k, v, windows, cut, valid, mask, bias, dict(scale=scale, dropout_p=dropout_p))
 
 
 def _in_windows(call: _Windows, inner: str = AUTO) -> Tensor:
-    q = call.q
-    cut = [
-        call.cut(t.transpose(1, 2).flatten(2)).unflatten(-1, t.shape[1::2]).transpose(2, 3) for t in (q, call.k, call.v)
-    ]
-    allowed, bias = None, call.bias
+    qkv = (call.q, call.k, call.v)
+    q, k, v = qkv if call.cut else (call.split(t) for t in qkv)
+    allowed, bias, exists = None, call.bias, None
     if call.mask is not None:
-        index = call.numbers()
+        index = call.windows.numbers(q.device)
         allowed = pair_mask(call.mask, index, index)
-    if any(call.shift):
-        part = call.cut(call.parts().unsqueeze(-1))[0, :, :, 0]
+    grid = call.windows.grid
+    if (ends := call.windows.ends(q.device)) is not None:
+        part = call.windows.cut(ends.reshape(1, *grid, 1))[0, :, :, 0]
         together = (part[:, :, None] == part[:, None])[None, :, None]
         allowed = together if allowed is None else allowed & together
-    exists = None if call.valid is None else call.cut(call.valid.unsqueeze(-1))[..., 0]
+    if call.valid is not None:
+        exists = call.windows.cut(call.valid.reshape(-1, *grid, 1))[..., 0]
     if bias is not None:
         bias = bias.reshape((1,) * (5 - bias.dim()) + tuple(bias.shape))
-    out = grouped_attention(*cut, allowed=allowed, valid=exists, bias=bias, backend=inner, **call.options)
+    out = grouped_attention(q, k, v, allowed=allowed, valid=exists, bias=bias, backend=inner, **call.options)
     assert isinstance(out, Tensor)
-    heads, width = out.shape[2], out.shape[4]
-    counts = [g // w for g, w in zip(call.grid, call.window, strict=True)]
-    out = out.transpose(2, 3).reshape(q.shape[0], *counts, *call.window, heads * width)
-    join = unblock_windows if call.kind == "block" else ungrid_windows
-    return call.roll(join(out), 1).reshape(q.shape[0], q.shape[2], heads, width).transpose(1, 2)
+    return out if call.cut else call.joined(out)
 
 
 def _windows_eager(call: _Windows) -> Tensor:
     mask = call.mask
-    if any(call.shift):
-        together = documents(call.parts())
+    if (ends := call.windows.ends(call.q.device)) is not None:
+        together = documents(ends)
         mask = together if mask is None else mask & together
-    return partition_attention(
-        call.q, call.k, call.v, Partition(call.numbers()), valid=call.valid, mask=mask, bias=call.bias,
+    qkv = (call.q, call.k, call.v)
+    q, k, v = (call.joined(t) for t in qkv) if call.cut else qkv
+    out = partition_attention(
+        q, k, v, Partition(call.windows.numbers(q.device)), valid=call.valid, mask=mask, bias=call.bias,
         backend="eager", **call.options,
     )  # fmt: skip
+    return call.split(out) if call.cut else out
 
 
 _WINDOWS = Operator("window_attention", _prepare_windows)

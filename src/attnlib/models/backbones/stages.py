@@ -183,7 +183,8 @@ class Backbone(nn.Module):
         self, x: Tensor, valid: Tensor | None, losses: dict[str, Tensor] | None = None, last: int | None = None
     ) -> Iterable[tuple[Tensor, Tensor | None]]:
         self._check_images(x, valid)
-        x, valid = self.stem(x.permute(0, 2, 3, 1), valid)
+        # Convolutions give their output the order of their input; in channels-last order all that follows is faster.
+        x, valid = self.stem(x.permute(0, 2, 3, 1).contiguous(), valid)
         for stage in self.stages[: None if last is None else last + 1]:  # type: ignore[union-attr]
             x, valid = stage(x, valid, losses)
             yield x, valid

@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import check_grid, check_int, check_ints
-from ...grids import check_windows
+from ...grids import Windows, check_windows
 from ...masks import Mask
 from ...ops.partition import KINDS, window_attention
 from ...positions import window_bias
 from ...types import Traits, check_choice, to_tuple
 from ..base import PADS, Mechanism
-from ..layers import flat_valid, head_dim_of, merge_heads, split_heads, through
+from ..layers import flat_valid, head_dim_of, through
 from ..registry import register
 from ..released import Released, Rule
 
@@ -136,18 +136,20 @@ class PartitionAttention(Mechanism):
         valid: Tensor | None = None,
         mask: Mask | None = None,
     ) -> Tensor:
-        grid = x.shape[1:-1]
+        grid = tuple(x.shape[1:-1])
         check_windows(grid, self.window_size)
-        q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, -1))
+        shift = tuple(0 if n <= w else s for n, w, s in zip(grid, self.window_size, self.shift, strict=True))
+        windows = Windows(grid, self.window_size, self.kind, shift)
+        x = windows.cut(x)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(3, 0, 1, 4, 2, 5)
         bias = None
         if self.rel_bias is not None:
             bias = window_bias(self.rel_bias.flatten(1), self.window_size).dense()[0]
-        shift = [0 if n <= w else s for n, w, s in zip(grid, self.window_size, self.shift, strict=True)]
         out = window_attention(
-            q, k, v, grid, self.window_size, self.kind, shift=shift, valid=flat_valid(valid), mask=mask, bias=bias,
-            scale=self.head_dim**-0.5, dropout_p=self.attn_drop if self.training else 0.0,
+            q, k, v, grid, self.window_size, self.kind, shift=shift, cut=True, valid=flat_valid(valid), mask=mask,
+            bias=bias, scale=self.head_dim**-0.5, dropout_p=self.attn_drop if self.training else 0.0,
         )  # fmt: skip
-        return through(self.proj_drop, self.proj(merge_heads(out, grid)))
+        return windows.join(through(self.proj_drop, self.proj(out.transpose(2, 3).flatten(3))))
 
     @staticmethod
     def convert_state_dict(
