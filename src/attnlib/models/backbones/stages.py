@@ -91,10 +91,11 @@ class Head(nn.Module):
             self.pool = pool
         like = next(self.parameters(), None)
         width = self.hidden or self.dim
-        self.fc = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+        self.fc = nn.Identity()
         if num_classes:
-            nn.init.trunc_normal_(self.fc.weight, std=0.02)
-            nn.init.zeros_(self.fc.bias)
+            self.fc = fc = nn.Linear(width, num_classes)
+            nn.init.trunc_normal_(fc.weight, std=0.02)
+            nn.init.zeros_(fc.bias)
         if like is not None:
             self.fc.to(like.device, like.dtype)
 
@@ -259,7 +260,7 @@ class Backbone(nn.Module):
         """Recompute the insides of blocks in the backward pass instead of keeping them."""
         check_flag("enable", enable)
         for stage in self.stages:
-            stage.checkpointing = enable  # type: ignore[union-attr]
+            stage.checkpointing = enable  # type: ignore[union-attr, assignment]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters stand at which depth, for layer-wise learning rates."""
@@ -276,7 +277,7 @@ class Backbone(nn.Module):
         """Tell mechanisms with a schedule how far training is, from 0 to 1."""
         for module in self.modules():
             if module is not self and hasattr(module, "set_progress"):
-                module.set_progress(progress)
+                module.set_progress(progress)  # type: ignore[operator]
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
