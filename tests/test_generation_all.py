@@ -15,8 +15,6 @@ from table import rows  # noqa: E402
 
 from attnlib.models.language import DecoderConfig, DecoderForCausalLM  # noqa: E402
 
-#: Their patterns are made of blocks of slots, so padding on the left gives the tokens of a prompt other blocks.
-BLOCKWISE = {"s2-attention-dkernel", "generalized-neighborhood-attention"}
 VOCABULARY, LENGTH, NEW = 31, 9, 8
 
 
@@ -87,7 +85,7 @@ def test_greedy_with_left_padding(row):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in ROWS if row.name not in BLOCKWISE])
+@each
 def test_padding_does_not_change_what_a_prompt_gives(row):
     model = decoder(row)
     ids, mask = prompts()

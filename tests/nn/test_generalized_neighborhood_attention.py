@@ -97,3 +97,16 @@ def test_bad_settings_are_refused(config, message):
 def test_kernel_times_dilation_beyond_the_grid_is_refused():
     with pytest.raises(ValueError, match="kernel_size=4 with dilation=2 spans 8 tokens"):
         make(stride=2, dilation=2, pad="refuse")(data(1, 8, 7, 8))
+
+
+@pytest.mark.parametrize("settings", [(5, 1, 3, 4), (5, 1, 3, 1), (4, 3, 2, 11), (3, 7, 3, 20)], ids=str)
+def test_a_causal_sequence_shorter_than_the_window_reads_all_before_it(settings):
+    kernel, dilation, stride, n = settings
+    m = attnlib.create(
+        "gna", dim=8, num_heads=2, kernel_size=kernel, dilation=dilation, stride=stride, causal=True
+    ).double()  # fmt: skip
+    x, at = torch.randn(2, n, 8, dtype=torch.float64), torch.arange(n)
+    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in m.qkv(x).chunk(3, -1))
+    back = at[:, None] - at
+    out = attnlib.attention(q, k, v, mask=(back >= 0) & (back % dilation == 0))
+    torch.testing.assert_close(m(x), m.proj(out.transpose(1, 2).flatten(2)))

@@ -173,9 +173,35 @@ def test_decoding_with_an_evicted_cache_is_the_full_pass(pattern):
         parts.append(y)
         start += size
     torch.testing.assert_close(torch.cat(parts, 1), whole)
-    kept = m._keep(torch.arange(41).expand(m.num_kv_heads, -1), 41).sum(-1)
-    assert state["k"].shape[2] == int(kept.max())
-    assert float(kept.float().mean()) / 41 == pytest.approx(m.cache_fraction(41))
+    pos, count = torch.arange(41).expand(2, m.num_kv_heads, -1), torch.tensor([37, 41])
+    kept = (m._keep(pos, count) & (pos < count[:, None, None])).sum(-1)
+    assert state["k"].shape[2] == int(kept.max()) and state["tokens"].tolist() == [37, 41]
+    assert float(kept[1].float().mean()) / 41 == pytest.approx(m.cache_fraction(41))
+
+
+@pytest.mark.parametrize("own", [None, masks.recent(9)], ids=["pattern", "mask"])
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(causal=False), dict(stripes="relative"), dict(pattern_heads="query")]
+)
+def test_the_pattern_lies_on_the_tokens_that_exist(settings, own):
+    """Padding at the front and gaps do not move it; masks of the caller count slots."""
+    m = attnlib.create(
+        SLUG, dim=16, num_heads=4, num_kv_heads=2, block_size=2, local_blocks=1, stride=3, coverage="ignore", **settings
+    ).double()  # fmt: skip
+    x = torch.randn(2, 19, 16, dtype=torch.double)
+    valid = torch.ones(2, 19, dtype=torch.bool)
+    valid[0, :5], valid[1, 7:10], valid[1, 0] = False, False, False
+    y = m(x, valid=valid, mask=own)
+    for i in range(2):
+        there = valid[i].nonzero().squeeze(1)
+        mask = None if own is None else own.at(there, there)
+        torch.testing.assert_close(y[i, there], m(x[i : i + 1, there], mask=mask)[0])
+    if m.traits.streaming:
+        state, parts = None, []
+        for part, exists in zip(x.split([3, 1, 6, 1, 1, 7], 1), valid.split([3, 1, 6, 1, 1, 7], 1), strict=True):
+            z, state = m.step(part, state, valid=exists, mask=own)
+            parts.append(z)
+        torch.testing.assert_close(torch.cat(parts, 1), y)
 
 
 def test_the_cache_shrinks_with_the_stride():

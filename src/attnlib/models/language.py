@@ -32,7 +32,7 @@ from ..hooks.hf.state import StateLayer, state_cache, state_layers
 from ..nn.base import Mechanism
 from ..nn.layers import zero_invalid
 from ..nn.registry import create, find
-from .packing import Packing, exists_by, read_documents
+from .packing import Packing, exists_by, read_documents, rows_alone
 
 MechanismSpec = str | dict[str, Any]
 
@@ -206,6 +206,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         self, x: Tensor, valid: Tensor | None, layer: StateLayer | None, packing: Packing | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """:meth:`mix`, each packed document a sample of its own."""
+        if packing is None and valid is not None and layer is None and self.mixer.reads_length:
+            packing = rows_alone(valid)
         if packing is None:
             return self.mix(x, valid, layer)
         losses: dict[str, Tensor] = {}
@@ -216,11 +218,6 @@ class DecoderLayer(GradientCheckpointingLayer):
             return y
 
         traits = self.mixer._claims()
-        if layer is not None and self.mixer.counts_slots and not packing.even:
-            raise ValueError(
-                f"layer {self.index}: {self.mixer._name()} counts slots from the front, where documents of unequal "
-                "length are padded to be continued as a batch; pass use_cache=False"
-            )
         # Losses are means over all documents, and a mechanism may look across its batch.
         together = not traits.batch_independent or bool(set(traits.losses) - self.unwanted)
         how = "late" if layer is not None else "whole" if together else "exact" if self.mixer.reads_length else "alike"

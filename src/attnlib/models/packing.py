@@ -26,8 +26,6 @@ class Packing:
         exists: (B, N) boolean, which tokens exist.
         starts: (B, N) boolean, first tokens of documents.
 
-    ``even`` says whether all documents have as many tokens.
-
     >>> packing = Packing(torch.ones(1, 5, dtype=torch.bool), torch.tensor([[True, False, True, False, False]]))
     >>> packing.each(torch.ones(1, 5, 1), lambda x, valid: x.cumsum(1), "whole").flatten().tolist()
     [1.0, 2.0, 1.0, 2.0, 3.0]
@@ -54,7 +52,6 @@ class Packing:
             "exact": lambda: [piece(everything[lengths == each]) for each in lengths.unique()],
         }
         self._made: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self.even = len(lengths.unique()) == 1
 
     def each(self, x: Tensor, call: Callable[[Tensor, Tensor | None], Tensor], how: str = "alike") -> Tensor:
         """Answers on documents instead of on rows.
@@ -81,6 +78,12 @@ class Packing:
         made = torch.cat(values)
         out = made.new_zeros(len(flat), made.shape[-1]).index_copy(0, torch.cat(places), made)
         return out.view(*x.shape[:2], -1)
+
+
+@torch.compiler.disable
+def rows_alone(exists: Tensor) -> Packing:
+    """Every row (B, N) as one document of the tokens that exist, for what padding would change."""
+    return Packing(exists, exists & (exists.long().cumsum(1) == 1))
 
 
 def _runs(label: Tensor, exists: Tensor) -> Tensor:

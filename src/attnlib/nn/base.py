@@ -100,9 +100,7 @@ class Mechanism(nn.Module):
     own_state: ClassVar[tuple[str, ...]] = ()
     #: Settings of which 0 means that there is no such part.
     zero_is_off: ClassVar[tuple[str, ...]] = ()
-    #: Its pattern lies on slots of the sequence, so that padding at the front moves it over the tokens.
-    counts_slots: bool = False
-    #: Its answer depends on how many slots there are, so that padding at the end changes it.
+    #: Its answer depends on how many slots there are and where, so that padding changes it.
     reads_length: bool = False
     #: What becomes of a grid that :meth:`mix` cannot take: ``"mask"`` adds tokens that do not exist, ``"zeros"`` adds
     #: zeros that are tokens like any other, as most released models do (in both cases what was added is cut off

@@ -12,8 +12,9 @@ from torch import Tensor
 from ... import masks
 from ...checks import check_choice, check_divides, check_int, to_tuple
 from ...normalizers import Softmax
+from ...ops import attention
 from ...ops.block_sparse import BlockPlan, block_sparse_attention
-from ...types import Traits
+from ...types import State, Traits
 from ..dense.softmax_attention import SoftmaxAttention
 from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
@@ -224,7 +225,6 @@ class S2Attention(HeadFrame[Notes]):
         layout=False,
         memory={"N": 2},
     )
-    counts_slots = True
 
     def __init__(
         self,
@@ -296,43 +296,39 @@ class S2Attention(HeadFrame[Notes]):
         """Share of a full key/value cache that is needed to go on after ``tokens`` tokens; mean over heads."""
         if not self.traits.streaming:
             raise ValueError("cache_fraction is about decoding, which needs causal=True and absolute stripes")
-        return float(self._keep(torch.arange(tokens).expand(self.num_kv_heads, -1), tokens).float().mean())
+        pos = torch.arange(tokens).expand(1, self.num_kv_heads, -1)
+        return float(self._keep(pos, torch.tensor([tokens])).float().mean())
 
     # ---- decoding with an evicted cache
 
-    def _keep(self, pos: Tensor, following: int) -> Tensor:
-        """Which of the positions ``pos`` (G, M) of each key/value head queries from ``following`` on may read."""
+    def _keep(self, pos: Tensor, following: Tensor) -> Tensor:
+        """Which positions ``pos`` (B, G, M) of each key/value head may be read from position ``following`` (B,) on."""
         patterns = self.pattern.num_patterns
         g = torch.arange(patterns, device=pos.device).view(self.num_kv_heads, -1, 1)
-        block = (pos // self.block_size).unsqueeze(1)
+        block = (pos // self.block_size).unsqueeze(2)
         stripe = (block + g * self.pattern.step + self.pattern.offset) % self.stride == 0
         dense = g >= patterns - self.pattern.num_dense
-        # a group keeps what one of its patterns may read
-        return (stripe | dense | (following // self.block_size - block < self.local_blocks)).any(1)
+        near = (following // self.block_size).view(-1, 1, 1, 1) - block < self.local_blocks
+        return (stripe | dense | near).any(2)  # a group keeps what one of its patterns may read
 
-    def _evict(self, k: Tensor, v: Tensor, pos: Tensor, there: Tensor, following: int) -> dict[str, Tensor]:
-        """The part of the cache that is needed from ``following`` on; heads that need less are filled up with absent.
+    def _evict(self, k: Tensor, v: Tensor, pos: Tensor, slot: Tensor, following: Tensor) -> dict[str, Tensor]:
+        """The part of the cache that is needed from ``following`` (B,) on; heads that need less have empty places.
 
         Args:
             k, v: (B, G, M, D).
-            pos: (G, M) positions, the same in every sample.
-            there: (B, G, M) boolean; False where the token does not exist or the slot is empty.
+            pos: (B, G, M) positions; -1 where no token is.
+            slot: (B, G, M) slots, which masks of the caller count.
         """
         keep = self._keep(pos, following) & (pos >= 0)
-        width = int(keep.sum(-1).max())
-        order = torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True)[:, :width]
-        kept = keep.gather(-1, order)
-        pos = pos.gather(-1, order).masked_fill(~kept, -1)
-        batch = k.shape[0]
-        slots = order.expand(batch, -1, -1)
-        k, v = (t.gather(2, slots[..., None].expand(-1, -1, -1, t.shape[-1])) for t in (k, v))
+        width = int(keep.sum(-1).max()) if keep.numel() else 0
+        order = torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True)[..., :width]
+        k, v = (t.gather(2, order[..., None].expand(-1, -1, -1, t.shape[-1])) for t in (k, v))
         return {
             "k": k,
             "v": v,
-            "valid": torch.ones(batch, width, dtype=torch.bool, device=k.device),
-            "there": there.gather(2, slots) & kept,
-            "pos": pos.expand(batch, -1, -1),
-            "seen": torch.full((batch,), following, device=k.device),
+            "valid": torch.ones(k.shape[0], width, dtype=torch.bool, device=k.device),
+            "pos": pos.gather(2, order).masked_fill(~keep.gather(2, order), -1),
+            "slot": slot.gather(2, order),
         }
 
     convert_state_dict = staticmethod(SoftmaxAttention.convert_state_dict)
@@ -347,35 +343,80 @@ class S2Attention(HeadFrame[Notes]):
 
     def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: Notes) -> Any:
         past, keeps = notes.state, "state" in notes.returns
-        mask = self.pattern if call.mask is None else self.pattern & call.mask
-        n, groups, device = q.shape[2], self.num_kv_heads, q.device
-        seen = 0 if past is None else int(past["seen"].max())
-        if keeps or past is not None:
-            assert call.valid is not None
-            pos = torch.arange(seen, seen + n, device=device).expand(groups, -1)
-            there = call.valid[:, None, -n:].expand(-1, groups, -1)
-            if past is not None:
-                pos = torch.cat([past["pos"][0], pos], -1)
-                there = torch.cat([past["there"], there], -1)
+        n, device = q.shape[2], q.device
+        # The pattern lies on the tokens that exist, so that padding at the front does not move it.
+        now = None if call.valid is None else call.valid[:, -n:] if n else call.valid[:, :0]
+        plain = call.mask is None or isinstance(call.mask, masks.Causal)  # which the pattern is by itself
+        pos = slot = None
+        if now is not None:
+            pos = now.long().cumsum(1) - 1 + (0 if past is None else past["tokens"][:, None])
+            slot = torch.arange(n, device=device) + (0 if past is None else past["seen"][:, None])
+            slot = slot.expand(pos.shape)
         if past is not None:
-            # Slots of different heads hold different positions, so the pairs are spelled out.
-            spread = self.num_heads // groups
-            k_pos = pos.clamp(min=0).repeat_interleave(spread, 0)[None]
-            q_pos = torch.arange(seen, seen + n, device=device)
-            allowed = mask.at(q_pos, k_pos)
-            allowed = allowed & there.repeat_interleave(spread, 1).unsqueeze(-2)
-            call = call.but(mask=masks.explicit(allowed), valid=None, q_pos=None)
-            out = super()._mix_heads(q, k, v, call, notes)
-        elif self._blockwise(call):
-            plan = self._plan(n, device)
-            out = block_sparse_attention(q, k, v, plan, valid=call.valid, mask=call.mask, scale=self.scale)
+            assert now is not None and pos is not None and slot is not None
+            out = self._go_on(q, k, v, pos, slot, now, plain, call, past, notes)
+        elif pos is None or _at_the_front(now):
+            if self._blockwise(call):
+                plan = self._plan(n, device)
+                out = block_sparse_attention(q, k, v, plan, valid=call.valid, mask=call.mask, scale=self.scale)
+            else:
+                mask = self.pattern if call.mask is None else self.pattern & call.mask
+                out = super()._mix_heads(q, k, v, call.but(mask=mask), notes)
         else:
-            out = super()._mix_heads(q, k, v, call.but(mask=mask), notes)
-        if keeps:
-            notes.kept = self._evict(k, v, pos, there, seen + n)
+            pos = pos.clamp(min=0)
+            if not plain:
+                pairs = self.pattern.at(pos, pos) & call.mask.dense(n, n, device)
+                out = super()._mix_heads(q, k, v, call.but(mask=masks.explicit(pairs)), notes)
+            else:
+                out = attention(
+                    q, k, v, **call.but(mask=self.pattern, q_pos=pos).options(), k_pos=pos, scale=self.scale,
+                    normalizer=self.normalizer,
+                )  # fmt: skip
+        if keeps and past is None:
+            assert now is not None and pos is not None and slot is not None
+            notes.kept = self._remember(k, v, self._spread(pos, now), self._spread(slot), now, None)
+        return out
+
+    def _spread(self, at: Tensor, now: Tensor | None = None) -> Tensor:
+        """(B, n) to (B, G, n); -1 for tokens that do not exist."""
+        at = at if now is None else at.masked_fill(~now, -1)
+        return at[:, None].expand(-1, self.num_kv_heads, -1)
+
+    def _remember(
+        self, k: Tensor, v: Tensor, pos: Tensor, slot: Tensor, now: Tensor, past: State | None
+    ) -> dict[str, Tensor]:
+        """What the frame's state holds beside the number of tokens."""
+        count = now.sum(1) if past is None else past["tokens"] + now.sum(1)
+        seen = now.shape[1] + (torch.zeros_like(count) if past is None else past["seen"])
+        return {**self._evict(k, v, pos, slot, count), "seen": seen}
+
+    def _go_on(
+        self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, slot: Tensor, now: Tensor, plain: bool, call: HeadCall,
+        past: State, notes: Notes,
+    ) -> Any:  # fmt: skip
+        """Behind a state: the places of different heads hold different positions, so the pairs are spelled out."""
+        k_pos = torch.cat([past["pos"], self._spread(pos, now)], -1)
+        k_slot = torch.cat([past["slot"], self._spread(slot)], -1)
+        heads = self.num_heads // self.num_kv_heads
+        there, at = ((k_pos >= 0).repeat_interleave(heads, 1), k_pos.clamp(min=0).repeat_interleave(heads, 1))
+        pairs = self.pattern.at(pos.clamp(min=0), at) & there.unsqueeze(-2)
+        if not plain:
+            assert call.mask is not None
+            pairs = pairs & call.mask.at(slot, k_slot.repeat_interleave(heads, 1))
+        call = call.but(mask=masks.explicit(pairs), valid=None, q_pos=None)
+        out = super()._mix_heads(q, k, v, call, notes)
+        if "state" in notes.returns:
+            notes.kept = self._remember(k, v, k_pos, k_slot, now, past)
         return out
 
     def _blockwise(self, call: HeadCall) -> bool:
         """Whether the executor of block plans, which touches only allowed blocks, can serve the call."""
         plain = isinstance(self.normalizer, Softmax) and not call.dropout_p and not call.return_weights
         return plain and not torch.compiler.is_compiling()
+
+
+def _at_the_front(now: Tensor | None) -> bool:
+    """Whether tokens that exist come first in every sample, so that their slots are their positions."""
+    if now is None:
+        return True
+    return not torch.compiler.is_compiling() and bool((now[:, 1:] <= now[:, :-1]).all())

@@ -181,10 +181,11 @@ class FusedNeighborhoodAttention(Mechanism):
         q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, -1))
         drop = self.attn_drop if self.training else 0.0
         weights = new_state = None
-        # A causal sequence shorter than its window is the beginning of one, as it is for a state.
-        short = self._claims().streaming and x.shape[1] < self._reach
+        # A causal sequence shorter than its window is the beginning of one, as it is for a state, whatever the stride.
+        short = self.rank == 1 and "causal-self" in self._claims().patterns and x.shape[1] < self._reach
         if state is not None or "state" in returns or short:
             out, weights, new_state = self._stream(q, k, v, exists, mask, state, drop, "weights" in returns)
+            new_state = new_state if "state" in returns else None
         elif "weights" in returns:
             out, weights = self._with_weights(q, k, v, grid, layout, exists, mask, drop)
         elif layout is None:
@@ -289,7 +290,7 @@ class FusedNeighborhoodAttention(Mechanism):
             k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
             exists = torch.cat([state["valid"], exists], 1)
         past, total, weights = k.shape[2] - fresh, k.shape[2], None
-        if mask is None and not shown and fresh > max(past, 2 * w):
+        if mask is None and not shown and fresh > max(past, 2 * w) and total >= self._reach:
             # A long run of new tokens: the ring is simply the beginning of the sequence.
             padded = nn.functional.pad(q, (0, 0, past, 0))
             out = neighborhood_attention(

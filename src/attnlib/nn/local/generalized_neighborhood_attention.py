@@ -43,4 +43,4 @@ class GeneralizedNeighborhoodAttention(FusedNeighborhoodAttention):
     def __init__(self, dim: int, num_heads: int = 8, kernel_size: PerAxis = 7, stride: PerAxis = 1, **options: Any):
         self.stride = stride  # first, because the parent checks its settings
         super().__init__(dim, num_heads, kernel_size, **options)
-        self.counts_slots = self.reads_length = stride != 1
+        self.reads_length = stride != 1
