@@ -121,13 +121,21 @@ def test_a_layer_that_thaws_later_starts_at_its_own_first_step():
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda p: AdamP(p, lr=-1), "lr=-1"),
-    (lambda p: AdamP(p, betas=(1.0, 0.9)), "beta1=1.0"),
-    (lambda p: SGDP(p, lr=0.1, momentum=1.0), "momentum=1.0"),
+    (lambda p: AdamP(p, lr=-1), "lr must be .* at least 0, got -1"),
+    (lambda p: AdamP(p, lr=float("nan")), "lr must be"),
+    (lambda p: AdamP(p, lr=torch.ones(3)), "lr must be"),
+    (lambda p: AdamP(p, betas=(1.0, 0.9)), r"betas\[0\] must be"),
+    (lambda p: AdamP(p, betas=0.9), "betas must be two numbers"),
+    (lambda p: AdamP(p, nesterov="yes"), "nesterov must be"),
+    (lambda p: AdamP([dict(params=p, lr=-1)]), "lr must be"),
+    (lambda p: AdamP([]), "params must hold"),
+    (lambda p: AdamP(p[0]), "params must be"),
+    (lambda p: AdamP([p[0].tolist()]), "params must be"),
+    (lambda p: SGDP(p, lr=0.1, momentum=1.0), "momentum must be"),
     (lambda p: SGDP(p, lr=0.1, compat="theirs"), "compat"),
 ])  # fmt: skip
 def test_bad_settings(make, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         make([torch.nn.Parameter(torch.ones(1))])
 
 

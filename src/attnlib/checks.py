@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 import operator
 import types
@@ -307,6 +308,41 @@ def check_device(**tensors: Tensor | None) -> None:
         devices = {name: t.device for name, t in tensors.items() if isinstance(t, Tensor)}
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"{_and(devices)} must lie on one device, but {listed} was given")
+
+
+def check_place(name: str, device: Any) -> torch.device | None:
+    """``device`` as a ``torch.device``, ``None`` as it is; an error for what names none.
+
+    >>> check_place("device", "cpu")
+    device(type='cpu')
+    """
+    if device is None or isinstance(device, torch.device):
+        return device
+    check_type(name, device, str, "a torch.device, its name or None")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{name}={device!r} is no device that torch knows, such as 'cpu' or 'cuda:0'") from error
+
+
+def check_tensors(name: str, value: Any, least: int = 0) -> list[Tensor]:
+    """``value`` as a list, unless it is no sequence of at least ``least`` tensors."""
+    if isinstance(value, (Tensor, str)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a sequence of tensors, got {describe(value)}")
+    for i, t in enumerate(value):
+        check_tensor(f"{name}[{i}]", t)
+    if len(value) < least:
+        raise ValueError(f"{name} must hold at least {least} tensor{'s' * (least > 1)}, got {len(value)}")
+    return list(value)
+
+
+def raised(name: str, spec: Any, build: Callable[[Any], Any], giver: str) -> Any:
+    """``build(json of spec)``; ``ValueError`` for a text that ``giver`` did not give."""
+    check_type(name, spec, str, f"a text that {giver} gave")
+    try:
+        return build(json.loads(spec))
+    except (json.JSONDecodeError, LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name} must be a text that {giver} gave, got {describe(spec)} ({error})") from error
 
 
 def check_batch(**tensors: Tensor | None) -> None:

@@ -22,7 +22,9 @@ from .checks import (
     check_int,
     check_ints,
     check_name,
+    check_place,
     check_rank,
+    check_real,
     check_tensor,
     check_type,
     check_whole,
@@ -152,6 +154,7 @@ class Layout:
 
     def types(self, device: torch.device | str | None = None) -> Tensor:
         """(N,) int64: the segment number of each token."""
+        device = check_place("device", device)
         sizes = torch.tensor([self.size(n) for n in self.names], device=device, dtype=torch.long)
         return torch.repeat_interleave(torch.arange(len(self.names), device=device), sizes, output_size=len(self))
 
@@ -195,6 +198,7 @@ def coordinates(grid: Sequence[int], device: torch.device | str | None = None) -
     grid = check_ints("grid", grid, least=0)
     if not grid:
         raise ValueError("grid must have at least one axis, got ()")
+    device = check_place("device", device)
     axes = torch.meshgrid(*[torch.arange(s, device=device) for s in grid], indexing="ij")
     return torch.stack([a.reshape(-1) for a in axes], dim=-1)
 
@@ -327,6 +331,7 @@ def pad_to_multiple(x: Tensor, multiple: int | Sequence[int], value: float = 0.0
     check_rank("x", x, GRID_RANKS, GRID_SHAPES)
     grid = tuple(x.shape[1:-1])
     multiple = check_ints("multiple", to_tuple("multiple", multiple, len(grid)), least=1)
+    check_real("value", value, finite=False)
     extra = [(-size) % m for size, m in zip(grid, multiple, strict=True)]
     if not any(extra):
         return x

@@ -13,7 +13,6 @@ causal & sliding_window(3)
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -27,14 +26,18 @@ from .checks import (
     check_grid,
     check_int,
     check_ints,
+    check_place,
     check_rank,
     check_real,
     check_serves,
+    check_tensors,
     check_type,
+    check_valid,
     check_whole,
     check_within,
     describe,
     extremes,
+    raised,
     to_tuple,
 )
 from .grids import Layout
@@ -130,12 +133,17 @@ class Mask:
 
     def to(self, device: torch.device | str) -> Mask:
         """This mask with its tensors on ``device``."""
+        check_type("device", device, (torch.device, str), "a torch.device or its name")
+        check_place("device", device)
         return _build(type(self), [a.to(device) if isinstance(a, (Tensor, Mask)) else a for a in self._args()])
 
     def plane(self, b: int, h: int) -> Mask:
-        """The mask of sample ``b`` and head ``h`` alone."""
-        if self.batch() == 1 and self.heads() == 1:
-            return self
+        """The mask of sample ``b`` and head ``h`` alone; where it is the same for all, of any of them."""
+        for name, number, size in (("b", b, self.batch()), ("h", h, self.heads())):
+            check_int(name, number, least=0, most=None if size == 1 else size - 1)
+        return self if self.batch() == 1 and self.heads() == 1 else self._plane(b, h)
+
+    def _plane(self, b: int, h: int) -> Mask:
         return _build(type(self), [a.plane(b, h) if isinstance(a, Mask) else a for a in self._args()])
 
     # ---- at the door
@@ -164,6 +172,9 @@ class Mask:
             q_pos, k_pos: positions, where they are not ``0..n-1`` and ``0..m-1``. Read on the CPU; on an accelerator
                 they are asserted there, without waiting.
         """
+        for argument, size in (("n", n), ("m", m), ("batch", batch), ("heads", heads)):
+            if size is not None:
+                check_int(argument, size, least=0)
         if self.anywhere():
             return
         if batch is not None:
@@ -257,16 +268,18 @@ class Mask:
         self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | str | None
     ) -> torch.device | None:
         known = self.extent()
-        for name, (start, stop), size in (("queries", rows, known[0]), ("keys", cols, known[1])):
-            check_int(f"{name}' start", start)
-            check_int(f"{name}' stop", stop)
+        for name, span, size in (("queries", rows, known[0]), ("keys", cols, known[1])):
+            if not isinstance(span, (tuple, list)) or len(span) != 2:
+                argument = "rows" if name == "queries" else "cols"
+                raise TypeError(f"{argument} must be (start, stop) of the {name}, got {describe(span)}")
+            start, stop = check_int(f"{name}' start", span[0]), check_int(f"{name}' stop", span[1])
             if stop < start:
                 raise ValueError(f"{name} {start}..{stop - 1} of a mask: the start must not lie behind the stop")
             if size is not None and (start < 0 or stop > size):
                 raise ValueError(f"mask={self!r} knows {name} 0 to {size - 1}, but was asked for {start} to {stop - 1}")
         if device is None:
             return self.device()
-        device = torch.device(device)
+        device = check_place("device", device)
         self._check_device(device)
         return device
 
@@ -276,7 +289,7 @@ class Mask:
         check_int("n", n, least=0)
         check_int("chunk", chunk, least=1)
         rows = [self.block((i, min(i + chunk, n)), keys).sum(-1) for i in range(0, n, chunk)]
-        return torch.cat(rows, -1) if rows else torch.zeros(0, dtype=torch.long)
+        return torch.cat(rows, -1) if rows else self.block((0, 0), keys).sum(-1)
 
     def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """For ``torch.nn.attention.flex_attention.create_block_mask``."""
@@ -436,7 +449,7 @@ def _encode(value: Any, tensors: list[Tensor]) -> str:
     raise TypeError(f"a mask can be lowered when it holds masks, tensors and numbers, not {type(value).__name__}")
 
 
-def _decode(value: Any, tensors: Sequence[Tensor]) -> Any:
+def _decode(value: Any, tensors: list[Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
@@ -447,8 +460,13 @@ def _decode(value: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def raise_mask(spec: str, tensors: Sequence[Tensor] = ()) -> Mask:
-    """The mask that :meth:`Mask.lower` described."""
-    return _decode(json.loads(spec), tensors)
+    """The mask that :meth:`Mask.lower` described; ``ValueError`` for anything else."""
+    given = check_tensors("tensors", tensors)
+    mask = raised("spec", spec, lambda value: _decode(value, given), "Mask.lower")
+    check_type("spec", mask, Mask, "that of a mask")
+    if (wanted := spec.count('{"tensor":')) != len(given):
+        raise ValueError(f"tensors must be the {wanted} that belong to spec, got {len(given)}")
+    return mask
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -633,7 +651,7 @@ class PrefixLM(Mask):
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) | (k < _of_sample(self._args()[0], b))
 
-    def plane(self, b: int, h: int) -> Mask:
+    def _plane(self, b: int, h: int) -> Mask:
         return _build(PrefixLM, [self._args()[0][b : b + 1]]) if self.batch() > 1 else self
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
@@ -708,7 +726,7 @@ class Document(Mask):
     def batch(self) -> int:
         return self._ids.shape[0] if self._ids.dim() == 2 else 1
 
-    def plane(self, b: int, h: int) -> Mask:
+    def _plane(self, b: int, h: int) -> Mask:
         return _build(Document, [self._ids[b]]) if self.batch() > 1 else self
 
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -742,7 +760,7 @@ class Strided(Mask):
         on_stride = k % self.stride == (self.offset + h * self.per_head) % self.stride
         return on_stride | ((q - k).abs() < self.local)
 
-    def plane(self, b: int, h: int) -> Mask:
+    def _plane(self, b: int, h: int) -> Mask:
         offset = (self.offset + h * self.per_head) % self.stride
         return Strided(self.stride, offset, self.local) if self.heads() > 1 else self
 
@@ -824,7 +842,7 @@ class Explicit(Mask):
     def _block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | None) -> Tensor:
         return self._allowed[..., slice(*rows), slice(*cols)]
 
-    def plane(self, b: int, h: int) -> Mask:
+    def _plane(self, b: int, h: int) -> Mask:
         return _build(Explicit, [_plane_of(self._allowed, b, h)])
 
 
@@ -874,7 +892,7 @@ class Blocks(Mask):
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return _cell(self._chosen, b, h, q // self.q_block, k // self.k_block)
 
-    def plane(self, b: int, h: int) -> Mask:
+    def _plane(self, b: int, h: int) -> Mask:
         return _build(Blocks, [_plane_of(self._chosen, b, h), self.q_block, self.k_block])
 
     def q_tile(self) -> int | None:
@@ -1030,7 +1048,7 @@ class CausalFrames(Mask):
         frames = self._args()[1]
         return frames.shape[0] if isinstance(frames, Tensor) else 1
 
-    def plane(self, b: int, h: int) -> Mask:
+    def _plane(self, b: int, h: int) -> Mask:
         if self.batch() == 1:
             return self
         return _build(CausalFrames, [self.queries, self._args()[1][b : b + 1], self.size])
@@ -1105,7 +1123,7 @@ class Modality(Mask):
         table = torch.tensor(self.rule, device=self._types.device)
         return table[_of_token(self._types, b, q), _of_token(self._types, b, k)]
 
-    def plane(self, b: int, h: int) -> Mask:
+    def _plane(self, b: int, h: int) -> Mask:
         return _build(Modality, [self._types[b], self.rule]) if self.batch() > 1 else self
 
     def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
@@ -1285,7 +1303,7 @@ def on_segment(layout: Layout, name: str, inner: Mask) -> Mask:
 
 
 def visible_keys(
-    mask: Mask | None,
+    mask: Mask | Tensor | None,
     n: int,
     m: int,
     valid: Tensor | None = None,
@@ -1297,6 +1315,19 @@ def visible_keys(
     >>> visible_keys(causal(), 3, 3).flatten().tolist()
     [1, 2, 3]
     """
+    check_int("n", n, least=0)
+    check_int("m", m, least=0)
+    device = check_place("device", device)
+    if valid is not None:
+        check_valid("valid", valid, (valid.shape[0] if isinstance(valid, Tensor) and valid.dim() else 1, m))
+    if q_pos is not None:
+        check_whole("q_pos", q_pos)
+        if q_pos.dim() not in (1, 2, 3) or q_pos.shape[-1] != n:
+            raise ValueError(f"q_pos must be (N,), (B, N) or (B, H, N) with N={n}, got {tuple(q_pos.shape)}")
+    given = {"valid": valid, "q_pos": q_pos}
+    check_device(**given)
+    device = next((t.device for t in given.values() if t is not None), device)
+    mask = as_mask(mask)
     if mask is None:
         count = torch.full((1, 1), m, device=device) if valid is None else valid.sum(1, keepdim=True)
         return count[:, None, None].expand(-1, -1, n, -1)
@@ -1305,6 +1336,7 @@ def visible_keys(
         if valid is None:
             return (at + 1).clamp(0, m)[None, None, :, None]
         return valid.cumsum(1)[:, at.clamp(max=m - 1)][:, None, :, None]
+    mask.check(n, m, batch=None if valid is None else valid.shape[0], device=at.device, q_pos=q_pos)
     seen = mask.at(at, torch.arange(m, device=device))
     seen = seen.reshape((1,) * (4 - seen.dim()) + tuple(seen.shape))
     return (seen if valid is None else seen & valid[:, None, None]).sum(-1, keepdim=True)

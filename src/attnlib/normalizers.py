@@ -7,7 +7,6 @@ derivative so that the tiled engine can recompute weights in a hand-written back
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_flag, check_int, check_real
+from .checks import check_choice, check_flag, check_int, check_real, raised
 
 _KINDS: dict[str, type[Normalizer]] = {}
 
@@ -441,9 +440,8 @@ class Activated(Normalizer):
 
 
 def raise_normalizer(spec: str) -> Normalizer:
-    """The normalizer that :meth:`Normalizer.lower` described."""
-    settings = json.loads(spec)
-    return _KINDS[settings.pop("name")](**settings)
+    """The normalizer that :meth:`Normalizer.lower` described; ``ValueError`` for anything else."""
+    return raised("spec", spec, lambda settings: _KINDS[settings.pop("name")](**settings), "Normalizer.lower")
 
 
 def as_normalizer(normalizer: str | Normalizer) -> Normalizer:

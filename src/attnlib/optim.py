@@ -8,13 +8,15 @@ the radial part of the update wherever gradient and weight are almost orthogonal
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
+
+from .checks import check_choice, check_flag, check_float, check_real, check_type, describe
 
 __all__ = ["SGDP", "AdamP"]
 
@@ -43,13 +45,44 @@ def _project(
     return update, 1.0
 
 
-def _check(name: str, value: float, low: float, high: float = math.inf) -> None:
-    if not low <= value < high:
-        raise ValueError(f"{name}={value} must lie in [{low}, {high})")
-
-
 class _Projected(Optimizer):
     """The shared part: gather, advance the moments with foreach kernels, project, decay, step."""
+
+    #: Settings that lie in [0, 1), beside those of at least 0.
+    below_one: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, params: Params, defaults: dict[str, Any]):
+        if isinstance(params, (Tensor, str)) or not isinstance(params, Iterable):
+            raise TypeError(
+                f"params must be parameters, or dictionaries of them, in a sequence; got {describe(params)}"
+            )
+        given: list[Any] = list(params)
+        if not given:
+            raise ValueError("params must hold at least one parameter, got none")
+        for p in given:
+            check_type("params", p, (Tensor, dict, tuple), "tensors, or dictionaries with settings of their own")
+        super().__init__(given, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with settings of their own, which are held to the same bounds as the optimizer's."""
+        check_type("param_group", param_group, dict)
+        for name, value in {**self.defaults, **param_group}.items():
+            if name == "betas":
+                if not isinstance(value, (tuple, list)) or len(value) != 2:
+                    raise TypeError(f"betas must be two numbers, got {describe(value)}")
+                for i, beta in enumerate(value):
+                    check_real(f"betas[{i}]", beta, least=0, below=1)
+            elif name == "nesterov":
+                check_flag(name, value)
+            elif name in self.defaults:
+                check_real(name, value, least=0, below=1 if name in self.below_one else None)
+        given: Any = param_group.get("params", [])
+        for one in [given] if isinstance(given, Tensor) else given if isinstance(given, Sequence) else []:
+            p: Any = one[1] if isinstance(one, tuple) and len(one) == 2 else one  # as named_parameters() gives them
+            check_float("params", p)
+            if not (p.is_leaf or p.retains_grad):
+                raise ValueError(f"params must be leaves, or retain their gradient, got {describe(p)} of a graph")
+        super().add_param_group(param_group)
 
     def _moments(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], float]:
         """Updates (new tensors) and the learning rate's share of one step; advances the state."""
@@ -122,11 +155,6 @@ class AdamP(_Projected):
         wd_ratio: float = 0.1,
         nesterov: bool = False,
     ):
-        for name, value, high in (
-            ("lr", lr, math.inf), ("beta1", betas[0], 1.0), ("beta2", betas[1], 1.0), ("eps", eps, math.inf),
-            ("weight_decay", weight_decay, math.inf), ("delta", delta, math.inf), ("wd_ratio", wd_ratio, math.inf),
-        ):  # fmt: skip
-            _check(name, value, 0.0, high)
         super().__init__(
             params,
             dict(
@@ -183,6 +211,8 @@ class SGDP(_Projected):
     torch.Size([2, 2])
     """
 
+    below_one = ("momentum",)
+
     def __init__(
         self,
         params: Params,
@@ -196,13 +226,7 @@ class SGDP(_Projected):
         wd_ratio: float = 0.1,
         compat: str | None = None,
     ):
-        for name, value, high in (
-            ("lr", lr, math.inf), ("momentum", momentum, 1.0), ("weight_decay", weight_decay, math.inf),
-            ("eps", eps, math.inf), ("delta", delta, math.inf), ("wd_ratio", wd_ratio, math.inf),
-        ):  # fmt: skip
-            _check(name, value, 0.0, high)
-        if compat not in (None, "authors"):
-            raise ValueError(f"compat={compat!r} is not possible; choose None or 'authors'")
+        check_choice("compat", compat, (None, "authors"))
         self.compat = compat
         super().__init__(
             params,

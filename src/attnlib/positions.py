@@ -7,7 +7,6 @@ so an engine never needs the whole (N, M) map.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -26,10 +25,13 @@ from .checks import (
     check_rank,
     check_real,
     check_tensor,
+    check_tensors,
     check_type,
     check_whole,
     describe,
     extremes,
+    raised,
+    readable,
 )
 from .grids import coordinates
 from .types import register_pytree, stats_dtype
@@ -100,9 +102,14 @@ def _some(x: Tensor, batch: slice, heads: slice) -> Tensor:
 
 
 def raise_bias(spec: str, tensors: Sequence[Tensor]) -> Bias:
-    """The bias that :meth:`Bias.lower` described."""
-    name, settings = json.loads(spec)
-    return _KINDS[name].rebuild(list(tensors), settings)
+    """The bias that :meth:`Bias.lower` described; ``ValueError`` for anything else."""
+    given = check_tensors("tensors", tensors, least=1)
+
+    def build(value: Any) -> Bias:
+        name, settings = value
+        return _KINDS[name].rebuild(given, settings)
+
+    return raised("spec", spec, build, "Bias.lower")
 
 
 def _check_dense(name: str, bias: Any) -> None:
@@ -358,7 +365,8 @@ def alibi(
 ) -> RelativeBias:
     """``-slope_h |q - k|`` as a relative table. ``q_pos`` (N,) and ``k_pos`` (M,) are integer positions.
 
-    ``span`` is the least and the greatest ``k - q``; give it where it is known, so that nothing is read back.
+    ``span`` holds the least and the greatest ``k - q``, or more; give it where it is known, so that nothing is read
+    back from an accelerator.
 
     >>> alibi(2, torch.arange(3), torch.arange(3)).dense()[0, 0, 2].tolist()
     [-0.125, -0.0625, -0.0]
@@ -372,13 +380,24 @@ def alibi(
         slopes = alibi_slopes(num_heads, q_pos.device)
     check_float("slopes", slopes)
     check_axes("slopes", slopes, H=num_heads)
-    if span is None and not (q_pos.numel() and k_pos.numel()):
+    if span is not None:
+        span = _checked_span(span, q_pos, k_pos)
+    elif not (q_pos.numel() and k_pos.numel()):
         span = (0, 0)
     low, high = span or (int(k_pos.min() - q_pos.max()), int(k_pos.max() - q_pos.min()))
-    if low > high:
-        raise ValueError(f"span must be the least and the greatest k - q, got {span}")
     reach = torch.arange(low, high + 1, device=q_pos.device).abs()
     return RelativeBias(-slopes[:, None] * reach, q_pos[:, None], k_pos[:, None], (-low,), (high - low + 1,))
+
+
+def _checked_span(span: Any, q_pos: Tensor, k_pos: Tensor) -> tuple[int, int]:
+    bounds = check_ints("span", span)
+    if len(bounds) != 2 or bounds[0] > bounds[1]:
+        raise ValueError(f"span must be the least and the greatest k - q, got {span}")
+    if q_pos.numel() and k_pos.numel() and q_pos.device.type == "cpu" and readable(q_pos) and readable(k_pos):
+        (q_low, q_high), (k_low, k_high) = extremes(q_pos, (0, 0)), extremes(k_pos, (0, 0))
+        if k_low - q_high < bounds[0] or k_high - q_low > bounds[1]:
+            raise ValueError(f"span={span} does not hold k - q, which goes from {k_low - q_high} to {k_high - q_low}")
+    return bounds[0], bounds[1]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -402,7 +421,12 @@ def relative_offsets(table: Tensor, starts: Sequence[int], sizes: Sequence[int])
     check_tensor("table", table)
     starts, sizes = check_ints("starts", starts), check_ints("sizes", sizes, least=0)
     if len(starts) != table.dim() - 1 or len(sizes) != table.dim() - 1:
-        raise ValueError(f"table {tuple(table.shape)} has {table.dim() - 1} axes, got {len(starts)} and {len(sizes)}")
+        raise ValueError(
+            f"starts and sizes must hold one number per axis of the table, {table.dim() - 1} of {tuple(table.shape)}; "
+            f"got {len(starts)} and {len(sizes)}"
+        )
+    if any(size % 2 == 0 for size in table.shape[1:]):
+        raise ValueError(f"table must be (H, 2 P_1 - 1, ..), odd on every axis, got {tuple(table.shape)}")
     for axis, (start, size) in enumerate(zip(starts, sizes, strict=True), 1):
         reach = table.shape[axis] // 2
         index = torch.arange(size, device=table.device) + start
@@ -433,10 +457,18 @@ def toeplitz_spectrum(c: Tensor, queries: Sequence[int]) -> tuple[Tensor, tuple[
         c: (..., N_1 + M_1 - 1, .., N_r + M_r - 1) entries for displacements ``j - i`` from ``-(N - 1)`` to ``M - 1``.
         queries: ``(N_1, .., N_r)``.
     """
+    check_float("c", c)
+    queries = check_ints("queries", queries, least=1)
+    if not 1 <= len(queries) <= c.dim() or any(n > size for n, size in zip(queries[::-1], c.shape[::-1], strict=False)):
+        raise ValueError(f"queries={queries} must name axes of c, and no more than its entries, got {tuple(c.shape)}")
     axes = tuple(range(-len(queries), 0))
     sizes = tuple(_transform_size(c.shape[axis]) for axis in axes)
     pad = [p for axis, size in zip(reversed(axes), reversed(sizes), strict=True) for p in (0, size - c.shape[axis])]
+    c = c.to(stats_dtype(c.dtype))
     circle = torch.nn.functional.pad(c, pad)
+    if not circle.numel():
+        like = torch.complex(circle, circle)
+        return like.new_zeros(*c.shape[: -len(axes)], *sizes[:-1], sizes[-1] // 2 + 1), sizes
     return torch.fft.rfftn(torch.roll(circle, [1 - n for n in queries], axes), dim=axes), sizes
 
 
@@ -603,7 +635,9 @@ def rotary_angles(
     check_tensor("pos", pos)
     if pos.dtype == torch.bool or pos.is_complex():
         raise TypeError(f"pos must hold positions, got {describe(pos)}")
-    axes = 1 if grid is None else len(grid)
+    axes = 1 if grid is None else len(check_ints("grid", grid))
+    if not axes:
+        raise ValueError(f"grid must have at least one axis, got {grid}")
     check_int("head_dim", head_dim, least=1)
     check_real("base", base, above=0)
     if head_dim % (2 * axes):

@@ -7,7 +7,7 @@ Everything here is a plain frozen value, registered as a pytree so that it passe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeVar
@@ -21,14 +21,17 @@ from .checks import (  # noqa: F401
     check_device,
     check_divides,
     check_dtype,
+    check_flag,
     check_float,
     check_index,
     check_int,
+    check_name,
     check_rank,
     check_real,
     check_type,
     check_valid,
     check_width,
+    describe,
     to_list,
     to_tuple,
 )
@@ -98,12 +101,27 @@ class Partial(NamedTuple):
     @classmethod
     def identity_like(cls, other: Partial) -> Partial:
         """The part that has seen no key."""
+        check_type("other", other, Partial)
+        other._check()
         return cls(
             torch.full_like(other.log_scale, float("-inf")), torch.zeros_like(other.den), torch.zeros_like(other.num)
         )
 
+    def _check(self) -> None:
+        """Raise unless the three sums belong together."""
+        for name, value in zip(self._fields, self, strict=True):
+            check_float(f"partial's {name}", value)
+        shape = self.log_scale.shape
+        if self.den.shape != shape or self.num.shape[:-1] != shape or self.num.dim() != len(shape) + 1:
+            raise ValueError(
+                f"partial must hold log_scale (B, H, N), den (B, H, N) and num (B, H, N, Dv), got {tuple(shape)}, "
+                f"{tuple(self.den.shape)} and {tuple(self.num.shape)}"
+            )
+        check_device(**{f"partial's {name}": value for name, value in zip(self._fields, self, strict=True)})
+
     def merge(self, *others: Partial) -> Partial:
         """The attention over the union of disjoint sets of keys."""
+        self._check()
         for other in others:
             check_type("others", other, Partial)
             for name, mine, theirs in zip(self._fields, self, other, strict=True):
@@ -133,7 +151,7 @@ class Partial(NamedTuple):
 
     def shift(self, log_weight: Tensor | float) -> Partial:
         """Multiply every weight by ``exp(log_weight)``, a number or a tensor that broadcasts to (B, H, N)."""
-        check_float("log_scale", self.log_scale)
+        self._check()
         if isinstance(log_weight, Tensor):
             check_float("log_weight", log_weight)
             given, most = log_weight.shape, self.log_scale.shape
@@ -149,12 +167,14 @@ class Partial(NamedTuple):
 
     def finish(self) -> Tensor:
         """(B, H, N, Dv): the normalised output; rows that saw nothing give zeros with zero gradients."""
+        self._check()
         empty = self.den == 0
         den = torch.where(empty, torch.ones_like(self.den), self.den)
         return torch.where(empty.unsqueeze(-1), torch.zeros_like(self.num), self.num / den.unsqueeze(-1))
 
     def lse(self) -> Tensor:
         """(B, H, N): logarithm of the sum of weights, ``-inf`` where nothing was seen."""
+        self._check()
         empty = (self.den <= 0) | torch.isinf(self.log_scale)
         den = torch.where(empty, torch.ones_like(self.den), self.den)
         scale = torch.where(empty, torch.zeros_like(self.log_scale), self.log_scale)
@@ -214,6 +234,9 @@ class Plan(_TensorDict):
     def __post_init__(self) -> None:
         check_type("kind", self.kind, str)
         check_type("tensors", self.tensors, dict, "a dictionary of tensors by name")
+        pairs = isinstance(self.shape, (tuple, list)) and all(isinstance(p, (tuple, list)) for p in self.shape)
+        if not pairs or not all(len(p) == 2 and isinstance(p[0], str) for p in self.shape):
+            raise TypeError(f"shape must hold (name, size) pairs such as (('N', 3),), got {describe(self.shape)}")
 
     def expect(self, kind: str, **shape: Any) -> Plan:
         """This plan, or ``ValueError`` when it was made for something else."""
@@ -285,7 +308,11 @@ class State(_TensorDict):
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> State:
         """Apply ``fn`` to every tensor."""
-        return State({k: v.map(fn) if isinstance(v, State) else fn(v) for k, v in self.tensors.items()}, self.kind)
+        out: dict[str, Any] = {}
+        for name, value in self.tensors.items():
+            check_type(f"state's {name}", value, (Tensor, State), "a tensor, or a state of its own")
+            out[name] = value.map(fn) if isinstance(value, State) else fn(value)
+        return State(out, self.kind)
 
     def select(self, index: Tensor) -> State:
         """Keep the samples ``index`` (B',), in that order; ``ValueError`` for one that it does not hold."""
@@ -351,6 +378,12 @@ EXTRAS = ("state", "carry", "weights", "losses")
 # --------------------------------------------------------------------------------------------------------------------
 # Traits
 
+#: Claims that are true or false.
+_FLAGS = (
+    "mask", "valid", "layout", "streaming", "batch_independent", "permutation_equivariant", "resolution_free",
+    "needs_plan", "carries", "weights", "traceable",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Traits:
@@ -397,12 +430,26 @@ class Traits:
     grid_multiple: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "patterns", frozenset(self.patterns))
-        object.__setattr__(self, "grid_ranks", frozenset(self.grid_ranks))
+        for name, example in (("patterns", '{"causal-self"}'), ("grid_ranks", "{1, 2}")):
+            held = getattr(self, name)
+            if isinstance(held, (str, Tensor, Mapping)) or not isinstance(held, Iterable):
+                raise TypeError(f"{name} must be a set such as {example}, got {describe(held)}")
+            object.__setattr__(self, name, frozenset(held))
         for pattern in self.patterns:
             check_choice("patterns", pattern, PATTERNS)
         for rank in self.grid_ranks:
             check_choice("grid_ranks", rank, (1, 2, 3))
+        for name in _FLAGS:
+            check_flag(name, getattr(self, name))
+        for name in ("work", "memory"):
+            exponents = getattr(self, name)
+            check_type(name, exponents, Mapping, "a dictionary of exponents by symbol")
+            for symbol, exponent in exponents.items():
+                check_type(f"a symbol of {name}", symbol, str)
+                check_real(f"{name}[{symbol!r}]", exponent)
+        check_type("losses", self.losses, (tuple, list), "a tuple of names")
+        for loss in self.losses:
+            check_name("a name in losses", loss)
         check_choice("gradient", self.gradient, ("exact", "surrogate", "stopped"))
         check_int("grid_multiple", self.grid_multiple, least=1)
 

@@ -45,6 +45,7 @@ class Call:
         fixed: arguments that are not spoilt.
         tolerance: relative to the scale of the oracle's values.
         allows: kinds of spoiling that mean something here, such as ``"on meta"``; what comes out is then not looked at.
+        label: which of several functions this is, for the report.
     """
 
     fn: Callable[..., Any]
@@ -55,6 +56,7 @@ class Call:
     fixed: Iterable[str] = ()
     tolerance: float = 2e-5
     allows: Iterable[str] = ()
+    label: str = ""
 
 
 Maker = Callable[[random.Random], Call]
@@ -69,6 +71,29 @@ def target(name: str, weight: int = 1) -> Callable[[Maker], Maker]:
     def add(make: Maker) -> Maker:
         assert name not in TARGETS, name
         TARGETS[name], WEIGHTS[name] = make, weight
+        return make
+
+    return add
+
+
+_FAMILIES: dict[str, dict[str, Maker]] = {}
+
+
+def family(name: str) -> Callable[[Maker], Maker]:
+    """Register a maker as one of a family of small functions that share the target ``name``, each as often."""
+
+    def add(make: Maker) -> Maker:
+        members = _FAMILIES.setdefault(name, {})
+        assert make.__name__ not in members, make.__name__
+        members[make.__name__] = make
+
+        def of_family(rng: random.Random) -> Call:
+            label = rng.choice(list(members))
+            call = members[label](rng)
+            call.label = call.label or label
+            return call
+
+        TARGETS[name], WEIGHTS[name] = of_family, -(-len(members) // 3)
         return make
 
     return add
@@ -99,12 +124,13 @@ def deliberate(error: BaseException) -> bool:
     """Whether the error was raised by a ``raise`` statement of attnlib (or by a call that does not fit a signature)."""
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1]
+    if isinstance(error, TypeError) and "got an unexpected keyword argument" in str(error):
+        return True  # Python's own words name it
     if last.filename.startswith(HERE):
         text = str(error)
         return isinstance(error, TypeError) and ("argument" in text or "keyword" in text)
     if not last.filename.startswith(SOURCE):
-        # A signature of a class reached through torch: nn.Module.__call__ -> forward(...).
-        return isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
+        return False
     around = [s for s in _statements(last.filename) if s[0] <= (last.lineno or 0) <= s[1]]
     return bool(around) and max(around, key=lambda s: (s[0], -s[1]))[2]
 
@@ -179,7 +205,8 @@ def run_trial(name: str, seed: int, number: int, spoil: float = 0.75) -> Verdict
             kind, given[spoilt], refuse = mutate(given[spoilt], rng)
             what = f"{spoilt}: {kind}"
     given = {k: v.value if isinstance(v, (Either, Name)) else v for k, v in given.items()}
-    described = f"{what} | " + ", ".join(f"{k}={show(v)}" for k, v in given.items())
+    label = f"{call.label}: " if call.label else ""
+    described = f"{label}{what} | " + ", ".join(f"{k}={show(v)}" for k, v in given.items())
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")

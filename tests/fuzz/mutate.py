@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from attnlib.masks import Mask
+from attnlib.ops import BlockPlan
 from attnlib.types import Plan, State
 
 INF, NAN = float("inf"), float("nan")
@@ -107,7 +108,9 @@ def _mutants(value: Any, rng: random.Random) -> list[tuple[str, Callable[[], Any
             ("empty", lambda: Plan(value.kind, {}, value.shape), True),
             ("indices far beyond", lambda: _changed(value, lambda t: t + 99 if t.dtype == torch.long else t), True),
             ("negative indices", lambda: _changed(value, lambda t: -t - 1 if t.dtype == torch.long else t), True),
-            ("one sample more", lambda: _changed(value, lambda t: torch.cat([t, t[:1]]) if t.dim() else t), True),
+            # One routing for all samples becomes one each, which may be what is asked for.
+            ("one sample more", lambda: _changed(value, lambda t: torch.cat([t, t[:1]]) if t.dim() else t),
+             not isinstance(value, BlockPlan)),
             ("floats", lambda: _changed(value, Tensor.float), True),
             ("on meta", lambda: _changed(value, lambda t: t.to("meta")), True),
         ]  # fmt: skip

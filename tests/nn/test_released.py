@@ -178,6 +178,26 @@ def test_a_missing_entry_is_refused(row):
             assert refused(convert, {k: v for k, v in theirs.items() if k != key}, build)
 
 
+@pytest.mark.parametrize("row", ROWS)
+def test_an_entry_of_another_shape_is_refused_by_name(row):
+    """By the converter, or by torch when it is loaded; never by an error of the arithmetic in between."""
+    convert, theirs, build = ROWS[row]
+    for key, value in theirs.items():
+        if key in CONSTANT or row.startswith(("maxvit", "p-adapter")) and _left_out(row, key) or not value.dim():
+            continue
+        shapes = [torch.cat([value, value[:1]]), value[None, None], value[:0], value.sum()]
+        for wrong in shapes + ([torch.cat([value, value[:, :1]], 1)] if value.dim() > 1 else []):
+            says = refused(convert, {**theirs, key: wrong}, build)
+            assert "loading state_dict" in says or key in says or "state_dict" in says, says
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_numbers_for_names_are_refused(row):
+    convert, theirs, _ = ROWS[row]
+    with pytest.raises(TypeError, match="state_dict"):
+        convert(dict(enumerate(theirs.values())))
+
+
 def _left_out(row, key):
     names = ("dense.", "LayerNorm.") if row == "p-adapter" else ("conv.", "attn_block.norm1.")
     return key.startswith(names) or ".norm2." in key or ".mlp." in key or ".ls" in key

@@ -509,10 +509,10 @@ def test_own_blocks_of_unequal_sizes():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: topk_blocks(s, 0, 2, 2, 8), "topk must be at least 1"),
+        (lambda s: topk_blocks(s, 0, 2, 2, 8), "topk must be an integer of at least 1"),
         (lambda s: topk_blocks(s, 1, 2, 2, 8, per="block"), "per='block' is not possible"),
-        (lambda s: topk_blocks(s[0], 1, 2, 2, 8), "scores must have shape"),
-        (lambda s: threshold_blocks(s, 0.0, 2, 2, 8), r"threshold must lie in \(0, 1\]"),
+        (lambda s: topk_blocks(s[0], 1, 2, 2, 8), "scores must be .B, H, nq=4, nk=4."),
+        (lambda s: threshold_blocks(s, 0.0, 2, 2, 8), r"threshold must be a finite number above 0 and at most 1"),
         (lambda s: threshold_blocks(s, 0.5, 2, 2, 8, weigh="sum"), "weigh='sum' is not possible"),
         (lambda s: block_affinity(s[0], s, 2, 2), "q must have shape"),
     ],

@@ -146,7 +146,7 @@ def test_gradients_are_exact():
         (lambda: depthwise(torch.zeros(4, 2), torch.zeros(2, 1, 3)), "x must have shape"),
         (lambda: pyramid(torch.zeros(1, 4, 2), [torch.zeros(2, 1, 3)], dilations=[1, 2]), "dilations must have one"),
         (lambda: mixed_depthwise(torch.zeros(1, 4, 5), [torch.zeros(2, 1, 3)] * 2), "weights cover"),
-        (lambda: pool(torch.zeros(1, 4, 2), keep=1), "keep=1 is not an axis"),
+        (lambda: pool(torch.zeros(1, 4, 2), keep=1), "keep must be an integer of at least 0 and at most 0"),
         (lambda: gated_sum([torch.zeros(1, 4, 2)], torch.zeros(1, 4, 2)), "gates must have one channel"),
         (lambda: modulate(torch.zeros(1, 4, 2), torch.zeros(1, 3, 2)), "broadcast"),
         (lambda: channel_attention(*torch.zeros(2, 1, 1, 4, 2), torch.zeros(1, 1, 3, 2)), "share their tokens"),

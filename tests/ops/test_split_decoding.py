@@ -317,7 +317,7 @@ def test_bad_calls(call, match):
 def test_bad_schedules():
     with pytest.raises(ValueError, match="workers"):
         stream_k([3], 0)
-    with pytest.raises(ValueError, match="tiles must not be negative, got -2"):
+    with pytest.raises(ValueError, match=r"tiles\[1\] must be an integer of at least 0, got -2"):
         stream_k([3, -2], 4)
-    with pytest.raises(ValueError, match="processors must be at least 1"):
+    with pytest.raises(ValueError, match="processors must be an integer of at least 1"):
         lean_launch(4, 4, 0)

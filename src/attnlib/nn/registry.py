@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..checks import check_type
+from ..checks import check_type, checked
 from ..types import Traits
 from .released import unwrapped
 
@@ -137,6 +137,7 @@ def convert_state_dict(name: str, state_dict: Any, *, prefix: str = "", **option
         check_type("state_dict", one, Mapping, "a dictionary of tensors by name")
         for key in one:
             check_type("a key of state_dict", key, str)
+    check_type("prefix", prefix, str)
     if prefix:
         entries = unwrapped(state_dict)
         prefix = prefix if prefix.endswith(".") else prefix + "."
@@ -145,7 +146,9 @@ def convert_state_dict(name: str, state_dict: Any, *, prefix: str = "", **option
             near = difflib.get_close_matches(prefix, {key.rpartition(".")[0] + "." for key in entries}, n=3, cutoff=0.3)
             raise ValueError(f"state_dict has no entries below prefix={prefix!r}; it has entries below {near}")
     try:
-        return convert(state_dict, **options)
+        return checked(convert)(state_dict, **options)
+    except (RuntimeError, LookupError, ArithmeticError) as error:
+        raise ValueError(f"the entries of state_dict do not fit together as {name!r} has them: {error}") from error
     except TypeError as error:
         if "argument" not in str(error):
             raise

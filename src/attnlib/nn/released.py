@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import check_divides
+from ..types import check_divides, check_int
 
 Rule = str | Callable[[re.Match[str], Tensor], Mapping[str, Tensor]]
 
@@ -61,6 +61,8 @@ class Released:
     def __init__(self, state_dict: Mapping[str, Tensor], source: str, wrappers: Sequence[str] = ()):
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping from names to tensors, got {type(state_dict).__name__}")
+        if strange := [key for key in state_dict if not isinstance(key, str)]:
+            raise TypeError(f"state_dict must have names as its keys, got {strange[:3]}")
         entries = unwrapped(state_dict, wrappers)
         wrong = {k: type(v).__name__ for k, v in entries.items() if not isinstance(v, Tensor)}
         if wrong:
@@ -109,7 +111,7 @@ class Released:
         out: dict[str, Tensor] = {}
         for pattern, rule in rules.items():
             for match, value in self.matching(pattern):
-                made = {match.expand(rule): value} if isinstance(rule, str) else rule(match, value)
+                made = {match.expand(rule): value} if isinstance(rule, str) else self._by(rule, match, value)
                 if twice := sorted(set(made) & set(out)):
                     raise ValueError(f"{match.string!r} and another entry both become {twice[0]!r}")
                 out.update(made)
@@ -129,6 +131,16 @@ class Released:
         for match, value in self.matching(pattern):
             prefixes.setdefault(match.expand(to), {})[match.group(match.re.groups)] = value
         return {f"{p}.{key}": value for p, held in prefixes.items() for key, value in convert(held).items()}
+
+    def _by(self, rule: Callable[..., Mapping[str, Tensor]], match: re.Match[str], value: Tensor) -> Any:
+        try:
+            return rule(match, value)
+        except (RuntimeError, LookupError, ArithmeticError, ValueError) as error:
+            if match.string in str(error) or "num_heads" in str(error):
+                raise  # it says itself what is wrong
+            raise ValueError(
+                f"{match.string} of state_dict has shape {tuple(value.shape)}, which {self.source} cannot have: {error}"
+            ) from error
 
     def leave(self, pattern: str, because: str) -> None:
         """Leave out what matches by name; ``because`` says, to who reads the converter, why nothing is lost."""
@@ -159,6 +171,22 @@ def split_rule(*names: str) -> Rule:
     return rule
 
 
+def stacked(name: str, parts: Sequence[Tensor]) -> Tensor:
+    """The parts of ``name`` along a new first axis; ``ValueError`` unless they are of one shape."""
+    shapes = sorted({tuple(p.shape) for p in parts})
+    if len(shapes) != 1:
+        raise ValueError(f"the entries of state_dict that make up {name!r} must be of one shape, got {shapes}")
+    return torch.stack(list(parts))
+
+
+def packed(name: str, parts: Sequence[Tensor]) -> Tensor:
+    """The rows of the parts of ``name``, one after another; ``ValueError`` unless they are as wide as one another."""
+    shapes = [tuple(p.shape) for p in parts]
+    if len({shape[1:] for shape in shapes}) != 1 or () in shapes:
+        raise ValueError(f"the entries of state_dict that make up {name!r} must be equally wide, got {shapes}")
+    return torch.cat(list(parts))
+
+
 def join(
     theirs: Released, name: str, parts: Iterable[str], kinds: Iterable[str] = ("weight", "bias")
 ) -> dict[str, Tensor]:
@@ -168,7 +196,7 @@ def join(
     for kind in kinds:
         found = theirs.take_all(f"{part}.{kind}" for part in parts)
         if found is not None:
-            out[f"{name}.{kind}"] = torch.cat(found)
+            out[f"{name}.{kind}"] = packed(f"{name}.{kind}", found)
     return out
 
 
@@ -178,7 +206,8 @@ def grouped_rule(num_heads: int | None, num_kv_heads: int | None) -> Rule:
     def rule(match: re.Match[str], value: Tensor) -> dict[str, Tensor]:
         if num_heads is None:
             raise ValueError("num_heads is needed to split the authors' interleaved projections")
-        groups = num_heads if num_kv_heads is None else num_kv_heads
+        check_int("num_heads", num_heads, least=1)
+        groups = num_heads if num_kv_heads is None else check_int("num_kv_heads", num_kv_heads, least=1)
         check_divides("num_kv_heads", groups, "num_heads", num_heads)
         per_group = num_heads // groups
         check_divides("num_heads + 2 num_kv_heads", num_heads + 2 * groups, f"rows of {match.string}", value.shape[0])

@@ -10,7 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import check_choice, check_rank, stats_dtype
+from ..checks import (
+    check_batch,
+    check_choice,
+    check_device,
+    check_divides,
+    check_float,
+    check_int,
+    check_place,
+    check_rank,
+    check_real,
+    check_tensor,
+    check_valid,
+    check_width,
+)
+from ..types import stats_dtype
 from ._call import expand_heads
 from .block_sparse import BlockPlan
 
@@ -32,6 +46,11 @@ def pool_blocks(x: Tensor, block: int, valid: Tensor | None = None) -> tuple[Ten
     >>> pool_blocks(torch.tensor([1.0, 3.0, 5.0]).view(1, 1, 3, 1), 2)[0].flatten().tolist()
     [2.0, 5.0]
     """
+    check_float("x", x)
+    check_rank("x", x, 4, "(B, H, N, D)")
+    check_int("block", block, least=1)
+    check_valid("valid", valid, (x.shape[0], x.shape[2]))
+    check_device(x=x, valid=valid)
     batch, heads, n, d = x.shape
     blocks = -(-n // block)
     exists = torch.ones(batch, n, dtype=torch.bool, device=x.device) if valid is None else valid
@@ -68,6 +87,17 @@ def block_affinity(
     """
     check_rank("q", q, 4, "(B, Hq, N, D)")
     check_rank("k", k, 4, "(B, Hk, M, D)")
+    check_batch(q=q, k=k)
+    check_device(q=q, k=k, q_valid=q_valid, valid=valid)
+    check_width("k", k, q.shape[3], "the width of q")
+    check_divides("heads of k", k.shape[1], "heads of q", q.shape[1])
+    check_real("scale", scale)
+    for name, block in (("q_block", q_block), ("k_block", k_block)):
+        check_int(name, block, least=1)
+    for name, x in (("q", q), ("k", k)):
+        check_float(name, x)
+    check_valid("q_valid", q_valid, (q.shape[0], q.shape[2]))
+    check_valid("valid", valid, (k.shape[0], k.shape[2]))
     with torch.no_grad():
         q_mean, _ = pool_blocks(q, q_block, q_valid)
         k_mean, exists = pool_blocks(k, k_block, valid)
@@ -81,6 +111,10 @@ def own_blocks(n: int, q_block: int, k_block: int, device: torch.device | str | 
     >>> own_blocks(4, 1, 2).long().tolist()
     [[1, 0], [1, 0], [0, 1], [0, 1]]
     """
+    check_int("n", n, least=0)
+    for name, block in (("q_block", q_block), ("k_block", k_block)):
+        check_int(name, block, least=1)
+    device = check_place("device", device)
     first = torch.arange(-(-n // q_block), device=device) * q_block
     last = (first + q_block - 1).clamp(max=n - 1)
     blocks = torch.arange(-(-n // k_block), device=device)
@@ -116,10 +150,9 @@ def topk_blocks(
     >>> topk_blocks(torch.tensor([[[[0.1, 0.9, 0.5]]]]), 2, 4, 4, 4, 12).index.tolist()
     [[[[1, 2]]]]
     """
-    check_rank("scores", scores, 4, "(B, H, nq, nk)")
+    m = _check_scores(scores, q_block, k_block, n, m, forced, allowed)
     check_choice("per", per, ("row", "head", "all"))
-    if topk < 1:
-        raise ValueError(f"topk must be at least 1, got {topk}")
+    check_int("topk", topk, least=1)
     with torch.no_grad():
         if forced is not None:
             scores = scores.masked_fill(forced, float("inf"))
@@ -129,7 +162,7 @@ def topk_blocks(
         if per == "row":
             best, index = scores.topk(min(topk, nk), -1)
             count = None if allowed is None else (best != float("-inf")).sum(-1)
-            return BlockPlan(index, q_block, k_block, n, m, count)
+            return BlockPlan._made(index, q_block, k_block, n, m, count)
         flat = scores.reshape(batch, heads, nq * nk) if per == "head" else scores.reshape(batch, 1, heads * nq * nk)
         budget = min(topk * (nq if per == "head" else heads * nq), flat.shape[-1])
         best, index = flat.topk(budget, -1)
@@ -173,11 +206,11 @@ def threshold_blocks(
 
     Reference: Wu et al., 2025, arXiv 2506.23858, threshold selection.
     """
-    check_rank("scores", scores, 4, "(B, H, nq, nk)")
+    m = _check_scores(scores, q_block, k_block, n, m, forced, allowed)
     check_choice("per", per, SCOPES)
     check_choice("weigh", weigh, ("minmax", "softmax"))
-    if not 0.0 < threshold <= 1.0:
-        raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
+    check_real("threshold", threshold, above=0, most=1)
+    check_int("at_least", at_least, least=0)
     with torch.no_grad():
         batch, heads, nq, nk = scores.shape
         shape = scores.shape
@@ -217,6 +250,37 @@ def threshold_blocks(
         else:
             chosen = taken.view(shape)
         return BlockPlan.from_mask(chosen, q_block, k_block, n, m, _width(scores))
+
+
+def _check_scores(
+    scores: Tensor, q_block: int, k_block: int, n: int, m: int | None, forced: Tensor | None, allowed: Tensor | None
+) -> int:
+    """The number of keys; an error unless there is a score for each pair of blocks."""
+    check_float("scores", scores)
+    m = check_int("n", n, least=0) if m is None else check_int("m", m, least=0)
+    check_int("n", n, least=0)
+    for name, block in (("q_block", q_block), ("k_block", k_block)):
+        check_int(name, block, least=1)
+    blocks = -(-n // q_block), -(-m // k_block)
+    if scores.dim() != 4 or tuple(scores.shape[-2:]) != blocks:
+        raise ValueError(
+            f"scores must be (B, H, nq={blocks[0]}, nk={blocks[1]}) for n={n}, m={m} in blocks of {q_block} and "
+            f"{k_block}, got {tuple(scores.shape)}"
+        )
+    for name, chosen in (("forced", forced), ("allowed", allowed)):
+        if chosen is None:
+            continue
+        check_tensor(name, chosen)
+        fits = chosen.dim() <= 4 and all(
+            a in (1, b) for a, b in zip(reversed(chosen.shape), reversed(scores.shape), strict=False)
+        )
+        if chosen.dtype != torch.bool or not fits:
+            raise ValueError(
+                f"{name} must be boolean and broadcast to the scores {tuple(scores.shape)}, got {chosen.dtype} "
+                f"{tuple(chosen.shape)}"
+            )
+        check_device(scores=scores, **{name: chosen})
+    return m
 
 
 def _width(scores: Tensor) -> int | None:

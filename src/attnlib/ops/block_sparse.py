@@ -29,6 +29,7 @@ from ..checks import (
     check_int,
     check_rank,
     check_serves,
+    check_tensor,
     check_whole,
     check_within,
     readable,
@@ -36,7 +37,7 @@ from ..checks import (
 from ..positions import AxisBias, Bias, DenseBias, RelativeBias
 from ..types import Partial, Plan, exactly, register_pytree, stats_dtype
 from . import eager
-from ._call import AttentionCall, prepare
+from ._call import AttentionCall, check_qkv, prepare
 from ._dispatch import Operator, twice, wants_gradient
 from ._guard import guarded
 from .attention import lend
@@ -101,7 +102,7 @@ class BlockPlan(Plan):
             )
         if count is not None:
             check_whole("count", count)
-            if count.is_floating_point() or count.shape[-1] != rows:
+            if count.dim() not in (1, 2, 3) or count.shape[-1] != rows:
                 raise ValueError(
                     f"count must be an integer tensor (..., {rows}), got {count.dtype} {tuple(count.shape)}"
                 )
@@ -209,18 +210,32 @@ class BlockPlan(Plan):
         cls, row_ptr: Tensor, cols: Tensor, q_block: int, k_block: int, n: int, m: int | None = None, heads: int = 1
     ) -> BlockPlan:
         """From compressed rows: row ``r = (b * heads + h) * nq + i`` reads ``cols[row_ptr[r] : row_ptr[r + 1]]``."""
+        n = check_int("n", n, least=0)
+        for name, value in (("q_block", q_block), ("k_block", k_block), ("heads", heads)):
+            check_int(name, value, least=1)
+        for name, numbers in (("row_ptr", row_ptr), ("cols", cols)):
+            check_whole(name, numbers)
+            check_rank(name, numbers, 1, "a row of numbers")
+        check_device(row_ptr=row_ptr, cols=cols)
+        check_within("cols", cols, -(-check_int("m", n if m is None else m, least=0) // k_block), "key block")
+        if row_ptr.is_meta:
+            raise ValueError("row_ptr must hold values that can be read, got a tensor on meta")
         rows = -(-n // q_block)
         count = row_ptr.diff()
-        if count.numel() % (heads * rows) or int(row_ptr[-1]) != cols.numel():
+        many = not row_ptr.numel() or (count.numel() % (heads * rows) if rows else count.numel())
+        if many or int(row_ptr[0]) or int(row_ptr[-1]) != cols.numel() or bool((count < 0).any()):
+            ends = [int(row_ptr[0]), int(row_ptr[-1])] if row_ptr.numel() else []
             raise ValueError(
-                f"row_ptr must have batch * heads * {rows} + 1 entries ending at {cols.numel()}, "
-                f"got {row_ptr.numel()} entries ending at {int(row_ptr[-1])}"
+                f"row_ptr must have batch * heads * {rows} + 1 entries that rise from 0 to {cols.numel()}, "
+                f"got {row_ptr.numel()} entries with ends {ends}"
             )
         kmax = int(count.max()) if count.numel() else 0
         slots = torch.arange(kmax, device=cols.device)
         at = (row_ptr[:-1, None] + slots).clamp(max=max(cols.numel() - 1, 0))
         index = torch.where(slots < count[:, None], cols[at] if cols.numel() else at, 0)
-        return cls(index.reshape(-1, heads, rows, kmax), q_block, k_block, n, m, count.reshape(-1, heads, rows))
+        batch = count.numel() // max(heads * rows, 1)
+        shape = (batch, heads, rows)
+        return cls(index.reshape(*shape, kmax), q_block, k_block, n, m, count.reshape(shape))
 
     def csr(self) -> tuple[Tensor, Tensor]:
         """``(row_ptr, cols)`` over all rows of ``index``, sample by sample, head by head."""
@@ -231,7 +246,9 @@ class BlockPlan(Plan):
     @classmethod
     def full(cls, n: int, m: int | None = None, q_block: int = 64, k_block: int = 64) -> BlockPlan:
         """Every query block reads every key block."""
-        m = n if m is None else m
+        n, m = check_int("n", n, least=0), check_int("m", n if m is None else m, least=0)
+        for name, block in (("q_block", q_block), ("k_block", k_block)):
+            check_int(name, block, least=1)
         return cls(torch.arange(-(-m // k_block)).expand(-(-n // q_block), -1), q_block, k_block, n, m)
 
     def slots(self) -> Tensor:
@@ -954,6 +971,9 @@ def block_recall(
 
     Rows that may attend to nothing at all count as 1.
     """
+    check_qkv(q, k, k)
+    if not isinstance(plan, BlockPlan):
+        raise TypeError(f"plan must be a BlockPlan, got {type(plan).__name__}")
     with torch.no_grad():
         nothing = k.new_zeros(*k.shape[:3], 1)
         everything = BlockPlan.full(plan.n, plan.m, plan.q_block, plan.k_block)
@@ -974,7 +994,16 @@ def gather_blocks(x: Tensor, plan: BlockPlan) -> Tensor:
     Returns:
         (B, H, nq, kmax, k_block, D), differentiable in ``x``.
     """
+    check_tensor("x", x)
+    if not isinstance(plan, BlockPlan):
+        raise TypeError(f"plan must be a BlockPlan, got {type(plan).__name__}")
+    check_rank("x", x, 4, "(B, H, M, D)")
+    check_device(x=x, plan=plan.index)
     batch, heads, m, d = x.shape
+    if m != plan.m:
+        raise ValueError(f"x holds {m} tokens, but the plan was made for M={plan.m}")
+    for what, made, size in (("samples", plan.index.shape[0], batch), ("heads", plan.index.shape[1], heads)):
+        check_serves("plan", made, size, what)
     missing = plan.k_blocks * plan.k_block - m
     x = F.pad(x, (0, 0, 0, missing)) if missing else x
     x = x.reshape(batch * heads * plan.k_blocks, plan.k_block * d)

@@ -8,13 +8,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import check_choice
+from ..checks import check_choice, check_device, check_flag, check_float, check_int, check_real, check_type
 
 FeatureMap = Callable[[Tensor], Tensor]
 
 
+def _check_features(z: Tensor, fullspace: bool = True, eps: float = 0.0) -> None:
+    check_float("z", z)
+    if not z.dim() or not z.shape[-1]:
+        raise ValueError(f"z must be (..., F) with at least one feature, got {tuple(z.shape)}")
+    check_flag("fullspace", fullspace)
+    check_real("eps", eps, least=0)
+
+
+def _check_directions(x: Tensor, directions: Tensor) -> None:
+    check_float("x", x)
+    check_float("directions", directions)
+    if directions.dim() != 2 or not len(directions) or not x.dim() or directions.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"directions must be (m, D) with m at least 1 for x (..., D), got {tuple(directions.shape)} and "
+            f"{tuple(x.shape)}"
+        )
+    check_device(x=x, directions=directions)
+
+
 def identity(x: Tensor) -> Tensor:
     """``x`` itself."""
+    check_float("x", x)
     return x
 
 
@@ -23,6 +43,7 @@ def elu1(x: Tensor) -> Tensor:
 
     Reference: Katharopoulos et al., 2020, arXiv 2006.16236, equation 7.
     """
+    check_float("x", x)
     return F.elu(x) + 1.0
 
 
@@ -41,6 +62,8 @@ def exp_features(z: Tensor, fullspace: bool = True, stable: bool = True, eps: fl
     >>> exp_features(torch.zeros(2, 3)).shape
     torch.Size([2, 6])
     """
+    _check_features(z, fullspace, eps)
+    check_flag("stable", stable)
     top = z.amax(-1, keepdim=True) if stable else 0.0
     parts = [torch.exp(z - top)]
     if fullspace:
@@ -62,6 +85,7 @@ def softmax_features(z: Tensor, fullspace: bool = True, eps: float = 1e-12) -> T
     >>> softmax_features(torch.randn(2, 3)).sum(-1).round(decimals=4).tolist()
     [2.0, 2.0]
     """
+    _check_features(z, fullspace, eps)
     parts = [torch.softmax(z, -1)]
     if fullspace:
         parts.append(torch.softmax(-z, -1))
@@ -70,6 +94,7 @@ def softmax_features(z: Tensor, fullspace: bool = True, eps: float = 1e-12) -> T
 
 def joint_softmax_features(z: Tensor) -> Tensor:
     """``softmax([2 z, -2 z])`` over both halves together, the form Hedgehog has in flash-linear-attention."""
+    _check_features(z)
     return torch.softmax(torch.cat([2.0 * z, -2.0 * z], -1), -1)
 
 
@@ -89,6 +114,8 @@ def positive_random_features(x: Tensor, directions: Tensor, stable: bool = False
     >>> positive_random_features(torch.zeros(1, 3), torch.randn(4, 3)).tolist()
     [[0.5, 0.5, 0.5, 0.5]]
     """
+    _check_directions(x, directions)
+    check_flag("stable", stable)
     z = x @ directions.to(x.dtype).t()
     z = z - z.detach().amax(-1, keepdim=True) if stable else z - x.square().sum(-1, keepdim=True) / 2
     return torch.exp(z) * directions.shape[0] ** -0.5
@@ -109,6 +136,7 @@ def trigonometric_random_features(x: Tensor, directions: Tensor) -> Tensor:
     >>> trigonometric_random_features(torch.zeros(1, 3), torch.randn(4, 3)).tolist()
     [[0.0, 0.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.5]]
     """
+    _check_directions(x, directions)
     z = x @ directions.to(x.dtype).t()
     scale = torch.exp(x.square().sum(-1, keepdim=True) / 2) * directions.shape[0] ** -0.5
     return torch.cat([z.sin(), z.cos()], -1) * scale
@@ -123,6 +151,10 @@ def random_directions(
     >>> bool((w @ w.t()).fill_diagonal_(0).abs().max() < 1e-5)
     True
     """
+    check_int("count", count, least=0)
+    check_int("dim", dim, least=1)
+    check_flag("orthogonal", orthogonal)
+    check_type("generator", generator, (torch.Generator, type(None)), "a torch.Generator or None")
     dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # right angles need digits
     w = torch.randn(count, dim, generator=generator, dtype=dtype)
     if not orthogonal:
@@ -131,7 +163,7 @@ def random_directions(
     blocks = [
         torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=dtype))[0] for _ in range(-(-count // dim))
     ]
-    return torch.cat(blocks)[:count] * norms
+    return torch.cat([*blocks, w[:0]])[:count] * norms
 
 
 FEATURE_MAPS: dict[str, FeatureMap] = {

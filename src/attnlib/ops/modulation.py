@@ -28,7 +28,10 @@ from ..checks import (
     check_int,
     check_rank,
     check_tensor,
+    check_tensors,
     check_valid,
+    describe,
+    to_list,
 )
 from ..normalizers import Normalizer
 from ..types import stats_dtype
@@ -42,7 +45,13 @@ Activation = Callable[[Tensor], Tensor]
 def _check_grid(x: Tensor, valid: Tensor | None, name: str = "x") -> int:
     check_rank(name, x, (3, 4, 5), "(B, *grid, C) with a grid of rank 1, 2 or 3")
     check_valid("valid", valid, x.shape[:-1])
+    check_device(**{name: x, "valid": valid})
     return x.dim() - 2
+
+
+def _check_activation(activation: Any) -> None:
+    if activation is not None and not callable(activation):
+        raise TypeError(f"activation must be a function such as torch.sigmoid, or None, got {describe(activation)}")
 
 
 def _zero_invalid(x: Tensor, valid: Tensor | None) -> Tensor:
@@ -179,6 +188,9 @@ def pyramid(
     >>> [z.shape[-1] for z in pyramid(torch.ones(1, 4, 2), [torch.ones(2, 1, 3), torch.ones(2, 1, 5)])]
     [2, 2]
     """
+    weights = check_tensors("weights", weights)
+    _check_activation(activation)
+    biases, dilations = to_list("biases", biases, "[None, bias]"), to_list("dilations", dilations)
     for name, given in (("biases", biases), ("dilations", dilations)):
         if given is not None and len(given) != len(weights):
             raise ValueError(f"{name} must have one entry per level ({len(weights)}), got {len(given)}")
@@ -219,7 +231,8 @@ def mixed_depthwise(
     [1.0, 1.0, 3.0, 3.0]
     """
     _check_grid(x, valid)
-    widths = [w.shape[0] for w in weights]
+    weights, biases = check_tensors("weights", weights, least=1), to_list("biases", biases, "[None, bias]")
+    widths = [w.shape[0] if w.dim() else 0 for w in weights]
     if sum(widths) != x.shape[-1]:
         raise ValueError(f"weights cover {widths} channels, but x has {x.shape[-1]}")
     if biases is not None and len(biases) != len(weights):
@@ -247,8 +260,10 @@ def pool(x: Tensor, *, keep: int | None = None, valid: Tensor | None = None) -> 
     [1.0, 4.0]
     """
     rank = _check_grid(x, valid)
-    if keep is not None and not 0 <= keep < rank:
-        raise ValueError(f"keep={keep} is not an axis of a grid of rank {rank}; choose one of {list(range(rank))}")
+    check_float("x", x)
+    check_device(x=x, valid=valid)
+    if keep is not None:
+        check_int("keep", keep, least=0, most=rank - 1, also=f"or None, for a grid of rank {rank}")
     axes = tuple(a + 1 for a in range(rank) if a != keep)
     if not axes:
         return _zero_invalid(x, valid)
@@ -262,6 +277,11 @@ def pool(x: Tensor, *, keep: int | None = None, valid: Tensor | None = None) -> 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Gate and multiply
+
+
+def _check_broadcast(name: str, x: Tensor, shape: Sequence[int], what: str) -> None:
+    if x.dim() != len(shape) or any(f not in (1, n) for f, n in zip(x.shape, shape, strict=True)):
+        raise ValueError(f"{name} of shape {tuple(x.shape)} does not broadcast to {what}, {tuple(shape)}")
 
 
 def gated_sum(contexts: Sequence[Tensor], gates: Tensor) -> Tensor:
@@ -280,8 +300,15 @@ def gated_sum(contexts: Sequence[Tensor], gates: Tensor) -> Tensor:
     >>> gated_sum([torch.ones(1, 3, 2), torch.ones(1, 1, 2)], torch.tensor([[[1.0, 2.0]] * 3]))[0, 0].tolist()
     [3.0, 3.0]
     """
-    if not contexts or gates.shape[-1] != len(contexts):
+    contexts = check_tensors("contexts", contexts, least=1)
+    check_float("gates", gates)
+    if not gates.dim() or gates.shape[-1] != len(contexts):
         raise ValueError(f"gates must have one channel per context ({len(contexts)}), got {tuple(gates.shape)}")
+    shape = (*gates.shape[:-1], max(c.shape[-1] if c.dim() else 0 for c in contexts))
+    for i, context in enumerate(contexts):
+        check_float(f"contexts[{i}]", context)
+        _check_broadcast(f"contexts[{i}]", context, shape, "(B, *grid, C) of the gates and the widest context")
+        check_device(gates=gates, **{f"contexts[{i}]": context})
     parts = gates.split(1, -1)
     out = contexts[0] * parts[0]
     for context, gate in zip(contexts[1:], parts[1:], strict=True):
@@ -307,11 +334,12 @@ def modulate(query: Tensor, *factors: Tensor, activation: Activation | None = No
     >>> modulate(torch.ones(1, 2, 3), torch.full((1, 1, 3), 2.0), torch.full((1, 2, 1), 3.0))[0, 0].tolist()
     [6.0, 6.0, 6.0]
     """
+    check_float("query", query)
+    _check_activation(activation)
     for factor in factors:
-        if factor.dim() != query.dim() or any(f not in (1, n) for f, n in zip(factor.shape, query.shape, strict=True)):
-            raise ValueError(
-                f"a factor of shape {tuple(factor.shape)} does not broadcast to the query {tuple(query.shape)}"
-            )
+        check_float("factor", factor)
+        _check_broadcast("factor", factor, query.shape, "the query")
+        check_device(query=query, factor=factor)
         query = query * (factor if activation is None else activation(factor))
     return query
 

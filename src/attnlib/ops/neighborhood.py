@@ -26,6 +26,7 @@ from ..checks import (
     check_float,
     check_grid,
     check_int,
+    check_ints,
     check_rank,
     check_tensor,
     check_valid,
@@ -438,7 +439,7 @@ def axis_rules(
     >>> axis_rules((8, 8), 3, dilation=(1, 2))[1].window(0, 4)
     (0, 2)
     """
-    grid = tuple(int(s) for s in grid)
+    grid = check_ints("grid", grid, least=0)
     check_choice("border", border, BORDERS)
     if not 1 <= len(grid) <= 3:
         raise ValueError(f"grid must have 1 to 3 axes, got {grid}")

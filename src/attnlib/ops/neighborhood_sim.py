@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..checks import check_ints
 from ..types import check_choice, to_tuple
 from .neighborhood import AxisRule, axis_rules
 
@@ -135,8 +136,7 @@ def visited_tiles(
     flop_speedup = math.prod(r.length / r.kernel for r in rules)
     shape = len(rules) if tiling == "grid" else 1
     q_tiles, kv_tiles = to_tuple("q_tile", q_tile, shape), to_tuple("kv_tile", kv_tile, shape)
-    if min(*q_tiles, *kv_tiles) < 1:
-        raise ValueError(f"q_tile={q_tiles} and kv_tile={kv_tiles} must be at least 1")
+    q_tiles, kv_tiles = check_ints("q_tile", q_tiles, least=1), check_ints("kv_tile", kv_tiles, least=1)
     if tiling == "flat":
         if kv_tiling != "static":
             raise ValueError("kv_tiling='dynamic' is not possible with tiling='flat'; choose 'static'")

@@ -17,7 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_choice, check_device, check_flag, check_int, check_rank, check_valid, to_tuple
+from ..checks import (
+    check_choice,
+    check_device,
+    check_flag,
+    check_float,
+    check_int,
+    check_ints,
+    check_rank,
+    check_valid,
+    to_tuple,
+)
 from ..masks import Causal, Mask, as_mask, causal
 from ..positions import Bias
 from ..types import Partial, exactly, stats_dtype
@@ -51,7 +61,11 @@ def adaptive_pool_tokens(
     check_rank("x", x, (3, 4, 5), "(B, N, C), (B, H, W, C) or (B, T, H, W, C)")
     check_valid("valid", valid, x.shape[:-1])
     rank = x.dim() - 2
-    cells = to_tuple("size", size, rank)
+    check_float("x", x)
+    check_device(x=x, valid=valid)
+    cells = check_ints("size", to_tuple("size", size, rank), least=1)
+    if 0 in x.shape[1:-1]:
+        raise ValueError(f"x must hold at least one token per axis to be pooled, got {tuple(x.shape)}")
     pool: Callable[[Tensor, Any], Tensor] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[
         rank - 1
     ]
@@ -71,7 +85,11 @@ def strided_tokens(
     x: Tensor, stride: int | Sequence[int], valid: Tensor | None = None, offset: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """Every ``stride``-th token of (B, *grid, C) on each axis, from ``offset``, and which of them exist."""
-    steps = to_tuple("stride", stride, x.dim() - 2)
+    check_rank("x", x, (3, 4, 5), "(B, N, C), (B, H, W, C) or (B, T, H, W, C)")
+    check_valid("valid", valid, x.shape[:-1])
+    check_device(x=x, valid=valid)
+    steps = check_ints("stride", to_tuple("stride", stride, x.dim() - 2), least=1)
+    check_int("offset", offset, least=0)
     pick = (slice(None), *(slice(offset, None, s) for s in steps))
     return x[pick], None if valid is None else valid[pick]
 

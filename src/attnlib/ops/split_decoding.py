@@ -122,15 +122,11 @@ class Schedule:
 
 
 def _check_workers(workers: int) -> None:
-    if not isinstance(workers, int) or workers < 1:
-        raise ValueError(f"workers must be an integer of at least 1, got {workers!r}")
+    check_int("workers", workers, least=1)
 
 
 def _check_tiles(tiles: Sequence[int]) -> tuple[int, ...]:
-    out = tuple(int(n) for n in tiles)
-    if any(n < 0 for n in out):
-        raise ValueError(f"tiles must not be negative, got {min(out)}")
-    return out
+    return check_ints("tiles", tiles, least=0)
 
 
 def stream_k(tiles: Sequence[int], workers: int) -> Schedule:
@@ -192,8 +188,7 @@ def fixed_split(tiles: Sequence[int], workers: int, splits: int | None = None) -
     tiles = _check_tiles(tiles)
     if splits is None:
         splits = flash_decoding_splits(len(tiles), workers, max(tiles, default=0))
-    if splits < 1:
-        raise ValueError(f"splits must be at least 1, got {splits}")
+    check_int("splits", splits, least=1)
     work: list[list[Piece]] = [[] for _ in range(workers)]
     loads = [0] * workers
     for output, n in enumerate(tiles):
@@ -213,6 +208,13 @@ def flash_decoding_splits(outputs: int, workers: int, tiles: int, most: int = 12
     >>> flash_decoding_splits(48, 108, 64)
     2
     """
+    for name, value, least in (
+        ("outputs", outputs, 0),
+        ("workers", workers, 1),
+        ("tiles", tiles, 0),
+        ("most", most, 1),
+    ):
+        check_int(name, value, least=least)
     if outputs >= 0.8 * workers:
         return 1
     efficiency = {}
@@ -260,8 +262,7 @@ def lean_launch(outputs: int, tiles: int, processors: int) -> Launch:
     Launch(high=20, most=34, programs=108, splits=3, even=False)
     """
     for name, value in (("outputs", outputs), ("tiles", tiles), ("processors", processors)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        check_int(name, value, least=1)
     total = outputs * tiles
     programs = processors
     if total <= processors:

@@ -15,7 +15,7 @@ from ...positions import as_bias
 from ...types import Traits, check_choice, stats_dtype
 from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
-from ..released import Released
+from ..released import Released, stacked
 
 RELATIVE = ("none", "key", "key_query")
 GATES = ("none", "unconditional_per_head", "conditional_per_head", "conditional_per_token")
@@ -277,9 +277,9 @@ class QuantizableAttention(HeadFrame[GateNotes]):
                 if not parts:
                     continue
                 if sorted(parts) != list(range(len(parts))):
-                    raise ValueError(f"alpha has predictors of the heads {sorted(parts)}; one per head is needed")
-                stacked = torch.stack([parts[i] for i in range(len(parts))])
-                out[f"gate.{letter}{ours}"] = stacked.squeeze(1) if ours == "2" else stacked
+                    raise ValueError(f"state_dict has alpha of the heads {sorted(parts)}; one per head is needed")
+                one = stacked(f"gate.{letter}{ours}", [parts[i] for i in range(len(parts))])
+                out[f"gate.{letter}{ours}"] = one.squeeze(1) if ours == "2" else one
         return theirs.close(out)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...types import Output, Plan, State, Traits, check_choice, check_divides, stats_dtype
+from ...types import Output, Plan, State, Traits, check_choice, check_divides, check_int, stats_dtype
 from ..dense.softmax_attention import SoftmaxAttention
 from ..frame import HeadCall, HeadFrame, Notes
 from ..layers import zero_invalid
@@ -213,6 +213,9 @@ class SoftMixtureOfAttention(HeadFrame[ExpertNotes]):
         """
         if num_heads is None:
             raise ValueError("dense attention checkpoints do not say how many heads they have; give num_heads")
+        check_int("num_heads", num_heads, least=1)
+        if num_experts is not None:
+            check_int("num_experts", num_experts, least=1)
         if isinstance(state_dict, Mapping):
             state_dict = [state_dict] * (1 if num_experts is None else num_experts)
         elif num_experts is not None and num_experts != len(state_dict):
@@ -413,9 +416,9 @@ def upcycle(
     attentions = _prefixes(first, ("q", "k", "v", "proj")) if attention_experts else []
     ffns = _prefixes(first, ("gate", "up", "down")) if ffn_experts else []
     if attention_experts and not attentions:
-        raise ValueError(f"no attention (q, k, v, proj) among the names of the checkpoints: {sorted(first)[:6]}")
+        raise ValueError(f"no attention (q, k, v, proj) among the names of the state dicts: {sorted(first)[:6]}")
     if ffn_experts and not ffns:
-        raise ValueError(f"no feed-forward (gate, up, down) among the names of the checkpoints: {sorted(first)[:6]}")
+        raise ValueError(f"no feed-forward (gate, up, down) among the names of the state dicts: {sorted(first)[:6]}")
     for prefix in ffns:
         parent = prefix[:-1].rpartition(".")[0]
         norms = [k for k in first if k.endswith(".weight") and k[: -len(".weight")].rpartition(".")[0] == parent]

@@ -472,13 +472,19 @@ class LoLCATs(Mechanism):
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From ``LolcatsSlidingWindowAttention``, ``LolcatsTKWindowAttention`` (terraced) or ``LolcatsLinearAttention``
         (no window): ``q_proj``, ``feature_map_q.mlp.layer``, ``window_factors`` and so on."""
+
+        def factors(match: Any, value: Tensor) -> dict[str, Tensor]:
+            if value.dim() not in (1, 4):
+                raise ValueError(f"{match.string} of state_dict must be (1, H, 1, 1) or (H,), got {tuple(value.shape)}")
+            return {"window_factor": value.flatten()}
+
         theirs = Released(state_dict, "LolcatsSlidingWindowAttention or its relatives")
         if "window_factors" in theirs:
             theirs.leave(r"window_factor", because="an older name of window_factors, which they keep beside it")
         theirs.leave(r"(?:base_attn\.)?rotary_emb\..*", because="a setting here: the rotary base")
         theirs.leave(r"base_attn\..*", because="the same projections once more, kept with remove_base_attn=False")
         rules: dict[str, Rule] = {
-            r"window_factors?": lambda match, value: {"window_factor": value.flatten()},
+            r"window_factors?": factors,
             r"feature_map_([qk])\.mlp\.layer": r"phi_\1.weight",
             r"feature_map_([qk])\.mlp\.bias": r"phi_\1.bias",
             r"feature_map_([qk])\.mlp\.(layer|bias)([01])": r"phi_\1.\2\3",

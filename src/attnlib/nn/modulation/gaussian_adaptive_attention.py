@@ -14,7 +14,7 @@ from ..base import Mechanism
 from ..frame import Stream
 from ..layers import flat_valid, zero_invalid
 from ..registry import register
-from ..released import Released
+from ..released import Released, stacked
 
 AXES = ("features", "tokens", "batch")
 
@@ -264,7 +264,7 @@ class GaussianAdaptiveAttention(Mechanism):
         for key, rows in heads.items():
             if sorted(rows) != list(range(len(rows))):
                 raise ValueError(f"state_dict has {key} of the heads {sorted(rows)}; some are missing")
-        return theirs.close({key: torch.stack([rows[i] for i in sorted(rows)]) for key, rows in heads.items()})
+        return theirs.close({key: stacked(key, [rows[i] for i in sorted(rows)]) for key, rows in heads.items()})
 
 
 class GaussianBlock(nn.Module):

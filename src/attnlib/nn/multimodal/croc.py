@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ... import masks
 from ...types import check_choice, check_divides, check_rank, check_valid, check_width
-from ..released import Released, Rule
+from ..released import Released, Rule, packed
 
 
 class Replaced(NamedTuple):
@@ -177,9 +177,10 @@ class ReconstructionHead(nn.Module):
         for number in sorted({name.split(".")[1] for name in theirs if name.startswith("layers.")}):
             inside = f"layers.{number}.attention.self."
             for kind in ("weight", "bias"):
-                packed = theirs.take_all(f"{inside}{part}.{kind}" for part in ("query", "key", "value"))
-                if packed is not None:
-                    out[f"layers.layers.{number}.self_attn.in_proj_{kind}"] = torch.cat(packed)
+                found = theirs.take_all(f"{inside}{part}.{kind}" for part in ("query", "key", "value"))
+                if found is not None:
+                    ours = f"layers.layers.{number}.self_attn.in_proj_{kind}"
+                    out[ours] = packed(ours, found)
         rules: dict[str, Rule] = {
             rf"layers\.(\d+)\.{re.escape(path)}\.(weight|bias)": rf"layers.layers.\1.{ours}.\2"
             for path, ours in names.items()

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_grid, check_int, check_ints
+from ...checks import check_flag, check_grid, check_int, check_ints
 from ...grids import Windows, check_windows
 from ...masks import Mask
 from ...ops.partition import KINDS, window_attention
@@ -166,6 +166,9 @@ class PartitionAttention(Mechanism):
             head_first: timm's setting: True for its ``rw`` models, False for weights from TensorFlow (``tf``).
             window_size: needed for the flat table of a window that is not square.
         """
+        check_flag("head_first", head_first)
+        if num_heads is not None:
+            check_int("num_heads", num_heads, least=1)
         theirs = Released(state_dict, "timm's AttentionCl")
         theirs.leave(r"rel_pos\.relative_position_index", because="a constant")
         table_key = "rel_pos.relative_position_bias_table"
@@ -174,14 +177,16 @@ class PartitionAttention(Mechanism):
             table = theirs.take(table_key)
             if table.dim() == 2:  # Swin's form: (displacements, heads), query minus key
                 sides = _table_sides(table.shape[0], window_size)
-                table = table.t().reshape(-1, *sides).flip(*range(1, 1 + len(sides)))
+                table = table.t().reshape(table.shape[1], *sides).flip(*range(1, 1 + len(sides)))
             out["rel_bias"] = table
+            if not table.numel():
+                raise ValueError(f"{table_key} of state_dict must hold numbers, got {tuple(table.shape)}")
             num_heads = table.shape[0]
 
         def qkv(match: re.Match[str], value: Tensor) -> dict[str, Tensor]:
             if head_first:  # (heads, 3, D) -> (3, heads, D)
                 if num_heads is None:
-                    raise ValueError("num_heads is needed to convert head_first weights without a relative table")
+                    raise ValueError("num_heads is needed where head_first and state_dict has no relative table")
                 value = value.unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
             return {match[0]: value}
 
@@ -199,7 +204,7 @@ def _table_sides(entries: int, window_size: PerAxis | None) -> list[int]:
         sides = [2 * w - 1 for w in _window_of("window_size", window_size, None)]
         hint = f"that of window_size={window_size}"
     if math.prod(sides) != entries:
-        raise ValueError(f"relative_position_bias_table has {entries} displacements, which is not {hint}")
+        raise ValueError(f"relative_position_bias_table of state_dict has {entries} displacements, which is not {hint}")
     return sides
 
 
