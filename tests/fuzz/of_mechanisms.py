@@ -131,7 +131,12 @@ def forward(rng: random.Random) -> Call:
                 k: v.value if isinstance(v, Either) else v for k, v in kwargs.items() if k not in ("plan", "returns")
             }
             kwargs["plan"] = m.plan(**asked)
-    possible = dict(state=traits.streaming, carry=traits.carries, weights=traits.weights, losses=bool(traits.losses))
+    possible = dict(
+        state=traits.streaming and context is None,
+        carry=traits.carries,
+        weights=traits.weights,
+        losses=bool(traits.losses),
+    )
     wanted = [e for e, yes in possible.items() if yes]
     if wanted and rng.random() < 0.4:
         kwargs["returns"] = tuple(rng.sample(wanted, 1))

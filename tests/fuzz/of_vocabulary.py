@@ -155,7 +155,9 @@ def visible_keys(rng: random.Random) -> Call:
         return seen.sum(-1, keepdim=True)
 
     q_pos = rng.choice([None, torch.randint(0, n, (n,))])
-    return Call(masks.visible_keys, dict(mask=mask, n=n, m=m, valid=valid, q_pos=q_pos), oracle, names=("keys",))
+    return Call(
+        masks.visible_keys, dict(mask=mask, n=n, m=m, valid=valid, q_pos=q_pos), oracle, names=("keys",), allows=META
+    )
 
 
 @family("masks.methods")

@@ -271,6 +271,8 @@ def _prepare_reduced(
 ) -> AttentionCall:  # fmt: skip
     check_qkv(q, k, v)
     check_device(q=q, k=k, v=v)
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_float(name, t)
     check_choice("reduce", reduce, ("mean", "last"))
     check_int("block", block, least=1)
     check_flag("partial", partial)
