@@ -172,9 +172,13 @@ class Mask:
             q_pos, k_pos: positions, where they are not ``0..n-1`` and ``0..m-1``. Read on the CPU; on an accelerator
                 they are asserted there, without waiting.
         """
-        for argument, size in (("n", n), ("m", m), ("batch", batch), ("heads", heads)):
-            if size is not None:
-                check_int(argument, size, least=0)
+        if type(n) is not int or type(m) is not int or n < 0 or m < 0:
+            check_int("n", n, least=0)
+            check_int("m", m, least=0)
+        if batch is not None and type(batch) is not int:
+            check_int("batch", batch, least=0)
+        if heads is not None and type(heads) is not int:
+            check_int("heads", heads, least=0)
         if self.anywhere():
             return
         if batch is not None:

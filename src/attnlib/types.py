@@ -109,6 +109,14 @@ class Partial(NamedTuple):
 
     def _check(self) -> None:
         """Raise unless the three sums belong together."""
+        scale, den, num = self
+        if (
+            isinstance(scale, Tensor) and isinstance(den, Tensor) and isinstance(num, Tensor)
+            and scale.is_floating_point() and den.is_floating_point() and num.is_floating_point()
+            and scale.shape == den.shape == num.shape[:-1] and num.dim() == scale.dim() + 1
+            and scale.device == den.device == num.device
+        ):  # fmt: skip
+            return
         for name, value in zip(self._fields, self, strict=True):
             check_float(f"partial's {name}", value)
         shape = self.log_scale.shape
