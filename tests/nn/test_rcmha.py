@@ -115,6 +115,36 @@ def test_memory_is_the_earlier_part_of_one_sequence():
     assert differs.tolist() == [True, True, False, False, False, False], "only the first kernel_size - 1 queries"
 
 
+@pytest.mark.parametrize("n, m", [(3, 8), (8, 3)])
+def test_queries_are_the_last_tokens_of_a_context(n, m):
+    module = build(qkv_conv=False, causal=False)
+    x, context = torch.randn(2, n, 12, dtype=torch.double), torch.randn(2, m, 12, dtype=torch.double)
+    q, k, v = (
+        p(t).unflatten(-1, (3, 4)).transpose(1, 2) for p, t in ((module.q, x), (module.k, context), (module.v, context))
+    )
+    scores = torch.empty(2, 3, n, m, dtype=torch.double)
+    for i in range(n):
+        for j in range(m):
+            at = 16 + j - i - (m - n)
+            near = (q[:, :, i] * module.distance_keys[at]).sum(-1) + module.distance_bias[at]
+            scores[:, :, i, j] = ((q[:, :, i] + module.query_bias) * k[:, :, j]).sum(-1) + near
+    out = (scores / 2).softmax(-1) @ v
+    torch.testing.assert_close(module(x, context), module.proj(out.transpose(1, 2).flatten(2)))
+
+
+def test_masks_and_convolutions():
+    x, hidden = torch.randn(1, 5, 12, dtype=torch.double), torch.ones(5, 5, dtype=torch.bool)
+    hidden[:, 1] = False
+    with pytest.raises(ValueError, match="takes no mask"):
+        build(causal=False)(x, mask=hidden)
+    m = build(causal=False, compat="authors")
+    other = x.clone()
+    other[:, 1] += 1
+    assert not torch.allclose(m(x, mask=hidden)[:, 4], m(other, mask=hidden)[:, 4])  # through its neighbours' keys
+    with pytest.raises(ValueError, match="compat="):
+        build(compat="paper")
+
+
 def test_parameter_count():
     c, h, d, p = 12, 3, 4, 16
     expected = 2 * c * c + 2 * (c * c + c) + 3 * (3 * d + d) + 2 * p * h * (d + 1) + c
@@ -151,7 +181,7 @@ def test_bad_settings():
         attnlib.create(SLUG, dim=8, num_heads=2, max_distance=4)(torch.randn(1, 5, 8))
     m = attnlib.create(SLUG, dim=8, num_heads=2, max_distance=4)
     _, state = m.step(torch.randn(1, 3, 8))
-    with pytest.raises(ValueError, match="after 3 remembered"):
+    with pytest.raises(ValueError, match="3 of them remembered"):
         m.step(torch.randn(1, 2, 8), state)
     with pytest.raises(ValueError, match="takes no mask"):
         m(torch.randn(1, 3, 8), mask=torch.ones(3, 3, dtype=torch.bool))

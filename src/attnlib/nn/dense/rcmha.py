@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ... import masks
 from ...ops import attention
-from ...types import Output, State, Traits
+from ...types import Output, State, Traits, check_choice
 from ..base import Mechanism
 from ..frame import Stream
-from ..layers import head_dim_of, merge_heads, split_heads
+from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
 from ..released import Released, Rule
 
@@ -51,7 +51,8 @@ class RelativeConvAttention(Mechanism):
         S_ij = ((q_i + u) . k_j + q_i . R[P + j - i] + beta[P + j - i]) / sqrt(D),  o_i = softmax_j(S_ij) v_j
 
     Without ``relative`` it is MDHA, without ``qkv_conv`` RMHA, without both multi-head attention. A mask is taken only
-    without ``qkv_conv``: a convolved key that a row may read carries its neighbours, which the mask may hide.
+    without ``qkv_conv``: a convolved key that a row may read carries its neighbours, which the mask may hide. With a
+    context, keys and values are its; the queries are its last tokens, as with a memory.
 
     The state is Transformer-XL's memory: keys and values of all earlier tokens, with the last tokens before the
     convolutions. Calls that hand it on equal one call on the whole sequence.
@@ -63,8 +64,10 @@ class RelativeConvAttention(Mechanism):
         qkv_conv: the convolutions.
         kernel_size: tokens that a convolution reads.
         max_distance: P; sequences, memory included, have at most P tokens.
-        causal: every token reads itself and earlier ones.
+        causal: every token reads itself and earlier ones. With a context: reads all of it.
         attn_drop: dropout of attention weights in training.
+        qk_bias: biases of the query and key projections, which the authors' plain class has.
+        compat: ``"authors"``: takes masks with ``qkv_conv`` too; they hide keys, and not what neighbours took of them.
 
     What differs from the authors' code: their memory reaches keys and values only, so that at the first
     ``kernel_size - 1`` tokens of a segment the queries' convolution reads zeros; here it reads the earlier tokens
@@ -79,7 +82,7 @@ class RelativeConvAttention(Mechanism):
     """
 
     class_traits = Traits(
-        patterns=frozenset({"noncausal-self", "causal-self"}),
+        patterns=frozenset({"noncausal-self", "causal-self", "noncausal-cross", "causal-cross"}),
         mask=True,
         streaming=True,
         work={"N": 2},
@@ -98,8 +101,12 @@ class RelativeConvAttention(Mechanism):
         max_distance: int = 4096,
         causal: bool = True,
         attn_drop: float = 0.1,
+        qk_bias: bool = False,
+        compat: str | None = None,
     ):
         super().__init__(dim)
+        check_choice("compat", compat, (None, "authors"))
+        self.compat = compat
         self.num_heads, self.head_dim = num_heads, head_dim_of(dim, num_heads)
         if kernel_size < 1 or max_distance < 1:
             raise ValueError(
@@ -109,8 +116,8 @@ class RelativeConvAttention(Mechanism):
         self.relative, self.qkv_conv, self.causal = relative, qkv_conv, causal
         self.kernel_size, self.max_distance, self.attn_drop = kernel_size, max_distance, attn_drop
         self.scale = self.head_dim**-0.5
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.k = nn.Linear(dim, dim, bias=False)
+        self.q = nn.Linear(dim, dim, bias=qk_bias)
+        self.k = nn.Linear(dim, dim, bias=qk_bias)
         self.v = nn.Linear(dim, dim)
         if qkv_conv:
             for name in NAMES:
@@ -125,8 +132,10 @@ class RelativeConvAttention(Mechanism):
     @property
     def traits(self) -> Traits:
         return self.class_traits.but(
-            patterns=frozenset({"causal-self" if self.causal else "noncausal-self"}),
-            mask=not self.qkv_conv,
+            patterns=frozenset(
+                {"causal-self", "causal-cross"} if self.causal else {"noncausal-self", "noncausal-cross"}
+            ),
+            mask=not self.qkv_conv or self.compat == "authors",
             streaming=self.causal,
             permutation_equivariant=not (self.causal or self.relative or self.qkv_conv),
         )
@@ -155,41 +164,48 @@ class RelativeConvAttention(Mechanism):
     def mix(  # type: ignore[override]
         self,
         x: Tensor,
+        context: Tensor | None = None,
         *,
         valid: Tensor | None = None,
+        context_valid: Tensor | None = None,
         mask: masks.Mask | None = None,
         state: State | None = None,
         returns: tuple[str, ...] = (),
     ) -> Output:
-        stream = Stream(x, valid, state, "state" in returns)
+        source, exist = x, valid
+        if context is not None:
+            source, exist = context.flatten(1, -2), flat_valid(context_valid)
+        ordered = self.causal and context is None
+        stream = Stream(source, exist, state, "state" in returns)
         start = stream.start
-        n, m = x.shape[1], start + x.shape[1]
-        if self.relative and m > self.max_distance:
+        n, m = x.shape[1], start + source.shape[1]
+        if self.relative and max(n, m) > self.max_distance:
             raise ValueError(
-                f"x has {n} tokens after {start} remembered ones; with max_distance={self.max_distance} a sequence has "
-                f"at most {self.max_distance}"
+                f"x has {n} tokens and reads {m}, {start} of them remembered; with max_distance={self.max_distance} a "
+                f"sequence has at most {self.max_distance}"
             )
         heads, tails = {}, {}
         for name in NAMES:
-            part = split_heads(self.get_submodule(name)(x), self.num_heads)
-            if valid is not None:  # after the projection: a bias must not speak for a token that does not exist
-                part = part.masked_fill(~valid[:, None, :, None], 0.0)
+            given, there = (x, valid) if name == "q" else (source, exist)
+            part = split_heads(self.get_submodule(name)(given), self.num_heads)
+            if there is not None:  # after the projection: a bias must not speak for a token that does not exist
+                part = part.masked_fill(~there[:, None, :, None], 0.0)
             if self.qkv_conv:
                 reach, key = self.kernel_size - 1, f"{name}_tail"
                 tail = part.new_zeros(*part.shape[:2], reach, part.shape[3]) if state is None else state[key]
-                tails[key] = torch.cat([tail.to(part.dtype), part], 2)[:, :, n:]
+                tails[key] = torch.cat([tail.to(part.dtype), part], 2)[:, :, part.shape[2] :]
                 part = self._convolve(name, part, tail)
             heads[name] = part
         q, k, v = (heads[name] for name in NAMES)
         k, v = stream.join(k=k, v=v)
         exists = stream.exists
-        new = stream.next(k=k, v=v, valid=stream.slots, **tails)
+        new = stream.next(k=k, v=v, valid=stream.slots, **tails) if stream.keep else None
         bias = self.distance_scores(q, m) * self.scale if self.relative else None
         if self.relative:
             q = q + self.query_bias[:, None].to(q.dtype)
         out = attention(
-            q, k, v, mask=stream.mask(mask) if self.causal else mask, valid=exists, bias=bias, scale=self.scale,
-            q_pos=stream.q_pos,
+            q, k, v, mask=stream.mask(mask) if ordered else mask, valid=exists, bias=bias, scale=self.scale,
+            q_pos=stream.q_pos if context is None else None,
             dropout_p=self.attn_drop if self.training else 0.0, return_weights="weights" in returns,
         )  # fmt: skip
         out, weights = out if "weights" in returns else (out, None)
@@ -197,7 +213,7 @@ class RelativeConvAttention(Mechanism):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From the authors' ``RelativeMultiHeadAttention``, or ``MultiHeadAttention`` without key and query biases."""
+        """From the authors' ``RelativeMultiHeadAttention`` or ``MultiHeadAttention`` (with ``qk_bias``)."""
         theirs = Released(state_dict, "the authors' RelativeMultiHeadAttention or MultiHeadAttention")
         rules: dict[str, Rule] = {
             r"output\.(weight|bias)": r"proj.\1",
