@@ -282,3 +282,22 @@ def test_compiles_whole():
     torch._dynamo.reset()
     loss = torch.compile(m, backend="aot_eager", fullgraph=True)(ids, labels=ids).loss
     torch.testing.assert_close(loss, m(ids, labels=ids).loss, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_without_metric_learners(tmp_path):
+    """The ablation: trained with metrics that are given; the same as a frozen model with those metrics."""
+    torch.manual_seed(0)
+    settings = dict(vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=9)
+    m = PLDRForCausalLM(PLDRConfig(**settings, metric="fixed", activation="gelu")).eval()
+    assert not any("learner" in name for name, _ in m.named_parameters())
+    metrics = [(torch.rand(1, 2, 4, 4), torch.randn(1, 2, 4, 4)) for _ in range(2)]
+    m.use_g_cache(metrics, any_source=True)
+    whole = PLDRForCausalLM(PLDRConfig(**settings, metric_hidden=3, residual_units=1, activation="gelu")).eval()
+    whole.load_state_dict(m.state_dict(), strict=False)
+    ids = torch.randint(0, 30, (2, 6))
+    torch.testing.assert_close(m(ids).logits, whole.use_g_cache(metrics, any_source=True)(ids).logits)
+    m.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(ids).logits, m(ids).logits)
+    with pytest.raises(ValueError, match="no learner"):
+        m.fingerprint()

@@ -178,3 +178,30 @@ def test_bad_input():
         operator_invariance(torch.ones(1, 3))
     with pytest.raises(ValueError, match="plgMultiHeadAttention does not have: embedding.weight"):
         attnlib.convert_state_dict(SLUG, {"embedding.weight": torch.ones(1)})
+
+
+def test_a_fixed_metric_needs_no_learner():
+    """The ablation without metric learner: the metric of a trained layer, and nothing that could deduce another."""
+    torch.manual_seed(0)
+    m = attnlib.create(SLUG, dim=16, num_heads=2, metric="fixed")
+    assert m.learner is None and m.traits.streaming and "causal-self" in m.traits.patterns
+    x, metric = torch.randn(2, 5, 16), torch.randn(2, 8, 8)
+    plain = attnlib.create("softmax-attention", dim=16, num_heads=2, causal=True, rotary=1e4, rotary_interleaved=True)
+    plain.load_state_dict(m.state_dict(), strict=False)
+    torch.testing.assert_close(m(x), plain(x), atol=1e-6, rtol=1e-5)  # the identity
+    m.freeze_metric(metric=(metric, metric, metric))
+    assert m.metric == "fixed" and torch.equal(m.G, metric)
+    learned = attnlib.create(SLUG, dim=16, num_heads=2, metric_hidden=4, residual_units=1)
+    learned.load_state_dict(m.state_dict(), strict=False)
+    torch.testing.assert_close(m(x), learned.freeze_metric(metric=(metric, metric))(x))
+    with pytest.raises(ValueError, match="no learner"):
+        m.thaw_metric()
+    with pytest.raises(ValueError, match="activation="):
+        attnlib.create(SLUG, dim=16, num_heads=2, activation="mish")
+
+
+def test_value_projections_start_as_the_authors_do():
+    ours, theirs = (attnlib.create(SLUG, dim=64, num_heads=2, metric="fixed", compat=c) for c in (None, "authors"))
+    assert float(ours.v.bias.abs().max()) == 0.0 and float(ours.v.weight.abs().max()) > 0.2
+    assert 0.0 < float(theirs.v.bias.abs().max()) <= 0.125 and float(theirs.v.weight.abs().max()) <= 0.125
+    assert float(theirs.q.bias.abs().max()) == 0.0

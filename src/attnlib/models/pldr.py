@@ -48,6 +48,8 @@ class PLDRConfig(DecoderConfig):
         residual_units: residual units of the metric learner.
         unit_depth: SwiGLU layers in a unit.
         metric: ``"learned"``, or ``"cached"`` once it is frozen; :meth:`PLDRForCausalLM.freeze_metric` sets it.
+            ``"fixed"``: no learner, and the metric that :meth:`PLDRForCausalLM.use_g_cache` is given.
+        activation: of the gated layers, in the feed-forward and in the metric learner.
         layer_norm_eps: epsilon of the norms.
 
     >>> PLDRConfig().intermediate_size
@@ -64,6 +66,7 @@ class PLDRConfig(DecoderConfig):
     residual_units: int = 8
     unit_depth: int = 2
     metric: str = "learned"
+    activation: str = "silu"
     layer_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
 
@@ -87,6 +90,7 @@ class PLDRConfig(DecoderConfig):
             "residual_units": self.residual_units,
             "unit_depth": self.unit_depth,
             "metric": self.metric,
+            "activation": self.activation,
         }
 
 
@@ -99,10 +103,10 @@ class PLDRLayer(DecoderLayer):
         assert isinstance(config, PLDRConfig) and config.intermediate_size is not None
         self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = _SwiGLU(config.hidden_size, config.intermediate_size)
+        self.mlp = _SwiGLU(config.hidden_size, config.intermediate_size, config.activation)
 
     def mix(self, x: Tensor, valid: Tensor | None, layer: StateLayer | None) -> tuple[Tensor, dict[str, Tensor]]:
-        if layer is None or self.mixer.metric == "cached":
+        if layer is None or self.mixer.metric != "learned":
             return super().mix(x, valid, layer)
         if layer.state is None:  # the prompt deduces the metric, which its continuation keeps
             y, state = self.mixer.prefill(x, valid)
@@ -233,7 +237,7 @@ class PLDRForCausalLM(DecoderForCausalLM):
         Raises:
             ValueError: the metric is frozen.
         """
-        if self.config.metric == "cached":
+        if self.config.metric != "learned":
             raise ValueError("the metric of this model is frozen; call thaw_metric first")
         x = self.model.embed(self.model.embed_tokens(input_ids))
         valid, packing = self.model._documents(attention_mask, x, None, {})
@@ -254,7 +258,7 @@ class PLDRForCausalLM(DecoderForCausalLM):
         digest = hashlib.sha256()
         for mixer in self._mixers():
             if mixer.learner is None:
-                raise ValueError("this model was deployed with its metric and has no learner any more")
+                raise ValueError("this model has a metric and no learner: it was deployed, or made with metric='fixed'")
             for parameter in mixer.learner.parameters():
                 digest.update(parameter.detach().cpu().float().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -297,7 +301,8 @@ class PLDRForCausalLM(DecoderForCausalLM):
             )
         for mixer, pair in zip(mixers, cache.layers, strict=True):
             mixer.freeze_metric(metric=pair)
-        self.config.metric = "cached"
+        if self.config.metric == "learned":
+            self.config.metric = "cached"
         return self
 
     def freeze_metric(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> PLDRForCausalLM:

@@ -18,7 +18,8 @@ from ..layers import flat_valid, split_heads, through, zero_invalid
 from ..registry import register
 from ..released import Released, Rule
 
-METRICS = ("learned", "cached")
+METRICS = ("learned", "cached", "fixed")
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
 
 
 class Deductive(NamedTuple):
@@ -31,22 +32,24 @@ class Deductive(NamedTuple):
 
 
 class _SwiGLU(nn.Module):
-    """``W3 (silu(W1 x) * W2 x)``."""
+    """``W3 (silu(W1 x) * W2 x)``, or with another of :data:`ACTIVATIONS`."""
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, activation: str = "silu"):
         super().__init__()
+        check_choice("activation", activation, ACTIVATIONS)
+        self.activation = activation
         self.w1, self.w2, self.w3 = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+        return self.w3(ACTIVATIONS[self.activation](self.w1(x)) * self.w2(x))
 
 
 class _ResidualUnit(nn.Module):
     """``LN(A + f_n(.. f_1(A)))``."""
 
-    def __init__(self, dim: int, hidden: int, depth: int):
+    def __init__(self, dim: int, hidden: int, depth: int, activation: str = "silu"):
         super().__init__()
-        self.layers = nn.Sequential(*(_SwiGLU(dim, hidden) for _ in range(depth)))
+        self.layers = nn.Sequential(*(_SwiGLU(dim, hidden, activation) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,12 +64,13 @@ class MetricLearner(nn.Module):
         hidden: hidden width of the SwiGLU layers.
         units: residual units.
         depth: SwiGLU layers in a unit.
+        activation: theirs.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, hidden: int, units: int, depth: int):
+    def __init__(self, num_heads: int, head_dim: int, hidden: int, units: int, depth: int, activation: str = "silu"):
         super().__init__()
         self.norm = nn.LayerNorm(head_dim, eps=1e-6)
-        self.units = nn.ModuleList(_ResidualUnit(head_dim, hidden, depth) for _ in range(units))
+        self.units = nn.ModuleList(_ResidualUnit(head_dim, hidden, depth, activation) for _ in range(units))
         shape = (num_heads, head_dim, head_dim)
         self.W, self.p, self.a = (nn.Parameter(nn.init.xavier_normal_(torch.empty(shape))) for _ in range(3))
         self.b, self.b_a = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
@@ -125,11 +129,15 @@ class PowerLawGraphAttention(HeadFrame[Notes]):
         residual_units: ``R``.
         unit_depth: SwiGLU layers in a residual unit.
         metric: ``"learned"``, or ``"cached"``: from the buffers ``A_LM`` and ``G`` (H, D, D), which start as identity
-            and are filled by :meth:`freeze_metric` or by the state dict.
+            and are filled by :meth:`freeze_metric` or by the state dict; ``"fixed"``: the same, and there is no learner
+            at all, as in the paper's ablation.
+        activation: of the learner's gated layers, one of ``silu``, ``gelu``, ``relu``, ``sigmoid``, ``tanh``.
+        compat: ``"authors"``: a learned metric takes masks too, which hide pairs of tokens, and not what the metric
+            says of them; value projections start as torch draws them, a slip of theirs.
 
     Losses (of the learned metric): ``dag_lm``, ``dag_p`` and ``dag_g``, the regulariser :func:`dag_loss` of A_LM, A_P
-    and G. What differs from the authors' code: padding stays out of ``q^T q``; their value projection misses its Xavier
-    initialisation by a slip; steps from A_LM to G are float32 at least.
+    and G. What differs from the authors' code: padding that ``valid`` names stays out of ``q^T q``; value projections
+    have their Xavier initialisation too; steps from A_LM to G are float32 at least.
 
     Reference: Gokden, 2025, arXiv 2502.13502.
 
@@ -142,9 +150,7 @@ class PowerLawGraphAttention(HeadFrame[Notes]):
     G: Tensor
     own_state = ("A_LM", "G")
 
-    class_traits = HeadFrame.class_traits.but(
-        patterns=frozenset({"noncausal-self", "causal-self"}), layout=False, losses=("dag_lm", "dag_p", "dag_g")
-    )
+    class_traits = HeadFrame.class_traits.but(layout=False, losses=("dag_lm", "dag_p", "dag_g"))
 
     def __init__(
         self,
@@ -155,6 +161,8 @@ class PowerLawGraphAttention(HeadFrame[Notes]):
         residual_units: int = 8,
         unit_depth: int = 2,
         metric: str = "learned",
+        activation: str = "silu",
+        compat: str | None = None,
         causal: bool = True,
         rotary: float | None = 10000.0,
         rotary_interleaved: bool = True,
@@ -164,20 +172,26 @@ class PowerLawGraphAttention(HeadFrame[Notes]):
             dim, num_heads, causal=causal, rotary=rotary, rotary_interleaved=rotary_interleaved, **settings
         )
         check_choice("metric", metric, METRICS)
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("compat", compat, (None, "authors"))
         for name, value in (("metric_hidden", metric_hidden), ("unit_depth", unit_depth)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         if residual_units < 0:
             raise ValueError(f"residual_units={residual_units} must not be negative")
-        self.metric = metric
-        self.learner: MetricLearner | None = MetricLearner(
-            num_heads, self.head_dim, metric_hidden, residual_units, unit_depth
-        )
-        for linear in (self.q, self.k, self.v, self.proj):
+        self.metric, self.compat = metric, compat
+        self.learner: MetricLearner | None = None
+        if metric != "fixed":
+            self.learner = MetricLearner(
+                num_heads, self.head_dim, metric_hidden, residual_units, unit_depth, activation
+            )
+        for linear in (self.q, self.k, self.proj) if compat == "authors" else (self.q, self.k, self.v, self.proj):
             _xavier(linear)
         eye = torch.eye(self.head_dim).repeat(num_heads, 1, 1)
         self.register_buffer("A_LM", eye)
         self.register_buffer("G", eye.clone())
+
+    cross_positions = True
 
     @property
     def traits(self) -> Traits:
@@ -185,9 +199,9 @@ class PowerLawGraphAttention(HeadFrame[Notes]):
         learned = self.metric == "learned"
         looks_ahead = learned or not self.causal
         return traits.but(
-            patterns=frozenset({"noncausal-self" if looks_ahead else "causal-self"}),
+            patterns=frozenset("non" + p if looks_ahead and p.startswith("causal") else p for p in traits.patterns),
             layout=False,
-            mask=not learned,  # a hidden pair still meets through the metric
+            mask=not learned or self.compat == "authors",  # a hidden pair still meets through the metric
             streaming=not looks_ahead,
             losses=self.class_traits.losses if learned else (),
         )
@@ -197,7 +211,7 @@ class PowerLawGraphAttention(HeadFrame[Notes]):
     def deductive_outputs(self, x: Tensor, valid: Tensor | None = None) -> Deductive:
         """What the learner deduces from ``x`` (B, *grid, C); ``valid`` (B, *grid)."""
         if self.learner is None:
-            raise ValueError("this module was deployed with its cached metric and has no learner any more")
+            raise ValueError("this module has a metric and no learner: it was deployed, or made with metric='fixed'")
         q = through(self.q_norm, split_heads(self.q(zero_invalid(x, valid)), self.num_heads))
         exists = flat_valid(valid)
         if self.rotary is not None:
@@ -216,7 +230,7 @@ class PowerLawGraphAttention(HeadFrame[Notes]):
 
         Args:
             x: (B, *grid, C) a prompt, as this layer sees it; the mean of its samples' deductive outputs is kept.
-            metric: instead of ``x``: ``(A_LM, G)``, each (H, D, D) or (1, H, D, D).
+            metric: instead of ``x``: ``(A_LM, G)``, each (H, D, D) or (1, H, D, D); a third, their A_P, is not needed.
             valid: (B, *grid), with ``x``.
 
         Returns:
@@ -231,21 +245,23 @@ class PowerLawGraphAttention(HeadFrame[Notes]):
             made = self.deductive_outputs(x, valid)
             metric = (made.A_LM.mean(0), made.G.mean(0))
         assert metric is not None
-        if len(metric) != 2:
+        if len(metric) not in (2, 3):
             raise ValueError(f"metric must be the pair (A_LM, G), got {len(metric)} tensors")
+        metric = metric[:2]
         shape = tuple(self.G.shape)
         for name, value in zip(("A_LM", "G"), metric, strict=True):
             if tuple(value.shape) not in (shape, (1, *shape)):
                 raise ValueError(f"{name} of the cache must be (H, D, D)={shape}, got {tuple(value.shape)}")
         for buffer, value in zip((self.A_LM, self.G), metric, strict=True):
             buffer.copy_(value.view(shape))
-        self.metric = "cached"
+        if self.metric == "learned":
+            self.metric = "cached"
         return self
 
     def thaw_metric(self) -> PowerLawGraphAttention:
         """Undo :meth:`freeze_metric`: deduce the metric from every input again."""
         if self.learner is None:
-            raise ValueError("this module was deployed with its cached metric and has no learner any more")
+            raise ValueError("this module has a metric and no learner: it was deployed, or made with metric='fixed'")
         self.metric = "learned"
         return self
 
@@ -277,7 +293,7 @@ class PowerLawGraphAttention(HeadFrame[Notes]):
         plan: Plan | None = None,
     ) -> tuple[Tensor, State]:
         """As :meth:`Mechanism.step`; with a learned metric, only from the state of :meth:`prefill`."""
-        if self.metric == "cached":
+        if self.metric != "learned":
             return super().step(x_t, state, layout=layout, valid=valid, mask=mask, plan=plan)
         if state is None or "G" not in state:
             raise ValueError(
@@ -301,7 +317,7 @@ class PowerLawGraphAttention(HeadFrame[Notes]):
             expected = (q.shape[0], *self.G.shape)
             if tuple(metric.shape) != expected:
                 raise ValueError(f"the state's G must be (B, H, D, D)={expected}, got {tuple(metric.shape)}")
-        elif self.metric == "cached":
+        elif self.metric != "learned":
             kept, metric = {}, self.G
         else:
             assert self.learner is not None
@@ -321,7 +337,7 @@ class PowerLawGraphAttention(HeadFrame[Notes]):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From the authors' ``plgMultiHeadAttention``."""
+        """From the authors' ``plgMultiHeadAttention``, with learned metric or (``metric="fixed"``) without."""
         theirs = Released(state_dict, "plgMultiHeadAttention")
         heads = {"Wlst": "W", "blst": "b", "pwlst": "p", "alst": "a", "balst": "b_a"}
         rules: dict[str, Rule] = {rf"plgatt_layer\.{name}": f"learner.{ours}" for name, ours in heads.items()}
