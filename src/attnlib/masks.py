@@ -14,6 +14,7 @@ causal & sliding_window(3)
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -337,6 +338,9 @@ class Mask:
         return hash((type(self), *((a.dtype, a.shape) if isinstance(a, Tensor) else a for a in self._args())))
 
     def __repr__(self) -> str:
+        if torch.compiler.is_compiling():
+            return self.name  # a tracer knows no text of sizes that it keeps free
+
         def show(a: Any) -> str:
             return f"tensor{tuple(a.shape)}" if isinstance(a, Tensor) else repr(a)
 
@@ -434,8 +438,8 @@ def _unflatten(leaves: Any, context: Any) -> Mask:
 
 
 def _encode(value: Any, tensors: list[Tensor]) -> str:
-    # Written out by hand because torch.compile traces this and cannot trace the json package. ``int`` also makes a
-    # size that export holds symbolic concrete: the grid of a mask is static.
+    # Written out by hand because torch.compile traces this and cannot trace the json package. ``index`` also makes a
+    # size that tracers hold symbolic concrete: the grid of a mask is static.
     if isinstance(value, Mask):
         args = ",".join([_encode(a, tensors) for a in value._args()])
         return f'{{"mask":"{value.name}","args":[{args}]}}'
@@ -447,7 +451,7 @@ def _encode(value: Any, tensors: list[Tensor]) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, torch.SymInt)):
-        return str(int(value))
+        return str(operator.index(value))
     if isinstance(value, float):
         return repr(value)
     raise TypeError(f"a mask can be lowered when it holds masks, tensors and numbers, not {type(value).__name__}")

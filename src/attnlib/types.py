@@ -298,8 +298,10 @@ class State(_TensorDict):
         check_type("tensors", self.tensors, dict, "a dictionary of tensors by name")
         check_type("kind", self.kind, str)
 
-    def expect(self, kind: str, batch: int | None = None, device: torch.device | None = None) -> State:
-        """This state, or ``ValueError`` when it belongs to another mechanism, batch or device."""
+    def expect(
+        self, kind: str, batch: int | None = None, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """This state, or an error when it belongs to another mechanism, batch, device or type of ``x``."""
         if self.kind and self.kind != kind:
             raise ValueError(f"state belongs to {self.kind!r}, not to {kind!r}; state=None starts a sequence")
         if not self.tensors and not self.kind:
@@ -312,14 +314,24 @@ class State(_TensorDict):
                 )
             if device is not None and t.device != device:
                 raise ValueError(f"state holds {name!r} on {t.device}, but x lies on {device}")
+            if dtype is not None and t.is_floating_point() and t.dtype not in _beside(dtype, t.device):
+                raise TypeError(
+                    f"state holds {name!r} in {t.dtype}, but x is {dtype}; possible: "
+                    f"{', '.join(map(str, _beside(dtype, t.device)))}; see state.map"
+                )
         return self
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> State:
-        """Apply ``fn`` to every tensor."""
+        """Apply ``fn`` to every tensor; ``TypeError`` where it makes numbers of counts, or counts of numbers."""
         out: dict[str, Any] = {}
         for name, value in self.tensors.items():
             check_type(f"state's {name}", value, (Tensor, State), "a tensor, or a state of its own")
-            out[name] = value.map(fn) if isinstance(value, State) else fn(value)
+            made = out[name] = value.map(fn) if isinstance(value, State) else fn(value)
+            if isinstance(value, Tensor) and isinstance(made, Tensor) and _sort(value) != _sort(made):
+                raise TypeError(
+                    f"fn turned {name!r} of the state from {value.dtype} into {made.dtype}; change the type of "
+                    "floating-point tensors only: t.half() if t.is_floating_point() else t"
+                )
         return State(out, self.kind)
 
     def select(self, index: Tensor) -> State:
@@ -348,6 +360,18 @@ class State(_TensorDict):
     def numel(self) -> int:
         """Number of elements held, for memory accounts."""
         return sum(v.numel() for v in self.tensors.values())
+
+
+def _sort(t: Tensor) -> str:
+    return "bool" if t.dtype == torch.bool else "float" if t.is_floating_point() else "int"
+
+
+def _beside(dtype: torch.dtype, device: torch.device) -> list[torch.dtype]:
+    """The types that a state beside ``x`` of ``dtype`` may have: its own, that of statistics, that of autocast."""
+    found = [dtype, stats_dtype(dtype)]
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        found.append(torch.get_autocast_dtype(device.type))
+    return list(dict.fromkeys(found))
 
 
 def _flatten_named(value: Plan | State) -> tuple[list[Any], Any]:

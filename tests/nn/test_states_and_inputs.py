@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from table import rows
 
 import attnlib
 from attnlib import State
+from attnlib.check.subject import Subject
+from attnlib.nn.registry import find
 
 
 def make(name="softmax-attention", **config):
@@ -64,3 +67,22 @@ def test_weights_that_are_brought_in_when_needed_do_not_refuse():
     m.proj.weight = torch.nn.Parameter(held.to("meta"))
     m.proj.register_forward_pre_hook(lambda layer, args: setattr(layer, "weight", torch.nn.Parameter(held)))
     assert torch.equal(m(X), whole)
+
+
+STREAMING = [row for row in rows() if ":" not in row.name and find(row.name)(**row.config).eval().traits.streaming]
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in STREAMING])
+def test_a_state_of_another_type_is_refused(row):
+    s = Subject(row)
+    m, x = s.fresh(torch.float32), s.x(dtype=torch.float32)
+    _, state = m.step(x[:, :3])
+    if not any(t.is_floating_point() for _, t in state._named()):
+        return  # it only counts
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        other = state.map(lambda t, dtype=dtype: t.to(dtype) if t.is_floating_point() else t)
+        with pytest.raises(TypeError, match=f"state holds '.*' in {dtype}, but x is torch.float32"):
+            m.step(x[:, 3:], other)
+    with torch.autocast("cpu", torch.bfloat16):  # keys of a step under autocast are bfloat16
+        _, state = m.step(x[:, 3:4], m.step(x[:, :3])[1])
+        assert m.step(x[:, 4:5], state)[0].isfinite().all()

@@ -311,3 +311,25 @@ def test_bad_input(change, error, message):
     call = {"q": q, "k": k, "v": v, **change}
     with pytest.raises(error, match=message):
         linear_attention(**call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
+def test_a_state_of_another_type_is_refused(dtype):
+    q = torch.randn(2, 2, 3, 4)
+    state = linear_attention(q, q, q, normalizer="sum", return_state=True).state
+    for name in ("S", "z"):
+        wrong = state.replace(**{name: state[name].to(dtype)})
+        with pytest.raises(TypeError, match=f"state {name} must be torch.float32, as return_state gives it, got"):
+            linear_attention(q, q, q, normalizer="sum", state=wrong)
+    assert linear_attention(q.half(), q.half(), q.half(), normalizer="sum", state=state).dtype == torch.float16
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_one_decay_per_head_beside_what_is_not_finite(n):
+    q = torch.randn(2, 2, n, 4)
+    v = q.clone()
+    v[0] = float("inf")
+    decay = torch.tensor([-0.1, -0.2])
+    out = linear_attention(q, q, v, decay=decay)
+    torch.testing.assert_close(out[1], linear_attention(q, q, q, decay=decay)[1])
+    assert out[0].isnan().all() and linear_attention(q, q, q, decay=decay * float("nan"))[:, :, 1:].isnan().all()

@@ -435,7 +435,7 @@ class Mechanism(nn.Module):
             check_type("state", state, State, "an attnlib State, as returns=('state',) gives it")
             if context is not None:
                 raise ValueError("state was given with a context; it continues the tokens that x itself reads")
-            state.expect(name, x.shape[0], x.device)
+            state.expect(name, x.shape[0], x.device, x.dtype)
             if not state.kind and not self.training and not torch.compiler.is_compiling():
                 # Whose it is is not known, and a mechanism that does not read it in this call would not notice.
                 given = {"state": state, "layout": layout, "carry": carry, "returns": ()}

@@ -177,14 +177,17 @@ def _start_of(state: State, shape: tuple[int, int, int], width: int, denominator
     if tuple(start.shape) != (*shape, width):
         raise ValueError(f"state S must be (B, H, D, Dv)={(*shape, width)}, got {tuple(start.shape)}")
     check_device(q=q, S=start)
-    start = start.to(q.dtype)
+    for name in ("S", "z") if denominator and "z" in state else ("S",):
+        check_tensor(f"state {name}", state[name])
+        if state[name].dtype != q.dtype:
+            raise TypeError(f"state {name} must be {q.dtype}, as return_state gives it, got {state[name].dtype}")
     if not denominator:
         return start
     if "z" not in state:
         raise ValueError("state has no z, which the denominator needs; it was made without one")
     if tuple(state["z"].shape) != shape:
         raise ValueError(f"state z must be (B, H, D)={shape}, got {tuple(state['z'].shape)}")
-    return torch.cat([start, state["z"].to(q.dtype).unsqueeze(-1)], -1)
+    return torch.cat([start, state["z"].unsqueeze(-1)], -1)
 
 
 def _run(call: _Call, form: str | None) -> tuple[Tensor, Tensor]:
@@ -200,7 +203,7 @@ def _run(call: _Call, form: str | None) -> tuple[Tensor, Tensor]:
         return _OPERATOR.run(call, form)
     decay, bad_q, bad_k = call.decay, bad_rows(call.q), bad_rows(call.k, call.v)
     if decay is not None:
-        if decay.shape[2] == call.k.shape[2]:
+        if decay.shape[:3] == bad_k.shape:  # else it is one number per head
             bad_k = bad_k | ~torch.isfinite(decay.detach()).view(*bad_k.shape, -1).all(-1)
             decay = decay.masked_fill(~torch.isfinite(decay), 0.0)
     q = call.q.masked_fill(bad_q.unsqueeze(-1), 0.0)

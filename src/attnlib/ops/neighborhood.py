@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -236,12 +237,14 @@ def _tiles(
 ) -> list[Tensor]:
     """Fields (B, H, N, C) of the output. One gather puts the tokens of all classes behind one another; each class is
     then a slice, and one permutation puts the outputs in order."""
+    # Tiles are laid for one size: tracers that hold it symbolic make a graph for each.
+    rules = tuple([AxisRule(operator.index(r.length), *r[1:]) for r in rules])
     device, batch, tokens = q.device, q.shape[0], math.prod([r.length for r in rules])
     weights = [math.prod([r.length for r in rules[a + 1 :]]) for a in range(len(rules))]
     zero_keyed = rules[0].border == "zero"
     lowered = [
         [_lower_axis(rule, c, weight, device) for c in classes]
-        for rule, classes, weight in zip(rules, _plan(tuple(tuple(r) for r in rules), tile), weights, strict=True)
+        for rule, classes, weight in zip(rules, _plan(tuple([tuple(r) for r in rules]), tile), weights, strict=True)
     ]
     chosen = list(itertools.product(*lowered))
     q_index = [_outer([a.q_place for a in axes], torch.add) for axes in chosen]

@@ -182,7 +182,7 @@ class FusedNeighborhoodAttention(Mechanism):
         drop = self.attn_drop if self.training else 0.0
         weights = new_state = None
         # A causal sequence shorter than its window is the beginning of one, as it is for a state, whatever the stride.
-        short = self.rank == 1 and "causal-self" in self._claims().patterns and x.shape[1] < self._reach
+        short = self.rank == 1 and to_tuple("causal", self.causal, 1)[0] and x.shape[1] < self._reach
         if state is not None or "state" in returns or short:
             out, weights, new_state = self._stream(q, k, v, exists, mask, state, drop, "weights" in returns)
             new_state = new_state if "state" in returns else None
