@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnlib import masks, normalizers, ops, positions
+from attnlib import State, masks, normalizers, ops, positions
 from attnlib.grids import Partition, coordinates, window_partition
 
 from .engine import Call, target
@@ -189,6 +189,8 @@ def eager64(fn: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
 
     def oracle(**kw: Any) -> Any:
         def lift(x: Any) -> Any:
+            if isinstance(x, State):
+                return x.map(lift)
             return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
         return fn(**{name: lift(x) for name, x in {**kw, **fixed}.items()})
