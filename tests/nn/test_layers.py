@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+import attnlib
 from attnlib.nn.layers import merge_heads, split_heads, through
 
 
@@ -27,3 +28,15 @@ def test_idle_modules_are_called_only_where_somebody_listens():
     torch.manual_seed(0)
     assert (through(nn.Dropout(0.5), torch.ones(100)) == 0).any()
     assert torch.equal(through(nn.Linear(3, 3, bias=False), torch.zeros(1, 3)), torch.zeros(1, 3))
+
+
+def test_scores_of_a_frame_are_scaled_as_asked():
+    m = attnlib.create("softmax-attention", dim=16, num_heads=2, scale=0.7)
+    plain = attnlib.create("softmax-attention", dim=16, num_heads=2)
+    plain.load_state_dict(m.state_dict())
+    plain.q.weight.data *= 0.7 * 8**0.5
+    plain.q.bias.data *= 0.7 * 8**0.5
+    x = torch.randn(2, 5, 16)
+    torch.testing.assert_close(m(x), plain(x), atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="scale"):
+        attnlib.create("softmax-attention", dim=16, num_heads=2, scale=0.0)

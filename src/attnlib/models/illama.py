@@ -67,6 +67,7 @@ class ILlama(nn.Module):
         dim, depth, num_heads: width, blocks, heads.
         mlp_ratio, multiple_of: see :class:`SwiGLU`.
         qkv_bias: biases of queries, keys and values.
+        scale: of the scores; ``1 / sqrt(head_dim)`` by default.
         drop_rate: dropout after the embedding.
         drop_path: largest rate of dropped branches, reached in the last block.
         cls_position: ``"end"``, or ``"start"`` to see attention collapse: the first token of a causal mask sees itself.
@@ -92,6 +93,7 @@ class ILlama(nn.Module):
         mlp_ratio: float = 4.0,
         multiple_of: int = 256,
         qkv_bias: bool = True,
+        scale: float | None = None,
         drop_rate: float = 0.0,
         drop_path: float = 0.0,
         cls_position: str = "end",
@@ -117,7 +119,7 @@ class ILlama(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1] + 1, dim))
         self.pos_drop = nn.Dropout(drop_rate)
         attention = dict(
-            qkv_bias=qkv_bias, mask_mode=mask_mode, soft_rate=soft_rate, cutoff=cutoff, schedule=schedule
+            qkv_bias=qkv_bias, scale=scale, mask_mode=mask_mode, soft_rate=soft_rate, cutoff=cutoff, schedule=schedule
         )  # fmt: skip
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, mlp_ratio, multiple_of, drop_path * i / max(1, depth - 1), **attention)

@@ -198,6 +198,7 @@ class HeadFrame(Mechanism, Generic[N]):
             it: see :func:`attnlib.positions.rotary_frequencies`. ``"dynamic"`` turns all by the length of the call, so
             that nothing can be kept from call to call.
         alibi: linear distance penalties, one slope per head.
+        scale: of the scores; ``1 / sqrt(head_dim)`` by default.
         attn_drop: dropout of attention weights in training.
         proj_drop: dropout of the output in training.
         normalizer: how scores become weights; see :mod:`attnlib.normalizers`.
@@ -236,6 +237,7 @@ class HeadFrame(Mechanism, Generic[N]):
         rotary_dim: int | None = None,
         rotary_scaling: Mapping[str, Any] | None = None,
         alibi: bool = False,
+        scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         normalizer: str | Normalizer = "softmax",
@@ -258,7 +260,7 @@ class HeadFrame(Mechanism, Generic[N]):
         self.alibi, self.attn_drop = alibi, attn_drop
         self.proj_drop = nn.Dropout(proj_drop)
         self.normalizer = as_normalizer(normalizer)
-        self.scale = self.head_dim**-0.5
+        self.scale = self.head_dim**-0.5 if scale is None else scale
         self.q = nn.Linear(dim, num_heads * self.head_dim, bias=qkv_bias)
         self.k = nn.Linear(self.context_dim, self.num_kv_heads * self.head_dim, bias=qkv_bias)
         self.v = nn.Linear(self.context_dim, self.num_kv_heads * self.head_dim, bias=qkv_bias)

@@ -20,7 +20,7 @@ class SoftmaxAttention(HeadFrame[Notes]):
 
     Args:
         dim, num_heads, num_kv_heads, head_dim, context_dim, qkv_bias, proj_bias, qk_norm, causal, rotary,
-            rotary_interleaved, rotary_dim, alibi, attn_drop, proj_drop, normalizer: see
+            rotary_interleaved, rotary_dim, rotary_scaling, alibi, scale, attn_drop, proj_drop, normalizer: see
             :class:`attnlib.nn.frame.HeadFrame`.
 
     Reference: Vaswani et al., 2017, arXiv 1706.03762; Ainslie et al., 2023, arXiv 2305.13245 (grouped queries).
