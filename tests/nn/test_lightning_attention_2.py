@@ -34,6 +34,19 @@ def test_slopes():
     assert float(first[0]) == pytest.approx(0.5 * (1 + 1e-5)) and float(last.max()) < 1e-5
 
 
+def test_slopes_of_a_list_and_none_at_all():
+    m = attnlib.create("lightning-attention-2", dim=8, num_heads=2, slopes=[0.0, 0.5], chunk=4)
+    assert m.slopes.tolist() == [0.0, 0.5]
+    x = torch.randn(1, 9, 8)
+    free = attnlib.create("lightning-attention-2", dim=8, num_heads=2, slopes=[0.0, 0.0], norm="none", gate="none")
+    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (F.silu(free.q(x)), F.silu(free.k(x)), free.v(x)))
+    out = linear_attention(q, k, v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(free(x), free.proj(out), atol=1e-6, rtol=1e-5)
+    for wrong in ([0.1], [0.1, -0.1]):
+        with pytest.raises(ValueError, match="slopes must be"):
+            attnlib.create("lightning-attention-2", dim=8, num_heads=2, slopes=wrong)
+
+
 def test_released_layer_is_its_equation():
     torch.manual_seed(0)
     sd = {"qkvu_proj.weight": torch.randn(48, 12) * 0.3, "out_proj.weight": torch.randn(12, 12) * 0.3}

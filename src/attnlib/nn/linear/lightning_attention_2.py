@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class LightningAttention2(Mechanism):
         num_heads: heads.
         layer: number of this layer, from 0, for the slopes.
         num_layers: layers of the model; ``None`` uses the slopes of ALiBi unchanged (see :func:`decay_slopes`).
-        slopes: (H,) slopes instead of those; 0 for a head that never forgets.
+        slopes: (H,) slopes instead of those; 0 for a head that never forgets (the authors' kernel without decay).
         activation: of queries and keys, ``"silu"``, ``"relu"``, ``"elu1"`` or ``"identity"``.
         value_activation: of values, one of the same.
         norm: ``"rms"`` (no gain), ``"layer"`` (LayerNorm) or ``"none"``, over the concatenated heads.
@@ -110,7 +110,7 @@ class LightningAttention2(Mechanism):
         num_heads: int = 8,
         layer: int = 0,
         num_layers: int | None = None,
-        slopes: Tensor | None = None,
+        slopes: Tensor | Sequence[float] | None = None,
         activation: str = "silu",
         value_activation: str = "identity",
         norm: str = "rms",
@@ -135,8 +135,10 @@ class LightningAttention2(Mechanism):
         if slopes is None:
             with torch.device("cpu"):  # also where a model is built without storage
                 slopes = decay_slopes(num_heads, layer, num_layers)
-        elif tuple(slopes.shape) != (num_heads,) or bool((slopes < 0).any()):
-            raise ValueError(f"slopes must be ({num_heads},) and at least 0, got {slopes.tolist()}")
+        else:
+            slopes = torch.as_tensor(slopes, dtype=torch.float32)
+            if tuple(slopes.shape) != (num_heads,) or bool((slopes < 0).any()):
+                raise ValueError(f"slopes must be ({num_heads},) and at least 0, got {slopes.tolist()}")
         # Numbers, not a buffer: no released state dict holds them, and neither a change of type nor memory that was
         # only set aside for the weights may change them.
         self._slopes = tuple(slopes.float().tolist())
