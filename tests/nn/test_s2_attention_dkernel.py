@@ -57,6 +57,15 @@ def test_pattern_is_the_authors(pattern):
     assert masks.raise_mask(spec, tensors) == m.pattern
 
 
+@pytest.mark.parametrize("lo, hi", [(0, 2), (2, 5), (5, 8)])
+def test_a_range_of_heads_of_a_larger_module(lo, hi):
+    """The authors' active_head_range: the same step, stripes that begin where the first of the heads is."""
+    whole = authors_blocks(8, 7, 2, 8, dense=2)
+    part = build(dim=2 * (hi - lo), heads=hi - lo, local=2, stride=8, dense=max(0, hi - 6), step=1, offset=lo)
+    expected = torch.kron(whole, torch.ones(3, 3, dtype=torch.bool))[lo:hi] & torch.ones(21, 21).tril().bool()
+    assert torch.equal(part.pattern.dense(21).reshape(-1, 21, 21).expand(hi - lo, 21, 21), expected)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_tile_bounds_are_exact_about_some_and_never_wrong_about_all(pattern):
     m, n = build(**pattern), 18
