@@ -182,3 +182,12 @@ def test_bad_input():
         net.decode(points, torch.zeros(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="distinguishes 2 heads"):
         m(d, e, mask=torch.ones(1, 2, 2, 3, dtype=torch.bool))
+
+
+def test_a_glimpse_blends_projected_inputs():
+    m = attnlib.create("pointer-networks", dim=4, glimpse=True)
+    d, e = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    weights = m.log_probs(d, e).exp()
+    torch.testing.assert_close(m(d, e), weights @ (e @ m.w1.weight.T + m.w1.bias), atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="hidden must be dim=4"):
+        attnlib.create("pointer-networks", dim=4, hidden=6, glimpse=True)

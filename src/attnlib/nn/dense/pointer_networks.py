@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from ... import masks
 from ...types import Output, Traits, check_rank, check_width, stats_dtype
 from ..base import Mechanism
 from ..registry import register
+from ..released import Released, Rule
 
 
 @register("pointer-networks", "pointer-attention", "additive-attention")
@@ -22,6 +25,8 @@ class PointerAttention(Mechanism):
     Args:
         dim: width of the readers ``d`` (B, N, dim) and of what they read, ``e`` (B, M, dim).
         hidden: width of the sum inside tanh; ``dim`` by default.
+        glimpse: as a much used implementation has it (shirgur/PointerNet): both projections have biases, ``v`` starts
+            within 1 of zero, and what is blended is ``W_1 e + b``, which needs ``hidden == dim``.
 
     Reference: Vinyals, Fortunato, Jaitly, 2015, arXiv 1506.03134, equations 3 and 4. No code was released.
 
@@ -39,14 +44,19 @@ class PointerAttention(Mechanism):
         weights=True,
     )
 
-    def __init__(self, dim: int, hidden: int | None = None):
+    def __init__(self, dim: int, hidden: int | None = None, glimpse: bool = False):
         super().__init__(dim)
         self.hidden = dim if hidden is None else hidden
         if self.hidden < 1:
             raise ValueError(f"hidden={hidden} must be at least 1")
-        self.w1 = nn.Linear(dim, self.hidden, bias=False)
-        self.w2 = nn.Linear(dim, self.hidden, bias=False)
+        if glimpse and self.hidden != dim:
+            raise ValueError(f"glimpse=True blends {self.hidden} channels, so hidden must be dim={dim}")
+        self.glimpse = glimpse
+        self.w1 = nn.Linear(dim, self.hidden, bias=glimpse)
+        self.w2 = nn.Linear(dim, self.hidden, bias=glimpse)
         self.v = nn.Linear(self.hidden, 1, bias=False)
+        if glimpse:
+            nn.init.uniform_(self.v.weight, -1, 1)
 
     def scores(self, d: Tensor, keys: Tensor) -> Tensor:
         """(B, N, M) scores of readers ``d`` (B, N, dim) for ``keys = w1(e)`` (B, M, hidden)."""
@@ -84,7 +94,8 @@ class PointerAttention(Mechanism):
         mask: masks.Mask | None = None,
     ) -> Output:
         source, exists = (x, valid) if context is None else (context, context_valid)
-        u = self.scores(x, self.w1(source))
+        keys = self.w1(source)
+        u = self.scores(x, keys)
         u = u.to(stats_dtype(u.dtype))
         allowed = None if exists is None else exists[:, None, :]
         if mask is not None:
@@ -100,5 +111,19 @@ class PointerAttention(Mechanism):
             seen = allowed.any(-1, keepdim=True)
             u = u.masked_fill(~(allowed | ~seen), float("-inf"))  # a row that may read nothing reads all, and is zeroed
             weights = u.softmax(-1) * seen
-        y = (weights.to(source.dtype) @ source).to(x.dtype)
+        read = keys if self.glimpse else source
+        y = (weights.to(read.dtype) @ read).to(x.dtype)
         return Output(y, weights=weights.unsqueeze(1))
+
+    @staticmethod
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From ``Attention`` of shirgur/PointerNet, for ``glimpse=True``."""
+        theirs = Released(state_dict, "Attention of shirgur/PointerNet")
+        theirs.leave(r"_inf", because="the number that hides a key")
+        rules: dict[str, Rule] = {
+            r"context_linear\.weight": lambda match, value: {"w1.weight": value.flatten(1)},
+            r"context_linear\.bias": "w1.bias",
+            r"input_linear\.(weight|bias)": r"w2.\1",
+            r"V": lambda match, value: {"v.weight": value[None]},
+        }
+        return theirs.close(theirs.renamed(rules))
