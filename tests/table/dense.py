@@ -41,6 +41,9 @@ ROWS += [
     Case("selective-self-attention", dict(dim=16, num_heads=2), (12,)),
     Case("selective-self-attention", dict(dim=16, num_heads=2, causal=True, per_head=True), (12,), "causal"),
     Case(
-        "selective-self-attention", dict(dim=16, num_heads=2, causal=True, position="none", sparse=4), (12,), "sparse"
+        "selective-self-attention",
+        dict(dim=16, num_heads=2, causal=True, position="none", sparse=4, token_values=False),
+        (12,),
+        "sparse",
     ),
 ]

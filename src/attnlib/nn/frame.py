@@ -313,14 +313,14 @@ class HeadFrame(Mechanism, Generic[N]):
 
     @property
     def biased(self) -> bool:
-        """Whether :meth:`_position_bias` is added to the scores."""
+        """Whether :meth:`_slot_bias` is added to the scores."""
         return self.alibi
 
-    def _position_bias(self, q_pos: Tensor, k_pos: Tensor, span: tuple[int, int]) -> Bias:
+    def _slot_bias(self, q_pos: Tensor, k_pos: Tensor, span: tuple[int, int]) -> Bias:
         """ALiBi between slots (n,) and (M,); ``span`` is the least and the greatest ``k - q``."""
         return alibi(self.num_heads, q_pos, k_pos, span=span)
 
-    def _order(self, mask: Mask | None) -> Mask:
+    def _in_order(self, mask: Mask | None) -> Mask:
         """``mask``, and what the causal order hides."""
         return Stream.mask(mask)
 
@@ -377,9 +377,9 @@ class HeadFrame(Mechanism, Generic[N]):
         if self.biased:
             start, n, m = stream.start, q.shape[2], k.shape[2]
             q_at, k_at = torch.arange(start, start + n, device=x.device), torch.arange(m, device=x.device)
-            bias = self._position_bias(q_at, k_at, (1 - start - n, m - 1 - start))
+            bias = self._slot_bias(q_at, k_at, (1 - start - n, m - 1 - start))
         call = HeadCall(
-            self._order(mask) if ordered else mask, exists, stream.q_pos, bias,
+            self._in_order(mask) if ordered else mask, exists, stream.q_pos, bias,
             self.attn_drop if self.training else 0.0, "weights" in returns,
         )  # fmt: skip
         out, weights = self._mix_heads(q, k, v, call, notes), None

@@ -301,9 +301,10 @@ def _by_head(matrix: Tensor) -> Tensor:
 
 
 def _pointers(m: nn.Module, x: Tensor, context: Tensor | None, **call: Any) -> Mixing:
-    """Its values are the tokens themselves, and it returns its weights."""
+    """Its values are the tokens themselves, or with a glimpse their projection, and it returns its weights."""
     out = m(x, returns=("weights",), **call) if context is None else m(x, context, returns=("weights",), **call)
     source = x if context is None else context
+    source = m.w1(source) if getattr(m, "glimpse", False) else source  # type: ignore[operator]
     channels = torch.arange(source.shape[-1])
     return Mixing(out.weights, source, torch.zeros_like(out.y), channels, out.y)
 

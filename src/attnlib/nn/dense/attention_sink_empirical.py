@@ -159,7 +159,7 @@ class SinkFreeAttention(HeadFrame[Notes]):
 
     # ---- order and positions
 
-    def _order(self, mask: masks.Mask | None) -> masks.Mask:
+    def _in_order(self, mask: masks.Mask | None) -> masks.Mask:
         if self.prefix_tokens:
             order = masks.prefix_lm(self.prefix_tokens)
         else:
@@ -170,7 +170,7 @@ class SinkFreeAttention(HeadFrame[Notes]):
     def biased(self) -> bool:
         return self.alibi or self.relative is not None
 
-    def _position_bias(self, q_pos: Tensor, k_pos: Tensor, span: tuple[int, int]) -> Bias:
+    def _slot_bias(self, q_pos: Tensor, k_pos: Tensor, span: tuple[int, int]) -> Bias:
         if self.relative is None and self.compat is None:
             return alibi(self.num_heads, q_pos, k_pos, span=span)
         low, high = span

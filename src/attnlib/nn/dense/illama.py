@@ -142,7 +142,9 @@ class SoftMaskedAttention(HeadFrame[Notes]):
     def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: Notes) -> Any:
         if self.causal:
             return super()._mix_heads(q, k, v, call, notes)
-        seen_by = dict(mask=call.mask, valid=call.valid, q_pos=call.q_pos, bias=call.bias, scale=self.scale)
+        seen_by: dict[str, Any] = dict(
+            mask=call.mask, valid=call.valid, q_pos=call.q_pos, bias=call.bias, scale=self.scale
+        )
         if call.return_weights or (not torch.compiler.is_compiling() and q.shape[2] * k.shape[2] < DENSE_PAIRS):
             out, weights = self._dense(q, k, v, **seen_by)
             return (out, weights) if call.return_weights else out

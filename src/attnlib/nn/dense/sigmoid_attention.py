@@ -115,7 +115,7 @@ class SigmoidAttention(HeadFrame[Notes]):
             traits = traits.but(valid=False, streaming=False, batch_independent=False, layout=False)
         return traits
 
-    def _position_bias(self, q_pos: Tensor, k_pos: Tensor, span: tuple[int, int]) -> Bias:
+    def _slot_bias(self, q_pos: Tensor, k_pos: Tensor, span: tuple[int, int]) -> Bias:
         slopes = alibi_slopes(self.num_heads, q_pos.device) * self.heat
         if self.compat != "authors":
             return alibi(self.num_heads, q_pos, k_pos, slopes, span)

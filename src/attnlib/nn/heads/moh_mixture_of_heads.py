@@ -172,7 +172,9 @@ class MixtureOfHeads(HeadFrame[RoutedNotes]):
         repeat = heads // k.shape[1]
         fixed = self.shared_heads
         out = q.new_zeros(batch, heads, n, v.shape[-1])
-        settings = dict(scale=self.scale, normalizer=self.normalizer, valid=call.valid, dropout_p=call.dropout_p)
+        settings: dict[str, Any] = dict(
+            scale=self.scale, normalizer=self.normalizer, valid=call.valid, dropout_p=call.dropout_p
+        )
         keys = torch.arange(heads, device=q.device) // repeat
         k, v = k.index_select(1, keys), v.index_select(1, keys)
         bias = None if call.bias is None else call.bias.dense().expand(-1, heads, -1, -1)

@@ -365,6 +365,7 @@ class S2Attention(HeadFrame[Notes]):
         else:
             pos = pos.clamp(min=0)
             if not plain:
+                assert call.mask is not None
                 pairs = self.pattern.at(pos, pos) & call.mask.dense(n, n, device)
                 out = super()._mix_heads(q, k, v, call.but(mask=masks.explicit(pairs)), notes)
             else:
