@@ -93,9 +93,28 @@ def test_rms_norms_of_heads():
         attnlib.create("softmax-attention", dim=8, num_heads=2, qk_norm="batch")
 
 
+def test_norms_with_projections():
+    x, context = torch.randn(2, 5, 8), torch.randn(2, 6, 8)
+    m = attnlib.create("sigmoid-attention", dim=8, num_heads=2, linear_norm="pre", attn_bias=-1.0)
+    bare = attnlib.create("sigmoid-attention", dim=8, num_heads=2, attn_bias=-1.0)
+    bare.load_state_dict({k: v for k, v in m.state_dict().items() if k.split(".")[0] not in ("in_norm", "out_norm")})
+    torch.testing.assert_close(m.in_norm(x).mean(-1), torch.zeros(2, 5), atol=1e-6, rtol=0)
+    heads = {}
+    bare.proj.register_forward_pre_hook(lambda module, args: heads.update(before=args[0]))
+    bare(m.in_norm(x))
+    torch.testing.assert_close(m(x), m.proj(m.out_norm(heads["before"])), atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="takes no context"):
+        m(x, context)
+    cross = attnlib.create("sigmoid-attention", dim=8, num_heads=2, linear_norm="post", v_norm=True)
+    assert cross.traits.patterns == {"noncausal-cross"} and cross(x, context).shape == x.shape
+    y = cross(x, context)
+    torch.testing.assert_close(y.mean(-1), torch.zeros(2, 5), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [
+        (dict(linear_norm="both"), "linear_norm="),
         (dict(activation="relu"), "activation="),
         (dict(activation="softmax", row_norm="sqrt"), "row_norm='sqrt'"),
         (dict(v_norm="batch"), "v_norm="),

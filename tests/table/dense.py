@@ -18,6 +18,7 @@ ROWS += [
         (12,),
         "softmax",
     ),
+    Case("sigmoid-attention", dict(dim=16, num_heads=2, causal=True, linear_norm="post"), (12,), "post-norm"),
     Case("quantizable-transformers", dict(dim=16, num_heads=2, gamma=-0.03), (12,), "clipped"),
     Case(
         "quantizable-transformers",

@@ -285,6 +285,10 @@ class HeadFrame(Mechanism, Generic[N]):
 
     # ---- what a mechanism changes
 
+    def _parts(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of ``x``, keys and values of ``source``, (B, *grid, heads * D) each."""
+        return self.q(x), self.k(source), self.v(source)
+
     def _begin(self, x: Tensor, q: Tensor, notes: N) -> None:
         """Gates, routes and whatever else the hooks below share; ``x`` (B, N, C), ``q`` (B, H, N, D) not rotated."""
 
@@ -355,10 +359,11 @@ class HeadFrame(Mechanism, Generic[N]):
         returns: tuple[str, ...] = (),
     ) -> Output:
         grid, source = x.shape[1:-1], x if context is None else context
+        q, k, v = self._parts(x, source)
         q, k, v = (
-            through(self.q_norm, split_heads(self.q(x), self.num_heads)),
-            through(self.k_norm, split_heads(self.k(source), self.num_kv_heads)),
-            split_heads(self.v(source), self.num_v_heads),
+            through(self.q_norm, split_heads(q, self.num_heads)),
+            through(self.k_norm, split_heads(k, self.num_kv_heads)),
+            split_heads(v, self.num_v_heads),
         )
         tokens, own_valid = x.flatten(1, -2), flat_valid(valid)
         notes = self._notes(own_valid, plan, state, returns)

@@ -15,9 +15,9 @@ from ...ops import attention
 from ...positions import Bias, RelativeBias, alibi, alibi_slopes
 from ...types import Traits, check_choice, stats_dtype
 from ..frame import HeadCall, HeadFrame, Notes
-from ..layers import head_norm
+from ..layers import head_norm, merge_heads
 from ..registry import register
-from ..released import Released, split_rule
+from ..released import Released, Rule, split_rule
 
 
 class _SpreadRMSNorm(nn.Module):
@@ -49,6 +49,9 @@ class SigmoidAttention(HeadFrame[Notes]):
         qkv_bias, proj_bias: biases of projections, off as in the authors' code.
         qk_norm: LayerNorm of every head of queries and keys; on, as the authors advise. ``"rms"`` for RMSNorm.
         v_norm: the same for every head of values (their cross-attention has it).
+        linear_norm: a LayerNorm with every projection, ``"pre"`` before it or ``"post"`` behind it, as the authors'
+            PreNormLinear and PostNormLinear; queries, keys and values share one, with ``v_norm`` (their
+            cross-attention) keys and values share one.
         activation: ``"sigmoid"``, or ``"softmax"`` to compare with: no ``b`` changes it.
         attn_bias: a fixed ``b``.
         context_length: sets ``b = -log(context_length)``.
@@ -76,6 +79,7 @@ class SigmoidAttention(HeadFrame[Notes]):
         proj_bias: bool = False,
         qk_norm: bool | str = True,
         v_norm: bool | str = False,
+        linear_norm: str = "none",
         activation: str = "sigmoid",
         attn_bias: float | None = None,
         context_length: int | None = None,
@@ -86,6 +90,7 @@ class SigmoidAttention(HeadFrame[Notes]):
     ):
         super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, qk_norm=qk_norm, **settings)
         check_choice("activation", activation, ("sigmoid", "softmax"))
+        check_choice("linear_norm", linear_norm, ("none", "pre", "post"))
         check_choice("row_norm", row_norm, ("none", "sqrt", "length"))
         if activation == "softmax" and row_norm != "none":
             raise ValueError(f"row_norm={row_norm!r} is a norm of sigmoids; it needs activation='sigmoid'")
@@ -99,6 +104,14 @@ class SigmoidAttention(HeadFrame[Notes]):
         self.heat = math.exp(temperature)
         self.scale *= self.heat
         self.v_norm = head_norm(v_norm, self.head_dim, "v_norm")
+        self.linear_norm = linear_norm
+        if linear_norm != "none":
+            inner, keys = num_heads * self.head_dim, 2 * self.num_kv_heads * self.head_dim
+            first = dim if linear_norm == "pre" else inner if v_norm else inner + keys
+            self.in_norm = nn.LayerNorm(first)
+            if v_norm:
+                self.context_norm = nn.LayerNorm(self.context_dim if linear_norm == "pre" else keys)
+            self.out_norm = nn.LayerNorm(inner if linear_norm == "pre" else dim)
         self.spread = compat == "authors" and "rms" in (qk_norm, v_norm)
         for name in ("q_norm", "k_norm", "v_norm"):
             if self.spread and isinstance(getattr(self, name), nn.RMSNorm):
@@ -109,6 +122,10 @@ class SigmoidAttention(HeadFrame[Notes]):
     @property
     def traits(self) -> Traits:
         traits = super().traits
+        if self.linear_norm != "none":
+            alike = "cross" if hasattr(self, "context_norm") else "self"
+            traits = traits.but(patterns=frozenset(p for p in traits.patterns if p.endswith(alike)))
+            traits = traits.but(streaming=traits.streaming and alike == "self")
         if self.row_norm != "none":
             traits = traits.but(permutation_equivariant=False)
         if self.spread:
@@ -122,6 +139,24 @@ class SigmoidAttention(HeadFrame[Notes]):
         low, high = span
         table = slopes[:, None] * torch.arange(low, high + 1, device=q_pos.device)
         return RelativeBias(table, q_pos[:, None], k_pos[:, None], (-low,), (high - low + 1,))
+
+    def _parts(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.linear_norm == "none":
+            return super()._parts(x, source)
+        apart = hasattr(self, "context_norm")
+        if self.linear_norm == "pre":
+            return super()._parts(self.in_norm(x), (self.context_norm if apart else self.in_norm)(source))
+        q, k, v = super()._parts(x, source)
+        if not apart:
+            return self.in_norm(torch.cat([q, k, v], -1)).split([t.shape[-1] for t in (q, k, v)], -1)
+        k, v = self.context_norm(torch.cat([k, v], -1)).chunk(2, -1)
+        return self.in_norm(q), k, v
+
+    def _project(self, out: Tensor, notes: Notes, grid: torch.Size) -> Tensor:
+        if self.linear_norm == "pre":
+            return self.proj(self.out_norm(merge_heads(out, grid)))
+        y = super()._project(out, notes, grid)
+        return self.out_norm(y) if self.linear_norm == "post" else y
 
     def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: Notes) -> Any:
         v = self.v_norm(v)
@@ -151,10 +186,14 @@ class SigmoidAttention(HeadFrame[Notes]):
         """From the authors' ``Attention`` and ``CrossAttention``; their constant buffers become settings here."""
         theirs = Released(state_dict, "the authors' Attention or CrossAttention")
         theirs.leave(r"attn_bias|attn_temp", because="constants, which are settings here")
-        rules = {
-            r"qkv\.(weight|bias)": split_rule("q", "k", "v"),
-            r"kv_proj\.(weight|bias)": split_rule("k", "v"),
-            r"q_proj\.(weight|bias)": r"q.\1",
-            r"(proj|[qkv]_norm)\.(weight|bias)": r"\1.\2",
+        rules: dict[str, Rule] = {
+            r"qkv\.(?:linear\.)?(weight|bias)": split_rule("q", "k", "v"),
+            r"kv_proj\.(?:linear\.)?(weight|bias)": split_rule("k", "v"),
+            r"q_proj\.(?:linear\.)?(weight|bias)": r"q.\1",
+            r"proj\.(?:linear\.)?(weight|bias)": r"proj.\1",
+            r"(?:qkv|q_proj)\.norm\.(weight|bias)": r"in_norm.\1",
+            r"kv_proj\.norm\.(weight|bias)": r"context_norm.\1",
+            r"proj\.norm\.(weight|bias)": r"out_norm.\1",
+            r"([qkv]_norm)\.(weight|bias)": r"\1.\2",
         }
         return theirs.close(theirs.renamed(rules))
