@@ -64,6 +64,7 @@ MAKE = {
     "Record": lambda model: Record(rows="all", what=("weights", "entropy", "received", "sink")),
     "KVCompression": lambda model: cache.KVCompression(cache.KeyNorm(), cache.Cap(7)),
     "SnapKV": lambda model: cache.SnapKV(cap=7, window_size=3, kernel_size=3),
+    "SnapKVByHead": lambda model: cache.SnapKVByHead(cap=7, window_size=3, kernel_size=3),
     "AGLA": lambda model: steer.AGLA(flipped, 1.0, 0.1),
     "DAMRO": lambda model: steer.DAMRO(1.0, 3, 0.1),
     "ContrastiveDecoding": lambda model: steer.ContrastiveDecoding(steer.NoImage(), 1.5, -0.5, 0.1),

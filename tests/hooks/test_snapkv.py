@@ -10,11 +10,15 @@ from hooks.models import language_model, prompt, scores
 
 pytest.importorskip("transformers")
 
+from parity import Fixture  # noqa: E402
+
 import attnlib  # noqa: E402
-from attnlib.cache import Cap, KVCompression, Ratio, Scorer, SnapKV, snapkv_votes  # noqa: E402
+from attnlib.cache import Cap, KVCompression, Ratio, Scorer, SnapKV, SnapKVByHead, snapkv_votes  # noqa: E402
 from attnlib.hooks import Intervention, Record  # noqa: E402
+from hooks.models import call_site  # noqa: E402
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "snapkv.safetensors"
+OPTIONS = Fixture("snapkv-options")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ class ReadOnly(Intervention):
         stays = torch.zeros(*kept.shape[:2], site.n_keys, dtype=torch.bool)
         stays.scatter_(-1, kept.clamp(min=0), kept >= 0)
         stays[..., self.length :] = True
-        stays = stays.repeat_interleave(site.heads // site.kv_heads, 1)[:, :, None]
+        stays = stays.repeat_interleave(site.heads // stays.shape[1], 1)[:, :, None]
         return call(q, k, v, mask=stays & site.mask.dense())
 
 
@@ -76,6 +80,35 @@ def test_authors_rounding_of_votes(recorded):
     plain = snapkv_votes(q, k, 4, 5)
     assert plain.dtype == torch.float32 and not torch.equal(plain, votes.float())
     torch.testing.assert_close(plain, votes.float(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("case", OPTIONS.config)
+def test_keys_kept_equal_the_authors(case):
+    """Even kernels, a window of one, one head; grouped queries, of which each head keeps its own keys."""
+    t = OPTIONS.under(case)
+    q, k, v = (t[n] for n in "qkv")
+    snap = SnapKVByHead(**OPTIONS.config[case], compat="authors")
+    memory: dict[str, torch.Tensor] = {}
+    site = call_site(q, k).but(memory=memory)
+    held = snap.on_cache(site, q, k, v)
+    kept = snap.results()[2]["kept"]
+    groups = q.shape[1] // k.shape[1]
+    for full, theirs in ((k, t["k_out"]), (v, t["v_out"])):
+        mine = full.repeat_interleave(groups, 1).gather(2, kept.unsqueeze(-1).expand(-1, -1, -1, 4))
+        # Theirs stand in order of votes; rows of a head are told apart by their sums.
+        order = [x.double().sum(-1).argsort(-1).unsqueeze(-1).expand_as(x) for x in (mine, theirs)]
+        assert torch.equal(mine.gather(2, order[0]), theirs.gather(2, order[1]))
+    if groups > 1:
+        union = [set(kept[b, h].tolist()) for b in range(len(q)) for h in range(q.shape[1])]
+        for b in range(len(q)):
+            for g in range(k.shape[1]):
+                start = b * q.shape[1] + g * groups
+                want = sorted(set().union(*union[start : start + groups]))
+                assert [i for i in held[b, g].tolist() if i >= 0] == want
+        table = memory["read by head"].view(len(q), q.shape[1], -1)
+        assert torch.equal(table.sum(-1), torch.full(table.shape[:2], kept.shape[2]))
+    else:
+        assert torch.equal(held, kept)
 
 
 def test_votes_with_grouped_queries_equal_kvpress(recorded):
@@ -122,6 +155,43 @@ def test_decoding_equals_full_attention_over_the_kept_keys(model, mode):
     plain, _ = scores(model, inputs, **mode)
     torch.testing.assert_close(mine, oracle, atol=1e-5, rtol=1e-5)
     assert torch.equal(ids, oracle_ids) and not torch.allclose(mine, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("settings", [dict(ratio=0.5), dict(cap=9, compat="authors")], ids=str)
+def test_query_heads_that_share_keys_read_their_own(model, mode, settings):
+    inputs = prompt(length=28)
+    snap = SnapKVByHead(**settings, window_size=4, kernel_size=3)
+    with attnlib.attach(model, snap) as session:
+        mine, ids = scores(model, inputs, **mode)
+    kept = {layer: entry["kept"] for layer, entry in session.results["snapkv-by-head"].items()}
+    assert all(k.shape[1:] == (4, 14 if "ratio" in settings else 9) for k in kept.values())
+    assert any(not torch.equal(k[:, 0], k[:, 1]) for k in kept.values())
+    with attnlib.attach(model, ReadOnly(kept, 28)):
+        oracle, oracle_ids = scores(model, inputs, **mode)
+    torch.testing.assert_close(mine, oracle, atol=1e-5, rtol=1e-5)
+    assert torch.equal(ids, oracle_ids)
+    with attnlib.attach(model, SnapKV(**{**settings, "compat": None}, window_size=4, kernel_size=3)):
+        assert not torch.allclose(scores(model, inputs, **mode)[0], mine, atol=1e-4)
+
+
+def test_keys_by_head_are_cropped_and_repeated_with_their_layer(llama):
+    from transformers import DynamicCache
+
+    inputs = prompt(length=28)
+    cache = DynamicCache(config=llama.config)
+    more = torch.randint(3, 60, (2, 3))
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 3, dtype=torch.long)], 1)
+    with torch.no_grad(), attnlib.attach(llama, SnapKVByHead(cap=9, window_size=4, kernel_size=3)):
+        llama(**inputs, past_key_values=cache)
+        steps = [llama(more[:, i : i + 1], attention_mask=mask[:, : 29 + i], past_key_values=cache) for i in range(3)]
+        cache.crop(-3)
+        at_once = llama(more, attention_mask=mask, past_key_values=cache).logits
+        torch.testing.assert_close(torch.cat([s.logits for s in steps], 1), at_once, atol=1e-5, rtol=1e-5)
+        cache.crop(-3)
+        cache.batch_repeat_interleave(2)
+        wide = llama(more.repeat_interleave(2, 0), attention_mask=mask.repeat_interleave(2, 0), past_key_values=cache)
+        torch.testing.assert_close(wide.logits[::2], at_once, atol=1e-5, rtol=1e-5)
 
 
 def test_batch_with_padding_equals_single_prompts(llama):

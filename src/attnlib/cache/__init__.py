@@ -16,7 +16,7 @@ from .scorers import (
     ValueNorm,
 )
 from .selectors import TopK
-from .snapkv import SnapKV
+from .snapkv import SnapKV, SnapKVByHead
 from .votes import snapkv_votes
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Recency",
     "Scorer",
     "SnapKV",
+    "SnapKVByHead",
     "SnapKVVotes",
     "TopK",
     "ValueNorm",

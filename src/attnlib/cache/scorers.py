@@ -169,7 +169,7 @@ class SnapKVVotes(Scorer):
         window_size: observing queries.
         kernel_size: of the pooling, odd.
         pooling: ``"avg"`` or ``"max"``.
-        compat: ``"authors"`` for the authors' rounding; needs as many key heads as query heads.
+        compat: ``"authors"`` for the authors' rounding, and even kernels; needs as many key heads as query heads.
 
     Reference: Li et al., 2024, arXiv 2404.14469.
 
@@ -184,7 +184,7 @@ class SnapKVVotes(Scorer):
     compat: str | None = None
 
     def __post_init__(self) -> None:
-        check_window(self.window_size, self.kernel_size)
+        check_window(self.window_size, self.kernel_size, even=self.compat == "authors")
         check_choice("pooling", self.pooling, ("avg", "max"))
         check_choice("compat", self.compat, (None, "authors"))
         self.queries = self.protected = self.window_size
@@ -193,7 +193,7 @@ class SnapKVVotes(Scorer):
         if self.compat == "authors" and site.heads != site.kv_heads:
             raise ValueError(
                 f"compat='authors' stores one copy of each key per query head, which a model with {site.kv_heads} key "
-                f"heads for {site.heads} query heads cannot hold; leave compat out"
+                f"heads for {site.heads} query heads cannot hold; leave compat out, or use SnapKVByHead"
             )
         return True
 

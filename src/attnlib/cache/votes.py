@@ -27,7 +27,8 @@ def snapkv_votes(
         q: (B, H, N, D) or, enough, its last ``window_size`` queries.
         k: (B, Hk, N, D) keys; votes are averaged over the ``H / Hk`` query heads of each.
         window_size: w, observing queries.
-        kernel_size: of the pooling, odd.
+        kernel_size: of the pooling, odd; with ``compat="authors"`` also even, a key then pooling one more before it
+            than behind it.
         pooling: ``"avg"`` (zeros beyond the ends count, as the authors' do) or ``"max"``.
         scale: of the scores; ``D ** -0.5`` by default.
         valid: (B or 1, N) or (B or 1, Hk or 1, N) boolean, keys that exist; the others get ``-inf``.
@@ -48,7 +49,7 @@ def snapkv_votes(
     check_choice("pooling", pooling, ("avg", "max"))
     check_choice("reduce", reduce, ("sum", "mean"))
     check_choice("compat", compat, (None, "authors"))
-    check_window(window_size, kernel_size)
+    check_window(window_size, kernel_size, even=compat == "authors")
     batch, heads, n, kv_heads, m = q.shape[0], q.shape[1], q.shape[2], k.shape[1], k.shape[2]
     if m <= window_size or n < window_size:
         raise ValueError(f"window_size={window_size} must be smaller than the prompt ({m} keys, {n} queries given)")
@@ -81,15 +82,16 @@ def pooled_votes(
     """Votes from weights (B, H, w, M) of the observing queries, smoothed, averaged per key head: (B, Hk, M)."""
     votes = weights.sum(-2) if reduce == "sum" else weights.mean(-2)
     pool = F.avg_pool1d if pooling == "avg" else F.max_pool1d
-    votes = pool(votes, kernel_size, stride=1, padding=kernel_size // 2)
+    # An even kernel gives one vote too many, for a key that is not there.
+    votes = pool(votes, kernel_size, stride=1, padding=kernel_size // 2)[..., : weights.shape[-1]]
     return votes.unflatten(1, (kv_heads, -1)).mean(2)
 
 
-def check_window(window_size: int, kernel_size: int) -> None:
+def check_window(window_size: int, kernel_size: int, even: bool = False) -> None:
     for name, value in (("window_size", window_size), ("kernel_size", kernel_size)):
         if not isinstance(value, int):
             raise TypeError(f"{name} must be an integer, got {value!r}")
     if window_size < 1:
         raise ValueError(f"window_size must be at least 1, got {window_size}")
-    if kernel_size < 1 or kernel_size % 2 == 0:
+    if kernel_size < 1 or (kernel_size % 2 == 0 and not even):
         raise ValueError(f"kernel_size must be odd, so that every key keeps its vote; got {kernel_size}")

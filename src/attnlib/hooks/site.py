@@ -144,7 +144,7 @@ class Site:
         training: the model is in training mode.
         memory: in ``on_cache``, named tensors with the batch first that the cache layer carries along: they are
             reordered, repeated and selected with it, and cropped along a third axis, of tokens. Kept only in a layer
-            that lost keys or is evicted while decoding.
+            that lost keys or is evicted while decoding, where later calls find it, to be read.
         evicted_at: tokens seen when keys of this cache layer were last chosen; ``None`` when they never were.
     """
 

@@ -469,7 +469,8 @@ def gate_loss(
         # The authors count answers from the end of the row, so that padding behind them makes the text longer.
         end = n - answer.sum(1) if compat == "authors" else first
         prompt = types.masked_fill(torch.arange(n, device=types.device) >= end[:, None], PAD)
-        read = attention_exit_features(*state.rows.unbind(1), prompt)
+        image, last = state.rows.unbind(1)
+        read = attention_exit_features(image, last, prompt)
     else:
         assert state.hidden is not None
         # The prompt of each sample, moved to the right end of its row.

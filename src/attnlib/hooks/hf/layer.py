@@ -466,6 +466,8 @@ class LayerRuntime(Shared):
             return self.kernel(self.module, q, k, v, mask, *args, **kwargs)
         pair = self.pairs_of(mask, n, m, kwargs)
         site = self.describe(call, batch, n, m, q.device, pair, k_pos, shape)
+        if isinstance(layer, evicted_layer_class()) and layer.memory:
+            site = site.but(memory=layer.memory)
 
         maps: list[Tensor | None] = []
         plain: list[tuple[Tensor, Tensor]] = []
