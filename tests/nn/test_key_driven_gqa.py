@@ -117,7 +117,9 @@ def test_pooling_a_model_with_identical_heads_changes_nothing():
     x = torch.randn(2, 6, 32)
     torch.testing.assert_close(m(x), dense(x), atol=1e-6, rtol=1e-5)
     with pytest.raises(ValueError, match="num_kv_heads=3"):
-        attnlib.convert_state_dict(SLUG, fused, num_heads=8, num_kv_heads=3)
+        attnlib.convert_state_dict(SLUG, fused, num_heads=8, num_kv_heads=3, kind="uniform")
+    uneven = attnlib.convert_state_dict(SLUG, fused, num_heads=8, num_kv_heads=3)  # two heads each, the last two left
+    torch.testing.assert_close(uneven["k.weight"], fused["qkv.weight"][32:56].view(3, 2, 4, 32).mean(1).flatten(0, 1))
 
 
 @pytest.mark.parametrize("kind", ["difference", "average"])

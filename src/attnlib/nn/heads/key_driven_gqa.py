@@ -231,7 +231,11 @@ class KeyDrivenGQA(HeadFrame[Notes]):
         num_kv_heads: int | None = None,
         kind: str = "key_norm",
     ) -> dict[str, Tensor]:
-        """The authors' classes; or, given head counts, a dense ``qkv`` checkpoint mean-pooled per group for a kind."""
+        """The authors' classes; or, given head counts, a dense ``qkv`` checkpoint mean-pooled per group for a kind.
+
+        Where groups follow the keys and do not divide the heads, ``num_heads // num_kv_heads`` heads are pooled into
+        each, and the last heads into none, as in the authors' code.
+        """
         check_choice("kind", kind, KINDS)
         theirs = Released(state_dict, "the authors' GQA, KDGQA, DGQA or PGQA, or a dense attention with qkv")
         dense = "qkv.weight" in theirs
@@ -239,13 +243,14 @@ class KeyDrivenGQA(HeadFrame[Notes]):
         if dense:
             if num_heads is None or num_kv_heads is None:
                 raise ValueError("a dense checkpoint needs num_heads and num_kv_heads to be pooled into groups")
-            if num_heads % num_kv_heads:
-                raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
+            if kind in ("uniform", "perturbed") or num_kv_heads > num_heads:
+                check_divides("num_kv_heads", num_kv_heads, "num_heads", num_heads)
+            group = num_heads // num_kv_heads
             for key in [key for key in out if key[:2] in ("k.", "v.")]:
                 if out[key].shape[0] % num_heads:
                     raise ValueError(f"{key} has {out[key].shape[0]} rows, which num_heads={num_heads} does not divide")
-                heads = out[key].unflatten(0, (num_kv_heads, num_heads // num_kv_heads, -1))
-                out[key] = heads.mean(1).flatten(0, 1)
+                heads = out[key].unflatten(0, (num_heads, -1))[: num_kv_heads * group]
+                out[key] = heads.unflatten(0, (num_kv_heads, group)).mean(1).flatten(0, 1)
             if kind in ("difference", "average"):
                 out["cache"] = torch.zeros(num_kv_heads)
         return theirs.close(out)
