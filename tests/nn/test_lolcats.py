@@ -221,6 +221,33 @@ def test_decoding_equals_the_authors(case):
     FIXTURE._close(torch.cat(pieces, 1).detach(), theirs["y"], 1e-5, "y")
 
 
+@pytest.mark.parametrize("case", [case for case in FIXTURE.config if f"{case}/chunks/y" in FIXTURE.tensors])
+def test_training_in_chunks_equals_the_authors(case):
+    m, theirs = FIXTURE.build(case), FIXTURE.under(f"{case}/chunks")
+    x, pieces, state = theirs["x"].requires_grad_(), [], None
+    for lo, hi in itertools.pairwise((0, *theirs["cuts"].tolist())):
+        y, state = m.train_chunk(x[:, lo:hi], state)
+        pieces.append(y)
+    y = torch.cat(pieces, 1)
+    FIXTURE._close(y.detach(), theirs["y"], 1e-5, "y")
+    (y * theirs["g"]).sum().backward()
+    FIXTURE._close(x.grad, theirs["dx"], 1e-5, "dx")
+    FIXTURE._close(m.phi_k.weight.grad, theirs["dphi_k"], 1e-5, "the features of keys")
+
+
+def test_one_chunk_is_the_layer_and_later_chunks_have_no_gradient_in_earlier_ones():
+    m, x = make(), torch.randn(2, 10, 16, requires_grad=True)
+    whole, state = m.train_chunk(x[:, :6])
+    torch.testing.assert_close(whole, m(x[:, :6]))
+    later, _ = m.train_chunk(x[:, 6:], state)
+    assert float(torch.autograd.grad(later.sum(), x)[0][:, :6].abs().max()) == 0.0
+    for settings in (dict(window_size=0), dict(attention_transfer=True)):
+        with pytest.raises(ValueError, match="train_chunk is for"):
+            make(**settings).train_chunk(x)
+    with pytest.raises(ValueError, match="state holds 'sums' of 2 samples"):
+        m.train_chunk(x[:1], state)
+
+
 def test_a_state_of_another_window_is_refused():
     _, state = make(window_size=3).step(torch.randn(1, 5, 16))
     with pytest.raises(ValueError, match="state k must be"):

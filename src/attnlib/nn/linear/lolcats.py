@@ -86,10 +86,11 @@ class LoLCATs(Mechanism):
         state = decoder(x, returns=("state",)).state
         y_t, state = decoder.step(x_t, state)
 
+    The authors also train on a long sequence in chunks, with windows that begin anew: :meth:`train_chunk`.
+
     Differs from the authors' code: cost linear in N in training too (theirs builds the whole map); padding (windows
-    and positions count the tokens that exist); states in float32; their training on a sequence in chunks, whose windows
-    begin anew with every chunk, is not here. A sequence no longer than a terrace is plain softmax; in theirs, a slip of
-    its mask adds the linear part there too, which ``compat`` keeps.
+    and positions count the tokens that exist); states in float32. A sequence no longer than a terrace is plain softmax;
+    in theirs, a slip of its mask adds the linear part there too, which ``compat`` keeps.
 
     Args:
         dim: width of ``x``.
@@ -248,10 +249,13 @@ class LoLCATs(Mechanism):
         g = self.window_factor.to(dtype).view(1, -1, 1)
         return F.logsigmoid(g), F.logsigmoid(-g) if self.affine else torch.zeros_like(g)
 
-    def _hybrid(self, q: Tensor, k: Tensor, v: Tensor, exists: Tensor, state: State | None) -> tuple[Tensor, State]:
+    def _hybrid(
+        self, q: Tensor, k: Tensor, v: Tensor, exists: Tensor, state: State | None, sums: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """(B, H, n, D) outputs and the state of the linear part.
 
         ``k`` and ``v`` begin with the ``window_size`` tokens before the first query; ``exists`` says which there are.
+        ``sums`` (B, H, F, D + 1) of tokens before those that every query reads, whatever left its window.
         """
         n, window = q.shape[2], self.window_size
         high = stats_dtype(q.dtype)
@@ -259,10 +263,14 @@ class LoLCATs(Mechanism):
         log_gamma, log_beta = self._factors(high)
         # Each query moves the window on by one token: the key that falls out of it joins the linear part.
         old = exists[:, :n] & exists[:, window:]
+        f_q = self.phi_q(q)
         linear, final = linear_partial(
-            self.phi_q(q), self.phi_k(k[:, :, :n]), v[:, :, :n], valid=old, state=state, chunk=self.chunk,
-            return_state=True,
-        )  # fmt: skip
+            f_q, self.phi_k(k[:, :, :n]), v[:, :, :n], valid=old, state=state, chunk=self.chunk, return_state=True
+        )
+        if sums is not None:
+            with exactly(q):
+                num, den = (f_q.to(high) @ sums.to(high)).split([v.shape[-1], 1], -1)
+            linear = linear._replace(den=linear.den + den.squeeze(-1), num=linear.num + num)
         if self.eps:
             linear = linear._replace(den=linear.den + self.eps)
         total = linear.shift(log_beta)
@@ -282,9 +290,19 @@ class LoLCATs(Mechanism):
         return torch.zeros_like(many), torch.zeros_like(many, dtype=torch.bool)
 
     def _terraced(
-        self, q: Tensor, k: Tensor, v: Tensor, exists: Tensor, state: State | None = None, keep: bool = False
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        exists: Tensor,
+        state: State | None = None,
+        keep: bool = False,
+        sums: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
-        """(B, H, n, D) outputs with a window of this block and the one before, and the state behind them."""
+        """(B, H, n, D) outputs with a window of this block and the one before, and the state behind them.
+
+        ``sums`` (B, H, F, D + 1) of tokens before the first that are only read linearly.
+        """
         n, size, high = q.shape[2], self.window_size, stats_dtype(q.dtype)
         many = exists.sum(1)
         before, slip = self._terraces(many)
@@ -336,10 +354,11 @@ class LoLCATs(Mechanism):
         with exactly(q):
             f_k = f_k.masked_fill(~seen[:, None, :, :, None], 0.0)
             # What ends two blocks before: sums over the blocks, moved on by two.
-            sums = torch.cat([f_k.mT @ v.to(high), f_k.sum(3).unsqueeze(-1)], -1)
-            first = torch.zeros_like(sums[:, :, :1]) if state is None else state["sums"].unsqueeze(2).to(high)
-            sums = torch.cat([first, first, first + sums.cumsum(2)], 2)  # sums[:, :, r]: all before block r - 1
-            num, den = (f_q @ sums[:, :, :blocks]).split([v.shape[-1], 1], -1)
+            of_block = torch.cat([f_k.mT @ v.to(high), f_k.sum(3).unsqueeze(-1)], -1)
+            sums = state["sums"] if state is not None else sums
+            first = torch.zeros_like(of_block[:, :, :1]) if sums is None else sums.unsqueeze(2).to(high)
+            older = torch.cat([first, first, first + of_block.cumsum(2)], 2)  # older[:, :, r]: all before block r - 1
+            num, den = (f_q @ older[:, :, :blocks]).split([v.shape[-1], 1], -1)
             if self.compat == "authors":
                 inside = (f_q @ f_k.mT).masked_fill(~(slip[:, None, None, None, None] & reach[:, size:]), 0.0)
                 num, den = num + inside @ v.to(high), den + inside.sum(-1, keepdim=True)
@@ -358,8 +377,8 @@ class LoLCATs(Mechanism):
             F.pad(t, pad).gather(2, (held + size)[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
             for t in (held_k, held_v)
         )
-        where = block[:, None, None, None, None].expand(-1, sums.shape[1], 1, *sums.shape[3:])
-        return out, State({"sums": sums.gather(2, where).squeeze(2), "k": held_k, "v": held_v, "tokens": tokens})
+        where = block[:, None, None, None, None].expand(-1, older.shape[1], 1, *older.shape[3:])
+        return out, State({"sums": older.gather(2, where).squeeze(2), "k": held_k, "v": held_v, "tokens": tokens})
 
     def _map(self, q: Tensor, k: Tensor, exists: Tensor) -> Tensor:
         """(B, H, N, N) weights of the hybrid, for the loss between maps."""
@@ -424,13 +443,8 @@ class LoLCATs(Mechanism):
             x = torch.gather(x, 1, order[..., None].expand_as(x))
             x = x.masked_fill(~torch.gather(exists, 1, order)[..., None], 0.0)
         many = torch.full((batch,), n, device=x.device) if exists is None else exists.sum(1)
-        q = split_heads(self.q(x), self.num_heads)
-        k, v = split_heads(self.k(x), self.num_kv_heads), split_heads(self.v(x), self.num_kv_heads)
         past = torch.zeros_like(many) if state is None else state["tokens"]
-        if self.rotary is not None:
-            pos, length = past[:, None] + torch.arange(n, device=x.device), many if self._dynamic else None
-            angles = rotary_angles(pos, self.head_dim, self.rotary, scaling=self.rotary_scaling, length=length)
-            q, k = rotate(q, angles), rotate(k, angles)
+        q, k, v = self._heads(x, past, many)
         now = torch.arange(n, device=x.device) < many[:, None]
         if self.attention_transfer:
             out, losses = self._transfer(q, k, v, now, "losses" in returns)
@@ -453,6 +467,43 @@ class LoLCATs(Mechanism):
             k, v = (torch.gather(t, 2, keep.expand(-1, t.shape[1], -1, t.shape[3])) for t in (k, v))
             new_state = final.replace(k=k, v=v, tokens=past + many)
         return Output(self._finish(out, order), state=new_state)
+
+    def _heads(self, x: Tensor, past: Tensor, many: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H or G, n, D) of tokens that follow ``past`` (B,) others, with positions."""
+        q = split_heads(self.q(x), self.num_heads)
+        k, v = split_heads(self.k(x), self.num_kv_heads), split_heads(self.v(x), self.num_kv_heads)
+        if self.rotary is None:
+            return q, k, v
+        pos, length = past[:, None] + torch.arange(x.shape[1], device=x.device), many if self._dynamic else None
+        angles = rotary_angles(pos, self.head_dim, self.rotary, scaling=self.rotary_scaling, length=length)
+        return rotate(q, angles), rotate(k, angles), v
+
+    def train_chunk(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """``(y, state)`` of the next chunk (B, n, C) of a long sequence, as the authors train on it in fixed memory.
+
+        The window begins anew with every chunk, all tokens of earlier chunks are read linearly, and no gradient goes
+        back to them: this is not what :meth:`step` computes.
+        """
+        self._check_call(x, None, None, None, None, None, None, None, None, ())
+        if self.attention_transfer or not self.window_size:
+            raise ValueError("train_chunk is for a layer with a window that does not imitate its teacher any more")
+        if state is not None:
+            state.expect(self._name(), x.shape[0], x.device)
+        now = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        many = now.sum(1)
+        past = torch.zeros_like(many) if state is None else state["tokens"]
+        q, k, v = self._heads(x, past, past + many)
+        sums = None if state is None else state["sums"]
+        if self.window == "terraced":
+            out, _ = self._terraced(q, k, v, now, sums=sums)
+        else:
+            pad = (0, 0, self.window_size, 0)
+            out, _ = self._hybrid(q, F.pad(k, pad), F.pad(v, pad), F.pad(now, (self.window_size, 0)), None, sums)
+        with torch.no_grad(), exactly(q):
+            f_k = self.phi_k(expand_heads(k, self.num_heads)).to(stats_dtype(q.dtype))
+            read = F.pad(expand_heads(v, self.num_heads), (0, 1), value=1.0).to(f_k.dtype)
+            all_ = f_k.mT @ read if sums is None else sums + f_k.mT @ read
+        return self._finish(out, None), State({"sums": all_, "tokens": past + many}, self._name())
 
     def _check_state(self, state: State | None, q: Tensor, slots: int) -> None:
         shape = (q.shape[0], self.num_kv_heads, slots, self.head_dim)
