@@ -160,3 +160,41 @@ def test_bad_inputs_are_refused():
         make(reference="learned")(x)
     with pytest.raises(ValueError, match="layout must hold feature maps"):
         make()(torch.zeros(2, 10, 8, dtype=torch.float64), layout=Layout((("cls", 1), ("image", (3, 3)))))
+
+
+def test_points_are_dealt_to_anchors_in_turn():
+    m = make(num_points=4, num_anchors=2, reference="carried")
+    one = make(num_points=4, reference="carried")
+    one.load_state_dict(m.state_dict())
+    x, maps = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 4, 5, 8, dtype=torch.float64)
+    same = torch.rand(2, 3, 2, dtype=torch.float64)
+    torch.testing.assert_close(m(x, maps, carry=same[:, :, None].expand(-1, -1, 2, -1)), one(x, maps, carry=same))
+    torch.testing.assert_close(m(x, maps, carry=same), one(x, maps, carry=same))
+    two = torch.rand(2, 3, 2, 2, dtype=torch.float64)
+    with torch.no_grad():  # points 0 and 2 alone carry weight: the second anchor does not matter
+        m.attention_weights.weight.zero_()
+        m.attention_weights.bias.copy_(torch.tensor([0.0, -1e4, 0.0, -1e4]).repeat(2))
+    other = two.clone()
+    other[:, :, 1] = 0.5
+    torch.testing.assert_close(m(x, maps, carry=two), m(x, maps, carry=other))
+    with pytest.raises(ValueError, match=r"\(2, 3\) \+ \(2,\) or \(2, 2\)"):
+        m(x, maps, carry=torch.rand(2, 3, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="num_points=3 must be a multiple of num_anchors=2"):
+        make(num_points=3, num_anchors=2)
+
+
+def test_learned_anchors_come_back():
+    m = make(num_points=4, num_anchors=2, reference="learned")
+    x, maps = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 4, 5, 8, dtype=torch.float64)
+    out = m(x, maps, returns=("carry",))
+    assert out.carry.shape == (2, 3, 2, 2)
+    torch.testing.assert_close(m(x, maps, carry=out.carry), out.y)
+
+
+def test_carried_points_have_to_come():
+    m = make(reference="carried", out_proj=False)
+    assert {name.split(".")[0] for name in m.state_dict()} == {"sampling_offsets", "attention_weights", "value_proj"}
+    with pytest.raises(ValueError, match="reference='carried' needs reference points"):
+        m(torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 4, 5, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match="out_proj=False needs dim=8"):
+        make(out_proj=False, value_ratio=0.5)

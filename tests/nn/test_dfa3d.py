@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import Fixture
 
 import attnlib
 from attnlib import Layout
-from attnlib.nn.sampled.dfa3d import DepthCarry
+from attnlib.nn.sampled.dfa3d import CameraAttention, DepthCarry
 
 F64 = torch.float64
 LEVELS = Layout((("fine", (4, 5)), ("coarse", (2, 3))))
@@ -162,3 +163,60 @@ def test_bad_inputs_are_refused():
         module(x, context, carry=0.5)
     with pytest.raises(ValueError, match="x must have shape"):
         make(reference="grid")(x, context)
+
+
+class Cameras(Fixture):
+    """Their cross-attention to several cameras; its CUDA kernels replaced by trilinear samples of the whole volume."""
+
+    def _convert(self, case, what):
+        return CameraAttention.convert_state_dict(self.under(f"{case}/{what}"))
+
+    def build(self, case, **changes):
+        c = self.config[case]
+        levels = Layout((("fine", (2, 3)), ("coarse", (1, 2))))
+        common = dict(num_levels=2, num_points=4, num_anchors=c["num_anchors"], context_layout=levels)
+        common |= dict(reference="carried", out_proj=False)
+        if c["depth_bins"]:
+            core = attnlib.create("dfa3d", dim=4, num_heads=2, depth_bins=c["depth_bins"], **common)
+        else:
+            core = attnlib.create("deformable-attention", dim=4, num_heads=2, **common)
+        module = CameraAttention(core, **{"num_queries": c["num_queries"], "compat": "authors", **changes})
+        module.load_state_dict(self._convert(case, "sd"))
+        return module
+
+
+CAMERAS = Cameras("dfa3d-cameras")
+
+
+@pytest.mark.parametrize("case", CAMERAS.config)
+def test_cameras_equal_the_authors(case):
+    def call(m, inputs):
+        return m(inputs["x"], inputs["maps"], inputs["reference"], inputs["seen"])
+
+    CAMERAS.holds(case, CAMERAS.build(case), call)
+
+
+def test_a_query_is_read_where_it_is_seen():
+    m = CAMERAS.build("flat", compat=None).double()
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in CAMERAS.under("flat/x").items()}
+    x, maps, reference, seen = (inputs[name] for name in ("x", "maps", "reference", "seen"))
+    seen = seen.clone()
+    seen[1, :, 2] = False
+    y = m(x, maps, reference, seen)
+    torch.testing.assert_close(y[1, 2], m.proj.bias)  # no camera sees it
+    each = [m.attention(x, maps[:, v], carry=reference[:, v]) * seen[:, v].any(-1, keepdim=True) for v in range(2)]
+    count = seen.any(-1).sum(1).clamp(min=1)[..., None]
+    torch.testing.assert_close(y, m.proj(sum(each) / count))
+    alone = m(x[1:], maps[1:], reference[1:], seen[1:])
+    torch.testing.assert_close(y[1:], alone)
+
+
+def test_bad_cameras():
+    m = CAMERAS.build("flat")
+    inputs = CAMERAS.under("flat/x")
+    with pytest.raises(ValueError, match=r"seen must have shape \(2, 2, 4, 2\)"):
+        m(inputs["x"], inputs["maps"], inputs["reference"], inputs["seen"][..., 0])
+    with pytest.raises(ValueError, match="out_proj=False"):
+        CameraAttention(attnlib.create("deformable-attention", dim=4, num_heads=2))
+    with pytest.raises(ValueError, match="num_queries=4 needs depth weights"):
+        CameraAttention(m.attention, num_queries=4)

@@ -54,9 +54,11 @@ class DeformableAttention(Mechanism):
     Maps to read: ``context`` (B, H', W', C') is one level; several levels travel flat, (B, M, C'), with
     ``context_layout``; without a context the tokens of ``x`` are read, as one image or as the levels of ``layout``.
     Reference points: with ``reference="grid"`` the pixel centre of every query on its own level; with
-    ``reference="learned"`` the sigmoid of a linear map of the query; and in any case those handed over as ``carry``,
-    (B, *grid, 2), (B, *grid, L, 2) or boxes (x, y, width, height) (B, *grid, L, 4), with which offsets count in halves
-    of the box divided by P. ``returns=("carry",)`` hands them on.
+    ``reference="learned"`` the sigmoid of a linear map of the query; with ``reference="carried"`` none but those handed
+    over as ``carry``, which every mode takes: (B, *grid, 2), (B, *grid, L, 2) or boxes (x, y, width, height)
+    (B, *grid, L, 4), with which offsets count in halves of the box divided by P. With A anchors the carry is
+    (B, *grid, A, 2), several points of a query on every level, to which its P points are dealt in turn.
+    ``returns=("carry",)`` hands them on.
 
     Differs from the code of MMCV: no residual connection and no dropout inside; ``context_valid`` plays the part of
     ``key_padding_mask``. Positional encodings are added to ``x`` outside, with ``context`` without them.
@@ -68,8 +70,11 @@ class DeformableAttention(Mechanism):
         num_points: samples per query, head and level.
         context_dim: width of the maps; ``dim`` by default.
         context_layout: the levels of a flat context.
-        reference: ``"grid"`` for queries that are pixels, ``"learned"`` for object queries that read a context.
+        reference: ``"grid"`` for queries that are pixels, ``"learned"`` for object queries that read a context,
+            ``"carried"`` for queries that come with their points.
         value_ratio: width of the values over ``dim``.
+        num_anchors: reference points of a query, A; must divide ``num_points``.
+        out_proj: apply ``W_o``; BEVFormer's has it behind the sum over cameras.
 
     Reference: Zhu et al., 2021, arXiv 2010.04159, eq. 2-3.
 
@@ -98,9 +103,14 @@ class DeformableAttention(Mechanism):
         context_layout: Layout | None = None,
         reference: str = "grid",
         value_ratio: float = 1.0,
+        num_anchors: int = 1,
+        out_proj: bool = True,
     ):
         super().__init__(dim, context_dim)
-        check_choice("reference", reference, ("grid", "learned"))
+        check_choice("reference", reference, ("grid", "learned", "carried"))
+        if num_anchors < 1 or num_points % num_anchors:
+            raise ValueError(f"num_points={num_points} must be a multiple of num_anchors={num_anchors}")
+        self.num_anchors = num_anchors
         if num_levels < 1 or num_points < 1:
             raise ValueError(f"num_levels and num_points must be at least 1, got {num_levels} and {num_points}")
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
@@ -117,7 +127,11 @@ class DeformableAttention(Mechanism):
         self.sampling_offsets = nn.Linear(dim, per_level * 2)
         self.attention_weights = nn.Linear(dim, per_level)
         self.value_proj = nn.Linear(self._feature_dim(), width)
-        self.output_proj = nn.Linear(width, dim)
+        if not out_proj and width != dim:
+            raise ValueError(
+                f"value_ratio={value_ratio} gives outputs of width {width}; out_proj=False needs dim={dim}"
+            )
+        self.output_proj = nn.Linear(width, dim) if out_proj else nn.Identity()
         self.reference = nn.Linear(dim, self._reference_width()) if reference == "learned" else None
         self.reset_parameters()
 
@@ -125,7 +139,7 @@ class DeformableAttention(Mechanism):
         return self.context_dim
 
     def _reference_width(self) -> int:
-        return 2
+        return 2 * self.num_anchors
 
     def _spread(self, direction: Tensor) -> Tensor:
         """Offset biases: point p of a head starts p + 1 pixels out in the head's direction; (H * L * P * n,)."""
@@ -142,12 +156,13 @@ class DeformableAttention(Mechanism):
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(self._spread(rays / rays.abs().amax(-1, keepdim=True)))
         for projection in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(projection.weight)
-            nn.init.zeros_(projection.bias)
+            if isinstance(projection, nn.Linear):
+                nn.init.xavier_uniform_(projection.weight)
+                nn.init.zeros_(projection.bias)
 
     @property
     def traits(self) -> Traits:
-        if self.reference_mode == "learned":
+        if self.reference_mode != "grid":  # queries stand anywhere, so that they are no map to read
             patterns = frozenset({"noncausal-cross", "causal-cross"})
             return self.class_traits.but(patterns=patterns, layout=False)
         patterns = frozenset({"noncausal-cross"})
@@ -181,6 +196,10 @@ class DeformableAttention(Mechanism):
 
     def _default_reference(self, x: Tensor, layout: Layout | None) -> Tensor:
         """(B, N, r) reference points when none were carried in."""
+        if self.reference_mode == "carried":
+            raise ValueError(
+                f"reference='carried' needs reference points of the queries as carry, (B, *grid, {self.axes})"
+            )
         if self.reference is not None:
             points = self.reference(x.flatten(1, -2))
             return points.to(stats_dtype(points.dtype)).sigmoid()  # half precision would miss a pixel by a fraction
@@ -190,18 +209,20 @@ class DeformableAttention(Mechanism):
         return torch.cat([centres(g, x) for g in grids]).expand(x.shape[0], -1, -1)
 
     def _carried(self, carry: Any, x: Tensor) -> Tensor:
-        """(B, N, L or 1, 2 or 4) from what was carried in."""
+        """(B, N, L or 1 or A, 2 or 4) from what was carried in."""
         if not isinstance(carry, Tensor):
             raise TypeError(f"carry must be a tensor of reference points, got {type(carry).__name__}")
         lead = tuple(x.shape[:-1])
         tail = tuple(carry.shape[len(lead) :])
-        if tuple(carry.shape[: len(lead)]) != lead or tail not in (
-            (2,), (4,), (self.num_levels, 2), (self.num_levels, 4),
-        ):  # fmt: skip
-            raise ValueError(
-                f"carry must hold reference points {lead} + (2,) or (4,), or one per level ({self.num_levels}) of "
-                f"them, got {tuple(carry.shape)}"
-            )
+        several, count = self.num_anchors > 1, self.num_anchors
+        possible = [(2,), (count if several else 1, 2)]
+        if not several:
+            possible += [(4,), (1, 4), (self.num_levels, 2), (self.num_levels, 4)]
+        if tuple(carry.shape[: len(lead)]) != lead or tail not in possible:
+            what = f"{lead} + (2,) or ({count}, 2)"
+            if not several:
+                what = f"{lead} + (2,) or (4,), or one per level ({self.num_levels}) of them"
+            raise ValueError(f"carry must hold reference points {what}, got {tuple(carry.shape)}")
         points = carry.flatten(1, len(lead) - 1)
         return points if points.dim() == 4 else points.unsqueeze(2)
 
@@ -228,9 +249,14 @@ class DeformableAttention(Mechanism):
         source, shapes = self._source(x, context, layout)
         exists = flat_valid(valid if context is None else context_valid)
         reference = self._default_reference(x, layout) if carry is None else carry
-        points = reference.unsqueeze(2) if carry is None else self._carried(carry, x)
+        if carry is None:  # (B, N, A r) from a linear map, or (B, N, 2)
+            points = reference.unflatten(-1, (-1, 2))
+        else:
+            points = self._carried(carry, x)
         offsets = self._per_point(self.sampling_offsets(queries), 2)
         base = points[..., :2].unsqueeze(1).unsqueeze(-2)  # (B, 1, N, L or 1, 1, 2)
+        if self.num_anchors > 1 and points.shape[2] > 1:  # point p belongs to anchor p % A: (B, 1, N, 1, P, 2)
+            base = points.repeat(1, 1, self.num_points // self.num_anchors, 1)[:, None, :, None]
         if points.shape[-1] == 4:
             box = points[..., 2:].unsqueeze(1).unsqueeze(-2)
             locations = base + offsets / self.num_points * box * 0.5
@@ -240,11 +266,16 @@ class DeformableAttention(Mechanism):
         value = split_heads(self.value_proj(source), self.num_heads)
         out = deformable_attention(value, shapes, locations, self._weights(queries), valid=exists)
         y = self.output_proj(merge_heads(out, x.shape[1:-1]))
-        return Output(y, carry=reference.unflatten(1, x.shape[1:-1]) if carry is None else carry)
+        if carry is None:
+            handed = points if self.num_anchors > 1 and points.shape[2] > 1 else reference
+            return Output(y, carry=handed.unflatten(1, x.shape[1:-1]))
+        return Output(y, carry=carry)
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From MMCV's ``MultiScaleDeformableAttention`` or Deformable DETR's ``MSDeformAttn``; the names agree."""
-        theirs = Released(state_dict, "MultiScaleDeformableAttention or MSDeformAttn")
+        """From MMCV's ``MultiScaleDeformableAttention``, Deformable DETR's ``MSDeformAttn`` or BEVFormer's
+        ``MSDeformableAttention3D`` (without output projection); the names agree.
+        """
+        theirs = Released(state_dict, "MultiScaleDeformableAttention, MSDeformAttn or MSDeformableAttention3D")
         names = r"(sampling_offsets|attention_weights|value_proj|output_proj)\.(weight|bias)"
         return theirs.close(theirs.renamed({names: r"\1.\2"}))
