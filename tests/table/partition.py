@@ -11,4 +11,5 @@ ROWS = [
     Case(HALF, dict(dim=16, num_heads=2, window_size=(3, 2), kind="grid"), (6, 6), "grid"),
     Case(HALF, dict(dim=16, num_heads=2, window_size=2, shift=1), (4, 6), "shifted"),
     Case(HALF, dict(dim=16, num_heads=2, window_size=(3, 2, 2), rel_bias=False), (3, 4, 4), "video"),
+    Case(HALF, dict(dim=16, num_heads=2, window_size=2, rel_bias="mlp", rel_hidden=8), (4, 6), "position-mlp"),
 ]

@@ -10,7 +10,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..nn.base import Mechanism
-from ..nn.layers import DropPath, LayerScale, Mlp, PositionalConv
+from ..nn.layers import (
+    ConvNorm,
+    DropPath,
+    LayerScale,
+    Mlp,
+    PositionalConv,
+    SqueezeExcite,
+    cell_means,
+    strided_valid,
+    zero_invalid,
+)
 from ..nn.registry import find
 
 Norm = Callable[[int], nn.Module]
@@ -185,6 +195,7 @@ class Block(nn.Module):
         post_norm: norms stand behind the sublayers.
         position: side of the depthwise convolution before the mixer (0: none).
         mlp_position: the same before the MLP.
+        activation: of the plain MLP.
     """
 
     def __init__(
@@ -199,13 +210,14 @@ class Block(nn.Module):
         post_norm: bool = False,
         position: int = 0,
         mlp_position: int = 0,
+        activation: Callable[[], nn.Module] = nn.GELU,
     ):
         super().__init__()
         self.position = PositionalConv(dim, position) if position else None
         self.mixer = Residual(dim, mixer, norm, drop_path, layer_scale, post_norm)
         self.mlp_position = PositionalConv(dim, mlp_position) if mlp_position else None
         if mlp is None and mlp_ratio:
-            mlp = Mlp(dim, mlp_ratio)
+            mlp = Mlp(dim, mlp_ratio, activation)
         self.mlp = None if mlp is None else Residual(dim, mlp, norm, drop_path, layer_scale, post_norm)
 
     def forward(
@@ -220,6 +232,63 @@ class Block(nn.Module):
         if self.mlp is not None:
             x, _ = self.mlp(x, valid)
         return x, carry
+
+
+class MBConv(nn.Module):
+    """Inverted residual: BatchNorm, 1 x 1 to more channels, depthwise, squeeze-and-excitation, 1 x 1 back; a shortcut.
+
+    Each of the first two convolutions has a BatchNorm and an activation behind it. With a stride the shortcut is the
+    mean of cells, with another width a 1 x 1 convolution behind that.
+
+    Args:
+        dim: channels in.
+        out_dim: channels out.
+        hidden: channels in between.
+        stride: of the depthwise convolution.
+        squeeze: width between the two maps of the squeeze-and-excitation; 0 for none.
+        activation: makes the activation.
+        squeeze_activation: makes that of the squeeze-and-excitation.
+        bias: of the last convolution and of the shortcut's.
+        padding: of the depthwise convolution, as of :class:`attnlib.nn.layers.ConvNorm`.
+        drop_path: stochastic depth.
+        eps, momentum: of the norms.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        hidden: int,
+        stride: int = 1,
+        squeeze: int = 0,
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        squeeze_activation: Callable[[], nn.Module] = nn.SiLU,
+        bias: bool = True,
+        padding: int | str | None = None,
+        drop_path: float = 0.0,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ):
+        super().__init__()
+        self.stride = stride
+        norms: dict[str, Any] = dict(eps=eps, momentum=momentum, activation=activation)
+        self.shortcut = ConvNorm(dim, out_dim, bias=bias, norm=False) if dim != out_dim else None
+        self.expand = ConvNorm(dim, hidden, pre_norm=True, **norms)
+        self.depthwise = ConvNorm(hidden, hidden, 3, stride, padding, groups=hidden, **norms)
+        self.squeeze = SqueezeExcite(hidden, squeeze, squeeze_activation) if squeeze else None
+        self.project = ConvNorm(hidden, out_dim, bias=bias, norm=False)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, dim) -> (B, ceil(H / stride), ceil(W / stride), out_dim), and which of these exist."""
+        short = cell_means(x, self.stride, valid) if self.stride > 1 else zero_invalid(x, valid)
+        y = self.depthwise(self.expand(x, valid), valid)
+        valid = strided_valid(valid, self.stride)
+        if self.shortcut is not None:
+            short = self.shortcut(short)
+        if self.squeeze is not None:
+            y = self.squeeze(y, valid)
+        return short + self.drop_path(self.project(y)), valid
 
 
 class Chain(nn.Sequential):

@@ -46,6 +46,8 @@ class ModelEntry:
         convert: from the released state dict to ours: ``convert(state_dict, model)``.
         img_size: side of the images it was trained on.
         task: ``"classify"``, ``"restore"``, ``"detect"`` or ``"segment"``.
+        data: how images come to it where that differs from ImageNet's ``mean`` and ``std``, a ``crop_pct`` of 0.9 and
+            bicubic ``interpolation``.
     """
 
     name: str
@@ -59,6 +61,7 @@ class ModelEntry:
     convert: Convert | None = None
     img_size: int = 224
     task: str = "classify"
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -84,6 +87,8 @@ def register_models(
     convert: Convert | None = None,
     img_size: int | Mapping[str, int] = 224,
     task: str = "classify",
+    data: Mapping[str, Any] | None = None,
+    data_of: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Make the sizes of a family known.
 
@@ -95,6 +100,8 @@ def register_models(
         license, source, convert, task: as in :class:`ModelEntry`.
         weights: ``(repository, file)`` by name.
         img_size: one for all, or by name (224 where absent).
+        data: as in :class:`ModelEntry`, of all.
+        data_of: the same by name, before ``data``.
     """
     for name, settings in sizes.items():
         if name in _MODELS and _MODELS[name].make is not make:
@@ -102,7 +109,7 @@ def register_models(
         side = img_size if isinstance(img_size, int) else img_size.get(name, 224)
         _MODELS[name] = ModelEntry(
             name, family, make, dict(settings), (params or {}).get(name), license, source,
-            (weights or {}).get(name, ()), convert, side, task,
+            (weights or {}).get(name, ()), convert, side, task, {**(data or {}), **(data_of or {}).get(name, {})},
         )  # fmt: skip
 
 
@@ -181,7 +188,7 @@ def create_model(
         in_chans: channels of images; the first convolution of released weights is adapted to another number.
         img_size: side of images, for models that hold tables of positions.
         features_only: return the maps of the stages instead of logits, as timm does.
-        out_indices: which stages, with ``features_only``; all by default.
+        out_indices: which levels of ``feature_info``, with ``features_only``; all by default.
         drop_path_rate: stochastic depth of the last block.
         drop_rate: dropout before the head.
         global_pool: ``"avg"``, ``"max"`` or ``""`` (none).

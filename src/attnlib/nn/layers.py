@@ -194,6 +194,32 @@ class PositionalConv(nn.Module):
         return x + self.conv(zero_invalid(x, valid))
 
 
+class PositionMlp(nn.Module):
+    """A relative bias per head as a function of the displacement, learned by an MLP: the same for windows of any size.
+
+    ``table[h, d] = fc2(drop(relu(fc1(sign(d) log(1 + |d|)))))_h`` for displacements ``d`` of 1 - w to w - 1 per axis.
+
+    Args:
+        num_heads: tables.
+        hidden: width of the hidden layer.
+        rank: axes of a window.
+        drop: dropout of the hidden layer in training.
+    """
+
+    def __init__(self, num_heads: int, hidden: int = 512, rank: int = 2, drop: float = 0.125):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(rank, hidden), nn.Linear(hidden, num_heads)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, window: Sequence[int]) -> Tensor:
+        """Sides of a window -> (num_heads, *(2 w - 1))."""
+        like = self.fc1.weight
+        sides = [torch.arange(1 - w, w, device=like.device, dtype=like.dtype) for w in window]
+        at = torch.stack(torch.meshgrid(*sides, indexing="ij"), -1)
+        hidden = F.relu(self.fc1(at.sign() * at.abs().log1p()))
+        return self.fc2(self.drop(hidden)).movedim(-1, 0)
+
+
 def strided_valid(valid: Tensor | None, stride: int | Sequence[int]) -> Tensor | None:
     """Which cells of ``stride`` tokens a side hold a token that exists: (B, H, W) -> (B, ceil(H / s), ceil(W / s)).
 
@@ -244,22 +270,24 @@ class ConvNorm(nn.Module):
     """Convolution, BatchNorm, activation on (B, H, W, C); convolution and norm are one convolution in evaluation.
 
     Any size: the output has ``ceil(side / stride)`` tokens a side, zeros are added at the bottom and on the right where
-    that needs them. Parameters: ``conv.weight``, ``norm.*``.
+    that needs them. Parameters: ``conv.weight``, ``norm.*``, ``pre.*``.
 
     Args:
         dim: channels in.
         out_dim: channels out.
         kernel_size: side of the kernel.
         stride: of the convolution.
-        padding: zeros on every side; ``(dilation * (kernel_size - 1)) // 2`` by default.
+        padding: zeros on every side; ``(dilation * (kernel_size - 1)) // 2`` by default; ``"same"``: as TensorFlow has
+            it, as few as ``ceil(side / stride)`` tokens need, the odd one at the bottom and on the right.
         dilation: of the convolution.
         groups: of the convolution.
         bias: of the convolution, which a norm makes superfluous.
         norm: BatchNorm after it.
         activation: makes the activation; ``None`` for none.
         gain: of the norm at the start.
-        eps: of the norm.
-        momentum: of the norm.
+        eps: of the norms.
+        momentum: of the norms.
+        pre_norm: BatchNorm before it, too, for 1 x 1 convolutions.
     """
 
     def __init__(
@@ -268,7 +296,7 @@ class ConvNorm(nn.Module):
         out_dim: int,
         kernel_size: int = 1,
         stride: int = 1,
-        padding: int | None = None,
+        padding: int | str | None = None,
         dilation: int = 1,
         groups: int = 1,
         bias: bool = False,
@@ -277,10 +305,18 @@ class ConvNorm(nn.Module):
         gain: float = 1.0,
         eps: float = 1e-5,
         momentum: float = 0.1,
+        pre_norm: bool = False,
     ):
         super().__init__()
+        self.same = isinstance(padding, str)
+        if isinstance(padding, str):
+            check_choice("padding", padding, ("same",))
+            padding = 0
         padding = dilation * (kernel_size - 1) // 2 if padding is None else padding
+        if pre_norm and (kernel_size, groups) != (1, 1):
+            raise ValueError(f"pre_norm needs kernel_size=1 and groups=1, got {kernel_size} and {groups}")
         self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride, padding, dilation, groups, bias=bias)
+        self.pre: nn.BatchNorm2d | None = nn.BatchNorm2d(dim, eps, momentum) if pre_norm else None
         self.norm: nn.BatchNorm2d | None = nn.BatchNorm2d(out_dim, eps, momentum) if norm else None
         if self.norm is not None:
             nn.init.constant_(self.norm.weight, gain)
@@ -293,47 +329,95 @@ class ConvNorm(nn.Module):
             x: the tokens; those outside ``valid`` are zeros to the convolution.
             valid: (B, H, W) boolean, which tokens exist; only they enter the statistics of the norm.
         """
-        conv, norm = self.conv, self.norm
+        conv, pre, norm = self.conv, self.pre, self.norm
         x = zero_invalid(x, valid)
-        if norm is None or norm.training:
-            x = conv_any_size(conv, x, conv.weight, conv.bias)
+        training = norm.training if norm is not None else pre is not None and pre.training
+        if training or (norm is None and pre is None) or not self._pays(x):
+            if pre is not None:
+                x = zero_invalid(masked_batch_norm(pre, x, valid), valid)
+            x = conv_any_size(conv, x, conv.weight, conv.bias, self.same)
             if norm is not None:
                 x = masked_batch_norm(norm, x, strided_valid(valid, conv.stride))
         else:
-            x = conv_any_size(conv, x, *self._folded())
+            x = conv_any_size(conv, x, *self._folded(), self.same)
         return x if self.act is None else self.act(x)
 
+    def _pays(self, x: Tensor) -> bool:
+        """Whether there are more numbers to norm than weights to fold the norm into."""
+        if torch.compiler.is_compiling():  # a choice by size would tie the graph to one size
+            return True
+        normed = x.numel() if self.norm is None else x.numel() // x.shape[-1] * self.conv.out_channels
+        return normed > self.conv.weight.numel() * math.prod(self.conv.stride)
+
     def _folded(self) -> tuple[Tensor, Tensor]:
-        assert self.norm is not None
-        scale, shift = batch_norm_affine(self.norm)
-        bias = shift if self.conv.bias is None else shift + self.conv.bias * scale
-        return self.conv.weight * scale[:, None, None, None], bias
+        weight, bias = self.conv.weight, self.conv.bias
+        if self.pre is not None:
+            scale, shift = batch_norm_affine(self.pre)
+            moved = weight.flatten(1) @ shift
+            weight, bias = weight * scale[:, None, None], moved if bias is None else bias + moved
+        if self.norm is not None:
+            scale, shift = batch_norm_affine(self.norm)
+            weight, bias = weight * scale[:, None, None, None], shift if bias is None else shift + bias * scale
+        assert bias is not None
+        return weight, bias
 
     @torch.no_grad()
     def deployed(self) -> ConvNorm:
-        """The same with norm and convolution folded into one."""
+        """The same with norms and convolution folded into one."""
         out = copy.deepcopy(self).eval()
-        if self.norm is not None:
+        if self.norm is not None or self.pre is not None:
             weight, bias = self._folded()
             out.conv.weight.copy_(weight)
             out.conv.bias = nn.Parameter(bias.detach().clone())
-            out.norm = None
+            out.norm = out.pre = None
         return out
 
 
-def conv_any_size(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution of (B, H, W, C) that leaves ``ceil(side / stride)`` tokens a side, whatever the side."""
-    grid = x.shape[1:-1]
-    more = []
-    for n, k, s, p, d in zip(grid, conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True):
+def conv_any_size(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, same: bool = False) -> Tensor:
+    """A convolution of (B, H, W, C) that leaves ``ceil(side / stride)`` tokens a side, whatever the side.
+
+    Args:
+        conv: kernel size, stride, padding, dilation and groups are read from it.
+        x: the tokens.
+        weight: of the convolution.
+        bias: of the convolution.
+        same: zeros are halved between both sides as TensorFlow does, instead of the convolution's padding.
+    """
+    if conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1:
+        return F.linear(x, weight.flatten(1), bias)
+    cuts: list[tuple[int, int]] = []  # of the output
+    padding: list[int] = []
+    more: list[int] = []  # zeros behind that the padding does not bring
+    for axis, n in enumerate(x.shape[1:-1]):
+        k, s, d = conv.kernel_size[axis], conv.stride[axis], conv.dilation[axis]
         out = -(-n // s)
-        more.append(max(0, (out - 1) * s + d * (k - 1) + 1 - n - 2 * int(p)))
+        zeros = max(0, (out - 1) * s + d * (k - 1) + 1 - n)
+        before = zeros // 2 if same else int(conv.padding[axis])
+        behind = max(0, zeros - before)
+        # Where TensorFlow's odd zero lies behind, a stride more of zeros before lets the convolution pad by itself;
+        # what it gives for them is cut off.
+        skip = -(-(behind - before) // s) if same and behind > before else 0
+        cuts.append((skip, skip + out))
+        padding.append(before + s * skip)
+        more.append(0 if same else max(0, behind - before))
     x = x.permute(0, 3, 1, 2)
     if any(more):
         x = F.pad(x, [0, more[1], 0, more[0]])
-    x = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-    outs = [-(-n // s) for n, s in zip(grid, conv.stride, strict=True)]
-    return x.permute(0, 2, 3, 1)[:, : outs[0], : outs[1]]
+    x = F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups).permute(0, 2, 3, 1)
+    return x[:, slice(*cuts[0]), slice(*cuts[1])]
+
+
+def cell_means(x: Tensor, side: int, valid: Tensor | None = None) -> Tensor:
+    """Means of cells of ``side`` x ``side`` tokens over those that exist: (B, H, W, C) -> (B, ceil(H / s), ..., C).
+
+    >>> cell_means(torch.tensor([1.0, 3.0, 7.0]).view(1, 1, 3, 1), 2).flatten().tolist()
+    [2.0, 7.0]
+    """
+    means = F.avg_pool2d(zero_invalid(x, valid).permute(0, 3, 1, 2), side, ceil_mode=True).permute(0, 2, 3, 1)
+    if valid is None:
+        return means
+    shares = F.avg_pool2d(valid.unsqueeze(1).to(stats_dtype(x.dtype)), side, ceil_mode=True).permute(0, 2, 3, 1)
+    return (means / torch.where(shares == 0, 1, shares)).to(x.dtype)
 
 
 class Patchify(nn.Module):

@@ -80,6 +80,10 @@ class Released:
     def __iter__(self) -> Any:
         return iter(list(self._left))
 
+    def peek(self, name: str) -> Tensor:
+        """One entry that is left where it is."""
+        return self._left[name]
+
     def take(self, name: str) -> Tensor:
         """One entry, which must be there."""
         if name not in self._left:

@@ -190,4 +190,5 @@ register_models(
     },
     convert=convert,
     img_size={name: size["img_size"] for name, size in _sizes().items() if "img_size" in size},
+    data={"crop_pct": 0.95},
 )  # fmt: skip

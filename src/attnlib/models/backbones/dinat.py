@@ -94,7 +94,7 @@ def dinat(
     head = Head(dims[-1], num_classes, global_pool, drop=drop_rate)
     model = Backbone(stem, stages, dims, reductions, nn.LayerNorm(dims[-1]), head, num_classes, in_chans, img_size)
     model.input_name = "stem.0.proj.weight" if layout == "conv" else "stem.proj.weight"
-    init_weights(model)
+    init_weights(model, also=(DilatedNeighborhoodAttention, PartitionAttention))
     return model
 
 

@@ -137,6 +137,8 @@ class Backbone(nn.Module):
         num_classes: of the head.
         in_chans: channels of images.
         img_size: side of images that tables of positions are made for.
+        stem_level: ``(width, pixels per token)`` of the stem's map, where timm counts it among the maps to take: it is
+            level 0 then, and stage i is level i + 1.
     """
 
     #: Names of the parts that depend on the number of classes.
@@ -156,6 +158,7 @@ class Backbone(nn.Module):
         num_classes: int = 1000,
         in_chans: int = 3,
         img_size: int | tuple[int, int] = 224,
+        stem_level: tuple[int, int] | None = None,
     ):
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
@@ -165,10 +168,10 @@ class Backbone(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.norm = nn.Identity() if norm is None else norm
         self.head = head
-        self.feature_info = [
-            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
-            for i, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
-        ]
+        self.before = 0 if stem_level is None else 1
+        levels = [("stem", *stem_level)] if stem_level is not None else []
+        levels += [(f"stages.{i}", *level) for i, level in enumerate(zip(dims, reductions, strict=True))]
+        self.feature_info = [{"num_chs": dim, "reduction": step, "module": name} for name, dim, step in levels]
 
     # ---- the call
 
@@ -186,7 +189,9 @@ class Backbone(nn.Module):
         self._check_images(x, valid)
         # Convolutions give their output the order of their input; in channels-last order all that follows is faster.
         x, valid = self.stem(x.permute(0, 2, 3, 1).contiguous(), valid)
-        for stage in self.stages[: None if last is None else last + 1]:  # type: ignore[union-attr]
+        if self.before:
+            yield x, valid
+        for stage in self.stages[: None if last is None else last + 1 - self.before]:  # type: ignore[union-attr]
             x, valid = stage(x, valid, losses)
             yield x, valid
 
@@ -227,14 +232,14 @@ class Backbone(nn.Module):
 
         Args:
             x: images.
-            indices: stages; the last n for a number n; all by default. Negative ones count from the end.
+            indices: levels; the last n for a number n; all by default. Negative ones count from the end.
             norm: apply the final norm to the last map.
             stop_early: do not run stages behind the last that was asked for.
             output_fmt: ``"NCHW"`` or ``"NHWC"``.
             intermediates_only: return the maps alone.
         """
         check_choice("output_fmt", output_fmt, ("NCHW", "NHWC"))
-        count = len(self.stages)
+        count = len(self.feature_info)
         chosen = stage_indices("indices", list(range(count))[-indices:] if isinstance(indices, int) else indices, count)
         last = max(chosen) if stop_early else count - 1
         maps, y = [], x
@@ -288,6 +293,7 @@ class Backbone(nn.Module):
             "architecture": entry.name if entry is not None else type(self).__name__,
             "num_classes": self.num_classes, "input_size": (self.in_chans, side, side), "fixed_input_size": False,
             "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bicubic", "crop_pct": 0.9,
+            **(entry.data if entry is not None else {}),
             "first_conv": (self.input_name or "").removesuffix(".weight"), "classifier": "head.fc",
             "license": entry.license if entry is not None else "",
         }  # fmt: skip
@@ -331,13 +337,13 @@ class Features(nn.Module):
 
     Args:
         model: the backbone; stages behind the last chosen one, the final norm and the head are let go.
-        out_indices: stages, from 0; all by default.
+        out_indices: levels of its ``feature_info``, from 0; all by default.
     """
 
     def __init__(self, model: Backbone, out_indices: Sequence[int] | None = None):
         super().__init__()
-        self.out_indices = stage_indices("out_indices", out_indices, len(model.stages))
-        model.stages = model.stages[: max(self.out_indices) + 1]  # type: ignore[assignment]
+        self.out_indices = stage_indices("out_indices", out_indices, len(model.feature_info))
+        model.stages = model.stages[: max(self.out_indices) + 1 - model.before]  # type: ignore[assignment]
         model.norm, model.head = nn.Identity(), nn.Identity()  # type: ignore[assignment]
         self.model = model
         self.feature_info = FeatureInfo({**model.feature_info[i], "index": i} for i in self.out_indices)

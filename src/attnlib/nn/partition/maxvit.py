@@ -20,6 +20,7 @@ Differs from the PyTorch code in timm: the relative table is stored as key minus
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -32,10 +33,10 @@ from ...checks import check_flag, check_grid, check_int, check_ints
 from ...grids import Windows, check_windows
 from ...masks import Mask
 from ...ops.partition import KINDS, window_attention
-from ...positions import window_bias
+from ...positions import dense_window_bias
 from ...types import Traits, check_choice, to_tuple
 from ..base import PADS, Mechanism
-from ..layers import flat_valid, head_dim_of, through
+from ..layers import PositionMlp, flat_valid, head_dim_of, through
 from ..registry import register
 from ..released import Released, Rule
 
@@ -61,13 +62,15 @@ class PartitionAttention(Mechanism):
         rank: axes of the grid; 2, unless ``window_size`` is a tuple.
         shift: how far windows of ``kind="block"`` are moved, as every second layer of Swin does by half a window;
             along an axis with one window alone they stay.
-        rel_bias: learn a relative bias per head.
+        rel_bias: learn a relative bias per head: a table, or with ``"mlp"`` a function of the displacement
+            (:class:`attnlib.nn.layers.PositionMlp`), as timm's ``rmlp`` models.
         qkv_bias: bias of the query, key and value projections.
         proj_bias: bias of the output projection.
         attn_drop: dropout of attention weights in training.
         proj_drop: dropout of the output in training.
         pad: of a grid that windows do not divide: ``"mask"`` adds tokens at the bottom and on the right that nobody
             attends to, ``"zeros"`` adds zeros that take part, ``"refuse"`` raises.
+        rel_hidden: hidden width of that function.
 
     Reference: Tu et al., 2022, arXiv 2204.01697, section 3.2.
 
@@ -83,6 +86,8 @@ class PartitionAttention(Mechanism):
         memory={"N": 1},
     )
 
+    bias: Tensor | None
+
     def __init__(
         self,
         dim: int,
@@ -90,13 +95,14 @@ class PartitionAttention(Mechanism):
         window_size: PerAxis = 7,
         kind: str = "block",
         rank: int | None = None,
-        rel_bias: bool = True,
+        rel_bias: bool | str = True,
         qkv_bias: bool = True,
         proj_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         pad: str = "mask",
         shift: PerAxis = 0,
+        rel_hidden: int = 512,
     ):
         super().__init__(dim)
         check_choice("kind", kind, KINDS)
@@ -115,7 +121,13 @@ class PartitionAttention(Mechanism):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
-        if rel_bias:
+        self.rel_mlp: PositionMlp | None = None
+        self.register_buffer("bias", None)
+        if isinstance(rel_bias, str):
+            check_choice("rel_bias", rel_bias, (True, False, "mlp"))
+            self.rel_mlp = PositionMlp(num_heads, rel_hidden, len(self.window_size))
+            self.register_parameter("rel_bias", None)
+        elif rel_bias:
             self.rel_bias = nn.Parameter(torch.empty(num_heads, *(2 * w - 1 for w in self.window_size)))
             nn.init.normal_(self.rel_bias, std=0.02)
         else:
@@ -128,6 +140,27 @@ class PartitionAttention(Mechanism):
     @property
     def grid_step(self) -> tuple[int, ...]:
         return self.window_size
+
+    @property
+    def tables(self) -> dict[str, int]:
+        """Tables of places, by how many of their last axes are places."""
+        return {"rel_bias": len(self.window_size)}
+
+    def _bias(self) -> Tensor | None:
+        """(heads, S, S) inside a window."""
+        if self.bias is not None:
+            return self.bias
+        table = self.rel_bias if self.rel_mlp is None else self.rel_mlp(self.window_size)
+        return None if table is None else dense_window_bias(table, self.window_size)
+
+    @torch.no_grad()
+    def deployed(self) -> nn.Module:
+        """The same with its bias laid out once."""
+        out = copy.deepcopy(self).eval()
+        out.bias = out._bias()
+        out.register_parameter("rel_bias", None)
+        out.rel_mlp = None
+        return out
 
     def mix(  # type: ignore[override]
         self,
@@ -142,12 +175,9 @@ class PartitionAttention(Mechanism):
         windows = Windows(grid, self.window_size, self.kind, shift)
         x = windows.cut(x)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(3, 0, 1, 4, 2, 5)
-        bias = None
-        if self.rel_bias is not None:
-            bias = window_bias(self.rel_bias.flatten(1), self.window_size).dense()[0]
         out = window_attention(
             q, k, v, grid, self.window_size, self.kind, shift=shift, cut=True, valid=flat_valid(valid), mask=mask,
-            bias=bias, scale=self.head_dim**-0.5, dropout_p=self.attn_drop if self.training else 0.0,
+            bias=self._bias(), scale=self.head_dim**-0.5, dropout_p=self.attn_drop if self.training else 0.0,
         )  # fmt: skip
         return windows.join(through(self.proj_drop, self.proj(out.transpose(2, 3).flatten(3))))
 
@@ -161,7 +191,7 @@ class PartitionAttention(Mechanism):
         """From timm's ``AttentionCl``.
 
         Args:
-            state_dict: ``qkv.*``, ``proj.*`` and ``rel_pos.relative_position_bias_table``.
+            state_dict: ``qkv.*``, ``proj.*`` and ``rel_pos.relative_position_bias_table`` or ``rel_pos.mlp.*``.
             num_heads: needed when ``head_first`` and the table does not tell.
             head_first: timm's setting: True for its ``rw`` models, False for weights from TensorFlow (``tf``).
             window_size: needed for the flat table of a window that is not square.
@@ -170,7 +200,9 @@ class PartitionAttention(Mechanism):
         if num_heads is not None:
             check_int("num_heads", num_heads, least=1)
         theirs = Released(state_dict, "timm's AttentionCl")
-        theirs.leave(r"rel_pos\.relative_position_index", because="a constant")
+        theirs.leave(
+            r"rel_pos\.(?:relative_position_index|rel_coords_log|height_lookup|width_lookup)", because="constants"
+        )
         table_key = "rel_pos.relative_position_bias_table"
         out: dict[str, Tensor] = {}
         if table_key in theirs:
@@ -182,6 +214,12 @@ class PartitionAttention(Mechanism):
             if not table.numel():
                 raise ValueError(f"{table_key} of state_dict must hold numbers, got {tuple(table.shape)}")
             num_heads = table.shape[0]
+        for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
+            if f"rel_pos.mlp.{name}" in theirs:
+                value = theirs.take(f"rel_pos.mlp.{name}")
+                # It reads query minus key, which is odd in the displacement.
+                out[f"rel_mlp.{name}"] = -value if name == "fc1.weight" else value
+                num_heads = value.shape[0] if name.startswith("fc2") else num_heads
 
         def qkv(match: re.Match[str], value: Tensor) -> dict[str, Tensor]:
             if head_first:  # (heads, 3, D) -> (3, heads, D)
