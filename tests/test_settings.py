@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from table import rows
@@ -50,6 +51,23 @@ def test_a_setting_is_refused_by_its_name_or_means_something(case):
                 assert name in str(error), f"{name}={bad!r}, when called: {error}"
             else:
                 assert torch.isfinite(y).all(), f"{name}={bad!r} gives no numbers"
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
+def test_numbers_of_numpy_are_numbers(case):
+    """They go into shapes and traits as Python's own."""
+
+    def numpy(value):
+        if isinstance(value, tuple):
+            return tuple(map(numpy, value))
+        kind = {int: np.int64, float: np.float64}.get(type(value))
+        return kind(value) if kind else value
+
+    cls = find(case.name)
+    ours, theirs = (cls(**config) for config in (case.config, {k: numpy(v) for k, v in case.config.items()}))
+    assert ours.traits == theirs.traits
+    for name, value in vars(theirs).items():
+        assert not isinstance(value, np.generic), f"{name} stays a number of numpy"
 
 
 #: Settings that belong to a pair, of which the other one is named.

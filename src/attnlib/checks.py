@@ -144,6 +144,19 @@ def check_type(name: str, value: Any, kind: type | tuple[type, ...], what: str =
         raise TypeError(f"{name} must be {what or ' or '.join(k.__name__ for k in kinds)}, got {describe(value)}")
 
 
+def plain(value: Any) -> Any:
+    """A number of numpy as Python's own, also inside a tuple or a list; anything else as it is.
+
+    >>> plain((np.int64(2), "a"))
+    (2, 'a')
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (tuple, list) and any(isinstance(v, np.generic) for v in value):
+        return type(value)([plain(v) for v in value])
+    return value
+
+
 def check_name(name: str, value: Any) -> str:
     """``value``, or an error unless it is a name that somebody chose: a string that is not empty."""
     check_type(name, value, str, "a name")
@@ -552,3 +565,129 @@ def _spell(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {list(typing.get_args(hint))}"
     return _WORDS.get(hint) or (hint.__name__ if isinstance(hint, type) else str(hint).replace("collections.abc.", ""))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Functions of tensors: what shapes belong together
+
+
+def shaped(**tensors: str) -> Callable[[F], F]:
+    """A function called only with tensors of these kinds and shapes; its other arguments as its annotations say.
+
+    Args:
+        tensors: by argument ``"float (B, H, N)"``: a kind (``float``, ``bool``, ``whole``, ``number`` for any real one,
+            ``tensor``) and axes. One name is one size in all arguments, ``B or 1`` may also be 1, a number is a size,
+            ``...`` in front stands for any axes, the same in all arguments; ``|`` separates possible shapes; without
+            axes any shape will do. All lie on one device. An argument whose default is ``None`` may be that. Of a
+            number, ``"infinite"`` says that it may be infinite.
+
+    While a compiler traces, nothing is looked at.
+
+    >>> @shaped(x="float (B, N)", weights="float (B or 1, N)")
+    ... def mean(x, weights, eps: float = 0.0):
+    ...     return (x * weights).sum(1) / (weights.sum(1) + eps)
+    >>> mean(torch.ones(2, 3), torch.ones(1, 3)).tolist()
+    [1.0, 1.0]
+    """
+    endless = {name for name, text in tensors.items() if text == "infinite"}
+    wanted = {name: _parse_shapes(text) for name, text in tensors.items() if name not in endless}
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        names = list(signature.parameters)
+        assert wanted.keys() <= signature.parameters.keys(), f"{function.__name__} has no {wanted.keys() - set(names)}"
+
+        @functools.wraps(function)
+        def door(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            try:
+                given = signature.bind(*args, **kwargs).arguments
+            except TypeError as error:
+                raise TypeError(f"{error}; possible are the arguments {names}") from None
+            hints, sizes = _hints(function), {}
+            for name, value in given.items():
+                parameter = signature.parameters[name]
+                if value is parameter.default or parameter.kind in (_ANY_ARGS, _ANY_KEYWORDS):
+                    continue
+                if name in wanted and (isinstance(value, Tensor) or not _fits_beside_tensors(value, hints.get(name))):
+                    _check_shapes(name, value, wanted[name], sizes)
+                elif name in endless:
+                    check_real(name, value, finite=False)
+                elif refusal := _check_setting(name, value, hints.get(name, Any)):
+                    raise TypeError(refusal[1])
+            check_device(**{name: t for name in wanted if isinstance(t := given.get(name), Tensor)})
+            return function(*args, **kwargs)
+
+        return door  # type: ignore[return-value]
+
+    return decorate
+
+
+_Shapes = tuple[str, list[list[str]] | None]
+
+_TENSOR_KINDS: dict[str, tuple[Callable[[Tensor], bool], str]] = {
+    "float": (Tensor.is_floating_point, "a floating-point tensor"),
+    "bool": (lambda t: t.dtype == torch.bool, "a boolean tensor"),
+    "whole": (lambda t: t.dtype in _WHOLE, "an integer tensor"),
+    "number": (lambda t: t.dtype != torch.bool and not t.is_complex(), "a tensor of real numbers"),
+    "tensor": (lambda t: True, "a tensor"),
+}
+
+
+def _parse_shapes(text: str) -> _Shapes:
+    kind, _, shapes = text.partition(" ")
+    assert kind in _TENSOR_KINDS, text
+    if not shapes:
+        return kind, None
+    return kind, [[a.strip() for a in s.strip().strip("()").split(",") if a.strip()] for s in shapes.split("|")]
+
+
+def _fits_beside_tensors(value: Any, hint: Any) -> bool:
+    """Whether a value that is no tensor is one of the other kinds that an annotation names."""
+    others = [part for part in _parts(hint) if part is not Tensor] if hint is not None else []
+    return any(_fits(value, part) for part in others)
+
+
+def _check_shapes(name: str, value: Any, wanted: _Shapes, sizes: dict[str, Any]) -> None:
+    kind, shapes = wanted
+    fits, words = _TENSOR_KINDS[kind]
+    if not isinstance(value, Tensor) or not fits(value):
+        raise TypeError(f"{name} must be {words}, got {describe(value)}")
+    if shapes is None:
+        return
+    for axes in shapes:
+        if (found := _bound(tuple(value.shape), axes, sizes)) is not None:
+            sizes.update(found)
+            return
+
+    def spelled(axis: str) -> str:
+        first = axis.split(" or ")[0]
+        return f"{first}={sizes[first]}{axis[len(first) :]}" if first in sizes and first != "..." else axis
+
+    possible = " or ".join([f"({', '.join(map(spelled, axes))})" for axes in shapes])
+    if "..." in possible and "..." in sizes:
+        possible += f" with ...={sizes['...']}"
+    raise ValueError(f"{name} must have shape {possible}, got {tuple(value.shape)}")
+
+
+def _bound(shape: tuple[int, ...], axes: list[str], sizes: dict[str, Any]) -> dict[str, Any] | None:
+    """Sizes of the axes, when a shape has them and they agree with those known so far."""
+    found: dict[str, Any] = {}
+    if axes and axes[0] == "...":
+        axes, lead = axes[1:], len(shape) - len(axes) + 1
+        if lead < 0 or sizes.get("...", shape[:lead]) != shape[:lead]:
+            return None
+        found["..."], shape = shape[:lead], shape[lead:]
+    if len(shape) != len(axes):
+        return None
+    for size, axis in zip(shape, axes, strict=True):
+        first, _, one = axis.partition(" or ")
+        if one and size == int(one):
+            continue
+        if first.isdigit():
+            if size != int(first):
+                return None
+        elif found.setdefault(first, sizes.get(first, size)) != size:
+            return None
+    return found

@@ -87,7 +87,7 @@ def _mutants(value: Any, rng: random.Random) -> list[tuple[str, Callable[[], Any
         ]  # fmt: skip
     if isinstance(value, str):
         return junk + [
-            ("another word", lambda: value + "x", True), ("empty", lambda: "", True), ("a number", lambda: 3, True),
+            ("another word", lambda: value + "x", True), ("empty", lambda: "", True), ("a number", lambda: 2.5, True),
             ("a sequence", lambda: [value], False),
         ]  # fmt: skip
     if isinstance(value, (tuple, list)):

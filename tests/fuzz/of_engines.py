@@ -290,6 +290,8 @@ def topk_blocks(rng: random.Random) -> Call:
         s = s.masked_fill(forced, math.inf).masked_fill(~allowed, -math.inf)
         chosen = plan.chosen().expand(s.shape)
         assert plan.chosen().shape[-2:] == s.shape[-2:], "a plan for other blocks"
+        if not s.numel():
+            return
         assert not (chosen & ~allowed).any(), "a block is chosen that is not allowed"
         rows, nk = s.shape[2], s.shape[3]
         scopes = {"row": (0, 1, 2), "head": (0, 1), "all": (0,)}[given["per"]]

@@ -388,7 +388,7 @@ def test_bad_input(unet):
         masked_edit(predict, predict, scheduler(), x, x[:1], q=1.5)
     with pytest.raises(ValueError, match="q must lie"):
         edit_mask(x[0], x[0], -0.1)
-    with pytest.raises(ValueError, match=r"must be \(C, H, W\)"):
+    with pytest.raises(ValueError, match=r"source must have shape \(C, H, W\)"):
         edit_mask(x, x, 0.5)
 
 

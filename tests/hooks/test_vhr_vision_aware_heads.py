@@ -359,7 +359,7 @@ def test_refusals():
         attnlib.attach(model, HeadReinforcement())
     with pytest.raises(ValueError, match="layer 9 does not exist"):
         attnlib.attach(model, HeadReinforcement(layers=[9]), token_types=RULE)
-    with pytest.raises(ValueError, match=r"must be \(B, H, D\)"):
+    with pytest.raises(ValueError, match=r"with_image must have shape \(B, H, D\)"):
         head_divergence(torch.zeros(2, 3), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="two HeadReinforcements"):
         attnlib.attach(model, HeadReinforcement(layers=[1]), HeadReinforcement(layers=[2]), token_types=RULE)

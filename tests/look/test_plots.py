@@ -50,10 +50,10 @@ def test_profiles(drawn):
 @pytest.mark.parametrize(
     "draw, match",
     [
-        (lambda: map_over_image(torch.rand(4), torch.rand(3, 8, 8)), "weights must be"),
-        (lambda: map_over_image(torch.rand(4, 4), torch.rand(8, 8)), "weights must be"),
+        (lambda: map_over_image(torch.rand(4), torch.rand(3, 8, 8)), "weights must have shape"),
+        (lambda: map_over_image(torch.rand(4, 4), torch.rand(8, 8)), "image must have shape"),
         (lambda: map_over_image(torch.rand(4, 4), torch.rand(3, 8, 8), ["a", "b"]), "2 titles"),
-        (lambda: head_grid(torch.rand(3, 4, 4)), "maps must be"),
+        (lambda: head_grid(torch.rand(3, 4, 4)), "maps must have shape"),
         (lambda: head_grid(torch.rand(1, 1, 4, 4), labels=["a", "b"]), "2 labels"),
         (lambda: profile({}, "rank"), "nothing was recorded"),
         (lambda: profile({0: {"entropy": torch.rand(2)}}, "rank"), r"possible: \['entropy'\]"),

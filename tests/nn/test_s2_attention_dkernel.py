@@ -233,7 +233,7 @@ def test_bad_settings():
     for settings, words in (
         (dict(stride=0), "stride"),
         (dict(local_blocks=0), "local"),
-        (dict(dense_heads=5), "num_dense=5"),
+        (dict(dense_heads=5), "dense_heads must be"),
         (dict(coverage="maybe"), "coverage="),
         (dict(alibi=True), "alibi"),
         (dict(num_kv_heads=3), "num_kv_heads=3"),

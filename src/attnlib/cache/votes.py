@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import shaped
 from ..types import check_choice, stats_dtype
 
 
+@shaped(q="float (B, H, N, D)", k="float (B, Hk, M, D)", valid="bool (B or 1, M) | (B or 1, Hk or 1, M)")
 def snapkv_votes(
     q: Tensor,
     k: Tensor,

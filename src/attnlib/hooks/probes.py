@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import shaped
 from ..types import check_choice, to_list
 from .intervention import Probe, check_heads
 from .site import Site
@@ -194,6 +195,7 @@ class Record(Probe):
         return shown
 
 
+@shaped(received="number (B, H, L)", seen="number (B, H, L)")
 def sink_rate(received: Tensor, seen: Tensor, epsilon: float = 0.3, sinks: int = 1) -> Tensor:
     """Share of samples and heads whose first tokens are sinks.
 

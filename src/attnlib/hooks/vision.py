@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import shaped
 from ..nn.recompute import running_backward
 from ..types import check_choice, stats_dtype
 from .call import row_blocks, score_rows, verify, weights_of
@@ -96,6 +97,7 @@ def _site_of(q: Tensor, k: Tensor, scale: float | None) -> Site:
     )  # fmt: skip
 
 
+@shaped(q="float (B, H, N, D)", k="float (B, H, N, D)")
 def received_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     """How much each token is attended to by all, averaged over queries and heads: (B, H, N, D) twice -> (B, N)."""
     return _received(_site_of(q, k, scale), q, k, PairMask(q.shape[2], k.shape[2]))

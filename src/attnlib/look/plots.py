@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import shaped
 from ..extras import need
 
 
@@ -27,6 +28,7 @@ def _bare(axes: Any) -> None:
         spine.set_visible(False)
 
 
+@shaped(weights="number (K, rows, columns) | (rows, columns)", image="number (3, H, W)")
 def map_over_image(weights: Tensor, image: Tensor, titles: Sequence[str] = (), opacity: float = 0.65) -> Any:
     """The image, and beside it each map laid over it.
 
@@ -44,11 +46,6 @@ def map_over_image(weights: Tensor, image: Tensor, titles: Sequence[str] = (), o
         ImportError: matplotlib is not installed.
     """
     maps = weights[None] if weights.dim() == 2 else weights
-    if maps.dim() != 3 or image.dim() != 3 or image.shape[0] != 3:
-        raise ValueError(
-            f"weights must be (rows, columns) or (K, rows, columns) and image (3, H, W); got {tuple(weights.shape)} "
-            f"and {tuple(image.shape)}"
-        )
     if titles and len(titles) != len(maps):
         raise ValueError(f"{len(titles)} titles were given for {len(maps)} maps")
     figure, axes = _figure(2.0 * (len(maps) + 1), 2.2, 1, len(maps) + 1)
@@ -67,6 +64,7 @@ def map_over_image(weights: Tensor, image: Tensor, titles: Sequence[str] = (), o
     return figure
 
 
+@shaped(maps="number (layers, heads, rows, columns)", image="number (3, H, W)")
 def head_grid(maps: Tensor, labels: Sequence[str] | None = None, image: Tensor | None = None) -> Any:
     """Small maps of all heads: a row per layer, a column per head, each on its own scale.
 
@@ -108,6 +106,7 @@ def head_grid(maps: Tensor, labels: Sequence[str] | None = None, image: Tensor |
     return figure
 
 
+@shaped()
 def profile(results: Mapping[Any, Mapping[str, Any]], statistic: str, ylabel: str | None = None) -> Any:
     """One statistic over the layers: a dot per head, a line through the means.
 
@@ -146,6 +145,7 @@ def profile(results: Mapping[Any, Mapping[str, Any]], statistic: str, ylabel: st
     return figure
 
 
+@shaped()
 def sink_profile(results: Mapping[Any, Mapping[str, Any]]) -> Any:
     """Mean weight that the first token gets, per head, over the layers.
 

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import shaped
 from ..grids import Layout, coordinates
 from ..hooks.probes import Record, _Layer, sink_rate
 from ..hooks.site import Site
@@ -31,6 +32,7 @@ from ..types import check_choice
 WHAT = ("entropy", "distance", "mass", "sink", "rank")
 
 
+@shaped(a="float (..., N, M)")
 def effective_rank(a: Tensor) -> Tensor:
     """Effective rank of matrices: the exponential of the entropy of their normalised singular values.
 
@@ -313,6 +315,7 @@ class Statistics(Record):
         return shown
 
 
+@shaped(types="whole (B, L)")
 def image_map(
     entry: dict[str, Any], types: Tensor, grid: tuple[int, int], call: int = 0, row: int = -1, normalise: bool = True
 ) -> Tensor:

@@ -26,6 +26,7 @@ from ..checks import (
     checked,
     describe,
     extremes,
+    plain,
     to_tuple,
 )
 from ..grids import Layout, crop_grid
@@ -76,6 +77,9 @@ def _sized(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def door(self: Any, *args: Any, **settings: Any) -> None:
+        # Numbers of numpy do not go on into shapes, comparisons and traits.
+        args = tuple([plain(a) for a in args])
+        settings = {name: plain(value) for name, value in settings.items()}
         for name, value in (*zip(names[1:], args, strict=False), *settings.items()):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 _in_range(name, value, name in self.zero_is_off)

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_real
+from ..checks import check_real, shaped
 from ..hooks.call import row_blocks, score_rows, weights_of
 from ..hooks.recompute import refuse_reentrant
 from ..hooks.site import Site
@@ -47,6 +47,7 @@ from ..types import check_choice, stats_dtype
 from .base import Reduction, best, grid_size
 
 
+@shaped(place="whole (...)")
 def spatial_scores(
     place: Tensor, size: tuple[int, int], rate: float, weight: float = 3.0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -70,6 +71,7 @@ def spatial_scores(
     return on.to(dtype) * max(0.0, 1.0 - rate * weight)
 
 
+@shaped()
 def adaptive_rate(layer: int, layers: int) -> float:
     """The re-implementation's sampling rates: 0.5 in the first 30 % of layers, 0.25 up to 65 %, then 0.0625.
 
@@ -136,6 +138,7 @@ def atp_gates(model: nn.Module, layers: Sequence[int] = (4, 14, 24), rate: float
     return nn.ModuleDict({str(n): ATPGate(config.hidden_size, r) for n, r in zip(layers, rates, strict=True)})
 
 
+@shaped(of="number (B)")
 def atp_losses(
     kept: Sequence[Tensor],
     layers: Sequence[int],

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import shaped
 from ..hooks.attach import attach
 from ..hooks.choose import ask
 from ..hooks.intervention import Intervention, Probe
@@ -110,6 +111,7 @@ class ExitGates(nn.ModuleList):
         return found
 
 
+@shaped(hidden="float (B, N, C)", types="whole (B, N)")
 def exit_features(hidden: Tensor, types: Tensor) -> Tensor:
     """What a gate reads.
 
@@ -133,6 +135,7 @@ def exit_features(hidden: Tensor, types: Tensor) -> Tensor:
     return torch.cat([(hidden[:, start:] * weight).sum(1) / weight.sum(1), hidden[:, -1]], -1)
 
 
+@shaped(image_row="float (B, N)", last_row="float (B, N)", types="whole (B, N)")
 def attention_exit_features(image_row: Tensor, last_row: Tensor, types: Tensor) -> Tensor:
     """What a gate reads of attention weights, the largest over heads.
 
@@ -184,6 +187,7 @@ def _peaks(site: Site, weights: Tensor, rows: Tensor, at: Tensor) -> Tensor:
     return there.scatter_add(2, index, got)[..., :count]
 
 
+@shaped(full="float (B, N, V)", left="float (B, N, V)", labels="whole (B, N)", ratio="infinite")
 def exit_labels(
     full: Tensor,
     left: Tensor,

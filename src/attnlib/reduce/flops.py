@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..checks import shaped
 from ..hooks.site import Site
 
 
@@ -52,6 +53,7 @@ class BlockCost:
         return self.per_token * queries + self.per_pair * queries * (queries if keys is None else keys)
 
 
+@shaped()
 def prefill_flops(costs: Sequence[BlockCost], lengths: Sequence[int], batch: int = 1) -> int:
     """Of reading a prompt that has ``lengths[l]`` tokens in block l.
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import checked
+from ..checks import checked, shaped
 from .base import best
 
 
+@shaped(x="float (n, C)")
 def cosine_kmeans(x: Tensor, clusters: int, iterations: int = 10, first: int = 0) -> Tensor:
     """Cluster vectors by direction, always the same way and into exactly so many clusters.
 
@@ -59,6 +60,7 @@ def cosine_kmeans(x: Tensor, clusters: int, iterations: int = 10, first: int = 0
     return labels
 
 
+@shaped(x="float (n, C)", labels="whole (n)", weights="float (n)")
 def merge_clusters(x: Tensor, labels: Tensor, weights: Tensor, clusters: int) -> Tensor:
     """One vector per cluster: ``sum_j p_j x_j / sum_j p_j``.
 

@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import checked
+from ..checks import checked, shaped
 from ..hooks.site import Site
 from .base import ByAttention, Rate, ReduceByAttention, Selector, TopK
 
@@ -157,6 +157,7 @@ class SearchResult:
         return tuple(k / n for k in self.counts)
 
 
+@shaped(tolerance="infinite")
 def greedy_search(
     score: Callable[[tuple[int, ...]], float],
     layers: int,
@@ -355,6 +356,7 @@ def _posterior(x: Tensor, y: Tensor, at: Tensor, noise: float) -> tuple[Tensor, 
     return best[1], best[2]
 
 
+@shaped()
 def bayesian_search(
     score: Callable[[tuple[float, ...]], float],
     bounds: Sequence[tuple[float, float]],
@@ -426,6 +428,7 @@ def bayesian_search(
     return history[top][0], history[top][1], tuple(history)
 
 
+@shaped()
 def sigmoid_search(
     score: Callable[[tuple[int, ...]], float],
     layers: int,
@@ -500,6 +503,7 @@ def _steepness(curve: Sequence[float]) -> float:
 # Ranks
 
 
+@shaped(scores="number (L, B, n) | (L, n)")
 def rank_consistency(scores: Tensor) -> Tensor:
     """How alike layers rank the same tokens: Spearman's correlation of every pair of layers, averaged over samples.
 

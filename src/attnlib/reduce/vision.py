@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checks import shaped
 from ..hooks.session import Session
 from ..hooks.site import Site
 from ..hooks.vision import VisionTower, merged
@@ -14,6 +15,7 @@ from ..types import check_choice
 from .base import Scorer
 
 
+@shaped()
 def ensemble(layers: Sequence[Tensor], how: str = "sum") -> Tensor:
     """Scores (B, N) of several layers as one: their sum, minimum or maximum.
 

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import shaped
 from ..hooks.call import row_blocks, score_rows, weights_of
 from ..hooks.choose import pack
 from ..hooks.intervention import Intervention, implements
@@ -180,8 +181,9 @@ class VMTC(VTCCLS):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@shaped(text_to_text="float (..., R, T)", text_to_image="float (..., T, I)")
 def focus(text_to_text: Tensor, text_to_image: Tensor) -> Tensor:
-    """``F = A_tt A_ti``: (..., T, T) and (..., T, I) weights -> (..., T, I).
+    """``F = A_tt A_ti``: weights (..., R, T) of some rows of text and (..., T, I) -> (..., R, I).
 
     >>> focus(torch.eye(2), torch.tensor([[0.1], [0.4]])).flatten().tolist()
     [0.10000000149011612, 0.4000000059604645]

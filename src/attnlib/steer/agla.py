@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_real
+from ..checks import check_real, shaped
 from ..hooks.branches import OtherPixels
 from ..types import check_choice
 from .contrastive import ContrastiveDecoding, contrast
@@ -60,6 +60,7 @@ def _blur_matrix(n: int, sigma: float) -> Tensor:
     return torch.zeros(n, n, dtype=torch.float64).scatter_add(1, at, kernel.expand(n, -1))
 
 
+@shaped(relevance="float (B, h, w)")
 def spread_relevance(relevance: Tensor, size: tuple[int, int] = (384, 384), blur: float = 0.02) -> Tensor:
     """A coarse map as a smooth one between 0 and 1.
 
@@ -74,8 +75,8 @@ def spread_relevance(relevance: Tensor, size: tuple[int, int] = (384, 384), blur
     >>> spread_relevance(torch.eye(4)[None], (16, 16)).amax().item()
     1.0
     """
-    if relevance.dim() != 3 or not relevance.numel():
-        raise ValueError(f"relevance must be (B, h, w), got {tuple(relevance.shape)}")
+    if not relevance.numel():
+        raise ValueError(f"relevance must hold numbers, got {tuple(relevance.shape)}")
 
     def scaled(x: Tensor) -> Tensor:
         x = x - x.amin((1, 2), keepdim=True)
@@ -93,6 +94,7 @@ def spread_relevance(relevance: Tensor, size: tuple[int, int] = (384, 384), blur
     return scaled(x).to(relevance.device)
 
 
+@shaped(relevance="float (B, h, w)", score="number (B or 1) | ()")
 def relevance_mask(
     relevance: Tensor, score: Tensor | float, size: tuple[int, int] = (384, 384), blur: float = 0.02
 ) -> Tensor:
@@ -121,6 +123,7 @@ def relevance_mask(
     return spread >= threshold[..., None]
 
 
+@shaped(pixels="float (B, channels, H, W)", mask="bool (B, h, w)")
 def mask_pixels(pixels: Tensor, mask: Tensor, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> Tensor:
     """Black out what a mask leaves out, in pixels that are normalised already.
 
@@ -149,6 +152,7 @@ def mask_pixels(pixels: Tensor, mask: Tensor, mean: Sequence[float] = (0.0,), st
 # Relevance
 
 
+@shaped(attention="float (B, H, T, K)", gradient="float (B, H, T, K)", valid="bool (B, T)")
 def grad_cam(attention: Tensor, gradient: Tensor, valid: Tensor, grid: tuple[int, int], average: bool = True) -> Tensor:
     """Relevance of patches from one layer of cross-attention.
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_real
+from ..checks import check_real, shaped
 from ..hooks.branches import Branch, Prompt
 from ..hooks.hf.follow import watch_prompts
 from ..hooks.hf.names import cache_argument, cache_out, crop, reader
@@ -34,6 +34,7 @@ from ..hooks.session import Session
 from ..hooks.tokens import IMAGE, PAD
 
 
+@shaped(logits="float (B, V)", other="float (B, V)")
 def contrast(logits: Tensor, other: Tensor, a: float, b: float, cutoff: float = 0.0, normalize: bool = False) -> Tensor:
     """``a z + b z'`` where ``z`` is plausible, ``-inf`` elsewhere.
 

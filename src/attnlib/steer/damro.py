@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..checks import shaped
 from ..hooks.branches import ImageTokens, Prompt
 from ..hooks.session import Session
 from ..hooks.tokens import IMAGE
@@ -28,6 +29,7 @@ from ._watch import image_slots
 from .contrastive import ContrastiveDecoding
 
 
+@shaped(features="float (B, K, C)", attention="float (B, N)")
 def select_outliers(features: Tensor, attention: Tensor, k: int, compat: str | None = None) -> Tensor:
     """The features of the patches that the class token attends to most, the strongest first.
 

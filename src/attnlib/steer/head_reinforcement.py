@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import shaped
 from ..hooks.branches import BlockPass, NoImage, Prompt
 from ..hooks.intervention import Intervention, implements
 from ..hooks.session import Session
@@ -35,6 +36,7 @@ from ..types import check_choice, stats_dtype, to_list
 from .contrastive import ContrastiveDecoding
 
 
+@shaped(with_image="float (B, H, D)", without="float (B, H, D)")
 def head_divergence(with_image: Tensor, without: Tensor, outliers: bool = True) -> Tensor:
     """How much each head's output changes when the image is taken away.
 
@@ -49,8 +51,6 @@ def head_divergence(with_image: Tensor, without: Tensor, outliers: bool = True) 
     >>> head_divergence(torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]), torch.zeros(1, 2, 2)).tolist()
     [[5.0, 1.0]]
     """
-    if with_image.shape != without.shape or with_image.dim() != 3:
-        raise ValueError(f"outputs must be (B, H, D), got {tuple(with_image.shape)} and {tuple(without.shape)}")
     dtype = stats_dtype(with_image.dtype)
     divergence = (with_image.to(dtype) - without.to(dtype)).norm(dim=-1)
     if not outliers or divergence.shape[1] < 2:
@@ -63,6 +63,7 @@ def head_divergence(with_image: Tensor, without: Tensor, outliers: bool = True) 
     return divergence.masked_fill(above(divergence) & above(loud), 0.0)
 
 
+@shaped(divergence="float (B, H)")
 def sensitive_heads(divergence: Tensor) -> Tensor:
     """(B, H) boolean: heads above the median of their layer; half of them, where all differ.
 
@@ -72,6 +73,7 @@ def sensitive_heads(divergence: Tensor) -> Tensor:
     return divergence > divergence.median(1, keepdim=True).values
 
 
+@shaped()
 def token_divergence(divergences: Mapping[int, Tensor], k: int) -> Tensor:
     """T-VHD: how much a token relies on the image, the sum over layers of their ``k`` largest divergences.
 

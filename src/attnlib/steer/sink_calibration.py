@@ -25,6 +25,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import shaped
 from ..hooks.attach import attach
 from ..hooks.hf.follow import watch_prompts
 from ..hooks.intervention import Intervention, check_heads
@@ -70,6 +71,7 @@ HEADS: dict[str, dict[int, tuple[int, ...]]] = {
 }  # fmt: skip
 
 
+@shaped(weights="float (B, H, N, M)", seen="bool (B or 1, H or 1, N, M)")
 def column_scores(weights: Tensor, seen: Tensor) -> Tensor:
     """How much each key gets from the rows that see it, on average.
 
@@ -87,6 +89,7 @@ def column_scores(weights: Tensor, seen: Tensor) -> Tensor:
     return total / seen.sum(-2).clamp(min=1)
 
 
+@shaped(scores="float (B, H, M)", threshold="float (B, H or 1, M or 1) | ()", first="whole (B)")
 def find_sinks(scores: Tensor, threshold: float | Tensor, first: Tensor, compat: str | None = None) -> Tensor:
     """Sinks inside the prompt.
 
@@ -109,6 +112,7 @@ def find_sinks(scores: Tensor, threshold: float | Tensor, first: Tensor, compat:
     return above & (index != first.to(scores.device)[:, None])[:, None]
 
 
+@shaped(weights="float (B, H, N, M)", sinks="bool (B or 1, H or 1, M)")
 def calibrate(weights: Tensor, sinks: Tensor, beta: float = 0.4) -> Tensor:
     """Scale the weight on sinks by ``beta`` and share what is taken among the other keys, in proportion.
 

@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import shaped
 from ..hooks.branches import NoImage
 from ..hooks.hf.follow import watch_prompts
 from ..hooks.intervention import Intervention
@@ -36,6 +37,7 @@ from ._watch import at_keys, image_slots, prompt_types
 from .contrastive import ContrastiveDecoding
 
 
+@shaped(first="float (B, N)", late="float (B, N)", spatial="float (B, K)")
 def boost_sets(
     first: Tensor,
     late: Tensor,
@@ -84,6 +86,7 @@ def boost_sets(
     return local & ~summary, summary
 
 
+@shaped(scores="float", gain="float")
 def boost(scores: Tensor, gain: Tensor) -> Tensor:
     """``S + gain |S|`` where scores are finite.
 
@@ -280,6 +283,7 @@ class VisualBoost(Intervention):
         return {"gain": dict(self._gain)}
 
 
+@shaped()
 def image_guidance(scale: float = 2.0, cutoff: float = 0.1) -> ContrastiveDecoding:
     """PAI's guidance, to be attached beside a boost: ``scale (c - u) + u`` on log-probabilities.
 

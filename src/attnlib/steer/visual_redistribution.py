@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import shaped
 from ..hooks.attach import attach
 from ..hooks.intervention import Intervention
 from ..hooks.site import Site
@@ -33,6 +34,7 @@ from ..types import check_choice, to_list
 SINK_DIMS: dict[str, tuple[int, ...]] = {"llama-2-7b": (1415, 2533), "llama-2-13b": (2100, 4743)}
 
 
+@shaped(hidden="float (B, N, C)")
 def sink_tokens(hidden: Tensor, sink_dims: Sequence[int], tau: float = 20.0) -> Tensor:
     """Which tokens carry massive activations.
 
@@ -53,6 +55,12 @@ def sink_tokens(hidden: Tensor, sink_dims: Sequence[int], tau: float = 20.0) -> 
     return wide[..., list(sink_dims)].abs().amax(-1) * scale > tau
 
 
+@shaped(
+    weights="float (B, H, N, M)",
+    image="bool (B or 1, H or 1, M)",
+    sinks="bool (B or 1, H or 1, M)",
+    eligible="bool (B or 1, N)",
+)
 def redistribute(
     weights: Tensor,
     image: Tensor,

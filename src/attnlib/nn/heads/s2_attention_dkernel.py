@@ -254,10 +254,10 @@ class S2Attention(HeadFrame[Notes]):
         if causal and not isinstance(local_blocks, int):
             raise ValueError(f"local_blocks={local_blocks} must be one number with causal=True: the window looks back")
         left, right = (check_int("local_blocks", n, least=1) for n in to_tuple("local_blocks", local_blocks, 2))
-        check_int("dense_heads", dense_heads, least=0)
         self.block_size, self.local_blocks, self.stride, self.coverage = block_size, left, stride, coverage
         relative = not causal if stripes is None else stripes == "relative"
         per_head = num_heads if pattern_heads == "query" else self.num_kv_heads
+        check_int("dense_heads", dense_heads, least=0, most=per_head)
         step = max(1, stride // num_heads) if step is None else step
         shared = dict(step=step, offset=offset, num_heads=num_heads, num_patterns=per_head, num_dense=dense_heads)
         self.pattern: ShardedContext | StridedBlocks

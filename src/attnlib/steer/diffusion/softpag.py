@@ -22,6 +22,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from ...checks import shaped
 from ...hooks.intervention import Intervention, check_heads
 from ...hooks.site import Site
 from ...types import check_choice, to_list
@@ -129,6 +130,7 @@ class SoftPAG(Intervention):
         return (slots >= start) & (slots < stop)
 
 
+@shaped(pred="float (...)", perturbed="float (...)", uncond="float (...)")
 def guide(
     pred: Tensor, perturbed: Tensor, weight: float = 3.0, uncond: Tensor | None = None, cfg: float = 1.0
 ) -> Tensor:
@@ -151,6 +153,7 @@ def guide(
     return base if weight == 0 else base + weight * (pred - perturbed)
 
 
+@shaped()
 def hunt_heads(
     candidates: Sequence[Head], objective: Callable[[list[Head]], float], rounds: int, per_round: int = 1
 ) -> list[Head]:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_int
+from ...checks import check_int, shaped
 from ...hooks.intervention import Intervention
 from ...hooks.session import Session
 from ...hooks.site import Site
@@ -237,6 +237,7 @@ def inversion_offsets(
     return offsets
 
 
+@shaped(x="float (...)")
 def quantile(x: Tensor, q: float) -> Tensor:
     """The ``q``-quantile of all elements, of any number (``torch.quantile`` stops at 16 million).
 
@@ -249,6 +250,7 @@ def quantile(x: Tensor, q: float) -> Tensor:
     return torch.lerp(ordered[low], ordered[min(low + 1, len(ordered) - 1)], at - low)
 
 
+@shaped(source="float (C, H, W)", target="float (C, H, W)")
 def edit_mask(source: Tensor, target: Tensor, q: float, radius: int = 0, twice: bool = True) -> Tensor:
     """Where two predicted clean images differ, by a threshold at a quantile of their difference.
 
@@ -268,8 +270,6 @@ def edit_mask(source: Tensor, target: Tensor, q: float, radius: int = 0, twice: 
     """
     if not 0.0 <= q <= 1.0 or radius < 0:
         raise ValueError(f"q must lie in [0, 1] and radius be at least 0, got q={q}, radius={radius}")
-    if source.shape != target.shape or source.dim() != 3:
-        raise ValueError(f"source and target must be (C, H, W), got {tuple(source.shape)} and {tuple(target.shape)}")
     difference = (source - target).abs()
     threshold = quantile(difference, q)
     excess = (difference - threshold).clamp(min=0) if twice else difference
@@ -279,6 +279,7 @@ def edit_mask(source: Tensor, target: Tensor, q: float, radius: int = 0, twice: 
     return mask
 
 
+@shaped(source="float (C, H, W)", target="float (C, H, W)", uniform="float (C, H, W)", mask="bool (C, H, W)")
 def blend(source: Tensor, target: Tensor, uniform: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Clean images of source and target after the exchange with the uniform branch.
 
