@@ -1,6 +1,9 @@
 """What is checked at a door: each refusal names the argument, what was given and what is possible."""
 
+import importlib
+import inspect
 import math
+import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import attnlib
 from attnlib import checks as C
 
 T = torch.zeros(2, 3)
@@ -194,3 +198,88 @@ def test_settings_are_checked_by_their_annotations(kw, error, words):
     with pytest.raises(error, match=words):
         Derived(**{"name": "a", "dim": 4, **kw})
     assert Derived("a", sides=[1, np.int64(2)], map=T, rule=abs, dim=np.int64(4), attn_drop=0, reach=INF).dim == 4
+
+
+# ---- shaped
+
+
+@C.shaped(x="float (B, N)", w="bool (B or 1, N) | (N)", y="alike (..., D)", z="alike (..., D)", much="infinite")
+def mean(x: Tensor, w: Tensor, y: Tensor | float | None = None, z: Tensor | None = None, much: float = 0.0,
+         how: str = "sum", times: int = 1) -> int:  # fmt: skip
+    return times
+
+
+W = torch.ones(3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(x=T, w=W), dict(x=T, w=W[None]), dict(x=T, w=W.expand(2, 3)), dict(x=T, w=W, y=2.0), dict(x=T, w=W, y=T),
+        dict(x=T, w=W, y=T, z=T + 1), dict(x=T, w=W, much=INF), dict(x=T, w=W, times=np.int64(3)),
+    ],
+)  # fmt: skip
+def test_what_belongs_together_passes(given):
+    assert mean(**given) == given.get("times", 1) and type(mean(**given)) is int
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        (dict(x=[1.0], w=W), TypeError, "x must be a floating-point tensor"),
+        (dict(x=T.long(), w=W), TypeError, "x must be a floating-point tensor"),
+        (dict(x=T, w=T), TypeError, "w must be a boolean tensor"),
+        (dict(x=T[0], w=W), ValueError, r"x must have shape \(B, N\), got \(3,\)"),
+        (dict(x=T, w=W.expand(3, 3)), ValueError, r"w must have shape \(B=2 or 1, N=3\) or \(N=3\), got \(3, 3\)"),
+        (dict(x=T, w=W[:2]), ValueError, "w must have shape"),
+        (dict(x=T, w=W, y="much"), TypeError, "y must be"),
+        (dict(x=T, w=W, y=T, z=T[:, :2]), ValueError, "z must have shape"),
+        (dict(x=T, w=W, y=T, z=T.double()), TypeError, "y and z must share one floating dtype"),
+        (dict(x=T, w=W.to("meta")), ValueError, "x and w must lie on one device"),
+        (dict(x=T, w=W, much=NAN), ValueError, "much must be"),
+        (dict(x=T, w=W, much=-INF), ValueError, "much must be"),
+        (dict(x=T, w=W, how=3), TypeError, "how must be a string"),
+        (dict(x=T, w=W, times=1.5), TypeError, "times must be an integer"),
+        (dict(x=T), TypeError, "missing a required argument: 'w'"),
+        (dict(x=T, w=W, wieghts=T), TypeError, "possible are the arguments"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused_by_name(given, error, words):
+    with pytest.raises(error, match=words):
+        mean(**given)
+
+
+def shaped_functions():
+    """Every function of the library with such a door whose arguments are tensors or may be left out."""
+    found = {}
+    for module in pkgutil.walk_packages(attnlib.__path__, "attnlib."):
+        if module.name.split(".")[1] in ("steer", "reduce", "cache", "look", "hooks"):
+            for name, value in vars(importlib.import_module(module.name)).items():
+                if shapes := getattr(value, "shapes", None):
+                    parameters = inspect.signature(value).parameters.values()
+                    if all(p.name in shapes or p.default is not p.empty for p in parameters):
+                        found[name] = value
+    return found
+
+
+FUNCTIONS = shaped_functions()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_techniques_refuse_what_is_no_tensor_by_name(name):
+    function, sizes = FUNCTIONS[name], {}
+    for argument, text in function.shapes.items():
+        assert " " not in text.strip() or "(" in text, f"{argument}: {text!r}"
+    for argument in function.shapes:
+        if function.shapes[argument] == "infinite":
+            continue
+        given = {argument: object()}
+        for other, text in function.shapes.items():
+            if other == argument or text == "infinite":
+                continue
+            kind, _, shape = text.partition(" ")
+            axes = [a.split(" or ")[0].strip() for a in shape.split("|")[0].strip("() ").split(",") if a.strip()]
+            t = torch.ones([int(a) if a.isdigit() else sizes.setdefault(a, 4) for a in axes if a != "..."])
+            given[other] = t.bool() if kind == "bool" else t.long() if kind == "whole" else t
+        with pytest.raises(TypeError, match=argument):
+            function(**given)

@@ -338,6 +338,12 @@ def check_place(name: str, device: Any) -> torch.device | None:
         raise ValueError(f"{name}={device!r} is no device that torch knows, such as 'cpu' or 'cuda:0'") from error
 
 
+def check_values(name: str, value: Tensor) -> None:
+    """Raise ``ValueError`` for a tensor whose values cannot be read, where they are needed."""
+    if value.is_meta:
+        raise ValueError(f"{name} must hold values that can be read, got a tensor on meta")
+
+
 def check_tensors(name: str, value: Any, least: int = 0) -> list[Tensor]:
     """``value`` as a list, unless it is no sequence of at least ``least`` tensors."""
     if isinstance(value, (Tensor, str)) or not isinstance(value, Sequence):
@@ -438,6 +444,7 @@ def checked(function: F) -> F:
 
     @functools.wraps(function)
     def door(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tuple([plain(a) for a in args]), {name: plain(value) for name, value in kwargs.items()}
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
@@ -575,11 +582,11 @@ def shaped(**tensors: str) -> Callable[[F], F]:
     """A function called only with tensors of these kinds and shapes; its other arguments as its annotations say.
 
     Args:
-        tensors: by argument ``"float (B, H, N)"``: a kind (``float``, ``bool``, ``whole``, ``number`` for any real one,
-            ``tensor``) and axes. One name is one size in all arguments, ``B or 1`` may also be 1, a number is a size,
-            ``...`` in front stands for any axes, the same in all arguments; ``|`` separates possible shapes; without
-            axes any shape will do. All lie on one device. An argument whose default is ``None`` may be that. Of a
-            number, ``"infinite"`` says that it may be infinite.
+        tensors: by argument ``"float (B, H, N)"``: a kind (``float``, ``alike`` for floats of one type, ``bool``,
+            ``whole``, ``number`` for any real one, ``tensor``) and axes. One name is one size in all arguments,
+            ``B or 1`` may also be 1, a number is a size, ``...`` in front stands for any axes, the same in all
+            arguments; ``|`` separates possible shapes; without axes any shape will do. All lie on one device. An
+            argument whose default is ``None`` may be that. Of a number, ``"infinite"`` says that it may be infinite.
 
     While a compiler traces, nothing is looked at.
 
@@ -601,11 +608,13 @@ def shaped(**tensors: str) -> Callable[[F], F]:
         def door(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return function(*args, **kwargs)
+            args, kwargs = tuple([plain(a) for a in args]), {name: plain(value) for name, value in kwargs.items()}
             try:
                 given = signature.bind(*args, **kwargs).arguments
             except TypeError as error:
                 raise TypeError(f"{error}; possible are the arguments {names}") from None
-            hints, sizes = _hints(function), {}
+            hints = _hints(function)
+            sizes: dict[str, Any] = {}
             for name, value in given.items():
                 parameter = signature.parameters[name]
                 if value is parameter.default or parameter.kind in (_ANY_ARGS, _ANY_KEYWORDS):
@@ -613,12 +622,15 @@ def shaped(**tensors: str) -> Callable[[F], F]:
                 if name in wanted and (isinstance(value, Tensor) or not _fits_beside_tensors(value, hints.get(name))):
                     _check_shapes(name, value, wanted[name], sizes)
                 elif name in endless:
-                    check_real(name, value, finite=False)
+                    check_real(name, value, above=-math.inf, finite=False)
                 elif refusal := _check_setting(name, value, hints.get(name, Any)):
                     raise TypeError(refusal[1])
-            check_device(**{name: t for name in wanted if isinstance(t := given.get(name), Tensor)})
+            found = {name: t for name in wanted if isinstance(t := given.get(name), Tensor)}
+            check_device(**found)
+            check_dtype(**{name: t for name, t in found.items() if wanted[name][0] == "alike"})
             return function(*args, **kwargs)
 
+        door.shapes = dict(tensors)  # type: ignore[attr-defined]  # to look at
         return door  # type: ignore[return-value]
 
     return decorate
@@ -628,6 +640,7 @@ _Shapes = tuple[str, list[list[str]] | None]
 
 _TENSOR_KINDS: dict[str, tuple[Callable[[Tensor], bool], str]] = {
     "float": (Tensor.is_floating_point, "a floating-point tensor"),
+    "alike": (Tensor.is_floating_point, "a floating-point tensor"),
     "bool": (lambda t: t.dtype == torch.bool, "a boolean tensor"),
     "whole": (lambda t: t.dtype in _WHOLE, "an integer tensor"),
     "number": (lambda t: t.dtype != torch.bool and not t.is_complex(), "a tensor of real numbers"),

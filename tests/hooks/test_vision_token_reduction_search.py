@@ -198,7 +198,7 @@ def test_cost_model():
     assert prefill_flops([BlockCost.llama(c, m)] * 2, [7, 3]) == BlockCost.llama(c, m).flops(7) + BlockCost.llama(
         c, m
     ).flops(3)
-    with pytest.raises(ValueError, match="2 blocks have a cost, 1 lengths"):
+    with pytest.raises(ValueError, match="lengths must be one for each of 2 costs, got 1"):
         prefill_flops([BlockCost(1, 1)] * 2, [3])
 
 

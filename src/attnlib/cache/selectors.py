@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import checked
+from ..checks import check_within, checked, shaped
 from ..types import check_choice
 
 
@@ -40,11 +40,12 @@ class TopK:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
+    @shaped(scores="float (B, Hk, M)")
     def ready(self, scores: Tensor) -> Tensor:
         """Scores (B, Hk, M) after pooling, ``+inf`` for keys that stay in any case; ``-inf`` keys stay ``-inf``."""
         there = scores > -torch.inf
         out = scores
-        if self.kernel_size > 1:
+        if self.kernel_size > 1 and scores.numel():
             size, finite = self.kernel_size, scores.isfinite()
             if self.pooling == "max":
                 out = F.max_pool1d(scores.masked_fill(~finite, -torch.inf), size, stride=1, padding=size // 2)
@@ -61,9 +62,11 @@ class TopK:
             out = out.masked_fill(there & (there.flip(-1).cumsum(-1).flip(-1) <= self.recent), torch.inf)
         return out
 
+    @shaped(scores="float (B, Hk, M)", counts="whole (B, Hk)")
     def pick(self, scores: Tensor, counts: Tensor) -> Tensor:
         """The ``counts`` (B, Hk) best of ready scores (B, Hk, M): (B, Hk, K) ascending, -1 before shorter rows."""
-        most = int(counts.max())
+        check_within("counts", counts, scores.shape[-1] + 1, "key")
+        most = int(counts.max()) if counts.numel() else 0
         best = scores.topk(most, dim=-1).indices
         short = torch.arange(most, device=scores.device) >= counts.unsqueeze(-1)
         return best.masked_fill(short, -1).sort(-1).values

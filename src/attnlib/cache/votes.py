@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import shaped
+from ..checks import check_divides, check_width, shaped
 from ..types import check_choice, stats_dtype
 
 
@@ -52,6 +52,10 @@ def snapkv_votes(
     check_choice("reduce", reduce, ("sum", "mean"))
     check_choice("compat", compat, (None, "authors"))
     check_window(window_size, kernel_size, even=compat == "authors")
+    if not q.shape[1]:
+        raise ValueError(f"q must have at least one head, got {tuple(q.shape)}")
+    check_divides("heads of k", k.shape[1], "heads of q", q.shape[1])
+    check_width("k", k, q.shape[3], "the width of q")
     batch, heads, n, kv_heads, m = q.shape[0], q.shape[1], q.shape[2], k.shape[1], k.shape[2]
     if m <= window_size or n < window_size:
         raise ValueError(f"window_size={window_size} must be smaller than the prompt ({m} keys, {n} queries given)")

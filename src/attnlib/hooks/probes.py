@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import shaped
+from ..checks import check_int, shaped
 from ..types import check_choice, to_list
 from .intervention import Probe, check_heads
 from .site import Site
@@ -211,6 +211,9 @@ def sink_rate(received: Tensor, seen: Tensor, epsilon: float = 0.3, sinks: int =
     >>> sink_rate(torch.tensor([[[4.0, 0.0]]]), torch.tensor([[[4.0, 3.0]]])).tolist()
     [1.0]
     """
+    check_int("sinks", sinks, least=1)
+    if not received.shape[-1]:
+        raise ValueError(f"received must hold at least one slot, got {tuple(received.shape)}")
     alpha = received / seen.clamp_min(1)
     first = (seen > 0).to(torch.int64).argmax(-1, keepdim=True)
     index = first + torch.arange(sinks, device=received.device)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import shaped
+from ..checks import check_real, check_values, shaped
 from ..extras import need
 
 
@@ -45,6 +45,11 @@ def map_over_image(weights: Tensor, image: Tensor, titles: Sequence[str] = (), o
         ValueError: shapes that are no map and no image.
         ImportError: matplotlib is not installed.
     """
+    check_real("opacity", opacity, least=0, most=1)
+    for name, t in (("weights", weights), ("image", image)):
+        check_values(name, t)
+        if not t.numel():
+            raise ValueError(f"{name} must hold numbers, got {tuple(t.shape)}")
     maps = weights[None] if weights.dim() == 2 else weights
     if titles and len(titles) != len(maps):
         raise ValueError(f"{len(titles)} titles were given for {len(maps)} maps")
@@ -80,7 +85,8 @@ def head_grid(maps: Tensor, labels: Sequence[str] | None = None, image: Tensor |
         ValueError: maps of another rank.
         ImportError: matplotlib is not installed.
     """
-    if maps.dim() != 4 or 0 in maps.shape:
+    check_values("maps", maps)
+    if 0 in maps.shape:
         raise ValueError(f"maps must be (layers, heads, rows, columns), got {tuple(maps.shape)}")
     layers, heads = maps.shape[:2]
     names = [str(i) for i in range(layers)] if labels is None else list(labels)

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import shaped
+from ..checks import check_int, check_ints, shaped
 from ..grids import Layout, coordinates
 from ..hooks.probes import Record, _Layer, sink_rate
 from ..hooks.site import Site
@@ -339,7 +339,17 @@ def image_map(
     >>> image_map(entry, torch.tensor([[1, 2, 2]]), (1, 2)).tolist()
     [[[[0.5, 0.5]]]]
     """
-    weights, keys = entry["weights"][call][:, :, row], entry["keys"][call]
+    for name in ("weights", "keys"):
+        if name not in entry:
+            raise ValueError(f"entry holds no {name!r}; record it with Record(what=('weights',)), got {sorted(entry)}")
+    calls = len(entry["weights"])
+    check_int("call", call, least=-calls, most=calls - 1)
+    recorded, keys = entry["weights"][call], entry["keys"][call]
+    check_int("row", row, least=-recorded.shape[2], most=recorded.shape[2] - 1)
+    check_ints("grid", grid, least=1)
+    if len(types) != len(recorded):
+        raise ValueError(f"types is for {len(types)} samples, but the weights are of {len(recorded)}")
+    weights = recorded[:, :, row]
     if keys.dim() > 1:
         raise ValueError("keys were evicted from this cache, so the image is not whole any more")
     size = grid[0] * grid[1]

@@ -38,7 +38,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_real, shaped
+from ..checks import (
+    check_axes,
+    check_device,
+    check_float,
+    check_int,
+    check_ints,
+    check_real,
+    check_tensors,
+    extremes,
+    shaped,
+)
 from ..hooks.call import row_blocks, score_rows, weights_of
 from ..hooks.recompute import refuse_reentrant
 from ..hooks.site import Site
@@ -66,6 +76,11 @@ def spatial_scores(
     >>> spatial_scores(torch.arange(4), (2, 2), 0.25).tolist()
     [0.25, 0.0, 0.0, 0.0]
     """
+    check_ints("size", size, least=1)
+    check_real("rate", rate, above=0, most=1)
+    check_real("weight", weight, least=0)
+    if extremes(place, (0, 0))[0] < 0:
+        raise ValueError("place must hold numbers of tokens, got a negative one")
     stride = max(1, round((1.0 / rate) ** 0.5))
     on = (place // size[1] % stride == 0) & (place % size[1] % stride == 0)
     return on.to(dtype) * max(0.0, 1.0 - rate * weight)
@@ -78,6 +93,8 @@ def adaptive_rate(layer: int, layers: int) -> float:
     >>> [adaptive_rate(n, 32) for n in (4, 14, 24)]
     [0.5, 0.25, 0.0625]
     """
+    check_int("layers", layers, least=1)
+    check_int("layer", layer, least=0, most=layers - 1)
     depth = layer / layers
     return 0.5 if depth < 0.3 else 0.25 if depth < 0.65 else 0.0625
 
@@ -161,6 +178,14 @@ def atp_losses(
     >>> round(float(atp_losses([torch.tensor([144.0])], [4], torch.tensor([576]))["total"]), 4)
     0.05
     """
+    kept = check_tensors("kept", kept, least=1)
+    if len(layers) != len(kept):
+        raise ValueError(f"layers must name {len(kept)} layers, one for each entry of kept, got {list(layers)}")
+    for i, k in enumerate(kept):
+        check_float(f"kept[{i}]", k)
+        check_axes(f"kept[{i}]", k, B=len(of))
+        check_device(of=of, **{f"kept[{i}]": k})
+    check_real("target", target, least=0)
     penalty = sum((k / of.clamp(min=1)).mean() * n for k, n in zip(kept, layers, strict=True))
     mean = torch.stack([k.mean() for k in kept]).mean()
     goal = target * of.to(mean.dtype).mean() if target < 1 else target

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import shaped
+from ..checks import check_within, shaped
 from ..hooks.attach import attach
 from ..hooks.choose import ask
 from ..hooks.intervention import Intervention, Probe
@@ -214,6 +214,8 @@ def exit_labels(
     [1]
     """
     check_choice("compat", compat, (None, "authors"))
+    asked = labels[labels != -100]
+    check_within("labels", asked, full.shape[-1], "token id")
     goal = labels[:, 1:]
     answer = goal > 0 if compat == "authors" else goal != -100
     same = (full[:, :-1].argmax(-1) == left[:, :-1].argmax(-1)) & answer

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..checks import shaped
+from ..checks import check_int, check_ints, checked, shaped
 from ..hooks.site import Site
 
 
+@checked
 @dataclass(frozen=True)
 class BlockCost:
     """Floating-point operations of one decoder block (a multiplication and an addition are two).
@@ -26,6 +27,10 @@ class BlockCost:
 
     per_token: int
     per_pair: int
+
+    def __post_init__(self) -> None:
+        check_int("per_token", self.per_token, least=0)
+        check_int("per_pair", self.per_pair, least=0)
 
     @classmethod
     def of(cls, block: nn.Module, site: Site) -> BlockCost:
@@ -61,5 +66,7 @@ def prefill_flops(costs: Sequence[BlockCost], lengths: Sequence[int], batch: int
     24
     """
     if len(costs) != len(lengths):
-        raise ValueError(f"{len(costs)} blocks have a cost, {len(lengths)} lengths were given")
+        raise ValueError(f"lengths must be one for each of {len(costs)} costs, got {len(lengths)}")
+    check_ints("lengths", lengths, least=0)
+    check_int("batch", batch, least=0)
     return batch * sum(cost.flops(n) for cost, n in zip(costs, lengths, strict=True))

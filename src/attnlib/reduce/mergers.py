@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import checked, shaped
+from ..checks import check_int, check_values, check_within, checked, readable, shaped
 from .base import best
 
 
@@ -36,6 +36,10 @@ def cosine_kmeans(x: Tensor, clusters: int, iterations: int = 10, first: int = 0
     [0, 0, 1]
     """
     n = x.shape[0]
+    check_values("x", x)
+    check_int("iterations", iterations, least=0)
+    if n:
+        check_int("first", first, least=0, most=n - 1)
     if not 1 <= clusters <= n:
         raise ValueError(f"clusters must lie between 1 and the {n} tokens to be merged, got {clusters}")
     unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
@@ -76,6 +80,13 @@ def merge_clusters(x: Tensor, labels: Tensor, weights: Tensor, clusters: int) ->
     >>> merge_clusters(torch.tensor([[1.0], [4.0]]), torch.tensor([0, 0]), torch.tensor([1.0, 2.0]), 1).tolist()
     [[3.0]]
     """
+    check_int("clusters", clusters, least=1)
+    check_within("labels", labels, clusters, "cluster")
+    if readable(labels) and labels.device.type == "cpu":
+        if (found := labels.unique().numel()) < clusters:
+            raise ValueError(f"labels must name each of the {clusters} clusters, got {found} of them")
+        if bool((weights < 0).any()):
+            raise ValueError("weights must not be negative, got one that is")
     dtype = torch.promote_types(x.dtype, torch.float32)
     p = weights.to(dtype)
     total = p.new_zeros(clusters).index_add(0, labels, p)

@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import checked, shaped
+from ..checks import check_int, check_real, checked, shaped
 from ..hooks.site import Site
 from .base import ByAttention, Rate, ReduceByAttention, Selector, TopK
 
@@ -389,14 +389,15 @@ def bayesian_search(
     """
     if not bounds or any(not a < b for a, b in bounds):
         raise ValueError(f"bounds must be pairs (least, most), got {list(bounds)}")
-    if evaluations < 1:
-        raise ValueError(f"evaluations must be at least 1, got {evaluations}")
+    check_int("evaluations", evaluations, least=1)
+    check_int("explore", explore, least=0)
+    check_real("noise", noise, above=0)
     generator = torch.Generator().manual_seed(seed)
     low = torch.tensor([b[0] for b in bounds], dtype=torch.float64)
     span = torch.tensor([b[1] - b[0] for b in bounds], dtype=torch.float64)
     sobol = torch.quasirandom.SobolEngine(len(bounds), scramble=True, seed=seed)
     waiting = [((torch.tensor(p, dtype=torch.float64) - low) / span).clamp(0, 1) for p in start]
-    waiting += list(sobol.draw(max(0, explore)).to(torch.float64))
+    waiting += list(sobol.draw(explore).to(torch.float64)) if explore else []
     points: list[Tensor] = []
     values: list[float] = []
     history: list[tuple[tuple[float, ...], float]] = []
@@ -463,6 +464,9 @@ def sigmoid_search(
     >>> sigmoid_search(lambda k: k[1], layers=4, n=16, budget=0.5, evaluations=8).evaluations
     8
     """
+    check_int("layers", layers, least=1)
+    check_int("first_layer", first_layer, least=0, most=layers - 1)
+    check_int("n", n, least=1)
     limits = {"low": (0.0, budget), "high": (budget, 1.0), "steepness": (0.05, 3.0), **(bounds or {})}
     unknown = sorted(set(limits) - {"low", "high", "steepness"})
     if unknown:
@@ -521,8 +525,8 @@ def rank_consistency(scores: Tensor) -> Tensor:
     """
     if scores.dim() == 2:
         scores = scores[:, None]
-    if scores.dim() != 3 or scores.shape[-1] < 2:
-        raise ValueError(f"scores must be (L, B, n) with at least two tokens, got {tuple(scores.shape)}")
+    if scores.shape[-1] < 2 or not scores.numel():
+        raise ValueError(f"scores must be (L, B, n) with a sample and at least two tokens, got {tuple(scores.shape)}")
     wide = scores.to(torch.float64)
     less = (wide.unsqueeze(-1) > wide.unsqueeze(-2)).sum(-1)
     same = (wide.unsqueeze(-1) == wide.unsqueeze(-2)).sum(-1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import shaped
+from ..checks import check_device, check_float, check_tensors, shaped
 from ..hooks.session import Session
 from ..hooks.site import Site
 from ..hooks.vision import VisionTower, merged
@@ -23,7 +23,13 @@ def ensemble(layers: Sequence[Tensor], how: str = "sum") -> Tensor:
     [[3.0, 2.0]]
     """
     check_choice("ensemble", how, ("sum", "min", "max"))
-    stacked = torch.stack(list(layers))
+    given = check_tensors("layers", layers, least=1)
+    if len({t.shape for t in given}) != 1:
+        raise ValueError(f"layers must be of one shape, got {[tuple(t.shape) for t in given]}")
+    for i, t in enumerate(given):
+        check_float(f"layers[{i}]", t)
+    check_device(**{f"layers[{i}]": t for i, t in enumerate(given)})
+    stacked = torch.stack(given)
     return stacked.sum(0) if how == "sum" else stacked.amin(0) if how == "min" else stacked.amax(0)
 
 

@@ -181,7 +181,7 @@ class VMTC(VTCCLS):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@shaped(text_to_text="float (..., R, T)", text_to_image="float (..., T, I)")
+@shaped(text_to_text="alike (..., R, T)", text_to_image="alike (..., T, I)")
 def focus(text_to_text: Tensor, text_to_image: Tensor) -> Tensor:
     """``F = A_tt A_ti``: weights (..., R, T) of some rows of text and (..., T, I) -> (..., R, I).
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_real, shaped
+from ..checks import check_ints, check_real, check_values, shaped
 from ..hooks.branches import OtherPixels
 from ..types import check_choice
 from .contrastive import ContrastiveDecoding, contrast
@@ -75,8 +75,12 @@ def spread_relevance(relevance: Tensor, size: tuple[int, int] = (384, 384), blur
     >>> spread_relevance(torch.eye(4)[None], (16, 16)).amax().item()
     1.0
     """
+    check_values("relevance", relevance)
     if not relevance.numel():
         raise ValueError(f"relevance must hold numbers, got {tuple(relevance.shape)}")
+    height, width = check_ints("size", size, least=1)
+    size = (height, width)
+    check_real("blur", blur, least=0)
 
     def scaled(x: Tensor) -> Tensor:
         x = x - x.amin((1, 2), keepdim=True)
@@ -139,8 +143,15 @@ def mask_pixels(pixels: Tensor, mask: Tensor, mean: Sequence[float] = (0.0,), st
     >>> mask_pixels(torch.ones(1, 1, 1, 2), torch.tensor([[[True, False]]]), (0.5,), (0.5,)).flatten().tolist()
     [1.0, -1.0]
     """
-    if len(mask) != len(pixels):
-        raise ValueError(f"the mask has {len(mask)} images, pixels have {len(pixels)}")
+    if not pixels.numel() or not mask.numel():
+        raise ValueError(f"pixels and mask must hold something, got {tuple(pixels.shape)} and {tuple(mask.shape)}")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, pixels.shape[1]):
+            raise ValueError(
+                f"{name} must hold one number, or one for each of {pixels.shape[1]} channels, got {values}"
+            )
+    if 0 in std:
+        raise ValueError(f"std must hold no zero, got {std}")
     if mask.shape[-2:] != pixels.shape[-2:]:
         mask = F.interpolate(mask[:, None].float(), size=pixels.shape[-2:], mode="nearest-exact")[:, 0] > 0.5
     given = [torch.as_tensor(t, dtype=torch.float64, device=pixels.device) for t in (mean, std)]
@@ -168,7 +179,8 @@ def grad_cam(attention: Tensor, gradient: Tensor, valid: Tensor, grid: tuple[int
 
     Reference: An et al., 2024, arXiv 2406.12718, equations 4 and 5.
     """
-    patches = grid[0] * grid[1]
+    rows, columns = check_ints("grid", grid, least=1)
+    grid, patches = (rows, columns), rows * columns
     if attention.shape != gradient.shape or attention.shape[-1] not in (patches, patches + 1):
         raise ValueError(
             f"attention {tuple(attention.shape)} and its gradient {tuple(gradient.shape)} must agree and have "

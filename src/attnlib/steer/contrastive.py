@@ -52,6 +52,7 @@ def contrast(logits: Tensor, other: Tensor, a: float, b: float, cutoff: float = 
     >>> contrast(torch.tensor([[0.0, -1.0, -9.0]]), torch.tensor([[1.0, 0.0, 0.0]]), 2.0, -1.0, 0.1).tolist()
     [[-1.0, -2.0, -inf]]
     """
+    check_real("cutoff", cutoff, least=0, most=1)
     if normalize:
         logits, other = logits.log_softmax(-1), other.log_softmax(-1)
     out = logits if a == 1 else a * logits

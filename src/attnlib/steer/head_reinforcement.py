@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import shaped
+from ..checks import check_float, check_int, shaped
 from ..hooks.branches import BlockPass, NoImage, Prompt
 from ..hooks.intervention import Intervention, implements
 from ..hooks.session import Session
@@ -70,6 +70,8 @@ def sensitive_heads(divergence: Tensor) -> Tensor:
     >>> sensitive_heads(torch.tensor([[1.0, 4.0, 3.0, 2.0]])).tolist()
     [[False, True, True, False]]
     """
+    if not divergence.shape[1]:
+        raise ValueError(f"divergence must be that of at least one head, got {tuple(divergence.shape)}")
     return divergence > divergence.median(1, keepdim=True).values
 
 
@@ -89,6 +91,11 @@ def token_divergence(divergences: Mapping[int, Tensor], k: int) -> Tensor:
     """
     if not divergences:
         raise ValueError("divergences is empty")
+    check_int("k", k, least=1)
+    for layer, d in divergences.items():
+        check_float(f"divergences[{layer!r}]", d)
+        if d.dim() != 2 or d.shape[1] < k:
+            raise ValueError(f"divergences[{layer!r}] must be (B, H) with at least k={k} heads, got {tuple(d.shape)}")
     return torch.stack([d.topk(k, 1).values.sum(1) for d in divergences.values()]).sum(0)
 
 

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import shaped
+from ..checks import check_within, shaped
 from ..hooks.attach import attach
 from ..hooks.hf.follow import watch_prompts
 from ..hooks.intervention import Intervention, check_heads
@@ -105,6 +105,8 @@ def find_sinks(scores: Tensor, threshold: float | Tensor, first: Tensor, compat:
     >>> find_sinks(torch.tensor([[[0.5, 0.05, 0.3]]]), 0.1, torch.tensor([0])).tolist()
     [[[False, False, True]]]
     """
+    check_choice("compat", compat, (None, "authors"))
+    check_within("first", first, scores.shape[-1], "key")
     above = scores > threshold
     if compat == "authors":
         return above & (above.cumsum(-1) > 1)

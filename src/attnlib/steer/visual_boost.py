@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import shaped
+from ..checks import check_real, shaped
 from ..hooks.branches import NoImage
 from ..hooks.hf.follow import watch_prompts
 from ..hooks.intervention import Intervention
@@ -67,6 +67,8 @@ def boost_sets(
     ([6], [7])
     """
     check_choice("compat", compat, (None, "authors"))
+    check_real("ratio", ratio, least=0, most=1)
+    check_real("spatial_ratio", spatial_ratio, least=0, most=1)
     count = first.shape[-1]
     wide = late.to(stats_dtype(late.dtype))
     at = torch.tensor([0.25, 0.75], dtype=wide.dtype, device=wide.device)
@@ -97,6 +99,10 @@ def boost(scores: Tensor, gain: Tensor) -> Tensor:
     >>> boost(torch.tensor([-2.0, 2.0, float("-inf")]), torch.tensor([0.5, 0.5, 0.5])).tolist()
     [-1.0, 3.0, -inf]
     """
+    if gain.dim() > scores.dim() or any(
+        a not in (1, b) for a, b in zip(reversed(gain.shape), reversed(scores.shape), strict=False)
+    ):
+        raise ValueError(f"gain must broadcast to scores {tuple(scores.shape)}, got {tuple(gain.shape)}")
     size = scores.abs()
     return torch.where(size < float("inf"), torch.addcmul(scores, gain, size), scores)
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import shaped
+from ..checks import check_ints, check_real, shaped
 from ..hooks.attach import attach
 from ..hooks.intervention import Intervention
 from ..hooks.site import Site
@@ -50,9 +50,12 @@ def sink_tokens(hidden: Tensor, sink_dims: Sequence[int], tau: float = 20.0) -> 
     >>> sink_tokens(x, (3,), tau=5.0).tolist()
     [[False, True]]
     """
+    dims = check_ints("sink_dims", sink_dims, least=0, most=hidden.shape[-1] - 1)
+    if not dims:
+        raise ValueError("sink_dims must name at least one dimension, got none")
     wide = hidden.float() if hidden.dtype != torch.float64 else hidden
     scale = torch.rsqrt(wide.pow(2).mean(-1) + 1e-6)
-    return wide[..., list(sink_dims)].abs().amax(-1) * scale > tau
+    return wide[..., list(dims)].abs().amax(-1) * scale > tau
 
 
 @shaped(
@@ -86,6 +89,9 @@ def redistribute(
     Returns:
         (B, H, N, M) with the same row sums; rows that are not chosen are the same numbers.
     """
+    check_choice("compat", compat, (None, "authors"))
+    for name, part in (("p", p), ("rho", rho), ("summ", summ)):
+        check_real(name, part, least=0, most=1)
     image, sinks = image.unsqueeze(-2), sinks.unsqueeze(-2)
     visual, rest = image & sinks, image & ~sinks
     zero = torch.zeros_like(weights)

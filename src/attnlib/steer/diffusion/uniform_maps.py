@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_int, shaped
+from ...checks import check_int, check_real, shaped
 from ...hooks.intervention import Intervention
 from ...hooks.session import Session
 from ...hooks.site import Site
@@ -244,6 +244,9 @@ def quantile(x: Tensor, q: float) -> Tensor:
     >>> float(quantile(torch.tensor([0.0, 1.0, 3.0]), 0.75))
     2.0
     """
+    check_real("q", q, least=0, most=1)
+    if not x.numel():
+        raise ValueError(f"x must hold numbers, got {tuple(x.shape)}")
     ordered = x.flatten().sort().values
     at = q * (len(ordered) - 1)
     low = int(at)
