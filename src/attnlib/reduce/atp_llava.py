@@ -299,11 +299,11 @@ class ATP(Reduction):
             logits, _ = score_rows(site, q, k, rows, mask)
             weights = weights_of(site, logits, rows).mean(1)
             pairs = self._pairs(site, rows, batch, n) & text[:, rows, None]
-            cross = cross + (weights * pairs).sum(1)
+            cross = cross + weights.masked_fill(~pairs, 0.0).sum(1)
             seen = seen + pairs.sum(1)
         cross = cross / seen.clamp(min=1)
         own = torch.sigmoid(own) if self.scores == "sigmoid" else own
-        return own * image, cross * image
+        return own.masked_fill(~image, 0.0), cross.masked_fill(~image, 0.0)
 
     @staticmethod
     def _pairs(site: Site, rows: Tensor, batch: int, n: int) -> Tensor:

@@ -333,7 +333,8 @@ class CMAI(Intervention):
         length = int(slots.max()) + 1
         # Beams change places from step to step; the cached keys show which row went where.
         marks = slots.new_zeros(k.shape[0], length + 1, dtype=torch.float32)
-        marks = marks.scatter(1, slots.masked_fill(slots < 0, length), k.detach().float().sum((1, 3)))[:, :length]
+        own_marks = k.detach().float().sum((1, 3)).nan_to_num()  # padding may hold anything
+        marks = marks.scatter(1, slots.masked_fill(slots < 0, length), own_marks)[:, :length]
         if where in self._past:
             past, before = self._past[where]
             known = min(before.shape[1], int(site.offset))

@@ -186,7 +186,8 @@ def grad_cam(attention: Tensor, gradient: Tensor, valid: Tensor, grid: tuple[int
             f"attention {tuple(attention.shape)} and its gradient {tuple(gradient.shape)} must agree and have "
             f"{patches} keys, or one more"
         )
-    cam = (attention * gradient.clamp(min=0))[..., -patches:].mean(1) * valid[..., None].to(attention)
+    cam = (attention * gradient.clamp(min=0))[..., -patches:].mean(1)
+    cam = cam.masked_fill(~valid.bool().unsqueeze(-1), 0.0)
     if not average:
         return cam.unflatten(2, grid)
     count = valid.long().sum(1) - 2

@@ -109,4 +109,6 @@ class PLaplacian(Intervention):
             # A static cache goes on after the new tokens; nobody reads that part.
             used = site.offset + q.shape[2]
             nodes, weights = nodes[:, :used], weights[..., :used]
+        if site.kind != "cross":
+            nodes = nodes.masked_fill(~(weights != 0).any(2).any(1).unsqueeze(-1), 0.0)  # padding may hold anything
         return ask(self.adapters[site.layer], out, weights, projection(nodes), queries).to(out)
