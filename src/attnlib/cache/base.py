@@ -25,6 +25,8 @@ from .selectors import TopK
 def existing(site: Site, device: torch.device) -> Tensor:
     """(B or 1, Hk or 1, M) boolean: keys that the last query may read; the rest is padding.
 
+    A sample that is nothing but padding has none.
+
     Raises:
         ValueError: the last query may not read itself: padding on the right, after which nothing can be decoded.
     """
@@ -33,7 +35,9 @@ def existing(site: Site, device: torch.device) -> Tensor:
     if allowed is None:
         return torch.ones(1, 1, site.n_keys, dtype=torch.bool, device=device)
     last = allowed[:, :: site.heads // site.kv_heads if allowed.shape[1] > 1 else 1, -1]
-    if not bool(last[..., -1].all()):
+    whole = site.mask.allowed
+    some = last.new_ones(1) if whole is None else whole.flatten(1).any(1)
+    if not bool((last[..., -1] | ~some.view(-1, 1)).all()):
         raise ValueError(
             "the prompt is padded on the right; evicting keys needs padding on the left (padding_side='left')"
         )

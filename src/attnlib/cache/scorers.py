@@ -456,7 +456,7 @@ class ExpectedAttention(Scorer):
                 f"{view.site.layer} ({view.site.name}) {why}; choose another scorer"
             )
         sink = view.valid & (view.order() < self.sinks)
-        if not bool((view.valid & ~sink).any(-1).all()):
+        if not bool(((view.valid & ~sink).any(-1) | ~view.valid.any(-1)).all()):
             raise ValueError(
                 f"sinks={self.sinks} must be fewer than the keys there are ({view.k.shape[2]} with padding)"
             )

@@ -16,6 +16,18 @@ from .site import KINDS, Site
 from .tokens import TypeTracker
 
 
+def _unwrapped(model: Any) -> Any:
+    """The model inside what only passes its calls on: adapters of PEFT, and parallel data."""
+    while isinstance(model, nn.Module):
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif any(cls.__module__.startswith("peft.") and cls.__name__ == "PeftModel" for cls in type(model).__mro__):
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
+    return model
+
+
 def _adapter(model: Any) -> Adapter:
     families = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
     if not isinstance(model, nn.Module):
@@ -41,11 +53,28 @@ def _adapter(model: Any) -> Adapter:
             f"{type(model).__name__} is a compiled model; attach to the model that it was made of, model._orig_mod, "
             "and run that one"
         )
+    inside = _models_inside(model)
+    if inside:
+        raise TypeError(
+            f"{type(model).__name__} is neither a transformers nor a diffusers model itself; attach to the one inside "
+            f"it: {', '.join(inside)}"
+        )
     raise TypeError(
         f"{type(model).__name__} is neither a transformers nor a diffusers model, and none of its modules is a "
         "mechanism of attnlib, a torch.nn.MultiheadAttention or an attention of timm; its attention cannot be reached: "
         "an adapter that describes its sites is missing"
     )
+
+
+def _models_inside(model: nn.Module) -> list[str]:
+    """Paths of the models of transformers and diffusers in another module, outermost only."""
+    bases = {("transformers", "PreTrainedModel"), ("diffusers", "ModelMixin")}
+    found: list[str] = []
+    for name, module in model.named_modules():
+        kinds = {(cls.__module__.split(".")[0], cls.__name__) for cls in type(module).__mro__}
+        if kinds & bases and not any(name.startswith(path.split(" ")[0] + ".") for path in found):
+            found.append(f"{name} ({type(module).__name__})")
+    return found
 
 
 def _only_model_stages(intervention: Intervention) -> bool:
@@ -107,7 +136,8 @@ def attach(
 
     Args:
         model: a transformers or diffusers model, or any module with mechanisms of attnlib,
-            ``torch.nn.MultiheadAttention`` or timm's attention in it.
+            ``torch.nn.MultiheadAttention`` or timm's attention in it. Of a model with adapters of PEFT, or in
+            ``DistributedDataParallel``, it is the model inside that is attached to; the whole may be called.
         interventions: what to do, in order: inputs pass through the first one first.
         rows: name of each row of the batch, for example ``("uncond", "cond")``.
         token_types: (B, N) integer types of the prompt's tokens, or a rule from token ids to types such as
@@ -137,10 +167,11 @@ def attach(
     if len({id(i) for i in interventions}) != len(interventions):
         raise ValueError("the same intervention object is given twice")
     _row_names(rows)
+    model = _unwrapped(model)
     adapter = _adapter(model)
     mine = set(model.modules())
     for other, session in list(_sessions.items()):
-        if other in mine or model in set(other.modules()):
+        if other in mine or model in set(other.modules()) or mine & session._touched.keys():
             raise ValueError(
                 f"{type(model).__name__} has a session already ({session}); detach it first, or give all "
                 "interventions to one attach"

@@ -7,6 +7,7 @@ untouched output, bit for bit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -20,13 +21,17 @@ from ..types import stats_dtype
 from .intervention import Intervention, Probe, Stages, implements
 from .site import PairMask, Site
 
+#: Whether the kernel itself computed one attention call, and a function that gives the weights (B, H, N, M) used there
+#: and which rows (B, H, N) an edit changed.
+WholeMap = tuple[bool, Callable[[], tuple[Tensor, Tensor | None]]]
+
 #: Elements of the weight map that score edits, weight edits and probes hold at a time.
 BLOCK_ELEMENTS = 1 << 22
 
 
 def _grouped(a: Tensor, heads: int) -> Tensor:
     """(B, H, r, D) -> (B, heads, H / heads * r, D), so that grouped queries need no copies of keys."""
-    return a.reshape(a.shape[0], heads, -1, a.shape[-1])
+    return a.reshape(a.shape[0], heads, a.shape[1] // heads * a.shape[2], a.shape[-1])
 
 
 def score_rows(site: Site, q: Tensor, k: Tensor, rows: Tensor, pair: PairMask) -> tuple[Tensor, Tensor | None]:
@@ -91,6 +96,32 @@ def _edited(edit: Intervention, stage: str, site: Site, before: Tensor, rows: Te
     return after
 
 
+def _changed_rows(before: Tensor, after: Tensor) -> Tensor:
+    """(B, H, r) boolean: rows that an edit changed; all of them where it is learned, whatever it makes of them yet."""
+    if _learned(before, after):
+        return torch.ones(after.shape[:-1], dtype=torch.bool, device=after.device)
+    return (after != before).any(-1)
+
+
+def _learned(before: Tensor, after: Tensor) -> bool:
+    """Whether gradients of an edit's result go to something else than through what it was given."""
+    if not after.requires_grad or after is before:
+        return False
+    if not before.requires_grad:
+        return True
+    seen = {None, before.grad_fn}
+    waiting = [after.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        if hasattr(node, "variable"):  # a leaf
+            return True
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]  # type: ignore[union-attr]
+    return False
+
+
 def weight_rows(
     site: Site, q: Tensor, k: Tensor, rows: Tensor, pair: PairMask, edits: Sequence[Intervention]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -100,13 +131,13 @@ def weight_rows(
     for edit in edits:
         if implements(edit, "on_scores"):
             scores = _edited(edit, "on_scores", site, scores, rows)
-    changed = None if scores is plain else (scores != plain).any(-1)
+    changed = None if scores is plain else _changed_rows(plain, scores)
     before = weights = weights_of(site, scores, rows)
     for edit in edits:
         if implements(edit, "on_weights"):
             weights = _edited(edit, "on_weights", site, weights, rows)
     if weights is not before:
-        differ = (weights != before).any(-1)
+        differ = _changed_rows(before, weights)
         changed = differ if changed is None else changed | differ
     return weights, changed, allowed
 
@@ -195,7 +226,7 @@ def verify(site: Site, q: Tensor, k: Tensor, v: Tensor, pair: PairMask, out: Ten
     Raises:
         ValueError: the kernel computes something else.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not out.numel():
         return False
     with torch.no_grad():
         n = q.shape[2]
@@ -248,6 +279,7 @@ def run_attention(
     kernel: Callable[[Tensor, Tensor, Tensor], Tensor],
     masked: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None,
     random: bool = False,
+    maps: list[WholeMap] | None = None,
 ) -> Tensor:
     """One attention call through the stages of a layer.
 
@@ -265,12 +297,15 @@ def run_attention(
         masked: the model's own attention under a boolean mask (B or 1, H or 1, N, M) that is given, and a bias in place
             of its own or ``None``; computed from its weights by default.
         random: attention dropout is active, so that the kernel's output cannot be compared.
+        maps: gets an entry for each time the rest is called; see :func:`only_map`.
 
     Returns:
         (B, H, N, Dv) before the output projection.
     """
     assert site.mask is not None
     given = site.mask
+    if not q.shape[0] * q.shape[2]:
+        return kernel(q, k, v)  # no query, nothing to act on
     for i in stages["on_kv_read"]:
         k, v = i.on_kv_read(site, k, v)
     untouched = q, k, v
@@ -303,6 +338,9 @@ def run_attention(
             out = _apply_edits(site, q, k, v, pair, out, stages.edits)
         if stages.probes:
             _run_probes(site, q, k, pair, stages)
+        if maps is not None:
+            by_kernel = pair is given or masked is not None
+            maps.append((by_kernel, functools.partial(_whole_map, site, q, k, pair, stages.edits)))
         return out
 
     call: Callable[..., Tensor] = innermost
@@ -312,6 +350,45 @@ def run_attention(
     for i in stages["on_output"]:
         out = i.on_output(site, out)
     return out
+
+
+def _whole_map(
+    site: Site, q: Tensor, k: Tensor, pair: PairMask, edits: Sequence[Intervention]
+) -> tuple[Tensor, Tensor | None]:
+    rows = torch.arange(q.shape[2], device=q.device)
+    weights, changed, _ = weight_rows(site, q, k, rows, pair, edits)
+    return weights.to(q.dtype), changed
+
+
+def only_map(site: Site, maps: Sequence[WholeMap], stages: Stages, own: Sequence[Tensor | None] = ()) -> Tensor:
+    """The weights (B, H, N, M) that a call of a layer used, for a model that gives them back.
+
+    What an intervention makes of the output afterwards is not in them.
+
+    Args:
+        site: where.
+        maps: from :func:`run_attention`.
+        stages: the interventions of this layer.
+        own: the maps that the kernel gave, if it gives any; rows that no edit changed are theirs.
+
+    Raises:
+        ValueError: attention was computed several times, or not at all, so that there is no one map.
+    """
+    if len(maps) != 1:
+        who = ", ".join(type(i).__name__ for i in (*stages["around_attention"], *stages["around_sublayer"]))
+        raise ValueError(
+            f"layer {site.layer} ({site.name}): the model is asked for attention weights, but {who} computes attention "
+            f"{len(maps)} times there, so that no one map is the one used; do not ask for it (output_attentions, "
+            "need_weights, return_weights)"
+        )
+    by_kernel, compute = maps[0]
+    kernel = own[-1] if own and by_kernel else None
+    if kernel is not None and not stages.edits:
+        return kernel
+    weights, changed = compute()
+    if kernel is None:
+        return weights
+    return kernel if changed is None else torch.where(changed.unsqueeze(-1), weights.to(kernel.dtype), kernel)
 
 
 def _replaced(site: Site, n: int, m: int, mask: Mask | Tensor | None, bias: Tensor | None) -> PairMask:

@@ -106,7 +106,9 @@ def _hooked(cls: Any) -> Any:
         made = object.__reduce_ex__(self, protocol)
         return (made[0], (cls, *made[1][1:]), *made[2:])
 
-    names = {"__call__": eagerly(call), "__reduce_ex__": reduce, "plain": cls}
+    # It answers as the processor it stands for: diffusers looks classes up in lists.
+    seen = property(lambda self: cls)
+    names = {"__call__": eagerly(call), "__reduce_ex__": reduce, "plain": cls, "__class__": seen}
     return type(f"Attached{cls.__name__}", (cls,), names)
 
 
@@ -171,6 +173,9 @@ class ModuleRuntime(Shared):
                 "Detach, and attach to the model as it is now"
             )
         self.take_over()
+
+    def before_module(self, module: nn.Module, args: Any) -> None:
+        self.follow()
 
     def around(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The processor's call under the stages."""
@@ -259,7 +264,6 @@ class ModuleRuntime(Shared):
         if dropout_p and (stages.edits or stages["around_attention"]):
             raise ValueError(f"{self.where}: attention dropout {dropout_p} is active; call model.eval()")
         n, m = q.shape[2], k.shape[2]
-        # diffusers writes -10000 for "no": as a bias it means the same.
         pair = pair_mask(attn_mask, n, m, is_causal)
         q_layout, k_layout = self.layouts(n, m, self.given)
         if self._has_image_keys():
@@ -423,7 +427,8 @@ class DiffusersAdapter(Adapter):
             _runtimes[module] = runtime
             session.undo(functools.partial(_forget, module), functools.partial(_runtimes.__setitem__, module, runtime))
             runtime.take_over()
-            session.followed_by(runtime.follow)
+            # A decoder of latents is called past the forward of its model, so each attention looks for itself.
+            session.hook(module.register_forward_pre_hook(runtime.before_module))
             if stages["on_context"]:
                 self._swap(session, stages, site, module)
 

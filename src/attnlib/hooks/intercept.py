@@ -6,12 +6,11 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .site import PairMask
+from .site import PairMask, read_mask
 
 
 class Intercept(TorchFunctionMode):
@@ -47,16 +46,10 @@ def _never(tensors: Any) -> bool:
     return False
 
 
-def pair_mask(mask: Tensor | None, n: int, m: int, causal: bool, floor: float | None = None) -> PairMask:
-    """What a mask given to ``scaled_dot_product_attention`` says; values at most ``floor`` mean "no"."""
+def pair_mask(mask: Tensor | None, n: int, m: int, causal: bool) -> PairMask:
+    """What a mask given to ``scaled_dot_product_attention`` says."""
     if mask is None:
         return PairMask(n, m, causal=causal)
     mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-    mask = mask.expand(*mask.shape[:2], n, m)
-    if mask.dtype == torch.bool:
-        return PairMask(n, m, allowed=mask)
-    if floor is None:
-        return PairMask(n, m, bias=mask)
-    allowed = mask > floor
-    finite = mask.masked_fill(~allowed, 0.0)
-    return PairMask(n, m, allowed=allowed, bias=finite if bool((finite != 0).any()) else None)
+    allowed, bias = read_mask(mask.expand(*mask.shape[:2], n, m))
+    return PairMask(n, m, None if bool(allowed.all()) else allowed, bias)

@@ -137,7 +137,7 @@ class Record(Probe):
             logs = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
             layer.entropies[-1].append(-(weights * logs).sum(-1))
         if "received" in self.what or "sink" in self.what:
-            visible = torch.ones_like(weights) if allowed is None else allowed.to(weights.dtype).expand_as(weights)
+            weights, visible = counted(site, weights, rows, allowed)
             self._add(layer, site, weights.sum(2), visible.sum(2))
 
     def _add(self, layer: _Layer, site: Site, received: Tensor, seen: Tensor) -> None:
@@ -195,6 +195,16 @@ class Record(Probe):
         return shown
 
 
+def counted(site: Site, weights: Tensor, rows: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights (B, h, r, M) of query rows and which pairs may meet, both 0 in rows that are padding."""
+    visible = torch.ones_like(weights) if allowed is None else allowed.to(weights.dtype).expand_as(weights)
+    exists = site.existing_queries()
+    if exists is None:
+        return weights, visible
+    padding = ~exists.index_select(1, rows.to(exists.device)).to(weights.device)[:, None, :, None]
+    return weights.masked_fill(padding, 0.0), visible.masked_fill(padding, 0.0)
+
+
 @shaped(received="number (B, H, L)", seen="number (B, H, L)")
 def sink_rate(received: Tensor, seen: Tensor, epsilon: float = 0.3, sinks: int = 1) -> Tensor:
     """Share of samples and heads whose first tokens are sinks.
@@ -206,7 +216,7 @@ def sink_rate(received: Tensor, seen: Tensor, epsilon: float = 0.3, sinks: int =
         sinks: for how many first tokens.
 
     Returns:
-        (sinks,) shares in [0, 1].
+        (sinks,) shares in [0, 1] of the samples that have tokens at all.
 
     >>> sink_rate(torch.tensor([[[4.0, 0.0]]]), torch.tensor([[[4.0, 3.0]]])).tolist()
     [1.0]
@@ -219,4 +229,5 @@ def sink_rate(received: Tensor, seen: Tensor, epsilon: float = 0.3, sinks: int =
     index = first + torch.arange(sinks, device=received.device)
     exists = index < received.shape[-1]
     picked = alpha.gather(-1, index.clamp(max=received.shape[-1] - 1))
-    return ((picked > epsilon) & exists).to(torch.float32).mean((0, 1))
+    found = ((picked > epsilon) & exists).to(torch.float32)
+    return found[(seen > 0).any(-1)].mean(0)

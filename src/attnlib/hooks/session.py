@@ -341,7 +341,7 @@ class Session(Shared):
         hook = change.hook
 
         def enter(*args: Any, **kwargs: Any) -> Any:
-            self.enter()
+            self._enter()
             return hook(*args, **kwargs)
 
         entered = eagerly(enter)
@@ -375,6 +375,7 @@ class Session(Shared):
         self.hook(self.model.register_forward_hook(self._end, always_call=True))
 
     def _begin(self, model: nn.Module, args: Any) -> None:
+        self._refuse_recording()
         me = threading.get_ident()
         with self._lock:
             if self._thread is not None and self._thread != me and _runs(self._thread, model):
@@ -434,6 +435,17 @@ class Session(Shared):
 
     def enter(self) -> None:
         """For adapters: something of the session is about to act, perhaps in a part that will run once more."""
+        self._refuse_recording()
+        self._enter()
+
+    def _refuse_recording(self) -> None:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise RuntimeError(
+                f"the attached {type(self.model).__name__} is recorded into a graph (torch.export, torch.jit), which "
+                "would go on with what the interventions decide for this input; detach it first"
+            )
+
+    def _enter(self) -> None:
         if not self._may_recompute:
             return
         if not self._recomputing and running_backward():

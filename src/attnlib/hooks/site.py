@@ -15,6 +15,24 @@ from ..grids import Layout
 KINDS = ("self", "cross", "joint")
 
 
+#: What a model adds to a score to say "no", however it writes it: the lowest number of its type, -1e9, -10000 (in
+#: bfloat16 -9984). A softmax gives nothing to what lies so far below the rest.
+FORBIDDEN = -9e3
+
+
+def read_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``(allowed, bias)`` of a boolean mask or of one that is added to scores; the bias is ``None`` where it is zero.
+
+    >>> read_mask(torch.tensor([0.0, -1e9, 2.0]))
+    (tensor([ True, False,  True]), tensor([0., 0., 2.]))
+    """
+    if mask.dtype == torch.bool:
+        return mask, None
+    allowed = mask > FORBIDDEN
+    finite = mask.masked_fill(~allowed, 0.0)
+    return allowed, finite if bool((finite != 0).any()) else None
+
+
 @dataclass(frozen=True, eq=False)
 class PairMask:
     """Which query may read which key at a site, as the model said it; realised only for the rows asked.
@@ -194,6 +212,24 @@ class Site:
                 'say what they are: attach(..., rows=("uncond", "cond"))'
             )
         return torch.tensor([row in names for row in self.rows], device=device)
+
+    def existing_queries(self) -> Tensor | None:
+        """(B or 1, N) boolean: queries that stand for a token; ``None`` where all do, as far as the mask tells.
+
+        Padding is what no query may read, not even itself. Padding on the right still reads what came before it, and
+        must not be counted among those who do.
+        """
+        mask, n = self.mask, self.n_queries
+        known = mask is not None and mask.allowed is not None and mask.opaque is None
+        if self.kind != "self" or not known or self.q_pos is None or self.k_pos is None or self.n_keys < n:
+            return None
+        assert mask is not None and mask.allowed is not None
+        read = mask.allowed.expand(-1, -1, n, self.n_keys).any(2).any(1)
+        if self.q_pos.dim() == 2:  # behind a removal queries and keys are the same tokens
+            return read[:, :n] & (self.q_pos >= 0).to(read.device)
+        if self.k_pos.dim() == 1:
+            return read.index_select(1, (self.q_pos - self.k_pos[:1]).to(read.device))
+        return read[:, self.n_keys - n :]
 
     def per_key(self, values: Tensor) -> Tensor:
         """Values by slot of the sequence (B, L) as values by key: (B, 1, M), or (B, heads, M) in an evicted cache.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, checked
+from .site import read_mask
 
 #: Types of tokens. The first three are those of LACING's attention mask.
 PAD, TEXT, IMAGE, SYSTEM, QUESTION, GENERATED = range(6)
@@ -201,7 +202,7 @@ class TypeTracker:
             self._padded = None
             if isinstance(mask, Tensor) and mask.dim() == 4:
                 # Every token that exists reads itself.
-                allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+                allowed, _ = read_mask(mask)
                 self._padded = ~allowed[..., :count, :total].any(-2).any(1)
         elif self._padded is not None:
             self._padded = F.pad(self._padded[:, :offset], (0, count), value=False)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..checks import check_int, check_ints, shaped
 from ..grids import Layout, coordinates
-from ..hooks.probes import Record, _Layer, sink_rate
+from ..hooks.probes import Record, _Layer, counted, sink_rate
 from ..hooks.site import Site
 from ..hooks.tokens import IMAGE, NAMES, PAD
 from ..types import check_choice
@@ -159,12 +159,11 @@ class Statistics(Record):
     def observe(self, site: Site, weights: Tensor, rows: Tensor, allowed: Tensor | None) -> None:
         key = self._key(site)
         sums = self._sums[key]
+        weights, visible = counted(site, weights, rows, allowed)
         live = weights.sum(-1) > 0
         if site.q_types is not None:
             live = live & (site.q_types.to(rows.device)[:, rows] != PAD)[:, None]
-        weights = torch.where(live.unsqueeze(-1), weights, torch.zeros_like(weights))
-        visible = torch.ones_like(weights) if allowed is None else allowed.to(weights.dtype).expand_as(weights)
-        visible = visible * live.unsqueeze(-1)
+        weights, visible = (t.masked_fill(~live.unsqueeze(-1), 0.0) for t in (weights, visible))
         sums.add("rows", live.sum((0, 2)))
         if "entropy" in self.what:
             entropy = torch.special.entr(weights).sum(-1)
@@ -284,9 +283,10 @@ class Statistics(Record):
         received, seen = layer.received, layer.seen
         first = (seen > 0).to(torch.int64).argmax(-1, keepdim=True)
         alpha = (received / seen.clamp_min(1)).gather(-1, first)[..., 0]
+        there = (seen > 0).any(-1).any(1).sum().to(alpha.dtype)
         sums.add("sink_score", alpha.sum(0))
-        sums.add("sink_rate", sink_rate(received, seen, self.epsilon)[0] * len(received))
-        sums.add("sequences", torch.tensor(float(len(received))))
+        sums.add("sink_rate", sink_rate(received, seen, self.epsilon)[0].nan_to_num(0.0) * there)
+        sums.add("sequences", there)
 
     def results(self) -> dict[int | str, dict[str, Any]]:
         """Means per layer and head so far."""

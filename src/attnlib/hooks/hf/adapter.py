@@ -29,7 +29,7 @@ from ..intervention import Intervention, Stages, implements
 from ..session import Adapter, Session, part_of
 from ..site import Site
 from . import removal
-from .cache import mask_unwritten, why_not_evictable
+from .cache import mask_unwritten, why_evict_alone, why_not_evictable
 from .follow import _Follow, follow_generate
 from .layer import LayerRuntime, intercept, register
 from .names import (
@@ -60,7 +60,9 @@ class TransformersAdapter(Adapter):
         if part is None and isinstance(model, hf.model):
             decoder = model.get_decoder()
             paths = {module: name for name, module in model.named_modules()}
-            if isinstance(decoder, nn.Module) and decoder is not model and paths.get(decoder):
+            # What a model calls its decoder may be its head.
+            known = isinstance(decoder, nn.Module) and decoder is not model and paths.get(decoder)
+            if known and any(reachable(m) for m in decoder.modules()):
                 root, prefix = decoder, paths[decoder] + "."
         found = [(prefix + name, m) for name, m in root.named_modules() if name and reachable(m)]
         if not found:
@@ -73,7 +75,8 @@ class TransformersAdapter(Adapter):
         for number, (name, module) in enumerate(found):
             config: Any = module.config
             index = getattr(module, "layer_idx", None)
-            heads = getattr(module, "num_heads", None) or getattr(config, "num_attention_heads", None)
+            own = (getattr(module, name, None) for name in ("num_heads", "num_attention_heads"))
+            heads = next((n for n in own if isinstance(n, int)), getattr(config, "num_attention_heads", None))
             if not isinstance(heads, int):
                 raise TypeError(f"{type(module).__name__} ({name}) does not say how many heads it has")
             groups = getattr(module, "num_key_value_groups", 1)
@@ -102,7 +105,7 @@ class TransformersAdapter(Adapter):
         if site.kind != "self" or not implements(intervention, "on_cache"):
             return None
         layer = cache_layer(site.module.config, site.layer)
-        return None if layer is None else why_not_evictable(layer)
+        return why_evict_alone(site.module) or (None if layer is None else why_not_evictable(layer))
 
     def install(self, session: Session, plan: list[tuple[Site, Stages]]) -> None:
         session.counts_steps = True

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..session import Session
 from ..site import Site
-from .names import _need, implementation_of, tokens_to_remove
+from .names import _need, holds_tokens, implementation_of, makes_bias, shares_keys, tokens_to_remove
 
 
 @functools.cache
@@ -110,6 +110,10 @@ def evicted_layer_class() -> type[Any]:
             self.keys, self.values = self._longer("keys", key_states), self._longer("values", value_states)
             return self.keys, self.values
 
+        def offload(self) -> None:
+            self._places = {}  # room behind the keys is kept where they are used only
+            super().offload()
+
         def get_seq_length(self) -> int:
             return self.seen
 
@@ -166,12 +170,21 @@ def _empty_layer() -> Any:
     return layer
 
 
+def why_evict_alone(module: nn.Module) -> str | None:
+    """Why an attention module cannot lose keys, whatever its cache is; ``None`` where it can."""
+    if makes_bias(module):
+        return "it makes the bias of positions of all layers from the number of keys it reads"
+    return shares_keys(module)
+
+
 def why_not_evictable(layer: Any) -> str | None:
     """Why keys cannot leave a cache layer head by head; ``None`` where they can."""
     cache = _need().cache
     if type(layer) in (cache.DynamicLayer, cache.StaticLayer, evicted_layer_class()):
         return None
     name = type(layer).__name__
+    if not holds_tokens(layer):
+        return f"a {name} holds no keys"
     if "LinearAttention" in name:
         beside = " beside its keys" if isinstance(layer, cache.DynamicLayer) else ""
         return f"a {name} holds a recurrent state{beside}"
@@ -180,10 +193,23 @@ def why_not_evictable(layer: Any) -> str | None:
     return f"a {name} does not hold keys as they are read; possible: full attention with a dynamic or static cache"
 
 
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one, or views of it that are alike."""
+    alike = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    return a is b or (alike and a.device == b.device and a.data_ptr() == b.data_ptr())
+
+
 def why_latent(layer: Any, k: Tensor, v: Tensor) -> str | None:
     """Why keys (B, Hk, M, D) as read are not those that a cache layer holds; ``None`` where they are."""
     held = layer.keys.shape, layer.values.shape
     if all(a[1] == t.shape[1] and a[-1] == t.shape[-1] for a, t in zip(held, (k, v), strict=True)):
+        m = k.shape[2]
+        for name, own, read in (("keys", layer.keys[:, :, :m], k), ("values", layer.values[:, :, :m], v)):
+            if not same(own, read) and not torch.equal(own, read.to(own.device)):
+                return (
+                    f"the {name} that it reads are made from those that its cache holds, head by head or token by "
+                    "token, so what leaves the cache would take others along"
+                )
         return None
     return (
         f"its cache holds latents (keys {tuple(held[0])}, values {tuple(held[1])}) from which the keys of all heads "
@@ -205,6 +231,16 @@ class Kept:
 
     slots: Tensor
     seen: int
+
+
+def present(layer: Any) -> Any:
+    """A cache layer with its keys where they are used: a cache that offloads moves them away right after each call."""
+    device = getattr(layer, "device", None)
+    if device is not None and isinstance(layer.keys, Tensor) and layer.keys.device != device:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # they may still be on their way
+        layer.prefetch()
+    return layer
 
 
 def snapshot(layer: Any) -> Any:
@@ -239,10 +275,15 @@ class _DeferredCache:
     def __init__(self, cache: Any):
         self._cache = cache
         self.arguments: tuple[Any, ...] | None = None
+        self.given: tuple[Tensor, Tensor] | None = None
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.arguments = (layer_idx, args, kwargs)
+        self.arguments, self.given = (layer_idx, args, kwargs), (key, value)
         return key, value
+
+    def hands_on(self, key: Tensor, value: Tensor) -> bool:
+        """Whether these are what was to be stored, so that attention reads what the cache holds, and nothing else."""
+        return self.given is None or (same(key, self.given[0]) and same(value, self.given[1]))
 
     def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.arguments is None:
@@ -281,7 +322,8 @@ def decode_mask(mask: Any, k_slots: Tensor, n: int, offset: int, heads: int, pad
         new = torch.arange(offset, offset + n, device=slots.device)
         allowed = slots[:, :, None] <= new[:, None]
         return allowed & (slots >= 0)[:, :, None]
-    wide = mask.expand(batch, groups, n, mask.shape[-1])
+    # A mask of one column, as of a model whose count of tokens is off, is that of all keys.
+    wide = mask.expand(batch, groups, n, int(slots.max()) + 1 if mask.shape[-1] == 1 else mask.shape[-1])
     picked = wide.gather(-1, slots.clamp(min=0)[:, :, None].expand(batch, groups, n, count))
     return fill(picked, (slots < 0)[:, :, None]) if padded else picked
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +15,55 @@ from torch import Tensor, nn
 from ..sequences import Sequence, put
 from ..session import Session
 from ..tokens import IMAGE, TypeTracker
-from .names import CANDIDATES, DRAFTING, PROCESSORS, cache_in, cached_tokens, made_cache, reader, without_cache
+from .cache import evicted_layer_class
+from .names import (
+    BATCHED,
+    CANDIDATES,
+    DRAFTING,
+    PROCESSORS,
+    cache_in,
+    cached_tokens,
+    made_cache,
+    prompt_being_read,
+    reader,
+    without_cache,
+)
 
 
 def follow_generate(session: Session) -> None:
     """Know when ``generate`` runs, how long its prompt is, and the scores of its next tokens."""
     model: Any = session.model
     if not callable(getattr(model, "generate", None)) or not hasattr(model, PROCESSORS):
+        scored = session.acting("on_logits")
+        if scored:
+            warnings.warn(
+                f"{type(scored[0]).__name__} changes the scores of next tokens, for which generate() asks; "
+                f"{type(model).__name__} has none, so it acts in session.logits(ids, logits) only. Attach to the model "
+                "that generates",
+                UserWarning,
+                stacklevel=4,
+            )
         return
     session.set_attribute(model, "generate", _generate(session))
+    for name in BATCHED:
+        if hasattr(model, name):
+            session.set_attribute(model, name, _refused(session, name))
     session.set_attribute(model, PROCESSORS, _processors(session))
     if hasattr(model, CANDIDATES):
         session.set_attribute(model, CANDIDATES, _candidates(session))
+
+
+def _refused(session: Session, name: str) -> Callable[..., Any]:
+    """Continuous batching packs tokens of several requests into one row, with a cache of pages."""
+
+    @functools.wraps(getattr(session.model, name))
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError(
+            f"{name}() packs tokens of several requests into one row of the batch, so positions, prompts and caches of "
+            f"the attached {type(session.model).__name__} cannot be told apart; use generate() with a batch"
+        )
+
+    return refuse
 
 
 def _generate(session: Session) -> Callable[..., Any]:
@@ -171,11 +209,15 @@ class _Follow:
     def _step(self, given: dict[str, Any], cache: Any, offset: int, read: Any) -> None:
         """Which sequence this is, and how much of it is its prompt."""
         session = self.session
-        count = read.shape[1] if isinstance(read, Tensor) else 0
+        count = read.shape[1] if isinstance(read, Tensor) and read.dim() > 1 else 0
         if offset:
             session.goes_on(cache)
+            self._filled_before(cache, offset, count)
         elif cache is not None or session.notes.length is None or not _continues(session.notes.read, read):
             sequence = session.starts(cache)
+            if session.notes.prompt_length is None:
+                # An attached part of a model does not see who generates with the whole.
+                session.notes.prompt_length = prompt_being_read(session.model)
             self.waiting = sequence if cache is None else None
             if self.watch:
                 session.new_prompt(without_cache(given))
@@ -192,10 +234,24 @@ class _Follow:
             notes.length = offset + count  # the prompt is read in chunks
         notes.total = offset + count
 
+    def _filled_before(self, cache: Any, offset: int, count: int) -> None:
+        """Say so where a prompt goes on from a cache that was filled elsewhere: it is never read as a whole here."""
+        session = self.session
+        if session.notes.begun or session.notes.length is not None or count < 2:
+            return
+        acting = [i for stage in ("on_cache", "on_tokens") for i in session.acting(stage) if not i.while_decoding]
+        if acting and not any(isinstance(layer, evicted_layer_class()) for layer in getattr(cache, "layers", ())):
+            warnings.warn(
+                f"{type(acting[0]).__name__} acts on prompts that are read in this session from their first token; "
+                f"the cache holds {offset} tokens that were read elsewhere, so nothing leaves it",
+                UserWarning,
+                stacklevel=2,
+            )
+
     def _announce(self, cache: Any, offset: int, read: Any) -> None:
         session, length = self.session, self.session.notes.length
         if session.branch is None and self.watch:
-            count = read.shape[1] if isinstance(read, Tensor) else 0
+            count = read.shape[1] if isinstance(read, Tensor) and read.dim() > 1 else 0
             assert length is not None
             session.announce(max(0, offset + 1 - length if cache is not None else count - length))
 

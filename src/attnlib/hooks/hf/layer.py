@@ -6,35 +6,50 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import around
-from ..call import run_attention
+from ..call import WholeMap, only_map, run_attention
 from ..eager import eagerly
 from ..intervention import Intervention, Stages
 from ..recompute import Shared
 from ..session import Session
-from ..site import PairMask, Site, slots
+from ..site import PairMask, Site, read_mask, slots
 from ..tokens import PAD
-from .cache import Kept, _DeferredCache, decode_mask, evicted_layer_class, snapshot, why_latent, why_not_evictable
+from .cache import (
+    Kept,
+    _DeferredCache,
+    decode_mask,
+    evicted_layer_class,
+    present,
+    snapshot,
+    why_evict_alone,
+    why_latent,
+    why_not_evictable,
+)
 from .names import (
     BIAS,
     PREFIX,
     READABLE,
     _need,
+    asks_for_weights,
     cache_in,
     cache_name,
     cache_parameter,
     gets_angles,
+    holds_tokens,
     implementation_of,
     kernel_of,
     named_implementation,
     parameters_of,
     seen_through,
+    shares_keys,
+    tokens_before,
+    told_its_layer,
     weighting_of,
 )
 
@@ -98,6 +113,7 @@ class _Call:
     start: int | None = 0  # slot of the first key; None when it is not known
     kept: Kept | None = None
     before: Any = None  # the cache layer as it was before this call
+    given: dict[str, Any] = field(default_factory=dict)  # what the module was given
     ran: bool = False
 
     again: bool = False  # the module runs once more in one call; what it writes is forgotten
@@ -143,6 +159,15 @@ class LayerRuntime(Shared):
         self.module: Any = site.module
         self.names = parameters_of(self.module)
         cache_parameter(self.module)  # raises where a cache could not be followed
+        if told_its_layer(self.module):
+            raise ValueError(
+                f"{self.where}: one {type(self.module).__name__} stands at several depths of this model, and a site is "
+                "one layer; it cannot be acted on there"
+            )
+        shared = shares_keys(self.module)
+        if shared is not None and stages["on_qkv"]:
+            who = type(stages["on_qkv"][0]).__name__
+            raise ValueError(f"{self.where}: {who} edits new keys (on_qkv), but {shared}; leave it out: layers=[...]")
         self.rotary = True if gets_angles(self.module) else None
         # Nothing to do here while decoding but to read what is left of the cache.
         self.prompt_only = stages.used == ["on_cache"] and not stages.probes
@@ -170,7 +195,9 @@ class LayerRuntime(Shared):
             if not session.active:
                 return forward(*args, **kwargs)  # a wrapper that the user put around it is left
             session.enter()
-            call = self.look({**dict(zip(self.names, args, strict=False)), **kwargs} if len(args) > 1 else kwargs)
+            given = {**dict(zip(self.names, args, strict=False)), **kwargs} if len(args) > 1 else kwargs
+            call = self.look(given)
+            call.given = given
             calls.append(call)
             try:
                 if edits_new and call.cache is not None:
@@ -243,7 +270,7 @@ class LayerRuntime(Shared):
         hf, index, before = _need(), self.site.layer, call.before
         if call.offset == 0 or before is None:
             again = hf.cache.DynamicLayer()
-        elif type(before) is hf.cache.StaticLayer:
+        elif type(present(before)) is hf.cache.StaticLayer:
             again = hf.cache.DynamicLayer()
             again.lazy_initialization(before.keys, before.values)
             again.keys, again.values = before.keys[:, :, : call.offset], before.values[:, :, : call.offset]
@@ -326,7 +353,7 @@ class LayerRuntime(Shared):
             layer = cache.layers[index]
             if isinstance(layer, evicted_layer_class()) and layer.session() is not self.session:
                 layer.belong(self.session)  # filled in another session, or loaded
-        offset = int(cache.layers[index].get_seq_length()) if index < len(cache.layers) else 0
+        offset = tokens_before(cache, index)
         return _Call(cache=cache, offset=offset, kept=None if offset else self._kept())
 
     def _kept(self) -> Kept | None:
@@ -387,11 +414,8 @@ class LayerRuntime(Shared):
         if mask is None:
             # SDPA turns causal by itself when it gets no mask; eager attention does not.
             return _unmasked(n, m, self.implementation == "sdpa" and n > 1 and is_causal)
-        if mask.dtype == torch.bool:
-            return PairMask(n, m, allowed=mask)
-        allowed = mask > torch.finfo(mask.dtype).min / 2
-        finite = torch.where(allowed, mask, torch.zeros_like(mask))
-        return PairMask(n, m, allowed=allowed, bias=finite if bool((finite != 0).any()) else None)
+        allowed, bias = read_mask(mask)
+        return PairMask(n, m, allowed, bias)
 
     def pairs_of(self, mask: Any, n: int, m: int, kwargs: dict[str, Any]) -> PairMask:
         """The same with what else the arguments of a call say: whether it is causal, and a bias of positions."""
@@ -422,6 +446,11 @@ class LayerRuntime(Shared):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         call, stages = self.call, self.stages
+        if call.ran and call.cache is not None and (stages["on_qkv"] or stages["on_cache"]):
+            raise ValueError(
+                f"{self.where}: {type(self.module).__name__} computes attention more than once per call, so what it "
+                "caches cannot be edited (on_qkv, on_cache)"
+            )
         call.ran = True
         batch, heads, n = q.shape[:3]
         shape = self.shape_of(q, k, args, kwargs)
@@ -433,11 +462,24 @@ class LayerRuntime(Shared):
                 "edit; call model.eval()"
             )
         if stages["on_qkv"]:
+            if call.deferred is not None and not call.deferred.hands_on(k, v):
+                raise ValueError(
+                    f"{self.where}: {type(self.module).__name__} makes what its attention reads from the keys and "
+                    "values that it caches, so new ones cannot be edited before they are cached (on_qkv); use "
+                    "on_kv_read, for all keys as they are read"
+                )
             site = self.describe(call, batch, n, n, q.device, None, None, shape)
             for i in stages["on_qkv"]:
                 q, k, v = i.on_qkv(site, q, k, v)
             if call.deferred is not None:
                 k, v = call.deferred.store(k, v)
+                makes_mask = isinstance(mask, Tensor) and not any(mask is value for value in call.given.values())
+                if makes_mask and mask.shape[-1] < k.shape[2]:
+                    raise ValueError(
+                        f"{self.where}: {type(self.module).__name__} makes its mask from the keys and values that it "
+                        "caches, so new ones cannot be edited before they are cached (on_qkv); use on_kv_read, for all "
+                        "keys as they are read"
+                    )
 
         layer = self._cache_layer(call)
         m = k.shape[2]
@@ -459,7 +501,8 @@ class LayerRuntime(Shared):
         elif isinstance(layer, _need().cache.StaticLayer):
             call.start = None  # a ring buffer
         else:
-            call.start = call.offset + n - m
+            # A layer without keys of its own may read those of a static cache, written or not.
+            call.start = max(0, call.offset + n - m) if layer is None else call.offset + n - m
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] > m:
             mask = mask[..., :m]
         if call.offset and self.prompt_only and not self.session.notes.reading_prompt(call.offset):
@@ -469,20 +512,24 @@ class LayerRuntime(Shared):
         if isinstance(layer, evicted_layer_class()) and layer.memory:
             site = site.but(memory=layer.memory)
 
-        maps: list[Tensor | None] = []
+        own: list[Tensor | None] = []
+        maps: list[WholeMap] = []
         plain: list[tuple[Tensor, Tensor]] = []
 
         def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out, weights = self.kernel(self.module, q, k, v, mask, *args, **kwargs)
-            maps.append(weights)
+            own.append(weights)
             plain.append((out.transpose(1, 2), out))
             return plain[-1][0]
 
-        out = run_attention(site, q, k, v, stages, kernel, random=bool(dropout))
+        out = run_attention(site, q, k, v, stages, kernel, random=bool(dropout), maps=maps)
         if stages["on_cache"]:
-            self._evict(call, site, q, k, v, n)
-        edited = stages.edits or stages["around_attention"]
-        weights = maps[0] if len(maps) == 1 and not edited else None
+            self._evict(call, site, q, k, v, n, mask)
+        weights = own[0] if len(own) == 1 else None
+        if stages.edits or stages["around_attention"]:
+            # Eager attention always gives its map; another one is made only where somebody takes it.
+            gives = own[0] is not None if own else self.implementation == "eager"
+            weights = only_map(site, maps, stages, own) if gives and asks_for_weights(self.module, kwargs) else None
         if len(plain) == 1 and plain[0][0] is out:
             return plain[0][1], weights
         return out.transpose(1, 2).contiguous(), weights
@@ -490,7 +537,8 @@ class LayerRuntime(Shared):
     def _cache_layer(self, call: _Call) -> Any:
         if call.cache is None or self.site.layer >= len(getattr(call.cache, "layers", ())):
             return None
-        return call.cache.layers[self.site.layer]
+        layer = call.cache.layers[self.site.layer]
+        return layer if holds_tokens(layer) else None
 
     def _mask_of_kept(self, mask: Any, k_pos: Tensor, call: _Call, heads: int, n: int, padded: bool) -> Tensor | None:
         """The model's mask, made for all slots, at the slots that are left; one row of heads per query head."""
@@ -507,7 +555,7 @@ class LayerRuntime(Shared):
         at = k_pos.clamp(min=0).repeat_interleave(heads // k_pos.shape[1], 1)
         return bias.expand(batch, heads, -1, -1).gather(-1, at[:, :, None].expand(-1, -1, bias.shape[2], -1))
 
-    def _evict(self, call: _Call, site: Site, q: Tensor, k: Tensor, v: Tensor, n: int) -> None:
+    def _evict(self, call: _Call, site: Site, q: Tensor, k: Tensor, v: Tensor, n: int, mask: Any) -> None:
         if call.again:
             return
         notes = self.session.notes
@@ -528,7 +576,9 @@ class LayerRuntime(Shared):
             raise ValueError(f"{who} evicts keys from the cache, but the model was called without one; use_cache=True")
         layer = self._cache_layer(call)
         evicted = isinstance(layer, evicted_layer_class())
-        why = why_not_evictable(layer) or why_latent(layer, k, v)
+        why = why_evict_alone(self.module) or why_not_evictable(layer) or why_latent(present(layer), k, v)
+        if why is None and not evicted and isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] != 1:
+            why = f"{type(self.module).__name__} makes a mask for each head from what its cache holds"
         if why is not None:
             raise ValueError(
                 f"{who} cannot evict keys from layer {site.layer}: {why}. Leave the layer out with layers=[...]"
@@ -565,6 +615,7 @@ class LayerRuntime(Shared):
         again = isinstance(layer, evicted)
         static = isinstance(layer, _need().cache.StaticLayer)
         seen = int(layer.get_seq_length())
+        present(layer)
         keys, values = layer.keys, layer.values
         if static:
             keys, values = keys[:, :, :seen], values[:, :, :seen]
@@ -587,6 +638,8 @@ class LayerRuntime(Shared):
         if everything:
             new.evicted_from = layer.evicted_from if again else 0
         cache.layers[number] = new
+        if getattr(cache, "offloading", False):
+            new.offload()  # as its cache does with every layer that was read
 
     def _check_kept(self, intervention: Intervention, kept: Tensor, k: Tensor) -> None:
         if kept.dim() != 3 or kept.shape[:2] != k.shape[:2] or kept.shape[2] == 0:

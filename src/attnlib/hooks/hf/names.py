@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -44,6 +45,12 @@ DRAFTING = "assistant_kwargs"
 
 #: And for the drafts of assisted decoding.
 CANDIDATES = "_get_candidate_generator"
+
+#: Where ``generate`` reads a prompt, in one call or in chunks.
+READS_PROMPT = ("_prefill", "_prefill_chunking")
+
+#: What answers many requests at once, in one row.
+BATCHED = ("generate_batch", "init_continuous_batching")
 
 #: Where a configuration keeps the name of its attention implementation.
 IMPLEMENTATION = "_attn_implementation_internal"
@@ -138,6 +145,26 @@ def kernel_of(module: nn.Module, implementation: str) -> Callable[..., Any]:
             f"reached; possible: {sorted(interface.keys())}"
         )
     return function
+
+
+@functools.cache
+def _collector() -> Any:
+    """What a running model collects of its layers' outputs, in releases that collect it by hooks."""
+    try:
+        from transformers.utils.output_capturing import _active_collector
+
+        return _active_collector
+    except ImportError:
+        return None
+
+
+def asks_for_weights(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether somebody takes the weights that an attention function gives back: ``output_attentions``."""
+    collector = _collector()
+    if collector is not None:
+        collected = collector.get()
+        return collected is not None and any(name.endswith("attentions") for name in collected)
+    return bool(kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)))
 
 
 def weighting_of(module: nn.Module, implementation: str, kwargs: dict[str, Any], heads: int) -> Weighting:
@@ -247,6 +274,36 @@ def cached_tokens(given: Mapping[str, Any]) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+def holds_tokens(layer: Any) -> bool:
+    """Whether a cache layer keeps what attention reads, and counts it."""
+    return hasattr(layer, "get_seq_length")
+
+
+def tokens_before(cache: Any, index: int) -> int:
+    """Tokens that a layer of a cache was given; where it keeps none itself, those of the others."""
+    if index >= len(cache.layers):
+        return 0
+    layers = [cache.layers[index], *cache.layers]
+    return next((int(layer.get_seq_length()) for layer in layers if holds_tokens(layer)), 0)
+
+
+def shares_keys(module: nn.Module) -> str | None:
+    """How an attention module shares keys with others of its model; ``None`` where it does not."""
+    if getattr(module, "is_kv_shared_layer", False):
+        return "it reads the keys of another layer"
+    return "other layers read its keys" if getattr(module, "store_full_length_kv", False) else None
+
+
+def makes_bias(module: nn.Module) -> bool:
+    """Whether an attention module makes the bias of positions for itself and later layers, from the number of keys."""
+    return bool(getattr(module, "has_relative_attention_bias", False)) and hasattr(module, "compute_bias")
+
+
+def told_its_layer(module: nn.Module) -> bool:
+    """Whether one module stands at several depths of its model, told at each call at which."""
+    return "layer_idx" in parameters_of(module)
+
+
 def cache_parameter(module: nn.Module) -> str | None:
     """The name under which a module's forward takes a cache; ``None`` where it takes none.
 
@@ -304,6 +361,20 @@ def cache_out(output: Any) -> Any:
     if cache is None:
         raise ValueError(f"{type(output).__name__} holds no cache; it has {list(output)}")
     return cache
+
+
+def prompt_being_read(part: nn.Module) -> int | None:
+    """Tokens of the prompt that a ``generate`` further up the stack is reading with a model that ``part`` is in."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in READS_PROMPT:
+            held = frame.f_locals
+            whole, ids = held.get("self"), held.get("input_ids")
+            if isinstance(whole, nn.Module) and isinstance(ids, Tensor) and any(m is part for m in whole.modules()):
+                embeds = (held.get("model_kwargs") or {}).get("inputs_embeds")
+                return max(ids.shape[1], embeds.shape[1] if isinstance(embeds, Tensor) else 0) or None
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 def made_cache(output: Any) -> Any:

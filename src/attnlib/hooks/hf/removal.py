@@ -32,10 +32,10 @@ from ..choose import take
 from ..intervention import Intervention
 from ..recompute import Shared, refuse_reentrant
 from ..session import Session
-from ..site import Site
+from ..site import Site, read_mask
 from .cache import Kept, decode_mask, evicted_layer_class, fill, mask_unwritten
 from .layer import LayerRuntime, _runtimes, intercept
-from .names import ANGLES, READABLE, _need, cache_in, hooks_are_recomputed, implementation_of, rotary_of
+from .names import ANGLES, READABLE, _need, cache_in, hooks_are_recomputed, implementation_of, rotary_of, tokens_before
 
 #: Under this name a cache layer carries by how much the positions of its sample moved.
 SHIFT = "position_shift"
@@ -323,7 +323,7 @@ class Removal(Shared):
                 f"{_where(site)}: tokens cannot be removed with a {type(cache).__name__}; possible: a dynamic or "
                 "static cache, or none"
             )
-        return int(cache.layers[site.layer].get_seq_length()) if site.layer < len(cache.layers) else 0
+        return tokens_before(cache, site.layer)
 
     def _make_room(self, cache: Any, site: Site) -> None:
         """A cache layer that takes the keys of what is left, whatever their number."""
@@ -542,5 +542,5 @@ def _existing(mask: Any, hidden: Tensor) -> Tensor:
     batch, n = hidden.shape[:2]
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         return torch.ones(batch, n, dtype=torch.bool, device=hidden.device)
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    allowed, _ = read_mask(mask)
     return allowed[..., :n].any(-2).any(1).expand(batch, n)

@@ -25,7 +25,7 @@ from ...nn.layers import split_heads
 from ...normalizers import as_normalizer
 from ...positions import as_bias
 from ...types import Output
-from ..call import run_attention, weight_rows
+from ..call import WholeMap, only_map, run_attention
 from ..intervention import Stages
 from ..session import Session
 from ..site import PairMask, Site
@@ -185,28 +185,29 @@ class MechanismRuntime(ModuleRuntime):
                 q.shape[0], n, m, q.device, pair, kind=frame["kind"], offset=m - n if frame["offset"] else 0,
                 phase=frame["phase"], rotary=None if self.module.rotary is None else True, **self._shape(q, k),
             )  # fmt: skip
-            weights: list[Tensor] = []
+            own: list[Tensor] = []
+            maps: list[WholeMap] = []
 
-            def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            def operate(q: Tensor, k: Tensor, v: Tensor, call: HeadCall) -> Tensor:
                 out = operator(q, k, v, call, notes)
                 if want:
-                    out, own = out
-                    weights.append(own)
+                    out, weights = out
+                    own.append(weights)
                 return out
+
+            def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return operate(q, k, v, call)
 
             def masked(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, bias: Tensor | None) -> Tensor:
                 if bias is None and call.bias is not None and k.shape[2] != m:
                     raise ValueError(f"{self.where}: its position bias is for {m} keys, got {k.shape[2]}")
-                alone = call.but(mask=masks.explicit(allowed), valid=None, q_pos=None, return_weights=False)
-                return operator(q, k, v, alone if bias is None else alone.but(bias=as_bias(bias)), notes)
+                alone = call.but(mask=masks.explicit(allowed), valid=None, q_pos=None)
+                return operate(q, k, v, alone if bias is None else alone.but(bias=as_bias(bias)))
 
-            out = run_attention(site, q, k, v, stages, kernel, masked, random=bool(call.dropout_p))
+            out = run_attention(site, q, k, v, stages, kernel, masked, random=bool(call.dropout_p), maps=maps)
             if not want:
                 return out
-            if stages.edits or len(weights) != 1:
-                rows = torch.arange(n, device=q.device)
-                return out, weight_rows(site, q, k, rows, pair, stages.edits)[0].to(out.dtype)
-            return out, weights[0]
+            return out, only_map(site, maps, stages, own).to(out.dtype)
 
         return mix_heads
 

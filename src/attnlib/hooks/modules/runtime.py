@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import around, block_of
-from ..call import run_attention, weight_rows
+from ..call import WholeMap, only_map, run_attention
 from ..eager import eagerly
 from ..intercept import Intercept, pair_mask
 from ..intervention import ATTENTION_STAGES, Stages
@@ -107,8 +107,9 @@ class ModuleRuntime(Shared):
     def intercepted(
         self, call: Callable[[], Any], describe: Callable[[Tensor, Tensor, PairMask], Site]
     ) -> tuple[Any, bool, Callable[[], Tensor]]:
-        """Run ``call`` with the stages in its attention: (its result, something was changed, the edited weights)."""
+        """Run ``call`` with the stages in its attention: (its result, something was changed, the weights used)."""
         seen: dict[str, Any] = {}
+        maps: list[WholeMap] = []
 
         def attend(
             query: Tensor,
@@ -125,7 +126,7 @@ class ModuleRuntime(Shared):
                 raise ValueError(f"{self.where}: it attends over tensors of rank {q.dim()}, not (B, H, N, D)")
             if dropout_p and (stages.edits or stages["around_attention"]):
                 raise ValueError(f"{self.where}: attention dropout {dropout_p} is active; call model.eval()")
-            pair = pair_mask(attn_mask, q.shape[2], k.shape[2], is_causal, floor=torch.finfo(q.dtype).min / 2)
+            pair = pair_mask(attn_mask, q.shape[2], k.shape[2], is_causal)
             site = describe(q, k, pair).but(
                 heads=q.shape[1], kv_heads=k.shape[1], head_dim=q.shape[3],
                 scale=float(q.shape[3] ** -0.5 if scale is None else scale),
@@ -142,9 +143,9 @@ class ModuleRuntime(Shared):
                 calls.append((q, k, v, out))
                 return out
 
-            out = run_attention(site, q, k, v, stages, kernel, random=bool(dropout_p))
+            out = run_attention(site, q, k, v, stages, kernel, random=bool(dropout_p), maps=maps)
             same = len(calls) == 1 and all(a is b for a, b in zip(calls[0], (query, key, value, out), strict=True))
-            seen.update(changed=not same, site=site, q=q, k=k, pair=pair)
+            seen.update(changed=not same, site=site)
             return out
 
         with Intercept(attend, self.where, type(self.module).__name__) as intercept:
@@ -155,11 +156,7 @@ class ModuleRuntime(Shared):
                 "nothing could act there"
             )
 
-        def weights() -> Tensor:
-            rows = torch.arange(seen["q"].shape[2], device=seen["q"].device)
-            return weight_rows(seen["site"], seen["q"], seen["k"], rows, seen["pair"], self.stages.edits)[0]
-
-        return result, seen["changed"], weights
+        return result, seen["changed"], lambda: only_map(seen["site"], maps, self.stages)
 
 
 def _quiet(active: bool, device: torch.device) -> AbstractContextManager[Any]:
