@@ -90,7 +90,15 @@ class Options(Fixture):
         return [(slug, case) for slug in slugs for case in cls(slug).config]
 
     def convert(self, case: str, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return attnlib.convert_state_dict(self.slug, theirs, **self.config[case].get("convert", {}))
+        own = getattr(self._class(case), "convert_state_dict", None)
+        options = self.config[case].get("convert", {})
+        return own(theirs, **options) if own else attnlib.convert_state_dict(self.slug, theirs, **options)
+
+    def _class(self, case: str):
+        if "class" not in self.config[case]:
+            return None
+        module, name = self.config[case]["class"].split(":")
+        return getattr(importlib.import_module(module), name)
 
     def _convert(self, case: str, what: str) -> dict[str, torch.Tensor]:
         return self.convert(case, self.under(f"{case}/{what}"))
@@ -102,10 +110,8 @@ class Options(Fixture):
         for name in ("context_layout",):
             if name in settings:
                 settings[name] = Layout(tuple((part, tuple(size)) for part, size in settings[name]))
-        if "class" not in config:
-            return attnlib.create(self.slug, **settings)
-        module, name = config["class"].split(":")
-        return getattr(importlib.import_module(module), name)(**settings)
+        cls = self._class(case)
+        return cls(**settings) if cls else attnlib.create(self.slug, **settings)
 
     def build(self, case: str, **changes):
         module = self.create(case)

@@ -1,13 +1,17 @@
 """maxvit: parity with timm's partition attention, what the card asks for, validity, bad input."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from parity import Fixture
 from safetensors.torch import load_file
+from torch import nn
 
 import attnlib
 from attnlib import grids, masks
+from attnlib.models.blocks import Block
 from attnlib.nn.partition.maxvit import MaxSA, PartitionAttention
 from attnlib.ops import attention
 
@@ -203,3 +207,51 @@ def test_rectangular_windows_of_timm(table, first):
             PartitionAttention.convert_state_dict(theirs, head_first=bool(first))
         with pytest.raises(ValueError, match=r"not that of window_size=\(4, 2\)"):
             PartitionAttention.convert_state_dict(theirs, head_first=bool(first), window_size=(4, 2))
+
+
+class Blocks(Fixture):
+    """timm's whole blocks: norms, attention, MLP."""
+
+    def _mechanism(self, case):
+        return MaxSA(4, 2, 2, parallel=True) if case.startswith("Parallel") else PartitionAttention(4, 2, 2)
+
+    def _convert(self, case, what):
+        cls = type(self._mechanism(case))
+        return cls.convert_state_dict(self.under(f"{case}/{what}"), head_first=self.config[case]["head_first"])
+
+    def build(self, case, **changes):
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        block = Block(4, self._mechanism(case), mlp_ratio=2.0, norm=norm)
+        block.load_state_dict(self._convert(case, "sd"))
+        return block
+
+
+BLOCKS = Blocks("maxvit-blocks")
+
+
+@pytest.mark.parametrize("case", BLOCKS.config)
+def test_whole_blocks_equal_timm(case):
+    BLOCKS.holds(case, BLOCKS.build(case), lambda m, xs: m(xs["x"])[0])
+
+
+def test_bias_of_the_network_is_one_of_displacements():
+    """A table of its values gives the same attention; equal displacements get equal biases."""
+    m = make(rel_bias="mlp", window_size=(2, 3), rel_hidden=6)
+    table = make(window_size=(2, 3))
+    m.rel_mlp.eval()
+    values = m.rel_mlp((2, 3)).detach()
+    assert values.shape == (2, 3, 5)
+    torch.testing.assert_close(values[:, 1, 2], (m.rel_mlp.fc2(m.rel_mlp.fc1.bias.relu())).detach())  # no displacement
+    kept = {k: v for k, v in m.state_dict().items() if not k.startswith("rel_mlp")}
+    table.load_state_dict({**kept, "rel_bias": values})
+    x = data(2, 4, 6, 8)
+    torch.testing.assert_close(m(x), table(x))
+
+
+def test_parallel_halves_stand_beside_one_another():
+    m, x = make(cls=MaxSA, parallel=True, layer_scale=0.5), data(2, 4, 6, 8)
+    y = m(x)
+    torch.testing.assert_close(y[..., :4], m.block_scale(m.block(x)))
+    torch.testing.assert_close(y[..., 4:], m.grid_scale(m.grid(x)))
+    with pytest.raises(ValueError, match="dim=9"):
+        make(cls=MaxSA, dim=9, num_heads=3, parallel=True)

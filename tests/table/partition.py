@@ -7,6 +7,7 @@ ROWS = [
     Case("hat", dict(dim=16, num_heads=2, window_size=4, overlap_ratio=1.0, compat="authors"), (8, 8), "zeros"),
     Case("maxvit", dict(dim=16, num_heads=4, window_size=2), (4, 6)),
     Case("maxvit", dict(dim=16, num_heads=2, window_size=4, grid_size=3, rank=1), (12,), "sequence"),
+    Case("maxvit", dict(dim=16, num_heads=2, window_size=2, parallel=True, layer_scale=0.5), (4, 6), "parallel"),
     Case(HALF, dict(dim=16, num_heads=2, window_size=2), (4, 6), "block"),
     Case(HALF, dict(dim=16, num_heads=2, window_size=(3, 2), kind="grid"), (6, 6), "grid"),
     Case(HALF, dict(dim=16, num_heads=2, window_size=2, shift=1), (4, 6), "shifted"),

@@ -34,9 +34,9 @@ from ...grids import Windows, check_windows
 from ...masks import Mask
 from ...ops.partition import KINDS, window_attention
 from ...positions import dense_window_bias
-from ...types import Traits, check_choice, to_tuple
+from ...types import Traits, check_choice, check_divides, to_tuple
 from ..base import PADS, Mechanism
-from ..layers import PositionMlp, flat_valid, head_dim_of, through
+from ..layers import LayerScale, PositionMlp, flat_valid, head_dim_of, through
 from ..registry import register
 from ..released import Released, Rule
 
@@ -71,6 +71,9 @@ class PartitionAttention(Mechanism):
         pad: of a grid that windows do not divide: ``"mask"`` adds tokens at the bottom and on the right that nobody
             attends to, ``"zeros"`` adds zeros that take part, ``"refuse"`` raises.
         rel_hidden: hidden width of that function.
+        rel_drop: dropout of its hidden layer in training.
+        attn_dim: width of queries, keys and values of all heads; ``dim`` by default.
+        out_dim: width of the output; ``dim`` by default, and any other for use inside another module only.
 
     Reference: Tu et al., 2022, arXiv 2204.01697, section 3.2.
 
@@ -103,12 +106,16 @@ class PartitionAttention(Mechanism):
         pad: str = "mask",
         shift: PerAxis = 0,
         rel_hidden: int = 512,
+        rel_drop: float = 0.125,
+        attn_dim: int | None = None,
+        out_dim: int | None = None,
     ):
         super().__init__(dim)
+        width, out_dim = (dim if given is None else given for given in (attn_dim, out_dim))
         check_choice("kind", kind, KINDS)
         check_choice("pad", pad, PADS)
         self.pad = pad
-        self.num_heads, self.head_dim, self.kind = num_heads, head_dim_of(dim, num_heads), kind
+        self.num_heads, self.head_dim, self.kind = num_heads, head_dim_of(width, num_heads), kind
         self.window_size = _window_of("window_size", window_size, rank)
         self.shift = check_ints("shift", to_tuple("shift", shift, len(self.window_size)), least=0)
         if any(s >= w for s, w in zip(self.shift, self.window_size, strict=True)) or (
@@ -118,14 +125,14 @@ class PartitionAttention(Mechanism):
                 f"shift={self.shift} must be less than window_size={self.window_size}, and 0 for kind='grid'"
             )
         self.attn_drop = attn_drop
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.qkv = nn.Linear(dim, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, out_dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
         self.rel_mlp: PositionMlp | None = None
         self.register_buffer("bias", None)
         if isinstance(rel_bias, str):
             check_choice("rel_bias", rel_bias, (True, False, "mlp"))
-            self.rel_mlp = PositionMlp(num_heads, rel_hidden, len(self.window_size))
+            self.rel_mlp = PositionMlp(num_heads, rel_hidden, len(self.window_size), rel_drop)
             self.register_parameter("rel_bias", None)
         elif rel_bias:
             self.rel_bias = nn.Parameter(torch.empty(num_heads, *(2 * w - 1 for w in self.window_size)))
@@ -188,7 +195,10 @@ class PartitionAttention(Mechanism):
         head_first: bool = False,
         window_size: PerAxis | None = None,
     ) -> dict[str, Tensor]:
-        """From timm's ``AttentionCl``.
+        """From timm's ``AttentionCl`` or ``Attention2d`` (1x1 convolutions).
+
+        A whole ``PartitionAttentionCl`` or ``PartitionAttention2d``, with its norms and MLP, becomes the state of a
+        ``models.blocks.Block`` around this mechanism.
 
         Args:
             state_dict: ``qkv.*``, ``proj.*`` and ``rel_pos.relative_position_bias_table`` or ``rel_pos.mlp.*``.
@@ -199,7 +209,11 @@ class PartitionAttention(Mechanism):
         check_flag("head_first", head_first)
         if num_heads is not None:
             check_int("num_heads", num_heads, least=1)
-        theirs = Released(state_dict, "timm's AttentionCl")
+        theirs = Released(state_dict, "timm's AttentionCl, Attention2d or PartitionAttention")
+        if "norm1.weight" in theirs:
+            part = {m[1]: value for m, value in theirs.matching(r"attn\.(.+)")}
+            inner = PartitionAttention.convert_state_dict(part, num_heads, head_first, window_size)
+            return theirs.close({f"mixer.inner.{k}": v for k, v in inner.items()} | _around(theirs))
         theirs.leave(
             r"rel_pos\.(?:relative_position_index|rel_coords_log|height_lookup|width_lookup)", because="constants"
         )
@@ -226,10 +240,28 @@ class PartitionAttention(Mechanism):
                 if num_heads is None:
                     raise ValueError("num_heads is needed where head_first and state_dict has no relative table")
                 value = value.unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
-            return {match[0]: value}
+            return {match[0]: _flat(value)}
 
-        rules: dict[str, Rule] = {r"qkv\.(?:weight|bias)": qkv, r"proj\.(weight|bias)": r"proj.\1"}
+        rules: dict[str, Rule] = {
+            r"qkv\.(?:weight|bias)": qkv,
+            r"proj\.(?:weight|bias)": lambda match, value: {match[0]: _flat(value)},
+        }
         return theirs.close(out | theirs.renamed(rules))
+
+
+def _flat(value: Tensor) -> Tensor:
+    """The weight of a 1x1 convolution as that of a linear map; anything else as it is."""
+    return value.flatten(1) if value.dim() > 2 else value
+
+
+def _around(theirs: Released) -> dict[str, Tensor]:
+    """Norms, layer scales and MLP of timm's blocks, in the names of ``models.blocks.Block``."""
+    rules: dict[str, Rule] = {}
+    for number, part in (("1", "mixer"), ("2", "mlp")):
+        rules[rf"norm{number}\.(weight|bias)"] = rf"{part}.norm.\1"
+        rules[rf"ls{number}\.gamma"] = f"{part}.scale.gamma"
+    rules[r"mlp\.(fc[12]\.(?:weight|bias))"] = lambda match, value: {f"mlp.inner.{match[1]}": _flat(value)}
+    return theirs.renamed(rules)
 
 
 def _table_sides(entries: int, window_size: PerAxis | None) -> list[int]:
@@ -250,14 +282,20 @@ def _table_sides(entries: int, window_size: PerAxis | None) -> list[int]:
 class MaxSA(Mechanism):
     """Block attention, then grid attention: ``b + grid(norm(x + b))`` with ``b = block(x)``.
 
+    With ``parallel``, both read ``x`` and give half of the channels each, ``[block(x), grid(x)]``, as in timm's
+    ``ParallelPartitionAttention``.
+
     Args:
         dim: width of ``x``.
         num_heads: heads of each half; must divide ``dim``.
         window_size: sides ``P`` of a block.
         grid_size: sides ``G`` of the global grid; ``window_size`` by default.
         norm: LayerNorm before the grid half.
-        options: ``rank``, ``rel_bias``, ``qkv_bias``, ``proj_bias``, ``attn_drop``, ``proj_drop``, ``pad`` of
-            :class:`PartitionAttention`.
+        norm_eps: of that norm; models trained by timm (``rw``) have 1e-6.
+        layer_scale: start of a learned scale per channel of either half; ``None`` for none.
+        parallel: the halves stand beside one another; then there is no norm.
+        options: ``rank``, ``rel_bias``, ``qkv_bias``, ``proj_bias``, ``attn_drop``, ``proj_drop``, ``pad``,
+            ``rel_hidden``, ``rel_drop``, ``attn_dim`` of :class:`PartitionAttention`.
 
     Reference: Tu et al., 2022, arXiv 2204.01697, section 3.2 and figure 3.
 
@@ -275,16 +313,27 @@ class MaxSA(Mechanism):
         window_size: PerAxis = 7,
         grid_size: PerAxis | None = None,
         norm: bool = True,
+        norm_eps: float = 1e-5,
+        layer_scale: float | None = None,
+        parallel: bool = False,
         **options: Any,
     ):
         super().__init__(dim)
+        self.parallel, width = parallel, dim
+        if parallel:
+            check_divides("2 (halves)", 2, "dim", dim)
+            width, norm = dim // 2, False
+            options = {**options, "out_dim": width}
         if grid_size is None:
             grid_size = window_size
         else:
             _window_of("grid_size", grid_size, options.get("rank"))
         self.block = PartitionAttention(dim, num_heads, window_size, "block", **options)
-        self.norm = nn.LayerNorm(dim, eps=1e-5) if norm else nn.Identity()
+        self.norm = nn.LayerNorm(dim, eps=norm_eps) if norm else nn.Identity()
         self.grid = PartitionAttention(dim, num_heads, grid_size, "grid", **options)
+        self.block_scale, self.grid_scale = (
+            nn.Identity() if layer_scale is None else LayerScale(width, layer_scale) for _ in range(2)
+        )
         if len(self.block.window_size) != len(self.grid.window_size):
             raise ValueError(
                 f"window_size={self.block.window_size} and grid_size={self.grid.window_size} must have as many axes"
@@ -298,8 +347,10 @@ class MaxSA(Mechanism):
     def mix(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
         if self.grid.pad == "refuse":
             check_windows(x.shape[1:-1], self.grid.window_size, "grid_size")
-        local = self.block(x, valid=valid)
-        return local + self.grid(self.norm(x + local), valid=valid)
+        local = self.block_scale(self.block(x, valid=valid))
+        if self.parallel:
+            return torch.cat([local, self.grid_scale(self.grid(x, valid=valid))], -1)
+        return local + self.grid_scale(self.grid(self.norm(x + local), valid=valid))
 
     @staticmethod
     def convert_state_dict(
@@ -310,21 +361,36 @@ class MaxSA(Mechanism):
     ) -> dict[str, Tensor]:
         """From timm's ``MaxxVitBlock`` (``attn_block.attn.*``, ``attn_grid.norm1.*``, ``attn_grid.attn.*``).
 
-        The MLPs, the first norm, the layer scales and the convolution of that block are no part of this mechanism and
-        are left out by these names. ``window_size``, ``grid_size`` (the same by default) and ``options`` as in
-        :meth:`PartitionAttention.convert_state_dict`.
+        The MLPs, the first norm and the convolution of that block are no part of this mechanism and are left out by
+        these names. A ``ParallelPartitionAttention`` (``attn_block.*`` and ``attn_grid.*``, with one norm and one MLP)
+        becomes the state of a ``models.blocks.Block`` around a parallel pair. ``window_size``, ``grid_size`` (the same
+        by default) and ``options`` as in :meth:`PartitionAttention.convert_state_dict`.
         """
-        theirs = Released(state_dict, "timm's MaxxVitBlock")
-        theirs.leave(
-            r"conv\..*|attn_block\.norm1\..*|attn_(?:block|grid)\.(?:norm2|mlp|ls1|ls2)\..*",
-            because="parts of the block around the mechanism",
-        )
-        out = theirs.renamed({r"attn_grid\.norm1\.(weight|bias)": r"norm.\1"})
+        theirs = Released(state_dict, "timm's MaxxVitBlock or ParallelPartitionAttention")
         sizes = {"block": window_size, "grid": window_size if grid_size is None else grid_size}
+        parallel = "attn_block.qkv.weight" in theirs
+        out: dict[str, Tensor] = {}
+        if parallel:
+            if "ls1.gamma" in theirs:
+                first, second = theirs.take("ls1.gamma").chunk(2)
+                out = {"block_scale.gamma": first, "grid_scale.gamma": second}
+        else:
+            theirs.leave(
+                r"conv\..*|attn_block\.norm1\..*|attn_(?:block|grid)\.(?:norm2|mlp|ls2)\..*",
+                because="parts of the block around the mechanism",
+            )
+            rules: dict[str, Rule] = {
+                r"attn_grid\.norm1\.(weight|bias)": r"norm.\1",
+                r"attn_(block|grid)\.ls1\.gamma": r"\1_scale.gamma",
+            }
+            out = theirs.renamed(rules)
         for half, size in sizes.items():
-            part = {m[1]: value for m, value in theirs.matching(rf"attn_{half}\.attn\.(.+)")}
+            name = f"attn_{half}" if parallel else f"attn_{half}.attn"
+            part = {m[1]: value for m, value in theirs.matching(rf"{re.escape(name)}\.(.+)")}
             if not part:
-                raise ValueError(f"state_dict has no attn_{half}.attn.*, which timm's MaxxVitBlock has")
+                raise ValueError(f"state_dict has no {name}.*, which timm's MaxxVitBlock has")
             converted = PartitionAttention.convert_state_dict(part, window_size=size, **options)
             out.update({f"{half}.{k}": v for k, v in converted.items()})
+        if parallel:
+            out = {f"mixer.inner.{k}": v for k, v in out.items()} | _around(theirs)
         return theirs.close(out)
