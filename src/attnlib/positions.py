@@ -702,7 +702,7 @@ def rotate(x: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
         a, b = work[..., 0::2], work[..., 1::2]
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
     a, b = work.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], -1).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------------
