@@ -244,6 +244,8 @@ class Stages:
         self._by_stage = {stage: [i for i in self.all if implements(i, stage)] for stage in STAGES}
         self.probes = [i for i in self.all if isinstance(i, Probe)]
         self.edits = [i for i in self.all if implements(i, "on_scores") or implements(i, "on_weights")]
+        #: Whether somebody acts or looks inside the attention call.
+        self.in_attention = bool(self.probes) or any(self._by_stage[stage] for stage in ATTENTION_STAGES)
         #: Whether weights computed beside the kernel were found to be its own.
         self.verified = False
 
@@ -254,11 +256,6 @@ class Stages:
     def used(self) -> list[str]:
         """Stages that somebody implements."""
         return [stage for stage in STAGES if self._by_stage[stage]]
-
-    @property
-    def in_attention(self) -> bool:
-        """Somebody acts or looks inside the attention call."""
-        return bool(self.probes) or any(self._by_stage[stage] for stage in ATTENTION_STAGES)
 
     @property
     def reads_map(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import sys
 import threading
 import weakref
@@ -89,8 +90,7 @@ class _Now:
 
 
 def _said(name: str) -> Any:
-    def get(session: Session) -> Any:
-        return getattr(session._now, name)
+    get = operator.attrgetter(f"_now.{name}")  # read several times in every layer of every call
 
     def put(session: Session, value: Any) -> None:
         setattr(session._now, name, value)
@@ -159,18 +159,20 @@ class Session(Shared):
     @property
     def tracker(self) -> TypeTracker | None:
         """Token types of the current branch; each branch counts its own tokens."""
-        if self.branch not in self._trackers:
-            if None not in self._trackers:
+        now = self._now
+        if now.branch not in now.trackers:
+            if None not in now.trackers:
                 return None
-            self._trackers[self.branch] = TypeTracker(self._trackers[None].source)
-        return self._trackers[self.branch]
+            now.trackers[now.branch] = TypeTracker(now.trackers[None].source)
+        return now.trackers[now.branch]
 
     @property
     def notes(self) -> Notes:
         """What adapters and interventions remember of the current branch between calls; begun anew by a new prompt."""
-        if self.branch not in self._notes:
-            self._notes[self.branch] = Notes()
-        return self._notes[self.branch]
+        now = self._now
+        if now.branch not in now.notes:
+            now.notes[now.branch] = Notes()
+        return now.notes[now.branch]
 
     @property
     def prompt(self) -> dict[str, Any]:
@@ -493,14 +495,15 @@ class Session(Shared):
 
     def made(self, fields: dict[str, Any], batch: int, given: dict[str, Any] | None = None) -> Site:
         """A site of these fields, all of them, with what the user said about this call; ``fields`` become its own."""
-        if self.rows is not None and len(self.rows) != batch:
+        now = self._now
+        if now.rows is not None and len(now.rows) != batch:
             raise ValueError(
-                f"rows names {len(self.rows)} rows of the batch ({list(self.rows)}), but layer {fields['layer']} "
+                f"rows names {len(now.rows)} rows of the batch ({list(now.rows)}), but layer {fields['layer']} "
                 f"({fields['name']}) got a batch of {batch}; give one name per row"
             )
-        fields["rows"], fields["pass_name"], fields["branch"] = self.rows, self.pass_name, self.branch
+        fields["rows"], fields["pass_name"], fields["branch"] = now.rows, now.pass_name, now.branch
         if given is None or "step" not in given:
-            fields["step"] = self.step
+            fields["step"] = now.step
         if given is None or "training" not in given:
             fields["training"] = fields["module"].training
         new = object.__new__(Site)

@@ -169,9 +169,9 @@ def asks_for_weights(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
 
 def weighting_of(module: nn.Module, implementation: str, kwargs: dict[str, Any], heads: int) -> Weighting:
     """What the kernel makes of scores, from the arguments of its call."""
-    chooses = [name for name in CHOOSES if kwargs.get(name) is not None]
-    if chooses:
-        return Weighting(opaque=f"its kernel is given {chooses[0]}, so its weights cannot be computed beside it")
+    for name in CHOOSES:
+        if kwargs.get(name) is not None:
+            return Weighting(opaque=f"its kernel is given {name}, so its weights cannot be computed beside it")
     if implementation != "eager":
         return _PLAIN  # sdpa knows neither
     cap = kwargs.get("softcap")
@@ -215,7 +215,8 @@ class _Quiet:
 
 def named_implementation(config: Any) -> str:
     """Which attention a configuration asks for now, under whatever name."""
-    return (config.__dict__[IMPLEMENTATION] or "eager").removeprefix(PREFIX)
+    # Asked in every layer of every call, and what configurations do to find an attribute would cost more than the rest.
+    return (object.__getattribute__(config, "__dict__")[IMPLEMENTATION] or "eager").removeprefix(PREFIX)
 
 
 def rotary_of(module: nn.Module) -> nn.Module | None:
@@ -252,7 +253,7 @@ def reader(model: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], dict
 def cache_name(given: Mapping[str, Any]) -> str | None:
     """The name under which a call was given a cache, whatever it is; ``None`` when it was given none."""
     for name in CACHE_ARGUMENTS:
-        if hasattr(given.get(name), "get_seq_length"):
+        if (value := given.get(name)) is not None and hasattr(value, "get_seq_length"):
             return name
     return next((name for name, value in given.items() if hasattr(value, "get_seq_length")), None)
 
