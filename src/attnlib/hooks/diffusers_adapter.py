@@ -23,18 +23,16 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..grids import Layout
 from .blocks import around, block_of, swap_sources
-from .call import run_attention
 from .eager import eagerly
-from .intercept import Intercept, pair_mask
+from .intercept import Intercept, staged
 from .intervention import Stages
 from .recompute import Shared
 from .session import Adapter, Session, part_of
-from .site import Site
+from .site import PairMask, Site
 
 #: In which order a processor concatenates the two streams of joint attention.
 JOINT_ORDER = {
@@ -215,17 +213,15 @@ class ModuleRuntime(Shared):
             return call(*args, **kwargs)
         before, self.given = self.given, given
         branches = BRANCHES.get(self.processor, ()) if self._has_image_keys() else ()
+        attend = staged(self.where, self.processor, self.stages, self.describe)
+        self.intercept = Intercept(attend, self.where, self.processor, max(1, len(branches)))
         try:
-            with Intercept(self.run, self.where, self.processor, max(1, len(branches))) as self.intercept:
-                result = call(*args, **kwargs)
+            return self.intercept.around(
+                lambda: call(*args, **kwargs),
+                "; use a processor that does (AttnProcessor2_0) and the native attention backend",
+            )
         finally:
             self.given = before
-        if not self.intercept.count:
-            raise ValueError(
-                f"{self.where}: {self.processor} did not call torch's scaled_dot_product_attention, so nothing could "
-                "act there; use a processor that does (AttnProcessor2_0) and the native attention backend"
-            )
-        return result
 
     def before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``on_block_input``: the stream of image tokens."""
@@ -247,51 +243,19 @@ class ModuleRuntime(Shared):
     def _has_image_keys(self) -> bool:
         return getattr(self.module, "add_k_proj", None) is not None and self.site.kind != "joint"
 
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        q, k, v, stages = query, key, value, self.stages
-        if q.dim() != 4:
-            raise ValueError(f"{self.where}: {self.processor} attends over tensors of rank {q.dim()}, not (B, H, N, D)")
-        if dropout_p and (stages.edits or stages["around_attention"]):
-            raise ValueError(f"{self.where}: attention dropout {dropout_p} is active; call model.eval()")
+    def describe(self, q: Tensor, k: Tensor, pair: PairMask, **fields: Any) -> Site:
+        """The site of an attention call of the processor."""
         n, m = q.shape[2], k.shape[2]
-        pair = pair_mask(attn_mask, n, m, is_causal)
         q_layout, k_layout = self.layouts(n, m, self.given)
         if self._has_image_keys():
             branches = BRANCHES[self.processor]
             k_layout = Layout(((branches[self.intercept.count - 1], m),))
         rotary = any(self.given.get(name) is not None for name in ("image_rotary_emb", "rotary_emb"))
-        site = self.session.described(
-            self.site, q.shape[0], heads=q.shape[1], kv_heads=k.shape[1], head_dim=q.shape[3],
-            scale=float(q.shape[3] ** -0.5 if scale is None else scale), n_queries=n, n_keys=m, mask=pair,
-            q_pos=torch.arange(n, device=q.device), k_pos=torch.arange(m, device=q.device),
-            q_layout=q_layout, k_layout=k_layout, rotary=rotary or None,
+        return self.session.described(
+            self.site, q.shape[0], n_queries=n, n_keys=m, mask=pair, q_pos=torch.arange(n, device=q.device),
+            k_pos=torch.arange(m, device=q.device), q_layout=q_layout, k_layout=k_layout, rotary=rotary or None,
+            **fields,
         )  # fmt: skip
-        for i in stages["on_qkv"]:
-            q, k, v = i.on_qkv(site, q, k, v)
-
-        def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=attn_mask,
-                dropout_p=dropout_p,
-                is_causal=is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
-
-        return run_attention(site, q, k, v, stages, kernel, random=bool(dropout_p))
 
     def layouts(self, n: int, m: int, given: dict[str, Any]) -> tuple[Layout | None, Layout | None]:
         """What queries and keys are, from the shapes of the denoiser's inputs."""

@@ -1,8 +1,9 @@
-"""Calls of ``scaled_dot_product_attention`` caught where they are made."""
+"""Calls of ``scaled_dot_product_attention`` caught where they are made, and what a layer's stages make of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .site import PairMask, read_mask
+from .call import WholeMap, only_map, run_attention
+from .intervention import Stages
+from .site import PairMask, Site, read_mask
 
 
 class Intercept(TorchFunctionMode):
@@ -40,6 +43,95 @@ class Intercept(TorchFunctionMode):
 
     def _attend(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.__torch_function__(F.scaled_dot_product_attention, (), args, kwargs)
+
+    def around(self, call: Callable[[], Any], instead: str = "") -> Any:
+        """The result of ``call``, which must attend; ``instead`` says what would."""
+        with self:
+            result = call()
+        if not self.count:
+            raise ValueError(
+                f"{self.where}: {self.what} did not call torch's scaled_dot_product_attention, so nothing could act "
+                f"there{instead}"
+            )
+        return result
+
+
+@dataclass
+class Seen:
+    """A call as the stages left it.
+
+    Args:
+        site: of the call.
+        stages: of its layer.
+        maps: the maps that were computed in it.
+        changed: whether anything differs from the call without stages.
+    """
+
+    site: Site
+    stages: Stages
+    maps: list[WholeMap]
+    changed: bool
+
+    def weights(self) -> Tensor:
+        """(B, H, N, M) weights that were used."""
+        return only_map(self.site, self.maps, self.stages)
+
+
+def staged(
+    where: str,
+    what: str,
+    stages: Stages,
+    describe: Callable[..., Site],
+    seen: list[Seen] | None = None,
+) -> Callable[..., Tensor]:
+    """What takes the place of ``scaled_dot_product_attention``: the same call through the stages of a layer.
+
+    Args:
+        where, what: the layer and what attends in it, for messages.
+        describe: ``describe(q, k, pair, heads=, kv_heads=, head_dim=, scale=)`` gives the site of the call.
+        seen: gets what became of each call.
+    """
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        q, k, v = query, key, value
+        if q.dim() != 4:
+            raise ValueError(f"{where}: {what} attends over tensors of rank {q.dim()}, not (B, H, N, D)")
+        if dropout_p and (stages.edits or stages["around_attention"]):
+            raise ValueError(f"{where}: attention dropout {dropout_p} is active; call model.eval()")
+        pair = pair_mask(attn_mask, q.shape[2], k.shape[2], is_causal)
+        site = describe(
+            q, k, pair, heads=q.shape[1], kv_heads=k.shape[1], head_dim=q.shape[3],
+            scale=float(q.shape[3] ** -0.5 if scale is None else scale),
+        )  # fmt: skip
+        for i in stages["on_qkv"]:
+            q, k, v = i.on_qkv(site, q, k, v)
+        calls = []
+
+        def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+                enable_gqa=enable_gqa,
+            )  # fmt: skip
+            calls.append((q, k, v, out))
+            return out
+
+        maps: list[WholeMap] | None = None if seen is None else []
+        out = run_attention(site, q, k, v, stages, kernel, random=bool(dropout_p), maps=maps)
+        if seen is not None and maps is not None:
+            same = len(calls) == 1 and all(a is b for a, b in zip(calls[0], (query, key, value, out), strict=True))
+            seen.append(Seen(site, stages, maps, not same))
+        return out
+
+    return attend
 
 
 def _never(tensors: Any) -> bool:

@@ -69,11 +69,11 @@ class MultiheadRuntime(ModuleRuntime):
         module = self.module
         need_weights, average = given.get("need_weights", True), given.get("average_attn_weights", True)
 
-        def describe(q: Tensor, k: Tensor, pair: PairMask) -> Site:
+        def describe(q: Tensor, k: Tensor, pair: PairMask, **fields: Any) -> Site:
             # Learned and zero keys stand nowhere in the sequence.
             extra = module.bias_k is not None or module.add_zero_attn
             where = {"k_pos": None} if extra else {}
-            return self.described(q.shape[0], q.shape[2], k.shape[2], q.device, pair, kind=kind, **where)
+            return self.described(q.shape[0], q.shape[2], k.shape[2], q.device, pair, kind=kind, **where, **fields)
 
         # PyTorch's own fused kernel, or the one that gives weights, is what the untouched module would have run.
         other = need_weights or (
@@ -87,10 +87,10 @@ class MultiheadRuntime(ModuleRuntime):
             # Asked for weights the module reads its mask; else the hint hides learned and zero keys, too.
             alone["is_causal"] = False
         with _quiet(bool(other and module.training and module.dropout), query.device):
-            (out, _), changed, weights = self.intercepted(lambda: self.forward(query, key, value, **alone), describe)
-        if not changed:
+            (out, _), seen = self.intercepted(lambda: self.forward(query, key, value, **alone), describe)
+        if not seen.changed:
             return self.forward(query, key, value, **given) if other else (out, None)
         if not need_weights:
             return out, None
-        edited = weights().to(out.dtype)
+        edited = seen.weights().to(out.dtype)
         return out, edited.mean(1) if average else edited

@@ -8,13 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import around, block_of
-from ..call import WholeMap, only_map, run_attention
 from ..eager import eagerly
-from ..intercept import Intercept, pair_mask
+from ..intercept import Intercept, Seen, staged
 from ..intervention import ATTENTION_STAGES, Stages
 from ..recompute import Shared
 from ..session import Session
@@ -104,59 +102,13 @@ class ModuleRuntime(Shared):
             self.site, batch, n_queries=n, n_keys=m, mask=pair, q_types=q_types, k_types=k_types, **fields
         )
 
-    def intercepted(
-        self, call: Callable[[], Any], describe: Callable[[Tensor, Tensor, PairMask], Site]
-    ) -> tuple[Any, bool, Callable[[], Tensor]]:
-        """Run ``call`` with the stages in its attention: (its result, something was changed, the weights used)."""
-        seen: dict[str, Any] = {}
-        maps: list[WholeMap] = []
-
-        def attend(
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attn_mask: Tensor | None = None,
-            dropout_p: float = 0.0,
-            is_causal: bool = False,
-            scale: float | None = None,
-            enable_gqa: bool = False,
-        ) -> Tensor:
-            q, k, v, stages = query, key, value, self.stages
-            if q.dim() != 4:
-                raise ValueError(f"{self.where}: it attends over tensors of rank {q.dim()}, not (B, H, N, D)")
-            if dropout_p and (stages.edits or stages["around_attention"]):
-                raise ValueError(f"{self.where}: attention dropout {dropout_p} is active; call model.eval()")
-            pair = pair_mask(attn_mask, q.shape[2], k.shape[2], is_causal)
-            site = describe(q, k, pair).but(
-                heads=q.shape[1], kv_heads=k.shape[1], head_dim=q.shape[3],
-                scale=float(q.shape[3] ** -0.5 if scale is None else scale),
-            )  # fmt: skip
-            for i in stages["on_qkv"]:
-                q, k, v = i.on_qkv(site, q, k, v)
-            calls = []
-
-            def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                out = F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-                    enable_gqa=enable_gqa,
-                )  # fmt: skip
-                calls.append((q, k, v, out))
-                return out
-
-            out = run_attention(site, q, k, v, stages, kernel, random=bool(dropout_p), maps=maps)
-            same = len(calls) == 1 and all(a is b for a, b in zip(calls[0], (query, key, value, out), strict=True))
-            seen.update(changed=not same, site=site)
-            return out
-
-        with Intercept(attend, self.where, type(self.module).__name__) as intercept:
-            result = call()
-        if not intercept.count:
-            raise ValueError(
-                f"{self.where}: {type(self.module).__name__} did not call torch's scaled_dot_product_attention, so "
-                "nothing could act there"
-            )
-
-        return result, seen["changed"], lambda: only_map(seen["site"], maps, self.stages)
+    def intercepted(self, call: Callable[[], Any], describe: Callable[..., Site]) -> tuple[Any, Seen]:
+        """Run ``call`` with the stages in its attention: its result, and what became of that attention."""
+        seen: list[Seen] = []
+        what = type(self.module).__name__
+        attend = staged(self.where, what, self.stages, describe, seen)
+        result = Intercept(attend, self.where, what).around(call)
+        return result, seen[0]
 
 
 def _quiet(active: bool, device: torch.device) -> AbstractContextManager[Any]:

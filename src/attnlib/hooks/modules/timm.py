@@ -69,17 +69,18 @@ class TimmRuntime(ModuleRuntime):
         fused = bool(module.fused_attn)
         drop = getattr(getattr(module, "attn_drop", None), "p", 0.0)
 
-        def describe(q: Tensor, k: Tensor, pair: PairMask) -> Site:
-            return self.described(q.shape[0], q.shape[2], k.shape[2], q.device, pair, rotary=rope is not None or None)
+        def describe(q: Tensor, k: Tensor, pair: PairMask, **fields: Any) -> Site:
+            rotary = rope is not None or None
+            return self.described(q.shape[0], q.shape[2], k.shape[2], q.device, pair, rotary=rotary, **fields)
 
         before = module.__dict__.get("fused_attn")
         module.fused_attn = True
         try:
             with _quiet(bool(not fused and module.training and drop), x.device):
-                out, changed, _ = self.intercepted(lambda: self.forward(x, *rest, **kwargs), describe)
+                out, seen = self.intercepted(lambda: self.forward(x, *rest, **kwargs), describe)
         finally:
             if before is None:
                 module.__dict__.pop("fused_attn", None)
             else:
                 module.fused_attn = before
-        return out if changed or fused else self.forward(x, *rest, **kwargs)
+        return out if seen.changed or fused else self.forward(x, *rest, **kwargs)
