@@ -28,7 +28,7 @@ except ImportError as error:
 
 from ..checks import check_int, check_real
 from ..hooks.hf.names import output_field
-from ..hooks.hf.state import StateLayer, state_cache, state_layers
+from ..hooks.hf.state import StateLayer, counting_layer, state_cache, state_layers
 from ..nn.base import Mechanism
 from ..nn.layers import zero_invalid
 from ..nn.registry import create, find
@@ -254,20 +254,6 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
     return past_key_values if cache is None else cache
 
 
-def past_tokens(cache: Cache) -> tuple[int, Tensor | None]:
-    """Slots that a cache has seen, and how many tokens of each sample existed (B,); ``None`` before the first call."""
-    layers: Sequence[StateLayer] = cache.layers  # type: ignore[assignment]
-    states = [layer.state for layer in layers if layer.state is not None]
-    if not states:
-        return 0, None
-    counted = next((state["tokens"] for state in states if "tokens" in state), None)
-    seen = layers[0].get_seq_length()
-    if counted is None:
-        leaf = next(iter(states[0].tensors.values()))
-        counted = torch.full((layers[0].batch_size,), seen, device=leaf.device)
-    return seen, counted
-
-
 @dataclass
 class DecoderOutput(ModelOutput):
     """Output of :class:`DecoderModel` and :class:`DecoderForCausalLM`; what does not apply is ``None``.
@@ -460,7 +446,8 @@ class DecoderModel(DecoderPreTrainedModel):
     ) -> tuple[Tensor | None, Packing | None]:
         """Which tokens of ``x`` exist, ``None`` for all, so that mechanisms take their short way; and the documents."""
         batch, n = x.shape[:2]
-        seen, past = (0, None) if cache is None else past_tokens(cache)
+        layer = None if cache is None else counting_layer(cache)
+        seen, past = (0, None) if layer is None else (layer.seen, layer.tokens)
         if past is not None and len(past) != batch:
             raise ValueError(
                 f"cache holds {len(past)} samples, the new tokens are of {batch}; a cache that was filled by packed "

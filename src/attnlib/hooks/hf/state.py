@@ -55,6 +55,15 @@ class StateLayer(CacheLayerMixin):
         """Samples held, -1 before the first token."""
         return -1 if self.state is None else _leaves(self.state)[0].shape[0]
 
+    @property
+    def tokens(self) -> Tensor | None:
+        """(B,) tokens that exist among those seen, by the state's own count or else all; ``None`` before the first."""
+        if self.state is None:
+            return None
+        if "tokens" in self.state:
+            return self.state["tokens"]
+        return torch.full((self.batch_size,), self.seen, device=_leaves(self.state)[0].device)
+
     def key_positions(self) -> Tensor | None:
         """(B, M) positions of the keys held, counting the tokens that exist; -1 where none is held.
 
@@ -66,7 +75,9 @@ class StateLayer(CacheLayerMixin):
         held = state["k"].shape[2]
         if "valid" in state:
             return torch.where(state["valid"], state["valid"].long().cumsum(1) - 1, -1)
-        return (state["tokens"][:, None] - held + torch.arange(held, device=state["k"].device)).clamp(min=-1)
+        tokens = self.tokens
+        assert tokens is not None, "there is a state"
+        return (tokens[:, None] - held + torch.arange(held, device=tokens.device)).clamp(min=-1)
 
     # ---- what transformers does with it
 
@@ -132,6 +143,12 @@ def state_cache(num_layers: int) -> Cache:
     0
     """
     return Cache(layers=[StateLayer() for _ in range(num_layers)])
+
+
+def counting_layer(cache: Cache) -> StateLayer:
+    """The layer by which the tokens of a sequence are counted: the first whose state counts those that exist."""
+    layers: Sequence[StateLayer] = cache.layers  # type: ignore[assignment]
+    return next((layer for layer in layers if layer.state is not None and "tokens" in layer.state), layers[0])
 
 
 def state_layers(cache: Any, num_layers: int) -> Sequence[StateLayer]:
