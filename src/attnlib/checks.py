@@ -291,34 +291,33 @@ def check_whole(name: str, value: Any, what: str = "an integer tensor") -> None:
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_dtype(**tensors: Tensor | None) -> None:
-    """Raise ``TypeError`` unless all of these share one floating dtype; names them in order."""
+def _unlike(tensors: Mapping[str, Tensor | None], of: Callable[[Tensor], Any]) -> dict[str, Any]:
+    """``of`` each tensor, by its name, where they differ; nothing where all are alike. Raises for what is none."""
     first = None
     for name, t in tensors.items():
         if t is None:
             continue
         if not isinstance(t, Tensor):
             check_tensor(name, t)
-        first = t.dtype if first is None else first
-        if t.dtype == first and first.is_floating_point:
-            continue
-        dtypes = {name: t.dtype for name, t in tensors.items() if isinstance(t, Tensor)}
-        listed = ", ".join(f"{name} has {dtype}" for name, dtype in dtypes.items())
-        raise TypeError(f"{_and(dtypes)} must share one floating dtype, but {listed}")
+        here = of(t)
+        first = here if first is None else first
+        if here != first:
+            return {name: of(_tensor(name, t)) for name, t in tensors.items() if t is not None}
+    return {}
+
+
+def check_dtype(**tensors: Tensor | None) -> None:
+    """Raise ``TypeError`` unless all of these share one floating dtype; names them in order."""
+    dtypes = _unlike(tensors, lambda t: t.dtype)
+    given = {name: t for name, t in tensors.items() if t is not None}
+    if dtypes or not all(t.is_floating_point() for t in given.values()):
+        listed = ", ".join(f"{name} has {t.dtype}" for name, t in given.items())
+        raise TypeError(f"{_and(given)} must share one floating dtype, but {listed}")
 
 
 def check_device(**tensors: Tensor | None) -> None:
     """Raise ``ValueError`` unless all of these lie on the device of the first one."""
-    first = None
-    for name, t in tensors.items():
-        if t is None:
-            continue
-        if not isinstance(t, Tensor):
-            check_tensor(name, t)
-        first = t.device if first is None else first
-        if t.device == first:
-            continue
-        devices = {name: t.device for name, t in tensors.items() if isinstance(t, Tensor)}
+    if devices := _unlike(tensors, lambda t: t.device):
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"{_and(devices)} must lie on one device, but {listed} was given")
 
@@ -366,9 +365,7 @@ def raised(name: str, spec: Any, build: Callable[[Any], Any], giver: str) -> Any
 
 def check_batch(**tensors: Tensor | None) -> None:
     """Raise ``ValueError`` unless all of these have the same first axis."""
-    sizes = {name: _tensor(name, t).shape[0] for name, t in tensors.items() if t is not None}
-    first = next(iter(sizes.values()), 0)
-    if any(size != first for size in sizes.values()):
+    if sizes := _unlike(tensors, lambda t: t.shape[0]):
         listed = ", ".join(f"{name} has {size}" for name, size in sizes.items())
         raise ValueError(f"{_and(sizes)} must share the batch, but {listed} samples")
 

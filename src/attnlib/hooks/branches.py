@@ -51,6 +51,17 @@ def image_runs(types: Tensor, size: int | None = None) -> Tensor:
     return torch.where(image, first, -1)
 
 
+def check_branches(model: Any, who: str, what: str) -> None:
+    """Raise ``ValueError`` for a model in which ``what`` cannot be read beside the prompt, naming ``who`` reads it."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{who} serves decoders; {type(model).__name__} has an encoder")
+    if any(hasattr(m, "rope_deltas") for m in model.modules()):
+        raise ValueError(
+            f"{who}: {type(model).__name__} keeps the positions of its last prompt in the model (rope_deltas), where "
+            f"{what} would overwrite them"
+        )
+
+
 class Reading(NamedTuple):
     """What a branch reads: inputs of the model (ids or embeddings of tokens, images) and types (B, K) of the tokens."""
 

@@ -18,7 +18,7 @@ from ..masks import Mask, causal
 from ..normalizers import Normalizer, as_normalizer
 from ..ops import attention
 from ..positions import Bias, alibi, check_rotary_scaling, rotary_angles, rotate
-from ..types import Output, Plan, State, Traits, check_divides
+from ..types import Output, Plan, State, Traits, Wanted, check_divides
 from .base import Mechanism
 from .layers import flat_valid, head_dim_of, head_norm, merge_heads, split_heads, through
 
@@ -344,6 +344,12 @@ class HeadFrame(Mechanism, Generic[N]):
 
     def _notes(self, valid: Tensor | None, plan: Plan | None, state: State | None, returns: tuple[str, ...]) -> N:
         return self.notes_type(valid, plan, state, returns)  # type: ignore[return-value]
+
+    def _choice(self, kind: str, x: Tensor, context: Tensor | None, **call: Any) -> dict[str, Tensor]:
+        """What the operator chooses in a call, for ``make_plan``: it sees that it is :class:`Wanted`, and leaves it."""
+        made: dict[str, Tensor] = {}
+        self.mix(x, context, plan=Wanted(kind, made), **call)
+        return made
 
     def mix(
         self,

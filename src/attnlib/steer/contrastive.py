@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_real, shaped
-from ..hooks.branches import Branch, Prompt
+from ..hooks.branches import Branch, Prompt, check_branches
 from ..hooks.hf.follow import watch_prompts
 from ..hooks.hf.names import cache_argument, cache_out, crop, reader
 from ..hooks.intervention import Intervention
@@ -145,13 +145,7 @@ class ContrastiveDecoding(Intervention):
 
     def on_attach(self, session: Session) -> None:
         model: Any = session.model
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise ValueError(f"{type(self).__name__} serves decoders; {type(model).__name__} has an encoder")
-        if any(hasattr(m, "rope_deltas") for m in model.modules()):
-            raise ValueError(
-                f"{type(self).__name__}: {type(model).__name__} keeps the positions of its last prompt in the model "
-                "(rope_deltas), where a second branch would overwrite them"
-            )
+        check_branches(model, type(self).__name__, "a second branch")
         same = [i for i in session.interventions if isinstance(i, ContrastiveDecoding)]
         number = sum(i.branch.name == self.branch.name for i in same[: same.index(self)])
         self._branch_name = self.branch.name + (f"-{number + 1}" if number else "")

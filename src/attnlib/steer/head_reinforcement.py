@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_float, check_int, shaped
-from ..hooks.branches import BlockPass, NoImage, Prompt
+from ..hooks.branches import BlockPass, NoImage, Prompt, check_branches
 from ..hooks.intervention import Intervention, implements
 from ..hooks.session import Session
 from ..hooks.site import Site
@@ -250,13 +250,7 @@ class HeadReinforcement(Intervention):
 
     def on_attach(self, session: Session) -> None:
         model: Any = session.model
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise ValueError(f"HeadReinforcement serves decoders; {type(model).__name__} has an encoder")
-        if any(hasattr(m, "rope_deltas") for m in model.modules()):
-            raise ValueError(
-                f"HeadReinforcement: {type(model).__name__} keeps the positions of its last prompt in the model "
-                "(rope_deltas), where the prompt without image would overwrite them"
-            )
+        check_branches(model, "HeadReinforcement", "the prompt without image")
         others = [i for i in session.interventions if i is not self and not i.identity]
         if any(isinstance(i, HeadReinforcement) for i in others):
             raise ValueError("two HeadReinforcements cannot both act on a model; name all layers in one")

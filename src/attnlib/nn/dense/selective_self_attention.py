@@ -180,9 +180,8 @@ class SelectiveAttention(HeadFrame[TemperatureNotes]):
     ) -> Plan:
         if not self.sparse:
             return super().make_plan(x)
-        made: dict[str, Tensor] = {}
-        wanted = Wanted("largest-scores", made)
-        self.mix(x, context, plan=wanted, valid=valid, context_valid=context_valid, mask=mask, state=state)
+        call: dict[str, Any] = dict(valid=valid, context_valid=context_valid, mask=mask, state=state)
+        made = self._choice("largest-scores", x, context, **call)
         return Plan("largest-scores", made, (("N", made["index"].shape[2]),))
 
     @staticmethod

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...ops import attention
 from ...types import Traits, stats_dtype
 from ..base import Mechanism
-from ..layers import flat_valid
+from ..layers import flat_valid, masked_batch_norm
 from ..registry import register
 from ..released import Released
 
@@ -38,22 +38,7 @@ class NormedLinear(nn.Module):
         """(B, N, dim) and (B, N) -> (B, N, out)."""
         if not self.norm.training:
             return F.linear(x, *self._affine())
-        x = self.linear(x)
-        if valid is None:  # as an image of width 1 it has channels-last strides, which BatchNorm is fast on
-            return self.norm(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
-        norm, high = self.norm, stats_dtype(x.dtype)
-        exists = valid.unsqueeze(-1).to(high)
-        count = exists.sum().clamp(min=1)
-        mean = (x * exists).sum((0, 1)) / count
-        var = ((x - mean).square() * exists).sum((0, 1)) / count
-        assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
-        with torch.no_grad():
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-            unbiased = var * (count / (count - 1).clamp(min=1))
-            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-        return ((x - mean) * torch.rsqrt(var + norm.eps)).to(x.dtype) * norm.weight + norm.bias
+        return masked_batch_norm(self.norm, self.linear(x), valid)
 
     @torch.no_grad()
     def folded(self) -> nn.Linear:

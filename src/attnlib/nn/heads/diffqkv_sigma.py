@@ -144,9 +144,8 @@ class DiffQKVAttention(HeadFrame[Notes]):
     ) -> Plan:
         if self.v_keep is None:
             return super().make_plan(x)
-        made: dict[str, Tensor] = {}
-        wanted = Wanted("value-fetch", made)
-        self.mix(x, context, plan=wanted, valid=valid, context_valid=context_valid, mask=mask, state=state)
+        call: dict[str, Any] = dict(valid=valid, context_valid=context_valid, mask=mask, state=state)
+        made = self._choice("value-fetch", x, context, **call)
         n, m = (t.shape[1:-1].numel() for t in (x, x if context is None else context))
         return Plan("value-fetch", made, (("N", n), ("M", m)))
 
