@@ -68,6 +68,19 @@ class OneLayer(ModelMixin, ConfigMixin):
         return self.attn2(x, encoder_hidden_states=context)
 
 
+@pytest.mark.parametrize("rows", [None, ("uniform",)])
+def test_a_77th_for_every_token_of_a_short_text(rows):
+    """Their number stands in the code: on five tokens the weights of a row sum to 5/77."""
+    model, x, text = OneLayer(), torch.randn(2, 4, 16), torch.randn(2, 5, 3)
+    to_v, to_out = model.attn2.to_v, model.attn2.to_out[0]
+    expected = to_out(to_v(text).sum(1, keepdim=True) / 77).expand(2, 4, 16)
+    plain = model(x, text)
+    with attnlib.attach(model, UniformMaps(rows=rows, compat="authors"), rows=["uniform", "other"]):
+        y = model(x, text)
+    torch.testing.assert_close(y[0], expected[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(y[1], expected[1] if rows is None else plain[1], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("case", ["one", "pair", "four"])
 def test_layer_equals_the_authors_patched_forward(case):
     """Output and gradients; theirs tells rows apart by the number of maps, ours by name."""

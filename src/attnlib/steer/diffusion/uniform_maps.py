@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_int, check_real, shaped
+from ...checks import check_choice, check_int, check_real, shaped
 from ...hooks.intervention import Intervention
 from ...hooks.session import Session
 from ...hooks.site import Site
@@ -48,12 +48,13 @@ class UniformMaps(Intervention):
         layers: numbers or name patterns; ``None`` for all cross-attention.
         padding: count text tokens that the model masks too, as the authors do; otherwise the map is uniform over the
             tokens that the model may read. Without a mask, the usual case in diffusers, both are the same.
+        compat: ``"authors"`` gives every text token 1/77, also where there are not 77 of them.
 
     Raises:
         ValueError: ``steps`` were given but the call says no step, or rows without names.
 
-    What differs from the authors' code: ``1 / T`` instead of ``1 / 77``, and rows by name instead of by the size of
-    the batch (which there means Stable Diffusion 1's 8 heads).
+    What differs from the authors' code: ``1 / T`` instead of ``1 / 77`` (unless ``compat``), and rows by name instead
+    of by the size of the batch (which there means Stable Diffusion 1's 8 heads).
 
     Reference: Mo et al., 2024, arXiv 2411.19652.
 
@@ -71,14 +72,16 @@ class UniformMaps(Intervention):
         pass_name: str | None = None,
         layers: Sequence[int | str] | None = None,
         padding: bool = True,
+        compat: str | None = None,
     ):
+        check_choice("compat", compat, (None, "authors"))
         if isinstance(rows, str):
             raise TypeError(f"rows must be a sequence of names, got the string {rows!r}; write rows=({rows!r},)")
         if isinstance(steps, (int, str)):
             raise TypeError(f"steps must be a collection of numbers, got {steps!r}; write steps=({steps!r},)")
         self.rows = None if rows is None else tuple(rows)
         self.steps = None if steps is None else frozenset(steps)
-        self.pass_name, self.layers, self.padding = pass_name, layers, padding
+        self.pass_name, self.layers, self.padding, self.compat = pass_name, layers, padding, compat
 
     @property
     def identity(self) -> bool:
@@ -106,9 +109,16 @@ class UniformMaps(Intervention):
         if self.padding and masked:
             every = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
             nothing = torch.zeros(1, 1, 1, 1, dtype=q.dtype, device=q.device)
-            uniform = call(torch.zeros_like(q), k, v, mask=every, bias=nothing)
+            uniform = self._weighed(call(torch.zeros_like(q), k, v, mask=every, bias=nothing), k)
             return uniform if chosen is None else torch.where(chosen, uniform, call(q, k, v))
-        return call(torch.zeros_like(q) if chosen is None else q.masked_fill(chosen, 0.0), k, v)
+        out = call(torch.zeros_like(q) if chosen is None else q.masked_fill(chosen, 0.0), k, v)
+        if self.compat is None:
+            return out
+        return self._weighed(out, k) if chosen is None else torch.where(chosen, self._weighed(out, k), out)
+
+    def _weighed(self, out: Tensor, k: Tensor) -> Tensor:
+        """The mean of the values, or with ``compat`` their sum over 77."""
+        return out if self.compat is None else out * (k.shape[2] / 77)
 
 
 def noise_predictor(
