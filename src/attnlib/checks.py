@@ -43,6 +43,17 @@ def describe(value: Any) -> str:
 # Numbers
 
 
+def fixed(value: Any) -> Any:
+    """A number as a plain one, to be written out or looked up: tracers that hold it symbolic make a graph for each.
+
+    >>> fixed(3), fixed(0.5)
+    (3, 0.5)
+    """
+    if isinstance(value, (int, torch.SymInt)):
+        return operator.index(value)
+    return next(iter({value})) if torch.compiler.is_dynamo_compiling() else float(value)
+
+
 def _bounds(least: float | None, above: float | None, most: float | None, below: float | None) -> str:
     low = f"at least {least}" if least is not None else f"above {above}" if above is not None else ""
     high = f"at most {most}" if most is not None else f"below {below}" if below is not None else ""

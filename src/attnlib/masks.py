@@ -14,7 +14,6 @@ causal & sliding_window(3)
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -38,6 +37,7 @@ from .checks import (
     check_within,
     describe,
     extremes,
+    fixed,
     raised,
     to_tuple,
 )
@@ -451,9 +451,9 @@ def _encode(value: Any, tensors: list[Tensor]) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, torch.SymInt)):
-        return str(operator.index(value))
-    if isinstance(value, float):
-        return repr(value)
+        return str(fixed(value))
+    if isinstance(value, (float, torch.SymFloat)):
+        return repr(fixed(value))
     raise TypeError(f"a mask can be lowered when it holds masks, tensors and numbers, not {type(value).__name__}")
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_flag, check_int, check_real, raised
+from .checks import check_choice, check_flag, check_int, check_real, fixed, raised
 
 _KINDS: dict[str, type[Normalizer]] = {}
 
@@ -87,9 +87,9 @@ def _literal(value: float | bool | str | None) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int) or hasattr(value, "__index__"):
-        return repr(int(value))
-    return repr(float(value))  # numbers of numpy print their type
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return repr(fixed(value))
+    return repr(int(value) if hasattr(value, "__index__") else float(value))  # numbers of numpy print their type
 
 
 def softmax_rows(scores: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ so an engine never needs the whole (N, M) map.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -31,6 +30,7 @@ from .checks import (
     check_whole,
     describe,
     extremes,
+    fixed,
     raised,
     readable,
 )
@@ -94,7 +94,7 @@ class Bias:
 def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{','.join([_text(v) for v in value])}]"
-    return str(operator.index(value)) if isinstance(value, (int, torch.SymInt)) else repr(value)
+    return repr(fixed(value))
 
 
 def _some(x: Tensor, batch: slice, heads: slice) -> Tensor:

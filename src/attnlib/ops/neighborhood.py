@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from ..checks import (
     check_rank,
     check_tensor,
     check_valid,
+    fixed,
     to_tuple,
 )
 from ..grids import coordinates
@@ -238,7 +238,7 @@ def _tiles(
     """Fields (B, H, N, C) of the output. One gather puts the tokens of all classes behind one another; each class is
     then a slice, and one permutation puts the outputs in order."""
     # Tiles are laid for one size: tracers that hold it symbolic make a graph for each.
-    rules = tuple([AxisRule(operator.index(r.length), *r[1:]) for r in rules])
+    rules = tuple([AxisRule(fixed(r.length), *r[1:]) for r in rules])
     device, batch, tokens = q.device, q.shape[0], math.prod([r.length for r in rules])
     weights = [math.prod([r.length for r in rules[a + 1 :]]) for a in range(len(rules))]
     zero_keyed = rules[0].border == "zero"
