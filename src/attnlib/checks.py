@@ -32,7 +32,7 @@ def describe(value: Any) -> str:
     ('a torch.float32 tensor of shape (2, 3)', '[1]', "'relu'")
     """
     if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+        return "a nested tensor" if value.is_nested else f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     if value is None or isinstance(value, (bool, int, float, str, tuple, list, dict, torch.dtype, torch.device)):
         text = repr(value)
         return text if len(text) <= 80 else f"{type(value).__name__} {text[:70]}..."
@@ -246,9 +246,22 @@ def check_rank(name: str, value: Any, ranks: int | Sequence[int], layout: str) -
     """Raise unless ``value`` is a tensor with one of ``ranks`` dimensions; ``layout`` spells the expected shape."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape {layout}, got {describe(value)}")
+    if value.layout is not torch.strided or value.is_nested:
+        check_dense(name, value)
     rank = value.dim()
     if rank != ranks and (isinstance(ranks, int) or rank not in ranks):
         raise ValueError(f"{name} must have shape {layout}, got a tensor of shape {tuple(value.shape)}")
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Raise ``TypeError`` for tensors that hold their numbers otherwise than by strides."""
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one; pad it (torch.nested.to_padded_tensor) and say which "
+            "tokens exist (valid)"
+        )
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {value.layout}; see Tensor.to_dense()")
 
 
 def check_axes(name: str, value: Any, **axes: int | None) -> None:
@@ -265,6 +278,14 @@ def check_axes(name: str, value: Any, **axes: int | None) -> None:
         spelled = ", ".join([axis if size is None else f"{axis}={size}" for axis, size in axes.items()])
         error = ValueError if isinstance(value, Tensor) else TypeError
         raise error(f"{name} must be a tensor of shape ({spelled}), got {describe(value)}")
+
+
+def repeated(pairs: Tensor, n: int, m: int) -> Tensor:
+    """(..., N or 1, M or 1) as (..., N, M), without copying."""
+    rows, cols = pairs.shape[-2:]
+    if (rows != 1 or n == 1) and (cols != 1 or m == 1):
+        return pairs
+    return pairs.expand(*pairs.shape[:-2], n if rows == 1 else rows, m if cols == 1 else cols)
 
 
 def check_width(name: str, value: Tensor, width: int, what: str = "dim") -> None:
@@ -288,9 +309,13 @@ def check_valid(name: str, valid: Any, shape: Sequence[int]) -> None:
 
 
 def check_float(name: str, value: Any, what: str = "a floating-point tensor") -> None:
-    """Raise ``TypeError`` unless ``value`` is a real floating-point tensor."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be {what}, got {describe(value)}")
+    """Raise ``TypeError`` unless ``value`` is a real floating-point tensor that can be calculated with."""
+    if not isinstance(value, Tensor) or value.dtype not in REAL:
+        packed = isinstance(value, Tensor) and value.is_floating_point()
+        why = "; nothing is calculated in it: convert it, to torch.bfloat16 for example" if packed else ""
+        raise TypeError(f"{name} must be {what}, got {describe(value)}{why}")
+    if value.layout is not torch.strided or value.is_nested:
+        check_dense(name, value)
 
 
 def check_whole(name: str, value: Any, what: str = "an integer tensor") -> None:
@@ -299,6 +324,8 @@ def check_whole(name: str, value: Any, what: str = "an integer tensor") -> None:
         raise TypeError(f"{name} must be {what}, got {describe(value)}")
 
 
+#: Types that are calculated in; others with a point (float8) only store.
+REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 

@@ -39,6 +39,7 @@ from .checks import (
     extremes,
     fixed,
     raised,
+    repeated,
     to_tuple,
 )
 from .grids import Layout
@@ -413,7 +414,8 @@ def _check_dense(mask: Mask, n: int, m: int, name: str) -> None:
     if isinstance(mask, Explicit):
         shape = tuple(mask._allowed.shape)
         if shape[-2:] != (n, m):
-            raise ValueError(f"{name} must be (..., {n}, {m}) for N={n} queries and M={m} keys, got {shape}")
+            hint = "; which keys of a sample exist is valid, (B, M)" if len(shape) == 2 and shape[1] == m else ""
+            raise ValueError(f"{name} must be (..., {n}, {m}) for N={n} queries and M={m} keys, got {shape}{hint}")
     elif not isinstance(mask, (Within, Padded)):
         for part in mask._args():
             if isinstance(part, Mask):
@@ -1335,7 +1337,7 @@ def visible_keys(
     given = {"valid": valid, "q_pos": q_pos}
     check_device(**given)
     device = next((t.device for t in given.values() if t is not None), device)
-    mask = as_mask(mask)
+    mask = as_mask(mask) if q_pos is not None else as_mask(mask, n, m)
     if mask is None:
         count = torch.full((1, 1), m, device=device) if valid is None else valid.sum(1, keepdim=True)
         return count[:, None, None].expand(-1, -1, n, -1)
@@ -1350,10 +1352,17 @@ def visible_keys(
     return (seen if valid is None else seen & valid[:, None, None]).sum(-1, keepdim=True)
 
 
-def as_mask(mask: Mask | Tensor | None) -> Mask | None:
-    """Accept a boolean tensor where a mask is meant."""
+def as_mask(mask: Mask | Tensor | None, n: int | None = None, m: int | None = None) -> Mask | None:
+    """Accept a boolean tensor where a mask is meant; for a call of ``n`` queries and ``m`` keys sides of 1 serve all.
+
+    >>> as_mask(torch.ones(2, 1, 1, 5, dtype=torch.bool), 3, 5).extent()
+    (3, 5)
+    """
     if mask is None or isinstance(mask, Mask):
         return mask
     if isinstance(mask, Tensor):
-        return _build(Explicit, [_grid_of("mask", mask)])  # for one call: not copied
+        grid = _grid_of("mask", mask)
+        if n is not None and m is not None:
+            grid = repeated(grid, n, m)
+        return _build(Explicit, [grid])  # for one call: not copied
     raise TypeError(f"mask must be an attnlib mask or a boolean tensor, got {describe(mask)}")

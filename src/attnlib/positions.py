@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from .checks import (
+    REAL,
     check_axes,
     check_choice,
+    check_dense,
     check_device,
     check_flag,
     check_float,
@@ -33,6 +35,7 @@ from .checks import (
     fixed,
     raised,
     readable,
+    repeated,
 )
 from .grids import coordinates
 from .types import register_pytree, stats_dtype
@@ -114,7 +117,9 @@ def raise_bias(spec: str, tensors: Sequence[Tensor]) -> Bias:
 
 
 def _check_dense(name: str, bias: Any) -> None:
-    if not isinstance(bias, Tensor) or not bias.is_floating_point() or bias.dim() not in (2, 3, 4):
+    if isinstance(bias, Tensor) and bias.dtype in REAL:
+        check_dense(name, bias)
+    if not isinstance(bias, Tensor) or bias.dtype not in REAL or bias.dim() not in (2, 3, 4):
         raise ValueError(f"{name} must be a float tensor (N, M), (H, N, M) or (B, H, N, M), got {describe(bias)}")
 
 
@@ -314,13 +319,16 @@ class AxisBias(Bias):
         return out
 
 
-def as_bias(bias: Bias | Tensor | None, name: str = "bias") -> Bias | None:
-    """Accept a float tensor where a bias is meant; ``name`` is what the caller knows it by."""
+def as_bias(bias: Bias | Tensor | None, name: str = "bias", n: int | None = None, m: int | None = None) -> Bias | None:
+    """Accept a float tensor where a bias is meant; ``name`` is what the caller knows it by.
+
+    For a call of ``n`` queries and ``m`` keys sides of 1 serve all.
+    """
     if bias is None or isinstance(bias, Bias):
         return bias
     check_type(name, bias, Tensor, "a float tensor or a Bias")
     _check_dense(name, bias)
-    return DenseBias(bias)
+    return DenseBias(bias if n is None or m is None else repeated(bias, n, m))
 
 
 # --------------------------------------------------------------------------------------------------------------------

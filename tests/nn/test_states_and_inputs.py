@@ -46,6 +46,10 @@ def test_a_state_of_something_else_is_refused(state, error, words):
         (X.long(), TypeError, "x must be.*int64"),
         (X.to("meta"), ValueError, "x on meta"),
         (X.tolist(), TypeError, "x must be a torch.Tensor"),
+        (X.to_sparse(), TypeError, "x must be a dense tensor, got torch.sparse_coo"),
+        (torch.nested.nested_tensor([X[0], X[1]], layout=torch.jagged), TypeError, "x must be a dense .*valid"),
+        (X.to(torch.complex64), TypeError, "x must be.*complex64"),
+        (X.to(torch.float8_e4m3fn), TypeError, "x must be.*float8_e4m3fn.*convert it, to torch.bfloat16"),
     ],
 )
 def test_tokens_of_another_kind_are_refused(x, error, words):
@@ -86,3 +90,14 @@ def test_a_state_of_another_type_is_refused(row):
     with torch.autocast("cpu", torch.bfloat16):  # keys of a step under autocast are bfloat16
         _, state = m.step(x[:, 3:4], m.step(x[:, :3])[1])
         assert m.step(x[:, 4:5], state)[0].isfinite().all()
+
+
+def test_masks_of_keys_serve_all_queries():
+    m, keys = make(causal=False), torch.tensor([[True, False, True], [True, True, False]])
+    torch.testing.assert_close(m(X, mask=keys[:, None, None]), m(X, mask=keys[:, None].expand(2, 3, 3)))
+    context = torch.randn(2, 5, 8)
+    mask = torch.rand(2, 1, 1, 5) > 0.3
+    torch.testing.assert_close(m(X, context, mask=mask), m(X, context, mask=mask.expand(2, 1, 3, 5)))
+    local = attnlib.create("fused-neighborhood-attention", dim=8, num_heads=2, kernel_size=3).eval()
+    image, mask = torch.randn(2, 4, 4, 8), torch.rand(1, 1, 1, 16) > 0.3
+    torch.testing.assert_close(local(image, mask=mask), local(image, mask=mask.expand(1, 1, 16, 16)))

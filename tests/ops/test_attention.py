@@ -427,3 +427,46 @@ def test_compiled_code_follows_what_is_forced() -> None:
         compiled(q)
     compiled(q)
     assert ["tiled_attention" in graph for graph in seen] == [True, False]
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "tiled"])
+def test_sides_of_one_serve_all_queries_or_keys(backend):
+    q, k, v = (t.requires_grad_() for t in qkv(n=6, m=7))
+    keys, rows = torch.rand(2, 7, generator=generator(1)) > 0.4, torch.rand(2, 4, 6, 1, generator=generator(2)) > 0.3
+    expected = attention(q, k, v, valid=keys, backend="eager")
+    for mask in (keys[:, None, None], keys[:, None]):
+        torch.testing.assert_close(attention(q, k, v, mask=mask, backend=backend), expected)
+    far = torch.zeros(2, 1, 1, 7).to(q).masked_fill(~keys[:, None, None], float("-inf"))
+    torch.testing.assert_close(attention(q, k, v, bias=far, backend=backend), expected)
+    plain = attention(q, k, v, backend="eager")
+    torch.testing.assert_close(attention(q, k, v, mask=rows, backend=backend), plain * rows)
+    for shape in ((1, 7), (4, 6, 1), (2, 1, 1, 7), (1, 1)):
+        bias = torch.randn(shape, generator=generator(3), dtype=q.dtype, requires_grad=True)
+        out = attention(q, k, v, bias=bias, backend=backend)
+        spec = attention(q, k, v, bias=bias.expand(*shape[:-2], 6, 7), backend="eager")
+        for ours, theirs in zip(
+            torch.autograd.grad(out.square().sum(), (q, k, v, bias)),
+            torch.autograd.grad(spec.square().sum(), (q, k, v, bias)),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_what_looks_like_a_mask_of_keys_is_told_where_it_belongs():
+    q = torch.randn(2, 2, 3, 4)
+    with pytest.raises(
+        ValueError, match=r"mask must be \(..., 3, 3\).*got \(2, 3\); which keys of a sample exist is v"
+    ):
+        attention(q, q, q, mask=torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask=explicit.* knows queries 0 to 0"):  # with positions a side is an extent
+        attention(q, q, q, mask=torch.ones(1, 3, dtype=torch.bool), q_pos=torch.arange(3))
+
+
+def test_a_causal_mask_begins_at_the_first_key_unless_positions_say_otherwise():
+    q, k, v = qkv(n=3, m=7)
+    lower = torch.ones(3, 7, dtype=torch.bool).tril()
+    for backend in (None, "eager", "sdpa", "tiled"):
+        out = attention(q, k, v, mask=M.causal(), backend=backend)
+        torch.testing.assert_close(out, attention(q, k, v, mask=lower, backend="eager"))
+        out = attention(q, k, v, mask=M.causal(), q_pos=torch.arange(4, 7), backend=backend)
+        torch.testing.assert_close(out, attention(q, k, v, mask=torch.ones_like(lower).tril(4), backend="eager"))

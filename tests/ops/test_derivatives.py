@@ -1,6 +1,8 @@
 """Every operator on every backend: derivatives and transforms are right, or refused by name with what can."""
 
 import functools
+import re
+import traceback
 
 import pytest
 import torch
@@ -299,6 +301,74 @@ def test_writing_into_the_output_is_found_out_or_right():
     plain = torch.autograd.grad((ops.attention(q, k, v, backend="tiled") * 2).sum(), q)[0]
     written = torch.autograd.grad(ops.attention(q, k, v, backend="tiled").mul_(2).sum(), q)[0]
     torch.testing.assert_close(written, plain)
+
+
+@pytest.mark.parametrize("name", [name for name, (op, *_) in CASES.items() if "flex" in ops.derivatives(op)])
+def test_flex_has_none_on_the_cpu_and_says_so(name):
+    """It never gets as far as its compiler."""
+    stated = ops.derivatives(CASES[name][0])["flex"]
+    assert "refused on the CPU" in stated["first"] and stated["vmap"] == stated["forward"]
+    assert stated["vmap"].startswith("refused: it compiles its kernels; possible: ")
+    x, direction = ([t.float() for t in leaves(*CASES[name][1], seed=seed)] for seed in (0, 1))
+    with use_backend("flex"):
+        with pytest.raises(ValueError, match="backend='flex' cannot serve this call: "):
+            scalar(name)(*(t.clone().requires_grad_() for t in x))
+        for transform in (
+            lambda: torch.func.jvp(scalar(name), tuple(x), tuple(direction)),
+            lambda: torch.func.vmap(scalar(name))(*(torch.stack([t, -t]) for t in x)),
+            lambda: torch.func.grad(scalar(name))(*x),
+        ):
+            with pytest.raises(ValueError, match="it compiles its kernels, so it has no forward mode and no vmap"):
+                transform()
+
+
+def of_another_kind(t):
+    """What is no dense tensor that can be calculated with, and how it is called."""
+    yield t.to_sparse(), "dense tensor|sparse"
+    if t.dim() > 1:
+        yield torch.nested.nested_tensor([t[0], t[0]], layout=torch.jagged), "dense tensor|nested"
+    yield t.to(torch.complex64), "complex64"
+    yield t.float().to(torch.float8_e4m3fn), "float8_e4m3fn|share one floating dtype"
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_tensors_of_another_kind_are_refused_by_name(name):
+    """Nothing of torch's internals comes out, whichever tensor it is."""
+    x, call = inputs(name, False), CASES[name][2]
+    for i, t in enumerate(x):
+        for other, words in of_another_kind(t):
+            operands = [other if j == i else one for j, one in enumerate(x)]
+            try:
+                call(*operands)
+            except (TypeError, ValueError) as error:
+                assert re.search(words, str(error)), f"input {i}: {error}"
+            except (NotImplementedError, RuntimeError) as error:
+                inside = any(
+                    "attnlib" in f.filename and "tests" not in f.filename
+                    for f in traceback.extract_tb(error.__traceback__)
+                )
+                assert not inside, f"input {i}, {words}: {type(error).__name__}: {error}"  # else the case itself broke
+            else:
+                raise AssertionError(f"input {i}, {words}: accepted")
+
+
+def test_which_pairs_meet_may_be_batched():
+    q, k, v = leaves((3, 2, 2, 4, 3), (3, 2, 1, 5, 3), (3, 2, 1, 5, 2))
+    g = generator(1)
+    keys, pairs = torch.rand(3, 2, 5, generator=g) > 0.3, torch.rand(3, 4, 5, generator=g) > 0.3
+    at = torch.randint(0, 5, (3, 4), generator=g)
+    for call, decide in (
+        (lambda q, k, v, d: ops.attention(q, k, v, valid=d), keys),
+        (lambda q, k, v, d: ops.attention(q, k, v, mask=d), pairs),
+        (lambda q, k, v, d: ops.attention(q, k, v, mask=M.causal(), q_pos=d), at),
+        (lambda q, k, v, d: ops.attention_partial(q, k, v, valid=d).finish(), keys),
+        (lambda q, k, v, d: ops.reduced_attention(q, k, v, 2, valid=d), keys),
+        (lambda q, k, v, d: ops.linear_attention(q, k, v, valid=d, causal=False), keys),
+    ):
+        expected = torch.stack([call(q[i], k[i], v[i], decide[i]) for i in range(3)])
+        torch.testing.assert_close(torch.func.vmap(call)(q, k, v, decide), expected)
+        alone = torch.func.vmap(call, in_dims=(None, None, None, 0))(q[0], k[0], v[0], decide)
+        torch.testing.assert_close(alone, torch.stack([call(q[0], k[0], v[0], d) for d in decide]))
 
 
 def test_every_operator_states_its_derivatives():

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import (
+    REAL,
+    check_dense,
     check_device,
     check_dtype,
     check_float,
@@ -210,7 +212,7 @@ class Mechanism(nn.Module):
         Raises:
             ValueError: shapes that do not fit, or an argument this mechanism does not support (the trait is named).
         """
-        mask = as_mask(mask)
+        mask = self._mask_of(mask, x, context, state)
         self._check_call(x, context, layout, valid, context_valid, mask, plan, state, carry, returns)
         x, context = zero_invalid(x, valid), context if context is None else zero_invalid(context, context_valid)
         grid, exists = x.shape[1:-1], valid
@@ -317,7 +319,7 @@ class Mechanism(nn.Module):
         carry: Any = None,
     ) -> Plan:
         """The choices that ``forward`` would make for these inputs; hand it back as ``plan=`` to freeze them."""
-        mask = as_mask(mask)
+        mask = self._mask_of(mask, x, context, state)
         self._check_call(x, context, layout, valid, context_valid, mask, None, state, carry, ())
         x, context = zero_invalid(x, valid), context if context is None else zero_invalid(context, context_valid)
         if layout is None:
@@ -398,8 +400,10 @@ class Mechanism(nn.Module):
             ranks = [r + 2 for r in sorted(traits.grid_ranks)]
             shapes = {1: "(B, N, C)", 2: "(B, H, W, C)", 3: "(B, T, H, W, C)"}
             check_rank("x", x, ranks, " or ".join(shapes[r - 2] for r in ranks))
-        if not x.is_floating_point():
+        if x.dtype not in REAL:
             check_float("x", x)
+        if x.layout is not torch.strided or x.is_nested:
+            check_dense("x", x)
         if x.shape[-1] != self.dim:
             check_width("x", x, self.dim)
         if valid is not None:
@@ -469,6 +473,14 @@ class Mechanism(nn.Module):
                     possible = [e for e in EXTRAS if supported[e]]
                     raise ValueError(f"{name} cannot return {extra!r}; possible: {possible}")
         self._check_weights(x)
+
+    @staticmethod
+    def _mask_of(mask: Mask | Tensor | None, x: Any, context: Any, state: State | None) -> Mask | None:
+        """A tensor for a call without a state may have sides of 1, which serve all."""
+        source = x if context is None else context
+        if isinstance(mask, Tensor) and state is None and isinstance(x, Tensor) and isinstance(source, Tensor):
+            return as_mask(mask, math.prod(x.shape[1:-1]), math.prod(source.shape[1:-1]))
+        return as_mask(mask)
 
     def _check_weights(self, x: Tensor) -> None:
         """Raise unless ``x`` lies where the parameters lie, in a type that one of them has."""

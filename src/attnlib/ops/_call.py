@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_rank, check_real, check_type, check_valid, check_whole, describe
+from ..checks import (
+    REAL,
+    check_device,
+    check_float,
+    check_rank,
+    check_real,
+    check_type,
+    check_valid,
+    check_whole,
+    describe,
+)
 from ..masks import Causal, Mask, as_mask
 from ..normalizers import Normalizer, Softmax, as_normalizer
 from ..positions import Bias, RelativeBias, as_bias
@@ -56,6 +66,11 @@ class AttentionCall:
         """The tensors that derivatives may be taken in."""
         extra = [] if self.bias is None else [t for t in self.bias.tensors() if t.is_floating_point()]
         return [self.q, self.k, self.v, *extra]
+
+    def deciding(self) -> list[Tensor]:
+        """Further tensors, which say which pairs meet."""
+        own = [t for t in (self.valid, self.q_pos, self.k_pos) if t is not None]
+        return own if self.mask is None else [*own, *self.mask.lower()[1]]
 
     def replaced(self, inputs: Sequence[Tensor]) -> AttentionCall:
         """The same problem on other tensors in place of :meth:`inputs`."""
@@ -132,11 +147,14 @@ def prepare(
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (t.to(dtype) if t.dtype != torch.float64 else t for t in (q, k, v))
-    if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in REAL:
+        if q.is_floating_point():
+            check_float("q", q)
         raise TypeError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     (batch, heads, n, _), m = q.shape, k.shape[2]
     check_valid("valid", valid, (batch, m))
-    mask, bias = as_mask(mask), as_bias(bias, bias_name)
+    mask = as_mask(mask, n, m) if q_pos is k_pos is None else as_mask(mask)  # else sides are positions
+    bias = as_bias(bias, bias_name, n, m)
     check_positions("q_pos", q_pos, batch, heads, n)
     check_positions("k_pos", k_pos, batch, heads, m)
     given = (k, v) if valid is q_pos is k_pos is None else (k, v, valid, q_pos, k_pos)

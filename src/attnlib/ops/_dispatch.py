@@ -61,6 +61,7 @@ class Backend:
         run: computes a call.
         supports: why it cannot serve a call; ``None`` when it can.
         prefers: why the automatic choice passes over it although it could serve.
+        first: its first derivatives.
         second: where its second derivatives come from.
         transforms: why it has no forward mode and no ``vmap``; ``None`` when it has both.
     """
@@ -69,6 +70,7 @@ class Backend:
     run: Callable[[Any], Any]
     supports: Ask = _always
     prefers: Ask = _always
+    first: str = "right"
     second: str = "autograd"
     transforms: str | None = None
 
@@ -99,11 +101,11 @@ class Operator:
 
     def refusal(self, backend: Backend, call: Any) -> str | None:
         """Why a backend cannot serve a call; ``None`` when it can."""
-        why = backend.supports(call)
-        if why is None and backend.transforms is not None and _watched() and transformed(call.inputs()):
+        # First, since what supports a call may read numbers, which transforms do not allow.
+        if backend.transforms is not None and watched() and transformed([*call.inputs(), *deciding(call)]):
             able = [b.name for b in self.backends.values() if b.transforms is None]
             return f"{backend.transforms}, so it has no forward mode and no vmap; possible: {able}"
-        return why
+        return backend.supports(call)
 
     def choose(self, call: Any, backend: str | None = None) -> Backend:
         """The backend that serves a call; ``ValueError`` when a forced one cannot."""
@@ -246,7 +248,7 @@ def derivatives(op: str | Callable[..., Any]) -> dict[str, dict[str, str]]:
     out = {}
     for one in operator.backends.values():
         other = "right" if one.transforms is None else f"refused: {one.transforms}; possible: {able}"
-        out[one.name] = {"first": "right", "second": f"right: by {one.second}", "forward": other, "vmap": other}
+        out[one.name] = {"first": one.first, "second": f"right: by {one.second}", "forward": other, "vmap": other}
     return out
 
 
@@ -256,14 +258,19 @@ def derivatives(op: str | Callable[..., Any]) -> dict[str, dict[str, str]]:
 
 def transformed(tensors: Sequence[Tensor]) -> bool:
     """Whether a transform of ``torch.func`` or forward mode looks at any of these tensors."""
-    if not _watched():
+    if not watched():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
-def _watched() -> bool:
+def deciding(call: Any) -> Sequence[Tensor]:
+    """What a call says by tensors of its own about which pairs meet."""
+    return call.deciding() if hasattr(call, "deciding") else ()
+
+
+def watched() -> bool:
     """Whether a transform or forward mode is at work at all."""
     if torch.compiler.is_compiling():
         return False

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..types import Partial, stats_dtype
 from . import _tiles
 from ._call import AttentionCall, expand_heads
-from ._dispatch import transformed, wants_gradient
+from ._dispatch import transformed, wants_gradient, watched
 
 #: Rows of pairs that are looked at together.
 ROWS = 256
@@ -37,7 +37,7 @@ def guarded(
     if call.mask is None and call.valid is None and problem is None:
         return run(call)
     inputs = call.inputs()
-    if not readable(*inputs) or transformed(inputs):
+    if not readable(*inputs) or (watched() and transformed([*inputs, *call.deciding()])):
         return run(existing(call))
     if not wants_gradient(inputs):
         out = run(call)

@@ -48,8 +48,8 @@ def lend(operator: Operator, problem: Callable[[Any], AttentionCall]) -> None:
         if one.name not in operator.backends:
             operator.register(
                 one.name, partial(_lent, problem, one), supports=partial(_why_not, problem, one),
-                prefers=_always if one is ATTENTION.backends["eager"] else _when_forced, second=one.second,
-                transforms=one.transforms,
+                prefers=_always if one is ATTENTION.backends["eager"] else _when_forced, first=one.first,
+                second=one.second, transforms=one.transforms,
             )  # fmt: skip
 
 
@@ -96,9 +96,13 @@ def attention(
         q: (B, Hq, N, D) queries.
         k: (B, Hk, M, D) keys, ``Hq % Hk == 0``.
         v: (B, Hv, M, Dv) values, ``Hq % Hv == 0``.
-        mask: which pairs may meet: an :class:`attnlib.masks.Mask`, or a boolean tensor (N, M) up to (B, H, N, M).
+        mask: which pairs may meet: an :class:`attnlib.masks.Mask`, or a boolean tensor (N, M), (B, N, M) or
+            (B, H, N, M), in which sides of 1 serve all. A mask sees positions, which begin at 0 for queries and for
+            keys: ``masks.causal()`` lets the first query read the first key. Where the queries are the last N of the
+            M keys, say so: ``q_pos=torch.arange(M - N, M)``.
         valid: (B, M) boolean, which keys exist.
-        bias: added to the scaled scores: a :class:`attnlib.positions.Bias` or a float tensor (N, M) up to (B, H, N, M).
+        bias: added to the scaled scores: a :class:`attnlib.positions.Bias`, or a float tensor (N, M), (H, N, M) or
+            (B, H, N, M), in which sides of 1 serve all. ``-inf`` forbids a pair.
         scale: defaults to ``D ** -0.5``.
         normalizer: ``"softmax"``, another name, or an :class:`attnlib.normalizers.Normalizer`.
         dropout_p: dropout of weights; eager and sdpa only.

@@ -21,8 +21,8 @@ from ._dispatch import Operator, twice
 
 def register(operator: Operator) -> None:
     operator.register(
-        "flex", run, supports=supports, prefers=prefers, second="the specification",
-        transforms="it compiles its kernels",
+        "flex", run, supports=supports, prefers=prefers, first="right; refused on the CPU, where it has none",
+        second="the specification", transforms="it compiles its kernels",
     )  # fmt: skip
 
 

@@ -27,7 +27,6 @@ from ..checks import (
     check_float,
     check_int,
     check_rank,
-    check_tensor,
     check_tensors,
     check_valid,
     describe,
@@ -135,7 +134,9 @@ def _prepare_depthwise(
 ) -> _Depthwise:
     rank = _check_grid(x, valid)
     check_int("dilation", dilation, least=1)
-    check_tensor("weight", weight)
+    check_float("weight", weight)
+    if bias is not None:
+        check_float("bias", bias)
     kernel = tuple(weight.shape[2:])
     if weight.dim() != rank + 2 or weight.shape[0] != x.shape[-1] or weight.shape[1] != 1:
         raise ValueError(

@@ -533,7 +533,8 @@ def _prepare(
         if [tuple(f.shape) for f in axis_bias] != want:
             raise ValueError(f"axis_bias must be tensors of shapes {want}, got {[tuple(f.shape) for f in axis_bias]}")
     more = _check_extra(extra_k, extra_v, extra_valid, k, v)
-    mask = as_mask(mask)
+    tokens = math.prod(grid)
+    mask = as_mask(mask, tokens, tokens) if more is None and not offset else as_mask(mask)
     if mask is not None and more is not None and (extra_pos is None or extra_pos.shape != (more[0].shape[2],)):
         raise ValueError("with a mask and extra keys, extra_pos must give the (M,) positions of the extra keys")
     chosen = None if tile is None else to_tuple("tile", tile, len(grid))

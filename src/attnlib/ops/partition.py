@@ -51,6 +51,7 @@ def register_inner(operator: Operator, run: Callable[[Any, str], Any]) -> None:
                 name,
                 functools.partial(_with_inner, run, name),
                 prefers=_when_forced,
+                first=one.first,
                 second=one.second,
                 transforms=one.transforms,
             )
@@ -234,7 +235,7 @@ class _Groups:
 def _checked_mask(
     mask: Mask | Tensor | None, batch: int, heads: int, n: int, m: int, device: torch.device
 ) -> Mask | None:
-    mask = as_mask(mask)
+    mask = as_mask(mask, n, m)
     if mask is not None:
         mask.check(n, m, batch=batch, heads=heads, device=device)
     return mask

@@ -219,7 +219,7 @@ _AGENTS.register("products", _by_products)
 for _one in ATTENTION.backends.values():
     _AGENTS.register(
         _one.name, functools.partial(_by_backend, _one.name), supports=functools.partial(_why_not, _one),
-        prefers=_when_forced, second=_one.second, transforms=_one.transforms,
+        prefers=_when_forced, first=_one.first, second=_one.second, transforms=_one.transforms,
     )  # fmt: skip
 
 
