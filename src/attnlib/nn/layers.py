@@ -56,8 +56,30 @@ def through(module: nn.Module, x: Tensor) -> Tensor:
     kind = type(module)
     if not (kind is nn.Identity or (kind is nn.Dropout and not (module.training and module.p))):
         return module(x)
-    heard = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return module(x) if heard or "forward" in module.__dict__ else x
+    return module(x) if _heard(module) else x
+
+
+def _heard(module: nn.Module) -> bool:
+    """Whether somebody listens to the calls of a module, or put something in their place."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
+
+
+def plain(*layers: nn.Module) -> bool:
+    """Whether linear maps and convolutions are what they were built as, so that reading their weights does what calling
+    them does: not what an adapter, a quantized layer or a hook has made of them.
+    """
+    return not any([type(layer) not in (nn.Linear, nn.Conv2d) or _heard(layer) for layer in layers])
+
+
+def own_weight(layer: nn.Module, who: str) -> Tensor:
+    """The weight of a layer that can only be read, not called; ``TypeError`` when it is not all that the layer does."""
+    if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+        raise TypeError(
+            f"{who} reads the weights of a layer whose place {type(layer).__name__} has taken; merge what it adds into "
+            "the weights, or leave this layer as it is"
+        )
+    return layer.weight
 
 
 class DepthwiseConv(nn.Module):
@@ -213,7 +235,7 @@ class PositionMlp(nn.Module):
 
     def forward(self, window: Sequence[int]) -> Tensor:
         """Sides of a window -> (num_heads, *(2 w - 1))."""
-        like = self.fc1.weight
+        like = next(self.parameters(), torch.zeros(()))  # none are left in a quantized layer
         sides = [torch.arange(1 - w, w, device=like.device, dtype=like.dtype) for w in window]
         at = torch.stack(torch.meshgrid(*sides, indexing="ij"), -1)
         hidden = F.relu(self.fc1(at.sign() * at.abs().log1p()))
@@ -383,6 +405,7 @@ def conv_any_size(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | Non
         bias: of the convolution.
         same: zeros are halved between both sides as TensorFlow does, instead of the convolution's padding.
     """
+    own_weight(conv, "a convolution of any size")
     if conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1:
         return F.linear(x, weight.flatten(1), bias)
     cuts: list[tuple[int, int]] = []  # of the output

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...ops import attention
 from ...types import Traits, stats_dtype
 from ..base import Mechanism
-from ..layers import flat_valid, masked_batch_norm
+from ..layers import batch_norm_affine, flat_valid, masked_batch_norm, own_weight, plain
 from ..registry import register
 from ..released import Released
 
@@ -29,14 +29,12 @@ class NormedLinear(nn.Module):
 
     def _affine(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one linear map that this is with the running statistics."""
-        norm = self.norm
-        assert norm.running_mean is not None and norm.running_var is not None
-        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        return self.linear.weight * scale[:, None], norm.bias - norm.running_mean * scale
+        scale, shift = batch_norm_affine(self.norm)
+        return own_weight(self.linear, "folding a norm") * scale[:, None], shift
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """(B, N, dim) and (B, N) -> (B, N, out)."""
-        if not self.norm.training:
+        if not self.norm.training and plain(self.linear):
             return F.linear(x, *self._affine())
         return masked_batch_norm(self.norm, self.linear(x), valid)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...types import Output, Plan, State, Traits, check_choice, check_divides, check_int, stats_dtype
 from ..dense.softmax_attention import SoftmaxAttention
 from ..frame import HeadCall, HeadFrame, Notes
-from ..layers import zero_invalid
+from ..layers import plain, zero_invalid
 from ..registry import register
 
 
@@ -250,6 +250,21 @@ class ExpertFeedForward(nn.Module):
         self.down = nn.Linear(num_experts * self.hidden, dim, bias=False)
         self.router = nn.Linear(dim, num_experts, bias=False) if num_experts > 1 else None
 
+    def _by_expert(self, tokens: Tensor, top: Tensor) -> Tensor:
+        """(T, C) tokens through the expert ``top`` (T,) of each."""
+        if not plain(self.gate, self.up, self.down):  # what they are now does not come apart
+            hidden = (F.silu(self.gate(tokens)) * self.up(tokens)).unflatten(-1, (self.num_experts, -1))
+            own = F.one_hot(top, self.num_experts).bool().unsqueeze(-1)
+            return self.down(hidden.masked_fill(~own, 0.0).flatten(-2))
+        gates, ups = self.gate.weight.chunk(self.num_experts), self.up.weight.chunk(self.num_experts)
+        downs = self.down.weight.chunk(self.num_experts, 1)
+        order = top.argsort()
+        parts = tokens[order].split(top.bincount(minlength=self.num_experts).tolist())
+        mixed = torch.cat(
+            [F.linear(F.silu(F.linear(t, g)) * F.linear(t, u), d) for t, g, u, d in zip(parts, gates, ups, downs)]  # noqa: B905
+        )
+        return torch.empty_like(mixed).index_copy(0, order, mixed)
+
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, N, C) tokens and the router's losses (none when dense)."""
         x = zero_invalid(x, valid)
@@ -259,14 +274,7 @@ class ExpertFeedForward(nn.Module):
         logits = self.router(tokens)
         p, top = _probabilities(logits).max(-1)
         weight = torch.ones_like(p) if self.renormalize else p
-        gates, ups = self.gate.weight.chunk(self.num_experts), self.up.weight.chunk(self.num_experts)
-        downs = self.down.weight.chunk(self.num_experts, 1)
-        order = top.argsort()
-        parts = tokens[order].split(top.bincount(minlength=self.num_experts).tolist())
-        mixed = torch.cat(
-            [F.linear(F.silu(F.linear(t, g)) * F.linear(t, u), d) for t, g, u, d in zip(parts, gates, ups, downs)]  # noqa: B905
-        )
-        out = torch.empty_like(mixed).index_copy(0, order, mixed) * weight.to(mixed.dtype).unsqueeze(-1)
+        out = self._by_expert(tokens, top) * weight.to(tokens.dtype).unsqueeze(-1)
         chosen = F.one_hot(top, self.num_experts)
         exists = None if valid is None else valid.flatten()
         return out.view_as(x), router_losses(logits, chosen, exists)

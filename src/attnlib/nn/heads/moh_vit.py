@@ -87,7 +87,7 @@ class _CosineHeads(MixtureOfHeads):
     def _position_bias(self, grid: Sequence[int], keys: Sequence[int]) -> Tensor:
         """(1, H, N, K): the MLP at every displacement, spread over the pairs."""
         base = grid if self.base_grid is None else self.base_grid
-        like = self.cpb_fc1.weight
+        like = self.temperature
         axes = [_displacements(n, m, b) for n, m, b in zip(grid, keys, base, strict=True)]
         lines = [torch.tensor(values, dtype=like.dtype, device=like.device) for values, _ in axes]
         rows, columns = (torch.tensor(index, device=like.device) for _, index in axes)
@@ -263,7 +263,7 @@ class MoHViTAggregatedAttention(_CosineHeads):
     def _pooled(self, x: Tensor, valid: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """(B, P, C) tokens of the pooled map, and which of them exist."""
         image = x.movedim(-1, 1)
-        image = F.gelu(F.conv2d(image, self.sr.weight, self.sr.bias))
+        image = F.gelu(self.sr(image))
         if valid is None:
             return self.norm(F.adaptive_avg_pool2d(image, size).flatten(2).mT), None
         share = F.adaptive_avg_pool2d(valid[:, None].to(image.dtype), size)

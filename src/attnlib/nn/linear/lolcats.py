@@ -241,10 +241,10 @@ class LoLCATs(Mechanism):
 
     # ---- the hybrid, on sequences whose tokens all come first
 
-    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _factors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """Logarithms of gamma and beta, (1, H, 1) each."""
         if self.window_factor is None:
-            none = torch.zeros(1, self.num_heads, 1, dtype=dtype, device=self.q.weight.device)
+            none = torch.zeros(1, self.num_heads, 1, dtype=dtype, device=device)
             return none, none
         g = self.window_factor.to(dtype).view(1, -1, 1)
         return F.logsigmoid(g), F.logsigmoid(-g) if self.affine else torch.zeros_like(g)
@@ -260,7 +260,7 @@ class LoLCATs(Mechanism):
         n, window = q.shape[2], self.window_size
         high = stats_dtype(q.dtype)
         k, v = expand_heads(k, self.num_heads), expand_heads(v, self.num_heads)
-        log_gamma, log_beta = self._factors(high)
+        log_gamma, log_beta = self._factors(high, q.device)
         # Each query moves the window on by one token: the key that falls out of it joins the linear part.
         old = exists[:, :n] & exists[:, window:]
         f_q = self.phi_q(q)
@@ -347,7 +347,7 @@ class LoLCATs(Mechanism):
             e = torch.exp(scores - top)
             read = e @ values
             scale = top.squeeze(-1) if self.consistent else torch.zeros_like(top.squeeze(-1))
-        log_gamma, log_beta = (f.unsqueeze(-1) for f in self._factors(high))
+        log_gamma, log_beta = (f.unsqueeze(-1) for f in self._factors(high, q.device))
         soft = Partial(scale, e.sum(-1), read).shift(log_gamma)
         f_q = self.phi_q(q.flatten(2, 3)).unflatten(2, (blocks, size)).to(high)
         f_k = self.phi_k(k.flatten(2, 3)).unflatten(2, (blocks, size)).to(high)
@@ -394,7 +394,7 @@ class LoLCATs(Mechanism):
             apart = (block[:, :, None] - block[:, None, :]).unsqueeze(1)
             near, old = (age >= 0) & (apart <= 1), (age >= 0) & ((apart > 1) | slip[:, None, None, None])
         near, old = (m & exists[:, None, None, :] for m in (near, old))
-        log_gamma, log_beta = (f.unsqueeze(-1) for f in self._factors(high))
+        log_gamma, log_beta = (f.unsqueeze(-1) for f in self._factors(high, q.device))
         scores = (q.to(high) @ k.to(high).transpose(-2, -1) * self.scale).masked_fill(~near, float("-inf"))
         top = scores.amax(-1, keepdim=True)
         top = torch.where(torch.isinf(top), torch.zeros_like(top), top)

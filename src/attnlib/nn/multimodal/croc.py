@@ -163,7 +163,7 @@ class ReconstructionHead(nn.Module):
             raise ValueError(
                 f"x has {x.shape[1]} image tokens, the head has positions for max_tokens={self.max_tokens}"
             )
-        return self.out(self.layers(x + self.positions.weight[: x.shape[1]].to(x.dtype)))
+        return self.out(self.layers(x + self.positions(torch.arange(x.shape[1], device=x.device)).to(x.dtype)))
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from ...ops import attention
 from ...positions import rotary_angles, rotate
 from ...types import Output, Traits, check_choice, check_rank, check_width
 from ..base import Mechanism
-from ..layers import flat_valid, head_dim_of, merge_heads, split_heads, zero_invalid
+from ..layers import flat_valid, head_dim_of, merge_heads, plain, split_heads, zero_invalid
 from ..registry import register
 from ..released import Released, Rule
 
@@ -196,16 +196,19 @@ class LearnerRouter(nn.Module):
         self.activation = activation
         if max_keys < 1:
             raise ValueError(f"max_keys={max_keys} must be at least 1")
+        self.max_keys = max_keys
         self.linear = nn.Linear(max_keys, 2)
 
     def forward(self, attended: Tensor) -> Tensor:
         """(B, N, M) weights summed over heads to (B, N, 2) weights of the visual and the textual learner."""
         count = attended.shape[-1]
-        check = self.linear.in_features
-        if count > check:
-            raise ValueError(f"the router knows {check} keys (max_keys), this layer attends to {count}")
-        weight = self.linear.weight[:, :count]
-        logits = F.linear(attended.to(weight.dtype), weight, self.linear.bias)
+        if count > self.max_keys:
+            raise ValueError(f"the router knows {self.max_keys} keys (max_keys), this layer attends to {count}")
+        if plain(self.linear):
+            weight = self.linear.weight[:, :count]
+            logits = F.linear(attended.to(weight.dtype), weight, self.linear.bias)
+        else:
+            logits = self.linear(F.pad(attended, (0, self.max_keys - count)))
         return ROUTER_ACTIVATIONS[self.activation](logits).softmax(-1)
 
 

@@ -14,7 +14,7 @@ from ...grids import Layout, block_windows, crop_grid, flatten_grid, pad_to_mult
 from ...ops.reduced import adaptive_pool_tokens, agent_attention
 from ...types import Traits, check_choice, check_divides, to_tuple
 from ..base import Mechanism
-from ..layers import DepthwiseConv, flat_valid, merge_heads, split_heads, through, zero_invalid
+from ..layers import DepthwiseConv, flat_valid, merge_heads, plain, split_heads, through, zero_invalid
 from ..registry import register
 from ..released import Released, Rule, join
 
@@ -328,6 +328,9 @@ class AgentAttention(Mechanism):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each contiguous: pool, products and convolution would otherwise copy them."""
+        if not plain(self.qkv):
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return q, k, v
         weights = self.qkv.weight.chunk(3)
         biases = (None, None, None) if self.qkv.bias is None else self.qkv.bias.chunk(3)
         q, k, v = (F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))

@@ -14,7 +14,7 @@ from ...grids import block_windows, unblock_windows
 from ...ops import attention
 from ...types import Output, Plan, Traits, check_choice, check_divides
 from ..base import Mechanism
-from ..layers import DepthwiseConv, flat_valid, head_dim_of, merge_heads, split_heads, through, zero_invalid
+from ..layers import DepthwiseConv, flat_valid, head_dim_of, merge_heads, plain, split_heads, through, zero_invalid
 from ..registry import register
 from ..released import Released, Rule
 
@@ -191,6 +191,8 @@ class SelfGuidedAttention(Mechanism):
 
     def _project(self, x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
         """Two linear maps of the same tokens in one product, side by side."""
+        if not plain(first, second):
+            return torch.cat([first(x), second(x)], -1)
         bias = None if first.bias is None else torch.cat([first.bias, second.bias])
         return nn.functional.linear(x, torch.cat([first.weight, second.weight]), bias)
 
@@ -218,9 +220,11 @@ class SelfGuidedAttention(Mechanism):
             total = weights.masked_fill(~exists[:, None, :, None], 0.0).mean(1).sum(1)
             return total / exists.sum(1, keepdim=True).clamp(min=1)
 
-        # patches do not overlap, so that the convolution is one product
-        patches = block_windows(zero_invalid(x, valid)[:, *covered], self.sr_ratio).flatten(3)
-        pooled = nn.functional.linear(patches, self.sr.weight.permute(0, 2, 3, 1).flatten(1), self.sr.bias)
+        if plain(self.sr):  # patches do not overlap, so that the convolution is one product
+            patches = block_windows(zero_invalid(x, valid)[:, *covered], self.sr_ratio).flatten(3)
+            pooled = nn.functional.linear(patches, self.sr.weight.permute(0, 2, 3, 1).flatten(1), self.sr.bias)
+        else:
+            pooled = self.sr(zero_invalid(x, valid)[:, *covered].movedim(-1, 1)).movedim(1, -1)
         pooled_valid = None
         if valid is not None:
             pooled_valid = block_windows(valid[:, *covered].unsqueeze(-1), self.sr_ratio).flatten(3).any(-1)
@@ -291,8 +295,11 @@ class SelfGuidedAttention(Mechanism):
         for (share, factor), layer in zip(self.groups, self.merge, strict=True):
             stop = start + n * share // whole
             chunks = ordered[:, start:stop].unflatten(1, (-1, factor))
-            weight, bias = cast(Tensor, layer.weight), cast(Tensor, layer.bias)
-            keys.append((chunks * weight[0].unsqueeze(-1)).sum(-2) + bias)
+            if plain(layer):
+                weight, bias = cast(Tensor, layer.weight), cast(Tensor, layer.bias)
+                keys.append((chunks * weight[0].unsqueeze(-1)).sum(-2) + bias)
+            else:
+                keys.append(layer(chunks.mT).squeeze(-1))
             if exists is not None:
                 alive.append(exists[:, start:stop].unflatten(1, (-1, factor)).any(-1))
             start = stop
