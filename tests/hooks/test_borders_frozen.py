@@ -112,22 +112,6 @@ def test_weights_given_for_one_call_are_used(family):
         assert torch.equal(got, family.call(model))
 
 
-def test_moving_to_another_type_inside(family):
-    model, again = family.make(), family.make().double()
-    if family.name == "diffusers":
-        pytest.skip("its inputs keep their type")
-    with torch.no_grad(), attnlib.attach(model, Halve()):
-        model.double()
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
-            got = family.call(model)
-            with attnlib.attach(again, Halve()):
-                torch.testing.assert_close(got, family.call(again), rtol=0, atol=0)
-        finally:
-            torch.set_default_dtype(before)
-
-
 @pytest.mark.parametrize("what", ["forward", "module", "hooks"])
 def test_what_the_user_puts_in_its_place_is_refused_by_name_and_stays(family, what):
     if what == "forward" and family.name == "diffusers":
@@ -392,4 +376,5 @@ def test_sessions_are_forgotten():
         assert model in hooks_session._sessions
     assert model not in hooks_session._sessions
     for module in model.modules():
-        assert not {"__reduce_ex__", "_replicate_for_data_parallel", "forward", "generate"} & module.__dict__.keys()
+        ours = {"__reduce_ex__", "__deepcopy__", "_replicate_for_data_parallel", "forward", "generate"}
+        assert not ours & module.__dict__.keys()

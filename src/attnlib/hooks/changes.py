@@ -7,8 +7,10 @@ plain model with its own weights; replicas that share nothing but the attributes
 
 from __future__ import annotations
 
-import copyreg
-from collections.abc import Callable
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from torch import nn
@@ -140,25 +142,48 @@ def plain_state(module: nn.Module, state: dict[str, Any], changes: list[Change])
     return state
 
 
+@contextmanager
+def _plainly(module: nn.Module, changes: list[Change]) -> Iterator[None]:
+    """The module itself as if no session had changed it, for as long as its class takes a copy of it."""
+    attached = module.__dict__
+    object.__setattr__(module, "__dict__", plain_state(module, attached, changes))
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "__dict__", attached)
+
+
+def _holds_attached(module: nn.Module) -> str | None:
+    """The name of a part of a module that is attached, too."""
+    return next((name for name, part in module.named_modules() if name and "__reduce_ex__" in part.__dict__), None)
+
+
 def plain_copies(module: nn.Module, changes: list[Change]) -> list[Change]:
-    """Let copies of a module be made as if no session had changed it, and refuse replicas of it."""
-    cls = type(module)
+    """Let copies of a module be made as if no session had changed it, and refuse what would share its attached parts.
+
+    How a class copies itself is its own affair, and may change inside a session (``torch.nn.utils.parametrize`` gives
+    it a way of its own), so it is asked when a copy is made.
+    """
 
     def reduce(protocol: Any) -> Any:
-        made = cls.__reduce_ex__(module, protocol)
-        if len(made) > 2 and isinstance(made[2], dict):
-            return (*made[:2], plain_state(module, made[2], changes), *made[3:])
-        if made[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-            return made
-        raise RuntimeError(f"{cls.__name__} is attached, and copies itself in a way of its own; detach it first")
+        part = _holds_attached(module) if sys._getframe(1).f_code is copy.copy.__code__ else None
+        if part is not None:
+            raise RuntimeError(
+                f"{type(module).__name__} is attached, and copy.copy(...) of it would share {part}, which is attached "
+                "too; copy.deepcopy(...) makes a plain model of its own, or detach first"
+            )
+        with _plainly(module, changes):
+            return module.__reduce_ex__(protocol)
+
+    def deepcopy(memo: dict[int, Any]) -> Any:
+        with _plainly(module, changes):
+            return copy.deepcopy(module, memo)
 
     def replicate() -> NoReturn:
         raise RuntimeError(
-            f"{cls.__name__} is attached, and a replica of it (torch.nn.DataParallel) would compute with the weights "
-            "of the original; attach to one model per device, or use DistributedDataParallel"
+            f"{type(module).__name__} is attached, and a replica of it (torch.nn.DataParallel) would compute with the "
+            "weights of the original; attach to one model per device, or use DistributedDataParallel"
         )
 
-    return [
-        Entry(module, module.__dict__, "__reduce_ex__", reduce),
-        Entry(module, module.__dict__, "_replicate_for_data_parallel", replicate),
-    ]
+    ways = {"__reduce_ex__": reduce, "__deepcopy__": deepcopy, "_replicate_for_data_parallel": replicate}
+    return [Entry(module, module.__dict__, name, way) for name, way in ways.items()]
