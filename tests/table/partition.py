@@ -3,6 +3,9 @@ from attnlib.check import Case
 HALF = "attnlib.nn.partition.maxvit:PartitionAttention"
 
 ROWS = [
+    Case("halonet", dict(dim=16, num_heads=2, block_size=4, halo_size=1), (8, 12)),
+    Case("halonet", dict(dim=16, num_heads=2, block_size=2, qk_ratio=2.0, pad_mode="zero"), (4, 6), "zero"),
+    Case("halonet", dict(dim=16, num_heads=2, block_size=2, halo_size=1, pad_mode="clamp"), (6, 6), "clamp"),
     Case("hat", dict(dim=16, num_heads=2, window_size=4), (8, 12)),
     Case("hat", dict(dim=16, num_heads=2, window_size=4, overlap_ratio=1.0, compat="authors"), (8, 8), "zeros"),
     Case("maxvit", dict(dim=16, num_heads=4, window_size=2), (4, 6)),
