@@ -60,7 +60,7 @@ def _in_range(name: str, value: float, off: bool = False) -> None:
     if name == "drop" or name.endswith("_drop"):
         check_real(name, value, least=0, below=1)
     elif name in ("rotary", "scale") or name.endswith("_ratio"):
-        check_real(name, value, **({"least": 0} if off else {"above": 0}))
+        check_real(name, value, least=0 if off else None, above=None if off else 0)
     elif name == "eps" or name.endswith("_std"):
         check_real(name, value, least=0)
     elif name == "layer":
@@ -535,11 +535,16 @@ def deploy(module: nn.Module) -> nn.Module:
 
     def visit(parent: nn.Module) -> None:
         for name, child in list(parent.named_children()):
-            new = child.deployed() if hasattr(child, "deployed") else child
+            new = _deployed(child)
             if new is child:
                 visit(child)
             else:
                 setattr(parent, name, new.eval())
 
     visit(result)
-    return result.deployed().eval() if hasattr(result, "deployed") else result
+    return _deployed(result).eval()
+
+
+def _deployed(module: nn.Module) -> nn.Module:
+    form = getattr(module, "deployed", None)
+    return module if form is None else form()

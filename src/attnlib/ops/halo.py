@@ -334,7 +334,9 @@ def _eager(call: _Call) -> Tensor:
     out: list[Tensor] = []
     rows: list[Tensor] = []
     for number in range(math.prod([a.count for a in call.axes])):
-        spans, k_at, inside = [], [], []
+        spans: list[slice] = []
+        k_at: list[Tensor] = []
+        inside: list[Tensor] = []
         for a in reversed(call.axes):
             number, i = divmod(number, a.count)
             spans.insert(0, slice(i * a.q, (i + 1) * a.q))

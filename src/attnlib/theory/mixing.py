@@ -74,6 +74,7 @@ class Sites:
 SITES: dict[str, Sites] = {
     "lightning-attention-2": Sites((("v", 0.0),), "norm"),
     "biformer": Sites((("qkv", "dim"),), "proj"),
+    "halonet": Sites((("halo.v", 0.0),), "proj"),
     "shvit": Sites((("qkv", "partial_dim"),), "relu_"),
     "sg-former": Sites((("kv1", 0.5), ("kv2", 0.5)), "proj"),
 }
@@ -87,6 +88,7 @@ SOMETIMES: dict[str, str] = {
 
 #: Why some mechanisms are no matrix times values.
 NOT_LINEAR: dict[str, str] = {
+    "davit": "it mixes features, not tokens: its map is features by features, and reads every token's values",
     "focalnet": "a GELU stands between the levels of its context, and the gated context is a factor of the query",
     "gaussian-adaptive-attention": "it multiplies every number by a weight of its own; no token reads another's values",
     "maxvit": "it is two attentions with a residual and a norm between them, each of which has its own matrix",

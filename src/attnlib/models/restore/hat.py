@@ -210,11 +210,11 @@ def convert(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return theirs.close(out)
 
 
-_SMALL = dict(embed_dim=144, compress_ratio=24, squeeze_factor=24)
-_LARGE = dict(depths=(6,) * 12, num_heads=(6,) * 12)
+_SMALL: dict[str, Any] = dict(embed_dim=144, compress_ratio=24, squeeze_factor=24)
+_LARGE: dict[str, Any] = dict(depths=(6,) * 12, num_heads=(6,) * 12)
 _SIZES: dict[str, dict[str, Any]] = {
     f"{name}_x{scale}": {**size, "scale": scale, "compat": "authors"}
-    for name, size in {"hat_s": _SMALL, "hat": {}, "hat_l": _LARGE}.items()
+    for name, size in (("hat_s", _SMALL), ("hat", {}), ("hat_l", _LARGE))
     for scale in (2, 3, 4)
 }
 

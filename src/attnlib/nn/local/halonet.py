@@ -185,6 +185,7 @@ class HaloAttention(Mechanism):
         self.halo = _Halo(
             dim, dim, num_heads, block_size, halo_size, head_dim, qk_ratio, qkv_bias, scale_pos_embed, pad_mode
         )
+        self.proj = nn.Identity()  # the layer behind it projects; where one stands here, it reads the mixed values
 
     @property
     def traits(self) -> Traits:
@@ -203,7 +204,7 @@ class HaloAttention(Mechanism):
         return tuple(max(n, least) for n in full)
 
     def mix(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        return self.halo(x, valid)
+        return self.proj(self.halo(x, valid))
 
     @staticmethod
     def convert_state_dict(
