@@ -103,7 +103,7 @@ _MIXED = ("proj", "output_proj")
 
 def _sites(m: nn.Module) -> Sites:
     slug = getattr(m, "slug", type(m).__name__)
-    if slug in SITES and all(hasattr(m, name) for name, _ in SITES[slug].values):
+    if slug in SITES and all(hasattr(m, name.partition(".")[0]) for name, _ in SITES[slug].values):
         return SITES[slug]
     for name, share in _VALUES:
         maker = getattr(m, name, None)
