@@ -271,6 +271,8 @@ OTHERS = {
 def test_caches_that_hold_something_else_than_what_is_read(name):
     make, on_new, on_cache = OTHERS[name]
     model, inputs = make(), prompt()
+    if name == "latent" and model(**inputs).past_key_values.layers[0].keys.shape[1] > 1:
+        pytest.skip("this release of transformers caches the keys of all heads")
     plain, _ = scores(model, inputs, new=3)
     with attnlib.attach(model, Quiet()):
         assert torch.equal(scores(model, inputs, new=3)[0], plain)
