@@ -602,3 +602,34 @@ def test_calls_without_samples_or_queries(shape):
 
 def test_a_mask_of_nothing_reads_as_one():
     assert PairMask(2, 2, *read_mask(torch.zeros(1, 1, 2, 2))).dense().all()
+
+
+# ---- tokens that are gone, and what a decoder adds to them later
+
+
+def test_images_that_are_added_behind_the_first_blocks():
+    """Qwen3-VL adds features of images behind its first blocks, at the slots of all tokens."""
+    from attnlib import reduce
+
+    if not hasattr(transformers, "Qwen3VLConfig"):
+        pytest.skip("this release of transformers has no Qwen3-VL")
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0, "mrope_interleaved": True}
+    tower = dict(depth=2, hidden_size=16, out_hidden_size=32, num_heads=2, patch_size=4, spatial_merge_size=2,
+                 temporal_patch_size=2, in_channels=3, intermediate_size=32, deepstack_visual_indexes=[0, 1],
+                 num_position_embeddings=16)  # fmt: skip
+    config = transformers.Qwen3VLConfig(
+        text_config={**SIZES, "head_dim": 8, "num_hidden_layers": 4, "rope_scaling": rope}, vision_config=tower,
+        image_token_id=60, video_token_id=61, vision_start_token_id=58, vision_end_token_id=59,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen3VLForConditionalGeneration(config).eval()
+    ids = torch.tensor([[5, 6, 58, 60, 60, 60, 60, 59, 7, 8]] * 2)
+    given = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(32, 96),
+                 image_grid_thw=torch.tensor([[1, 4, 4]] * 2), mm_token_type_ids=(ids == 60).long())  # fmt: skip
+    with attnlib.attach(model, reduce.ReduceByAttention({1: 2}), token_types=TokenTypes(60)):
+        with pytest.raises(ValueError, match=r"visual_pos_masks.*from layer 2 on it can"):
+            scores(model, given)
+    with attnlib.attach(model, reduce.ReduceByAttention({2: 2}), token_types=TokenTypes(60)) as session:
+        got, _ = scores(model, given)
+        assert session.results["reduce-by-attention"]["lengths"][-1] == 8
+    assert got.isfinite().all()

@@ -70,6 +70,9 @@ OWN_INPUTS = frozenset(
     "output_attentions output_hidden_states cache_position token_type_ids mm_token_type_ids".split()
 ).union(CACHE_ARGUMENTS)
 
+#: Features of images that a decoder adds behind its first blocks, and the slots where it does.
+BETWEEN_BLOCKS = ("deepstack_visual_embeds", "visual_pos_masks")
+
 #: Inputs with one number per token, which go with the tokens.
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
@@ -413,6 +416,11 @@ def crop(cache: Any, tokens: int) -> None:
 def encoded_images(given: Mapping[str, Any]) -> Any:
     """Images that were encoded before the call, ``None`` without them."""
     return (given.get(ENCODED) or {}).get("image")
+
+
+def image_features_between(given: Mapping[str, Any]) -> int:
+    """Behind how many first blocks a decoder adds features of images."""
+    return len(given.get(BETWEEN_BLOCKS[0]) or ())
 
 
 def reads_images(given: Mapping[str, Any]) -> bool:

@@ -35,7 +35,20 @@ from ..session import Session
 from ..site import Site, read_mask
 from .cache import Kept, decode_mask, evicted_layer_class, fill, mask_unwritten
 from .layer import LayerRuntime, _runtimes, intercept
-from .names import ANGLES, READABLE, _need, cache_in, hooks_are_recomputed, implementation_of, rotary_of, tokens_before
+from .names import (
+    ANGLES,
+    BETWEEN_BLOCKS,
+    OWN_INPUTS,
+    PER_TOKEN,
+    READABLE,
+    _need,
+    cache_in,
+    hooks_are_recomputed,
+    image_features_between,
+    implementation_of,
+    rotary_of,
+    tokens_before,
+)
 
 #: Under this name a cache layer carries by how much the positions of its sample moved.
 SHIFT = "position_shift"
@@ -195,6 +208,8 @@ class Removal(Shared):
         self.behind: list[Site] = []
         self.prompt: _Prompt | None = None
         self.rotary: Any = None
+        self.beside: list[str] = []
+        self.beside_until = 0
         self.interventions = session.acting("on_tokens")
 
     # ---- attaching
@@ -270,6 +285,9 @@ class Removal(Shared):
         self.prompt = None
         self._check_implementation()
         self.session.notes.kept.clear()
+        self.beside = _per_token(kwargs)
+        added = image_features_between(kwargs)
+        self.beside_until = added if set(self.beside) <= set(BETWEEN_BLOCKS) else len(self.sites)
 
     def _read(self, site: Site, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs.get("hidden_states")
@@ -301,6 +319,12 @@ class Removal(Shared):
             if answer is None:
                 continue
             new, index = self._check(i, site, states, answer)
+            if self.beside and site.layer < self.beside_until:
+                first = f", from layer {self.beside_until} on it can" if self.beside_until < len(self.sites) else ""
+                raise ValueError(
+                    f"{_where(site)}: {type(i).__name__} cannot remove tokens here: the decoder is given {self.beside} "
+                    f"for all tokens, and uses it between later blocks{first}"
+                )
             prompt.leave(states, index, bool(getattr(i, "compact_positions", False)))
             states = new
             kwargs = self._shorten(site, states, before)
@@ -531,6 +555,18 @@ class Removal(Shared):
             tokens=torch.stack([prompt.tokens.get(n, everything) for n in layers]),
             slots=tuple(prompt.kept.get(n) for n in layers),
         )
+
+
+def _per_token(given: dict[str, Any]) -> list[str]:
+    """Names of what a decoder is given for each token beside states, masks and positions."""
+    embeds, ids = given.get("inputs_embeds"), given.get("input_ids")
+    read = embeds if isinstance(embeds, Tensor) else ids
+    if not isinstance(read, Tensor):
+        return []
+    known = OWN_INPUTS.union(PER_TOKEN)
+    return sorted(
+        n for n, t in given.items() if n not in known and isinstance(t, Tensor) and t.shape[:2] == read.shape[:2]
+    )
 
 
 def _where(site: Site) -> str:
