@@ -16,7 +16,7 @@ from diffusers.models import attention_processor as processors  # noqa: E402
 import attnlib  # noqa: E402
 from attnlib import Layout  # noqa: E402
 from attnlib.hooks import Intervention, Record  # noqa: E402
-from attnlib.steer import SoftPAG, guide, hunt_heads  # noqa: E402
+from attnlib.steer import SoftPAG, adaptive_weight, guide, hunt_heads  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -196,18 +196,79 @@ def test_softpag_blend_equals_the_mixed_map_and_is_affine():
     torch.testing.assert_close(outs[0.25] - plain, 0.25 * (outs[1.0] - plain), atol=1e-6, rtol=1e-5)
 
 
-def test_softpag_with_all_heads_is_perturbed_attention_of_diffusers():
+#: diffusers' processors, with and without classifier-free guidance, and the rows that they see.
+GUIDED = {"": ("plain", "perturbed"), "CFG": ("uncond", "plain", "perturbed")}
+
+
+@pytest.mark.parametrize("guided", GUIDED)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(heads=2, dim_head=8),
+        dict(heads=3, dim_head=4, norm_num_groups=2),
+        dict(heads=1, dim_head=8, residual_connection=True, rescale_output_factor=2.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_softpag_with_all_heads_is_perturbed_attention_of_diffusers(guided, settings, batch):
+    """Gradients too."""
     torch.manual_seed(0)
-    attn = processors.Attention(query_dim=16, heads=2, dim_head=8).eval()
-    x = torch.randn(3, 9, 16)
-    both = torch.cat([x, x])
-    attn.set_processor(processors.PAGIdentitySelfAttnProcessor2_0())
+    attn = processors.Attention(query_dim=16, **settings).eval()
+    both = torch.randn(batch, 9, 16).repeat(len(GUIDED[guided]), 1, 1).requires_grad_()
+    g = torch.randn(both.shape)
+    attn.set_processor(getattr(processors, f"PAG{guided}IdentitySelfAttnProcessor2_0")())
     theirs = attn(both)
+    (slope,) = torch.autograd.grad((theirs * g).sum(), both)
     attn.set_processor(processors.AttnProcessor2_0())
-    with attnlib.attach(attn, SoftPAG(1.0, rows=("perturbed",)), rows=("plain",) * 3 + ("perturbed",) * 3):
+    rows = tuple(name for name in GUIDED[guided] for _ in range(batch))
+    with attnlib.attach(attn, SoftPAG(1.0, rows=("perturbed",)), rows=rows):
         mine = attn(both)
     torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
-    assert not torch.allclose(mine[:3], mine[3:], atol=1e-3)
+    torch.testing.assert_close(torch.autograd.grad((mine * g).sum(), both)[0], slope, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(mine[:batch], mine[-batch:], atol=1e-3)
+
+
+def test_guidance_equals_that_of_diffusers():
+    from diffusers.pipelines.pag.pag_utils import PAGMixin
+
+    torch.manual_seed(0)
+    uncond, pred, perturbed = torch.randn(3, 2, 4)
+    pipe = PAGMixin()
+    pipe.pag_applied_layers = ["mid"]
+    for scale, adaptive in ((3.0, 0.0), (3.0, 0.004), (2.0, 0.01)):
+        pipe._pag_scale, pipe._pag_adaptive_scale = scale, adaptive
+        for t in (981, 500, 1):
+            weight = adaptive_weight(scale, adaptive, t)
+            theirs = pipe._apply_perturbed_attention_guidance(torch.cat([pred, perturbed]), False, 0.0, t)
+            torch.testing.assert_close(guide(pred, perturbed, weight), theirs)
+            theirs = pipe._apply_perturbed_attention_guidance(torch.cat([uncond, pred, perturbed]), True, 5.0, t)
+            torch.testing.assert_close(guide(pred, perturbed, weight, uncond, 5.0), theirs)
+    assert adaptive_weight(2.0, 0.01, 500) == 0.0 < adaptive_weight(2.0, 0.001, 500) < 2.0
+    with pytest.raises(ValueError, match="slope"):
+        adaptive_weight(2.0, -1.0, 500)
+
+
+@pytest.mark.parametrize("guided", GUIDED)
+def test_softpag_in_joint_attention_with_rows_of_guidance(guided):
+    torch.manual_seed(0)
+    attn = processors.Attention(
+        query_dim=12, heads=3, dim_head=4, added_kv_proj_dim=12, context_pre_only=False, bias=True,
+        processor=processors.JointAttnProcessor2_0(),
+    ).eval()  # fmt: skip
+    names = GUIDED[guided]
+    inputs = {
+        "hidden_states": torch.randn(1, 6, 12).repeat(len(names), 1, 1),
+        "encoder_hidden_states": torch.randn(1, 4, 12).repeat(len(names), 1, 1),
+    }
+    with torch.no_grad():
+        attn.set_processor(getattr(processors, f"PAG{guided}JointAttnProcessor2_0")())
+        theirs = attn(**inputs)
+        attn.set_processor(processors.JointAttnProcessor2_0())
+        with attnlib.attach(attn, SoftPAG(1.0, rows=("perturbed",), joint="image"), rows=names):
+            mine = attn(**inputs)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_softpag_in_joint_attention():

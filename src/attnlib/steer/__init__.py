@@ -4,7 +4,7 @@ from ..hooks.branches import Branch, ImageTokens, NoImage, NullTokens, OtherPixe
 from .agla import AGLA, BlipRelevance, grad_cam, mask_pixels, relevance_mask, spread_relevance
 from .contrastive import ContrastiveDecoding, contrast
 from .damro import DAMRO, select_outliers
-from .diffusion.softpag import SoftPAG, guide, hunt_heads
+from .diffusion.softpag import SoftPAG, adaptive_weight, guide, hunt_heads
 from .diffusion.uniform_maps import UniformMaps
 from .head_reinforcement import HeadDivergence, HeadReinforcement, head_divergence, sensitive_heads, token_divergence
 from .head_scaling import HeadScale
@@ -41,6 +41,7 @@ __all__ = [
     "VisualRedistribution",
     "VisualWings",
     "Wings",
+    "adaptive_weight",
     "boost",
     "boost_sets",
     "calibrate",

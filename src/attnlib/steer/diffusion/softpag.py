@@ -22,7 +22,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ...checks import shaped
+from ...checks import check_real, shaped
 from ...hooks.intervention import Intervention, check_heads
 from ...hooks.site import Site
 from ...types import check_choice, to_list
@@ -151,6 +151,22 @@ def guide(
     """
     base = pred if uncond is None else uncond + cfg * (pred - uncond)
     return base if weight == 0 else base + weight * (pred - perturbed)
+
+
+def adaptive_weight(weight: float, slope: float, timestep: float, timesteps: int = 1000) -> float:
+    """A weight for :func:`guide` that falls as denoising goes on: ``max(0, w - slope (timesteps - t))``.
+
+    Args:
+        weight: w at the start.
+        slope: by how much it falls with every timestep; 0 keeps it.
+        timestep: t, from ``timesteps`` down to 0.
+        timesteps: of training.
+
+    >>> round(adaptive_weight(3.0, 0.004, 500), 6), adaptive_weight(3.0, 0.01, 500)
+    (1.0, 0.0)
+    """
+    check_real("slope", slope, least=0.0)
+    return max(0.0, weight - slope * (timesteps - float(timestep)))
 
 
 @shaped()
