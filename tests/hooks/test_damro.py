@@ -244,7 +244,6 @@ def test_refusals(case):
 
 
 def test_a_class_token_among_the_image_tokens_and_line_breaks():
-    import transformers as hf
 
     from hooks.llava import llava, llava_inputs
 
@@ -264,19 +263,86 @@ def test_a_class_token_among_the_image_tokens_and_line_breaks():
         generated(model, inputs, new=1)
     kept = torch.tensor([0, 1, 2, 4, 5, 6, 7, *range(8, 14)])  # all but the class token
     assert torch.equal(seen[1]["inputs_embeds"], seen[0]["inputs_embeds"][:, kept])
-    # Crops with line breaks between rows of patches: ten tokens are not four patches of four crops.
+    # Theirs counts outliers from the class token: every kept token is its left neighbour.
+    with attnlib.attach(model, DAMRO(2.0, 2, 0.0, compat="authors"), token_types=rule) as session:
+        seen = []
+        session.hook(
+            model.model.language_model.register_forward_pre_hook(lambda m, a, k: seen.append(k), with_kwargs=True)
+        )
+        generated(model, inputs, new=1)
+    with torch.no_grad():
+        tower = model.model.vision_tower
+        states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+        layer = tower.encoder.layers[-2]
+        read = layer.layer_norm1(states[-3])
+        attention = class_attention(layer.self_attn.q_proj(read), layer.self_attn.k_proj(read), 2, 1.0, "concat")
+        theirs = model.model.multi_modal_projector(select_outliers(states[-2], attention, 2, compat="authors"))
+    torch.testing.assert_close(seen[1]["inputs_embeds"][:, 3:5], theirs, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="compat"):
+        DAMRO(compat="paper")
+
+
+def anyres():
+    """LLaVA-NeXT: a whole view of 2 x 2 patches, then crops with a line break behind every row of theirs."""
+    import transformers as hf
+
+    from hooks.llava import llava
+
+    model = llava()
     torch.manual_seed(0)
     config = hf.LlavaNextConfig(
         text_config=model.config.text_config, vision_config=model.config.vision_config, image_token_id=62,
-        image_grid_pinpoints=[[8, 8]], vision_feature_select_strategy="default",
+        image_grid_pinpoints=[[8, 8], [8, 16], [16, 8]], vision_feature_select_strategy="default",
     )  # fmt: skip
-    anyres = hf.LlavaNextForConditionalGeneration(config).eval()
-    ids = torch.randint(3, 60, (2, 16))
-    ids[:, 2:12] = 62
-    crops = {"pixel_values": torch.randn(2, 2, 3, 8, 8), "image_sizes": torch.tensor([[8, 8], [8, 8]])}
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **crops}
-    with attnlib.attach(anyres, DAMRO(2.0, 2), token_types=rule), pytest.raises(ValueError, match="line breaks"):
-        generated(anyres, inputs)
+    model = hf.LlavaNextForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(15)
+        for name, p in model.model.vision_tower.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                p.mul_(20)
+    ids = torch.randint(3, 60, (2, 20))
+    ids[0, :4], ids[0, 6:16], ids[1, 2:16] = 0, 62, 62  # 4 + 2 * 3 and 4 + 2 * 5 tokens
+    crops = {"pixel_values": torch.randn(2, 3, 3, 8, 8), "image_sizes": torch.tensor([[8, 8], [8, 16]])}
+    return model, {"input_ids": ids, "attention_mask": (ids != 0).long(), **crops}
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 2}], ids=str)
+def test_images_cut_into_crops_as_the_authors_pack_them(mode):
+    """Outliers of the whole view and a line break; theirs packs nothing else."""
+    model, inputs = anyres()
+    tower = model.model.vision_tower
+    with torch.no_grad():
+        whole = inputs["pixel_values"][:, 0]
+        states = tower(whole, output_hidden_states=True).hidden_states
+        layer = tower.encoder.layers[-2]
+        read = layer.layer_norm1(states[-3])
+        attention = class_attention(layer.self_attn.q_proj(read), layer.self_attn.k_proj(read), 2, 1.0, "concat")
+        kept = model.model.multi_modal_projector(select_outliers(states[-2][:, 1:], attention, 2))
+        line = model.model.image_newline.expand(2, 1, -1)
+        pictures = torch.cat([kept, line], 1)
+    rows = mode.get("num_beams", 1)
+
+    def other(ids):
+        out = []
+        for row, picture in zip(ids, pictures.repeat_interleave(rows, 0), strict=True):
+            row = row[row != 0]
+            at = (row == 62).nonzero().flatten()
+            text = model.get_input_embeddings()(row)
+            embeds = torch.cat([text[: at[0]], picture, text[at[-1] + 1 :]])
+            with torch.no_grad():
+                out.append(model(inputs_embeds=embeds[None]).logits[:, -1])
+        return torch.cat(out)
+
+    want = generated(model, inputs, mode, processor=Scratch(other, 2.5, -1.5, 0.1, beams=rows))
+    rule = TokenTypes(62)
+    with attnlib.attach(model, DAMRO(1.5, 2, 0.1), token_types=rule):
+        equal(generated(model, inputs, mode), want, atol=1e-5)
+    with attnlib.attach(model, DAMRO(1.5, 5), token_types=rule), pytest.raises(ValueError, match="has 4 patches"):
+        generated(model, inputs)
+    inputs["input_ids"][1, 9] = 5  # one image in two pieces
+    inputs["input_ids"][1, 16] = 62
+    with attnlib.attach(model, DAMRO(1.5, 2), token_types=rule), pytest.raises(ValueError, match="runs of image"):
+        generated(model, inputs)
 
 
 def test_an_encoder_without_class_token_is_refused():

@@ -166,13 +166,13 @@ class ImageTokens(Branch):
     Args:
         k: tokens that stay.
         scores: a function from the :class:`Prompt` to scores (B, L) of its tokens, or to those and the number of
-            tokens of an image.
+            tokens of an image, or to those, ``None`` and another number of tokens that stay.
         order: ``"score"``, the best first, or ``"place"``, as they stood.
     """
 
     name = "image-tokens"
 
-    def __init__(self, k: int, scores: Callable[[Prompt], Tensor | tuple[Tensor, int]], order: str = "score"):
+    def __init__(self, k: int, scores: Callable[[Prompt], Any], order: str = "score"):
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         check_choice("order", order, ("score", "place"))
@@ -180,7 +180,7 @@ class ImageTokens(Branch):
 
     def read(self, prompt: Prompt) -> Reading:
         answer = self.scores(prompt)
-        scores, size = answer if isinstance(answer, tuple) else (answer, None)
+        scores, size, k = (*answer, self.k, self.k)[:3] if isinstance(answer, tuple) else (answer, None, self.k)
         if scores.shape != prompt.types.shape:
             raise ValueError(
                 f"scores must be given for all {tuple(prompt.types.shape)} tokens, got {tuple(scores.shape)}"
@@ -188,13 +188,13 @@ class ImageTokens(Branch):
         first = image_runs(prompt.types, size)
         slots = torch.arange(first.shape[1], device=first.device, dtype=torch.float64).expand(first.shape)
         rank = self._ranks(first, scores)
-        short = (first >= 0) & (rank == 0) & (self._sizes(first) < self.k)
+        short = (first >= 0) & (rank == 0) & (self._sizes(first) < k)
         if bool(short.any()):
             raise ValueError(
-                f"k={self.k} tokens of each image are to stay, but an image has {int(self._sizes(first)[short].min())}"
+                f"k={k} tokens of each image are to stay, but an image has {int(self._sizes(first)[short].min())}"
             )
         keys = slots if self.order == "place" else torch.where(first >= 0, first + rank, slots)
-        return prompt.pick(prompt.order(keys.masked_fill((first >= 0) & (rank >= self.k), torch.inf)))
+        return prompt.pick(prompt.order(keys.masked_fill((first >= 0) & (rank >= k), torch.inf)))
 
     @staticmethod
     def _ranks(first: Tensor, scores: Tensor) -> Tensor:

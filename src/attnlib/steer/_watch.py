@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..hooks.branches import image_runs
 from ..hooks.session import Session
 from ..hooks.site import Site
 from ..hooks.tokens import IMAGE
@@ -75,3 +76,49 @@ def image_slots(types: Tensor, values: Tensor, fill: float | bool, class_token: 
     out = torch.full(first.shape, fill, dtype=values.dtype, device=types.device)
     out = out.masked_scatter(image[::repeats], values.reshape(-1).to(types.device))
     return out.repeat_interleave(repeats, 0)
+
+
+def whole_image_slots(types: Tensor, values: Tensor, crops: list[int], fill: float, end: float) -> Tensor:
+    """Values of patches at the image tokens of a batch whose images are cut into crops.
+
+    An image's tokens are the patches of the whole image, its first crop, then those of the other crops with a line
+    break behind every row.
+
+    Args:
+        types: (B, L) token types.
+        values: (crops of all images, patches) in order, of the batch, or of the samples whose rows are repeated in it.
+        crops: of each image.
+        fill: for all other tokens.
+        end: for the last token of each image, a line break.
+
+    Returns:
+        (B, L).
+
+    Raises:
+        ValueError: the images of the prompt are not those that were cut.
+
+    >>> types = torch.tensor([[1, 2, 2, 2, 2, 1]])
+    >>> whole_image_slots(types, torch.tensor([[5.0, 7.0], [3.0, 4.0]]), [2], 0.0, -1.0).tolist()
+    [[0.0, 5.0, 7.0, 0.0, -1.0, 0.0]]
+    """
+    first = image_runs(types)
+    starts = (first == torch.arange(types.shape[1], device=types.device)).nonzero()
+    repeats = max(1, len(starts) // max(1, len(crops)))
+    per_row = (first == torch.arange(types.shape[1], device=types.device)).sum(1)
+    n, wanted = values.shape[1], types[::repeats].repeat_interleave(repeats, 0)[: len(types)]
+    if sum(crops) != len(values) or len(starts) != repeats * len(crops) or not torch.equal(wanted, types):
+        raise ValueError(
+            f"the vision encoder saw {len(values)} crops of {len(crops)} images ({crops}), but the prompt has "
+            f"{len(starts)} runs of image tokens; images that touch cannot be told apart"
+        )
+    at = [sum(crops[:i]) for i in range(len(crops))]
+    # Images of a sample come again with each of its rows.
+    order = [i for group in torch.arange(len(crops)).split(per_row[::repeats].tolist()) for i in [group] * repeats]
+    out = torch.full(types.shape, fill, dtype=values.dtype, device=types.device)
+    for (row, slot), image in zip(starts.tolist(), torch.cat(order).tolist(), strict=True):
+        count = int((first[row] == slot).sum())
+        if count <= n:
+            raise ValueError(f"an image has {count} tokens, its whole view {n} patches and a line break")
+        out[row, slot : slot + n] = values[at[image]].to(out.device)
+        out[row, slot + count - 1] = end
+    return out

@@ -15,17 +15,21 @@ InstructBLIP branch see :func:`select_outliers`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import shaped
 from ..hooks.branches import ImageTokens, Prompt
+from ..hooks.hf.names import crops_of_images, cuts_images, with_sizes
 from ..hooks.session import Session
 from ..hooks.tokens import IMAGE
 from ..hooks.vision import VisionTower
 from ..types import check_choice
-from ._watch import image_slots
+from ._watch import image_slots, whole_image_slots
 from .contrastive import ContrastiveDecoding
 
 
@@ -61,10 +65,14 @@ class _Outliers(ImageTokens):
 
     name = "outliers"
 
-    def __init__(self, k: int, score: str, head_merge: str, layer: int | None, vision: str | None, order: str):
+    def __init__(
+        self, k: int, score: str, head_merge: str, layer: int | None, vision: str | None, order: str,
+        compat: str | None,
+    ):  # fmt: skip
         super().__init__(k, self.outlier_scores, order)
-        self.score, self.head_merge, self.layer, self.vision = score, head_merge, layer, vision
+        self.score, self.head_merge, self.layer, self.vision, self.compat = score, head_merge, layer, vision, compat
         self.encoder: VisionTower | None = None
+        self.sizes: Tensor | None = None
 
     def watch(self, session: Session) -> None:
         if self.score == "norm":
@@ -79,8 +87,15 @@ class _Outliers(ImageTokens):
         what = "concat" if self.head_merge == "concat" else "class"
         self.encoder = VisionTower(session.model, (layer,), what, self.vision, "vision")
         self.encoder.watch(session)
+        self.sizes = None
+        if cuts_images(session.model):
+            session.set_attribute(*with_sizes(session.model, functools.partial(self._sizes_of, session)))
 
-    def outlier_scores(self, prompt: Prompt) -> Tensor | tuple[Tensor, int]:
+    def _sizes_of(self, session: Session, sizes: Tensor) -> None:
+        if session.branch is None:
+            self.sizes = sizes
+
+    def outlier_scores(self, prompt: Prompt) -> Any:
         if self.score == "norm":
             return prompt.embedded().float().norm(dim=-1).masked_fill(prompt.types != IMAGE, float("-inf"))
         assert self.encoder is not None
@@ -90,7 +105,19 @@ class _Outliers(ImageTokens):
                 "DAMRO: the prompt has image tokens, but the vision encoder did not run for it, so there is nothing to "
                 "choose outliers by; score='norm' needs no encoder"
             )
-        at_slots = image_slots(prompt.types, values, float("-inf"), self.encoder.class_token)
+        nowhere = float("-inf")
+        if self.sizes is not None:
+            crops = crops_of_images(prompt.model, self.sizes)
+            if not self.k <= values.shape[1]:
+                raise ValueError(f"k={self.k} outliers are to stay, but the whole image has {values.shape[1]} patches")
+            best = values.topk(self.k, 1)
+            values = torch.full_like(values, nowhere).scatter(1, best.indices, best.values)
+            return whole_image_slots(prompt.types, values, crops, nowhere, -1.0), None, self.k + 1
+        if self.encoder.class_token and self.compat == "authors":
+            # Counted from the class token, every patch's attention stands at its left neighbour.
+            values = F.pad(values, (0, 1), value=nowhere)
+            return image_slots(prompt.types, values, nowhere), values.shape[1]
+        at_slots = image_slots(prompt.types, values, nowhere, self.encoder.class_token)
         return at_slots, values.shape[1] + self.encoder.class_token
 
 
@@ -106,6 +133,11 @@ class DAMRO(ContrastiveDecoding):
         layer: of the vision encoder; by default the one whose features the model reads.
         order: of the outliers: ``"score"``, the strongest first, or ``"place"``.
         vision: dotted path of the vision encoder, when it is not found by itself.
+        compat: ``"authors"`` counts outliers from the class token in models that show it to the decoder
+            (``vision_feature_select_strategy="full"``), see :func:`select_outliers`.
+
+    Of an image that is cut into crops (LLaVA-NeXT) the branch reads outliers of the whole view, its first crop, and the
+    line break that ends the image.
 
     Raises:
         ValueError: a negative strength, fewer than one outlier, no vision encoder with a class token.
@@ -128,10 +160,12 @@ class DAMRO(ContrastiveDecoding):
         layer: int | None = None,
         order: str = "score",
         vision: str | None = None,
+        compat: str | None = None,
     ):
+        check_choice("compat", compat, (None, "authors"))
         if not alpha >= 0:
             raise ValueError(f"alpha must not be negative, got {alpha}")
         check_choice("score", score, ("class-attention", "norm"))
         check_choice("head_merge", head_merge, ("concat", "mean", "sum"))
-        branch = _Outliers(k, score, head_merge, layer, vision, order)
+        branch = _Outliers(k, score, head_merge, layer, vision, order, compat)
         super().__init__(branch, 1 + alpha, -alpha, cutoff)

@@ -423,6 +423,39 @@ def image_features_between(given: Mapping[str, Any]) -> int:
     return len(given.get(BETWEEN_BLOCKS[0]) or ())
 
 
+def cuts_images(model: Any) -> bool:
+    """Whether a model cuts images into crops and ends every row of them with a line break."""
+    inner = getattr(model, "model", model)
+    return (
+        bool(getattr(model.config, "image_grid_pinpoints", None)) and getattr(inner, "image_newline", None) is not None
+    )
+
+
+def with_sizes(model: Any, seen: Callable[[Tensor], None]) -> tuple[nn.Module, str, Callable[..., Any]]:
+    """The method by which a model that :func:`cuts_images` encodes them: its owner, its name, and itself, telling
+    ``seen`` the sizes of the images."""
+    inner = getattr(model, "model", model)
+    encode = inner.get_image_features
+    known = inspect.signature(encode)
+
+    @functools.wraps(encode)
+    def telling(*args: Any, **kwargs: Any) -> Any:
+        sizes = known.bind(*args, **kwargs).arguments.get("image_sizes")
+        if isinstance(sizes, Tensor):
+            seen(sizes)
+        return encode(*args, **kwargs)
+
+    return inner, "get_image_features", telling
+
+
+def crops_of_images(model: Any, sizes: Tensor) -> list[int]:
+    """How many crops images of these sizes are cut into, the whole image, which comes first, counted too."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    points, side = model.config.image_grid_pinpoints, model.config.vision_config.image_size
+    return [int(image_size_to_num_patches(size, points, side)) for size in sizes.tolist()]
+
+
 def reads_images(given: Mapping[str, Any]) -> bool:
     """Whether a call of a model comes with images, to be encoded or already encoded."""
     return isinstance(given.get("pixel_values"), Tensor) or bool(given.get(ENCODED))
