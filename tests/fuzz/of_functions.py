@@ -75,17 +75,21 @@ def select_outliers(rng: random.Random) -> Call:
 def head_divergence(rng: random.Random) -> Call:
     b, h, d = sizes(rng, 2, 5, 3)
 
-    def oracle(with_image, without, outliers):
+    def oracle(with_image, without, outliers, correction):
+        assert type(correction) is int and correction in (0, 1)
         assert with_image.shape == without.shape and with_image.dim() == 3
         a, c = with_image.double(), without.double()
         out = (a - c).norm(dim=-1)
         if not outliers or out.shape[1] < 2:
             return out
         loud = c.square().sum(-1)
-        stands = [x > x.mean(1, keepdim=True) + x.std(1, keepdim=True) for x in (out, loud)]
+        stands = [x > x.mean(1, keepdim=True) + x.std(1, correction=correction, keepdim=True) for x in (out, loud)]
         return out.masked_fill(stands[0] & stands[1], 0.0)
 
-    kwargs = dict(with_image=torch.randn(b, h, d), without=torch.randn(b, h, d), outliers=rng.random() < 0.5)
+    kwargs = dict(
+        with_image=torch.randn(b, h, d), without=torch.randn(b, h, d), outliers=rng.random() < 0.5,
+        correction=rng.randint(0, 1),
+    )  # fmt: skip
     return Call(steer.head_divergence, kwargs, oracle, allows=META)
 
 
@@ -249,6 +253,17 @@ def guide(rng: random.Random) -> Call:
         uncond=rng.choice([None, torch.randn(shape)]), cfg=rng.choice([1.0, 7.5]),
     )  # fmt: skip
     return Call(steer.guide, kwargs, oracle, allows=META)
+
+
+@family("steer.functions")
+def adaptive_weight(rng: random.Random) -> Call:
+    def oracle(weight, slope, timestep, timesteps):
+        assert slope >= 0
+        return torch.tensor(max(0.0, weight - slope * (timesteps - timestep)))
+
+    kwargs = dict(weight=rng.uniform(0, 7), slope=rng.choice([0.0, 0.01]), timestep=rng.uniform(0, 1000),
+                  timesteps=rng.choice([1000, 500]))  # fmt: skip
+    return Call(lambda **given: torch.tensor(steer.adaptive_weight(**given)), kwargs, oracle)
 
 
 @family("steer.functions")
@@ -440,6 +455,36 @@ def exit_features(rng: random.Random) -> Call:
 
     kwargs = dict(hidden=torch.randn(b, n, c), types=types)
     return Call(reduce.exit_features, kwargs, oracle, allows=(*META, "far beyond", "negative"))
+
+
+@family("reduce.functions")
+def attention_exit_features(rng: random.Random) -> Call:
+    b, n = rng.randint(1, 2), rng.randint(3, 6)
+    types = torch.full((b, n), TEXT)
+    types[:, 0] = IMAGE
+    types[:, 1] = rng.choice([IMAGE, TEXT])
+
+    def oracle(image_row, last_row, types):
+        assert image_row.shape == last_row.shape == types.shape
+        out, kinds = [], types.tolist()
+        width = max([row.count(IMAGE) for row in kinds], default=0)
+        for a, z, row in zip(image_row.double(), last_row.double(), kinds, strict=True):
+            image = [i for i, k in enumerate(row) if k == IMAGE]
+            assert len(image) in (0, width)
+            if not image:
+                out.append(z.new_zeros(3 * width))
+                continue
+            text = [z[i] for i in range(image[-1] + 1, len(row)) if row[i] not in (IMAGE, 0)]
+            spread = []
+            for j in range(width):
+                at = j * (len(text) - 1) / (width - 1) if width > 1 else 0.0
+                low = min(int(at), len(text) - 1)
+                spread.append(text[low] + (at - low) * (text[min(low + 1, len(text) - 1)] - text[low]))
+            out.append(torch.cat([a[image], z[image], torch.stack(spread)]))
+        return torch.stack(out) if out else last_row.new_zeros(0, 3 * width)
+
+    kwargs = dict(image_row=torch.rand(b, n), last_row=torch.rand(b, n), types=types)
+    return Call(reduce.attention_exit_features, kwargs, oracle, allows=(*META, "far beyond", "negative"))
 
 
 @family("reduce.functions")

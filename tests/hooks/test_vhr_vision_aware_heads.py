@@ -29,13 +29,14 @@ RULE = TokenTypes(IMAGE_ID)
 # ---- equations
 
 
-def test_divergence_and_its_outliers_head_by_head():
+@pytest.mark.parametrize("correction", [0, 1])
+def test_divergence_and_its_outliers_head_by_head(correction):
     torch.manual_seed(0)
     a, b = torch.randn(3, 8, 5), torch.randn(3, 8, 5)
     b[0, 2] *= 9
     b[1, 5], a[1, 5] = b[1, 5] * 9, b[1, 5] * 9  # loud, but it does not change
     a[2, 1], b[2, 1] = a[2, 1] * 9, b[2, 1] * 0.1  # it changes, but is not loud without the image
-    got, plain = head_divergence(a, b), head_divergence(a, b, outliers=False)
+    got, plain = head_divergence(a, b, correction=correction), head_divergence(a, b, outliers=False)
     zeroed = 0
     for i in range(3):
         vhd = [float(sum((x - y) ** 2 for x, y in zip(a[i, h], b[i, h], strict=True)) ** 0.5) for h in range(8)]
@@ -43,7 +44,7 @@ def test_divergence_and_its_outliers_head_by_head():
 
         def limit(values):
             mean = sum(values) / 8
-            return mean + (sum((v - mean) ** 2 for v in values) / 7) ** 0.5
+            return mean + (sum((v - mean) ** 2 for v in values) / (8 - correction)) ** 0.5
 
         for h in range(8):
             out = vhd[h] > limit(vhd) and loud[h] > limit(loud)
@@ -51,6 +52,26 @@ def test_divergence_and_its_outliers_head_by_head():
             assert float(got[i, h]) == pytest.approx(0.0 if out else vhd[h], rel=1e-5)
             assert float(plain[i, h]) == pytest.approx(vhd[h], rel=1e-5)
     assert got[0, 2] == 0 and got[1, 5] == plain[1, 5] and got[2, 1] == plain[2, 1] and 1 <= zeroed <= 3
+
+
+def test_the_correction_decides_about_a_head_near_the_limit(monkeypatch):
+    without = torch.tensor([0.0, 1.0, 3.0, 3.1])[None, :, None]  # limits 3.09 and 3.30
+    assert head_divergence(torch.zeros(1, 4, 1), without, correction=0)[0, 3] == 0
+    assert head_divergence(torch.zeros(1, 4, 1), without, correction=1)[0, 3] > 3
+    # both techniques ask for the one they were given
+    asked = []
+
+    def spy(a, b, outliers=True, correction=1):
+        asked.append(correction)
+        return head_divergence(a, b, outliers, correction)
+
+    monkeypatch.setattr("attnlib.steer.head_reinforcement.head_divergence", spy)
+    for made in (HeadReinforcement(3.0, [1, 2], correction=0), HeadDivergence(layers=[1, 2], correction=0)):
+        model = language_model("llama")
+        with attnlib.attach(model, made, token_types=RULE):
+            generated(model, image_prompt())
+        assert asked and set(asked) == {0}, made
+        asked.clear()
 
 
 @pytest.mark.parametrize("heads", [2, 5, 8])

@@ -15,7 +15,7 @@ untouched prompts and takes one more forward pass of the full prompt. Positions 
 anew.
 
 No code of the authors is available; this follows the paper. It does not say whether ``std`` divides by ``H`` or by
-``H - 1``: here by ``H - 1``.
+``H - 1``: by ``H - correction``.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ from .contrastive import ContrastiveDecoding
 
 
 @shaped(with_image="float (B, H, D)", without="float (B, H, D)")
-def head_divergence(with_image: Tensor, without: Tensor, outliers: bool = True) -> Tensor:
+def head_divergence(with_image: Tensor, without: Tensor, outliers: bool = True, correction: int = 1) -> Tensor:
     """How much each head's output changes when the image is taken away.
 
     Args:
         with_image: (B, H, D) A.
         without: (B, H, D) A'.
         outliers: set heads to 0 that stand out and are loud without the image.
+        correction: the standard deviations of that rule divide by ``H - correction``, 1 or 0.
 
     Returns:
         (B, H).
@@ -51,6 +52,7 @@ def head_divergence(with_image: Tensor, without: Tensor, outliers: bool = True) 
     >>> head_divergence(torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]), torch.zeros(1, 2, 2)).tolist()
     [[5.0, 1.0]]
     """
+    check_int("correction", correction, least=0, most=1)
     dtype = stats_dtype(with_image.dtype)
     divergence = (with_image.to(dtype) - without.to(dtype)).norm(dim=-1)
     if not outliers or divergence.shape[1] < 2:
@@ -58,7 +60,7 @@ def head_divergence(with_image: Tensor, without: Tensor, outliers: bool = True) 
     loud = without.to(dtype).square().sum(-1)
 
     def above(x: Tensor) -> Tensor:
-        return x > x.mean(1, keepdim=True) + x.std(1, keepdim=True)
+        return x > x.mean(1, keepdim=True) + x.std(1, correction=correction, keepdim=True)
 
     return divergence.masked_fill(above(divergence) & above(loud), 0.0)
 
@@ -109,6 +111,7 @@ class HeadDivergence(ContrastiveDecoding):
         k: heads of each layer that count for T-VHD.
         layers: layers to look at; ``None`` for all.
         outliers: see :func:`head_divergence`.
+        correction: see :func:`head_divergence`.
 
     Reference: He et al., 2024, arXiv 2412.13949, section 3.
 
@@ -119,11 +122,14 @@ class HeadDivergence(ContrastiveDecoding):
     name: ClassVar[str] = "head-divergence"
     always: ClassVar[bool] = True
 
-    def __init__(self, k: int = 1, layers: Sequence[int | str] | None = None, outliers: bool = False):
+    def __init__(
+        self, k: int = 1, layers: Sequence[int | str] | None = None, outliers: bool = False, correction: int = 1
+    ):
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
+        check_int("correction", correction, least=0, most=1)
         super().__init__(NoImage(), 1.0, 0.0)
-        self.k, self.outliers = k, outliers
+        self.k, self.outliers, self.correction = k, outliers, correction
         self.layers = to_list("layers", layers)
 
     @property
@@ -162,7 +168,10 @@ class HeadDivergence(ContrastiveDecoding):
             layers = sorted(layer for branch, layer in self._last if branch is None)
             found = {n: (self._last[None, n], self._last[self._branch_name, n]) for n in layers}
             self._steps.append(
-                {n: head_divergence(a, b, self.outliers) * state.image[:, None] for n, (a, b) in found.items()}
+                {
+                    n: head_divergence(a, b, self.outliers, self.correction) * state.image[:, None]
+                    for n, (a, b) in found.items()
+                }
             )
         return logits
 
@@ -188,6 +197,7 @@ class HeadReinforcement(Intervention):
             layers), as far as the model has them.
         outliers: leave out heads that stand out and are loud without the image.
         selection: ``"layers"`` or ``"passes"``, see the module.
+        correction: see :func:`head_divergence`.
 
     Raises:
         ValueError: a factor that is not positive, layers that do not exist.
@@ -211,11 +221,13 @@ class HeadReinforcement(Intervention):
         layers: Sequence[int | str] | None = None,
         outliers: bool = True,
         selection: str = "layers",
+        correction: int = 1,
     ):
         if not 0 < alpha < float("inf"):
             raise ValueError(f"alpha must be positive, got {alpha}")
         check_choice("selection", selection, ("layers", "passes"))
-        self.alpha, self.outliers, self.selection = float(alpha), outliers, selection
+        check_int("correction", correction, least=0, most=1)
+        self.alpha, self.outliers, self.selection, self.correction = float(alpha), outliers, selection, correction
         self.layers = to_list("layers", layers)
         self.reset()
 
@@ -294,7 +306,7 @@ class HeadReinforcement(Intervention):
 
     def _choose(self, layer: int, with_image: Tensor, without: Tensor) -> None:
         assert self._image is not None
-        divergence = head_divergence(with_image, without, self.outliers)
+        divergence = head_divergence(with_image, without, self.outliers, self.correction)
         self._divergence[layer] = divergence
         self._heads[layer] = sensitive_heads(divergence) & self._image[:, None].to(divergence.device)
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ...checks import check_real, shaped
+from ...checks import check_int, check_real, shaped
 from ...hooks.intervention import Intervention, check_heads
 from ...hooks.site import Site
 from ...types import check_choice, to_list
@@ -153,20 +153,21 @@ def guide(
     return base if weight == 0 else base + weight * (pred - perturbed)
 
 
-def adaptive_weight(weight: float, slope: float, timestep: float, timesteps: int = 1000) -> float:
+def adaptive_weight(weight: float, slope: float, timestep: float | Tensor, timesteps: int = 1000) -> float:
     """A weight for :func:`guide` that falls as denoising goes on: ``max(0, w - slope (timesteps - t))``.
 
     Args:
         weight: w at the start.
         slope: by how much it falls with every timestep; 0 keeps it.
-        timestep: t, from ``timesteps`` down to 0.
+        timestep: t, from ``timesteps`` down to 0; a scheduler's, a tensor of one number, too.
         timesteps: of training.
 
     >>> round(adaptive_weight(3.0, 0.004, 500), 6), adaptive_weight(3.0, 0.01, 500)
     (1.0, 0.0)
     """
-    check_real("slope", slope, least=0.0)
-    return max(0.0, weight - slope * (timesteps - float(timestep)))
+    weight, slope = check_real("weight", weight), check_real("slope", slope, least=0.0)
+    t = check_real("timestep", timestep.item() if isinstance(timestep, Tensor) else timestep)
+    return max(0.0, weight - slope * (check_int("timesteps", timesteps, least=1) - t))
 
 
 @shaped()
