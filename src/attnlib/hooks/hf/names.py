@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..intervention import Intervention
 from ..site import _PLAIN, Weighting
 
 #: Releases of transformers at whose two ends the whole adapter is tested; the first that is not.
@@ -368,11 +369,16 @@ def cache_out(output: Any) -> Any:
 
 
 def prompt_being_read(part: nn.Module) -> int | None:
-    """Tokens of the prompt that a ``generate`` further up the stack is reading with a model that ``part`` is in."""
+    """Tokens of the prompt that a ``generate`` further up the stack is reading with a model that ``part`` is in.
+
+    ``None`` where an intervention has the model read something else meanwhile, such as the prompt without image.
+    """
     frame = sys._getframe(1)
     while frame is not None:
+        held = frame.f_locals if frame.f_code.co_varnames[:1] == ("self",) else {}
+        if isinstance(held.get("self"), Intervention):
+            return None
         if frame.f_code.co_name in READS_PROMPT:
-            held = frame.f_locals
             whole, ids = held.get("self"), held.get("input_ids")
             if isinstance(whole, nn.Module) and isinstance(ids, Tensor) and any(m is part for m in whole.modules()):
                 embeds = (held.get("model_kwargs") or {}).get("inputs_embeds")

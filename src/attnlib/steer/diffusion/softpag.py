@@ -166,7 +166,7 @@ def adaptive_weight(weight: float, slope: float, timestep: float | Tensor, times
     (1.0, 0.0)
     """
     weight, slope = check_real("weight", weight), check_real("slope", slope, least=0.0)
-    t = check_real("timestep", timestep.item() if isinstance(timestep, Tensor) else timestep)
+    t = check_real("timestep", timestep.item() if isinstance(timestep, Tensor) and timestep.numel() == 1 else timestep)
     return max(0.0, weight - slope * (check_int("timesteps", timesteps, least=1) - t))
 
 
