@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from attnlib import Layout
 from attnlib.grids import (
     Partition,
+    Windows,
     block_windows,
     coordinates,
     crop_grid,
@@ -34,6 +35,17 @@ def test_block_windows_are_neighbours_and_grid_windows_are_spread():
     assert block_windows(x, 2)[0, 0, 0, ..., 0].tolist() == [[0, 1], [4, 5]]
     assert grid_windows(x, 2)[0, 0, 0, ..., 0].tolist() == [[0, 2], [8, 10]]
     assert window_partition((4, 4), 2, "grid").q_index[0].tolist() == [0, 2, 8, 10]
+
+
+def test_windows_at_an_interval_lie_between_one_another_in_a_block():
+    """They are the grid windows of every block; at interval 1, blocks."""
+    x = torch.randn(2, 8, 12, 3)
+    far = Windows((8, 12), (2, 3), interval=(2, 4))
+    blocks = block_windows(x, (4, 12)).flatten(0, 2)
+    expected = grid_windows(blocks, (2, 3)).reshape(2, 16, 6, 3)
+    assert far.cut(x).equal(expected) and far.join(far.cut(x)).equal(x)
+    assert far.numbers()[1].tolist() == [1, 5, 9, 25, 29, 33]
+    assert Windows((8, 12), (2, 3), interval=(1, 1)).cut(x).equal(Windows((8, 12), (2, 3)).cut(x))
 
 
 @pytest.mark.parametrize("window, words", [((3, 4), "divide"), ((16, 4), "fit"), ((4,), "2")])

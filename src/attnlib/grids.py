@@ -277,6 +277,7 @@ class Windows:
         size: sides of a window.
         kind: ``"block"``: windows of consecutive tokens; ``"grid"``: of tokens spread over the map.
         shift: how far block windows are moved towards the end of each axis; those at both ends are then parts of one.
+        interval: how far apart the tokens of a block window lie along each axis; ``size * interval`` divides the map.
 
     >>> w = Windows((4, 6), (2, 3))
     >>> w.cut(torch.zeros(1, 4, 6, 8)).shape, w.join(torch.zeros(1, 4, 6, 8)).shape
@@ -287,11 +288,16 @@ class Windows:
     size: tuple[int, ...]
     kind: str = "block"
     shift: tuple[int, ...] = ()
+    interval: tuple[int, ...] = ()
 
     @property
     def counts(self) -> tuple[int, ...]:
         """Windows per axis."""
         return tuple(n // w for n, w in zip(self.grid, self.size, strict=True))
+
+    def _apart(self) -> list[tuple[int, int, int]]:
+        """Per axis: blocks, tokens of a window, windows that lie between one another in a block."""
+        return [(n // (w * i), w, i) for n, w, i in zip(self.grid, self.size, self.interval, strict=True)]
 
     def _rolled(self, x: Tensor, sign: int) -> Tensor:
         if not any(self.shift):
@@ -302,6 +308,11 @@ class Windows:
         """(B, *grid, C) -> (B, G, S, C): G windows of S tokens."""
         if self.size == self.grid and not any(self.shift):  # one window
             return x.reshape(x.shape[0], 1, math.prod(self.grid), x.shape[-1])
+        if any(i > 1 for i in self.interval):
+            r, sides = len(self.grid), self._apart()
+            x = x.reshape(x.shape[0], *(side for axis in sides for side in axis), x.shape[-1])
+            x = x.permute(0, *(1 + 3 * a + part for part in (0, 2, 1) for a in range(r)), 1 + 3 * r)
+            return x.reshape(x.shape[0], math.prod(self.counts), math.prod(self.size), x.shape[-1])
         split = block_windows if self.kind == "block" else grid_windows
         x = split(self._rolled(x, -1), self.size)
         return x.reshape(x.shape[0], math.prod(self.counts), math.prod(self.size), x.shape[-1])
@@ -309,6 +320,11 @@ class Windows:
     def join(self, x: Tensor) -> Tensor:
         """(B, G, S, C) -> (B, *grid, C)."""
         if self.size == self.grid and not any(self.shift):
+            return x.reshape(x.shape[0], *self.grid, x.shape[-1])
+        if any(i > 1 for i in self.interval):
+            r, sides = len(self.grid), self._apart()
+            x = x.reshape(x.shape[0], *(axis[part] for part in (0, 2, 1) for axis in sides), x.shape[-1])
+            x = x.permute(0, *(1 + a + r * part for a in range(r) for part in (0, 2, 1)), 1 + 3 * r)
             return x.reshape(x.shape[0], *self.grid, x.shape[-1])
         back = unblock_windows if self.kind == "block" else ungrid_windows
         return self._rolled(back(x.reshape(x.shape[0], *self.counts, *self.size, x.shape[-1])), 1)

@@ -168,6 +168,29 @@ def test_what_lies_in_windows_already_stays_there(grid, window, kind, shift):
         window_attention(cut(q), cut(k)[:, :, :, :-1], cut(v), grid, window, cut=True)
 
 
+@pytest.mark.parametrize(
+    ("grid", "window", "interval"), [((12,), 3, 2), ((4, 12), (2, 3), (2, 1)), ((4, 6), (2, 1), 2)]
+)
+def test_windows_at_an_interval_hold_what_is_congruent_in_a_block(grid, window, interval):
+    torch.manual_seed(0)
+    n, rank = torch.Size(grid).numel(), len(grid)
+    sides, apart = (torch.tensor(attnlib.types.to_tuple("s", s, rank)) for s in (window, interval))
+    q = torch.randn(2, 4, n, 3, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 2, n, 3, dtype=torch.float64)
+    at = torch.cartesian_prod(*(torch.arange(g) for g in grid)).view(n, rank)
+    cell = torch.cat([torch.div(at, sides * apart, rounding_mode="floor"), at % apart], -1)
+    together = (cell[:, None] == cell).all(-1)
+    options = dict(valid=torch.rand(2, n) < 0.7, mask=masks.strided(2, local=3))
+    spec = attention(q, k, v, mask=masks.as_mask(together) & options["mask"], valid=options["valid"])
+    for backend in (None, "eager", "tiled"):
+        ours = window_attention(q, k, v, grid, window, interval=interval, backend=backend, **options)
+        torch.testing.assert_close(ours, spec, atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="is for kind='block' without a shift"):
+        window_attention(q, k, v, grid, 1, "grid", interval=interval)
+    with pytest.raises(ValueError, match=r"window_size \* interval"):
+        window_attention(q, k, v, grid, window, interval=7)
+
+
 def test_one_group_of_everything_is_dense_attention():
     q, k, v = torch.randn(3, 2, 2, 9, 4)
     everything = Partition(torch.arange(9)[None])

@@ -341,6 +341,7 @@ def window_attention(
     kind: str = "block",
     *,
     shift: int | Sequence[int] = 0,
+    interval: int | Sequence[int] = 1,
     cut: bool = False,
     valid: Tensor | None = None,
     mask: Mask | Tensor | None = None,
@@ -360,6 +361,8 @@ def window_attention(
         kind: ``"block"``: windows of consecutive tokens; ``"grid"``: windows of tokens spread evenly over the map.
         shift: how far block windows are moved towards the end of each axis. The windows at both ends are then parts
             of one, which lie in one window and do not meet.
+        interval: how far apart the tokens of a block window lie; ``interval`` windows a side then lie between one
+            another in a block of ``window_size * interval``, which must divide the grid. Without a shift.
         cut: q, k and v lie in windows already, (B, G, H, S, D), as :meth:`attnlib.grids.Windows.cut` orders them, and
             so does the result: for who projects behind the cut, which moves a third of the numbers.
         valid: (B, N) boolean, which tokens exist.
@@ -381,8 +384,8 @@ def window_attention(
     torch.Size([1, 2, 16, 8])
     """
     call = _prepare_windows(
-        q, k, v, grid, window_size, kind, shift=shift, cut=cut, valid=valid, mask=mask, bias=bias, scale=scale,
-        dropout_p=dropout_p,
+        q, k, v, grid, window_size, kind, shift=shift, interval=interval, cut=cut, valid=valid, mask=mask, bias=bias,
+        scale=scale, dropout_p=dropout_p,
     )  # fmt: skip
     return _WINDOWS.run(call, backend)
 
@@ -419,8 +422,8 @@ class _Windows:
 
 def _prepare_windows(
     q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int], window_size: int | Sequence[int], kind: str = "block", *,
-    shift: int | Sequence[int] = 0, cut: bool = False, valid: Tensor | None = None, mask: Mask | Tensor | None = None,
-    bias: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0,
+    shift: int | Sequence[int] = 0, interval: int | Sequence[int] = 1, cut: bool = False, valid: Tensor | None = None,
+    mask: Mask | Tensor | None = None, bias: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0,
 ) -> _Windows:  # fmt: skip
     check_flag("cut", cut)
     for name, t in (("q", q), ("k", k), ("v", v)):
@@ -432,7 +435,12 @@ def _prepare_windows(
     moved = check_ints("shift", to_tuple("shift", shift, len(grid)), least=0)
     if any(s >= w for s, w in zip(moved, window, strict=True)) or (any(moved) and kind != "block"):
         raise ValueError(f"shift={moved} must be less than window_size={window}, and 0 with kind={kind!r}")
-    windows = Windows(grid, window, kind, moved)
+    apart = check_ints("interval", to_tuple("interval", interval, len(grid)), least=1)
+    if any(i > 1 for i in apart):
+        if kind != "block" or any(moved):
+            raise ValueError(f"interval={apart} is for kind='block' without a shift, got {kind!r} and shift={moved}")
+        check_windows(grid, [w * i for w, i in zip(window, apart, strict=True)], "window_size * interval")
+    windows = Windows(grid, window, kind, moved, apart)
     size, tokens = math.prod(window), math.prod(grid)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if cut and (t.shape[1], t.shape[3]) != (tokens // size, size):
