@@ -490,6 +490,55 @@ class Patchify(nn.Module):
         return x, strided_valid(valid, self.stride)
 
 
+class CrossScale(nn.Module):
+    """Patches of several sizes around the same centres, side by side as one token: convolutions of one stride (CEL).
+
+    Of ``n`` kernels, number ``i`` gives ``out_dim / 2^(i + 1)`` channels, the last as many as the one before it, so
+    that large kernels get few. Any size, as :class:`Patchify`. Parameters: ``projs.<i>.*``, ``norm.*``.
+
+    Args:
+        dim: channels in.
+        out_dim: channels out.
+        kernel_sizes: sides of the kernels, from the smallest; ``stride`` and each differ by an even number.
+        stride: of the convolutions; the first kernel's side by default.
+        norm: makes the norm from a width; ``None`` for none.
+        norm_first: norm before the convolutions instead of after them.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        kernel_sizes: Sequence[int],
+        stride: int | None = None,
+        norm: Callable[[int], nn.Module] | None = nn.LayerNorm,
+        norm_first: bool = False,
+    ):
+        super().__init__()
+        stride = kernel_sizes[0] if stride is None else stride
+        if any(k < stride or (k - stride) % 2 for k in kernel_sizes):
+            raise ValueError(f"kernel_sizes={tuple(kernel_sizes)} must be stride={stride} plus even numbers from 0")
+        last = len(kernel_sizes) - 1
+        if out_dim % 2**last:
+            raise ValueError(f"out_dim={out_dim} must be a multiple of {2**last} for {last + 1} kernel_sizes")
+        self.stride, self.norm_first = stride, norm_first
+        self.projs = nn.ModuleList(
+            nn.Conv2d(dim, out_dim // 2 ** min(i + 1, last), k, stride, (k - stride) // 2)
+            for i, k in enumerate(kernel_sizes)
+        )
+        self.norm = None if norm is None else norm(dim if norm_first else out_dim)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, dim) -> (B, ceil(H / s), ceil(W / s), out_dim), and which of these exist."""
+        if self.norm is not None and self.norm_first:
+            x = self.norm(x)
+        x = zero_invalid(x, valid)
+        x = torch.cat([conv_any_size(conv, x, conv.weight, conv.bias) for conv in self.projs], -1)  # type: ignore[arg-type]
+        if self.norm is not None and not self.norm_first:
+            x = self.norm(x)
+        return x, strided_valid(valid, self.stride)
+
+
 class PatchMerging(nn.Module):
     """Four neighbouring tokens to one: their channels side by side, norm, linear map without bias (Swin).
 
