@@ -335,3 +335,19 @@ def test_compiles_whole(name):
     torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-5)
     for n, p in m.named_parameters():
         torch.testing.assert_close(p.grad, grads[n], atol=1e-5, rtol=1e-5, msg=n)
+
+
+@pytest.mark.parametrize(
+    "ids, error, words",
+    [
+        (torch.tensor([1, 2, 3]), ValueError, r"input_ids must have shape \(B, N\)"),
+        (torch.ones(1, 3), TypeError, "input_ids must be an integer tensor.*float32"),
+        ([[1, 2]], TypeError, "input_ids must be an integer tensor"),
+    ],
+)
+def test_tokens_that_are_none_are_refused_by_name(ids, error, words):
+    model = DecoderForCausalLM(DecoderConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(error, match=words):
+        model(ids)
+    with pytest.raises(ValueError, match=r"inputs_embeds must have shape \(B, N, hidden_size\)"):
+        model(inputs_embeds=torch.zeros(3, 8))

@@ -153,3 +153,12 @@ def test_an_update_is_projected_once(make, times, monkeypatch):
     w.grad = tangent(w.detach(), torch.randn(3, 4), (1,))
     optimizer.step()
     assert len(calls) == times
+
+
+@pytest.mark.parametrize("make", [lambda p: SGDP(p, lr=0.1, momentum=0.9), lambda p: AdamP(p, lr=0.1)])
+def test_a_parameter_without_numbers_is_left_alone(make):
+    w, none = torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.zeros(0, 4))
+    before, optimizer = w.detach().clone(), make([w, none])
+    w.grad, none.grad = torch.randn(3, 4), torch.zeros(0, 4)
+    optimizer.step()
+    assert none.shape == (0, 4) and not torch.equal(w, before)

@@ -444,7 +444,11 @@ def readable(value: Tensor) -> bool:
     """Whether numbers can be read out of ``value``: not while tracing, nor of meta, fake or batched tensors."""
     if torch.compiler.is_compiling() or value.is_meta or type(value) not in (Tensor, torch.nn.Parameter):
         return False
-    return not torch._C._functorch.is_batchedtensor(value)
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):  # transforms lie around each other
+        if torch._C._functorch.is_batchedtensor(value):
+            return False
+        value = torch._C._functorch.get_unwrapped(value)
+    return True
 
 
 def extremes(value: Tensor, unread: tuple[int, int]) -> tuple[int, int]:

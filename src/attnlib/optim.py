@@ -31,7 +31,7 @@ def _project(
     Rows of the weight are tried first, then the weight as a whole: the first view in which every row of the gradient is
     almost orthogonal to the weight decides. Vectors and scalars are left alone.
     """
-    if p.dim() <= 1:
+    if p.dim() <= 1 or not p.numel():
         return update, 1.0
     for rows in (p.shape[0], 1):
         weight = p.reshape(rows, -1)

@@ -101,3 +101,27 @@ def test_masks_of_keys_serve_all_queries():
     local = attnlib.create("fused-neighborhood-attention", dim=8, num_heads=2, kernel_size=3).eval()
     image, mask = torch.randn(2, 4, 4, 8), torch.rand(1, 1, 1, 16) > 0.3
     torch.testing.assert_close(local(image, mask=mask), local(image, mask=mask.expand(1, 1, 16, 16)))
+
+
+@pytest.mark.parametrize("router", ["linear", "norm"])
+def test_heads_are_routed_under_vmap_too(router):
+    m = attnlib.create(
+        "moh-mixture-of-heads", dim=16, num_heads=4, shared_heads=2, active_heads=1, router=router
+    ).eval()  # fmt: skip
+    x = torch.randn(3, 5, 16)
+    one = torch.func.vmap(lambda t: m(t[None])[0])
+    torch.testing.assert_close(one(x), m(x))
+    p = {n: t.detach() for n, t in m.named_parameters()}
+    loss = lambda p, t: torch.func.functional_call(m, p, (t[None],)).square().sum()  # noqa: E731
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(p, x)
+    m(x).square().sum().backward()
+    torch.testing.assert_close(each["proj.weight"].sum(0), m.proj.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_what_counts_numbers_refuses_vmap_by_name():
+    m = attnlib.create("key-driven-gqa", dim=16, num_heads=4).eval()
+    x = torch.randn(3, 5, 16)
+    with pytest.raises(ValueError, match="by numbers that vmap does not let it read; possible: plan="):
+        torch.func.vmap(lambda t: m(t[None])[0])(x)
+    plan = m.plan(x)
+    torch.testing.assert_close(torch.func.vmap(lambda t: m(t[None], plan=plan)[0])(x), m(x, plan=plan))

@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     raise missing(__name__, error) from error
 
-from ..checks import check_int, check_real
+from ..checks import check_float, check_int, check_rank, check_real, check_whole
 from ..hooks.hf.names import output_field
 from ..hooks.hf.state import StateLayer, counting_layer, state_cache, state_layers
 from ..nn.base import Mechanism
@@ -406,6 +406,12 @@ class DecoderModel(DecoderPreTrainedModel):
         cache = one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            check_whole("input_ids", input_ids)
+            check_rank("input_ids", input_ids, 2, "(B, N)")
+        else:
+            check_float("inputs_embeds", inputs_embeds)
+            check_rank("inputs_embeds", inputs_embeds, 3, "(B, N, hidden_size)")
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training

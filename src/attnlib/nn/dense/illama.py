@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import masks
+from ...checks import readable
 from ...ops import eager
 from ...ops._call import prepare
 from ...ops.attention import attention_partial
@@ -114,6 +115,8 @@ class SoftMaskedAttention(HeadFrame[Notes]):
         The buffer is asked each time, for it may have been loaded in whatever way; a trace keeps what it began with.
         """
         if self.mask_mode == "pre" and not torch.compiler.is_compiling():
+            if torch._C._functorch.is_functorch_wrapped_tensor(self.rate) and not readable(self.rate):
+                raise ValueError("illama: its buffer rate decides how to compute, so vmap cannot go over it (in_dims)")
             self.causal = self.rate.is_meta or float(self.rate) == 0.0
 
     @property

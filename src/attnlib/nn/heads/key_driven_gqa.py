@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checks import readable
 from ...types import Plan, Traits, check_choice, check_divides, stats_dtype
 from ..frame import HeadCall, HeadFrame, Notes
 from ..registry import register
@@ -153,6 +154,11 @@ class KeyDrivenGQA(HeadFrame[Notes]):
         return allocate(shares, self.num_heads, "random" if self.compat == "authors" else "remainder")
 
     def _map(self, norms: Tensor) -> Tensor:
+        if torch._C._functorch.is_functorch_wrapped_tensor(norms) and not readable(norms):
+            raise ValueError(
+                f"{self._name()} counts the heads of each group by numbers that vmap does not let it read; possible: "
+                "plan=m.plan(x), made before, or kind='uniform'"
+            )
         return torch.repeat_interleave(torch.arange(self.num_kv_heads, device=norms.device), self.split(norms))
 
     def _choose(self, k: Tensor, valid: Tensor | None) -> Tensor:

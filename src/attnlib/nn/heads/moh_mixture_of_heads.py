@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checks import readable
 from ...ops import attention
 from ...types import Plan, Traits, check_choice
 from ..frame import HeadCall, HeadFrame, Notes
@@ -161,8 +162,8 @@ class MixtureOfHeads(HeadFrame[RoutedNotes]):
     def _mix_heads(self, q: Tensor, k: Tensor, v: Tensor, call: HeadCall, notes: RoutedNotes) -> Any:
         chosen = notes.chosen if self.active_heads < self.routed_heads and q.shape[2] > 1 else None
         per_head_mask = call.mask is not None and call.mask.heads() > 1
-        dense = self.training or per_head_mask or call.return_weights or torch.compiler.is_compiling()
-        if dense or chosen is None or q.numel() == 0 or not self.active_heads:
+        dense = self.training or per_head_mask or call.return_weights
+        if dense or chosen is None or q.numel() == 0 or not self.active_heads or not readable(chosen):
             return super()._mix_heads(q, k, v, call, notes)
         return self._sparse_heads(q, k, v, chosen, call)
 
