@@ -117,7 +117,7 @@ def test_start_as_the_paper_and_as_timm():
     paper = attnlib.create_model("maxvit_tiny", **{**TINY, "embed_dims": (32, 64), "head_dim": 32})
     for p in (paper.stages[1].blocks[0].window.mixer.inner.qkv, paper.stages[0].downsample.expand.conv, paper.head.pre):
         assert 0.018 < p.weight.std().item() < 0.022
-    assert paper.stem.conv1.norm.momentum == 0.01 and paper.stem.conv1.norm.eps == 1e-3
+    assert paper.stem[0].norm.momentum == 0.01 and paper.stem[0].norm.eps == 1e-3
     timm = attnlib.create_model("maxvit_tiny_rw_224", **{**TINY, "embed_dims": (32, 64), "head_dim": 32})
     qkv = timm.stages[1].blocks[0].window.mixer.inner.qkv.weight.detach()
     assert qkv.abs().max() <= (6 / (64 + 192)) ** 0.5 and qkv.std().item() == pytest.approx(
@@ -125,7 +125,7 @@ def test_start_as_the_paper_and_as_timm():
     )
     wide = timm.stages[1].blocks[1].conv.expand.conv.weight.detach()
     assert wide.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.05)
-    assert timm.stem.conv1.norm.momentum == 0.1 and timm.stem.conv1.norm.eps == 1e-5
+    assert timm.stem[0].norm.momentum == 0.1 and timm.stem[0].norm.eps == 1e-5
 
 
 def test_what_comes_before_the_model():

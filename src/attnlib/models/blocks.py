@@ -300,6 +300,19 @@ class Chain(nn.Sequential):
         return x, valid
 
 
+class ConvStem(nn.Sequential):
+    """:class:`attnlib.nn.layers.ConvNorm` s one after another, as a stem: ``stem(x, valid) -> (x, valid)``."""
+
+    def __init__(self, *convs: ConvNorm):
+        super().__init__(*convs)
+        self.strides = [int(c.conv.stride[0]) for c in convs]
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        for module, stride in zip(self, self.strides, strict=True):
+            x, valid = module(x, valid), strided_valid(valid, stride)
+        return x, valid
+
+
 def init_weights(model: nn.Module, std: float = 0.02, also: tuple[type[nn.Module], ...] = ()) -> None:
     """Linear maps from a truncated normal distribution with zero biases, as most vision transformers start.
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_divides, check_real, to_tuple
+from ..checks import check_choice, check_divides, check_int, check_real, to_tuple
 from ..types import stats_dtype
 
 
@@ -392,6 +392,91 @@ class ConvNorm(nn.Module):
             out.conv.weight.copy_(weight)
             out.conv.bias = nn.Parameter(bias.detach().clone())
             out.norm = out.pre = None
+        return out
+
+
+class ResidualConv(nn.Module):
+    """``x + BatchNorm(conv(x))``, depthwise: one convolution in its deployed form.
+
+    Args:
+        dim: channels.
+        kernel_size: side of the kernel, odd.
+        gain: of the norm at the start.
+    """
+
+    def __init__(self, dim: int, kernel_size: int = 3, gain: float = 1.0):
+        super().__init__()
+        check_int("kernel_size", kernel_size, least=1)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        self.conv = ConvNorm(dim, dim, kernel_size, groups=dim, gain=gain)
+        self.skip = True
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B, H, W, dim) -> the same."""
+        y = self.conv(x, valid)
+        return x + y if self.skip else y
+
+    @torch.no_grad()
+    def deployed(self) -> ResidualConv:
+        """The same with norm and identity in the kernel."""
+        if not self.skip:
+            return self
+        out = copy.deepcopy(self).eval()
+        out.conv, out.skip = self.conv.deployed(), False
+        middle = out.conv.conv.kernel_size[0] // 2
+        out.conv.conv.weight[:, 0, middle, middle] += 1
+        return out
+
+
+class ConvMlp(nn.Module):
+    """``ConvNorm -> activation -> ConvNorm`` with 1 x 1 kernels on (B, H, W, dim).
+
+    Args:
+        dim: width.
+        ratio: hidden width over ``dim``.
+        activation: of the hidden layer.
+        gain: of the last norm at the start.
+    """
+
+    def __init__(
+        self, dim: int, ratio: float = 4.0, activation: Callable[[], nn.Module] = nn.GELU, gain: float = 1.0
+    ):  # fmt: skip
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.fc1, self.fc2 = ConvNorm(dim, hidden, activation=activation), ConvNorm(hidden, dim, gain=gain)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B, H, W, dim) -> the same."""
+        return self.fc2(self.fc1(x, valid), valid)
+
+
+class ChannelBatchNorm(nn.BatchNorm2d):
+    """BatchNorm of the last axis of a tensor of any rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1], 1, 1)).view(x.shape)
+
+
+class BatchNormLinear(nn.Module):
+    """BatchNorm of the last axis, then a linear map: one linear map in its deployed form. It starts as heads do."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.norm, self.linear = ChannelBatchNorm(dim), nn.Linear(dim, out_dim)
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))
+
+    @torch.no_grad()
+    def deployed(self) -> nn.Linear:
+        """The same as one linear map."""
+        out = copy.deepcopy(self.linear)
+        scale, shift = batch_norm_affine(self.norm)
+        out.bias.copy_(self.linear.bias + self.linear.weight @ shift)
+        out.weight.copy_(self.linear.weight * scale)
         return out
 
 

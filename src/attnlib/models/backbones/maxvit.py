@@ -24,10 +24,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_int
-from ...nn.layers import ConvNorm, strided_valid
+from ...nn.layers import ConvNorm
 from ...nn.partition.maxvit import PartitionAttention
 from ...nn.released import Released, Rule
-from ..blocks import Block, Make, MBConv, Place, places
+from ..blocks import Block, ConvStem, Make, MBConv, Place, places
 from ..build import register_models
 from .stages import IMAGENET_MEAN, IMAGENET_STD, Backbone, Head, Stage
 
@@ -35,20 +35,6 @@ LAYOUTS = ("tf", "rw")
 
 GeluTanh = functools.partial(nn.GELU, approximate="tanh")
 Silu = functools.partial(nn.SiLU, inplace=True)
-
-
-class MaxViTStem(nn.Module):
-    """3 x 3 convolution of stride 2, BatchNorm, activation, 3 x 3 convolution."""
-
-    def __init__(self, in_chans: int, widths: Sequence[int], padding: int | str | None, bias: bool, **norm: Any):
-        super().__init__()
-        first, second = widths
-        self.conv1 = ConvNorm(in_chans, first, 3, 2, padding, bias=bias, **norm)
-        self.conv2 = ConvNorm(first, second, 3, 1, padding, bias=bias, norm=False)
-
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        x, valid = self.conv1(x, valid), strided_valid(valid, 2)
-        return self.conv2(x, valid), valid
 
 
 class MaxViTBlock(nn.Module):
@@ -150,7 +136,11 @@ def maxvit(
         squeeze = max(1, int(place.dim / 4 if tf else hidden / 16))
         return MBConv(dim, place.dim, hidden, stride, squeeze, bias=tf, drop_path=place.drop_path, **conv)
 
-    stem = MaxViTStem(in_chans, stem_dims, bias=tf, **conv)
+    first, second = stem_dims
+    stem = ConvStem(
+        ConvNorm(in_chans, first, 3, 2, bias=tf, **conv),
+        ConvNorm(first, second, 3, padding=conv["padding"], bias=tf, norm=False),
+    )
     reductions = [4 * 2**i for i in range(len(embed_dims))]
     dim, stages = stem_dims[-1], []
     for row in places(embed_dims, depths, [d // head_dim for d in embed_dims], reductions, drop_path_rate):
@@ -166,7 +156,7 @@ def maxvit(
         stem, stages, embed_dims, reductions, None if head_hidden else norm(embed_dims[-1]), head, num_classes,
         in_chans, sides, stem_level=(stem_dims[-1], 2),
     )  # fmt: skip
-    model.input_name = "stem.conv1.conv.weight"
+    model.input_name = "stem.0.conv.weight"
     (_init_tf if tf else _init_rw)(model)
     return model
 
@@ -247,8 +237,9 @@ def convert(state_dict: dict[str, Tensor], model: Any = None) -> dict[str, Tenso
         out |= theirs.renamed({rf"{block}\.conv\.{pattern}": _inverted(ours)})
     out |= theirs.renamed(
         {
-            r"stem\.(conv[12])\.(weight|bias)": r"stem.\1.conv.\2",
-            rf"stem\.norm1\.{norm}": r"stem.conv1.norm.\1",
+            r"stem\.conv1\.(weight|bias)": r"stem.0.conv.\1",
+            r"stem\.conv2\.(weight|bias)": r"stem.1.conv.\1",
+            rf"stem\.norm1\.{norm}": r"stem.0.norm.\1",
             r"head\.pre_logits\.fc\.(weight|bias)": r"head.pre.\1",
             r"(norm|head\.norm|head\.fc)\.(weight|bias)": r"\1.\2",
         }

@@ -62,6 +62,7 @@ class Head(nn.Module):
         drop: dropout in training.
         hidden: width of a layer before the last, with ``activation``; 0 for none.
         activation: of that layer.
+        classifier: makes the last map from two widths.
     """
 
     def __init__(
@@ -73,10 +74,11 @@ class Head(nn.Module):
         drop: float = 0.0,
         hidden: int = 0,
         activation: Callable[[], nn.Module] = nn.Tanh,
+        classifier: Callable[[int, int], nn.Module] = nn.Linear,
     ):
         super().__init__()
         check_choice("global_pool", pool, ("avg", "max", ""))
-        self.pool, self.dim, self.hidden = pool, dim, hidden
+        self.pool, self.dim, self.hidden, self.classifier = pool, dim, hidden, classifier
         self.norm = nn.Identity() if norm is None else norm(dim)
         self.pre = nn.Linear(dim, hidden) if hidden else None
         self.act = activation() if hidden else None
@@ -93,9 +95,10 @@ class Head(nn.Module):
         width = self.hidden or self.dim
         self.fc = nn.Identity()
         if num_classes:
-            self.fc = fc = nn.Linear(width, num_classes)
-            nn.init.trunc_normal_(fc.weight, std=0.02)
-            nn.init.zeros_(fc.bias)
+            self.fc = fc = self.classifier(width, num_classes)
+            if isinstance(fc, nn.Linear):
+                nn.init.trunc_normal_(fc.weight, std=0.02)
+                nn.init.zeros_(fc.bias)
         if like is not None:
             self.fc.to(like.device, like.dtype)
 
