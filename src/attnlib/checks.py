@@ -329,33 +329,33 @@ REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _unlike(tensors: Mapping[str, Tensor | None], of: Callable[[Tensor], Any]) -> dict[str, Any]:
-    """``of`` each tensor, by its name, where they differ; nothing where all are alike. Raises for what is none."""
+def _unlike(tensors: Mapping[str, Tensor | None], attribute: str) -> dict[str, Any]:
+    """An attribute of each tensor, by its name, where they differ; nothing where all are alike."""
     first = None
     for name, t in tensors.items():
         if t is None:
             continue
         if not isinstance(t, Tensor):
             check_tensor(name, t)
-        here = of(t)
+        here = getattr(t, attribute)
         first = here if first is None else first
         if here != first:
-            return {name: of(_tensor(name, t)) for name, t in tensors.items() if t is not None}
+            return {name: getattr(_tensor(name, t), attribute) for name, t in tensors.items() if t is not None}
     return {}
 
 
 def check_dtype(**tensors: Tensor | None) -> None:
     """Raise ``TypeError`` unless all of these share one floating dtype; names them in order."""
-    dtypes = _unlike(tensors, lambda t: t.dtype)
-    given = {name: t for name, t in tensors.items() if t is not None}
-    if dtypes or not all(t.is_floating_point() for t in given.values()):
+    first = next((t for t in tensors.values() if t is not None), None)
+    if _unlike(tensors, "dtype") or not (first is None or first.is_floating_point()):
+        given = {name: t for name, t in tensors.items() if t is not None}
         listed = ", ".join(f"{name} has {t.dtype}" for name, t in given.items())
         raise TypeError(f"{_and(given)} must share one floating dtype, but {listed}")
 
 
 def check_device(**tensors: Tensor | None) -> None:
     """Raise ``ValueError`` unless all of these lie on the device of the first one."""
-    if devices := _unlike(tensors, lambda t: t.device):
+    if devices := _unlike(tensors, "device"):
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"{_and(devices)} must lie on one device, but {listed} was given")
 
@@ -403,7 +403,9 @@ def raised(name: str, spec: Any, build: Callable[[Any], Any], giver: str) -> Any
 
 def check_batch(**tensors: Tensor | None) -> None:
     """Raise ``ValueError`` unless all of these have the same first axis."""
-    if sizes := _unlike(tensors, lambda t: t.shape[0]):
+    sizes = {name: _tensor(name, t).shape[0] for name, t in tensors.items() if t is not None}
+    first = next(iter(sizes.values()), 0)
+    if any(size != first for size in sizes.values()):
         listed = ", ".join(f"{name} has {size}" for name, size in sizes.items())
         raise ValueError(f"{_and(sizes)} must share the batch, but {listed} samples")
 

@@ -43,8 +43,9 @@ Activation = Callable[[Tensor], Tensor]
 
 def _check_grid(x: Tensor, valid: Tensor | None, name: str = "x") -> int:
     check_rank(name, x, (3, 4, 5), "(B, *grid, C) with a grid of rank 1, 2 or 3")
-    check_valid("valid", valid, x.shape[:-1])
-    check_device(**{name: x, "valid": valid})
+    if valid is not None:
+        check_valid("valid", valid, x.shape[:-1])
+        check_device(**{name: x, "valid": valid})
     return x.dim() - 2
 
 
@@ -150,7 +151,7 @@ def _prepare_depthwise(
     device = x.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         check_dtype(x=x, weight=weight, bias=bias)
-    check_device(x=x, weight=weight, bias=bias, valid=valid)
+    check_device(x=x, weight=weight, bias=bias)
     return _Depthwise(_zero_invalid(x, valid), weight, bias, dilation)
 
 
@@ -262,7 +263,6 @@ def pool(x: Tensor, *, keep: int | None = None, valid: Tensor | None = None) -> 
     """
     rank = _check_grid(x, valid)
     check_float("x", x)
-    check_device(x=x, valid=valid)
     if keep is not None:
         check_int("keep", keep, least=0, most=rank - 1, also=f"or None, for a grid of rank {rank}")
     axes = tuple(a + 1 for a in range(rank) if a != keep)
@@ -281,7 +281,7 @@ def pool(x: Tensor, *, keep: int | None = None, valid: Tensor | None = None) -> 
 
 
 def _check_broadcast(name: str, x: Tensor, shape: Sequence[int], what: str) -> None:
-    if x.dim() != len(shape) or any(f not in (1, n) for f, n in zip(x.shape, shape, strict=True)):
+    if x.dim() != len(shape) or any([f != n and f != 1 for f, n in zip(x.shape, shape, strict=True)]):
         raise ValueError(f"{name} of shape {tuple(x.shape)} does not broadcast to {what}, {tuple(shape)}")
 
 
@@ -307,9 +307,11 @@ def gated_sum(contexts: Sequence[Tensor], gates: Tensor) -> Tensor:
         raise ValueError(f"gates must have one channel per context ({len(contexts)}), got {tuple(gates.shape)}")
     shape = (*gates.shape[:-1], max(c.shape[-1] if c.dim() else 0 for c in contexts))
     for i, context in enumerate(contexts):
-        check_float(f"contexts[{i}]", context)
-        _check_broadcast(f"contexts[{i}]", context, shape, "(B, *grid, C) of the gates and the widest context")
-        check_device(gates=gates, **{f"contexts[{i}]": context})
+        name = f"contexts[{i}]"
+        check_float(name, context)
+        _check_broadcast(name, context, shape, "(B, *grid, C) of the gates and the widest context")
+        if context.device != gates.device:
+            check_device(gates=gates, **{name: context})
     parts = gates.split(1, -1)
     out = contexts[0] * parts[0]
     for context, gate in zip(contexts[1:], parts[1:], strict=True):
@@ -340,7 +342,8 @@ def modulate(query: Tensor, *factors: Tensor, activation: Activation | None = No
     for factor in factors:
         check_float("factor", factor)
         _check_broadcast("factor", factor, query.shape, "the query")
-        check_device(query=query, factor=factor)
+        if factor.device != query.device:
+            check_device(query=query, factor=factor)
         query = query * (factor if activation is None else activation(factor))
     return query
 
