@@ -551,16 +551,30 @@ def test_graphs_are_not_recorded_inside_a_session():
             torch.jit.trace(model, (x,), check_trace=False)
 
 
-def test_processors_answer_as_the_ones_they_stand_for():
+def test_default_processors_are_put_back_inside_a_session():
+    """Past the forward of the model, too: an autoencoder encodes and decodes by itself."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     model = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=2).eval()
     with attnlib.attach(model, Halve()), torch.no_grad():
-        inner = model.encoder.mid_block.attentions[0].processor
-        assert inner.__class__ is diffusers.models.attention_processor.AttnProcessor2_0
         model.set_default_attn_processor()
         with pytest.raises(ValueError, match="use a processor that does"):
             model.encode(torch.randn(1, 3, 8, 8))
+    names = {type(p).__name__ for p in model.attn_processors.values()}
+    assert names == {"AttnProcessor"}
+
+
+def test_a_block_of_a_denoiser_that_was_compiled_before():
+    attention = pytest.importorskip("diffusers.models.attention")
+    torch.manual_seed(0)
+    block, x = attention.BasicTransformerBlock(8, 2, 4).eval(), torch.randn(1, 3, 8)
+    compiled = torch.compile(block, backend="eager")
+    with torch.no_grad():
+        plain = compiled(x)
+        with attnlib.attach(block, Halve()):
+            halved = block(x)
+            assert torch.equal(compiled(x), halved) and not torch.equal(halved, plain)
+        assert torch.equal(compiled(x), plain)
 
 
 # ---- edits that are learned

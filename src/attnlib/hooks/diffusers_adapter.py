@@ -104,15 +104,29 @@ def _hooked(cls: Any) -> Any:
         made = object.__reduce_ex__(self, protocol)
         return (made[0], (cls, *made[1][1:]), *made[2:])
 
-    # It answers as the processor it stands for: diffusers looks classes up in lists.
-    seen = property(lambda self: cls)
-    names = {"__call__": eagerly(call), "__reduce_ex__": reduce, "plain": cls, "__class__": seen}
+    names = {"__call__": eagerly(call), "__reduce_ex__": reduce, "plain": cls}
     return type(f"Attached{cls.__name__}", (cls,), names)
 
 
 def _plain_class(cls: Any) -> Any:
     """The class of a processor, whether something is attached to it or not."""
     return cls.__dict__.get("plain", cls)
+
+
+#: Where a model puts its default processors back, if it knows the classes of all that are there.
+SET_DEFAULT = "set_default_attn_processor"
+
+
+def _set_default(session: Session, runtimes: list[ModuleRuntime]) -> Callable[..., Any]:
+    original: Any = getattr(session.model, SET_DEFAULT)
+
+    @functools.wraps(original)
+    def set_default(*args: Any, **kwargs: Any) -> Any:
+        for runtime in runtimes:
+            runtime.give_back()
+        return original(*args, **kwargs)
+
+    return set_default
 
 
 class ModuleRuntime(Shared):
@@ -123,6 +137,8 @@ class ModuleRuntime(Shared):
         self.module: Any = site.module
         self.given: dict[str, Any] = {}
         self.intercept: Any = None
+        self.original: Any = None
+        self.attached: Any = None
 
     @property
     def where(self) -> str:
@@ -140,6 +156,7 @@ class ModuleRuntime(Shared):
             ValueError: a processor under which the stages cannot act.
         """
         original, stages = self.module.processor, self.stages
+        self.original = original
         cls = _plain_class(type(original))
         self.processor, self.names = cls.__name__, list(inspect.signature(cls.__call__).parameters)[2:]
         if self._has_image_keys() and stages.in_attention and self.processor not in BRANCHES:
@@ -158,6 +175,12 @@ class ModuleRuntime(Shared):
         self.session.set_entry(
             self.module, self.module._modules if own else self.module.__dict__, "processor", self.attached
         )
+
+    def give_back(self) -> None:
+        """Put the plain processor in its place, until the next call: its class is about to be looked at."""
+        if self.module.processor is self.attached and self.attached is not self.original:
+            own = isinstance(self.original, nn.Module)
+            (self.module._modules if own else self.module.__dict__)["processor"] = self.original
 
     def follow(self) -> None:
         """The user may have chosen another processor since."""
@@ -365,6 +388,9 @@ class DiffusersAdapter(Adapter):
         session.hook(session.model.register_forward_pre_hook(self._look_at_inputs(session), with_kwargs=True))
         if hasattr(session.model, "cache_context"):
             session.set_attribute(session.model, "cache_context", self._follow_context(session))
+        runtimes: list[ModuleRuntime] = []
+        if hasattr(session.model, SET_DEFAULT):
+            session.set_attribute(session.model, SET_DEFAULT, _set_default(session, runtimes))
         for site, stages in plan:
             module: Any = site.module
             if stages["around_sublayer"]:
@@ -379,6 +405,7 @@ class DiffusersAdapter(Adapter):
                         "there"
                     )
             runtime = ModuleRuntime(session, site, stages)
+            runtimes.append(runtime)
             if stages["on_block_input"]:
                 block = block_of(session.model, site)
                 session.hook(block.register_forward_pre_hook(runtime.before_block, with_kwargs=True))
