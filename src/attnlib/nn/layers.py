@@ -278,6 +278,22 @@ def masked_batch_norm(norm: nn.BatchNorm2d, x: Tensor, valid: Tensor | None) -> 
     return ((x - mean) * torch.rsqrt(var + norm.eps)).to(x.dtype) * norm.weight + norm.bias
 
 
+class MapNorm(nn.Module):
+    """BatchNorm of (B, *grid, C): in training its statistics are those of the tokens that exist. ``norm.*``."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(dim, eps, momentum)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        return masked_batch_norm(self.norm, x, valid)
+
+
+def normed(norm: nn.Module, x: Tensor, valid: Tensor | None) -> Tensor:
+    """``norm(x)``, told which tokens exist where it reads more than one."""
+    return norm(x, valid) if isinstance(norm, MapNorm) else norm(x)
+
+
 def batch_norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """``(scale, shift)`` of BatchNorm with its running statistics: ``norm(x) = scale * x + shift``."""
     assert norm.running_mean is not None and norm.running_var is not None
@@ -568,10 +584,10 @@ class Patchify(nn.Module):
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, dim) -> (B, ceil(H / s), ceil(W / s), out_dim), and which of these exist."""
         if self.norm is not None and self.norm_first:
-            x = self.norm(x)
+            x = normed(self.norm, x, valid)
         x = conv_any_size(self.proj, zero_invalid(x, valid), self.proj.weight, self.proj.bias)
         if self.norm is not None and not self.norm_first:
-            x = self.norm(x)
+            x = normed(self.norm, x, strided_valid(valid, self.stride))
         return x, strided_valid(valid, self.stride)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...checks import check_choice, check_flag, check_int, check_ints, check_real, check_valid, describe
-from ...nn.layers import masked_mean
+from ...nn.layers import masked_mean, normed
 
 POOLS = ("avg", "max", "token", "")
 
@@ -200,8 +200,8 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """(B, in_chans, H, W) -> (B, h, w, C): the final map, normed. ``valid``: (B, H, W), which pixels exist."""
-        *_, (x, _) = self._maps(x, valid)
-        return self.norm(x)
+        *_, (x, valid) = self._maps(x, valid)
+        return normed(self.norm, x, valid)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, valid: Tensor | None = None) -> Tensor:
         """(B, h, w, C) -> (B, num_classes), or what the last linear map reads."""
@@ -219,7 +219,7 @@ class Backbone(nn.Module):
             raise ValueError(f"returns={returns!r} is not possible; possible: () and ('losses',)")
         losses: dict[str, Tensor] | None = {} if returns else None
         *_, (x, valid) = self._maps(x, valid, losses)
-        y = self.head(self.norm(x), valid)
+        y = self.head(normed(self.norm, x, valid), valid)
         return y if losses is None else Output(y, losses)
 
     def forward_intermediates(
