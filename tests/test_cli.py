@@ -112,6 +112,8 @@ def test_help_shows_an_example(command):
         (("info", "mha", "--set", "dim"), "name=value"),
         (("info", "mha", "--set", "dim=10", "--set", "num_heads=4"), "does not divide"),
         (("list", "--pattern", "sideways"), "choose one of"),
+        (("check", "biformer", "--grid", "8"), "grid=(8,) has 1 axes, but biformer takes grids of rank [2]"),
+        (("check", "torch.nn:Linear"), "target='torch.nn:Linear' cannot be built with the settings {}: TypeError"),
     ],
 )
 def test_bad_use_is_told(args, words):
@@ -127,3 +129,8 @@ def test_parsing():
     for bad in ("a", "1,2,3,4", "0"):
         with pytest.raises(ValueError, match="grid"):
             parse_grid(bad)
+
+
+def test_version():
+    result = invoke("--version")
+    assert result.exit_code == 0 and result.output.strip() == f"attnlib {attnlib.__version__}"

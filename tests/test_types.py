@@ -73,6 +73,7 @@ def _partial(*shape, dtype=torch.float32, dv=4):
 
 
 STATE = State({"k": torch.zeros(2, 3), "inner": State({"v": torch.zeros(2)})}, kind="mine")
+OWNED = STATE.owned("mine", torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +97,9 @@ STATE = State({"k": torch.zeros(2, 3), "inner": State({"v": torch.zeros(2)})}, k
         (lambda: STATE.expect("mine", batch=3), ValueError, "'k' of 2 samples.*3"),
         (lambda: STATE.repeat(2).expect("mine", batch=2), ValueError, "'k' of 4 samples"),
         (lambda: STATE.expect("mine", device=torch.device("meta")), ValueError, "'k' on cpu.*meta"),
-        (lambda: STATE.map(torch.Tensor.double).expect("mine", dtype=torch.float32), TypeError, "float64.*float32"),
-        (lambda: STATE.map(torch.Tensor.half).expect("mine", dtype=torch.bfloat16), TypeError, "'k' in torch.float16"),
+        (lambda: OWNED.map(torch.Tensor.double).expect("mine", dtype=torch.float32), TypeError, "float64.*needs.*32"),
+        (lambda: OWNED.expect("mine", dtype=torch.float64), TypeError, "'k' in torch.float32.*needs torch.float64"),
+        (lambda: OWNED.map(torch.Tensor.half).expect("mine", dtype=torch.bfloat16), TypeError, "'k' in torch.float16"),
         (lambda: STATE.map(torch.Tensor.long), TypeError, "'k' of the state from torch.float32 into torch.int64"),
         (lambda: State({"n": torch.ones(2).long()}).map(torch.Tensor.float), TypeError, "'n'.*floating-point tensors"),
         (lambda: State({}).expect("mine"), ValueError, "holds nothing"),
@@ -123,3 +125,16 @@ def test_a_state_keeps_the_name_of_its_owner():
         assert state.kind == "mine" and state.expect("mine") is state
     assert STATE.select(index)["inner"]["v"].shape == (3,)
     assert State({"k": torch.zeros(2)}).expect("whoever", batch=2)["k"].shape == (2,)
+
+
+def test_a_state_knows_the_types_that_its_owner_made():
+    """They need not be those of x: sums may be kept in float64 beside float32."""
+    exact = State({"S": torch.zeros(2, dtype=torch.float64), "n": torch.zeros(2).long()}).owned("mine", torch.float32)
+    leaves, tree = tree_flatten(exact)
+    for state in (exact, exact.select(torch.tensor([1])), exact.repeat(2), tree_unflatten(leaves, tree)):
+        assert state.types == ("torch.float32", "torch.float64") and state.expect("mine", dtype=torch.float32) is state
+    with pytest.raises(TypeError, match="'S' in torch.float32, but beside x of torch.float32 'mine' needs .*float64"):
+        exact.map(lambda t: t.float() if t.is_floating_point() else t).expect("mine", dtype=torch.float32)
+    halved = OWNED.map(torch.Tensor.half)  # with its model
+    assert halved.expect("mine", dtype=torch.float16) is halved
+    assert STATE.expect("mine", dtype=torch.float64) is STATE  # made by hand: not known

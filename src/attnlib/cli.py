@@ -29,6 +29,23 @@ Settings = Annotated[
 ]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        sys.stdout.write(f"attnlib {__version__}\n")
+        raise typer.Exit()
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
 def _value(text: str) -> Any:
     try:
         return json.loads(text)

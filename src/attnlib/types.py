@@ -285,6 +285,7 @@ class State(_TensorDict):
     Args:
         tensors: by name; a value may be a state of its own.
         kind: name of the mechanism it belongs to; :meth:`expect` checks it. Empty: not known.
+        types: names of the types of ``x`` and of every floating-point tensor, as its owner made it. Empty: not known.
 
     >>> import torch
     >>> State({"S": torch.zeros(2, 4)}).repeat(3)["S"].shape
@@ -293,10 +294,18 @@ class State(_TensorDict):
 
     tensors: dict[str, Any]
     kind: str = ""
+    types: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_type("tensors", self.tensors, dict, "a dictionary of tensors by name")
         check_type("kind", self.kind, str)
+
+    def owned(self, kind: str, dtype: torch.dtype) -> State:
+        """The same as ``kind`` made it beside ``x`` of ``dtype``."""
+        return State(self.tensors, kind, (str(dtype), *[str(t.dtype) for t in self._floats()]))
+
+    def _floats(self) -> list[Tensor]:
+        return [t for _, t in self._named() if t.is_floating_point()]
 
     def expect(
         self, kind: str, batch: int | None = None, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -314,12 +323,22 @@ class State(_TensorDict):
                 )
             if device is not None and t.device != device:
                 raise ValueError(f"state holds {name!r} on {t.device}, but x lies on {device}")
-            if dtype is not None and t.is_floating_point() and t.dtype not in _beside(dtype, t.device):
-                raise TypeError(
-                    f"state holds {name!r} in {t.dtype}, but x is {dtype}; possible: "
-                    f"{', '.join(map(str, _beside(dtype, t.device)))}; see state.map"
-                )
+        if dtype is not None and self.types:
+            self._expect_types(kind, dtype)
         return self
+
+    def _expect_types(self, kind: str, dtype: torch.dtype) -> None:
+        floats = [(name, t) for name, t in self._named() if t.is_floating_point()]
+        beside, *made = self.types
+        if len(made) != len(floats):
+            return  # somebody put other tensors into it
+        for (name, t), was in zip(floats, made, strict=True):
+            possible = [was] if beside == str(dtype) else [str(d) for d in _beside(dtype, t.device)]
+            if str(t.dtype) not in possible:
+                raise TypeError(
+                    f"state holds {name!r} in {t.dtype}, but beside x of {dtype} {kind!r} needs "
+                    f"{' or '.join(possible)}; see state.map"
+                )
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> State:
         """Apply ``fn`` to every tensor; ``TypeError`` where it makes numbers of counts, or counts of numbers."""
@@ -332,7 +351,7 @@ class State(_TensorDict):
                     f"fn turned {name!r} of the state from {value.dtype} into {made.dtype}; change the type of "
                     "floating-point tensors only: t.half() if t.is_floating_point() else t"
                 )
-        return State(out, self.kind)
+        return State(out, self.kind, self.types)
 
     def select(self, index: Tensor) -> State:
         """Keep the samples ``index`` (B',), in that order; ``ValueError`` for one that it does not hold."""
@@ -355,7 +374,7 @@ class State(_TensorDict):
 
     def replace(self, **tensors: Any) -> State:
         """A copy with some tensors exchanged."""
-        return State({**self.tensors, **tensors}, self.kind)
+        return State({**self.tensors, **tensors}, self.kind, self.types)
 
     def numel(self) -> int:
         """Number of elements held, for memory accounts."""
@@ -376,14 +395,14 @@ def _beside(dtype: torch.dtype, device: torch.device) -> list[torch.dtype]:
 
 def _flatten_named(value: Plan | State) -> tuple[list[Any], Any]:
     keys = tuple(value.tensors)
-    extra = (value.kind, value.shape) if isinstance(value, Plan) else (value.kind,)
+    extra = (value.kind, value.shape) if isinstance(value, Plan) else (value.kind, value.types)
     return [value.tensors[k] for k in keys], (keys, extra)
 
 
 register_pytree(
     Plan, _flatten_named, lambda leaves, ctx: Plan(ctx[1][0], dict(zip(ctx[0], leaves, strict=True)), ctx[1][1])
 )
-register_pytree(State, _flatten_named, lambda leaves, ctx: State(dict(zip(ctx[0], leaves, strict=True)), ctx[1][0]))
+register_pytree(State, _flatten_named, lambda leaves, ctx: State(dict(zip(ctx[0], leaves, strict=True)), *ctx[1]))
 
 
 class Output(NamedTuple):

@@ -85,7 +85,7 @@ def test_a_state_of_another_type_is_refused(row):
         return  # it only counts
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         other = state.map(lambda t, dtype=dtype: t.to(dtype) if t.is_floating_point() else t)
-        with pytest.raises(TypeError, match=f"state holds '.*' in {dtype}, but x is torch.float32"):
+        with pytest.raises(TypeError, match=f"state holds '.*' in {dtype}, but beside x of torch.float32"):
             m.step(x[:, 3:], other)
     with torch.autocast("cpu", torch.bfloat16):  # keys of a step under autocast are bfloat16
         _, state = m.step(x[:, 3:4], m.step(x[:, :3])[1])

@@ -274,13 +274,23 @@ class Subject:
         self.claims = self.claims_of(self.base)
         if not case.grid:
             self.case = replace(case, grid=default_grid(self.claims))
+        elif grid is not None and self.claims is not SILENT and len(case.grid) not in self.claims.grid_ranks:
+            ranks = sorted(self.claims.grid_ranks)
+            raise ValueError(f"grid={case.grid} has {len(case.grid)} axes, but {self.name} takes grids of rank {ranks}")
 
     # ---- building
 
     def build(self, **overrides: Any) -> nn.Module:
         """A new instance, seeded."""
         torch.manual_seed(0)
-        module = self.factory(**{**self.case.config, **overrides})
+        settings = {**self.case.config, **overrides}
+        try:
+            module = self.factory(**settings)
+        except Exception as error:
+            if ":" not in self.name:
+                raise  # ours says so itself
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"target={self.name!r} cannot be built with the settings {settings}: {why}") from error
         if not isinstance(module, nn.Module):
             raise TypeError(f"{self.name} built {type(module).__name__}, not a torch.nn.Module")
         return module

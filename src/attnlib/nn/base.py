@@ -230,7 +230,7 @@ class Mechanism(nn.Module):
         if fitted and x.shape[1:-1] != grid:
             output, valid = self._cut_grid(output, grid, x.shape[1:-1]), exists
         if output.state is not None and not output.state.kind:
-            output = output._replace(state=State(output.state.tensors, self._name()))
+            output = output._replace(state=output.state.owned(self._name(), x.dtype))
         if valid is not None:
             output = output._replace(y=output.y.masked_fill(~valid.unsqueeze(-1), 0.0))
         return output if returns else output.y
