@@ -31,3 +31,15 @@ def own_mechanisms_only():
 def same_random_numbers():
     """Every test starts from the same seed, whatever ran before it in this worker."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Memory that nobody wrote holds NaN (integers: the largest number), so that reading it shows.
+
+    Only deterministic algorithms are asked for, because torch fills memory in that mode alone.
+    """
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
