@@ -94,8 +94,8 @@ def test_a_plan_of_heads_that_do_not_exist(name, settings, kind, most):
 def test_checkpoints_whose_heads_do_not_divide():
     dense = attnlib.create("softmax-attention", dim=24, num_heads=4, num_kv_heads=4).state_dict()
     fused = {f"qkv.{n}": torch.cat([dense[f"{c}.{n}"] for c in "qkv"]) for n in ("weight", "bias")}
-    with pytest.raises(ValueError, match="num_kv_heads=3 does not divide num_heads=4"):
-        attnlib.convert_state_dict("key-driven-gqa", fused, num_heads=4, num_kv_heads=3)
+    with pytest.raises(ValueError, match="num_kv_heads=5 does not divide num_heads=4"):
+        attnlib.convert_state_dict("key-driven-gqa", fused, num_heads=4, num_kv_heads=5)
     with pytest.raises(ValueError, match="24 rows, which num_heads=5 does not divide"):
         attnlib.convert_state_dict("key-driven-gqa", fused, num_heads=5, num_kv_heads=5)
     with pytest.raises(ValueError, match="give|needs"):

@@ -88,6 +88,7 @@ SOMETIMES: dict[str, str] = {
 
 #: Why some mechanisms are no matrix times values.
 NOT_LINEAR: dict[str, str] = {
+    "crossformer": "its output map reads groups one after another, padding among them, not tokens in their order",
     "davit": "it mixes features, not tokens: its map is features by features, and reads every token's values",
     "focalnet": "a GELU stands between the levels of its context, and the gated context is a factor of the query",
     "gaussian-adaptive-attention": "it multiplies every number by a weight of its own; no token reads another's values",

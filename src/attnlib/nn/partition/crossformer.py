@@ -61,7 +61,7 @@ class DynamicPositionBias(nn.Module):
 
     def forward(self, group: Sequence[int]) -> Tensor:
         """Sides of a group -> (num_heads, *(2 g - 1)), by displacements key minus query from 1 - g to g - 1."""
-        like = self.fc0.weight
+        like = self.norm1.weight  # a linear map may have become one of whole numbers
         sides = [torch.arange(g - 1, -g, -1, device=like.device, dtype=like.dtype) for g in group]  # it reads q - k
         y = self.fc0(torch.stack(torch.meshgrid(*sides, indexing="ij"), -1))
         for norm, linear in ((self.norm1, self.fc1), (self.norm2, self.fc2)):
