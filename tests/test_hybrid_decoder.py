@@ -351,3 +351,21 @@ def test_tokens_that_are_none_are_refused_by_name(ids, error, words):
         model(ids)
     with pytest.raises(ValueError, match=r"inputs_embeds must have shape \(B, N, hidden_size\)"):
         model(inputs_embeds=torch.zeros(3, 8))
+
+
+def test_logits_to_keep_is_a_number_whatever_its_kind():
+    import numpy as np
+
+    m = model(next(iter(MIXES)))
+    ids = torch.randint(1, 41, (2, 6))
+    whole = m(ids).logits
+    for kept, expected in (
+        (0, whole),
+        (np.int64(0), whole),
+        (np.int64(2), whole[:, -2:]),
+        (torch.tensor([1]), whole[:, [1]]),
+    ):
+        torch.testing.assert_close(m(ids, logits_to_keep=kept).logits, expected)
+    for wrong in (-1, 0.5, "all", torch.tensor([0.5])):
+        with pytest.raises((TypeError, ValueError), match="logits_to_keep"):
+            m(ids, logits_to_keep=wrong)

@@ -539,7 +539,11 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             output_hidden_states, position_ids=position_ids, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k,
             max_length_q=max_length_q, max_length_k=max_length_k, seq_idx=seq_idx,
         )  # fmt: skip
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept: Any = logits_to_keep
+        if isinstance(logits_to_keep, Tensor):
+            check_whole("logits_to_keep", logits_to_keep)
+        else:
+            kept = slice(-check_int("logits_to_keep", logits_to_keep, least=0, also="or a tensor of places"), None)
         out.logits = self.lm_head(out.last_hidden_state[:, kept])
         if labels is not None:
             if out.document_starts is not None:
