@@ -76,7 +76,8 @@ def head_divergence(rng: random.Random) -> Call:
     b, h, d = sizes(rng, 2, 5, 3)
 
     def oracle(with_image, without, outliers, correction):
-        assert type(correction) is int and correction in (0, 1)
+        assert not isinstance(correction, (bool, float)) and correction in (0, 1)
+        correction = int(correction)
         assert with_image.shape == without.shape and with_image.dim() == 3
         a, c = with_image.double(), without.double()
         out = (a - c).norm(dim=-1)
@@ -752,15 +753,18 @@ def sink_rate(rng: random.Random) -> Call:
         for s in range(int(sinks)):
             hits = []
             for a, c in zip(alpha.flatten(0, 1), seen.flatten(0, 1), strict=True):
-                first = next((i for i, k in enumerate(c.tolist()) if k > 0), 0)
-                hits.append(first + s < len(a) and bool(a[first + s] > epsilon))
-            out.append(sum(hits) / max(len(hits), 1))
+                first = next((i for i, k in enumerate(c.tolist()) if k > 0), None)
+                if first is not None:  # where there are no tokens, none can be a sink
+                    hits.append(first + s < len(a) and bool(a[first + s] > epsilon))
+            assert hits, "no tokens at all"
+            out.append(sum(hits) / len(hits))
         return torch.tensor(out, dtype=torch.float64)
 
     kwargs = dict(
         received=torch.rand(b, h, n) * 3, seen=torch.randint(0, 4, (b, h, n)).float(), epsilon=0.3,
         sinks=rng.randint(1, n),
     )  # fmt: skip
+    kwargs["seen"][0, 0, -1] = 1.0  # somebody reads something
     return Call(look.sink_rate, kwargs, oracle, allows=(*META, "integers"))
 
 

@@ -397,6 +397,8 @@ def agent(rng: random.Random) -> Call:
 
     def oracle(q, k, v, agents, read_bias, write_bias, valid, agents_valid, scale, dropout_p):
         read, _ = dense(agents, k, v, None, valid, read_bias, scale)
+        if not q.shape[2]:  # a bias of one row serves no queries as well
+            write_bias = None
         return dense(q.double(), agents.double(), read, None, agents_valid, write_bias, scale)[0]
 
     return Call(ops.agent_attention, call, oracle, names=("backend",))
