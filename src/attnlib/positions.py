@@ -348,17 +348,21 @@ def window_bias(table: Tensor, window: Sequence[int]) -> RelativeBias:
     return RelativeBias(table, coords, coords, [w - 1 for w in window], [2 * w - 1 for w in window])
 
 
-def dense_window_bias(table: Tensor, window: Sequence[int]) -> Tensor:
+def dense_window_bias(table: Tensor, window: Sequence[int], key_window: Sequence[int] | None = None) -> Tensor:
     """:func:`window_bias` laid out, in few operations: (H, *(2 window - 1)) -> (H, S, S) for windows of S tokens.
+
+    Args:
+        table: (H, *(window + key_window - 1)) by displacement key minus query, both counted from their window's start.
+        window: sides of a window of queries.
+        key_window: sides of its window of keys; ``window`` by default.
 
     >>> dense_window_bias(torch.arange(3.0)[None], (2,)).tolist()
     [[[1.0, 2.0], [0.0, 1.0]]]
     """
     at = torch.zeros(1, 1, dtype=torch.long, device=table.device)
-    for w in window:
-        i = torch.arange(w, device=table.device)
-        step = i - i[:, None] + (w - 1)
-        at = (at[:, None, :, None] * (2 * w - 1) + step[:, None]).flatten(2).flatten(0, 1)
+    for w, m in zip(window, window if key_window is None else key_window, strict=True):
+        step = torch.arange(m, device=table.device) - torch.arange(w, device=table.device)[:, None] + (w - 1)
+        at = (at[:, None, :, None] * (w + m - 1) + step[:, None]).flatten(2).flatten(0, 1)
     return table.flatten(1).index_select(1, at.flatten()).unflatten(1, (at.shape[0], at.shape[1]))
 
 

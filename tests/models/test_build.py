@@ -197,6 +197,16 @@ def test_tables_are_interpolated():
     torch.testing.assert_close(resized(flat, (7,)), torch.full((2, 7), 3.0))
 
 
+def test_tables_of_another_kernel_are_interpolated_when_loaded():
+    """As the authors made their 11 x 11 DiNAT from that of 7 x 7."""
+    small, large = tiny(), tiny(kernel_size=5)
+    done = load_pretrained(large, small.state_dict())
+    assert done.resized and all(name.endswith("rpb") for name in done.resized)
+    for name, table in small.state_dict().items():
+        expected = resized(table, (9, 9)) if name.endswith("rpb") else table
+        torch.testing.assert_close(large.state_dict()[name], expected)
+
+
 # ---- any mechanism
 
 
@@ -249,6 +259,10 @@ def test_every_mechanism_builds_or_says_why_not(name):
         (dict(mechanism="sofmax"), ValueError, "unknown mechanism"),
         (dict(mechanism_settings={}), ValueError, "without the name of a mechanism"),
         (dict(num_heads=(3, 2)), ValueError, "num_heads=3 does not divide"),
+        (dict(num_heads=(1, 2, 4)), ValueError, "must have one number for each of 2 stages"),
+        (dict(depths=(0, 2), dilations=None), ValueError, r"depths\[0\]"),
+        (dict(dilations=[[1], [1]]), ValueError, "dilations="),
+        (dict(layout="swim"), ValueError, "layout='swim' is not possible"),
     ],
 )
 def test_bad_settings(settings, error, message):

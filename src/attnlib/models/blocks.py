@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checks import check_ints
 from ..nn.base import Mechanism
 from ..nn.layers import (
     ConvNorm,
@@ -335,7 +336,17 @@ def init_weights(model: nn.Module, std: float = 0.02, also: tuple[type[nn.Module
 def places(
     dims: Sequence[int], depths: Sequence[int], heads: Sequence[int], strides: Sequence[int], drop_path: float = 0.0
 ) -> list[list[Place]]:
-    """The places of every stage; stochastic depth grows linearly from 0 to ``drop_path`` over the blocks."""
+    """The places of every stage; stochastic depth grows linearly from 0 to ``drop_path`` over the blocks.
+
+    Raises:
+        ValueError: not as many heads as depths.
+    """
+    if not len(dims) == len(depths) == len(heads) == len(strides):
+        raise ValueError(
+            f"depths={tuple(depths)} and num_heads={tuple(heads)} must have one number for each of {len(dims)} stages"
+        )
+    check_ints("depths", depths, least=1)
+    check_ints("num_heads", heads, least=1)
     total = sum(depths)
     out: list[list[Place]] = []
     at = 0

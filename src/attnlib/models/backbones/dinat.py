@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...checks import check_choice
 from ...nn.layers import Patchify, PatchMerging
 from ...nn.local.dinat import DilatedNeighborhoodAttention
 from ...nn.partition.maxvit import PartitionAttention
@@ -63,6 +64,9 @@ def dinat(
         mechanism, num_classes, in_chans, img_size, drop_path_rate, drop_rate, global_pool: as in
             :func:`attnlib.create_model`.
     """
+    check_choice("layout", layout, ("conv", "swin", "plain"))
+    if dilations is not None and [len(row) for row in dilations] != list(depths):
+        raise ValueError(f"dilations={dilations} must have one number for each block of depths={tuple(depths)}")
     dims = [embed_dim * 2**i for i in range(len(depths))]
     reductions = [patch_size * 2**i for i in range(len(depths))]
     side = (img_size if isinstance(img_size, int) else img_size[0]) // patch_size

@@ -13,8 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from ...checks import check_choice, check_flag, check_int, check_ints, check_real, check_valid, describe
 from ...nn.layers import masked_mean, normed
 
-POOLS = ("avg", "max", "token", "")
-
 #: Tables of positions and learned tokens, which weight decay would pull to zero.
 UNDECAYED = re.compile(r"(rel_bias|rpb|pos_embed|absolute_pos\w*|relative_position_bias_table|\w+_token)$")
 

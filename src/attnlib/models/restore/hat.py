@@ -23,7 +23,7 @@ from ...nn.layers import ConvNorm, DropPath, Mlp, SqueezeExcite
 from ...nn.local.hat import OverlappingCrossAttention
 from ...nn.partition.maxvit import PartitionAttention
 from ...nn.released import Released
-from ..blocks import Make, Place, Residual, init_weights, mix
+from ..blocks import Make, Place, Residual, init_weights, mix, places
 from ..build import register_models
 from .base import PixelShuffleHead, Restorer
 
@@ -124,24 +124,23 @@ class HAT(Restorer):
     ):
         super().__init__(scale, in_chans, window_size, img_range)
         self.window_size, self.overlap_ratio = window_size, overlap_ratio
-        rates = [drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
+        count = len(depths)
+        rows = places([embed_dim] * count, depths, num_heads, [1] * count, drop_path_rate)
 
         def own(place: Place) -> nn.Module:
             shift = window_size // 2 if place.block % 2 else 0
             return PartitionAttention(place.dim, place.num_heads, window_size, rank=2, shift=shift)
 
-        make, at, groups = mechanism or own, 0, []
-        for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
+        make, groups = mechanism or own, []
+        for row in rows:
             blocks = [
                 HybridBlock(
-                    embed_dim,
-                    make(Place(embed_dim, heads, i, j, at + j, depth, rates[at + j])),
-                    ConvChannelAttention(embed_dim, compress_ratio, squeeze_factor),
-                    alpha, mlp_ratio, rates[at + j], drop_rate,
+                    embed_dim, make(p), ConvChannelAttention(embed_dim, compress_ratio, squeeze_factor), alpha,
+                    mlp_ratio, p.drop_path, drop_rate,
                 )
-                for j in range(depth)
+                for p in row
             ]  # fmt: skip
-            at += depth
+            heads = row[0].num_heads
             overlap = OverlappingCrossAttention(embed_dim, heads, window_size, overlap_ratio, compat=compat)
             groups.append(HybridGroup(blocks, overlap, embed_dim, mlp_ratio, residual_conv))
         self.first = ConvNorm(in_chans, embed_dim, 3, norm=False, bias=True)

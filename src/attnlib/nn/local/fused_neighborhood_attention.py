@@ -146,6 +146,11 @@ class FusedNeighborhoodAttention(Mechanism):
             streaming=causal and self.rank == 1 and to_tuple("stride", self.stride, 1)[0] == 1,
         )
 
+    @property
+    def tables(self) -> dict[str, int]:
+        """Tables of places, by how many of their last axes are places."""
+        return {} if self.rpb is None else {"rpb": self.rpb.dim() - 1}
+
     def _full_grid(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         sides, steps, causal = (
             to_tuple(name, value, len(grid))

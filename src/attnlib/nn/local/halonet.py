@@ -30,7 +30,7 @@ from ...checks import check_choice, check_flag, check_int, check_rank, check_rea
 from ...ops.halo import halo_attention
 from ...types import Traits, check_divides
 from ..base import PADS, Mechanism
-from ..layers import flat_valid, merge_heads, split_heads, strided_valid, zero_invalid
+from ..layers import cell_means, flat_valid, merge_heads, split_heads, strided_valid, zero_invalid
 from ..registry import register
 from ..released import Released, Rule
 
@@ -276,12 +276,7 @@ class HaloDownsampling(nn.Module):
             x, valid = F.pad(x, (0, 0, 0, ends[1], 0, ends[0])), F.pad(valid, (0, ends[1], 0, ends[0]))
         y = self.halo(x, valid)
         if self.average:
-            y = y if valid is None else y.masked_fill(~valid.unsqueeze(-1), 0.0)
-            cells = F.avg_pool2d(y.permute(0, 3, 1, 2), self.stride, ceil_mode=True, count_include_pad=False)
-            y = cells.permute(0, 2, 3, 1)
-            if valid is not None:
-                share = F.avg_pool2d(valid.to(y.dtype).unsqueeze(1), self.stride, ceil_mode=True)
-                y = y / share.clamp(min=torch.finfo(y.dtype).tiny).permute(0, 2, 3, 1)
+            y = cell_means(y, self.stride, valid)
         exists = strided_valid(valid, self.stride)
         if exists is not None:
             y = y.masked_fill(~exists.unsqueeze(-1), 0.0)

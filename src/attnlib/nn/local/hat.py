@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ...checks import check_choice, check_int, check_real
 from ...ops.halo import halo_attention
+from ...positions import dense_window_bias
 from ...types import Traits
 from ..base import PADS, Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
@@ -91,6 +92,11 @@ class OverlappingCrossAttention(Mechanism):
         nn.init.trunc_normal_(self.rel_bias, std=0.02)
 
     @property
+    def tables(self) -> dict[str, int]:
+        """Tables of places, by how many of their last axes are places."""
+        return {"rel_bias": 2}
+
+    @property
     def traits(self) -> Traits:
         return self.class_traits.but(grid_multiple=self._grid_multiple)
 
@@ -98,23 +104,14 @@ class OverlappingCrossAttention(Mechanism):
     def grid_step(self) -> int:
         return self.window_size
 
-    def _bias(self) -> Tensor:
-        """(H, w^2, (w + 2 h)^2)."""
-        w = self.window_size
-        at = torch.arange(w + 2 * self.halo, device=self.rel_bias.device) - torch.arange(
-            w, device=self.rel_bias.device
-        ).unsqueeze(1)
-        at = at + w - 1  # (query, key) on one axis
-        rows = self.rel_bias.index_select(1, at.flatten()).unflatten(1, at.shape)
-        table = rows.index_select(3, at.flatten()).unflatten(3, at.shape)  # (H, qy, ky, qx, kx)
-        return table.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)
-
     def mix(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
         grid = x.shape[1:-1]
         q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, -1))
+        w, side = self.window_size, self.window_size + 2 * self.halo
+        bias = dense_window_bias(self.rel_bias, (w, w), (side, side))
         out = halo_attention(
             q, k, v, grid, self.window_size, self.halo, border="mask" if self.compat is None else "zeros",
-            bias=self._bias(), valid=flat_valid(valid), scale=self.scale,
+            bias=bias, valid=flat_valid(valid), scale=self.scale,
         )  # fmt: skip
         return self.proj(merge_heads(out, grid))
 

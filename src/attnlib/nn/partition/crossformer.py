@@ -31,13 +31,13 @@ from torch import Tensor, nn
 from ...checks import check_choice, check_flag, check_int
 from ...grids import Windows
 from ...masks import Mask
-from ...ops.partition import window_attention
 from ...positions import dense_window_bias
 from ...types import Traits
 from ..base import Mechanism
-from ..layers import flat_valid, head_dim_of, through
+from ..layers import head_dim_of
 from ..registry import register
 from ..released import Released
+from .maxvit import attend_in_windows
 
 KINDS = ("near", "far")
 
@@ -170,15 +170,8 @@ class LongShortAttention(Mechanism):
     ) -> Tensor:
         grid = tuple(x.shape[1:-1])
         group, interval = self.groups(grid)
-        size, apart = (group,) * 2, (interval,) * 2
-        windows = Windows(grid, size, interval=apart)
-        x = windows.cut(x)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(3, 0, 1, 4, 2, 5)
-        out = window_attention(
-            q, k, v, grid, size, interval=apart, cut=True, valid=flat_valid(valid), mask=mask, bias=self._bias(group),
-            scale=self.scale, dropout_p=self.attn_drop if self.training else 0.0,
-        )  # fmt: skip
-        return windows.join(through(self.proj_drop, self.proj(out.transpose(2, 3).flatten(3))))
+        windows = Windows(grid, (group,) * 2, interval=(interval,) * 2)
+        return attend_in_windows(self, x, windows, self._bias(group), self.scale, valid, mask)
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -51,6 +51,29 @@ def _window_of(name: str, size: PerAxis, rank: int | None) -> tuple[int, ...]:
     return check_grid(name, to_tuple(name, size, rank))
 
 
+def attend_in_windows(
+    m: Any, x: Tensor, windows: Windows, bias: Tensor | None, scale: float, valid: Tensor | None, mask: Mask | None
+) -> Tensor:
+    """Attention of a mechanism's ``qkv`` and ``proj`` inside windows, both applied behind the cut: (B, *grid, C).
+
+    Args:
+        m: has ``qkv``, ``proj``, ``proj_drop``, ``attn_drop``, ``num_heads`` and ``head_dim``.
+        x: (B, *grid, C), on a grid that the windows divide.
+        windows: which.
+        bias: (H, S, S) inside a window.
+        scale: of the scores.
+        valid: (B, *grid) boolean, which tokens exist.
+        mask: which pairs may meet besides.
+    """
+    q, k, v = m.qkv(windows.cut(x)).unflatten(-1, (3, m.num_heads, m.head_dim)).permute(3, 0, 1, 4, 2, 5)
+    out = window_attention(
+        q, k, v, windows.grid, windows.size, windows.kind, shift=windows.shift or 0, interval=windows.interval or 1,
+        cut=True, valid=flat_valid(valid), mask=mask, bias=bias, scale=scale,
+        dropout_p=m.attn_drop if m.training else 0.0,
+    )  # fmt: skip
+    return windows.join(through(m.proj_drop, m.proj(out.transpose(2, 3).flatten(3))))
+
+
 class PartitionAttention(Mechanism):
     """Multi-head attention inside block or grid windows, with a relative bias.
 
@@ -180,13 +203,7 @@ class PartitionAttention(Mechanism):
         check_windows(grid, self.window_size)
         shift = tuple(0 if n <= w else s for n, w, s in zip(grid, self.window_size, self.shift, strict=True))
         windows = Windows(grid, self.window_size, self.kind, shift)
-        x = windows.cut(x)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(3, 0, 1, 4, 2, 5)
-        out = window_attention(
-            q, k, v, grid, self.window_size, self.kind, shift=shift, cut=True, valid=flat_valid(valid), mask=mask,
-            bias=self._bias(), scale=self.head_dim**-0.5, dropout_p=self.attn_drop if self.training else 0.0,
-        )  # fmt: skip
-        return windows.join(through(self.proj_drop, self.proj(out.transpose(2, 3).flatten(3))))
+        return attend_in_windows(self, x, windows, self._bias(), self.head_dim**-0.5, valid, mask)
 
     @staticmethod
     def convert_state_dict(
