@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
+import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ from rich.table import Table
 
 from ..types import check_choice
 
-#: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
-ENGINES = ("linear", "local", "sparse", "multimodal", "cache", "hooks")
+#: Suites that stand in :mod:`attnlib.bench.studies`: every module of it, but for those that are run by hand.
+STUDIES = tuple(
+    m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / "studies")]) if m.name not in ("language",)
+)
 
-#: Those of them that stand in :mod:`attnlib.bench.studies`.
-STUDIES = ("multimodal",)
+#: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
+ENGINES = ("linear", "local", "sparse", "cache", "hooks", *STUDIES)
 
 #: Those that run models of transformers.
 NEEDS_HF = ("multimodal", "cache", "hooks")
@@ -33,7 +37,14 @@ def suites() -> list[str]:
 
 def _engine(name: str, out: Path | None, progress: Any) -> dict[str, Any]:
     room = "studies" if name in STUDIES else "speed"
-    result = importlib.import_module(f".{room}.{name}", __name__).measure(progress=progress)
+    measure = importlib.import_module(f".{room}.{name}", __name__).measure
+    known, kept = inspect.signature(measure).parameters, None
+    given: dict[str, Any] = {"progress": progress}
+    if out is not None and "keep" in known:  # a study that was stopped goes on
+        kept = given["keep"] = out / f".{name}.partial.jsonl"
+    if out is not None and "pictures" in known:
+        given["pictures"] = out
+    result = measure(**given)
     if out is not None:
         path = out / f"{name}-cpu.json"
         held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -42,6 +53,8 @@ def _engine(name: str, out: Path | None, progress: Any) -> dict[str, Any]:
                 result[beside] = held[beside]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if kept is not None:
+            kept.unlink(missing_ok=True)
     return result
 
 

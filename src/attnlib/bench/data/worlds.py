@@ -1,0 +1,141 @@
+"""Small worlds for vision: digits on clutter, crops of photographs, digits that move. All truth is known.
+
+>>> images, labels = cluttered_digits(4, side=28, part="train", generator=torch.Generator().manual_seed(0))
+>>> images.shape, labels.shape
+(torch.Size([4, 1, 28, 28]), torch.Size([4]))
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...checks import check_choice, check_int
+from .files import _TEST_PHOTOS, _TRAIN_PHOTOS, _packaged, _read_photo, digits
+
+PARTS = ("train", "test")
+
+#: Names of the photographs that :func:`texture_crops` tells apart, by label.
+TEXTURES = tuple(name.rpartition("/")[2].partition(".")[0] for _, name in (*_TRAIN_PHOTOS, *_TEST_PHOTOS))
+
+
+@functools.lru_cache(maxsize=4)
+def _glyphs(part: str, side: int) -> tuple[Tensor, Tensor]:
+    images, labels = digits().train if part == "train" else digits().test
+    large = F.interpolate(images.movedim(-1, 1), size=(side, side), mode="bilinear", align_corners=False)
+    return large[:, 0].clamp(0, 1), labels
+
+
+def _draws(count: int, low: int, high: int, generator: torch.Generator | None) -> list[int]:
+    return torch.randint(low, high, (count,), generator=generator).tolist()
+
+
+def cluttered_digits(
+    count: int, side: int = 32, part: str = "train", pieces: int = 8, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """One whole handwritten digit among pieces of others, anywhere in the image.
+
+    Args:
+        count: images.
+        side: pixels per side, at least 20; the digit has 14.
+        part: ``"train"`` or ``"test"``: digits written by hand that the other part does not hold.
+        pieces: quarters of other digits (7 x 7 pixels), which may lie over each other but not over the digit's middle.
+        generator: of what is drawn.
+
+    Returns:
+        Images (count, 1, side, side) in [0, 1] and labels (count,).
+    """
+    check_choice("part", part, PARTS)
+    check_int("side", side, least=20)
+    glyphs, labels = _glyphs(part, 14)
+    images = torch.zeros(count, side, side)
+    chosen = _draws(count, 0, len(glyphs), generator)
+    rows, columns = _draws(count, 0, side - 13, generator), _draws(count, 0, side - 13, generator)
+    total = count * pieces
+    which = _draws(total, 0, len(glyphs), generator)
+    tops, lefts = _draws(total, 0, side - 6, generator), _draws(total, 0, side - 6, generator)
+    corners = _draws(total, 0, 4, generator)
+    for i in range(count):
+        for j in range(i * pieces, (i + 1) * pieces):
+            top, left, a, b = tops[j], lefts[j], corners[j] // 2 * 7, corners[j] % 2 * 7
+            patch = images[i, top : top + 7, left : left + 7]
+            torch.maximum(patch, glyphs[which[j], a : a + 7, b : b + 7], out=patch)
+        images[i, rows[i] : rows[i] + 14, columns[i] : columns[i] + 14] = glyphs[chosen[i]]
+    return images.unsqueeze(1), labels[chosen]
+
+
+@functools.lru_cache(maxsize=1)
+def _photographs() -> tuple[Tensor, ...]:
+    return tuple(
+        _read_photo(_packaged(*place)).movedim(-1, 0).float() / 255 for place in (*_TRAIN_PHOTOS, *_TEST_PHOTOS)
+    )
+
+
+def texture_crops(
+    count: int, side: int = 32, part: str = "train", generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Grey crops of real photographs; the label says of which one. Colour, brightness and contrast tell nothing.
+
+    Args:
+        count: crops.
+        side: pixels per side, at most 96.
+        part: ``"train"``: crops of the left two thirds of every photograph; ``"test"``: of its right third, which no
+            training crop reaches.
+        generator: of what is drawn.
+
+    Returns:
+        Crops (count, 1, side, side), each with mean 0 and standard deviation 1, and labels (count,) among
+        :data:`TEXTURES`.
+    """
+    check_choice("part", part, PARTS)
+    check_int("side", side, least=4, most=96)
+    labels = torch.randint(len(TEXTURES), (count,), generator=generator)
+    at = torch.rand(count, 3, generator=generator).tolist()
+    crops = []
+    for label, (row, column, flip) in zip(labels.tolist(), at, strict=True):
+        photo = _photographs()[label]
+        height, width = photo.shape[1:]
+        left, right = (0, width * 2 // 3) if part == "train" else (width * 2 // 3, width)
+        top = int(row * (height - side + 1))
+        left += int(column * (right - left - side + 1))
+        crop = photo[:, top : top + side, left : left + side].mean(0)
+        crops.append(crop.flip(1) if flip < 0.5 else crop)
+    out = torch.stack(crops)
+    out = out - out.mean((1, 2), keepdim=True)
+    return (out / (out.std((1, 2), keepdim=True) + 1e-4)).unsqueeze(1), labels
+
+
+def moving_digits(
+    count: int, frames: int = 8, side: int = 32, part: str = "train", generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Videos of one digit that moves steadily and bounces at the borders.
+
+    Args:
+        count: videos.
+        frames: of each.
+        side: pixels per side, at least 16.
+        part: ``"train"`` or ``"test"``, as of :func:`cluttered_digits`.
+        generator: of what is drawn.
+
+    Returns:
+        Videos (count, frames, side, side, 1) in [0, 1] and labels (count,).
+    """
+    check_choice("part", part, PARTS)
+    check_int("side", side, least=16)
+    check_int("frames", frames, least=1)
+    glyphs, labels = _glyphs(part, 14)
+    room = side - 14
+    chosen = _draws(count, 0, len(glyphs), generator)
+    start = torch.rand(count, 2, generator=generator) * room
+    speed = (torch.rand(count, 2, generator=generator) - 0.5) * 6
+    path = start[:, None] + speed[:, None] * torch.arange(frames)[None, :, None]
+    place = (room - (path.remainder(2 * room) - room).abs()).round().long().tolist()  # a mirror at both borders
+    out = torch.zeros(count, frames, side, side)
+    for i in range(count):
+        for t in range(frames):
+            row, column = place[i][t]
+            out[i, t, row : row + 14, column : column + 14] = glyphs[chosen[i]]
+    return out.unsqueeze(-1), labels[chosen]

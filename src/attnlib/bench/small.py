@@ -1,0 +1,207 @@
+"""What small studies share: a model trained for a minute, the same for every contestant and seed, and what came of it.
+
+>>> rows = study(["plain", "ours"], lambda name, seed: {"accuracy": {"plain": 80.0, "ours": 90.0}[name] + seed % 2},
+...              metric="accuracy", baseline="plain")["rows"]
+>>> [(r["name"], r["accuracy"]["mean"] > 85, r["against"]["mean"]) for r in rows]
+[('plain', False, 0.0), ('ours', True, 10.0)]
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_int, check_real
+from .plots import _FAINT, PALETTE, _figure
+from .stats import Interval, mean_interval, paired_interval
+from .store import identity, plain, write_text
+
+Progress = Callable[[str], None]
+
+
+def fit(
+    model: nn.Module,
+    batch: Callable[[torch.Generator], Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    steps: int,
+    lr: float = 1e-3,
+    seed: int = 0,
+    weight_decay: float = 0.01,
+    warmup: float = 0.1,
+    clip: float = 1.0,
+) -> list[float]:
+    """Train a model with AdamW, a warm-up and a cosine; the batches depend on the seed alone.
+
+    Args:
+        model: trained in place, left in training mode.
+        batch: from a generator to what ``loss`` takes.
+        loss: from the model and a batch to a scalar.
+        steps: optimiser steps.
+        lr: learning rate at its highest.
+        seed: of batches and of dropout.
+        weight_decay: of AdamW.
+        warmup: share of the steps over which the rate rises.
+        clip: largest gradient norm.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    check_int("steps", steps, least=1)
+    check_real("lr", lr, above=0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay
+    )
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    model.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        for step in range(steps):
+            rise = min(1.0, (step + 1) / max(1.0, warmup * steps))
+            for group in optimizer.param_groups:
+                group["lr"] = lr * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+            value = loss(model, batch(generator))
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            losses.append(float(value.detach()))
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"the loss is {losses[-1]} at step {step + 1} of {steps}")
+    return losses
+
+
+def study(
+    names: Sequence[str],
+    run: Callable[[str, int], Mapping[str, float]],
+    metric: str,
+    baseline: str | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    progress: Progress | None = None,
+    keep: str | Path | None = None,
+    key: Any = None,
+) -> dict[str, Any]:
+    """Run every contestant with every seed, and say with 95 % intervals what came of it.
+
+    Args:
+        names: of the contestants.
+        run: from a name and a seed to numbers by name; the same seed must give every contestant the same data.
+        metric: the number that contestants are compared by.
+        baseline: the contestant that the others are held against, seed by seed.
+        seeds: at least one; an interval needs two.
+        progress: called with a line after every run.
+        keep: a file that takes every run as soon as it has ended, and from which a later call goes on; ``None`` for
+            none.
+        key: what runs in that file depend on beside name and seed, such as steps and sizes.
+
+    Returns:
+        ``metric``, ``baseline``, ``seeds``, ``runs`` (every number), and ``rows``: per contestant ``name``, every
+        number as ``{"mean", "half", "n"}``, and ``against``: the paired difference of the metric from the baseline.
+    """
+    if baseline is not None and baseline not in names:
+        raise ValueError(f"baseline={baseline!r} is not among the contestants {list(names)}")
+    mark = identity(key)
+    file = None if keep is None else Path(keep)
+    runs: list[dict[str, Any]] = []
+    if file is not None and file.exists():
+        runs = [r for r in map(json.loads, file.read_text(encoding="utf-8").splitlines()) if r.get("key") == mark]
+    for seed in seeds:
+        for name in names:
+            if any(r["name"] == name and r["seed"] == seed for r in runs):
+                continue
+            numbers = plain(dict(run(name, seed)))
+            runs.append({"name": name, "seed": seed, "key": mark, **numbers})
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps(runs[-1]) + "\n")
+            if progress is not None:
+                shown = ", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if isinstance(v, (int, float)))
+                progress(f"{name}, seed {seed}: {shown}")
+    wanted = [r for r in runs if r["name"] in names and r["seed"] in seeds]
+    by_name = {n: {r["seed"]: r for r in wanted if r["name"] == n} for n in names}
+    rows = []
+    for name, own in by_name.items():
+        first = next(iter(own.values()))
+        measured = [k for k, v in first.items() if k not in ("seed", "key") and isinstance(v, (int, float))]
+        row: dict[str, Any] = {"name": name}
+        row |= {k: interval(mean_interval([r[k] for r in own.values()])) for k in measured}
+        if baseline is not None:
+            values = {s: r[metric] for s, r in own.items()}
+            gap = paired_interval(values, {s: r[metric] for s, r in by_name[baseline].items()})
+            row["against"] = None if gap is None else interval(gap)
+        rows.append(row)
+    shown = [{k: v for k, v in r.items() if k != "key"} for r in wanted]
+    return {"metric": metric, "baseline": baseline, "seeds": list(seeds), "rows": rows, "runs": shown}
+
+
+def interval(found: Interval) -> dict[str, float | int | None]:
+    """An interval as plain values."""
+    return {"mean": found.mean, "half": found.half, "n": found.n}
+
+
+def told(row: Mapping[str, Any], metric: str, digits: int = 1) -> str:
+    """``"81.2 ± 0.4"``."""
+    held = row[metric]
+    half = "" if held["half"] is None else f" ± {held['half']:.{digits}f}"
+    return f"{held['mean']:.{digits}f}{half}"
+
+
+def picture(
+    path: str | Path,
+    curves: Mapping[str, Sequence[tuple[Any, float, float | None]]],
+    x: str,
+    y: str,
+    title: str,
+    log: Sequence[str] = (),
+    dashed: Sequence[str] = (),
+) -> None:
+    """Write an SVG of means with their intervals.
+
+    Args:
+        path: of the file.
+        curves: by label, points ``(x, mean, half or None)``; names instead of numbers for x give columns.
+        x, y: what the axes show, with units.
+        title: above.
+        log: ``"x"``, ``"y"`` or both, for logarithmic axes.
+        dashed: labels of baselines.
+    """
+    figure, axes = _figure(6.4, 4.0)
+    names: list[str] = []
+    for points in curves.values():
+        names += [p[0] for p in points if isinstance(p[0], str) and p[0] not in names]
+    for i, (label, points) in enumerate(curves.items()):
+        colour = PALETTE[i % len(PALETTE)]
+        shift = (i - (len(curves) - 1) / 2) * 0.6 / max(1, len(curves))
+        at = [names.index(p[0]) + shift if names else p[0] for p in points]
+        axes.errorbar(
+            at, [p[1] for p in points], yerr=[p[2] or 0.0 for p in points], label=label, color=colour, capsize=2.5,
+            marker="o", markersize=4, linewidth=1.4, linestyle="none" if names else "--" if label in dashed else "-",
+        )  # fmt: skip
+    if names:
+        axes.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=8)
+    for axis in log:
+        (axes.set_xscale if axis == "x" else axes.set_yscale)("log")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title, fontsize=10)
+    if len(curves) > 1:
+        axes.legend(fontsize=8, frameon=False)
+    import matplotlib
+
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "attnlib"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, facecolor="white")
+    write_text(place, buffer.getvalue().replace(_FAINT, "#d8d8d8"))
