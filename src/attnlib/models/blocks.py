@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checks import check_ints
+from ..grids import Layout
 from ..nn.base import Mechanism
 from ..nn.layers import (
     ConvNorm,
@@ -96,7 +97,12 @@ def fitted(name: str, settings: Mapping[str, Any] | None = None, rank: int = 2) 
 
 
 def mix(
-    mixer: nn.Module, x: Tensor, context: Tensor | None = None, carry: Any = None, valid: Tensor | None = None
+    mixer: nn.Module,
+    x: Tensor,
+    context: Tensor | None = None,
+    carry: Any = None,
+    valid: Tensor | None = None,
+    layout: Layout | None = None,
 ) -> tuple[Tensor, Any, dict]:
     """Call a mechanism on ``x``: on its grid when it takes that rank, on the flattened grid otherwise.
 
@@ -106,6 +112,8 @@ def mix(
         context: (B, *grid', C) for cross patterns.
         carry: what the mechanism of the block before handed on.
         valid: (B, *grid) boolean, which tokens exist.
+        layout: what the tokens (B, N, C) are, when some lie beside the grid; a mechanism that takes no layouts mixes
+            them as a sequence.
 
     Returns:
         The tokens (B, *grid, C), the carry for the next block and the named losses.
@@ -116,7 +124,8 @@ def mix(
     traits: Any = mixer.traits
     rank = x.dim() - 2
     grid = x.shape[1:-1]
-    flat = rank not in traits.grid_ranks
+    beside = layout is not None and traits.layout
+    flat = rank not in traits.grid_ranks and not beside
     if flat:
         if 1 not in traits.grid_ranks:
             raise ValueError(f"x has a grid of rank {rank}, but the mechanism takes ranks {sorted(traits.grid_ranks)}")
@@ -129,6 +138,8 @@ def mix(
         extra["context"] = context
     if valid is not None:
         extra["valid"] = valid
+    if beside:
+        extra["layout"] = layout
     if traits.carries:
         extra["carry"] = carry
     out = mixer(x, **extra, returns=returns) if returns else mixer(x, **extra)
@@ -166,12 +177,17 @@ class Residual(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(
-        self, x: Tensor, valid: Tensor | None = None, carry: Any = None, losses: dict[str, Tensor] | None = None
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        carry: Any = None,
+        losses: dict[str, Tensor] | None = None,
+        layout: Layout | None = None,
     ) -> tuple[Tensor, Any]:
         """(B, *grid, C) -> the same and the carry; losses of the mechanism are added into ``losses``."""
         y = x if self.post_norm else self.norm(x)
         if isinstance(self.inner, Mechanism):
-            y, carry, own = mix(self.inner, y, None, carry, valid)
+            y, carry, own = mix(self.inner, y, None, carry, valid, layout)
             if losses is not None:
                 for name, loss in own.items():
                     losses[name] = losses[name] + loss if name in losses else loss
@@ -222,12 +238,17 @@ class Block(nn.Module):
         self.mlp = None if mlp is None else Residual(dim, mlp, norm, drop_path, layer_scale, post_norm)
 
     def forward(
-        self, x: Tensor, valid: Tensor | None = None, carry: Any = None, losses: dict[str, Tensor] | None = None
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        carry: Any = None,
+        losses: dict[str, Tensor] | None = None,
+        layout: Layout | None = None,
     ) -> tuple[Tensor, Any]:
         """(B, *grid, C) -> the same, and the carry for the next block."""
         if self.position is not None:
             x = self.position(x, valid)
-        x, carry = self.mixer(x, valid, carry, losses)
+        x, carry = self.mixer(x, valid, carry, losses, layout)
         if self.mlp_position is not None:
             x = self.mlp_position(x, valid)
         if self.mlp is not None:

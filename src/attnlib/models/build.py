@@ -343,7 +343,7 @@ def load_pretrained(model: Any, source: str | Path | Mapping[str, Tensor] | None
             state[key] = _adapt_channels(value, like.shape[1])
             done.adapted.append(key)
         elif (axes := _table_axes(model, key)) and value.shape[:-axes] == like.shape[:-axes]:
-            state[key] = resized(value, like.shape[-axes:])
+            state[key] = resized(value, like.shape[-axes:], antialias=getattr(model, "antialias", False))
             done.resized.append(key)
     done.dropped = sorted(set(done.dropped))
     for key in done.dropped:
@@ -403,17 +403,19 @@ def _table_axes(model: nn.Module, key: str) -> int:
         return 0
 
 
-def resized(table: Tensor, sides: Sequence[int], mode: str = "bicubic") -> Tensor:
+def resized(table: Tensor, sides: Sequence[int], mode: str = "bicubic", antialias: bool = False) -> Tensor:
     """A table (..., *places) interpolated to other numbers of places, in float32.
 
     Args:
         table: its last ``len(sides)`` axes, one or two, are places.
         sides: new numbers of places.
         mode: ``"bicubic"`` or ``"bilinear"``, corners not aligned.
+        antialias: low-pass filter before a table is made smaller.
     """
     check_choice("mode", mode, ("bicubic", "bilinear"))
     axes = len(sides)
     lead = table.shape[:-axes]
     flat = table.detach().float().reshape(-1, 1, *([1] if axes == 1 else []), *table.shape[-axes:])
     size = [*([1] if axes == 1 else []), *sides]
-    return F.interpolate(flat, size=size, mode=mode, align_corners=False).reshape(*lead, *sides).to(table.dtype)
+    made = F.interpolate(flat, size=size, mode=mode, align_corners=False, antialias=antialias)
+    return made.reshape(*lead, *sides).to(table.dtype)

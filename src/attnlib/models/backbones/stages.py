@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,9 @@ class Head(nn.Module):
         classifier: makes the last map from two widths.
     """
 
+    #: What ``pool`` can be.
+    pools: ClassVar[tuple[str, ...]] = ("avg", "max", "")
+
     def __init__(
         self,
         dim: int,
@@ -75,7 +78,7 @@ class Head(nn.Module):
         classifier: Callable[[int, int], nn.Module] = nn.Linear,
     ):
         super().__init__()
-        check_choice("global_pool", pool, ("avg", "max", ""))
+        check_choice("global_pool", pool, self.pools)
         self.pool, self.dim, self.hidden, self.classifier = pool, dim, hidden, classifier
         self.norm = nn.Identity() if norm is None else norm(dim)
         self.pre = nn.Linear(dim, hidden) if hidden else None
@@ -87,7 +90,7 @@ class Head(nn.Module):
     def reset(self, num_classes: int, pool: str | None = None) -> None:
         """A new linear map."""
         if pool is not None:
-            check_choice("global_pool", pool, ("avg", "max", ""))
+            check_choice("global_pool", pool, self.pools)
             self.pool = pool
         like = next(self.parameters(), None)
         width = self.hidden or self.dim
