@@ -531,6 +531,19 @@ def conv_any_size(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | Non
     return x[:, slice(*cuts[0]), slice(*cuts[1])]
 
 
+def resize_map(x: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
+    """(B, H, W, C) at another size, corners not aligned; as it is where that is its size.
+
+    >>> resize_map(torch.tensor([0.0, 1.0]).view(1, 1, 2, 1), (1, 4)).flatten().tolist()
+    [0.0, 0.25, 0.75, 1.0]
+    """
+    size = (int(size[0]), int(size[1]))
+    if tuple(x.shape[1:3]) == size:
+        return x
+    options = {} if mode == "nearest" else {"align_corners": False}
+    return F.interpolate(x.permute(0, 3, 1, 2), size, mode=mode, **options).permute(0, 2, 3, 1)
+
+
 def cell_means(x: Tensor, side: int, valid: Tensor | None = None) -> Tensor:
     """Means of cells of ``side`` x ``side`` tokens over those that exist: (B, H, W, C) -> (B, ceil(H / s), ..., C).
 
