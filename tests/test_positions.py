@@ -268,3 +268,13 @@ def test_scalings_that_are_none(scaling, words):
         attnlib.create("softmax-attention", dim=16, num_heads=2, rotary=100.0, rotary_scaling=scaling)
     with pytest.raises(ValueError, match="needs a rotary base"):
         attnlib.create("softmax-attention", dim=16, num_heads=2, rotary_scaling={"rope_type": "linear", "factor": 2.0})
+
+
+def test_axis_factors_of_a_whole_grid_are_laid_out_like_looked_up_ones():
+    g = torch.Generator().manual_seed(0)
+    factors = [torch.randn(*shape, generator=g) for shape in ((2, 1, 5, 3), (1, 4, 5, 2), (2, 4, 5, 4))]
+    grids = coordinates([3, 2, 4])
+    whole, given = P.AxisBias(factors).dense(), P.AxisBias(factors, grids).dense()
+    assert whole.shape == (2, 4, 5, 24) and torch.equal(whole, given)
+    assert torch.equal(P.AxisBias(factors).block(slice(1, 3), slice(None)), given[:, :, 1:3])
+    assert torch.equal(P.AxisBias(factors).block(slice(1, 3), slice(2, 9)), given[:, :, 1:3, 2:9])

@@ -274,6 +274,7 @@ class AxisBias(Bias):
             if not alike:
                 raise ValueError(f"factors must share B, H and N, got {[tuple(f.shape) for f in factors]}")
             check_device(**{"factors[0]": first, f"factors[{i}]": f})
+        self.full = k_coords is None  # the keys are the whole grid in order: nothing has to be looked up
         if k_coords is None:
             k_coords = coordinates([f.shape[-1] for f in factors], first.device)
         check_whole("k_coords", k_coords)
@@ -289,6 +290,11 @@ class AxisBias(Bias):
         self.factors, self.k_coords = list(factors), k_coords
 
     def block(self, rows: slice, cols: slice | Tensor) -> Tensor:
+        if self.full and isinstance(cols, slice) and cols == slice(None):
+            whole = self.factors[0][:, :, rows]
+            for factor in self.factors[1:]:
+                whole = (whole.unsqueeze(-1) + factor[:, :, rows].unsqueeze(-2)).flatten(-2)
+            return whole
         k = self.k_coords[cols]
         total: Tensor | None = None
         for axis, factor in enumerate(self.factors):
@@ -315,7 +321,7 @@ class AxisBias(Bias):
     @classmethod
     def rebuild(cls, tensors: list[Tensor], settings: list[Any]) -> Bias:
         out = object.__new__(cls)
-        out.factors, out.k_coords = list(tensors[:-1]), tensors[-1]
+        out.factors, out.k_coords, out.full = list(tensors[:-1]), tensors[-1], False
         return out
 
 

@@ -126,8 +126,8 @@ def study(
                 with file.open("a", encoding="utf-8") as out:
                     out.write(json.dumps(runs[-1]) + "\n")
             if progress is not None:
-                shown = ", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if isinstance(v, (int, float)))
-                progress(f"{name}, seed {seed}: {shown}")
+                said = ", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if isinstance(v, (int, float)))
+                progress(f"{name}, seed {seed}: {said}")
     wanted = [r for r in runs if r["name"] in names and r["seed"] in seeds]
     by_name = {n: {r["seed"]: r for r in wanted if r["name"] == n} for n in names}
     rows = []

@@ -1,0 +1,236 @@
+"""Mechanisms of the grid family in one small backbone: quality, time, memory and what a token sees.
+
+``attnlib bench --suite mixers --out benchmarks/results`` measures again what ``mixers-cpu.json`` holds and draws it.
+Every contestant stands in the same four blocks on a map of 16 x 16 tokens (images of 32 x 32 pixels, patches of 2) with
+a learned table of positions; hidden layers of the MLPs are made as wide as it takes for all to have the parameters of
+the plain vision transformer. Two tasks: a handwritten digit among pieces of others, and the photograph that a crop is
+from, told on parts of the photographs that were not trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...models.backbones.stages import Backbone, Head, Stage
+from ...models.blocks import Block, Place, fitted, places
+from ...nn.layers import Mlp, Patchify, normed
+from ...nn.partition.crossformer import LongShortAttention
+from ...nn.partition.maxvit import PartitionAttention
+from ..clock import interleave, machine, peak_bytes
+from ..data.worlds import TEXTURES, cluttered_digits, texture_crops
+from ..small import Progress, fit, picture, study
+
+SIDE, PATCH, DIM, HEADS, DEPTH, RATIO = 32, 2, 48, 4, 4, 3.0
+
+#: Task -> (how images are drawn, classes).
+TASKS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], int]] = {
+    "digits on clutter": (cluttered_digits, 10),
+    "texture crops": (texture_crops, len(TEXTURES)),
+}
+
+BASELINE = "vision transformer"
+
+
+class Convolutions(nn.Module):
+    """Two 3 x 3 convolutions with norms: the residual network that attention is held against."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(dim, hidden, 3, padding=1), nn.Conv2d(hidden, dim, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in (dim, hidden))
+
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, carry: Any = None, losses: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Any]:
+        y = x.permute(0, 3, 1, 2)
+        y = self.first(F.relu(self.norms[0](y)))
+        y = self.second(F.relu(self.norms[1](y)))
+        return x + y.permute(0, 2, 3, 1), carry
+
+
+def _swin(place: Place) -> nn.Module:
+    return PartitionAttention(place.dim, place.num_heads, 4, shift=2 * (place.block % 2))
+
+
+def _near_far(place: Place) -> nn.Module:
+    return LongShortAttention(place.dim, place.num_heads, 4, ("near", "far")[place.block % 2], 4)
+
+
+def _window_channel(place: Place) -> nn.Module:
+    return fitted("davit")(place) if place.block % 2 else PartitionAttention(place.dim, place.num_heads, 4)
+
+
+#: Contestant -> what makes its mechanism; ``None`` for the residual network.
+CONTESTANTS: dict[str, Callable[[Place], nn.Module] | None] = {
+    BASELINE: fitted("softmax-attention"),
+    "Swin windows": _swin,
+    "residual network": None,
+    "neighborhoods (NAT, 5 x 5)": fitted("dinat", {"kernel_size": 5}),
+    "near and far groups (CrossFormer)": _near_far,
+    "blocks and grids (MaxViT)": fitted("maxvit", {"window_size": 4}),
+    "windows and channels (DaViT)": _window_channel,
+    "halos (HaloNet)": fitted("halonet", {"block_size": 4, "halo_size": 2}),
+    "routed regions (BiFormer)": fitted("biformer", {"n_win": 4, "topk": 4}),
+    "agents": fitted("agent-attention", {"num_agents": 16}),
+    "focal modulation (FocalNet)": fitted("focalnet"),
+}
+
+
+class Positions(nn.Module):
+    """Patches and a learned table of positions."""
+
+    def __init__(self, dim: int, tokens: int):
+        super().__init__()
+        self.patches = Patchify(1, dim, PATCH)
+        self.table = nn.Parameter(0.02 * torch.randn(1, tokens, tokens, dim))
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        x, valid = self.patches(x, valid)
+        return x + self.table, valid
+
+
+def build(name: str, classes: int, hidden: int | None = None, side: int = SIDE) -> Backbone:
+    """A contestant; ``hidden`` is the width of its MLPs (of its convolutions, for the residual network)."""
+    make = CONTESTANTS[name]
+    hidden = int(RATIO * DIM) if hidden is None else hidden
+    blocks: list[nn.Module] = []
+    for place in places((DIM,), (DEPTH,), (HEADS,), (PATCH,))[0]:
+        if make is None:
+            blocks.append(Convolutions(DIM, hidden))
+        else:
+            blocks.append(Block(DIM, make(place), mlp=Mlp(DIM, hidden / DIM)))
+    head = Head(DIM, classes)
+    stem = Positions(DIM, side // PATCH)
+    return Backbone(stem, [Stage(blocks)], (DIM,), (PATCH,), nn.LayerNorm(DIM), head, classes, 1, side)
+
+
+def parameters(model: nn.Module) -> int:
+    """How many numbers are learned."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def width_for(name: str, goal: int, classes: int) -> int:
+    """The hidden width with which a contestant has the wanted number of parameters, as nearly as whole widths can."""
+    with torch.device("meta"):
+        low, high = (parameters(build(name, classes, h)) for h in (1, 2))
+    return max(1, round(1 + (goal - low) / (high - low)))
+
+
+def receptive_field(model: Backbone, images: Tensor) -> float:
+    """Pixels from the middle at which what the middle token of the last map depends on lies, on average.
+
+    Weighted by the squared gradient of the token's mean with regard to every pixel (Luo et al., 2016).
+    """
+    x = images.clone().requires_grad_()
+    y = normed(model.norm, model.forward_features(x), None)
+    at = y.shape[1] // 2
+    (grad,) = torch.autograd.grad(y[:, at, at].mean(-1).sum() + (y[:, at, at] ** 2).sum(), x)
+    mass = grad.square().sum((0, 1))
+    centre = (at + 0.5) * PATCH - 0.5
+    rows, columns = (torch.arange(n).float() - centre for n in mass.shape)
+    distance = (rows[:, None] ** 2 + columns[None] ** 2).sqrt()
+    return float((mass * distance).sum() / mass.sum())
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Percent."""
+    model.eval()
+    return 100 * float((torch.cat([model(part) for part in images.split(128)]).argmax(-1) == labels).float().mean())
+
+
+def costs(goal: int, side: int = 64, batch: int = 4, repeats: int = 5) -> dict[str, dict[str, float]]:
+    """Seconds and bytes of a training step at ``side`` pixels, all contestants in turn."""
+    x = torch.randn(batch, 1, side, side)
+
+    def step(model: nn.Module) -> Callable[[], None]:
+        def run() -> None:
+            model.zero_grad(set_to_none=True)
+            model(x).square().sum().backward()
+
+        return run
+
+    steps = {}
+    for name in CONTESTANTS:
+        torch.manual_seed(0)
+        steps[name] = step(build(name, 10, width_for(name, goal, 10), side))
+    times = interleave(steps, repeats)
+    plain = times[BASELINE].minimum
+    return {
+        name: {
+            "step_seconds": times[name].minimum, "x_plain": times[name].minimum / plain,
+            "peak_megabytes": peak_bytes(run) / 1e6,
+        }
+        for name, run in steps.items()
+    }  # fmt: skip
+
+
+def measure(
+    progress: Progress | None = None,
+    keep: str | Path | None = None,
+    pictures: str | Path | None = None,
+    steps: int = 400,
+    batch: int = 32,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    tested: int = 1024,
+    names: tuple[str, ...] | None = None,
+    cost_side: int = 64,
+) -> dict[str, Any]:
+    """Train every contestant on both tasks, and time it.
+
+    Args:
+        progress: told of every run.
+        keep: file to go on from; see :func:`attnlib.bench.small.study`.
+        pictures: folder for ``mixers-cpu.svg``.
+        steps, batch, seeds, tested: of training and of the test.
+        names: contestants; all by default. The plain vision transformer is always among them.
+        cost_side: pixels per side of the images that time and memory are taken on.
+
+    Returns:
+        Plain values, for JSON.
+    """
+    chosen = [n for n in CONTESTANTS if names is None or n in (*names, BASELINE)]
+    with torch.device("meta"):
+        goal = parameters(build(BASELINE, 10))
+    result: dict[str, Any] = {
+        "what": "mechanisms in one backbone of equal parameters", "machine": machine(), "steps": steps,
+        "batch": batch, "tested": tested, "tasks": {},
+    }  # fmt: skip
+    for task, (draw, classes) in TASKS.items():
+        test = draw(tested, part="test", generator=torch.Generator().manual_seed(1234))
+
+        def run(name: str, seed: int, draw: Any = draw, classes: int = classes, test: Any = test) -> dict[str, float]:
+            torch.manual_seed(seed)
+            model = build(name, classes, width_for(name, goal, classes))
+
+            def loss(m: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
+                return F.cross_entropy(m(given[0]), given[1])
+
+            losses = fit(model, lambda g: draw(batch, generator=g), loss, steps, lr=2e-3, seed=seed)
+            return {
+                "accuracy": accuracy(model, *test), "last_loss": sum(losses[-20:]) / len(losses[-20:]),
+                "sees_pixels": receptive_field(model.eval(), test[0][:16]), "parameters": parameters(model),
+            }  # fmt: skip
+
+        found = study(chosen, run, "accuracy", BASELINE, seeds, progress, keep, (task, steps, batch, tested))
+        majority = 100 * float(test[1].bincount().max()) / len(test[1])
+        result["tasks"][task] = {**found, "most frequent class": majority}
+    result["costs"] = {n: v for n, v in costs(goal, cost_side).items() if n in chosen}
+    if pictures is not None:
+        for task, found in result["tasks"].items():
+            curves = {
+                r["name"]: [(result["costs"][r["name"]]["x_plain"], r["accuracy"]["mean"], r["accuracy"]["half"])]
+                for r in found["rows"]
+            }
+            picture(
+                Path(pictures) / f"mixers-{task.split()[0]}-cpu.svg", curves,
+                f"time of a training step at {cost_side} pixels, times the vision transformer's", "accuracy, %",
+                f"{task}, equal parameters", log="x",
+            )  # fmt: skip
+    return result
