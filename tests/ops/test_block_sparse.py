@@ -52,7 +52,8 @@ def agree(inputs, plan, order, leaves=(), atol=1e-9, **call):
 @pytest.mark.parametrize("order", ["queries", "keys", None])
 @pytest.mark.parametrize(
     ("heads", "n", "m", "q_block", "k_block"),
-    [((4, 2, 4), 24, 20, 4, 4), ((4, 2, 1), 23, 18, 4, 5), ((2, 2, 2), 17, 19, 1, 5), ((2, 2, 2), 10, 7, 16, 8)],
+    [((4, 2, 4), 24, 20, 4, 4), ((4, 2, 1), 23, 18, 4, 5), ((2, 2, 2), 17, 19, 1, 5), ((2, 2, 2), 10, 7, 16, 8),
+     ((4, 2, 1), 9, 11, 1, 1)],
 )
 def test_equals_dense_attention_under_the_mask(order, heads, n, m, q_block, k_block):
     torch.manual_seed(0)
@@ -62,11 +63,11 @@ def test_equals_dense_attention_under_the_mask(order, heads, n, m, q_block, k_bl
 
 
 @pytest.mark.parametrize("order", ["queries", "keys"])
-@pytest.mark.parametrize("q_block", [1, 3])
-def test_valid_mask_and_every_form_of_bias(order, q_block):
+@pytest.mark.parametrize(("q_block", "k_block"), [(1, 5), (3, 5), (1, 1)])
+def test_valid_mask_and_every_form_of_bias(order, q_block, k_block):
     torch.manual_seed(1)
     n, m, heads = 23, 20, 2
-    plan = random_plan(2, heads, n, m, q_block, 5, 0.6)
+    plan = random_plan(2, heads, n, m, q_block, k_block, 0.6)
     inputs = tensors(2, heads, heads, heads, n, m)
     valid = torch.rand(2, m) < 0.7
     agree(inputs, plan, order, valid=valid, mask=masks.causal())

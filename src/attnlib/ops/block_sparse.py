@@ -36,7 +36,7 @@ from ..checks import (
 )
 from ..positions import AxisBias, Bias, DenseBias, RelativeBias
 from ..types import Partial, Plan, exactly, register_pytree, stats_dtype
-from . import eager
+from . import _elements, eager
 from ._call import AttentionCall, check_qkv, prepare
 from ._dispatch import Operator, twice, wants_gradient
 from ._guard import guarded
@@ -384,6 +384,9 @@ class _Work:
         self.least = torch.get_num_threads() if self.device.type == "cpu" else 1
         self.budget = self.least << 17 if self.device.type == "cpu" else 1 << 27
         self.buffers: dict[str, Tensor] = {}
+        self.pairs = q_block == k_block == 1 and _elements.serves(self.q)
+        if self.pairs:
+            self.budget <<= 2  # no keys are held beside the scores
 
     def blocks(self, x: Tensor, block: int, number: int) -> Tensor:
         """(B, H, N, D) -> (B, H, number, block, D), zeros behind the end, contiguous."""
@@ -511,6 +514,14 @@ class _Work:
         gathers = [] if self.plain else self.finish_scores(s, *self.where(rows, part, index), keep)
         return s, gathers
 
+    def pair_scores(
+        self, rows: slice | Tensor, index: Tensor, keep: Tensor | None, at_k: Tensor
+    ) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+        """Scores (r, 1, K) of single pairs, and the bias's gathers."""
+        s = _elements.products(self.q[rows, 0], self.k, at_k.view(index.shape), self.scale).unsqueeze(1)
+        gathers = [] if self.plain else self.finish_scores(s, *self.where(rows, slice(0, 1), index), keep)
+        return s, gathers
+
     def forward_by_queries(self, need_lse: bool) -> tuple[Tensor, Tensor | None]:
         out = self.q.new_zeros(self.rows, self.q_block, self.dv)
         lse = self.q.new_full((self.rows, self.q_block), float("-inf")) if need_lse else None
@@ -519,17 +530,23 @@ class _Work:
             index, keep = self.select(rows, width)
             r, span = index.shape[0], width * self.k_block
             at_k, at_v = self.places(rows, index)
-            k = self.gather("k", self.k, at_k).view(r, span, self.d)
-            v = self.gather("v", self.v, at_v).view(r, span, self.dv)
+            if not self.pairs:
+                k = self.gather("k", self.k, at_k).view(r, span, self.d)
+                v = self.gather("v", self.v, at_v).view(r, span, self.dv)
             for part in parts:
-                s, _ = self.scores(self.q[rows, part], k, rows, part, index, keep)
+                if self.pairs:
+                    s, _ = self.pair_scores(rows, index, keep, at_k)
+                else:
+                    s, _ = self.scores(self.q[rows, part], k, rows, part, index, keep)
                 top = s.amax(-1, keepdim=True) if need_lse or self.masked else None
                 p = self.buffer("p", *s.shape)
                 torch.softmax(s, -1, out=p)
                 if self.masked:
                     assert top is not None
                     p.masked_fill_(top == float("-inf"), 0.0)
-                if isinstance(rows, slice) and len(parts) == 1:
+                if self.pairs:
+                    out[rows, 0] = _elements.sums(p.view(index.shape), self.v, at_v.view(index.shape))
+                elif isinstance(rows, slice) and len(parts) == 1:
                     torch.bmm(p, v, out=out[rows])
                 else:
                     out[rows, part] = torch.bmm(p, v)
@@ -544,6 +561,9 @@ class _Work:
         self, grad: Tensor, delta: Tensor, lse: Tensor, grad_bias: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_q, grad_k, grad_v = torch.zeros_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v)
+        if self.pairs:
+            self.backward_by_pairs(grad, delta, lse, grad_bias, grad_q, grad_k, grad_v)
+            return grad_q, grad_k, grad_v
         parts = self.parts()
         for rows, width in self.pieces():
             index, keep = self.select(rows, width)
@@ -564,6 +584,25 @@ class _Work:
                 back = torch.bmm(ds.transpose(1, 2), q, out=self.buffer("back", r, span, self.d)).mul_(self.scale)
                 grad_k.index_add_(0, at_k, back.view(at_k.numel(), self.k_block * self.d))
         return grad_q, grad_k, grad_v
+
+    def backward_by_pairs(
+        self, grad: Tensor, delta: Tensor, lse: Tensor, grad_bias: list[Tensor], grad_q: Tensor, grad_k: Tensor,
+        grad_v: Tensor,
+    ) -> None:  # fmt: skip
+        """Adds to ``grad_q`` (rows, 1, D), ``grad_k`` and ``grad_v``, in place."""
+        for rows, width in self.pieces():
+            index, keep = self.select(rows, width)
+            at_k, at_v = (at.view(index.shape) for at in self.places(rows, index))
+            s, gathers = self.pair_scores(rows, index, keep, at_k)
+            q, g = self.q[rows, 0], grad[rows, 0]
+            p = s.sub_(lse[rows].unsqueeze(-1)).exp_().view(index.shape)
+            ds = _elements.products(g, self.v, at_v, 1.0).sub_(delta[rows]).mul_(p)
+            _add_bias_grad(grad_bias, gathers, ds.unsqueeze(1))
+            grad_q[rows, 0] = _elements.sums(ds, self.k, at_k).mul_(self.scale)
+            of_keys = _elements.Scatter(at_k, self.k.shape[0])
+            of_keys.add(grad_k, ds, q, self.scale)
+            shared = self.v_base is self.k_base
+            (of_keys if shared else _elements.Scatter(at_v, self.v.shape[0])).add(grad_v, p, g)
 
     # ---- by keys
 
