@@ -96,17 +96,6 @@ def test_any_size(size):
         torch.testing.assert_close(whole, F.pad(x, (0, -size[1] % 4, 0, -size[0] % 4), mode="reflect"))
 
 
-def test_tiles():
-    """A tile as large as the image is the image; smaller ones differ where windows are cut by their context alone."""
-    m, x = tiny().double(), data(1, 3, 16, 24)
-    torch.testing.assert_close(m.tiled(x, 32), m(x).detach())
-    # context of a multiple of the window keeps the windows of the whole image where the model sees no further
-    pieces = m.tiled(x, 8, 8)
-    assert pieces.shape == m(x).shape
-    centre = m(x[..., :16, :16])[..., :16, :16].detach()
-    torch.testing.assert_close(pieces[..., :16, :16], centre)
-
-
 def test_the_start_of_the_authors():
     m = tiny()
     tables = [p for n, p in m.named_parameters() if n.endswith("rel_bias")]
@@ -140,5 +129,3 @@ def test_bad_input():
         make(pad="refuse")(data(1, 6, 8, 8))
     with pytest.raises(ValueError, match="relative_position_bias_table has 9"):
         OverlappingCrossAttention.convert_state_dict({"relative_position_bias_table": torch.zeros(9, 2)})
-    with pytest.raises(ValueError, match="tile"):
-        tiny().tiled(torch.rand(1, 3, 8, 8), 0)

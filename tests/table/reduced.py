@@ -3,6 +3,7 @@ from torch import Tensor
 from attnlib import Layout
 from attnlib.check import Case
 
+RECTANGLES = "attnlib.nn.partition.rgt:RectangularAttention"
 _AGENTS = ((4, {"num_agents": 4}), (16, {"num_agents": 16}), (64, {"num_agents": 64}))
 
 
@@ -27,4 +28,9 @@ ROWS = [
     Case("agent-attention", dict(dim=8, num_heads=2, num_agents=4, window_size=((6, 2), (2, 6))), (6, 6), "cswin"),
     Case("agent-sd", dict(dim=8, num_heads=2), (9,), "agents", extras=_few),
     Case("agent-sd", dict(dim=8, num_heads=2, shortcut=0.0), (3, 4), "no-shortcut", extras=_few),
+    Case("rgt", dict(dim=12, num_heads=2), (16, 20), growth=((256, 256), (1024, 1024), (4096, 4096))),
+    Case("rgt", dict(dim=12, num_heads=3, c_ratio=1.0, recursions=1), (8, 6), "once"),
+    Case("rgt", dict(dim=12, num_heads=2, recursions=0, compat="authors"), (3, 4), "none"),
+    Case(RECTANGLES, dict(dim=96, num_heads=2, split_size=(2, 4)), (4, 8), "rectangles"),
+    Case(RECTANGLES, dict(dim=96, num_heads=2, split_size=(2, 3), shift=True), (6, 6), "shifted-rectangles"),
 ]

@@ -417,7 +417,7 @@ class _Windows:
         """(B, G, H, S, D) -> (B, H, N, D)."""
         heads, width = t.shape[2], t.shape[4]
         t = self.windows.join(t.transpose(2, 3).flatten(3))
-        return t.reshape(t.shape[0], -1, heads, width).transpose(1, 2)
+        return t.reshape(t.shape[0], math.prod(self.windows.grid), heads, width).transpose(1, 2)
 
 
 def _prepare_windows(

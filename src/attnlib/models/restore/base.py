@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_int, describe
+from ...nn.released import Rule
 
 #: Mean colour of DIV2K, which super-resolution models subtract.
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
@@ -17,7 +19,7 @@ RGB_MEAN = (0.4488, 0.4371, 0.4040)
 class Restorer(nn.Module):
     """Images ``(B, in_chans, H, W)`` to images ``scale`` times as large, for any H and W.
 
-    A subclass computes :meth:`restore` on sides that are multiples of ``step``; others are padded by reflection at the
+    A subclass computes :meth:`body` on sides that are multiples of ``step``; others are padded by reflection at the
     bottom and on the right (repeated where one reflection is too short), and what that adds is cut off.
 
     Args:
@@ -25,56 +27,111 @@ class Restorer(nn.Module):
         in_chans: channels of images.
         step: what sides must be multiples of.
         img_range: largest value of a pixel.
+        align: pixels after which what the model lays over an image (windows) begins anew; ``step`` by default. Tiles
+            begin and end there, so that they are cut as the whole image is.
     """
 
     #: First convolution, which depends on the number of channels.
     input_name: str | None = None
 
-    def __init__(self, scale: int, in_chans: int, step: int, img_range: float = 1.0):
+    def __init__(self, scale: int, in_chans: int, step: int, img_range: float = 1.0, align: int | None = None):
         super().__init__()
         self.scale, self.in_chans, self.step, self.img_range = scale, in_chans, step, img_range
+        self.align = step if align is None else check_int("align", align, least=1)
         self.mean = RGB_MEAN if in_chans == 3 else (0.0,) * in_chans
 
-    def restore(self, x: Tensor) -> Tensor:
+    def body(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W), mean subtracted, to (B, in_chans, scale * H, scale * W)."""
         raise NotImplementedError
 
+    def _check(self, name: str, x: Any) -> None:
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != self.in_chans or not x.is_floating_point():
+            raise ValueError(f"{name} must be images (B, {self.in_chans}, H, W) of floating point, got {describe(x)}")
+        if not x.shape[2:].numel():
+            raise ValueError(f"{name} must hold at least one pixel, got shape {tuple(x.shape)}")
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, in_chans, scale * H, scale * W)."""
-        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != self.in_chans or not x.is_floating_point():
-            raise ValueError(f"x must be images (B, {self.in_chans}, H, W) of floating point, got {describe(x)}")
+        self._check("x", x)
         height, width = x.shape[2:]
-        if not (height and width):
-            raise ValueError(f"x must hold at least one pixel, got shape {tuple(x.shape)}")
         x = reflected(x, (-height % self.step, -width % self.step))
         mean = torch.tensor(self.mean, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
-        y = self.restore((x - mean) * self.img_range) / self.img_range + mean
+        y = self.body((x - mean) * self.img_range) / self.img_range + mean
         return y[..., : self.scale * height, : self.scale * width]
 
     @torch.no_grad()
-    def tiled(self, x: Tensor, tile: int, overlap: int = 16) -> Tensor:
-        """The same in tiles, for images that do not fit memory: each is restored with ``overlap`` pixels around it.
+    def restore(
+        self,
+        image: Tensor,
+        *,
+        scale: int | None = None,
+        tile: int | None = None,
+        overlap: int = 32,
+        blend: int | None = None,
+    ) -> Tensor:
+        """An image made larger, in tiles where it would not fit memory.
+
+        Every tile is read with ``overlap`` pixels around it, and more up to the next multiple of ``align``. Over the
+        inner ``blend`` of these, neighbours fade into each other. Where no pixel reads further than ``overlap - blend``
+        pixels in the model, the tiles are exactly the whole image.
 
         Args:
-            x: (B, in_chans, H, W).
-            tile: side of a tile in pixels of ``x``.
-            overlap: pixels of context on every side.
+            image: (B, in_chans, H, W).
+            scale: what is expected of the restorer; an error if it was built for another.
+            tile: side of a tile in pixels of ``image``; ``None``: the whole image at once.
+            overlap: pixels of context on every side of a tile.
+            blend: pixels over which neighbours fade, on each side of their border; half of ``overlap`` by default,
+                0 cuts.
 
         Returns:
-            (B, in_chans, scale * H, scale * W), where no tile sees further than its context.
+            (B, in_chans, scale * H, scale * W), without a gradient.
+
+        Raises:
+            ValueError: no images, another scale than the restorer was built for, a tile of no pixels, or
+                ``blend`` beyond ``overlap``.
         """
-        tile, overlap = check_int("tile", tile, least=1), check_int("overlap", overlap, least=0)
-        height, width = x.shape[2:]
-        out = x.new_empty(*x.shape[:2], height * self.scale, width * self.scale)
-        s = self.scale
-        for top in range(0, height, tile):
-            for left in range(0, width, tile):
-                bottom, right = min(top + tile, height), min(left + tile, width)
-                y0, x0 = max(0, top - overlap), max(0, left - overlap)
-                part = self(x[..., y0 : bottom + overlap, x0 : right + overlap])
-                inner = part[..., (top - y0) * s : (bottom - y0) * s, (left - x0) * s : (right - x0) * s]
-                out[..., top * s : bottom * s, left * s : right * s] = inner
+        self._check("image", image)
+        if scale is not None and check_int("scale", scale, least=1) != self.scale:
+            raise ValueError(f"scale={scale} is not possible: this restorer was built for scale={self.scale}")
+        overlap = check_int("overlap", overlap, least=0)
+        blend = overlap // 2 if blend is None else check_int("blend", blend, least=0, most=overlap)
+        if tile is None:
+            return self(image)
+        tile, s = check_int("tile", tile, least=1), self.scale
+        rows, columns = (self._spans(n, tile, overlap, blend) for n in image.shape[2:])
+        out: Tensor | None = None
+        for (y0, y1), (top, bottom), down in rows:
+            for (x0, x1), (left, right), across in columns:
+                part = self(image[..., y0:y1, x0:x1])
+                part = part[..., (top - y0) * s : (bottom - y0) * s, (left - x0) * s : (right - x0) * s]
+                weights = (down[:, None] * across).to(part)
+                if out is None:
+                    out = part.new_zeros(*part.shape[:2], image.shape[2] * s, image.shape[3] * s)
+                out[..., top * s : bottom * s, left * s : right * s] += weights * part
+        assert out is not None
         return out
+
+    def _spans(self, n: int, tile: int, overlap: int, blend: int) -> list[tuple[Any, Any, Tensor]]:
+        """Per tile along an axis of ``n`` pixels: what is read, what is kept of it, and the weights of that.
+
+        Weights rise and fall in straight lines over ``blend`` pixels on both sides of a border; those of a pixel sum to
+        1.
+        """
+        spans, total = [], torch.zeros(n * self.scale, dtype=torch.float64)
+        for start in range(0, n, tile):
+            end = min(start + tile, n)
+            low = max(0, start - overlap) // self.align * self.align
+            high = min(n, -(-(end + overlap) // self.align) * self.align)
+            first, last = max(0, start - blend), min(n, end + blend)
+            at = (torch.arange(first * self.scale, last * self.scale, dtype=torch.float64) + 0.5) / self.scale
+            weights = torch.ones_like(at)
+            if start and blend:
+                weights = weights * ((at - start + blend) / (2 * blend)).clamp(max=1)
+            if end < n and blend:
+                weights = weights * ((end + blend - at) / (2 * blend)).clamp(max=1)
+            total[first * self.scale : last * self.scale] += weights
+            spans.append(((low, high), (first, last), weights))
+        return [(r, (a, b), w / total[a * self.scale : b * self.scale]) for r, (a, b), w in spans]
 
 
 def reflected(x: Tensor, more: tuple[int, int]) -> Tensor:
@@ -103,6 +160,13 @@ class PixelShuffleHead(nn.Module):
         scale: a power of two, or 3.
         width: width of the layers between.
     """
+
+    #: From the names that restorers of BasicSR have for it.
+    RULES: ClassVar[dict[str, Rule]] = {
+        r"conv_before_upsample\.0\.(weight|bias)": r"head.before.\1",
+        r"upsample\.(\d+)\.(weight|bias)": lambda m, t: {f"head.up.{int(m[1]) // 2}.{m[2]}": t},
+        r"conv_last\.(weight|bias)": r"head.last.\1",
+    }
 
     def __init__(self, dim: int, out_chans: int, scale: int, width: int = 64):
         super().__init__()

@@ -8,8 +8,8 @@ with attention in windows, shifted by half a window in every second block, and `
 squeeze in between and channel gates behind. After the blocks of a group come :mod:`attnlib.nn.local.hat` and an MLP of
 their own, and a convolution; groups are residual. The image is super-resolved by pixel shuffles.
 
-Differs from the authors' code: any size (padded by reflection, as in their scripts), tiles with overlap; no absolute
-position embedding (no released model has one).
+Differs from the authors' code: any size (padded by reflection, as in their scripts), tiles with overlap that are
+blended; no absolute position embedding (no released model has one).
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class HAT(Restorer):
         self.head = PixelShuffleHead(embed_dim, in_chans, scale)
         init_weights(self)
 
-    def restore(self, x: Tensor) -> Tensor:
+    def body(self, x: Tensor) -> Tensor:
         first = self.first(x.permute(0, 2, 3, 1))
         y = self.drop(self.norm_in(first))
         for group in self.groups:
@@ -201,9 +201,7 @@ def convert(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
             r"patch_embed\.norm\.(weight|bias)": r"norm_in.\1",
             r"norm\.(weight|bias)": r"norm.\1",
             r"conv_after_body\.(weight|bias)": r"after.conv.\1",
-            r"conv_before_upsample\.0\.(weight|bias)": r"head.before.\1",
-            r"upsample\.(\d+)\.(weight|bias)": lambda m, t: {f"head.up.{int(m[1]) // 2}.{m[2]}": t},
-            r"conv_last\.(weight|bias)": r"head.last.\1",
+            **PixelShuffleHead.RULES,
         }
     )
     return theirs.close(out)
