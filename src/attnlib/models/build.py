@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_flag, check_int, check_type, describe
+from ..checks import check_choice, check_flag, check_int, check_ints, check_type, describe
 from ..extras import need
 from ..nn.released import unwrapped
 
@@ -191,7 +191,7 @@ def create_model(
         out_indices: which levels of ``feature_info``, with ``features_only``; all by default.
         drop_path_rate: stochastic depth of the last block.
         drop_rate: dropout before the head.
-        global_pool: ``"avg"``, ``"max"`` or ``""`` (none).
+        global_pool: ``"avg"``, ``"max"`` or ``""`` (none); ``"token"`` where a model has a class token.
         mechanism: a registered mechanism (or a function from a :class:`attnlib.models.blocks.Place` to a module) that
             takes the place of the model's own in every block.
         mechanism_settings: of that mechanism, beyond width and heads.
@@ -282,7 +282,7 @@ class Loaded:
     """What became of a state dict: names of ours.
 
     Args:
-        resized: tables that were interpolated to this model's size.
+        resized: tables that were interpolated to this model's size, and kernels of patches that were resampled.
         adapted: first convolutions that were changed to another number of channels.
         dropped: a head of another number of classes, which stays as it was initialised.
     """
@@ -340,8 +340,13 @@ def load_pretrained(model: Any, source: str | Path | Mapping[str, Tensor] | None
         if key.startswith(head) and head:
             done.dropped += [k for k in own if k.startswith(head)]
         elif key == getattr(model, "input_name", None):
-            state[key] = _adapt_channels(value, like.shape[1])
-            done.adapted.append(key)
+            if value.shape[2:] != like.shape[2:] and getattr(model, "resamples_input", False):
+                value = resampled_patch(value, like.shape[2:])
+                done.resized.append(key)
+            if value.shape[1] != like.shape[1]:
+                value = _adapt_channels(value, like.shape[1])
+                done.adapted.append(key)
+            state[key] = value
         elif (axes := _table_axes(model, key)) and value.shape[:-axes] == like.shape[:-axes]:
             state[key] = resized(value, like.shape[-axes:], antialias=getattr(model, "antialias", False))
             done.resized.append(key)
@@ -419,3 +424,33 @@ def resized(table: Tensor, sides: Sequence[int], mode: str = "bicubic", antialia
     size = [*([1] if axes == 1 else []), *sides]
     made = F.interpolate(flat, size=size, mode=mode, align_corners=False, antialias=antialias)
     return made.reshape(*lead, *sides).to(table.dtype)
+
+
+def resampled_patch(kernel: Tensor, size: Sequence[int], method: str = "pseudo-inverse") -> Tensor:
+    """A kernel that embeds patches of h x w pixels, for patches of another size.
+
+    ``"pseudo-inverse"`` (Beyer et al., 2022, "FlexiViT", arXiv 2212.08013): with B the matrix that resizes a patch
+    (bicubic, antialiased), the new kernel ``pinv(B^T) w`` gives a resized patch ``B x`` the embedding ``<x, w>`` of the
+    patch: exactly for larger patches, in the sense of least squares for smaller ones. ``"bicubic"`` interpolates the
+    kernel, as EVA's script from 14 to 16 pixels does; embeddings then grow with the number of pixels.
+
+    Args:
+        kernel: (C, in_chans, h, w).
+        size: (h', w').
+        method: as above.
+
+    Raises:
+        ValueError: another method, a size below one pixel.
+    """
+    check_choice("method", method, ("pseudo-inverse", "bicubic"))
+    sides = check_ints("size", tuple(size), least=1)
+    if tuple(kernel.shape[2:]) == sides:
+        return kernel
+    if method == "bicubic":
+        made = F.interpolate(kernel.float(), sides, mode="bicubic", align_corners=False)
+        return made.to(kernel.dtype)
+    count = kernel.shape[2] * kernel.shape[3]
+    basis = torch.eye(count, dtype=torch.float64, device=kernel.device).view(count, 1, *kernel.shape[2:])
+    turned = F.interpolate(basis, sides, mode="bicubic", align_corners=False, antialias=True).flatten(1)  # B^T
+    made = kernel.double().flatten(2) @ torch.linalg.pinv(turned).T
+    return made.unflatten(2, sides).to(kernel.dtype)

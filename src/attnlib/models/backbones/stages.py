@@ -199,9 +199,16 @@ class Backbone(nn.Module):
             x, valid = stage(x, valid, losses)
             yield x, valid
 
+    def _final(
+        self, x: Tensor, valid: Tensor | None, losses: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the final norm reads, and which of the final map's tokens exist."""
+        *_, out = self._maps(x, valid, losses)
+        return out
+
     def forward_features(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """(B, in_chans, H, W) -> (B, h, w, C): the final map, normed. ``valid``: (B, H, W), which pixels exist."""
-        *_, (x, valid) = self._maps(x, valid)
+        x, valid = self._final(x, valid)
         return normed(self.norm, x, valid)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, valid: Tensor | None = None) -> Tensor:
@@ -219,7 +226,7 @@ class Backbone(nn.Module):
         if isinstance(returns, str) or set(returns) - {"losses"}:
             raise ValueError(f"returns={returns!r} is not possible; possible: () and ('losses',)")
         losses: dict[str, Tensor] | None = {} if returns else None
-        *_, (x, valid) = self._maps(x, valid, losses)
+        x, valid = self._final(x, valid, losses)
         y = self.head(normed(self.norm, x, valid), valid)
         return y if losses is None else Output(y, losses)
 
