@@ -195,6 +195,7 @@ ROWS = {
     "dinat": ("dinat", dict(BIG, kernel_size=5), {"rpb": truncated(0.02)}),
     "agent": ("agent-attention", dict(BIG, num_agents=9, grid=6), {"_bias": truncated(0.02)}),
     "agent-sd": ("agent-sd", BIG, {}),
+    "cswin": ("cswin-attention", BIG, {}),
     "attention-lepe": ("attention-lepe", dict(BIG, qkv_bias=True), {}),
     "sg-former": (
         "sg-former",

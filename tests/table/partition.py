@@ -14,6 +14,8 @@ ROWS = [
         (6, 4),
         "plain",
     ),
+    Case("cswin-attention", dict(dim=8, num_heads=2, split_size=2), (4, 6)),
+    Case("cswin-attention", dict(dim=8, num_heads=4, split_size=3, kernel_size=0), (5, 4), "alone"),
     Case("hat", dict(dim=16, num_heads=2, window_size=4), (8, 12)),
     Case("hat", dict(dim=16, num_heads=2, window_size=4, overlap_ratio=1.0, compat="authors"), (8, 8), "zeros"),
     Case("maxvit", dict(dim=16, num_heads=4, window_size=2), (4, 6)),

@@ -348,7 +348,8 @@ def load_pretrained(model: Any, source: str | Path | Mapping[str, Tensor] | None
                 done.adapted.append(key)
             state[key] = value
         elif (axes := _table_axes(model, key)) and value.shape[:-axes] == like.shape[:-axes]:
-            state[key] = resized(value, like.shape[-axes:], antialias=getattr(model, "antialias", False))
+            mode = getattr(_owner(model, key), "table_mode", "bicubic")
+            state[key] = resized(value, like.shape[-axes:], mode, antialias=getattr(model, "antialias", False))
             done.resized.append(key)
     done.dropped = sorted(set(done.dropped))
     for key in done.dropped:
@@ -401,11 +402,15 @@ def _adapt_channels(weight: Tensor, channels: int) -> Tensor:
 
 def _table_axes(model: nn.Module, key: str) -> int:
     """How many last axes of a parameter are a table of places, by the ``tables`` of the module that owns it."""
-    owner, _, name = key.rpartition(".")
+    return getattr(_owner(model, key), "tables", {}).get(key.rpartition(".")[2], 0)
+
+
+def _owner(model: nn.Module, key: str) -> nn.Module | None:
+    """The module whose parameter ``key`` is; how it wants its tables interpolated is its ``table_mode``."""
     try:
-        return getattr(model.get_submodule(owner), "tables", {}).get(name, 0)
+        return model.get_submodule(key.rpartition(".")[0])
     except AttributeError:
-        return 0
+        return None
 
 
 def resized(table: Tensor, sides: Sequence[int], mode: str = "bicubic", antialias: bool = False) -> Tensor:

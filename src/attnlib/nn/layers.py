@@ -242,6 +242,32 @@ class PositionMlp(nn.Module):
         return self.fc2(self.drop(hidden)).movedim(-1, 0)
 
 
+class PositionTable(nn.Module):
+    """``x + table``: a learned vector per place of a map, interpolated (bicubic) to maps of other sides.
+
+    Args:
+        dim: width.
+        grid: sides of the map that the table is made for.
+
+    >>> PositionTable(8, (4, 4))(torch.zeros(1, 3, 5, 8))[0].shape
+    torch.Size([1, 3, 5, 8])
+    """
+
+    #: Parameters that are tables of places, by how many of their last axes are places.
+    tables = {"pos_embed": 2}
+
+    def __init__(self, dim: int, grid: Sequence[int]):
+        super().__init__()
+        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(dim, *to_tuple("grid", grid, 2)), std=0.02))
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, dim) -> the same, and ``valid``."""
+        table, grid = self.pos_embed, tuple(x.shape[1:3])
+        if grid != tuple(table.shape[1:]):
+            table = F.interpolate(table[None].float(), grid, mode="bicubic")[0].to(table.dtype)
+        return x + table.permute(1, 2, 0), valid
+
+
 def strided_valid(valid: Tensor | None, stride: int | Sequence[int]) -> Tensor | None:
     """Which cells of ``stride`` tokens a side hold a token that exists: (B, H, W) -> (B, ceil(H / s), ceil(W / s)).
 

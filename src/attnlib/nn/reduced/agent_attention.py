@@ -54,6 +54,10 @@ class AgentCore(nn.Module):
         fixed: the tables keep the grid that they are made for, and are read row by row on any other of as many tokens.
     """
 
+    #: Parameters that are tables of places, by how many of their last axes are places, and how they are interpolated.
+    tables = {"ah_bias": 1, "aw_bias": 1, "ha_bias": 1, "wa_bias": 1}
+    table_mode = "bilinear"
+
     def __init__(
         self,
         dim: int,
