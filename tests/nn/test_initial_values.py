@@ -209,6 +209,11 @@ ROWS = {
         },
     ),
     "biformer": ("biformer", dict(BIG, n_win=2, topk=2), {}),
+    "sparsifiner": (
+        "sparsifiner",
+        dict(BIG),
+        {"reduce": truncated(0.02), "expand": truncated(0.02)},
+    ),
     "focalnet": ("focalnet", dict(dim=64), {}),
     "davit": ("davit", dict(BIG), {}),
     "deformable": (

@@ -34,6 +34,18 @@ ROWS = [
     ),
     Case("biformer", dict(dim=8, num_heads=2, n_win=3, topk=2, compat="authors"), (7, 8), "authors"),
     Case("biformer", dict(dim=8, num_heads=2, n_win=3, topk=2, compat="authors-nchw"), (7, 8), "authors-nchw"),
+    Case("sparsifiner", dict(dim=8, num_heads=2, grid=(3, 4), reduce_n=3, keep_rate=0.4), (13,), odd_grid=(9,)),
+    Case(
+        "sparsifiner", dict(dim=8, num_heads=2, grid=(3, 4), reduce_n=3, keep_rate=0.4), (3, 4), "map", odd_grid=(5, 3)
+    ),
+    Case(
+        "sparsifiner",
+        dict(dim=8, num_heads=2, grid=(3, 4), reduce_n=3, threshold=0.003, coef_topk=None, share_basis=True),
+        (13,),
+        "threshold",
+    ),
+    Case("sparsifiner", dict(dim=8, num_heads=2, grid=3, reduce_n=2, token_keep_rate=0.6), (10,), "dropping"),
+    Case("sparsifiner", dict(dim=8, num_heads=2, grid=3, reduce_n=2, keep_rate=1.0), (10,), "dense"),
     Case("attention-lepe", dict(dim=8, num_heads=2), (4, 5)),
     Case("attention-lepe", dict(dim=8, num_heads=2, lepe="input", side_dwconv=3, qkv_bias=True), (4, 5), "input"),
     Case("attention-lepe", dict(dim=8, num_heads=2, side_dwconv=0), (4, 5), "alone"),
