@@ -208,6 +208,7 @@ ROWS = {
             "weight": truncated(0.02),
         },
     ),
+    "hilo": ("hilo-litv2", dict(BIG, qkv_bias=True), {}),
     "biformer": ("biformer", dict(BIG, n_win=2, topk=2), {}),
     "sparsifiner": (
         "sparsifiner",

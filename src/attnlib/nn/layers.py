@@ -120,6 +120,15 @@ class DepthwiseConv(nn.Module):
         return f"{self.dim}, kernel_size={tuple(self.weight.shape[2:])}, stride={self.stride}, dilation={self.dilation}"
 
 
+def init_fan_out(conv: nn.Conv2d | DepthwiseConv) -> None:
+    """Normal weights of unit gain over the fan-out, zero biases: how convolutions of PVTv2 and its relatives start."""
+    groups = conv.dim if isinstance(conv, DepthwiseConv) else conv.groups
+    fan_out = conv.weight.shape[0] * math.prod(conv.weight.shape[2:]) // groups
+    nn.init.normal_(conv.weight, std=math.sqrt(2.0 / fan_out))
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+
+
 class Mlp(nn.Module):
     """``Linear -> activation -> Linear`` on the last axis, with a gate or a depthwise convolution in the middle.
 
@@ -570,17 +579,26 @@ def resize_map(x: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor
     return F.interpolate(x.permute(0, 3, 1, 2), size, mode=mode, **options).permute(0, 2, 3, 1)
 
 
-def cell_means(x: Tensor, side: int, valid: Tensor | None = None) -> Tensor:
-    """Means of cells of ``side`` x ``side`` tokens over those that exist: (B, H, W, C) -> (B, ceil(H / s), ..., C).
+def cell_means(x: Tensor, side: int | Sequence[int], valid: Tensor | None = None) -> Tensor:
+    """Means of cells of ``side`` tokens per axis over those that exist: (B, H, W, C) -> (B, ceil(H / s), ..., C).
+
+    Grids of one to three axes; a cell without tokens is zero.
 
     >>> cell_means(torch.tensor([1.0, 3.0, 7.0]).view(1, 1, 3, 1), 2).flatten().tolist()
     [2.0, 7.0]
     """
-    means = F.avg_pool2d(zero_invalid(x, valid).permute(0, 3, 1, 2), side, ceil_mode=True).permute(0, 2, 3, 1)
+    rank = x.dim() - 2
+    pool: Callable[..., Tensor] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
+    sides = to_tuple("side", side, rank)
+
+    def means(t: Tensor) -> Tensor:
+        return pool(t.movedim(-1, 1), sides, ceil_mode=True).movedim(1, -1)
+
+    out = means(zero_invalid(x, valid))
     if valid is None:
-        return means
-    shares = F.avg_pool2d(valid.unsqueeze(1).to(stats_dtype(x.dtype)), side, ceil_mode=True).permute(0, 2, 3, 1)
-    return (means / torch.where(shares == 0, 1, shares)).to(x.dtype)
+        return out
+    shares = means(valid.unsqueeze(-1).to(stats_dtype(x.dtype)))
+    return (out / torch.where(shares == 0, 1, shares)).to(x.dtype)
 
 
 class Patchify(nn.Module):

@@ -92,6 +92,7 @@ NOT_LINEAR: dict[str, str] = {
     "davit": "it mixes features, not tokens: its map is features by features, and reads every token's values",
     "focalnet": "a GELU stands between the levels of its context, and the gated context is a factor of the query",
     "gaussian-adaptive-attention": "it multiplies every number by a weight of its own; no token reads another's values",
+    "hilo-litv2": "its two kinds of heads have a matrix and an output map each, side by side",
     "maxvit": "it is two attentions with a residual and a norm between them, each of which has its own matrix",
     "p-adapter": "behind its output projection an adapter reads the values again, through distances between them",
     "moh-vit-aggregated-attention": "it mixes the values of tokens and those of pooled cells, with a matrix for each",

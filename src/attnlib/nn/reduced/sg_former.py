@@ -14,7 +14,17 @@ from ...grids import block_windows, unblock_windows
 from ...ops import attention
 from ...types import Output, Plan, Traits, check_choice, check_divides
 from ..base import Mechanism
-from ..layers import DepthwiseConv, flat_valid, head_dim_of, merge_heads, plain, split_heads, through, zero_invalid
+from ..layers import (
+    DepthwiseConv,
+    flat_valid,
+    head_dim_of,
+    init_fan_out,
+    merge_heads,
+    plain,
+    split_heads,
+    through,
+    zero_invalid,
+)
 from ..registry import register
 from ..released import Released, Rule
 
@@ -172,11 +182,10 @@ class SelfGuidedAttention(Mechanism):
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
             elif isinstance(m, (nn.Conv2d, DepthwiseConv)):
-                fan_out = math.prod(m.weight.shape[2:]) * (1 if isinstance(m, DepthwiseConv) else m.weight.shape[0])
-                nn.init.normal_(m.weight, 0.0, math.sqrt(2.0 / fan_out))
-            if isinstance(m, (nn.Linear, nn.Conv2d, DepthwiseConv)) and m.bias is not None:
-                nn.init.zeros_(m.bias)
+                init_fan_out(m)
 
     @property
     def traits(self) -> Traits:
