@@ -407,5 +407,6 @@ for _make, _sizes, _convert in _HOSTS:
         source="LeapLabTHU/Agent-Attention",
         convert=_convert,
         img_size={name: size.get("img_size", 224) for name, size in _sizes.items()},
-        data_of={name: {"crop_pct": 1.0} for name, size in _sizes.items() if size.get("img_size", 224) > 256},
+        data={"crop_pct": 0.875, "crop_mode": "squash"},
+        data_of={name: {"crop_pct": 1.0} for name in ("agent_swin_small_288", "agent_swin_base_384")},
     )
