@@ -26,12 +26,16 @@ class Stage(nn.Module):
     Args:
         blocks: called as ``block(x, valid, carry, losses) -> (x, carry)``.
         downsample: called as ``downsample(x, valid) -> (x, valid)`` before the blocks; ``None`` for none.
+        norm: of what the blocks give; ``None`` for none.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None = None):
+    def __init__(
+        self, blocks: Iterable[nn.Module], downsample: nn.Module | None = None, norm: nn.Module | None = None
+    ):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
         self.checkpointing = False
 
     def forward(
@@ -46,7 +50,7 @@ class Stage(nn.Module):
                 x, carry = checkpoint(block, x, valid, carry, use_reentrant=False)
             else:
                 x, carry = block(x, valid, carry, losses)
-        return x, valid
+        return (x if self.norm is None else normed(self.norm, x, valid)), valid
 
 
 class Head(nn.Module):
@@ -281,7 +285,8 @@ class Backbone(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters stand at which depth, for layer-wise learning rates."""
         blocks: Any = r"^stages\.(\d+)" if coarse else [
-            (r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,)),
+            (r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)\.norm", (99999,)), (r"^norm", (99999,)),
         ]  # fmt: skip
         return {"stem": r"^stem", "blocks": blocks}
 
