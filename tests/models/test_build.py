@@ -63,7 +63,7 @@ def test_what_timm_models_answer_to():
     assert {n.rpartition(".")[2] for n in m.no_weight_decay()} == {"rpb"}
     assert m.pretrained_cfg["input_size"] == (3, 224, 224) and m.pretrained_cfg["license"] == "MIT"
     groups = m.group_matcher()
-    assert set(groups) == {"stem", "blocks"} and len(groups["blocks"]) == 3
+    assert set(groups) == {"stem", "blocks"} and len(groups["blocks"]) == 4
 
 
 def test_features_only():
