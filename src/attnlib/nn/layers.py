@@ -296,7 +296,8 @@ def strided_valid(valid: Tensor | None, stride: int | Sequence[int]) -> Tensor |
 def masked_batch_norm(norm: nn.BatchNorm2d, x: Tensor, valid: Tensor | None) -> Tensor:
     """BatchNorm of (B, *grid, C) whose statistics, in training, are those of the tokens that exist."""
     if not norm.training or valid is None:
-        return norm(x.reshape(x.shape[0], -1, 1, x.shape[-1]).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(x.shape)
+        flat = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), 1, x.shape[-1])  # a batch of none has no -1
+        return norm(flat.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(x.shape)
     high = stats_dtype(x.dtype)
     exists = valid.unsqueeze(-1).to(high)
     axes = tuple(range(x.dim() - 1))

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_int, check_ints, check_real, check_type, check_valid, describe
+from ...nn.base import Mechanism
 from ...nn.layers import ConvNorm, masked_batch_norm, plain, resize_map, strided_valid, zero_invalid
 from ...ops.reduced import adaptive_pool_tokens
 
@@ -202,6 +203,7 @@ class SegFormerHead(DenseHead):
         super().__init__(in_dims, dim, num_classes, drop)
         self.linears = nn.ModuleList(nn.Linear(c, dim) for c in in_dims)
         self.linear_fuse = FuseMaps([dim] * len(self.in_dims), dim, activation=nn.ReLU)
+        start_convs(self)
 
     def fuse(self, maps: list[Tensor], valid: list[Tensor | None]) -> Tensor:
         levels = [zero_invalid(f(x), v) for f, x, v in zip(self.linears, maps, valid, strict=True)]
@@ -220,6 +222,7 @@ class FPNHead(DenseHead):
     def __init__(self, in_dims: Sequence[int], dim: int = 256, num_classes: int = 150, drop: float = 0.1):
         super().__init__(in_dims, dim, num_classes, drop)
         self.pyramid = FeaturePyramid(in_dims, dim, activation=nn.ReLU)
+        start_convs(self)
 
     def fuse(self, maps: list[Tensor], valid: list[Tensor | None]) -> Tensor:
         levels = self.pyramid(maps, valid)
@@ -247,6 +250,7 @@ class UPerHead(DenseHead):
         self.context = PooledContext(in_dims[-1], dim, cells, **options)
         self.pyramid = FeaturePyramid(in_dims, dim, "but-last", lateral_last=False, **options)
         self.bottleneck = ConvNorm(dim * len(in_dims), dim, 3, **options)
+        start_convs(self)
 
     def fuse(self, maps: list[Tensor], valid: list[Tensor | None]) -> Tensor:
         maps = [*maps[:-1], self.context(maps[-1], valid[-1])]
@@ -327,6 +331,16 @@ class Segmenter(nn.Module):
         if len(size) != 2:
             raise ValueError(f"size={tuple(size)} must be a height and a width")
         return resized_logits(logits, size).argmax(1)
+
+
+def start_convs(module: nn.Module) -> None:
+    """Convolutions with a norm start at unit gain over their fan-out; mechanisms have started in their own way."""
+    for child in module.children():
+        if isinstance(child, Mechanism):
+            continue
+        if isinstance(child, ConvNorm):
+            nn.init.kaiming_normal_(child.conv.weight, mode="fan_out", nonlinearity="relu")
+        start_convs(child)
 
 
 def resized_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
