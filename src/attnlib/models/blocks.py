@@ -148,6 +148,13 @@ def mix(
     return (out.y.unflatten(1, grid) if flat else out.y), out.carry, out.losses or {}
 
 
+def add_losses(losses: dict[str, Tensor] | None, own: Mapping[str, Tensor]) -> None:
+    """Add the losses of a mechanism to those of the model, by name, where somebody asked for them."""
+    if losses is not None:
+        for name, loss in own.items():
+            losses[name] = losses[name] + loss if name in losses else loss
+
+
 class Residual(nn.Module):
     """``x + drop_path(scale * inner(norm(x)))``, or with the norm behind: ``x + drop_path(scale * norm(inner(x)))``.
 
@@ -188,9 +195,7 @@ class Residual(nn.Module):
         y = x if self.post_norm else self.norm(x)
         if isinstance(self.inner, Mechanism):
             y, carry, own = mix(self.inner, y, None, carry, valid, layout)
-            if losses is not None:
-                for name, loss in own.items():
-                    losses[name] = losses[name] + loss if name in losses else loss
+            add_losses(losses, own)
         else:
             y = self.inner(y, valid)
         if self.post_norm:

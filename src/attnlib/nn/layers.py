@@ -327,7 +327,7 @@ class MapNorm(nn.Module):
 
 def normed(norm: nn.Module, x: Tensor, valid: Tensor | None) -> Tensor:
     """``norm(x)``, told which tokens exist where it reads more than one."""
-    return norm(x, valid) if isinstance(norm, MapNorm) else norm(x)
+    return norm(x, valid) if isinstance(norm, (MapNorm, ConvNorm)) else norm(x)
 
 
 def batch_norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
