@@ -71,7 +71,7 @@ class Scatter:
         found, self.order = flat.sort(stable=True)
         self.keys, counts = torch.unique_consecutive(found, return_counts=True)
         self.starts = F.pad(counts.cumsum(0), (1, 0))
-        self.source = torch.div(self.order, max(at.shape[1], 1), rounding_mode="floor")
+        self.source = torch.arange(at.shape[0])[:, None].expand(at.shape).reshape(-1)[self.order]
 
     def add(self, to: Tensor, p: Tensor, x: Tensor, scale: float = 1.0) -> None:
         """``to[at[r, j]] += scale * p[r, j] x[r]``, in place; ``to`` (M, D), ``p`` (R, W), ``x`` (R, D)."""

@@ -280,7 +280,7 @@ class Sparsifiner(Mechanism):
             best, index = coef.to(high).topk(min(self.coef_topk or coef.shape[-1], coef.shape[-1]), -1, sorted=False)
             if self.coef_topk is None and self.coef_threshold:
                 best = F.threshold(best, self.coef_threshold, 0.0)
-            basis = self._basis(before, grid).to(high)
+            basis = self._basis(before, grid).to(high).contiguous()
 
             def scores(b: slice, h: slice) -> Tensor:
                 few, which = best[b, h], index[b, h]
@@ -337,6 +337,8 @@ class Sparsifiner(Mechanism):
                 f"of {tokens.shape[1]} tokens"
             )
         check_within("carry", carry, tokens.shape[1], "slot")
+        if carry.shape[1] == tokens.shape[1]:  # all of them
+            return tokens, exists, None
         tokens = tokens.gather(1, carry[..., None].expand(-1, -1, tokens.shape[2]))
         return tokens, None if exists is None else exists.gather(1, carry), carry
 
