@@ -52,7 +52,7 @@ BENT = {
 
 
 #: Mechanisms that add something behind the output projection.
-BESIDE = {"bam-soft-moa-upcycling"}
+BESIDE = {"bam-soft-moa-upcycling", "window-attention-upsample"}
 
 #: Mechanisms whose returned weights are the whole matrix: nothing gates or convolves what they mix.
 WEIGHTS = {
