@@ -48,3 +48,15 @@ ROWS += [
         "sparse",
     ),
 ]
+
+ROWS += [
+    Case("eva", dict(dim=16, num_heads=2), (12,), layout=Layout.image(3, 3, cls=1)),
+    Case(
+        "eva",
+        dict(dim=16, num_heads=2, relative="table", grid=(3, 4)),
+        (3, 4),
+        "table",
+        layout=Layout.image(3, 3, cls=1),
+    ),
+    Case("eva", dict(dim=16, num_heads=2, relative="axes", grid=(5, 3), qkv_bias=False), (4, 4), "axes"),
+]

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,19 @@ from ...types import stats_dtype
 from ..blocks import Block, Make, init_weights, places
 from ..build import register_models
 from .stages import Backbone, Head, stage_indices
+
+
+class PatchStem(Patchify):
+    """Patches to tokens; only a share of the gradient reaches the weights: ``(1 - share) detach(x) + share x``."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, share: float = 1.0):
+        super().__init__(in_chans, dim, patch_size, norm=None)
+        self.share = check_real("stem_grad", share, least=0, most=1)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, in_chans) -> (B, ceil(H / P), ceil(W / P), dim), and which of these exist."""
+        x, valid = super().forward(x, valid)
+        return (x if self.share == 1 else x.detach() * (1 - self.share) + x * self.share), valid
 
 
 class TokenHead(Head):
@@ -90,7 +103,6 @@ class VisionTransformer(Backbone):
         class_token: a learned token that stands first.
         reg_tokens: learned tokens behind it.
         positions: ``"all"`` tokens have them, those of the ``"grid"``, or ``"none"``.
-        stem_grad: share of the gradient that reaches the stem.
         settings: of :class:`attnlib.models.backbones.stages.Backbone`.
     """
 
@@ -111,7 +123,6 @@ class VisionTransformer(Backbone):
         class_token: bool = True,
         reg_tokens: int = 0,
         positions: str = "all",
-        stem_grad: float = 1.0,
         **settings: Any,
     ):
         count = len(blocks)
@@ -119,7 +130,7 @@ class VisionTransformer(Backbone):
         check_choice("positions", positions, ("all", "grid", "none"))
         if min(self.img_size) < patch_size:
             raise ValueError(f"img_size={self.img_size} must hold at least one patch of patch_size={patch_size}")
-        self.patch_size, self.embed_dim, self.stem_grad = patch_size, dim, stem_grad
+        self.patch_size, self.embed_dim = patch_size, dim
         self.num_reg_tokens, self.has_class_token = reg_tokens, class_token
         self.num_prefix_tokens = reg_tokens + class_token
         beside = {"cls": int(class_token), "register": reg_tokens}
@@ -171,8 +182,6 @@ class VisionTransformer(Backbone):
         """Tokens behind every block, which patches exist, and their grid."""
         self._check_images(x, valid)
         x, valid = self.stem(x.permute(0, 2, 3, 1).contiguous(), valid)
-        if self.stem_grad != 1:
-            x = x.detach() * (1 - self.stem_grad) + x * self.stem_grad
         grid = (x.shape[1], x.shape[2])
         at, beside = self.positions(grid), self._prefix()
         if at is not None:
@@ -319,7 +328,6 @@ def vit(
     check_int("patch_size", patch_size, least=1)
     check_int("reg_tokens", reg_tokens, least=0)
     check_real("mlp_ratio", mlp_ratio, above=0)
-    check_real("stem_grad", stem_grad, least=0, most=1)
     norm = functools.partial(nn.LayerNorm, eps=1e-6)
     prefix = reg_tokens + class_token
     fc_norm = global_pool in ("avg", "max") if fc_norm is None else fc_norm
@@ -349,8 +357,8 @@ def vit(
         embed_dim, num_classes, global_pool, prefix, class_token, norm=norm if fc_norm else None, drop=drop_rate
     )
     model = VisionTransformer(
-        Patchify(in_chans, embed_dim, patch_size, norm=None), blocks, embed_dim, patch_size,
-        None if fc_norm else norm(embed_dim), head, class_token, reg_tokens, positions, stem_grad,
+        PatchStem(in_chans, embed_dim, patch_size, stem_grad), blocks, embed_dim, patch_size,
+        None if fc_norm else norm(embed_dim), head, class_token, reg_tokens, positions,
         num_classes=num_classes, in_chans=in_chans, img_size=img_size,
     )  # fmt: skip
     start(model, rescale)
@@ -362,17 +370,24 @@ def start(
 ) -> None:
     """Initial weights of linear maps as timm has them; of the mechanisms ``also``, too."""
     init_weights(model, also=also)
-    for number, block in enumerate(model.stages, 1):
-        mlp: Any = block.mlp.inner
+    for block in model.stages:
+        mlp: Any = block.mlp.inner  # type: ignore[union-attr]
         if mlp.gated:  # what the gate multiplies starts at 1
             half = mlp.fc1.out_features // 2
             nn.init.normal_(mlp.fc1.weight[half:], std=1e-6)
             nn.init.ones_(mlp.fc1.bias[half:])
-        if rescale:
-            for linear in (getattr(block.mixer.inner, "proj", None), mlp.fc2):
-                if isinstance(linear, nn.Linear):
-                    with torch.no_grad():
-                        linear.weight.div_(math.sqrt(2.0 * number))
+    if rescale:
+        divide(model)
+
+
+@torch.no_grad()
+def divide(model: VisionTransformer) -> None:
+    """Divide the output projections of attention and MLP in block l by sqrt(2 l), l from 1."""
+    for number, block in enumerate(model.stages, 1):
+        inner: Any = block.mixer.inner  # type: ignore[union-attr]
+        for linear in (getattr(inner, "proj", None), block.mlp.inner.fc2):  # type: ignore[union-attr]
+            if isinstance(linear, nn.Linear):
+                linear.weight.div_(math.sqrt(2.0 * number))
 
 
 def grid_of(theirs: Tensor, prefix: int) -> tuple[Tensor | None, Tensor]:
@@ -389,8 +404,14 @@ def grid_of(theirs: Tensor, prefix: int) -> tuple[Tensor | None, Tensor]:
     return (theirs[:, :prefix] if prefix else None), table
 
 
-def convert(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """From timm's ``VisionTransformer``, DeiT's or EVA's, for whatever mechanism the blocks of ``model`` hold."""
+def convert(state_dict: dict[str, Tensor], model: Any, options: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """From timm's ``VisionTransformer``, DeiT's or EVA's, for whatever mechanism the blocks of ``model`` hold.
+
+    Args:
+        state_dict: theirs.
+        model: ours.
+        options: of the mechanism's ``convert_state_dict``.
+    """
     theirs = Released(state_dict, "VisionTransformer")
     inner: Any = model.stages[0].mixer.inner
     prefix = 0 if model.prefix_pos_embed is None else model.num_prefix_tokens
@@ -403,7 +424,9 @@ def convert(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     convert_inner = getattr(type(inner), "convert_state_dict", None)
     if convert_inner is not None:
-        out |= theirs.parts(r"blocks\.(\d+)\.attn\.(.+)", r"stages.\1.mixer.inner", convert_inner)
+        out |= theirs.parts(
+            r"blocks\.(\d+)\.attn\.(.+)", r"stages.\1.mixer.inner", functools.partial(convert_inner, **options or {})
+        )
     for block in range(len(model.stages)):
         gated = join(theirs, f"stages.{block}.mlp.inner.fc1", [f"blocks.{block}.mlp.{n}" for n in ("fc1_g", "fc1_x")])
         out |= gated

@@ -1,0 +1,238 @@
+"""EVA-01's attention: softmax attention without a key bias, with BEiT's relative positions where they are asked for.
+
+Fang et al., 2022, "EVA: Exploring the Limits of Masked Visual Representation Learning at Scale", arXiv 2211.07636.
+
+    o_h = softmax(q_h k_h^T / sqrt(D) + B_h) v_h,    q = W_q x + b_q,  k = W_k x,  v = W_v x + b_v
+
+``B_h`` is absent in the released models. With ``relative="table"`` it is one learned number per displacement of two
+patches; with ``"axes"`` the sum of one per row and one per column displacement. Tokens beside the patches have three
+numbers of their own: from them to a patch, from a patch to them, and among them.
+
+Differs from the authors' class: tables serve any grid, interpolated (bicubic) where it is another than that they were
+made for, instead of one fixed grid; more than one token may stand beside the patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...checks import check_choice, check_grid
+from ...grids import Layout
+from ...masks import Mask
+from ...ops import attention
+from ...positions import dense_window_bias
+from ...types import Output, Traits, stats_dtype
+from ..base import Mechanism
+from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
+from ..registry import register
+from ..released import Released, split_rule
+
+#: What ``relative`` can be.
+RELATIVE = (None, "table", "axes")
+
+
+class RelativeTable(nn.Module):
+    """A bias per head and displacement of patches, and of pairs with tokens beside them.
+
+    Args:
+        num_heads: tables.
+        grid: patches (h, w) that the table is made for.
+        axes: one table per axis, added up, instead of one of both.
+    """
+
+    def __init__(self, num_heads: int, grid: Sequence[int], axes: bool = False):
+        super().__init__()
+        self.grid, self.axes = tuple(grid), axes
+        height, width = (2 * side - 1 for side in self.grid)
+        if axes:
+            self.rows = nn.Parameter(torch.zeros(num_heads, height))
+            self.columns = nn.Parameter(torch.zeros(num_heads, width))
+            self.beside_rows = nn.Parameter(torch.zeros(num_heads, 3))
+            self.beside_columns = nn.Parameter(torch.zeros(num_heads, 3))
+        else:
+            self.table = nn.Parameter(torch.zeros(num_heads, height, width))
+            self.beside = nn.Parameter(torch.zeros(num_heads, 3))
+        self.tables = {"rows": 1, "columns": 1} if axes else {"table": 2}
+
+    @staticmethod
+    def _fitted(table: Tensor, sides: Sequence[int]) -> Tensor:
+        """(H, *sides): a table interpolated to other numbers of displacements."""
+        if tuple(table.shape[1:]) == tuple(sides):
+            return table
+        high = table.to(stats_dtype(table.dtype))
+        high = high[None] if table.dim() == 3 else high[None, :, None]
+        size = tuple(sides) if table.dim() == 3 else (1, *sides)
+        made = F.interpolate(high, size, mode="bicubic", align_corners=False)[0].to(table.dtype)
+        return made if table.dim() == 3 else made[:, 0]
+
+    def forward(self, grid: Sequence[int], before: int = 0, after: int = 0) -> Tensor:
+        """(H, N, N) for a grid (h, w) with so many tokens before and behind it; rows are queries."""
+        height, width = (2 * side - 1 for side in grid)
+        if self.axes:
+            rows, columns = self._fitted(self.rows, (height,)), self._fitted(self.columns, (width,))
+            table, beside = rows[:, :, None] + columns[:, None], self.beside_rows + self.beside_columns
+        else:
+            table, beside = self._fitted(self.table, (height, width)), self.beside
+        bias = dense_window_bias(table, grid)
+        if not before + after:
+            return bias
+        count = bias.shape[1]
+        away, back, own = (beside[:, i, None, None] for i in range(3))
+        ends = [(before, count), (after, count)]
+        bias = torch.cat([away.expand(-1, *ends[0]), bias, away.expand(-1, *ends[1])], 1)
+        sides = []
+        for size in (before, after):
+            to_beside = back.expand(-1, count, size)
+            parts = [own.expand(-1, before, size), to_beside, own.expand(-1, after, size)]
+            sides.append(torch.cat(parts, 1))
+        return torch.cat([sides[0], bias, sides[1]], 2)
+
+
+@register("eva")
+class EvaAttention(Mechanism):
+    """Softmax attention with biases of queries and values, and relative positions.
+
+    Args:
+        dim: width of ``x``.
+        num_heads: heads.
+        head_dim: width of a head; ``dim / num_heads`` by default.
+        qkv_bias: biases of the query and the value projection.
+        relative: ``None``, ``"table"`` or ``"axes"``; the last two need maps, or a layout with one.
+        grid: patches (h, w) that tables are made for.
+        scale: of the scores; ``1 / sqrt(head_dim)`` by default.
+        attn_drop: dropout of attention weights in training.
+        proj_drop: dropout of the output in training.
+
+    Raises:
+        ValueError: heads that do not divide the width, another ``relative``, a grid that is none.
+
+    >>> EvaAttention(dim=16, num_heads=2, relative="table", grid=(3, 3))(torch.randn(2, 4, 5, 16)).shape
+    torch.Size([2, 4, 5, 16])
+    """
+
+    class_traits = Traits(
+        patterns=frozenset({"noncausal-self"}),
+        grid_ranks=frozenset({1, 2, 3}),
+        mask=True,
+        layout=True,
+        work={"N": 2},
+        memory={"N": 2},
+        permutation_equivariant=True,
+        weights=True,
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        head_dim: int | None = None,
+        qkv_bias: bool = True,
+        relative: str | None = None,
+        grid: Sequence[int] = (14, 14),
+        scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__(dim)
+        check_choice("relative", relative, RELATIVE)
+        self.num_heads = num_heads
+        self.head_dim = head_dim_of(dim, num_heads) if head_dim is None else head_dim
+        self.scale = self.head_dim**-0.5 if scale is None else scale
+        self.attn_drop = attn_drop
+        width = num_heads * self.head_dim
+        self.q = nn.Linear(dim, width, bias=qkv_bias)
+        self.k = nn.Linear(dim, width, bias=False)
+        self.v = nn.Linear(dim, width, bias=qkv_bias)
+        self.proj = nn.Linear(width, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        side = check_grid("grid", grid, (2,))
+        self.relative = None if relative is None else RelativeTable(num_heads, side, relative == "axes")
+
+    @property
+    def traits(self) -> Traits:
+        if self.relative is None:
+            return self.class_traits.but(memory={"N": 1})
+        return self.class_traits.but(grid_ranks=frozenset({2}), permutation_equivariant=False)
+
+    def _bias(self, grid: Sequence[int], layout: Layout | None) -> Tensor | None:
+        if self.relative is None:
+            return None
+        before = after = 0
+        if layout is not None:
+            name = layout.grid_name()
+            grid = layout.grid(name)
+            if len(grid) != 2:
+                raise ValueError(f"layout's grid {name!r} must have two axes, got {grid}")
+            start, stop = layout.span(name)
+            before, after = start, len(layout) - stop
+        return self.relative(grid, before, after)
+
+    def mix(  # type: ignore[override]
+        self,
+        x: Tensor,
+        *,
+        layout: Layout | None = None,
+        valid: Tensor | None = None,
+        mask: Mask | None = None,
+        returns: tuple[str, ...] = (),
+    ) -> Output:
+        grid = x.shape[1:-1]
+        q, k, v = (split_heads(part(x), self.num_heads) for part in (self.q, self.k, self.v))
+        out, weights = attention(
+            q, k, v, mask=mask, bias=self._bias(grid, layout), valid=flat_valid(valid), scale=self.scale,
+            dropout_p=self.attn_drop if self.training else 0.0, return_weights="weights" in returns,
+        ), None  # fmt: skip
+        if "weights" in returns:
+            out, weights = out  # type: ignore[misc]
+        return Output(self.proj_drop(self.proj(merge_heads(out, grid))), weights=weights)
+
+    @staticmethod
+    def convert_state_dict(state_dict: Mapping[str, Tensor], grid: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """From the authors' ``Attention`` or timm's ``EvaAttention``.
+
+        Args:
+            state_dict: theirs.
+            grid: patches (h, w) of a table of positions; a square by default.
+        """
+        theirs = Released(state_dict, "EVA's Attention")
+        theirs.leave(r"(?:rel_pos_bias\.)?relative_position(_high|_width)?_index", because="a constant of a grid")
+        return theirs.close(
+            theirs.renamed(
+                {
+                    r"qkv\.(weight)": split_rule("q", "k", "v"),
+                    r"([qv])_bias": r"\1.bias",
+                    r"([qkv])_proj\.(weight|bias)": r"\1.\2",
+                    r"proj\.(weight|bias)": r"proj.\1",
+                    r"(?:rel_pos_bias\.)?relative_position_bias_table": lambda match, value: _table(value, grid),
+                    r"rel_pos_bias\.relative_position_bias_for_(high|width)": lambda match, value: _axis(
+                        "rows" if match[1] == "high" else "columns", value
+                    ),
+                }
+            )
+        )
+
+
+def _table(theirs: Tensor, grid: Sequence[int] | None) -> dict[str, Tensor]:
+    """BEiT's (displacements + 3, H), by query minus key, as ours by key minus query."""
+    count = theirs.shape[0] - 3
+    if grid is None:
+        side = round(count**0.5) if count > 0 else 0
+        sides = [side, side]
+    else:
+        sides = [2 * n - 1 for n in grid]
+    if count < 1 or sides[0] * sides[1] != count:
+        raise ValueError(f"it has {count} displacements, which are none of a grid {grid or 'with equal sides'}")
+    table = theirs[:count].T.unflatten(1, sides).flip(1, 2)
+    return {"relative.table": table.contiguous(), "relative.beside": theirs[count:].T.contiguous()}
+
+
+def _axis(name: str, theirs: Tensor) -> dict[str, Any]:
+    return {
+        f"relative.{name}": theirs[:-3].T.contiguous(),
+        f"relative.beside_{name}": theirs[-3:].T.contiguous(),
+    }
