@@ -131,6 +131,7 @@ def rows():
 ROWS = rows()
 #: What a converter leaves out, so that it is no fault when it is missing.
 SETTINGS_OF_THEIRS = {"attn_bias", "attn_temp"}
+SETTINGS_OF_THEIRS |= {"unfold.weights", "fold.weights"}  # kernels of ones and zeros
 CONSTANT = SETTINGS_OF_THEIRS | {"proj.1.bn.num_batches_tracked", "qkv.bn.num_batches_tracked"}
 #: Buffers that the authors' class makes in its first call, so that its state dict may lack them.
 MADE_BY_THE_FIRST_CALL = {(f"selective-self-attention-sparse_{how}", "beta") for how in ("power", "count")}

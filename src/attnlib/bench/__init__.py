@@ -22,7 +22,7 @@ STUDIES = tuple(
 )
 
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
-ENGINES = ("linear", "local", "sparse", "cache", "hooks", *STUDIES)
+ENGINES = ("linear", "local", "sparse", "super-token", "cache", "hooks", *STUDIES)
 
 #: Those that run models of transformers.
 NEEDS_HF = ("multimodal", "cache", "hooks")
@@ -37,7 +37,7 @@ def suites() -> list[str]:
 
 def _engine(name: str, out: Path | None, progress: Any) -> dict[str, Any]:
     room = "studies" if name in STUDIES else "speed"
-    measure = importlib.import_module(f".{room}.{name}", __name__).measure
+    measure = importlib.import_module(f".{room}.{name.replace('-', '_')}", __name__).measure
     known, kept = inspect.signature(measure).parameters, None
     given: dict[str, Any] = {"progress": progress}
     if out is not None and "keep" in known:  # a study that was stopped goes on
