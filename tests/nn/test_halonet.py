@@ -154,3 +154,18 @@ def test_bad_input():
         make(HaloDownsampling)(data(1, 6, 8))
     with pytest.raises(ValueError, match="num_heads"):
         attnlib.convert_state_dict("halonet", {"kv.weight": torch.zeros(10, 8, 1, 1)}, num_heads=4)
+
+
+def test_bottleneck_attention_is_one_block_without_a_halo():
+    """Its queries, keys and values are one convolution's, one after another; every displacement has a vector."""
+    m = make(block_size=4, halo_size=0)
+    own = m.halo.state_dict()
+    theirs = {"qkv.weight": torch.cat([own[f"{n}.weight"] for n in "qkv"])[..., None, None]}
+    theirs |= {f"pos_embed.{n}": own[n] for n in ("height_rel", "width_rel")}
+    for options in ({}, {"head_dim": 4}):
+        again = make(block_size=4, halo_size=0)
+        again.load_state_dict(HaloAttention.convert_state_dict(theirs, num_heads=2, **options))
+        x = data(1, 4, 4, 8)
+        torch.testing.assert_close(again(x), m(x))
+    with pytest.raises(ValueError, match="num_heads"):
+        HaloAttention.convert_state_dict(theirs, num_heads=5)

@@ -119,7 +119,14 @@ class _Halo(nn.Module):
 
 
 def _convert(state_dict: Mapping[str, Tensor], num_heads: int, head_dim: int | None) -> dict[str, Tensor]:
-    theirs = Released(state_dict, "timm's HaloAttn")
+    theirs = Released(state_dict, "timm's HaloAttn or BottleneckAttn")
+
+    def qkv(match: re.Match[str], value: Tensor) -> dict[str, Tensor]:
+        rows = value.flatten(1) if value.dim() > 1 else value
+        check_divides("num_heads", num_heads, f"rows of {match.string}", rows.shape[0])
+        width = rows.shape[0] // 3 if head_dim is None else head_dim * num_heads
+        q, k, v = rows.split([width, width, rows.shape[0] - 2 * width])
+        return {f"{name}.{match[1]}": part for name, part in (("q", q), ("k", k), ("v", v))}
 
     def kv(match: re.Match[str], value: Tensor) -> dict[str, Tensor]:
         rows = value.flatten(1) if value.dim() > 1 else value
@@ -133,6 +140,7 @@ def _convert(state_dict: Mapping[str, Tensor], num_heads: int, head_dim: int | N
     rules: dict[str, Rule] = {
         r"q\.(weight|bias)": lambda m, t: {f"q.{m[1]}": t.flatten(1) if t.dim() > 1 else t},
         r"kv\.(weight|bias)": kv,
+        r"qkv\.(weight|bias)": qkv,
         r"pos_embed\.(height_rel|width_rel)": r"\1",
     }
     return theirs.close(theirs.renamed(rules))
@@ -210,10 +218,10 @@ class HaloAttention(Mechanism):
     def convert_state_dict(
         state_dict: Mapping[str, Tensor], num_heads: int = 8, head_dim: int | None = None
     ) -> dict[str, Tensor]:
-        """From timm's ``HaloAttn``.
+        """From timm's ``HaloAttn``; from its ``BottleneckAttn``, which is one block without a halo.
 
         Args:
-            state_dict: ``q.*``, ``kv.*``, ``pos_embed.*``.
+            state_dict: ``q.*``, ``kv.*`` (or ``qkv.*``), ``pos_embed.*``.
             num_heads: theirs.
             head_dim: of queries and keys, where it is not that of values.
         """
