@@ -34,36 +34,46 @@ def _draws(count: int, low: int, high: int, generator: torch.Generator | None) -
 
 
 def cluttered_digits(
-    count: int, side: int = 32, part: str = "train", pieces: int = 8, generator: torch.Generator | None = None
+    count: int,
+    side: int = 32,
+    part: str = "train",
+    pieces: int = 8,
+    generator: torch.Generator | None = None,
+    digit: int = 14,
 ) -> tuple[Tensor, Tensor]:
     """One whole handwritten digit among pieces of others, anywhere in the image.
 
     Args:
         count: images.
-        side: pixels per side, at least 20; the digit has 14.
+        side: pixels per side, at least 20.
         part: ``"train"`` or ``"test"``: digits written by hand that the other part does not hold.
-        pieces: quarters of other digits (7 x 7 pixels), which may lie over each other but not over the digit's middle.
+        pieces: quarters of other digits, which may lie over each other but not over the digit.
         generator: of what is drawn.
+        digit: pixels per side of the digit, even.
 
     Returns:
         Images (count, 1, side, side) in [0, 1] and labels (count,).
     """
     check_choice("part", part, PARTS)
     check_int("side", side, least=20)
-    glyphs, labels = _glyphs(part, 14)
+    check_int("digit", digit, least=4, most=side)
+    if digit % 2:
+        raise ValueError(f"digit={digit} must be even: its quarters are pieces")
+    glyphs, labels = _glyphs(part, digit)
+    half, room = digit // 2, side - digit + 1
     images = torch.zeros(count, side, side)
     chosen = _draws(count, 0, len(glyphs), generator)
-    rows, columns = _draws(count, 0, side - 13, generator), _draws(count, 0, side - 13, generator)
+    rows, columns = _draws(count, 0, room, generator), _draws(count, 0, room, generator)
     total = count * pieces
     which = _draws(total, 0, len(glyphs), generator)
-    tops, lefts = _draws(total, 0, side - 6, generator), _draws(total, 0, side - 6, generator)
+    tops, lefts = (_draws(total, 0, side - half + 1, generator) for _ in range(2))
     corners = _draws(total, 0, 4, generator)
     for i in range(count):
         for j in range(i * pieces, (i + 1) * pieces):
-            top, left, a, b = tops[j], lefts[j], corners[j] // 2 * 7, corners[j] % 2 * 7
-            patch = images[i, top : top + 7, left : left + 7]
-            torch.maximum(patch, glyphs[which[j], a : a + 7, b : b + 7], out=patch)
-        images[i, rows[i] : rows[i] + 14, columns[i] : columns[i] + 14] = glyphs[chosen[i]]
+            top, left, a, b = tops[j], lefts[j], corners[j] // 2 * half, corners[j] % 2 * half
+            patch = images[i, top : top + half, left : left + half]
+            torch.maximum(patch, glyphs[which[j], a : a + half, b : b + half], out=patch)
+        images[i, rows[i] : rows[i] + digit, columns[i] : columns[i] + digit] = glyphs[chosen[i]]
     return images.unsqueeze(1), labels[chosen]
 
 

@@ -1,7 +1,7 @@
 """Mechanisms of the grid family in one small backbone: quality, time, memory and what a token sees.
 
 ``attnlib bench --suite mixers --out benchmarks/results`` measures again what ``mixers-cpu.json`` holds and draws it.
-Every contestant stands in the same four blocks on a map of 16 x 16 tokens (images of 32 x 32 pixels, patches of 2) with
+Every contestant stands in the same two blocks on a map of 12 x 12 tokens (images of 24 x 24 pixels, two convolutions) with
 a learned table of positions; hidden layers of the MLPs are made as wide as it takes for all to have the parameters of
 the plain vision transformer. Two tasks: a handwritten digit among pieces of others, and the photograph that a crop is
 from, told on parts of the photographs that were not trained on.
@@ -10,6 +10,7 @@ from, told on parts of the photographs that were not trained on.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.backbones.stages import Backbone, Head, Stage
-from ...models.blocks import Block, Place, fitted, places
-from ...nn.layers import Mlp, Patchify, normed
+from ...models.blocks import Block, ConvStem, Place, fitted, places
+from ...nn.layers import ConvNorm, Mlp, normed
 from ...nn.partition.crossformer import LongShortAttention
 from ...nn.partition.maxvit import PartitionAttention
 from ..clock import interleave, machine, peak_bytes
 from ..data.worlds import TEXTURES, cluttered_digits, texture_crops
 from ..small import Progress, fit, picture, study
 
-SIDE, PATCH, DIM, HEADS, DEPTH, RATIO = 32, 2, 48, 4, 4, 3.0
+SIDE, PATCH, DIM, HEADS, DEPTH, RATIO = 24, 2, 48, 4, 2, 3.0
 
 #: Task -> (how images are drawn, classes).
 TASKS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], int]] = {
-    "digits on clutter": (cluttered_digits, 10),
+    "digits on clutter": (partial(cluttered_digits, pieces=4, digit=18), 10),
     "texture crops": (texture_crops, len(TEXTURES)),
 }
 
@@ -83,15 +84,15 @@ CONTESTANTS: dict[str, Callable[[Place], nn.Module] | None] = {
 
 
 class Positions(nn.Module):
-    """Patches and a learned table of positions."""
+    """Two 3 x 3 convolutions, the second of stride 2, and a learned table of positions."""
 
     def __init__(self, dim: int, tokens: int):
         super().__init__()
-        self.patches = Patchify(1, dim, PATCH)
+        self.convs = ConvStem(ConvNorm(1, dim // 2, 3), ConvNorm(dim // 2, dim, 3, PATCH))
         self.table = nn.Parameter(0.02 * torch.randn(1, tokens, tokens, dim))
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        x, valid = self.patches(x, valid)
+        x, valid = self.convs(x, valid)
         return x + self.table, valid
 
 
@@ -203,7 +204,7 @@ def measure(
         "batch": batch, "tested": tested, "tasks": {},
     }  # fmt: skip
     for task, (draw, classes) in TASKS.items():
-        test = draw(tested, part="test", generator=torch.Generator().manual_seed(1234))
+        test = draw(tested, SIDE, "test", generator=torch.Generator().manual_seed(1234))
 
         def run(name: str, seed: int, draw: Any = draw, classes: int = classes, test: Any = test) -> dict[str, float]:
             torch.manual_seed(seed)
@@ -212,7 +213,7 @@ def measure(
             def loss(m: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
                 return F.cross_entropy(m(given[0]), given[1])
 
-            losses = fit(model, lambda g: draw(batch, generator=g), loss, steps, lr=2e-3, seed=seed)
+            losses = fit(model, lambda g: draw(batch, SIDE, generator=g), loss, steps, lr=4e-3, seed=seed)
             return {
                 "accuracy": accuracy(model, *test), "last_loss": sum(losses[-20:]) / len(losses[-20:]),
                 "sees_pixels": receptive_field(model.eval(), test[0][:16]), "parameters": parameters(model),
