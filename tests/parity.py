@@ -176,12 +176,18 @@ class Models(Fixture):
         return module.train(config.get("train", False))
 
     def model_holds(self, case: str, atol: float = 1e-5) -> None:
-        """Output, maps, the gradient of the images, and the recorded gradients of weights and buffers."""
-        module = self.build_model(case)
-        x = self.tensors[f"{case}/x"].clone().requires_grad_()
+        """Output, maps, the gradient of the images, and the recorded gradients of weights and buffers.
+
+        Ours runs in float64, so that the rounding of one side alone is seen, the same on every machine; in float32 its
+        output is within ten times as much.
+        """
+        module = self.build_model(case).double()
+        x = self.tensors[f"{case}/x"].double().requires_grad_()
         y = module(x)
         self._close(y.detach(), self.tensors[f"{case}/y"], atol, "y")
         (y * self.tensors[f"{case}/g"]).sum().backward()
+        with torch.no_grad():
+            self._close(self.build_model(case)(x.float()), self.tensors[f"{case}/y"], 10 * atol, "y in float32")
         self._close(x.grad, self.tensors[f"{case}/dx"], atol, "dx")
         grads = {name: p.grad for name, p in module.named_parameters()}
         assert self.under(f"{case}/dw"), "no weight gradient to compare"
@@ -189,7 +195,7 @@ class Models(Fixture):
         self._same(case, "after", module, dict(module.named_buffers()), atol)
         if maps := self.under(f"{case}/map"):
             with torch.no_grad():
-                ours = self.build_model(case).forward_intermediates(x, intermediates_only=True)
+                ours = self.build_model(case).double().forward_intermediates(x, intermediates_only=True)
             for i, expected in maps.items():
                 self._close(ours[int(i)], expected, atol, f"map {i}")
 
@@ -218,7 +224,8 @@ def record_model(cases: dict[str, dict], path, **origin) -> None:
     Args:
         cases: per case ``theirs`` (the authors' module), ``x``, ``model``, ``settings`` (ours), ``grads`` (names of
             theirs), ``train``; ``call`` for what is not ``theirs(x)``, ``maps`` (from their module and images to maps
-            of stages) and ``after`` (names of buffers) where they are to be held, too.
+            of stages) and ``after`` (names of buffers) where they are to be held, too. Theirs runs in float64, unless
+            ``double`` is False.
         path: of the file.
         origin: ``repository``, ``commit`` and ``cls`` of theirs.
     """
@@ -226,16 +233,18 @@ def record_model(cases: dict[str, dict], path, **origin) -> None:
 
     tensors, config = {}, {}
     for case, run in cases.items():
-        theirs = run["theirs"].train(run.get("train", False))
+        double = run.get("double", True)
+        theirs = run["theirs"].train(run.get("train", False)).to(torch.float64 if double else torch.float32)
         shapes = {k: list(v.shape) for k, v in theirs.state_dict().items()}
         weights = {k: v for k, v in synthetic(shapes).items() if v.is_floating_point()}
         theirs.load_state_dict(weights, strict=False)
         if "maps" in run:
             with torch.no_grad():
-                tensors |= {f"{case}/map/{i}": t.clone() for i, t in enumerate(run["maps"](theirs, run["x"]))}
+                maps = run["maps"](theirs, run["x"].double() if double else run["x"])
+                tensors |= {f"{case}/map/{i}": t.clone() for i, t in enumerate(maps)}
             theirs.load_state_dict(weights, strict=False)
         theirs.zero_grad()
-        x = run["x"].clone().requires_grad_()
+        x = (run["x"].double() if double else run["x"].clone()).requires_grad_()
         y = run.get("call", lambda m, x: m(x))(theirs, x)
         g = torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
         (y * g).sum().backward()
@@ -245,4 +254,5 @@ def record_model(cases: dict[str, dict], path, **origin) -> None:
         tensors |= {f"{case}/after/{n}": theirs.get_buffer(n) for n in run.get("after", ())}
         config[case] = {k: run[k] for k in ("model", "settings", "train") if k in run} | {"shapes": shapes}
     meta = {"config": json.dumps(config), "seed": "7", **{k: str(v) for k, v in origin.items()}}
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path, metadata=meta)
+    single = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    save_file({k: v.detach().contiguous() for k, v in single.items()}, path, metadata=meta)
