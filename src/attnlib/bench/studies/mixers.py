@@ -1,8 +1,8 @@
 """Mechanisms of the grid family in one small backbone: quality, time, memory and what a token sees.
 
 ``attnlib bench --suite mixers --out benchmarks/results`` measures again what ``mixers-cpu.json`` holds and draws it.
-Every contestant stands in the same two blocks on a map of 12 x 12 tokens (images of 24 x 24 pixels, two convolutions) with
-a learned table of positions; hidden layers of the MLPs are made as wide as it takes for all to have the parameters of
+Every contestant stands in the same two blocks on a map of 12 x 12 tokens (images of 24 x 24 pixels, two convolutions)
+with a learned table of positions; hidden layers of the MLPs are as wide as it takes for all to have the parameters of
 the plain vision transformer. Two tasks: a handwritten digit among pieces of others, and the photograph that a crop is
 from, told on parts of the photographs that were not trained on.
 """
@@ -176,8 +176,8 @@ def measure(
     progress: Progress | None = None,
     keep: str | Path | None = None,
     pictures: str | Path | None = None,
-    steps: int = 400,
-    batch: int = 32,
+    steps: int = 300,
+    batch: int = 24,
     seeds: tuple[int, ...] = (0, 1, 2),
     tested: int = 1024,
     names: tuple[str, ...] | None = None,
