@@ -17,7 +17,7 @@ def test_contestants_have_equal_parameters(name):
 def test_what_the_middle_sees():
     """Windows that are not shifted see themselves; attention over all sees further."""
     torch.manual_seed(0)
-    x = torch.randn(1, 1, 32, 32)
+    x = torch.randn(1, 1, mixers.SIDE, mixers.SIDE)
     near = mixers.receptive_field(mixers.build("residual network", 10).eval(), x)
     far = mixers.receptive_field(mixers.build(mixers.BASELINE, 10).eval(), x)
     assert 0 < near and 0 < far < 32
