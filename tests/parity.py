@@ -151,8 +151,9 @@ class Models(Fixture):
     """Runs of the authors' whole models in ``fixtures/models/<slug>.safetensors``, with :func:`synthetic` weights.
 
     The metadata's ``config`` holds per case ``model`` (a name of ours), ``settings``, ``shapes`` (their state dict),
-    and ``train``; tensors are ``<case>/x``, ``<case>/y``, ``<case>/g``, ``<case>/dx`` and chosen ``<case>/dw/<name>``,
-    maps of stages ``<case>/map/<i>`` (B, C, H, W), and after a pass in training chosen buffers ``<case>/after/<name>``.
+    and ``train``; tensors are ``<case>/x``, what our model is called with besides ``<case>/with/<name>``, ``<case>/y``,
+    ``<case>/g``, ``<case>/dx`` and chosen ``<case>/dw/<name>``, maps of stages ``<case>/map/<i>`` (B, C, H, W), and
+    after a pass in training chosen buffers ``<case>/after/<name>``.
     """
 
     folder = HERE / "models"
@@ -184,12 +185,14 @@ class Models(Fixture):
         dtype = torch.float64 if double else torch.float32
         module = self.build_model(case).to(dtype)
         x = self.tensors[f"{case}/x"].to(dtype, copy=True).requires_grad_()
-        y = module(x)
+        beside = self.under(f"{case}/with")
+        y = module(x, **beside)
         self._close(y.detach(), self.tensors[f"{case}/y"], atol, "y")
         (y * self.tensors[f"{case}/g"]).sum().backward()
         if double:
             with torch.no_grad():
-                self._close(self.build_model(case)(x.float()), self.tensors[f"{case}/y"], 2 * atol, "y in float32")
+                single = self.build_model(case)(x.float(), **beside)
+                self._close(single, self.tensors[f"{case}/y"], 2 * atol, "y in float32")
         self._close(x.grad, self.tensors[f"{case}/dx"], atol, "dx")
         grads = {name: p.grad for name, p in module.named_parameters()}
         assert self.under(f"{case}/dw"), "no weight gradient to compare"
@@ -253,6 +256,7 @@ def record_model(cases: dict[str, dict], path, **origin) -> None:
         grads = {n: p.grad for n, p in theirs.named_parameters()}
         tensors |= {f"{case}/x": x.detach(), f"{case}/y": y.detach(), f"{case}/g": g, f"{case}/dx": x.grad}
         tensors |= {f"{case}/dw/{n}": grads[n] for n in run["grads"]}
+        tensors |= {f"{case}/with/{n}": t for n, t in run.get("with", {}).items()}
         tensors |= {f"{case}/after/{n}": theirs.get_buffer(n) for n in run.get("after", ())}
         config[case] = {k: run[k] for k in ("model", "settings", "train") if k in run} | {"shapes": shapes}
         config[case]["double"] = double

@@ -33,4 +33,12 @@ ROWS = [
     Case("rgt", dict(dim=12, num_heads=2, recursions=0, compat="authors"), (3, 4), "none"),
     Case(RECTANGLES, dict(dim=96, num_heads=2, split_size=(2, 4)), (4, 8), "rectangles"),
     Case(RECTANGLES, dict(dim=96, num_heads=2, split_size=(2, 3), shift=True), (6, 6), "shifted-rectangles"),
+    Case("interformer-imsa", dict(dim=8, num_heads=2, pool_ratios=(1, 2)), (6, 4), context_grid=(5, 7)),
+    Case(
+        "interformer-imsa",
+        dict(dim=8, num_heads=2, pool_ratios=(2, 3), target_size=(6, 8)),
+        (6, 8),
+        "bounded",
+        context_grid=(12, 9),
+    ),
 ]

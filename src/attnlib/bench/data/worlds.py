@@ -84,6 +84,36 @@ def _photographs() -> tuple[Tensor, ...]:
     )
 
 
+def _crops(count: int, side: int, part: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Crops (count, 3, side, side) in [0, 1] and of which photograph each is."""
+    check_choice("part", part, PARTS)
+    check_int("side", side, least=4, most=96)
+    labels = torch.randint(len(TEXTURES), (count,), generator=generator)
+    at = torch.rand(count, 3, generator=generator).tolist()
+    crops = []
+    for label, (row, column, flip) in zip(labels.tolist(), at, strict=True):
+        photo = _photographs()[label]
+        height, width = photo.shape[1:]
+        left, right = (0, width * 2 // 3) if part == "train" else (width * 2 // 3, width)
+        top = int(row * (height - side + 1))
+        left += int(column * (right - left - side + 1))
+        crop = photo[:, top : top + side, left : left + side]
+        crops.append(crop.flip(2) if flip < 0.5 else crop)
+    return torch.stack(crops), labels
+
+
+def photo_crops(count: int, side: int = 32, part: str = "train", generator: torch.Generator | None = None) -> Tensor:
+    """Colour crops of real photographs as they are, for restoration.
+
+    Args:
+        count, side, part, generator: as of :func:`texture_crops`.
+
+    Returns:
+        Crops (count, 3, side, side) in [0, 1].
+    """
+    return _crops(count, side, part, generator)[0]
+
+
 def texture_crops(
     count: int, side: int = 32, part: str = "train", generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -100,20 +130,8 @@ def texture_crops(
         Crops (count, 1, side, side), each with mean 0 and standard deviation 1, and labels (count,) among
         :data:`TEXTURES`.
     """
-    check_choice("part", part, PARTS)
-    check_int("side", side, least=4, most=96)
-    labels = torch.randint(len(TEXTURES), (count,), generator=generator)
-    at = torch.rand(count, 3, generator=generator).tolist()
-    crops = []
-    for label, (row, column, flip) in zip(labels.tolist(), at, strict=True):
-        photo = _photographs()[label]
-        height, width = photo.shape[1:]
-        left, right = (0, width * 2 // 3) if part == "train" else (width * 2 // 3, width)
-        top = int(row * (height - side + 1))
-        left += int(column * (right - left - side + 1))
-        crop = photo[:, top : top + side, left : left + side].mean(0)
-        crops.append(crop.flip(1) if flip < 0.5 else crop)
-    out = torch.stack(crops)
+    crops, labels = _crops(count, side, part, generator)
+    out = crops.mean(1)
     out = out - out.mean((1, 2), keepdim=True)
     return (out / (out.std((1, 2), keepdim=True) + 1e-4)).unsqueeze(1), labels
 
