@@ -17,4 +17,8 @@ ROWS = [
         dict(dim=8, num_heads=2, window_size=4, kv_source="upsampled"), (6, 8), "upsampled",
     ),
     Case("window-attention-upsample", dict(dim=8, num_heads=2, window_size=None, mlp_ratio=0.0), (4, 6), "global"),
+    Case("spatial-reduction-attention", dict(dim=16, num_heads=2, sr_ratio=2), (6, 8)),
+    Case("spatial-reduction-attention", dict(dim=16, num_heads=2, sr_ratio=3, qkv_bias=False, compat="authors"), (6, 6),
+         "authors"),
+    Case("spatial-reduction-attention", dict(dim=16, num_heads=4), (4, 5), "plain"),
 ]  # fmt: skip

@@ -237,6 +237,7 @@ def create_model(
     if features_only:
         from .backbones.stages import Features
 
+        model = getattr(getattr(model, "encoder", None), "model", model)  # of a dense model, its backbone
         if not hasattr(model, "feature_info"):
             raise ValueError(f"{name!r} has no stages to take maps from (features_only=True)")
         return Features(model, out_indices)
