@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import attnlib
 from attnlib.models.build import load_pretrained, resampled_patch
-from tests.parity import Models
+from tests.parity import HERE, Models
 
 TINY = dict(embed_dim=24, depth=2, num_heads=3, mlp_ratio=2.0, num_classes=5, img_size=32, patch_size=8)
 
@@ -155,6 +155,14 @@ def test_smaller_patches_keep_the_embedding_of_enlarged_images_nearly():
     assert (plain - theirs).square().mean() > 0.3 * theirs.square().mean()  # fewer pixels, smaller sums
 
 
+def test_resampled_kernels_are_timms():
+    held = load_file(HERE / "patch_kernels.safetensors")
+    for i in range(4):
+        expected = held[f"{i}/resampled"]
+        ours = resampled_patch(held[f"{i}/kernel"], expected.shape[2:])
+        assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 def test_released_weights_at_another_patch_size():
     x = images(1, 3, 32, 32)
     double = torch.nn.functional.interpolate(x, (64, 64), mode="bicubic", antialias=True)
@@ -166,6 +174,26 @@ def test_released_weights_at_another_patch_size():
     assert one.forward_features(images(1, 3, 8, 8)).shape == (1, 65, 24)
     with pytest.raises(ValueError, match="method="):
         resampled_patch(images(2, 3, 4, 4), (2, 2), "nearest")
+
+
+@pytest.mark.parametrize("size", [16, 4, 1])
+def test_a_copy_with_patches_of_another_size(size):
+    """Kernel and positions follow, all else is the same."""
+    m, x = loaded(), images(1, 3, 32, 32)
+    other = m.with_patches(size)
+    grid = 32 // size
+    count = sum(p.numel() for p in other.parameters()) - sum(p.numel() for p in m.parameters())
+    assert count == 24 * (3 * (size**2 - 8**2) + grid**2 - 4**2)
+    assert other(x).shape == (1, 5) and other.feature_info[0]["reduction"] == size
+    torch.testing.assert_close(other.stages[1].state_dict(), m.stages[1].state_dict())
+    larger = m.with_patches(16, img_size=64)
+    double = torch.nn.functional.interpolate(x, (64, 64), mode="bicubic", antialias=True)
+    near = larger.stem(double.permute(0, 2, 3, 1))[0] - m.stem(x.permute(0, 2, 3, 1))[0]
+    assert near.abs().mean() < 0.2 * m.stem(x.permute(0, 2, 3, 1))[0].abs().mean()  # patches know no neighbours
+    with pytest.raises(ValueError, match="img_size="):
+        m.with_patches(64)
+    with pytest.raises(ValueError, match="patch_size"):
+        m.with_patches(0)
 
 
 def test_patches_of_one_pixel_are_50176_tokens():

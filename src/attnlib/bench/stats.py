@@ -122,6 +122,78 @@ def growth_exponent(sizes: Sequence[float], costs: Sequence[float], last: int = 
     return float(np.polyfit(x, y, 1)[0])
 
 
+class PowerLaw(NamedTuple):
+    """``value(n) = floor + scale * n ** -exponent``.
+
+    ``half`` is the half-width of the exponent's confidence interval from what the fit leaves over, ``None`` where as
+    many points as parameters leave nothing; ``rms`` is the root of the mean square of what is left.
+    """
+
+    floor: float
+    scale: float
+    exponent: float
+    half: float | None
+    rms: float
+
+    def __call__(self, n: float) -> float:
+        return self.floor + self.scale * n**-self.exponent
+
+
+def fit_power_law(
+    sizes: Sequence[float], values: Sequence[float], floor: float | None = None, confidence: float = 0.95
+) -> PowerLaw:
+    """Least squares of a power law that falls towards a floor, with the error of its exponent.
+
+    For every exponent the best floor and scale are linear least squares, neither of them negative; the exponent is
+    searched between 0.001 and 8. Its error follows from the curvature of the sum of squares (Student's t).
+
+    Args:
+        sizes: what the law is in, such as numbers of tokens; positive.
+        values: what falls.
+        floor: a known floor; fitted by default.
+        confidence: coverage of the interval.
+
+    Raises:
+        ValueError: fewer points than parameters, sizes that are not positive.
+
+    >>> law = fit_power_law([4, 16, 64, 256, 1024], [1 + 2 * n**-0.5 for n in (4, 16, 64, 256, 1024)])
+    >>> [round(float(v), 3) for v in law[:3]]
+    [1.0, 2.0, 0.5]
+    """
+    n, y = np.asarray(sizes, dtype=float), np.asarray(values, dtype=float)
+    free = 2 if floor is not None else 3
+    if n.shape != y.shape or n.size < free:
+        raise ValueError(f"a power law of {free} parameters needs as many points, got {n.size} sizes, {y.size} values")
+    if not (n > 0).all() or not np.isfinite(y).all():
+        raise ValueError("sizes must be positive and values finite")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence={confidence} is not possible; it must lie strictly between 0 and 1")
+    from scipy import optimize, stats
+
+    middle = float(np.exp(np.log(n).mean()))  # sizes near 1 keep the columns comparable
+
+    def best(exponent: float) -> tuple[float, float, float]:
+        basis = (n / middle) ** -exponent
+        if floor is not None:
+            scale = max(0.0, float(basis @ (y - floor) / (basis @ basis)))
+            return float(((y - floor - scale * basis) ** 2).sum()), floor, scale
+        (low, scale), left = optimize.nnls(np.stack([np.ones_like(n), basis], 1), y)
+        return float(left**2), float(low), float(scale)
+
+    grid = np.geomspace(1e-3, 8.0, 200)
+    at = int(np.argmin([best(e)[0] for e in grid]))
+    bounds = (grid[max(0, at - 1)], grid[min(len(grid) - 1, at + 1)])
+    exponent = float(optimize.minimize_scalar(lambda e: best(e)[0], bounds=bounds, method="bounded").x)
+    square, low, scale = best(exponent)
+    half = None
+    if n.size > free:
+        basis = (n / middle) ** -exponent
+        slopes = [basis, -scale * np.log(n / middle) * basis] + ([] if floor is not None else [np.ones_like(n)])
+        spread = np.linalg.pinv(np.stack(slopes, 1).T @ np.stack(slopes, 1)) * square / (n.size - free)
+        half = float(stats.t.ppf(0.5 + confidence / 2, n.size - free) * math.sqrt(max(0.0, spread[1, 1])))
+    return PowerLaw(low, scale * middle**exponent, exponent, half, math.sqrt(square / n.size))
+
+
 class CostCurve(NamedTuple):
     """``cost(N) = constant + linear * N + quadratic * N**2`` with no negative coefficient."""
 

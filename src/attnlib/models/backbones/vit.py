@@ -17,6 +17,7 @@ tokens.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,14 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...checks import check_choice, check_int, check_real, describe
+from ...checks import check_choice, check_int, check_ints, check_real, describe
 from ...grids import Layout
 from ...nn.dense.softmax_attention import SoftmaxAttention
 from ...nn.layers import Mlp, Patchify, flat_valid, normed
 from ...nn.released import Released, join
 from ...types import stats_dtype
 from ..blocks import Block, Make, init_weights, places
-from ..build import register_models
+from ..build import register_models, resampled_patch, resized
 from .stages import Backbone, Head, stage_indices
 
 
@@ -268,6 +269,43 @@ class VisionTransformer(Backbone):
             return found
         y = self.norm(y) if last == count - 1 else y
         return (y if self.num_prefix_tokens else y.flatten(1, 2)), found
+
+    @torch.no_grad()
+    def with_patches(self, patch_size: int, img_size: int | tuple[int, int] | None = None) -> VisionTransformer:
+        """A copy that reads patches of another size, down to single pixels: width, depth and blocks are the same.
+
+        The kernel is resampled by the pseudo-inverse (:func:`attnlib.models.build.resampled_patch`), positions are
+        interpolated, all else is copied, so that parameters differ by ``3 (P'^2 - P^2) C`` and ``(N' - N) C`` alone.
+
+        Args:
+            patch_size: pixels per side of a patch.
+            img_size: side of images that positions are made for; as they are by default.
+
+        >>> model = vit(16, 24, 1, 2, img_size=32)
+        >>> model.with_patches(1).forward_features(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 1025, 24])
+        """
+        check_int("patch_size", patch_size, least=1)
+        sides = self.img_size if img_size is None else (img_size,) * 2 if isinstance(img_size, int) else img_size
+        sides = check_ints("img_size", sides, least=1)
+        if min(sides) < patch_size:
+            raise ValueError(f"img_size={sides} must hold at least one patch of patch_size={patch_size}")
+        out = copy.deepcopy(self)
+        old: Any = self.stem
+        if not isinstance(old, PatchStem):
+            raise TypeError(f"the stem must be a PatchStem to read patches of another size, not {type(old).__name__}")
+        kernel = resampled_patch(old.proj.weight.detach(), (patch_size, patch_size))
+        out.stem = new = PatchStem(self.in_chans, self.embed_dim, patch_size, old.share)
+        new.to(kernel.device, kernel.dtype)
+        new.proj.weight.copy_(kernel)
+        if new.proj.bias is not None and old.proj.bias is not None:
+            new.proj.bias.copy_(old.proj.bias.detach())
+        out.patch_size, out.img_size = patch_size, sides
+        if self.pos_embed is not None:
+            grid = tuple(side // patch_size for side in sides)
+            out.pos_embed = nn.Parameter(resized(self.pos_embed, grid, antialias=self.antialias))
+        out.feature_info = [{**level, "reduction": patch_size} for level in self.feature_info]
+        return out
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters stand at which depth, for layer-wise learning rates."""
