@@ -1,9 +1,9 @@
 """FaViT: four stages of factorization self-attention in the frame of PVTv2.
 
-Qin et al., 2023, "Factorization Vision Transformer", arXiv 2312.08614. A 7 x 7
-convolution of stride 4 makes tokens, 3 x 3 convolutions of stride 2 lie between stages, each with a norm behind it. A
-block is attention and an MLP with a depthwise 3 x 3 convolution in its middle, each behind a norm; every stage ends in
-a norm, and so the maps of all stages are normed.
+Qin et al., 2023, "Factorization Vision Transformer", arXiv 2312.08614. A 7 x 7 convolution of
+stride 4 makes tokens, 3 x 3 convolutions of stride 2 lie between stages, each with a norm behind it. A block is
+attention and an MLP with a depthwise 3 x 3 convolution in its middle, each behind a norm; every stage ends in a norm,
+and so the maps of all stages are normed.
 
 Differs from the authors' code as :class:`attnlib.nn.reduced.favit.FactorizationAttention` does, and in any size.
 Weights of the release were trained with ``compat="authors"``; into a model without it they are not loaded.

@@ -1,7 +1,7 @@
 """Factorization self-attention of FaViT: every group of channels reads a short summary of the map of its own kind.
 
-Qin et al., 2023, "Factorization Vision Transformer", arXiv 2312.08614. The
-channels are cut into groups, of 1/8, 7/16 and 7/16 of them with a ratio ``r > 1``, of 1/8 and 7/8 with ``r = 1``:
+Qin et al., 2023, "Factorization Vision Transformer", arXiv 2312.08614. The channels are cut into
+groups, of 1/8, 7/16 and 7/16 of them with a ratio ``r > 1``, of 1/8 and 7/8 with ``r = 1``:
 
 - the first group reads the map made small: ``x_g <- LN(conv_(r x r, stride r) x_g)``, with one head;
 - each further group reads ``w x w`` keys, the same for every query. A map ``z = W dwconv(x)`` of the remaining channels
@@ -16,10 +16,10 @@ A mean commutes with a linear map, and the mean over windows is a mean over thei
 
 Differs from the authors' code: their average is taken over the wrong numbers. Windows and channels are laid out as one
 axis, channels fastest, and neighbouring entries of it are averaged, so that a channel of a key is the mean of
-neighbouring channels of one or two windows. ``legacy_fusion=True`` does so, as weights trained with the release need it. Maps are
-padded to whole windows by reflection, as theirs, but again and again where one reflection does not reach, so that any
-size works. Sides that ``r`` does not divide are read to their end, where theirs leaves out the last part of a cell;
-``compat="authors"`` does that and the legacy fusion.
+neighbouring channels of one or two windows. ``legacy_fusion=True`` does so, as weights trained with the release need
+it. Maps are padded to whole windows by reflection, as theirs, but again and again where one reflection does not reach,
+so that any size works. Sides that ``r`` does not divide are read to their end, where theirs leaves out the last part of
+a cell; ``compat="authors"`` does that and the legacy fusion.
 """
 
 from __future__ import annotations
