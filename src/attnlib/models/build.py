@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_flag, check_int, check_ints, check_type, describe
 from ..extras import need
+from ..nn.registry import shared_acronym
 from ..nn.released import unwrapped
 
 log = logging.getLogger("attnlib")
@@ -148,13 +149,15 @@ def model_entry(name: str) -> ModelEntry:
     """What is known of a model.
 
     Raises:
-        ValueError: unknown name; the nearest, or the sizes of the family of that name, are listed.
+        ValueError: unknown name; the nearest, or the sizes of the family of that name, are listed. An acronym that
+            several papers share lists what it may mean.
     """
     discover()
     check_type("name", name, str, "the name of a model")
     entry = _MODELS.get(name)
     if entry is not None:
         return entry
+    shared_acronym(name, "model ")
     own = [n for n in _MODELS if n.startswith(f"{name}_")] or [n for n, e in _MODELS.items() if e.family == name]
     near = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(repr(n) for n in own[:8] or near)}?" if own or near else "`attnlib models`"

@@ -17,6 +17,14 @@ from .released import unwrapped
 
 T = TypeVar("T", bound=type)
 
+#: Acronyms that several papers share, and what each of them means. A slug of that name is still that mechanism.
+ACRONYMS: Mapping[str, tuple[str, ...]] = {
+    "dit": ("'dit-dynamic-token-routing', the models dynamic_token_routing_vit_*", "the diffusion transformer"),
+    "eva": ("'eva', masked representation learning at scale", "efficient attention via control variates"),
+    "hat": ("'hat', the hybrid attention transformer that restores images", "hierarchical attention of FasterViT"),
+    "vsa": ("'vsa-varied-size-window', varied-size window attention", "video sparse attention"),
+}
+
 _ENTRIES: dict[str, dict[str, type]] = {"mechanism": {}, "fusion": {}}
 _ALIASES: dict[str, list[str]] = {}
 _discovered = False
@@ -59,6 +67,12 @@ def list_mechanisms(kind: str = "mechanism") -> list[str]:
     return sorted(_ENTRIES[kind])
 
 
+def shared_acronym(name: str, what: str = "") -> None:
+    """Raise ``ValueError`` with the candidates where ``name`` is one of :data:`ACRONYMS`."""
+    if meanings := ACRONYMS.get(name.lower()):
+        raise ValueError(f"{what}{name!r} is ambiguous; it may mean {', or '.join(meanings)}")
+
+
 def find(name: str) -> type:
     """The class registered under a slug or an unambiguous alias.
 
@@ -72,6 +86,7 @@ def find(name: str) -> type:
         if key in entries:
             return entries[key]
     owners = _ALIASES.get(key, [])
+    shared_acronym(name)
     if len(owners) > 1:
         raise ValueError(f"{name!r} is ambiguous; it may mean one of {sorted(owners)}")
     if owners:
