@@ -208,6 +208,19 @@ ROWS = {
             "weight": truncated(0.02),
         },
     ),
+    "favit": (
+        "favit",
+        dict(dim=128, num_heads=2, sr_ratio=2),
+        {
+            "pool.weight": normal(math.sqrt(2 / (4 * 16))),
+            "pointwise.weight": normal(math.sqrt(2 / 112)),
+            "conv.weight": normal(math.sqrt(2 / 9)),
+            "depthwise.weight": normal(math.sqrt(2 / 9)),
+            "norm.weight": constant(1.0),
+            "bias": constant(0.0),
+            "weight": truncated(0.02),
+        },
+    ),
     "hilo": ("hilo-litv2", dict(BIG, qkv_bias=True), {}),
     "biformer": ("biformer", dict(BIG, n_win=2, topk=2), {}),
     "sparsifiner": (

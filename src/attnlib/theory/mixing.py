@@ -90,6 +90,7 @@ SOMETIMES: dict[str, str] = {
 NOT_LINEAR: dict[str, str] = {
     "crossformer": "its output map reads groups one after another, padding among them, not tokens in their order",
     "davit": "it mixes features, not tokens: its map is features by features, and reads every token's values",
+    "favit": "its groups of channels read summaries of the map of different kinds, with a matrix for each",
     "focalnet": "a GELU stands between the levels of its context, and the gated context is a factor of the query",
     "gaussian-adaptive-attention": "it multiplies every number by a weight of its own; no token reads another's values",
     "hilo-litv2": "its two kinds of heads have a matrix and an output map each, side by side",
