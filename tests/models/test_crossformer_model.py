@@ -91,3 +91,20 @@ def test_linear_maps_start_as_the_authors_whole_model():
     for block in m.stages[1].blocks:
         for linear in (block.mixer.inner.qkv, block.mixer.inner.proj, block.mlp.inner.fc1):
             assert 0.019 < linear.weight.std() < 0.021 and not linear.bias.any()
+
+
+def test_gradients_of_patches_do_not_depend_on_the_order_in_memory():
+    """Where gradients are wanted, images are read channel by channel."""
+    torch.manual_seed(0)
+    cel = CrossScale(3, 16, (2, 4, 8)).double()
+    x, weight = images(2, 6, 10, 3).double().requires_grad_(), images(2, 3, 5, 16, seed=2).double()
+    y, _ = cel(x)
+    maps = [torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), c.weight, c.bias, c.stride, c.padding) for c in cel.projs]
+    expected = cel.norm(torch.cat(maps, 1).permute(0, 2, 3, 1))
+    torch.testing.assert_close(y, expected)
+    leaves = (x, *cel.parameters())
+    grads = [torch.autograd.grad((t * weight).sum(), leaves) for t in (y, expected)]
+    torch.testing.assert_close(*grads)
+    with torch.no_grad():
+        torch.testing.assert_close(cel(x)[0], expected.detach())
+    assert torch.autograd.gradcheck(lambda t: cel(t)[0], x[:1, :4, :4].detach().requires_grad_())

@@ -692,6 +692,9 @@ class CrossScale(nn.Module):
         if self.norm is not None and self.norm_first:
             x = self.norm(x)
         x = zero_invalid(x, valid)
+        if torch.is_grad_enabled() and x.shape[-1] < 8:
+            # Large kernels over few channels have a slow backward pass in channels-last order (on the CPU).
+            x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
         x = torch.cat([conv_any_size(conv, x, conv.weight, conv.bias) for conv in self.projs], -1)  # type: ignore[arg-type]
         if self.norm is not None and not self.norm_first:
             x = self.norm(x)
