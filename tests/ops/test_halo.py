@@ -104,6 +104,57 @@ def test_rounds_change_nothing(monkeypatch):
             torch.testing.assert_close(halo_attention(q, k, v, (8, 6), 2, 1, **call), whole)
 
 
+@pytest.mark.parametrize("border", ["mask", "zeros"])
+@pytest.mark.parametrize("some", [False, True])
+def test_parts_change_nothing_of_values_and_derivatives(monkeypatch, border, some):
+    q, k, v = (t.requires_grad_() for t in problem((4, 6), kv_heads=2))
+    tables = [tokens(2, 2, 24, 7, seed=4 + i).requires_grad_() for i in range(2)]
+    valid = torch.rand(2, 24, generator=torch.Generator().manual_seed(5)) < 0.3 if some else None
+    leaves = (q, k, v, *tables)
+
+    def run(backend, *given):
+        call = dict(border=border, axis_tables=given[3:], backend=backend)
+        call["valid"] = None if valid is None else valid[: len(given[0])]
+        return halo_attention(*given[:3], (4, 6), 2, 1, **call)
+
+    expected = run("eager", *leaves)
+    weight = tokens(*expected.shape, seed=9)
+    grads = torch.autograd.grad((expected * weight).sum(), leaves)
+    for part in (1, 400, 1 << 20):  # a row of blocks of one head, rows, everything
+        monkeypatch.setattr(halo, "PART", part)
+        with torch.no_grad():
+            torch.testing.assert_close(run("parts", *leaves), expected.detach())
+        ours = run("parts", *leaves)
+        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(torch.autograd.grad((ours * weight).sum(), leaves), grads)
+    monkeypatch.setattr(halo, "PART", 400)
+    few = [t[:1, :1].detach().requires_grad_() for t in leaves]
+    assert torch.autograd.gradgradcheck(lambda *t: run("parts", *t), few, atol=1e-6)
+    only = run("parts", *(t.detach() for t in leaves[:4]), leaves[4])
+    torch.testing.assert_close(torch.autograd.grad((only * weight).sum(), leaves[4:]), grads[4:])
+
+
+def test_parts_say_what_they_are_not_for():
+    q, k, v = problem((4, 6), kv_heads=2)
+    tables = [tokens(2, 2, 24, 7, seed=4 + i) for i in range(2)]
+    call = dict(grid=(4, 6), block=2, halo=1, axis_tables=tables, backend="parts")
+    for change, message in (
+        (dict(axis_tables=None), "axis_tables"),
+        (dict(border="clamp"), "displacements of their own"),
+        (dict(dropout_p=0.5), "no dropout"),
+        (dict(bias=torch.zeros(4, 16).double()), "no bias"),
+        (dict(axis_tables=[t.float() for t in tables]), "float32 or float64, one for all"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            halo_attention(q, k, v, **{**call, **change})
+    with pytest.raises(ValueError, match="one head of keys"):
+        halo_attention(q, k[:, :1], v, **call)
+    with pytest.raises(ValueError, match="no forward mode and no vmap"):
+        torch.func.vmap(lambda x: halo_attention(x, k, v, **call))(q[None])
+    served = torch.func.vmap(lambda x: halo_attention(x, k, v, **{**call, "backend": None}))(q[None])
+    torch.testing.assert_close(served[0], halo_attention(q, k, v, **call))
+
+
 def test_a_query_sees_its_block_and_halo_alone():
     q, k, v = problem((8, 8))
     v.requires_grad_()

@@ -12,7 +12,7 @@ then read around ``k_block`` keys a side.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,8 +82,10 @@ def halo_attention(
         valid: (B, M) boolean, which keys exist.
         scale: defaults to ``D ** -0.5``.
         dropout_p: dropout of weights.
-        backend: ``"blocks"``, also by default; a backend of :func:`attnlib.attention` for what runs inside the blocks;
-            or ``"eager"``, one block after the other (the specification).
+        backend: ``"parts"``, by default where there are ``axis_tables``: parts of the map that fit the cache, whose
+            scores gradients compute again; ``"blocks"``: all at once, or in rounds without gradients; a backend of
+            :func:`attnlib.attention` for what runs inside the blocks; or ``"eager"``, one block after the other (the
+            specification).
 
     Returns:
         (B, H, N, Dv).
@@ -366,7 +368,165 @@ def _eager(call: _Call) -> Tensor:
     return torch.cat(out, 2)[:, :, torch.cat(rows).argsort()]
 
 
+#: Scores of one part of a map in :func:`_joined`: they stay in the caches of a processor.
+PART = 1 << 19
+
+
+def _joinable(call: _Call) -> str | None:
+    if not call.tables or call.bias is not None:
+        return "it adds vectors of axes to scores, so it needs axis_tables and no bias"
+    if call.axes[0].clamped:
+        return "windows that are moved inside the map have displacements of their own"
+    if call.options["dropout_p"]:
+        return "it has no dropout"
+    if not call.q.shape[1] == call.k.shape[1] == call.v.shape[1]:
+        return "it has one head of keys and values for every head of queries"
+    if not {t.dtype for t in call.inputs()} <= {torch.float32} and not {t.dtype for t in call.inputs()} <= {
+        torch.float64
+    }:
+        return "scores are kept in the inputs' dtype: float32 or float64, one for all"
+    return None
+
+
+def _join_pays(call: _Call) -> str | None:
+    if torch.compiler.is_compiling():
+        return "its parts would be steps of the graph"
+    if torch.is_autocast_enabled(call.q.device.type):
+        return "products would be rounded to the dtype of autocast"
+    return None
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """How maps (n, *grid, C) are cut: along n, then along rows of blocks."""
+
+    axes: tuple[_Axis, ...]
+    scale: float
+    n: int
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
+        """First and number along n, first and number of rows of blocks."""
+        first = self.axes[0]
+        per_row = math.prod([a.count * a.q * a.w for a in self.axes]) // first.count
+        rows = max(1, min(first.count, PART // max(1, per_row)))
+        some = max(1, PART // max(1, per_row * rows)) if rows == first.count else 1
+        for i in range(0, self.n, some):
+            for at in range(0, first.count, rows):
+                yield i, min(some, self.n - i), at, min(rows, first.count - at)
+
+    def cut(self, part: tuple[int, int, int, int], maps: Sequence[Tensor]) -> list[Tensor]:
+        """The part of queries, padded keys and values, and tables."""
+        i, some, at, rows = part
+        first = self.axes[0]
+        of_q = slice(at * first.q, (at + rows) * first.q)
+        of_k = slice(at * first.k, (at + rows) * first.k + 2 * first.halo)
+        return [t[i : i + some, of_k if number in (1, 2) else of_q] for number, t in enumerate(maps)]
+
+    def run(self, part: tuple[int, int, int, int], maps: Sequence[Tensor], borders: Sequence[Tensor] | None,
+            exists: Tensor | None) -> Tensor:  # fmt: skip
+        """Of the part's maps: (some, *grid, Dv)."""
+        i, some, at, rows = part
+        axes = (replace(self.axes[0], count=rows), *self.axes[1:])
+        sides, counts = [a.q for a in axes], [a.count for a in axes]
+        q, *tables = (
+            block_windows(t, sides).reshape(some, *counts, math.prod(sides), t.shape[-1])
+            for t in (maps[0], *maps[3:])
+        )  # fmt: skip
+        k, v = (_windows(t, axes).flatten(0, 1) for t in maps[1:3])
+        factors, units = [], []
+        for axis, (table, a) in enumerate(zip(tables, axes, strict=True)):
+            gap = a.displacements(table.device)[0] + table.shape[-1] // 2
+            shape = [a.q if j == axis else 1 for j in range(len(axes))]
+            gap = gap.view(*shape, a.w).expand(*sides, a.w).reshape(-1, a.w)
+            factor = table.gather(-1, gap.expand(*table.shape[:-1], a.w))
+            if borders is not None:
+                border = borders[axis][at : at + rows] if axis == 0 else borders[axis]
+                factor = factor + border.view([1, *(a.count if j == axis else 1 for j in range(len(axes))), 1, a.w])
+            factors.append(factor)
+            shape = [a.w, *(a.w if j == axis else 1 for j in range(len(axes)))]
+            unit = torch.eye(a.w, dtype=q.dtype, device=q.device).view(shape)
+            units.append(unit.expand(a.w, *(b.w for b in axes)).reshape(a.w, -1))
+        # what the axes add to every pair is a product with the unit vectors of its coordinates
+        q = q.flatten(0, -3)
+        scores = (torch.cat(factors, -1).flatten(0, -2) @ torch.cat(units)).view(q.shape[0], q.shape[1], -1)
+        hidden = None
+        if exists is not None:
+            first = self.axes[0]
+            real = exists[i : i + some, at * first.k : (at + rows) * first.k + 2 * first.halo]
+            hidden = ~_windows(real, axes).flatten(0, 1).transpose(1, 2)
+        if not torch.is_grad_enabled() and q.shape[-1] == v.shape[-1]:
+            bias = (scores if hidden is None else scores.masked_fill_(hidden, FAR)).unsqueeze(0)
+            out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias, scale=self.scale)
+        else:
+            scores = torch.baddbmm(scores, q * self.scale, k.transpose(1, 2))
+            out = torch.bmm((scores if hidden is None else scores.masked_fill(hidden, FAR)).softmax(-1), v)
+        return unblock_windows(out.view(some, *counts, *sides, -1))
+
+
+#: Added to the score of a key that does not exist. Where none does, values are zeros, and weights do not matter.
+FAR = -1e30
+
+
+class _Recomputed(torch.autograd.Function):
+    """The parts one after another; the backward pass computes each part's scores again."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: _Parts, borders: Any, exists: Tensor | None, *maps: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.parts, ctx.borders, ctx.exists = parts, borders, exists
+        ctx.save_for_backward(*maps)
+        out = maps[0].new_empty(*maps[0].shape[:-1], maps[2].shape[-1])
+        for part in parts:
+            parts.cut(part, [out])[0].copy_(parts.run(part, parts.cut(part, maps), borders, exists))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        maps, (g,) = ctx.saved_tensors, grads
+        again = torch.is_grad_enabled()  # somebody wants to differentiate this, too
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        out = [torch.zeros_like(maps[i]) for i in wanted]
+        for part in ctx.parts:
+            pieces = ctx.parts.cut(part, maps)
+            with torch.enable_grad():
+                if not again:
+                    pieces = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(pieces)]
+                y = ctx.parts.run(part, pieces, ctx.borders, ctx.exists)
+                made = torch.autograd.grad(
+                    y, [pieces[i] for i in wanted], ctx.parts.cut(part, [g])[0], create_graph=again
+                )  # fmt: skip
+            for i, total, one in zip(wanted, out, made, strict=True):
+                where = [total if j == i else t for j, t in enumerate(maps)]
+                ctx.parts.cut(part, where)[i].add_(one)
+        found = dict(zip(wanted, out, strict=True))
+        return None, None, None, *(found.get(i) for i in range(len(maps)))
+
+
+def _joined(call: _Call) -> Tensor:
+    """Parts that fit the cache: axes enter by one product, gradients compute the scores again."""
+    batch, heads, _, width = call.q.shape
+    axes, k, v, exists, borders = call.axes, call.k, call.v, None, None
+    if call.valid is not None:
+        k, v = (t.masked_fill(~call.valid[:, None, :, None], 0.0) for t in (k, v))
+        real = call.valid.unsqueeze(1).expand(-1, heads, -1).reshape(batch * heads, *call.k_grid, 1)
+        exists = _padded(real, axes, True)  # keys beyond the border are none, or zeros, by their coordinates
+    if not call.zeros and any(a.halo for a in axes):
+        borders = []
+        for a in axes:
+            at = torch.arange(a.count, device=k.device)[:, None] * a.k - a.halo + torch.arange(a.w, device=k.device)
+            borders.append(torch.where((at < 0) | (at >= a.length), FAR, 0.0).to(call.q.dtype))
+    maps = [t.flatten(0, 1).unflatten(1, tuple(call.grid)) for t in (call.q, *call.tables)]
+    keys = [_padded(t.flatten(0, 1).unflatten(1, tuple(call.k_grid)), axes) for t in (k, v)]
+    scale = width**-0.5 if call.options["scale"] is None else call.options["scale"]
+    parts = _Parts(axes, scale, batch * heads)
+    out = _Recomputed.apply(parts, borders, exists, maps[0], *keys, *maps[1:])
+    return out.reshape(batch, heads, call.q.shape[2], out.shape[-1])
+
+
 _HALO = Operator("halo_attention", _prepare)
+_HALO.register(
+    "parts", _joined, supports=_joinable, prefers=_join_pays,
+    transforms="its backward computes parts again",
+)  # fmt: skip
 _HALO.register("blocks", _blocks)
 register_inner(_HALO, _blocks)
 _HALO.register("eager", _eager)
