@@ -131,7 +131,7 @@ def rows():
 ROWS = rows()
 #: What a converter leaves out, so that it is no fault when it is missing.
 SETTINGS_OF_THEIRS = {"attn_bias", "attn_temp"}
-SETTINGS_OF_THEIRS |= {"unfold.weights", "fold.weights"}  # kernels of ones and zeros
+SETTINGS_OF_THEIRS |= {"unfold.weights", "fold.weights", "relative_position_index"}  # constants
 
 
 def constant(key):

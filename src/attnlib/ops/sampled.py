@@ -308,6 +308,73 @@ def deformable_attention(
         return _run(_OPERATOR, call, backend)[0].to(call.dtype)
 
 
+def sample_crossings(
+    value: Tensor, grid: Sequence[int], rows: Tensor, columns: Tensor, *, valid: Tensor | None = None
+) -> Tensor:
+    """Bilinear samples of a map where rows and columns cross, zero beyond the border: windows of any place and size.
+
+    What points of a window share is computed once: the weights of its rows and of its columns. On the CPU rows of the
+    map are added up as :func:`deformable_attention` does; elsewhere that serves it.
+
+    Args:
+        value: (B, H, N, D), the map flattened row-major.
+        grid: (height, width) of the map.
+        rows: (B, H, G, h) places of rows in tokens, whole numbers at centres of tokens.
+        columns: (B, H, G, w) places of columns.
+        valid: (B, N) boolean; other tokens read as zero, like those beyond the border.
+
+    Returns:
+        (B, H, G, h * w, D), differentiable in value and places.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    >>> at = torch.tensor([0.5, 1.0]).view(1, 1, 1, 2)
+    >>> sample_crossings(torch.arange(4.0).view(1, 1, 4, 1), (2, 2), at, at).flatten().tolist()
+    [1.5, 2.0, 2.5, 3.0]
+    """
+    check_rank("value", value, 4, "(B, H, N, D)")
+    for name, t in (("value", value), ("rows", rows), ("columns", columns)):
+        check_float(name, t)
+    check_rank("rows", rows, 4, "(B, H, G, h)")
+    check_rank("columns", columns, 4, "(B, H, G, w)")
+    check_valid("valid", valid, (value.shape[0], value.shape[2]))
+    check_device(value=value, rows=rows, columns=columns, valid=valid)
+    height, width = check_ints("grid", grid, least=1)
+    if height * width != value.shape[2]:
+        raise ValueError(f"grid={(height, width)} has {height * width} tokens, but value has {value.shape[2]}")
+    if rows.shape[:3] != columns.shape[:3] or rows.shape[:2] != value.shape[:2]:
+        raise ValueError(
+            f"rows and columns must lie in the same windows of {tuple(value.shape[:2])} samples and heads, as value, "
+            f"got {tuple(rows.shape)} and {tuple(columns.shape)}"
+        )
+    with exactly(value):
+        high = stats_dtype(value.dtype)
+        rows, columns, groups = rows.to(high), columns.to(high), rows.shape[2]
+        if value.device.type != "cpu":
+            places = [(t + 0.5) / n for t, n in ((columns.unsqueeze(-2), width), (rows.unsqueeze(-1), height))]
+            points = torch.stack(torch.broadcast_tensors(*places), -1).flatten(2, 4)[:, :, :, None, None]
+            out = deformable_attention(
+                value, [(height, width)], points, points.new_ones(points.shape[:-1]), valid=valid
+            )
+            return out.unflatten(2, (groups, -1))
+        if valid is not None:
+            value = value.masked_fill(~valid[:, None, :, None], 0.0)
+        if height == width and rows.shape == columns.shape:  # both at once
+            first, second, low, high_at = _axis(torch.stack([rows, columns]), height)
+            (wy, wx), (y, x) = torch.stack([first, second], -1), torch.stack([low, high_at], -1)
+        else:
+            (wy, y), (wx, x) = (
+                [torch.stack(pair, -1) for pair in (made[:2], made[2:])]
+                for made in (_axis(rows, height), _axis(columns, width))
+            )
+        y = y * width
+        numbers = y[..., :, None, :, None] + x[..., None, :, None, :]  # (B, H, G, h, w, 2, 2)
+        weights = wy[..., :, None, :, None] * wx[..., None, :, None, :]
+        out = _sum_rows(value.to(high), numbers.flatten(2, 4).flatten(3), weights.flatten(2, 4).flatten(3))
+        return out.unflatten(2, (groups, -1)).to(value.dtype)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Lifted into depth
 
