@@ -227,7 +227,6 @@ def test_a_mechanism_of_the_users_own_choice():
 SETTINGS = {
     "gaussian-adaptive-attention": {"axis": "tokens"},
     "moh-vit-aggregated-attention": {"sr_ratio": 1},
-    "sg-former": {"sr_ratio": 1, "window_size": 1},
 }
 
 

@@ -24,7 +24,7 @@ def make(**config):
 
 CASES = {
     "hybrid": dict(role="hybrid", sr_ratio=2),
-    "uneven": dict(role="hybrid", sr_ratio=4, scale=0.3),  # on 14 x 7 tokens, which 4 does not divide
+    "uneven": dict(role="hybrid", sr_ratio=4, scale=0.3, compat="authors"),  # on 14 x 7 tokens, which 4 does not divide
     "guided2": dict(role="guided", sr_ratio=2),
     "guided4": dict(role="guided", sr_ratio=4),
     "global": dict(role="global"),
@@ -184,6 +184,37 @@ def test_padding_marked_invalid_is_never_a_key_and_takes_no_part_in_the_signific
     assert (out.carry[:, :, 4:] == 0).all()
 
 
+@pytest.mark.parametrize("grid", [(5, 6), (9, 3), (1, 1)])
+def test_a_map_of_any_size_is_the_larger_one_with_tokens_that_do_not_exist(grid):
+    m = make(role="hybrid", sr_ratio=4, window_size=3)
+    x = torch.randn(2, *grid, 8, dtype=F64)
+    full = torch.full((2, 12, 12, 8), float("nan"), dtype=F64)
+    full[:, : grid[0], : grid[1]] = x
+    valid = torch.zeros(2, 12, 12, dtype=torch.bool)
+    valid[:, : grid[0], : grid[1]] = True
+    out, larger = m(x, returns=("carry",)), m(full, valid=valid, returns=("carry",))
+    torch.testing.assert_close(out.y, larger.y[:, : grid[0], : grid[1]])
+    torch.testing.assert_close(out.carry, larger.carry[:, : grid[0], : grid[1]])
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(800, 2 + 8 + 8), (49, 1 + 1 + 1), (1, 1), (2, 1 + 1)])
+def test_groups_keep_their_shares_on_maps_of_any_size(tokens, keys):
+    assert make(role="guided", sr_ratio=8).key_count(tokens) == keys
+
+
+def test_a_group_that_its_factor_does_not_divide_begins_with_tokens_that_do_not_exist():
+    m = make(role="guided", merge=((1, 4), (1, 2)))
+    x = torch.randn(1, 1, 7, 8, dtype=F64)  # groups of 3 and 4
+    plan = m.plan(x, carry=torch.arange(7.0).view(1, 1, 7))
+    tokens, alive = m._merged(x.flatten(1, 2), plan["rows"], None)
+    first = (x[0, 0, :3] * m.merge[0].weight[0, 1:, None]).sum(0) + m.merge[0].bias
+    second = (x[0, 0, 3:].unflatten(0, (2, 2)) * m.merge[1].weight[0, :, None]).sum(1) + m.merge[1].bias
+    torch.testing.assert_close(tokens[0], torch.cat([first[None], second]))
+    assert alive is None
+    leaf = x.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: m(t, plan=plan), (leaf,))
+
+
 def test_significance_does_not_change_the_output():
     module = make(role="hybrid", sr_ratio=2, window_size=4)
     x = torch.randn(1, 8, 8, 8, dtype=F64)
@@ -200,6 +231,8 @@ def test_significance_does_not_change_the_output():
         ({"role": "guided", "merge": ((1, 0),)}, "merge must hold pairs"),
         ({"merge": ((1, 2),)}, "merge=.* is for role='guided'"),
         ({"window_size": 0}, "at least 1"),
+        ({"pad": "zeros"}, "pad='zeros'"),
+        ({"compat": "theirs"}, "compat='theirs'"),
     ],
 )
 def test_bad_settings_are_refused(config, match):
@@ -208,12 +241,16 @@ def test_bad_settings_are_refused(config, match):
 
 
 def test_bad_inputs_are_refused():
-    hybrid, guided = make(role="hybrid", sr_ratio=2, window_size=4), make(role="guided", sr_ratio=2)
+    refuse = dict(pad="refuse")
+    hybrid = make(role="hybrid", sr_ratio=2, window_size=4, **refuse)
+    guided = make(role="guided", sr_ratio=2, **refuse)
     x = torch.zeros(1, 8, 8, 8, dtype=F64)
     with pytest.raises(ValueError, match="window_size=4 does not divide the grid"):
         hybrid(torch.zeros(1, 8, 6, 8, dtype=F64))
+    with pytest.raises(ValueError, match="sr_ratio=3 does not divide the grid"):
+        make(role="hybrid", sr_ratio=3, window_size=4, **refuse)(x)
     with pytest.raises(ValueError, match="sr_ratio=8 is larger than the grid"):
-        make(role="hybrid", sr_ratio=8, window_size=3)(torch.zeros(1, 9, 6, 8, dtype=F64))
+        make(role="hybrid", sr_ratio=8, window_size=3, compat="authors")(torch.zeros(1, 9, 6, 8, dtype=F64))
     with pytest.raises(ValueError, match="needs the significance map"):
         guided(x)
     with pytest.raises(ValueError, match=r"carry must be a significance map of shape \(1, 8, 8\), got \(1, 4, 4\)"):
@@ -221,7 +258,7 @@ def test_bad_inputs_are_refused():
     with pytest.raises(ValueError, match="multiples of 2 do"):
         guided(x[:, :3, :3], carry=torch.zeros(1, 3, 3))
     with pytest.raises(ValueError, match="multiples of 28 do"):
-        make(role="guided", sr_ratio=8)(x, carry=torch.zeros(1, 8, 8))
+        make(role="guided", sr_ratio=8, **refuse)(x, carry=torch.zeros(1, 8, 8))
     plan = guided.plan(x, carry=torch.zeros(1, 8, 8))
     with pytest.raises(ValueError, match="plan was made for"):
         guided(x[:, :4], plan=plan)

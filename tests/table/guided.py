@@ -31,6 +31,8 @@ def significance(x: Tensor) -> dict[str, Tensor]:
 ROWS = [
     Case("sg-former", dict(dim=8, num_heads=4, sr_ratio=2, window_size=4), (8, 8)),
     Case("sg-former", dict(dim=8, num_heads=4, sr_ratio=4, window_size=3), (6, 9), "uneven"),
+    Case("sg-former", dict(dim=8, num_heads=4, sr_ratio=4, window_size=3, compat="authors"), (6, 9), "whole-patches"),
+    Case("sg-former", dict(dim=8, num_heads=4, sr_ratio=3, window_size=2, pad="refuse"), (6, 6), "refuse"),
     Case("sg-former", dict(dim=8, num_heads=4, role="guided", sr_ratio=2), (4, 6), "guided", extras=significance),
     Case(
         "sg-former", dict(dim=8, num_heads=2, role="guided", merge=((1, 8), (2, 4), (1, 2))), (8, 8), "three-groups",

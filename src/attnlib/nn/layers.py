@@ -271,7 +271,8 @@ class PositionTable(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, dim) -> the same, and ``valid``."""
-        table, grid = self.pos_embed, tuple(x.shape[1:3])
+        table: Tensor = self.pos_embed
+        grid = tuple(x.shape[1:3])
         if grid != tuple(table.shape[1:]):
             table = F.interpolate(table[None].float(), grid, mode="bicubic")[0].to(table.dtype)
         return x + table.permute(1, 2, 0), valid
@@ -445,6 +446,51 @@ class ConvNorm(nn.Module):
             out.conv.bias = nn.Parameter(bias.detach().clone())
             out.norm = out.pre = None
         return out
+
+
+def masked_group_norm(norm: nn.GroupNorm, x: Tensor, valid: Tensor | None) -> Tensor:
+    """GroupNorm of (B, *grid, C) whose statistics are those of the tokens that exist."""
+    if valid is None:
+        return norm(x.movedim(-1, 1)).movedim(1, -1)
+    grouped = x.to(stats_dtype(x.dtype)).unflatten(-1, (norm.num_groups, -1))
+    exists = valid[..., None, None]
+    axes = (*range(1, x.dim() - 1), x.dim())
+    count = (valid.flatten(1).sum(1) * grouped.shape[-1]).clamp(min=1).view(-1, *[1] * (grouped.dim() - 1))
+    mean = grouped.masked_fill(~exists, 0.0).sum(axes, keepdim=True) / count
+    var = (grouped - mean).masked_fill(~exists, 0.0).square().sum(axes, keepdim=True) / count
+    out = ((grouped - mean) * torch.rsqrt(var + norm.eps)).flatten(-2).to(x.dtype)
+    return out if norm.weight is None else out * norm.weight + norm.bias
+
+
+class ConvGroupNorm(nn.Module):
+    """Convolution without bias, then GroupNorm, on (B, H, W, C). Parameters: ``conv.weight``, ``norm.*``.
+
+    Any size: the output has ``ceil(side / stride)`` tokens a side.
+
+    Args:
+        dim: channels in.
+        out_dim: channels out.
+        kernel_size: side of the kernel, odd.
+        stride: of the convolution.
+        groups: of the convolution.
+        norm_groups: of the norm.
+    """
+
+    def __init__(
+        self, dim: int, out_dim: int, kernel_size: int = 1, stride: int = 1, groups: int = 1, norm_groups: int = 1
+    ):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
+        self.norm = nn.GroupNorm(norm_groups, out_dim)
+
+    @property
+    def stride(self) -> int:
+        return int(self.conv.stride[0])
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B, H, W, dim) -> (B, ceil(H / stride), ceil(W / stride), out_dim); ``valid``: which tokens exist."""
+        x = conv_any_size(self.conv, zero_invalid(x, valid), self.conv.weight, None)
+        return masked_group_norm(self.norm, x, strided_valid(valid, self.stride))
 
 
 class ResidualConv(nn.Module):

@@ -13,7 +13,6 @@ attends to; an odd row or column before patches are merged is completed with zer
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from ...nn.released import Released, Rule
 from ..blocks import Block, Chain, Make, Norm, Place, init_weights, places
 from ..build import register_models
 from .stages import Backbone, Head, Stage
+from .vit import grid_of
 
 #: How many of the first blocks of each stage have agents; ``None`` for all.
 Blocks = Sequence[int | None]
@@ -278,12 +278,6 @@ def _attention(held: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(convert(held))
 
 
-def _table(value: Tensor) -> Tensor:
-    """(1, N, C) of a square map -> (C, side, side)."""
-    side = math.isqrt(value.shape[1])
-    return value[0].mT.unflatten(1, (side, side))
-
-
 def _at(match: Any) -> str:
     """Where the layers before stage ``match[1]``, counted from 1, lie."""
     return "stem" if match[1] == "1" else f"stages.{int(match[1]) - 1}.downsample"
@@ -301,7 +295,7 @@ def convert_pvt(state_dict: dict[str, Tensor], model: Any = None) -> dict[str, T
     out = theirs.renamed(
         {
             r"patch_embed(\d+)\.(proj|norm)\.(weight|bias)": lambda m, value: {f"{_at(m)}.0.{m[2]}.{m[3]}": value},
-            r"pos_embed(\d+)": lambda m, value: {f"{_at(m)}.1.pos_embed": _table(value)},
+            r"pos_embed(\d+)": lambda m, value: {f"{_at(m)}.1.pos_embed": grid_of(value, 0)[1]},
             r"head\.(weight|bias)": r"head.fc.\1",
         }
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import check_device, check_float
-from ...grids import block_windows, unblock_windows
+from ...grids import block_windows, crop_grid, pad_to_multiple, unblock_windows
 from ...ops import attention
 from ...types import Output, Plan, Traits, check_choice, check_divides
 from ..base import Mechanism
@@ -81,17 +82,19 @@ class SelfGuidedAttention(Mechanism):
     half and a quarter of the N tokens are merged by 196, 56 and 28 (s = 4: by 49, 14 and 7; s = 2: halves by 2 and 1),
     so each half of the heads reads N / 784 + N / 112 + N / 112 keys.
 
+    Any size: windows and patches that do not divide the map are completed with tokens that are nobody's key and leave
+    the significance; a group that its factor does not divide begins with tokens that do not exist.
+
     The authors hand on two lists, ``[mask_1, mask_2]``, of one map from their hybrid layer. As a pair of tensors
     (B, H W), in row-major and column-major order, the carry may be any two.
 
-    Shapes: x and y (B, H, W, C); multiples of ``m.traits.grid_multiple`` always do as H and W. The order is a plan:
-    ``m.plan(x, carry=S)``, with a stable sort, so equal tokens keep the order of their scan.
+    Shapes: x and y (B, H, W, C). The order is a plan: ``m.plan(x, carry=S)``, with a stable sort, so equal tokens keep
+    the order of their scan.
 
     Differs from the authors' code: the carry is explicit and is handed on by the guided layer as it is, where theirs
-    sets it to ``None``; the sort is stable. Sides that the ratio of a hybrid layer does not divide are read up to its
-    last whole patch, as in theirs; groups that do not come out whole raise, where theirs fail inside. Tokens outside
-    ``valid`` are zero before convolutions and merges, count as least significant, and are never read; a merged key
-    exists when one of its tokens does.
+    sets it to ``None``; the sort is stable. Theirs fails on maps that windows or groups do not divide, and drops what
+    lies behind the last whole patch (``compat="authors"``). Tokens outside ``valid`` are zero before convolutions and
+    merges, count as least significant, and are never read; a merged key exists when one of its tokens does.
 
     Args:
         dim: width C.
@@ -105,6 +108,8 @@ class SelfGuidedAttention(Mechanism):
         scale: of the scores; ``head_dim ** -0.5`` by default.
         attn_drop: dropout of attention weights in training.
         proj_drop: dropout of the output.
+        pad: of maps that windows, patches or groups do not divide: ``"mask"``, or ``"refuse"`` to raise.
+        compat: ``"authors"``: a hybrid layer reads patches up to the last whole one and leaves out the rest of the map.
 
     Reference: Ren et al., 2023, arXiv 2308.12216, eq. 1-6.
 
@@ -136,9 +141,14 @@ class SelfGuidedAttention(Mechanism):
         scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        pad: str = "mask",
+        compat: str | None = None,
     ):
         super().__init__(dim)
         check_choice("role", role, ("hybrid", "guided", "global"))
+        check_choice("pad", pad, ("mask", "refuse"))
+        check_choice("compat", compat, (None, "authors"))
+        self.pad, self.compat = pad, compat
         self.head_dim = head_dim_of(dim, num_heads)
         self.num_heads, self.role, self.sr_ratio, self.window_size = num_heads, role, sr_ratio, window_size
         self.attn_drop = attn_drop
@@ -189,11 +199,17 @@ class SelfGuidedAttention(Mechanism):
 
     @property
     def traits(self) -> Traits:
+        refuses = self.pad == "refuse"
         if self.role == "hybrid":
-            multiple = -(-self.sr_ratio // self.window_size) * self.window_size
+            multiple = 1
+            if refuses and self.compat == "authors":  # windows, and at least one whole patch
+                multiple = -(-self.sr_ratio // self.window_size) * self.window_size
+            elif refuses:
+                multiple = math.lcm(self.window_size, self.sr_ratio)
             return self.class_traits.but(needs_plan=False, grid_multiple=multiple)
         if self.role == "guided":
-            return self.class_traits.but(grid_multiple=_grid_multiple(self.groups), gradient="stopped")
+            multiple = _grid_multiple(self.groups) if refuses else 1
+            return self.class_traits.but(grid_multiple=multiple, gradient="stopped")
         return self.class_traits.but(needs_plan=False, carries=False)
 
     # ---- hybrid scale
@@ -208,12 +224,22 @@ class SelfGuidedAttention(Mechanism):
     def _hybrid(self, x: Tensor, valid: Tensor | None, significance: bool) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, C) and the significance (B, H, W)."""
         (batch, height, width, _), half = x.shape, self.num_heads // 2
-        if height % self.window_size or width % self.window_size:
-            raise ValueError(f"window_size={self.window_size} does not divide the grid {(height, width)} of x")
-        rows, columns = height // self.sr_ratio, width // self.sr_ratio
+        ratio, window, whole = self.sr_ratio, self.window_size, self.compat == "authors"
+        steps = {"window_size": window} if whole else {"window_size": window, "sr_ratio": ratio}
+        for name, step in steps.items() if self.pad == "refuse" else ():
+            if height % step or width % step:
+                raise ValueError(f"{name}={step} does not divide the grid {(height, width)} of x (pad='refuse')")
+        rows, columns = (side // ratio if whole else -(-side // ratio) for side in (height, width))
         if not (rows and columns):
-            raise ValueError(f"sr_ratio={self.sr_ratio} is larger than the grid {(height, width)} of x")
-        covered = slice(rows * self.sr_ratio), slice(columns * self.sr_ratio)  # what the strided convolution reads
+            raise ValueError(
+                f"sr_ratio={ratio} is larger than the grid {(height, width)} of x, and compat='authors' reads whole "
+                "patches only"
+            )
+
+        def covered(t: Tensor) -> Tensor:
+            """(B, H, W, C) of what the strided convolution reads: its whole patches, or all, completed with zeros."""
+            return t[:, : rows * ratio, : columns * ratio] if whole else pad_to_multiple(t, ratio)
+
         drop = self.attn_drop if self.training else 0.0
 
         def read(q: Tensor, k: Tensor, v: Tensor, exists: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -229,33 +255,39 @@ class SelfGuidedAttention(Mechanism):
             total = weights.masked_fill(~exists[:, None, :, None], 0.0).mean(1).sum(1)
             return total / exists.sum(1, keepdim=True).clamp(min=1)
 
+        source = covered(zero_invalid(x, valid))
         if plain(self.sr):  # patches do not overlap, so that the convolution is one product
-            patches = block_windows(zero_invalid(x, valid)[:, *covered], self.sr_ratio).flatten(3)
+            patches = block_windows(source, ratio).flatten(3)
             pooled = nn.functional.linear(patches, self.sr.weight.permute(0, 2, 3, 1).flatten(1), self.sr.bias)
         else:
-            pooled = self.sr(zero_invalid(x, valid)[:, *covered].movedim(-1, 1)).movedim(1, -1)
-        pooled_valid = None
+            pooled = self.sr(source.movedim(-1, 1)).movedim(1, -1)
+        pooled_valid = None  # every patch holds a token of the map
         if valid is not None:
-            pooled_valid = block_windows(valid[:, *covered].unsqueeze(-1), self.sr_ratio).flatten(3).any(-1)
+            pooled_valid = block_windows(covered(valid.unsqueeze(-1)), ratio).flatten(3).any(-1)
         k1, v1 = (split_heads(t, half) for t in self.kv1(nn.functional.gelu(self.norm(pooled))).chunk(2, -1))
         far, far_weights = read(split_heads(self.q1(x), half), k1, v1, flat_valid(pooled_valid))
         # straight from (window, token, q/k/v, head) to one contiguous (window, head, token) each
-        windows = block_windows(self._project(x, self.q2, self.kv2), self.window_size)
+        windows = block_windows(pad_to_multiple(self._project(x, self.q2, self.kv2), window), window)
         lead, side = windows.shape[:3], windows.shape[3]
         parts = windows.unflatten(-1, (3, half, self.head_dim)).permute(5, 0, 1, 2, 6, 3, 4, 7)
         q2, k2, v2 = parts.reshape(3, math.prod(lead), half, side * side, self.head_dim)
-        window_valid = None
-        if valid is not None:
-            window_valid = block_windows(valid.unsqueeze(-1), self.window_size).flatten(0, 2).flatten(1)
+        window_valid, there = None, valid
+        if there is None and (height % window or width % window):
+            there = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        if there is not None:
+            there = pad_to_multiple(there.unsqueeze(-1), window)
+            window_valid = block_windows(there, window).flatten(0, 2).flatten(1)
         near, near_weights = read(q2, k2, v2, window_valid)
         near = near.view(*lead, half, side, side, self.head_dim).permute(0, 1, 4, 2, 5, 3, 6)
-        out = torch.cat([merge_heads(far, (height, width)), near.reshape(batch, height, width, self.dim // 2)], -1)
+        near = near.reshape(batch, lead[1] * side, lead[2] * side, self.dim // 2)
+        out = torch.cat([merge_heads(far, (height, width)), crop_grid(near, (height, width))], -1)
         if far_weights is None or near_weights is None:
             return out, None
         far_map = received(far_weights, flat_valid(valid)).view(batch, 1, rows, columns)
-        far_map = nn.functional.interpolate(far_map, (height, width), mode="nearest").squeeze(1)
-        near_map = received(near_weights, window_valid).view(*lead, side, side, 1)
-        return out, far_map + unblock_windows(near_map).squeeze(-1)
+        reach = (height, width) if whole else (rows * ratio, columns * ratio)
+        far_map = nn.functional.interpolate(far_map, reach, mode="nearest")[:, 0, :height, :width]
+        near_map = unblock_windows(received(near_weights, window_valid).view(*lead, side, side, 1))
+        return out, far_map + crop_grid(near_map, (height, width)).squeeze(-1)
 
     # ---- self-guided
 
@@ -286,31 +318,40 @@ class SelfGuidedAttention(Mechanism):
         60
         """
         whole = sum(share for share, _ in self.groups)
-        for share, factor in self.groups:
+        for share, factor in self.groups if self.pad == "refuse" else ():
             if tokens * share % (whole * factor):
                 side = _grid_multiple(self.groups)
                 raise ValueError(
                     f"{tokens} tokens do not split into groups of shares {[s for s, _ in self.groups]} merged by "
-                    f"{[f for _, f in self.groups]}; grids whose sides are multiples of {side} do"
+                    f"{[f for _, f in self.groups]} (pad='refuse'); grids whose sides are multiples of {side} do"
                 )
-        return sum(tokens * share // (whole * factor) for share, factor in self.groups)
+        sizes = self._group_sizes(tokens)
+        return sum(-(-size // factor) for size, (_, factor) in zip(sizes, self.groups, strict=True))
+
+    def _group_sizes(self, tokens: int) -> list[int]:
+        """Tokens of each group: their shares, as near as whole numbers come."""
+        ends = [0, *itertools.accumulate(share for share, _ in self.groups)]
+        ends = [tokens * end // ends[-1] for end in ends]
+        return [stop - start for start, stop in itertools.pairwise(ends)]
 
     def _merged(self, x: Tensor, order: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(B, K, C) keys' tokens and which exist (B, K), from the sorted list."""
-        n, whole = x.shape[1], sum(share for share, _ in self.groups)
         ordered = x.gather(1, order.unsqueeze(-1).expand_as(x))
         exists = None if valid is None else valid.gather(1, order)
         keys, alive, start = [], [], 0
-        for (share, factor), layer in zip(self.groups, self.merge, strict=True):
-            stop = start + n * share // whole
-            chunks = ordered[:, start:stop].unflatten(1, (-1, factor))
+        for size, (_, factor), layer in zip(self._group_sizes(x.shape[1]), self.groups, self.merge, strict=True):
+            stop, short = start + size, -size % factor
+            if not size:
+                continue
+            chunks = nn.functional.pad(ordered[:, start:stop], (0, 0, short, 0)) if short else ordered[:, start:stop]
+            chunks = chunks.unflatten(1, (-1, factor))
             if plain(layer):
                 weight, bias = cast(Tensor, layer.weight), cast(Tensor, layer.bias)
                 keys.append((chunks * weight[0].unsqueeze(-1)).sum(-2) + bias)
             else:
                 keys.append(layer(chunks.mT).squeeze(-1))
             if exists is not None:
-                alive.append(exists[:, start:stop].unflatten(1, (-1, factor)).any(-1))
+                alive.append(nn.functional.pad(exists[:, start:stop], (short, 0)).unflatten(1, (-1, factor)).any(-1))
             start = stop
         return torch.cat(keys, 1), torch.cat(alive, 1) if alive else None
 
