@@ -182,13 +182,16 @@ class VisionTransformer(Backbone):
     ) -> Iterator[tuple[Tensor, Tensor | None, tuple[int, int]]]:
         """Tokens behind every block, which patches exist, and their grid."""
         self._check_images(x, valid)
-        x, valid = self.stem(x.permute(0, 2, 3, 1).contiguous(), valid)
+        # What follows is copied into one sequence anyway, so that images need not be put channels last before.
+        x, valid = self.stem(x.permute(0, 2, 3, 1), valid)
         grid = (x.shape[1], x.shape[2])
         at, beside = self.positions(grid), self._prefix()
         if at is not None:
             x = x + at
         layout, exists = None, valid
-        if beside is not None:
+        if beside is None:
+            x = x.contiguous()
+        else:
             x = torch.cat([beside.expand(x.shape[0], -1, -1).to(x.dtype), x.flatten(1, 2)], 1)
             layout = Layout((*self.beside, ("image", grid)))
             exists = None if valid is None else F.pad(valid.flatten(1), (self.num_prefix_tokens, 0), value=True)
