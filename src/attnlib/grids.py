@@ -418,6 +418,42 @@ def window_partition(grid: Sequence[int], window: int | Sequence[int], kind: str
     return Partition(windows.reshape(math.prod(windows.shape[1 : 1 + r]), math.prod(windows.shape[1 + r : -1])))
 
 
+def block_order(grid: Sequence[int], block: Sequence[int]) -> Tensor:
+    """Numbers of a grid's tokens, block after block, each block in row-major order.
+
+    Args:
+        grid: sides.
+        block: sides of a block; those that do not divide the grid's leave places without a token at its end, -1.
+
+    Returns:
+        (prod of the padded grid,) int64.
+
+    >>> block_order((2, 4), (2, 2)).tolist()
+    [0, 1, 4, 5, 2, 3, 6, 7]
+    >>> block_order((3,), (2,)).tolist()
+    [0, 1, 2, -1]
+    """
+    grid = check_grid("grid", grid)
+    block = check_ints("block", block, least=1)
+    if len(block) != len(grid):
+        raise ValueError(f"block={block} must have one side for each of the {len(grid)} axes of the grid {grid}")
+    numbers = torch.arange(math.prod(grid)).reshape(1, *grid, 1) + 1
+    return block_windows(pad_to_multiple(numbers, block), block).flatten() - 1
+
+
+def axis_order(grid: Sequence[int], axes: Sequence[int]) -> Tensor:
+    """Numbers of a grid's tokens in the row-major order of the grid with its axes permuted; the last is the fastest.
+
+    >>> axis_order((2, 3), (1, 0)).tolist()
+    [0, 3, 1, 4, 2, 5]
+    """
+    grid = check_grid("grid", grid)
+    axes = check_ints("axes", axes)
+    if sorted(axes) != list(range(len(grid))):
+        raise ValueError(f"axes={axes} is no permutation of the {len(grid)} axes of the grid {grid}")
+    return torch.arange(math.prod(grid)).reshape(grid).permute(axes).flatten()
+
+
 def inverse_permutation(permutation: Tensor) -> Tensor:
     """(..., N) -> (..., N) such that ``x[perm][inverse] == x``; ``ValueError`` for what is no permutation."""
     check_whole("permutation", permutation)

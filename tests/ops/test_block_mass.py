@@ -127,3 +127,45 @@ def test_frame_tiles_count(frames, references):
 def test_bad_input(call, says):
     with pytest.raises((TypeError, ValueError), match=says):
         call(*data())
+
+
+def frames(n=4, tokens=8, d=16, noise=0.1, seed=0):
+    """Queries and keys of a head that reads its own frame and the place of its token in others."""
+    g = torch.Generator().manual_seed(seed)
+    frame, place = torch.randn(n, 1, d, generator=g), torch.randn(1, tokens, d, generator=g)
+    x = (3.0 * frame + 1.5 * place).reshape(1, 1, n * tokens, d)
+    return x + noise * torch.randn(1, 1, n * tokens, d, generator=g), x + noise * torch.randn(
+        1, 1, n * tokens, d, generator=g
+    )
+
+
+def test_a_cached_sum_gives_the_same_blocks_and_nearly_the_same_after_a_step():
+    q, k = frames()
+    exact = block_mass_of(q, k)
+    again = M.block_mass(q, k, 4, 4, lse=exact.lse)
+    assert torch.equal(M.heaviest_blocks(again.mass, 0.6, 4, 4, 32).chosen(),
+                       M.heaviest_blocks(exact.mass, 0.6, 4, 4, 32).chosen())  # fmt: skip
+    g = torch.Generator().manual_seed(9)
+    q2, k2 = (t + 0.1 * torch.randn(t.shape, generator=g) for t in (q, k))
+    truth = block_mass_of(q2, k2).mass
+    stale = M.heaviest_blocks(M.block_mass(q2, k2, 4, 4, lse=exact.lse).mass, 0.6, 4, 4, 32)
+    best = M.plan_recall(truth, M.heaviest_blocks(truth, 0.6, 4, 4, 32))
+    assert float(best - M.plan_recall(truth, stale)) < 0.03
+
+
+def block_mass_of(q, k):
+    return M.block_mass(q, k, 4, 4)
+
+
+def test_heavy_blocks_recall_more_than_random_columns_and_diagonals():
+    q, k = frames()
+    mass = block_mass_of(q, k).mass
+    keep = 3
+    heavy = float(M.plan_recall(mass, M.heaviest_blocks(mass, 1 - keep / 8, 4, 4, 32, per="row")))
+    g = torch.Generator().manual_seed(0)
+    random = torch.rand(1, 1, 8, 8, generator=g).argsort(-1) < keep
+    columns = (mass.sum(-2, keepdim=True).argsort(-1, descending=True).argsort(-1) < keep).expand(1, 1, 8, 8)
+    place = torch.arange(8)
+    diagonal = ((place[:, None] - place).abs() <= 1).expand(1, 1, 8, 8)
+    others = [float(M.plan_recall(mass, BlockPlan.from_mask(c, 4, 4, 32))) for c in (random, columns, diagonal)]
+    assert heavy > others[0] and heavy >= max(others[1:])

@@ -49,4 +49,9 @@ ROWS = [
     Case("attention-lepe", dict(dim=8, num_heads=2), (4, 5)),
     Case("attention-lepe", dict(dim=8, num_heads=2, lepe="input", side_dwconv=3, qkv_bias=True), (4, 5), "input"),
     Case("attention-lepe", dict(dim=8, num_heads=2, side_dwconv=0), (4, 5), "alone"),
+    Case("vmoba", dict(dim=8, num_heads=2, cut=(2, 2), threshold=0.4), (2, 4, 4), odd_grid=(3, 5, 3)),
+    Case("vmoba", dict(dim=8, num_heads=2, cut=(1, 2, 2), per="row", topk=2), (2, 4, 4), "cuboids"),
+    Case("vmoba", dict(dim=8, num_heads=2, cut=1.5, per="block"), (4, 2, 2), "frames"),
+    Case("vmoba", dict(dim=8, num_heads=2, cut=(3,), rank=1, per="all", threshold=0.6), (12,), "sequence"),
+    Case("vmoba", dict(dim=8, num_heads=2, cut=(2, 2), rank=2, threshold=1.0), (4, 6), "image"),
 ]

@@ -6,6 +6,7 @@ from .contrastive import ContrastiveDecoding, contrast
 from .damro import DAMRO, select_outliers
 from .diffusion.softpag import SoftPAG, adaptive_weight, guide, hunt_heads
 from .diffusion.uniform_maps import UniformMaps
+from .diffusion.video import AdaSpa, BlockSparse, FrameTiles, MixtureOfBlocks
 from .head_reinforcement import HeadDivergence, HeadReinforcement, head_divergence, sensitive_heads, token_divergence
 from .head_scaling import HeadScale
 from .lacing import DualAttention
@@ -18,16 +19,20 @@ from .wings import VisualWings, Wings
 
 __all__ = [
     "AGLA",
+    "AdaSpa",
+    "BlockSparse",
     "DAMRO",
     "BlipRelevance",
     "Branch",
     "ContrastiveDecoding",
     "DualAttention",
+    "FrameTiles",
     "HeadDivergence",
     "HeadReinforcement",
     "HeadScale",
     "HeadSearch",
     "ImageTokens",
+    "MixtureOfBlocks",
     "NoImage",
     "NullImage",
     "NullTokens",

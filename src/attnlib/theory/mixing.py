@@ -75,6 +75,7 @@ SITES: dict[str, Sites] = {
     "lightning-attention-2": Sites((("v", 0.0),), "norm"),
     "biformer": Sites((("qkv", "dim"),), "proj"),
     "halonet": Sites((("halo.v", 0.0),), "proj"),
+    "vmoba": Sites((("qkv", "dim"),), "proj"),
     "shvit": Sites((("qkv", "partial_dim"),), "relu_"),
     "sg-former": Sites((("kv1", 0.5), ("kv2", 0.5)), "proj"),
 }
