@@ -135,6 +135,72 @@ def block_mass(
     return BlockMass(mass, used)
 
 
+class BlockProfile(NamedTuple):
+    """What the blocks of a softmax map are like.
+
+    Args:
+        sparse: (B, H): share of blocks that are nearly empty.
+        incoherence: (B, H): mean over blocks of the largest weight over the mean weight; 1 for even blocks.
+        mass: (B, H, nq, nk): sums of weights, as of :func:`block_mass`.
+    """
+
+    sparse: Tensor
+    incoherence: Tensor
+    mass: Tensor
+
+
+@torch.no_grad()
+def block_profile(
+    q: Tensor, k: Tensor, block: int, *, scale: float | None = None, small: float = 1e-3, share: float = 0.9
+) -> BlockProfile:
+    """How many blocks of a map are nearly empty, and how uneven the blocks are, without holding the map.
+
+    A block is nearly empty when at least ``share`` of its weights are below ``small``.
+
+    Args:
+        q: (B, H, N, D), k: (B, Hk, M, D).
+        block: sides of a block; the last ones may be short and count by their real size.
+        scale: of the scores; ``D ** -0.5`` by default.
+        small, share: see above.
+
+    Reference: Zhao et al., 2025, arXiv 2506.16054, section 3.2.
+    """
+    check_rank("q", q, 4, "(B, H, N, D)")
+    check_qkv(q, k, k)
+    check_int("block", block, least=1)
+    check_real("small", small, above=0)
+    check_real("share", share, above=0, most=1)
+    check_device(q=q, k=k)
+    batch, heads, n, width = q.shape
+    m = k.shape[2]
+    scale = width**-0.5 if scale is None else check_real("scale", scale)
+    dtype = stats_dtype(q.dtype)
+    rows, columns = -(-n // block), -(-m // block)
+    mass = q.new_zeros(batch, heads, rows, columns, dtype=dtype)
+    empty, uneven = torch.zeros_like(mass), torch.zeros_like(mass)
+    keys = expand_heads(k, heads).to(dtype).transpose(-2, -1)
+    per = max(1, HELD // max(1, block * m * batch * heads))
+    for first in range(0, rows, per):
+        part = q[:, :, first * block : (first + per) * block].to(dtype) * scale
+        count = part.shape[2]
+        weights = (part @ keys).softmax(-1)
+        short = -count % block
+        weights = F.pad(weights, (0, columns * block - m, 0, short))
+        tiles = weights.unflatten(-1, (columns, block)).unflatten(2, (-1, block))  # (B, H, r, block, columns, block)
+        real_q = torch.full((tiles.shape[2],), block, device=q.device)
+        real_q[-1] -= short
+        real_k = torch.full((columns,), block, device=q.device)
+        real_k[-1] -= columns * block - m
+        size = real_q[:, None] * real_k
+        here = slice(first, first + tiles.shape[2])
+        mass[:, :, here] = tiles.sum((3, 5))
+        padded = block * block - size
+        empty[:, :, here] = (((tiles < small).sum((3, 5)) - padded) >= share * size).to(dtype)
+        mean = mass[:, :, here] / size
+        uneven[:, :, here] = tiles.amax((3, 5)) / mean.clamp(min=torch.finfo(dtype).tiny)
+    return BlockProfile(empty.mean((-2, -1)), uneven.mean((-2, -1)), mass)
+
+
 def _check_mass(mass: Tensor) -> None:
     check_float("mass", mass)
     check_rank("mass", mass, 4, "(B, H, nq, nk)")

@@ -6,7 +6,7 @@ from .contrastive import ContrastiveDecoding, contrast
 from .damro import DAMRO, select_outliers
 from .diffusion.softpag import SoftPAG, adaptive_weight, guide, hunt_heads
 from .diffusion.uniform_maps import UniformMaps
-from .diffusion.video import AdaSpa, BlockSparse, FrameTiles, MixtureOfBlocks
+from .diffusion.video import PARO, AdaSpa, BlockSparse, FrameTiles, MixtureOfBlocks, TileSearch
 from .head_reinforcement import HeadDivergence, HeadReinforcement, head_divergence, sensitive_heads, token_divergence
 from .head_scaling import HeadScale
 from .lacing import DualAttention
@@ -22,6 +22,7 @@ __all__ = [
     "AdaSpa",
     "BlockSparse",
     "DAMRO",
+    "PARO",
     "BlipRelevance",
     "Branch",
     "ContrastiveDecoding",
@@ -41,6 +42,7 @@ __all__ = [
     "SinkCalibration",
     "SoftImageGuidance",
     "SoftPAG",
+    "TileSearch",
     "UniformMaps",
     "VisualBoost",
     "VisualRedistribution",

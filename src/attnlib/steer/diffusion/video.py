@@ -18,19 +18,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...checks import check_choice, check_int, check_ints, check_real, check_type
-from ...grids import Layout, inverse_permutation
+from ...grids import Layout, axis_order, inverse_permutation
 from ...hooks.intervention import Intervention
 from ...hooks.site import Site
 from ...nn.sparse.vmoba import Cut, cut_order, moba_plan
-from ...ops.block_mass import adapted_sparsity, block_mass, frame_tiles, heaviest_blocks, plan_recall
+from ...ops.block_mass import (
+    adapted_sparsity,
+    block_mass,
+    block_profile,
+    frame_tiles,
+    heaviest_blocks,
+    plan_recall,
+)
 from ...ops.block_policies import SCOPES
 from ...ops.block_sparse import BlockPlan, block_sparse_attention
+from ...ops.quantized import quantized_attention
 
 
 @dataclass
@@ -82,6 +91,10 @@ class Policy:
     def choose(self, look: Look) -> BlockPlan | None:
         """A plan over all N tokens, or ``None`` for dense attention in this call."""
         raise NotImplementedError
+
+    def attend(self, look: Look, v: Tensor, plan: BlockPlan, dense: Callable[[], Tensor]) -> Tensor:
+        """(B, H, N, Dv): attention over the blocks of the plan. ``dense()`` gives the model's own."""
+        return block_sparse_attention(look.q, look.k, v, plan, valid=look.valid, scale=look.site.scale)
 
 
 class BlockSparse(Intervention):
@@ -217,7 +230,11 @@ class BlockSparse(Intervention):
             self.densities[site.name] = 1.0
             return call(q, k, v)
         self.densities[site.name] = float(plan.density)
-        out = block_sparse_attention(q_in, k_in, v_in, plan, valid=valid, scale=site.scale)
+
+        def dense() -> Tensor:
+            return _taken(call(q, k, v), index, site.heads)
+
+        out = self.policy.attend(look, v_in, plan, dense)
         return _taken(out, None if index is None else _inverse(index, n), site.heads)
 
 
@@ -400,3 +417,242 @@ class MixtureOfBlocks(Policy):
             columns = torch.arange(-(-n // block), device=look.q.device) >= look.places // block
             forced = rows[:, None] | columns
         return moba_plan(look.q, look.k, block, self.threshold, self.topk, self.per, self.at_least, look.valid, forced)
+
+
+#: Orders of (frames, height, width), the slowest axis first.
+ORDERS = tuple(permutations(range(3)))
+
+
+class PARO(Policy):
+    """Axes reordered per head so that its map lies in blocks, then static blocks and few bits (Zhao et al., 2025).
+
+    First calibrated on a prompt or two: while :attr:`frozen` is False attention is dense, and every call is scored
+    under the six orders of the axes. :meth:`freeze` then chooses, per layer and head, the order with the smallest
+
+        alpha (1 - M_s) / sum (1 - M_s) + (1 - alpha) M_q / sum M_q,
+
+    ``M_s`` the share of nearly empty blocks and ``M_q`` the mean incoherence of blocks, and keeps the heaviest blocks
+    of the mean map, the first half of the steps apart from the second. (The paper prints M_s itself, of which more is
+    better, in a score that is minimised: the sign is taken as meant.) ::
+
+        paro = PARO(density=0.3)
+        with attnlib.attach(transformer, BlockSparse(paro)) as session:
+            sample(session)          # calibration, dense
+        paro.freeze()
+        with attnlib.attach(transformer, BlockSparse(paro)) as session:
+            sample(session)
+
+    Args:
+        density: share of blocks that is read, in (0, 1].
+        block: tokens per block.
+        alpha: weight of sparsity against incoherence in the choice of orders; the paper does not say its own.
+        small, share: what a nearly empty block is; see :func:`attnlib.ops.block_mass.block_profile`.
+        half: step from which the second half's blocks are read; ``None`` for one set of blocks for all steps.
+        bits: of operands, ``(queries and keys, weights and values)``; ``None`` for none.
+        orders: among which to choose.
+
+    There is no released code: equations and defaults are the paper's. Text tokens are not reordered and stay dense. The
+    model's rotary positions are on queries and keys before they are reordered.
+    """
+
+    def __init__(
+        self,
+        density: float = 0.5,
+        block: int = 64,
+        alpha: float = 0.5,
+        small: float = 1e-3,
+        share: float = 0.9,
+        half: int | None = None,
+        bits: tuple[int | None, int | None] | None = None,
+        orders: Sequence[Sequence[int]] = ORDERS,
+    ):
+        self.density = check_real("density", density, above=0, most=1)
+        self.block = check_int("block", block, least=1)
+        self.alpha = check_real("alpha", alpha, least=0, most=1)
+        self.small, self.share = check_real("small", small, above=0), check_real("share", share, above=0, most=1)
+        self.half = None if half is None else check_int("half", half, least=1)
+        if bits is not None:
+            if not isinstance(bits, (tuple, list)) or len(bits) != 2:
+                raise TypeError(f"bits must be (of queries and keys, of weights and values), got {bits!r}")
+            for b in bits:
+                if b is not None:
+                    check_int("bits", b, least=2, most=8)
+        self.bits = bits
+        self.orders = tuple(tuple(o) for o in orders)
+        for o in self.orders:
+            if sorted(o) != [0, 1, 2]:
+                raise ValueError(f"orders holds {o}, which is no permutation of the axes (0, 1, 2)")
+        if not self.orders:
+            raise ValueError("orders must hold at least one order")
+        self.frozen = False
+        self.layers: dict[str, dict[str, Any]] = {}
+
+    @property
+    def needs_steps(self) -> bool:  # type: ignore[override]
+        return self.half is not None
+
+    def _late(self, site: Site) -> int:
+        return int(self.half is not None and site.step is not None and site.step >= self.half)
+
+    def _calibrate(self, look: Look) -> None:
+        held = self.layers.setdefault(look.site.name, {"grid": look.grid, "beside": look.beside, "seen": {}})
+        self._same(look, held)
+        for number, axes in enumerate(self.orders):
+            at = axis_order(look.grid, axes).to(look.q.device)
+            at = torch.cat([at, torch.arange(look.places, look.places + look.beside, device=look.q.device)])
+            found = block_profile(
+                look.q[:, :, at],
+                look.k[:, :, at],
+                self.block,
+                scale=look.site.scale,
+                small=self.small,
+                share=self.share,
+            )
+            key = (self._late(look.site), number)
+            sparse, uneven, mass = found.sparse.mean(0), found.incoherence.mean(0), found.mass.mean(0)
+            if key in held["seen"]:
+                old = held["seen"][key]
+                held["seen"][key] = (old[0] + sparse, old[1] + uneven, old[2] + mass, old[3] + 1)
+            else:
+                held["seen"][key] = (sparse, uneven, mass, 1)
+
+    def _same(self, look: Look, held: dict[str, Any]) -> None:
+        if (held["grid"], held["beside"]) != (look.grid, look.beside):
+            raise ValueError(
+                f"layer {look.site.layer} ({look.site.name}): its video is {look.grid} beside {look.beside} tokens, "
+                f"but blocks are those of {held['grid']} beside {held['beside']}"
+            )
+
+    def freeze(self) -> PARO:
+        """Choose orders and blocks from what was seen.
+
+        Raises:
+            ValueError: nothing was seen, or only one half of the steps.
+        """
+        if not self.layers:
+            raise ValueError("nothing was calibrated: run the model once with this policy attached before freeze()")
+        for name, held in self.layers.items():
+            seen = held["seen"]
+            for late in range(2 if self.half is not None else 1):
+                if (late, 0) not in seen:
+                    which = "from" if late else "before"
+                    raise ValueError(f"{name}: no step {which} half={self.half} was seen while calibrating")
+            lates = sorted({late for late, _ in seen})
+            numbers = range(len(self.orders))
+            sparse, uneven = (
+                torch.stack([sum(seen[late, i][j] / seen[late, i][3] for late in lates) for i in numbers])
+                for j in (0, 1)
+            )  # (orders, H)
+            empty = len(lates) - sparse
+            score = self.alpha * empty / empty.sum(0).clamp(min=1e-12) + (1 - self.alpha) * uneven / uneven.sum(0)
+            held["order"] = score.argmin(0)  # (H,)
+            heads = torch.arange(score.shape[1])
+            held["plans"] = {}
+            n = math.prod(held["grid"]) + held["beside"]
+            for late in lates:
+                mass = torch.stack([seen[late, i][2] / seen[late, i][3] for i in numbers])[held["order"], heads]
+                count = mass.shape[-1]
+                forced = torch.eye(count, dtype=torch.bool)
+                if held["beside"]:
+                    touched = torch.arange(count) >= math.prod(held["grid"]) // self.block
+                    forced = forced | touched[:, None] | touched
+                sparsity = min(1 - self.density, 1 - 1e-9)
+                held["plans"][late] = heaviest_blocks(
+                    mass[None].cpu(), sparsity, self.block, self.block, n, forced=forced
+                )
+        self.frozen = True
+        return self
+
+    def order(self, site: Site, grid: tuple[int, ...], memory: dict[str, Any]) -> Tensor | None:
+        if not self.frozen or site.name not in self.layers:
+            return None
+        held = self.layers[site.name]
+        if held["grid"] != grid:
+            raise ValueError(
+                f"layer {site.layer} ({site.name}): its video is {grid}, but orders are those of {held['grid']}"
+            )
+        if "index" not in held:
+            every = torch.stack([axis_order(grid, axes) for axes in self.orders])
+            held["index"] = every[held["order"].cpu()]
+        return held["index"]
+
+    def choose(self, look: Look) -> BlockPlan | None:
+        if not self.frozen:
+            self._calibrate(look)
+            return None
+        held = self.layers.get(look.site.name)
+        if held is None:
+            raise ValueError(f"layer {look.site.layer} ({look.site.name}) was not calibrated: it did not run then")
+        self._same(look, held)
+        plan: BlockPlan = held["plans"][self._late(look.site)]
+        return plan
+
+    def attend(self, look: Look, v: Tensor, plan: BlockPlan, dense: Callable[[], Tensor]) -> Tensor:
+        if self.bits is None:
+            return super().attend(look, v, plan, dense)
+        qk, pv = self.bits
+        return quantized_attention(
+            look.q, look.k, v, qk_bits=qk, pv_bits=pv, block=self.block, plan=plan, valid=look.valid,
+            scale=look.site.scale,
+        )  # fmt: skip
+
+
+class TileSearch(Policy):
+    """Find how many reference frames each layer needs: dense attention, and beside it what tiles would have given.
+
+    For every candidate k, the mean squared difference of the sparse output from the dense one over the dense one's mean
+    square, averaged over calls. :meth:`references` then takes, layer by layer, the smallest k whose error is below a
+    bound (Ding et al., 2025, arXiv 2502.06155, stage 2): a smaller bound never gives fewer reference frames. ::
+
+        search = TileSearch((0, 1, 2, 4))
+        with attnlib.attach(transformer, BlockSparse(search)): ...
+        attnlib.attach(transformer, BlockSparse(FrameTiles(search.references(0.01))))
+
+    Args:
+        candidates: numbers of reference frames, rising.
+        block: tokens per block.
+    """
+
+    def __init__(self, candidates: Sequence[int], block: int = 64):
+        self.candidates = check_ints("candidates", candidates, least=0)
+        if not self.candidates or list(self.candidates) != sorted(set(self.candidates)):
+            raise ValueError(f"candidates={tuple(candidates)} must be numbers of frames that rise, at least one")
+        self.block = check_int("block", block, least=1)
+        self.errors: dict[int, list[list[float]]] = {}
+
+    def choose(self, look: Look) -> BlockPlan | None:
+        frames = look.grid[0]
+        if max(self.candidates) > frames:
+            raise ValueError(f"candidates={self.candidates}, but the video has {frames} frames")
+        return BlockPlan.full(look.q.shape[2], look.k.shape[2], self.block, self.block)
+
+    def attend(self, look: Look, v: Tensor, plan: BlockPlan, dense: Callable[[], Tensor]) -> Tensor:
+        truth = dense()
+        size = float(truth.square().mean())
+        row = []
+        for k in self.candidates:
+            plan = frame_tiles(
+                look.grid[0], look.places // look.grid[0], k, self.block, self.block, dense=look.beside,
+                device=look.q.device,
+            )  # fmt: skip
+            out = block_sparse_attention(look.q, look.k, v, plan, valid=look.valid, scale=look.site.scale)
+            row.append(float((out - truth).square().mean()) / max(size, 1e-30))
+        self.errors.setdefault(look.site.layer, []).append(row)
+        return truth
+
+    def references(self, bound: float) -> dict[int, int]:
+        """Layer -> the smallest candidate whose error is below the bound, the largest candidate where none is.
+
+        Raises:
+            ValueError: nothing was measured.
+        """
+        check_real("bound", bound, above=0)
+        if not self.errors:
+            raise ValueError("nothing was measured: run the model once with this policy attached")
+        out = {}
+        for layer, rows in self.errors.items():
+            means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+            # An error may rise by chance where more is read: what is enough, everything larger has to be, too.
+            enough = [max(means[i:]) < bound for i in range(len(means))]
+            out[layer] = self.candidates[enough.index(True) if True in enough else -1]
+        return out

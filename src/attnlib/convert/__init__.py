@@ -1,0 +1,1 @@
+"""Turning trained models into others: what a student learns from a teacher."""
