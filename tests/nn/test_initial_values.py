@@ -221,6 +221,7 @@ ROWS = {
             "weight": truncated(0.02),
         },
     ),
+    "medvitv2": ("medvitv2", dict(BIG, sr_ratio=2), {"norm.weight": constant(1.0), "norm.bias": constant(0.0)}),
     "hilo": ("hilo-litv2", dict(BIG, qkv_bias=True), {}),
     "biformer": ("biformer", dict(BIG, n_win=2, topk=2), {}),
     "sparsifiner": (
