@@ -186,7 +186,8 @@ def fit_power_law(
     exponent = float(optimize.minimize_scalar(lambda e: best(e)[0], bounds=bounds, method="bounded").x)
     square, low, scale = best(exponent)
     half = None
-    if n.size > free:
+    inside = 1.02 * grid[0] < exponent < 0.98 * grid[-1] and scale > 0
+    if n.size > free and inside:
         basis = (n / middle) ** -exponent
         slopes = [basis, -scale * np.log(n / middle) * basis] + ([] if floor is not None else [np.ones_like(n)])
         spread = np.linalg.pinv(np.stack(slopes, 1).T @ np.stack(slopes, 1)) * square / (n.size - free)

@@ -70,6 +70,7 @@ def measure(
     crops: int = 1024,
     seeds: tuple[int, ...] = (0, 1, 2),
     patches: tuple[int, ...] = PATCHES,
+    mixers: tuple[str, ...] = tuple(MIXERS),
 ) -> dict[str, Any]:
     """Train both mixers at every patch size, and fit the law.
 
@@ -81,6 +82,7 @@ def measure(
         crops: of the test.
         seeds: of initial weights and batches.
         patches: sides in pixels, from the largest, at least three; the first is the baseline.
+        mixers: of :data:`MIXERS`.
 
     Returns:
         Plain values, for JSON: per mixer the rows of the study, the ``law`` of the mean losses with the interval of its
@@ -95,7 +97,7 @@ def measure(
     curves: dict[str, list[tuple[Any, float, float | None]]] = {}
     tokens = [(SIDE // p) ** 2 for p in patches]
     names = [f"P = {p}" for p in patches]
-    for mixer in MIXERS:
+    for mixer in mixers:
 
         def run(name: str, seed: int, mixer: str = mixer) -> dict[str, float]:
             model = build(mixer, int(name.rpartition(" ")[2]), seed)
@@ -128,20 +130,22 @@ def measure(
         down = 1 + falls.index(False) if False in falls else len(patches)  # patch sizes until the loss first rises
         part = None
         if 3 <= down < len(patches):
-            part = fit_power_law(tokens[:down], [row["loss"]["mean"] for row in found["rows"][:down]])._asdict()
+            part = fit_power_law(tokens[:down], [row["loss"]["mean"] for row in found["rows"][:down]])
         result["mixers"][mixer] = {
             **found, "law": law._asdict(), "exponents of seeds": single,
             "exponent over seeds": interval(mean_interval(single)), "steps": gaps,
-"falls from patch to patch": all(falls), "law down to the best patch": part,
+"falls from patch to patch": all(falls), "law down to the best patch": None if part is None else part._asdict(),
         }  # fmt: skip
         curves[mixer] = [(row["tokens"], row["loss"]["mean"], row["loss"]["half"]) for row in found["rows"]]
-        spread = "" if law.half is None else f" ± {law.half:.2f}"
-        at = [tokens[0] * (tokens[-1] / tokens[0]) ** (i / 24) for i in range(25)]
-        curves[f"{mixer}: exponent {law.exponent:.2f}{spread}"] = [(n, law(n), None) for n in at]
+        shown = law if part is None else part
+        spread = "" if shown.half is None else f" ± {shown.half:.2f}"
+        last = tokens[-1] if part is None else tokens[down - 1]
+        at = [tokens[0] * (last / tokens[0]) ** (i / 24) for i in range(25)]
+        curves[f"{mixer}: exponent {shown.exponent:.2f}{spread}"] = [(n, shown(n), None) for n in at]
     if pictures is not None:
         picture(
             Path(pictures) / "patches-cpu.svg", curves, "patches of an image of 32 x 32 pixels",
             "loss on held-out parts, nats", "which photograph, by the number of patches", log=("x",),
-            dashed=[name for name in curves if name not in MIXERS],
+            dashed=[name for name in curves if name not in mixers],
         )  # fmt: skip
     return result
