@@ -226,7 +226,6 @@ def test_a_mechanism_of_the_users_own_choice():
 #: Settings with which a mechanism reads both ways, and fits maps this small.
 SETTINGS = {
     "gaussian-adaptive-attention": {"axis": "tokens"},
-    "moh-vit-aggregated-attention": {"sr_ratio": 1},
 }
 
 

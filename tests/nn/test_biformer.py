@@ -224,6 +224,35 @@ def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match="takes no mask"):
         module(x, mask=torch.ones(64, 64, dtype=torch.bool))
     with pytest.raises(ValueError, match="kv_downsample_ratio=4 is larger than the regions of 2 x 2"):
-        make(kv_downsample="avgpool")(x)
+        make(kv_downsample="avgpool", compat="authors")(x)
     with pytest.raises(ValueError, match="3 tokens on axis 1 .* fewer than n_win=4"):
         make(compat="authors-nchw")(x[:, :, :3])
+
+
+@pytest.mark.parametrize("kind", ["avgpool", "maxpool"])
+def test_cells_that_do_not_divide_a_region_pool_what_there_is(kind):
+    """Regions of 3 x 3 in cells of 2: the last row and column are cells of their own; the authors leave them out."""
+    config = dict(n_win=2, topk=2, kv_downsample=kind, kv_downsample_ratio=2)
+    x = torch.randn(2, 6, 6, 8).double()
+    t = x.unflatten(1, (2, 3)).unflatten(3, (2, 3)).permute(0, 1, 3, 2, 4, 5).flatten(1, 2)
+    for compat, side in ((None, 2), ("authors", 1)):
+        module = make(**config, compat=compat)
+        cells, exists = module._shrink(t, None)
+        pool = torch.mean if kind == "avgpool" else torch.amax
+        parts = [(slice(0, 2), slice(2, 3))[i] for i in range(side)]
+        expected = torch.stack([pool(t[:, :, a, b], dim=(2, 3)) for a in parts for b in parts], 2)
+        torch.testing.assert_close(cells, expected)
+        assert exists is None and module(x).shape == x.shape
+
+
+def test_maps_that_regions_do_not_divide_are_refused_on_request():
+    module = make(pad="refuse", kv_downsample="avgpool", kv_downsample_ratio=2)
+    assert module.traits.grid_multiple == 8 and make(pad="refuse").traits.grid_multiple == 4
+    x = torch.randn(1, 8, 8, 8).double()
+    assert module(x).shape == x.shape
+    with pytest.raises(ValueError, match=r"n_win=4 does not divide axis 1 .*pad='refuse'"):
+        module(x[:, :, :7])
+    with pytest.raises(ValueError, match="kv_downsample_ratio=2 does not divide the regions of 1 x 2"):
+        module(x[:, :4])
+    with pytest.raises(ValueError, match="pad='zeros'"):
+        make(pad="zeros")

@@ -51,8 +51,25 @@ def test_bad_settings(slug, settings, words):
         attnlib.create(slug, **{**SETTINGS, **settings})
 
 
-def test_a_pool_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"sr_ratio=8 does not fit the grid \(4, 6\)"):
-        attnlib.create(AGGREGATED, **SETTINGS)(torch.randn(1, 4, 6, 16))
+@pytest.mark.parametrize(("settings", "grid", "cells"), [
+    (dict(sr_ratio=8), (4, 6), (1, 1)), (dict(sr_ratio=3), (7, 2), (2, 1)), (dict(pool_size=5), (4, 6), (4, 5)),
+    (dict(sr_ratio=8), (1, 1), (1, 1)),
+])  # fmt: skip
+def test_a_pooled_map_has_at_least_one_cell_and_at_most_one_per_token(settings, grid, cells):
+    m = attnlib.create(AGGREGATED, **SETTINGS, **settings).double().eval()
+    x = torch.randn(2, *grid, 16, dtype=torch.float64)
+    assert m._cells(grid) == cells
+    other = attnlib.create(AGGREGATED, **SETTINGS, pool_size=cells).double().eval()
+    other.load_state_dict(m.state_dict())
+    torch.testing.assert_close(m(x), other(x))
+
+
+def test_a_pool_that_does_not_fit_is_refused_on_request():
+    m = attnlib.create(AGGREGATED, **SETTINGS, sr_ratio=2, pad="refuse")
+    assert m.traits.grid_multiple == 2 and m(torch.randn(1, 4, 6, 16)).shape == (1, 4, 6, 16)
+    with pytest.raises(ValueError, match=r"sr_ratio=2 does not fit the grid \(4, 5\)"):
+        m(torch.randn(1, 4, 5, 16))
     with pytest.raises(ValueError, match=r"pool_size=\(5, 5\) does not fit"):
-        attnlib.create(AGGREGATED, **SETTINGS, pool_size=5)(torch.randn(1, 4, 6, 16))
+        attnlib.create(AGGREGATED, **SETTINGS, pool_size=5, pad="refuse")(torch.randn(1, 4, 6, 16))
+    with pytest.raises(ValueError, match="pad='zeros'"):
+        attnlib.create(AGGREGATED, **SETTINGS, pad="zeros")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_int, to_tuple
+from ...checks import check_choice, check_int, to_tuple
 from ...positions import as_bias
 from ...types import Output, Plan, Traits
 from ..frame import HeadCall
@@ -201,8 +201,11 @@ class MoHViTAggregatedAttention(_CosineHeads):
         dim, num_heads, shared_heads, active_heads, base_grid, bias_hidden, qkv_bias, attn_drop, proj_drop: as in
             :class:`MoHViTAttention`.
         window_size: side of the window, odd.
-        sr_ratio: the pooled map has ``H // sr_ratio`` by ``W // sr_ratio`` cells.
-        pool_size: its size instead, whatever the image's.
+        sr_ratio: the pooled map has ``H // sr_ratio`` by ``W // sr_ratio`` cells, and at least one; they overlap where
+            the ratio does not divide a side.
+        pool_size: its size instead, whatever the image's; at most that of the map.
+        pad: ``"refuse"`` raises on maps that the ratio does not divide, or that are smaller than ``pool_size``;
+            ``"mask"`` takes any.
 
     Shapes: (B, H, W, C). Tokens that do not exist are no local keys; a pooled cell is the mean of those that exist.
 
@@ -228,10 +231,13 @@ class MoHViTAggregatedAttention(_CosineHeads):
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        pad: str = "mask",
     ):
         super().__init__(
             dim, num_heads, shared_heads, active_heads, base_grid, bias_hidden, qkv_bias, attn_drop, proj_drop
         )
+        check_choice("pad", pad, ("mask", "refuse"))
+        self.pad = pad
         if check_int("window_size", window_size, least=1) % 2 == 0:
             raise ValueError(f"window_size={window_size} must be odd")
         check_int("sr_ratio", sr_ratio, least=1)
@@ -252,13 +258,26 @@ class MoHViTAggregatedAttention(_CosineHeads):
     @property
     def traits(self) -> Traits:
         power = 2 if self.pool_size is None else 1
-        return super().traits.but(work={"N": power}, memory={"N": power})
+        step = self.sr_ratio if self.pad == "refuse" and self.pool_size is None else 1
+        return super().traits.but(work={"N": power}, memory={"N": power}, grid_multiple=step)
 
     def _around(self, t: Tensor, grid: Sequence[int]) -> Tensor:
         """(B, N, C) to (B, N, C, places): each token's window, zeros beyond the border."""
         image = t.transpose(1, 2).unflatten(2, tuple(grid))
         windows = F.unfold(image, self.window_size, padding=self.window_size // 2)
         return windows.unflatten(1, (t.shape[2], -1)).permute(0, 3, 1, 2)
+
+    def _cells(self, grid: Sequence[int]) -> tuple[int, int]:
+        """Sides of the pooled map of a grid."""
+        height, width = grid
+        ratio, pool = self.sr_ratio, self.pool_size
+        if self.pad == "refuse":
+            fits = not (height % ratio or width % ratio) if pool is None else pool[0] <= height and pool[1] <= width
+            if not fits:
+                named = f"sr_ratio={ratio}" if pool is None else f"pool_size={pool}"
+                raise ValueError(f"{named} does not fit the grid {(height, width)} of x (pad='refuse')")
+        rows, columns = (height // ratio, width // ratio) if pool is None else pool
+        return min(max(rows, 1), height), min(max(columns, 1), width)
 
     def _pooled(self, x: Tensor, valid: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """(B, P, C) tokens of the pooled map, and which of them exist."""
@@ -279,10 +298,7 @@ class MoHViTAggregatedAttention(_CosineHeads):
         returns: tuple[str, ...] = (),
     ) -> Output:
         grid, exists = x.shape[1:3], flat_valid(valid)
-        size = self.pool_size or (grid[0] // self.sr_ratio, grid[1] // self.sr_ratio)
-        if any(not 1 <= p <= n for p, n in zip(size, grid, strict=True)):
-            named = f"sr_ratio={self.sr_ratio}" if self.pool_size is None else f"pool_size={self.pool_size}"
-            raise ValueError(f"{named} does not fit the grid {tuple(grid)} of x: the pooled map would be {tuple(size)}")
+        size = self._cells(grid)
         x = zero_invalid(x, valid)
         tokens, heads = x.flatten(1, 2), self.num_heads
         notes = self._notes(exists, plan, None, returns)

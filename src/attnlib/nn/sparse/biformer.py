@@ -59,7 +59,10 @@ class BiLevelRoutingAttention(Mechanism):
         compat: ``None`` masks padding out of means and softmax. ``"authors"`` is their first class with ``auto_pad``:
             ``x`` is padded before the projection, padding counts in the means and is attended. ``"authors-nchw"`` is
             their second class: regions of ``H // n_win`` (so there may be more than ``n_win`` of them), means over real
-            tokens, zero padding behind the projection, attended. All three agree where ``n_win`` divides the sides.
+            tokens, zero padding behind the projection, attended. All three agree where ``n_win`` divides the sides;
+            either of theirs leaves out what lies behind the last whole cell of ``kv_downsample_ratio`` in a region.
+        pad: ``"refuse"`` raises on sides that ``n_win``, and regions that ``kv_downsample_ratio``, do not divide;
+            ``"mask"`` takes any.
 
     Reference: Zhu et al., 2023, arXiv 2303.08810, equations 3 to 7.
 
@@ -94,8 +97,11 @@ class BiLevelRoutingAttention(Mechanism):
         diff_routing: bool = False,
         param_routing: bool = False,
         compat: str | None = None,
+        pad: str = "mask",
     ):
         super().__init__(dim)
+        check_choice("pad", pad, ("mask", "refuse"))
+        self.pad = pad
         self.num_heads, self.qk_dim = num_heads, dim if qk_dim is None else qk_dim
         check_divides("num_heads", num_heads, "dim", dim)
         check_divides("num_heads", num_heads, "qk_dim", self.qk_dim)
@@ -136,6 +142,14 @@ class BiLevelRoutingAttention(Mechanism):
 
     @property
     def traits(self) -> Traits:
+        multiple = 1
+        if self.pad == "refuse":
+            cell = 1 if self.kv_downsample in ("identity", *DOWNSAMPLE[1:3]) else self.kv_downsample_ratio
+            multiple = math.lcm(*self.n_win) * cell
+        return self._costs.but(grid_multiple=multiple)
+
+    @property
+    def _costs(self) -> Traits:
         if self.kv_downsample.startswith("ada_"):  # every region keeps a fixed number of keys
             return self.class_traits.but(work={"N": 1, "topk": 1}, memory={"N": 1})
         if self.soft_routing:  # copies keys and values out per choice
@@ -148,6 +162,10 @@ class BiLevelRoutingAttention(Mechanism):
         """Height and width of a region on this grid."""
         sides = []
         for axis, (size, regions) in enumerate(zip(grid, self.n_win, strict=True)):
+            if self.pad == "refuse" and size % regions:
+                raise ValueError(
+                    f"n_win={regions} does not divide axis {axis} of the grid {tuple(grid)} of x (pad='refuse')"
+                )
             if self.compat == "authors-nchw":
                 if size < regions:
                     raise ValueError(
@@ -231,7 +249,13 @@ class BiLevelRoutingAttention(Mechanism):
             return math.prod(region), math.prod(region)
         if self.kv_downsample.startswith("ada_"):
             return math.prod(region), self.kv_per_win**2
-        small = [side // self.kv_downsample_ratio for side in region]
+        ratio = self.kv_downsample_ratio
+        if self.pad == "refuse" and any(side % ratio for side in region):
+            raise ValueError(
+                f"kv_downsample_ratio={ratio} does not divide the regions of {region[0]} x {region[1]} tokens on this "
+                "grid (pad='refuse')"
+            )
+        small = [side // ratio if self.compat else -(-side // ratio) for side in region]
         if min(small) < 1:
             raise ValueError(
                 f"kv_downsample_ratio={self.kv_downsample_ratio} is larger than the regions of "
@@ -251,7 +275,8 @@ class BiLevelRoutingAttention(Mechanism):
                 ada = F.adaptive_avg_pool2d if kind == "avg" else F.adaptive_max_pool2d
                 t = ada(t, self.kv_per_win)
             else:
-                t = (F.avg_pool2d if kind == "avg" else F.max_pool2d)(t, self.kv_downsample_ratio)
+                shrink = F.avg_pool2d if kind == "avg" else F.max_pool2d  # a cell at the end is that of what there is
+                t = shrink(t, self.kv_downsample_ratio, ceil_mode=self.compat is None)
             return t.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (batch, regions))
 
         kind = "avg" if "avg" in self.kv_downsample else "max"
