@@ -1,0 +1,87 @@
+"""Boxes: corners and centres, overlaps, deltas, and matching them one to one.
+
+A box is (x1, y1, x2, y2) here, corners, unless a name says centres: (cx, cy, w, h).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...checks import check_real, describe
+from ...extras import need
+from ...nn.dense.plain_detr import check_boxes
+
+#: Deltas of widths and heights beyond the logarithm of this ratio are cut.
+RATIO = 16 / 1000
+
+
+def to_centres(boxes: Tensor) -> Tensor:
+    """Corners (..., 4) -> centres and sizes.
+
+    >>> to_centres(torch.tensor([0.0, 0.0, 2.0, 4.0])).tolist()
+    [1.0, 2.0, 2.0, 4.0]
+    """
+    first, second = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(first + second) / 2, second - first], -1)
+
+
+def to_corners(boxes: Tensor) -> Tensor:
+    """Centres and sizes (..., 4) -> corners."""
+    return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
+
+
+def overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Intersection over union, and the generalized one, of every pair: (N, 4), (M, 4) -> twice (N, M).
+
+    Reference: Rezatofighi et al., 2019, arXiv 1902.09630. Boxes without an area overlap nothing.
+    """
+    check_boxes("a", a)
+    check_boxes("b", b)
+    sizes = [(x[:, 2:] - x[:, :2]).prod(-1) for x in (a, b)]
+    inner = (torch.min(a[:, None, 2:], b[:, 2:]) - torch.max(a[:, None, :2], b[:, :2])).clamp(min=0).prod(-1)
+    union = sizes[0][:, None] + sizes[1] - inner
+    around = (torch.max(a[:, None, 2:], b[:, 2:]) - torch.min(a[:, None, :2], b[:, :2])).prod(-1)
+    tiny = torch.finfo(a.dtype).tiny
+    iou = inner / union.clamp(min=tiny)
+    return iou, iou - (around - union) / around.clamp(min=tiny)
+
+
+def apply_deltas(centres: Tensor, deltas: Tensor, size: tuple[float, float] | None = None) -> Tensor:
+    """Boxes (..., 4) as centres and sizes, moved by deltas relative to their size, as corners.
+
+    ``c' = c + wh * d_xy``, ``wh' = wh * exp(d_wh)``, the latter cut at ``|log(16 / 1000)|``, and both corners clipped
+    to an image of ``size`` (height, width).
+
+    >>> apply_deltas(torch.tensor([5.0, 5.0, 2.0, 4.0]), torch.zeros(4)).tolist()
+    [4.0, 3.0, 6.0, 7.0]
+    """
+    most = abs(math.log(RATIO))
+    middle = centres[..., :2] + centres[..., 2:] * deltas[..., :2]
+    out = to_corners(torch.cat([middle, centres[..., 2:] * deltas[..., 2:].clamp(-most, most).exp()], -1))
+    if size is None:
+        return out
+    limit = out.new_tensor([size[1], size[0]] * 2)
+    return torch.minimum(out.clamp(min=0), limit)
+
+
+def deltas_between(centres: Tensor, targets: Tensor, margin: float = 0.1) -> Tensor:
+    """The deltas from boxes to targets, both as centres and sizes; sizes are divided by themselves plus ``margin``."""
+    check_real("margin", margin, least=0)
+    size = centres[..., 2:] + margin
+    return torch.cat([(targets[..., :2] - centres[..., :2]) / size, (targets[..., 2:] / size).log()], -1)
+
+
+def match(cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns (k,) of the cheapest one-to-one assignment of a cost (N, M), k the smaller side.
+
+    Raises:
+        ImportError: scipy is not installed.
+        ValueError: a cost that is not finite.
+    """
+    if cost.dim() != 2 or not bool(torch.isfinite(cost).all()):
+        raise ValueError(f"cost must be (N, M) of finite numbers, got {describe(cost)}")
+    rows, columns = need("scipy.optimize", "matching boxes").linear_sum_assignment(cost.detach().cpu().numpy())
+    return torch.as_tensor(rows), torch.as_tensor(columns)
