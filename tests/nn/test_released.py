@@ -123,6 +123,9 @@ def rows():
         for k in ("weight", "bias")
     } | {f"output.{k}": v for k, v in adapter.items()}
     plain("p-adapter/attention", bert, lambda: create("p-adapter", dim=16, num_heads=2, reduction=4))
+    conv = {"qkv_conv.weight": torch.rand(24, 8, 1, 1), "qkv_conv.bias": torch.rand(24)}
+    conv["mlp.weight"] = torch.rand(8, 8, 3, 3)
+    plain("tic-msa-conv", conv, lambda: create("tic-msa-conv", dim=8))
     head = entries("croc", "head/sd/")
     add("croc", ReconstructionHead.convert_state_dict, head, lambda: ReconstructionHead(16, 9, 1, 8))
     return found

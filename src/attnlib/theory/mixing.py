@@ -99,6 +99,7 @@ NOT_LINEAR: dict[str, str] = {
     "vwformer": "its values are those of keys folded from neighbouring tokens, behind a ReLU, not of tokens",
     "p-adapter": "behind its output projection an adapter reads the values again, through distances between them",
     "moh-vit-aggregated-attention": "it mixes the values of tokens and those of pooled cells, with a matrix for each",
+    "tic-msa-conv": "what it mixes goes into a convolution and a ReLU together with its tokens, and into no output map",
     "stvit-super-token": "what its output map reads are super tokens, which tokens read by a matrix of their own",
     "activator-geglu": "it has a gate for every token and no mixing; values pass a LayerNorm first",
 }
