@@ -4,11 +4,13 @@
 diffusion transformer of four blocks learns videos of a digit that moves (8 frames of 24 x 24 pixels, 288 tokens). Per
 seed a model is trained; from the same noise it samples with dense attention and under every policy at every density,
 and the peak signal-to-noise ratio of one beside the other is taken. Sliding tiles (the nearest blocks) and random
-blocks are what a policy has to beat.
+blocks are what a policy has to beat; ``block_entropy`` says how evenly the dense maps lie on blocks (1: evenly, so that
+no choice of blocks can be much better than another).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from ...convert.consistency import cosine_schedule, ddim_step
 from ...hooks import attach
 from ...models.blocks import Block
 from ...nn.registry import create
+from ...ops.block_mass import block_mass
 from ...ops.block_sparse import BlockPlan
 from ...steer.diffusion.video import PARO, AdaSpa, BlockSparse, FrameTiles, Look, MixtureOfBlocks, Policy
 from ..clock import machine
@@ -121,6 +124,20 @@ def sample(model: nn.Module, noise: Tensor, steps: int, session: Any = None) -> 
     return x
 
 
+class _Spread(Policy):
+    """Dense attention, and how evenly its mass lies on blocks: the entropy over that of an even map."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def choose(self, look: Look) -> BlockPlan | None:
+        mass = block_mass(look.q, look.k, BLOCK, BLOCK, scale=look.site.scale).mass
+        share = mass / mass.sum(-1, keepdim=True)
+        entropy = -(share * share.clamp(min=1e-12).log()).sum(-1).mean()
+        self.values.append(float(entropy) / math.log(share.shape[-1]))
+        return None
+
+
 def psnr(x: Tensor, truth: Tensor) -> float:
     """Decibels, for videos in [0, 1]."""
     return float(-10 * (x.clamp(0, 1) - truth.clamp(0, 1)).square().mean().clamp(min=1e-10).log10())
@@ -150,7 +167,7 @@ def measure(
     progress: Progress | None = None,
     keep: str | Path | None = None,
     pictures: str | Path | None = None,
-    steps: int = 500,
+    steps: int = 1200,
     batch: int = 8,
     seeds: tuple[int, ...] = (0, 1, 2),
     densities: tuple[float, ...] = (0.25, 0.5, 0.75),
@@ -170,22 +187,25 @@ def measure(
     Returns:
         Plain values, for JSON.
     """
-    models: dict[int, tuple[VideoDenoiser, Tensor, Tensor, float, float]] = {}
+    models: dict[int, tuple[VideoDenoiser, Tensor, Tensor, float, float, float]] = {}
 
-    def model_of(seed: int) -> tuple[VideoDenoiser, Tensor, Tensor, float, float]:
+    def model_of(seed: int) -> tuple[VideoDenoiser, Tensor, Tensor, float, float, float]:
         if seed not in models:
             model, last = trained(seed, steps, batch)
             noise = torch.randn(videos, FRAMES, SIDE, SIDE, 1, generator=torch.Generator().manual_seed(100 + seed))
             test, _ = moving_digits(256, FRAMES, SIDE, "test", generator=torch.Generator().manual_seed(3))
             mean_loss = float((test - test.mean(0)).square().mean())
-            models[seed] = model, noise, sample(model, noise, sampled), last, mean_loss
+            spread = _Spread()
+            with attach(model, BlockSparse(spread, grid=GRID)) as session:
+                dense = sample(model, noise, sampled, session)
+            models[seed] = model, noise, dense, last, mean_loss, sum(spread.values) / len(spread.values)
         return models[seed]
 
     names = [f"{policy}, {d:g}" for d in densities for policy in POLICIES]
 
     def run(name: str, seed: int) -> dict[str, float]:
         policy_name, _, density = name.rpartition(", ")
-        model, noise, dense, last, mean_loss = model_of(seed)
+        model, noise, dense, last, mean_loss, spread = model_of(seed)
         policy = POLICIES[policy_name](float(density))
         layers: dict[str, list[float]] = {}
         if isinstance(policy, PARO):
@@ -203,6 +223,7 @@ def measure(
         every = [v for values in layers.values() for v in values]
         return {
             "psnr": psnr(out, dense), "density": sum(every) / len(every), "loss": last, "mean_video_loss": mean_loss,
+            "block_entropy": spread,
         }  # fmt: skip
 
     found = study(names, run, "psnr", None, seeds, progress, keep, (steps, batch, videos, sampled))
