@@ -343,7 +343,7 @@ def load_pretrained(model: Any, source: str | Path | Mapping[str, Tensor] | None
         value, like = state[key], own[key]
         if key.startswith(head) and head:
             done.dropped += [k for k in own if k.startswith(head)]
-        elif key == getattr(model, "input_name", None):
+        elif key == getattr(model, "input_name", None) or key in getattr(model, "more_inputs", ()):
             if value.shape[2:] != like.shape[2:] and getattr(model, "resamples_input", False):
                 value = resampled_patch(value, like.shape[2:])
                 done.resized.append(key)

@@ -153,6 +153,8 @@ class Backbone(nn.Module):
     head_names: Sequence[str] = ("head.fc.",)
     #: First convolution, which depends on the number of channels.
     input_name: str | None = "stem.proj.weight"
+    #: Convolutions beside the first that read the image as well.
+    more_inputs: Sequence[str] = ()
     output_fmt = "NHWC"
 
     def __init__(
