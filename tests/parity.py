@@ -89,11 +89,15 @@ class Fixture:
             self._close(ours[name], expected, atol, name, least)
 
 
+def _layout(segments: list[list]) -> Layout:
+    return Layout(tuple((name, tuple(size) if isinstance(size, list) else size) for name, size in segments))
+
+
 class Options(Fixture):
     """Runs with options off their defaults; the metadata holds per case:
 
     ``settings`` of ours, ``convert`` (options of the converter), ``train`` (whether the module was training), ``class``
-    (``module:name`` where it is not the registered one) and ``note``.
+    (``module:name`` where it is not the registered one), ``layout`` of the tokens, and ``note``.
     """
 
     folder = HERE / "options"
@@ -124,9 +128,15 @@ class Options(Fixture):
         settings = dict(config["settings"])
         for name in ("context_layout",):
             if name in settings:
-                settings[name] = Layout(tuple((part, tuple(size)) for part, size in settings[name]))
+                settings[name] = _layout(settings[name])
         cls = self._class(case)
         return cls(**settings) if cls else attnlib.create(self.slug, **settings)
+
+    def call(self, case: str, module, inputs: dict[str, torch.Tensor]):
+        """Our output for recorded inputs."""
+        if "layout" in self.config[case]:
+            return module(**inputs, layout=_layout(self.config[case]["layout"]))
+        return module(**inputs)
 
     def build(self, case: str, **changes):
         module = self.create(case)

@@ -277,14 +277,16 @@ def models(
     rows = []
     for name in list_models(f"*{text.lower()}*"):
         entry = model_entry(name)
-        rows.append({**entry.to_dict(), "params": counted_params(entry)})
+        rows.append({**entry.to_dict(), "params": counted_params(entry) if entry.params is None else entry.params})
     if as_json:
         _print_json(rows)
         return
-    table = _table("model", "paper", "parameters", "image", "weights' licence")
+    table = _table("model", "paper", "parameters", "image", "licence")
+    for column in table.columns:  # one line per model: where the terminal is narrow, the paper is cut
+        column.no_wrap, column.overflow = column.header != "paper", "ellipsis"
     for row in rows:
         table.add_row(
-            row["name"], row["family"], f"{row['params']:,}", str(row["img_size"]), row["license"] or "none released"
+            row["name"], row["family"], f"{row['params']:,}", str(row["img_size"]), row["license"] or "no weights"
         )
     console.print(table)
 

@@ -109,8 +109,8 @@ def test_parameter_count_of_the_paper():
 
 
 def test_padding_stays_out_of_the_metric():
-    m, x = build(), torch.randn(1, 4, 16)
-    padded = torch.cat([torch.randn(1, 3, 16), x], 1)
+    m, x = build().double(), torch.randn(1, 4, 16, dtype=torch.float64)
+    padded = torch.cat([torch.randn(1, 3, 16, dtype=torch.float64), x], 1)
     valid = torch.tensor([[False] * 3 + [True] * 4])
     torch.testing.assert_close(m.deductive_outputs(padded, valid).G, m.deductive_outputs(x).G, atol=1e-5, rtol=1e-5)
 

@@ -135,6 +135,7 @@ ROWS = rows()
 #: What a converter leaves out, so that it is no fault when it is missing.
 SETTINGS_OF_THEIRS = {"attn_bias", "attn_temp"}
 SETTINGS_OF_THEIRS |= {"unfold.weights", "fold.weights", "relative_position_index"}  # constants
+SETTINGS_OF_THEIRS |= {f"rel_pos_bias.relative_position_{axis}_index" for axis in ("high", "width")}
 
 
 def constant(key):

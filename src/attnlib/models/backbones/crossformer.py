@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...checks import check_ints
+from ...grids import Layout
 from ...nn.layers import CrossScale, DepthwiseConv, zero_invalid
 from ...nn.partition.crossformer import LongShortAttention
 from ...nn.released import Released
@@ -35,10 +36,15 @@ class CooledBlock(Block):
         self.cooling, self.cooling_norm = DepthwiseConv(dim, 3), nn.LayerNorm(dim)
 
     def forward(
-        self, x: Tensor, valid: Tensor | None = None, carry: Any = None, losses: dict[str, Tensor] | None = None
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        carry: Any = None,
+        losses: dict[str, Tensor] | None = None,
+        layout: Layout | None = None,
     ) -> tuple[Tensor, Any]:
         """(B, H, W, C) -> the same, and the carry for the next block."""
-        x, carry = super().forward(x, valid, carry, losses)
+        x, carry = super().forward(x, valid, carry, losses, layout)
         return self.cooling_norm(self.cooling(zero_invalid(x, valid))), carry
 
 

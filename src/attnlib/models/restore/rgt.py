@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_ints
+from ...grids import Layout
 from ...nn.base import Mechanism
 from ...nn.layers import DepthwiseConv, LayerScale, zero_invalid
 from ...nn.partition.rgt import RectangularAttention
@@ -64,10 +65,15 @@ class IntegratedBlock(Block):
         self.again = LayerScale(dim, gamma)
 
     def forward(
-        self, x: Tensor, valid: Tensor | None = None, carry: Any = None, losses: dict[str, Tensor] | None = None
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        carry: Any = None,
+        losses: dict[str, Tensor] | None = None,
+        layout: Layout | None = None,
     ) -> tuple[Tensor, Any]:
         """(B, H, W, C) -> the same, and the carry for the next block."""
-        y, carry = super().forward(x, valid, carry, losses)
+        y, carry = super().forward(x, valid, carry, losses, layout)
         return y + self.again(x), carry
 
 

@@ -233,6 +233,6 @@ def _table(theirs: Tensor, grid: Sequence[int] | None) -> dict[str, Tensor]:
 
 def _axis(name: str, theirs: Tensor) -> dict[str, Any]:
     return {
-        f"relative.{name}": theirs[:-3].T.contiguous(),
-        f"relative.beside_{name}": theirs[-3:].T.contiguous(),
+        f"relative.{name}": theirs[:-3].transpose(0, -1).contiguous(),
+        f"relative.beside_{name}": theirs[-3:].transpose(0, -1).contiguous(),
     }
