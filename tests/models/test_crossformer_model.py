@@ -5,6 +5,7 @@ import torch
 
 import attnlib
 from attnlib.models.backbones.crossformer import CooledBlock
+from attnlib.models.build import load_pretrained
 from attnlib.nn.layers import CrossScale
 
 TINY = dict(
@@ -108,3 +109,13 @@ def test_gradients_of_patches_do_not_depend_on_the_order_in_memory():
     with torch.no_grad():
         torch.testing.assert_close(cel(x)[0], expected.detach())
     assert torch.autograd.gradcheck(lambda t: cel(t)[0], x[:1, :4, :4].detach().requires_grad_())
+
+
+def test_weights_load_into_a_model_of_other_channels():
+    """Every convolution that reads the image is adapted."""
+    weights = {k: v.clone() for k, v in tiny().state_dict().items()}
+    grey = tiny(in_chans=1)
+    done = load_pretrained(grey, weights)
+    assert done.adapted == ["stem.projs.0.weight", "stem.projs.1.weight"]
+    x = images(1, 1, 32, 32)
+    assert grey(x).isfinite().all()

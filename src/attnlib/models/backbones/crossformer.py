@@ -126,6 +126,7 @@ def crossformer(
         stem, stages, embed_dims, reductions, nn.LayerNorm(embed_dims[-1]), head, num_classes, in_chans, img_size
     )
     model.input_name = "stem.projs.0.weight"
+    model.more_inputs = tuple(f"stem.projs.{i}.weight" for i in range(1, len(patches)))
     init_weights(model, also=(LongShortAttention,))
     return model
 
