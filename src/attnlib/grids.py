@@ -437,7 +437,7 @@ def block_order(grid: Sequence[int], block: Sequence[int]) -> Tensor:
     block = check_ints("block", block, least=1)
     if len(block) != len(grid):
         raise ValueError(f"block={block} must have one side for each of the {len(grid)} axes of the grid {grid}")
-    numbers = torch.arange(math.prod(grid)).reshape(1, *grid, 1) + 1
+    numbers = torch.arange(math.prod(grid), device="cpu").reshape(1, *grid, 1) + 1
     return block_windows(pad_to_multiple(numbers, block), block).flatten() - 1
 
 

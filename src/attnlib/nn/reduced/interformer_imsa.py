@@ -46,7 +46,7 @@ def cells_of(side: int, target: int, ratio: int) -> int:
     """Cells along a side of ``side`` tokens.
 
     >>> [cells_of(128, 128, r) for r in (12, 16, 20, 24)], cells_of(100, 128, 12), cells_of(3, 128, 12)
-    ([11, 8, 5, 5], 11, 3)
+    ([11, 8, 6, 5], 11, 3)
     """
     if ratio == 1:
         return side
