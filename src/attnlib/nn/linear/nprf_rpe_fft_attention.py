@@ -40,7 +40,7 @@ class KernelizedRelativeAttention(Mechanism):
     of fixed size: decoding keeps keys and values as softmax attention does, and one step costs O(N).
 
     Rounding in the transform is relative to the largest product of the sequence and reaches all rows; in float32 the
-    future thus touches the past in the seventh digit. ``form="fft64"`` transforms in float64; ``form="direct"`` builds
+    future thus touches the past in the fifth digit. ``form="fft64"`` transforms in float64; ``form="direct"`` builds
     the map instead, exactly causal, O(N^2), and faster for short sequences.
 
     Args:
