@@ -204,20 +204,29 @@ class Models(Fixture):
     def model_holds(self, case: str, atol: float = 1e-5) -> None:
         """Output, maps, the gradient of the images, and the recorded gradients of weights and buffers.
 
-        Recordings in float64 are held in float64, where no rounding decides, and their output in float32 too.
+        Recordings in float64 are held in float64, where no rounding decides, and their output in float32 too. One in
+        float32 that is further off than ``atol``, by at most three times as much, has to hold in float64.
         """
-        double = self.config[case].get("double", False)
-        dtype = torch.float64 if double else torch.float32
+        if self.config[case].get("double", False):
+            self._model_holds(case, atol, torch.float64)
+            x = self.tensors[f"{case}/x"]
+            with torch.no_grad():
+                single = self.build_model(case)(x, **self.under(f"{case}/with"))
+            self._close(single, self.tensors[f"{case}/y"], 2 * atol, "y in float32")
+            return
+        try:
+            self._model_holds(case, atol, torch.float32)
+        except AssertionError:
+            self._model_holds(case, 3 * atol, torch.float32)
+            self._model_holds(case, atol, torch.float64)
+
+    def _model_holds(self, case: str, atol: float, dtype: torch.dtype) -> None:
         module = self.build_model(case).to(dtype)
         x = self.tensors[f"{case}/x"].to(dtype, copy=True).requires_grad_()
         beside = self.under(f"{case}/with")
         y = module(x, **beside)
         self._close(y.detach(), self.tensors[f"{case}/y"], atol, "y")
         (y * self.tensors[f"{case}/g"]).sum().backward()
-        if double:
-            with torch.no_grad():
-                single = self.build_model(case)(x.float(), **beside)
-                self._close(single, self.tensors[f"{case}/y"], 2 * atol, "y in float32")
         self._close(x.grad, self.tensors[f"{case}/dx"], atol, "dx")
         grads = {name: p.grad for name, p in module.named_parameters()}
         assert self.under(f"{case}/dw"), "no weight gradient to compare"
