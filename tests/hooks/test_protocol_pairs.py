@@ -75,6 +75,7 @@ MAKE = {
     "SoftImageGuidance": lambda model: steer.SoftImageGuidance(torch.zeros(TOKENS, 32), 1.5),
     "SoftPAG": None,  # guides denoisers: an identity map has as many queries as keys
     "UniformMaps": None,  # acts on cross-attention, which this model has not
+    "BlockSparse": None,  # acts on videos
     "VisualBoost": lambda model: steer.VisualBoost(0.7, 0.3, sets="all"),
     "VisualRedistribution": lambda model: steer.VisualRedistribution((3, 17), rho=0.9, summ=0.01, tau=1.0),
     "HeadDivergence": lambda model: steer.HeadDivergence(k=1),

@@ -9,7 +9,7 @@ from attnlib.types import Output, Traits
 class Pair(Mechanism):
     """A hybrid and a guided layer in a row, as a backbone stacks them; the significance map passes between them."""
 
-    class_traits = Traits(grid_ranks=frozenset({2}), gradient="stopped", grid_multiple=4)
+    class_traits = Traits(grid_ranks=frozenset({2}), gradient="stopped")
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__(dim)

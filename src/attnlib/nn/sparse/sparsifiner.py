@@ -366,7 +366,7 @@ class Sparsifiner(Mechanism):
             chosen.expect("blocks", N=tokens.shape[1] - before, M=tokens.shape[1], q_block=1, k_block=1)
         drop = self.attn_drop if self.training else 0.0
         if chosen is None or drop or "weights" in returns:
-            out, weights = self._densely(q, k, v, chosen, before, exists, slots, drop)
+            out, weights = self._densely(q, k, v, chosen, before, exists, slots, drop, "weights" in returns)
         else:
             out = block_sparse_attention(q[:, :, before:], k, v, chosen, valid=exists, scale=self.scale)
             if before:
@@ -413,18 +413,19 @@ class Sparsifiner(Mechanism):
 
     def _densely(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None, before: int, exists: Tensor | None, slots: int,
-        drop: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The same numbers through dense attention, and its weights."""
+        drop: float, wanted: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The same numbers through dense attention, and its weights where they are wanted."""
         count = k.shape[2]
         pairs = None if plan is None else F.pad(plan.chosen(), (0, 0, before, 0), value=True)
         keys, values, there = self._read_by_prefix(k, v, exists, slots)
         if pairs is not None and keys.shape[2] > count:
             more = torch.arange(count, device=q.device) < before
             pairs = torch.cat([pairs, more[:, None].expand(*pairs.shape[:3], keys.shape[2] - count)], -1)
-        out, weights = attention(
-            q, keys, values, mask=pairs, valid=there, scale=self.scale, dropout_p=drop, return_weights=True
-        )
+        given: dict[str, Any] = dict(mask=pairs, valid=there, scale=self.scale, dropout_p=drop)
+        if not wanted:
+            return attention(q, keys, values, **given), None
+        out, weights = attention(q, keys, values, **given, return_weights=True)
         return out, weights[..., :count]
 
     @staticmethod
