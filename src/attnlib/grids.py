@@ -451,7 +451,22 @@ def axis_order(grid: Sequence[int], axes: Sequence[int]) -> Tensor:
     axes = check_ints("axes", axes)
     if sorted(axes) != list(range(len(grid))):
         raise ValueError(f"axes={axes} is no permutation of the {len(grid)} axes of the grid {grid}")
-    return torch.arange(math.prod(grid)).reshape(grid).permute(axes).flatten()
+    return torch.arange(math.prod(grid), device="cpu").reshape(grid).permute(axes).flatten()
+
+
+def inverse_order(order: Tensor, count: int) -> Tensor:
+    """Where an order of :func:`block_order` puts every token: (P,) with -1 where there is none -> (count,).
+
+    >>> inverse_order(torch.tensor([1, 0, 2, -1]), 3).tolist()
+    [1, 0, 2]
+    """
+    check_whole("order", order)
+    if order.shape == (count,):
+        return inverse_permutation(order)
+    real = order >= 0
+    out = torch.empty(count, dtype=torch.long, device=order.device)
+    out[order[real]] = torch.arange(order.shape[0], device=order.device)[real]
+    return out
 
 
 def inverse_permutation(permutation: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import (
@@ -754,3 +755,22 @@ def sincos(coords: Tensor, dim: int, base: float = 10000.0) -> Tensor:
         angle = coords[:, axis, None].to(torch.float32) * frequency
         parts += [angle.sin(), angle.cos()]
     return torch.cat(parts, -1)
+
+
+def resized(table: Tensor, sides: Sequence[int], mode: str = "bicubic", antialias: bool = False) -> Tensor:
+    """A table (..., *places) interpolated to other numbers of places, in float32 at least; as it is where they agree.
+
+    Args:
+        table: its last ``len(sides)`` axes, one or two, are places.
+        sides: new numbers of places.
+        mode: ``"bicubic"`` or ``"bilinear"`` (linear on one axis), corners not aligned.
+        antialias: low-pass filter before a table is made smaller.
+    """
+    check_choice("mode", mode, ("bicubic", "bilinear"))
+    axes = len(sides)
+    if tuple(table.shape[-axes:]) == tuple(sides):
+        return table
+    flat = table.to(stats_dtype(table.dtype)).reshape(-1, 1, *([1] if axes == 1 else []), *table.shape[-axes:])
+    size = [*([1] if axes == 1 else []), *sides]
+    made = F.interpolate(flat, size=size, mode=mode, align_corners=False, antialias=antialias)
+    return made.reshape(*table.shape[:-axes], *sides).to(table.dtype)

@@ -52,6 +52,10 @@ def test_a_study_goes_on_where_it_stopped(tmp_path):
     assert json.loads(json.dumps(found)) == found
     study(["a", "b"], run, "accuracy", "a", seeds=(0, 1), keep=keep, key="other")
     assert len(calls) == 9  # runs of other settings are others
+    with pytest.raises(ValueError, match="metric='b' is not among"):
+        study(["a"], lambda name, seed: {"accuracy": 1.0}, "b")
+    with pytest.raises(ValueError, match="at least one each"):
+        study(["a"], run, "accuracy", seeds=())
     with pytest.raises(ValueError, match="baseline='c'"):
         study(["a"], run, "accuracy", "c")
 

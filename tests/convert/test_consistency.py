@@ -101,3 +101,8 @@ def test_the_teacher_is_no_part_of_the_state_and_the_copy_follows():
 def test_bad_settings(settings, says):
     with pytest.raises(ValueError, match=says):
         ConsistencyDistillation(Lines(8), exact, **{"segments": 2, "steps": 8, **settings})
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="clean must be"):
+        ddim_step(torch.zeros(2), torch.zeros(3), torch.ones(2), torch.zeros(2))

@@ -223,6 +223,7 @@ def test_the_search_is_monotone_and_all_frames_are_exact():
         (lambda: TileSearch((2, 1)), "candidates"),
         (lambda: TileSearch((1,)).references(0.1), "nothing was measured"),
         (lambda: quantize(torch.zeros(2, 2), 1), "bits"),
+        (lambda: quantize(torch.zeros(2)), r"\(\.\.\., N, M\)"),
         (lambda: quantize(torch.zeros(2, 2), grain="column"), "grain"),
         (lambda: block_profile(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), 0), "block"),
     ],

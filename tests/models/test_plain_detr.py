@@ -214,6 +214,8 @@ def told(box, label):
         (lambda: told([0.0, 0, 50, 5], 0), "outside the image"),
         (lambda: told([9.0, 0, 5, 5], 0), "turned over"),
         (lambda: told([0.0, 0, 5, 5], 2), "possible: 0 to 1"),
+        (lambda: detector(dim=30), "dim=30 must be a multiple of 4"),
+        (lambda: PlainDETR(nn.Linear(2, 2), 3), "feature_info"),
         (lambda: B.match(torch.tensor([[float("nan")]])), "finite"),
         (lambda: decoder_state({"layers.0.wrong": torch.zeros(1)}), "wrong"),
     ],

@@ -87,12 +87,6 @@ def test_density_rises_with_the_threshold_and_differs_by_query():
     assert plans[1].count.unique().numel() > 1
 
 
-def test_released_selection_is_the_one_of_the_floor_below():
-    """``head_global`` with the forced own block and at least one more, recorded in the tests of the policies."""
-    m = made(cut=1, threshold=0.25)
-    assert m.per == "head" and m.at_least == 1
-
-
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

@@ -118,6 +118,8 @@ def test_frame_tiles_count(frames, references):
         (lambda q, k: M.block_mass(q, k, 0, 4), "q_block"),
         (lambda q, k: M.block_mass(q, k, 4, 4, lse=torch.zeros(2, 4)), "lse"),
         (lambda q, k: M.heaviest_blocks(torch.zeros(1, 1, 2, 2), 1.0, 4, 4, 8), "sparsity"),
+        (lambda q, k: M.heaviest_blocks(torch.zeros(1, 1, 2, 2), 0.5, 4, 4, 100), "mass must be"),
+        (lambda q, k: M.heaviest_blocks(torch.zeros(1, 1, 2, 2), 0.5, 4, 4, 8, forced=torch.ones(3, 3) > 0), "forced"),
         (lambda q, k: M.heaviest_blocks(torch.zeros(1, 2, 2, 2), torch.tensor([0.1, -0.1]), 4, 4, 8), "sparsity"),
         (lambda q, k: M.plan_recall(torch.zeros(1, 1, 3, 3), BlockPlan.full(8, 8, 4, 4)), "plan"),
         (lambda q, k: M.frame_tiles(4, 2, 5), "references"),

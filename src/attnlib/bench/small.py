@@ -128,6 +128,8 @@ def study(
     """
     if baseline is not None and baseline not in names:
         raise ValueError(f"baseline={baseline!r} is not among the contestants {list(names)}")
+    if not len(names) or not len(seeds):
+        raise ValueError(f"names and seeds must hold at least one each, got {list(names)} and {list(seeds)}")
     mark = identity(key)
     file = None if keep is None else Path(keep)
     runs: list[dict[str, Any]] = []
@@ -138,6 +140,8 @@ def study(
             if any(r["name"] == name and r["seed"] == seed for r in runs):
                 continue
             numbers = plain(dict(run(name, seed)))
+            if metric not in numbers:
+                raise ValueError(f"metric={metric!r} is not among what {name!r} gave: {list(numbers)}")
             runs.append({"name": name, "seed": seed, "key": mark, **numbers})
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)

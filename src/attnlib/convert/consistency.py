@@ -50,6 +50,11 @@ def ddim_step(x: Tensor, clean: Tensor, t: Tensor, u: Tensor, schedule: Schedule
         t, u: (B,) times; ``t`` must not be without noise.
         schedule: of the noise.
     """
+    if clean.shape != x.shape or t.shape != x.shape[:1] or u.shape != t.shape:
+        raise ValueError(
+            f"clean must be {tuple(x.shape)} as x is, t and u {tuple(x.shape[:1])}, got {tuple(clean.shape)}, "
+            f"{tuple(t.shape)} and {tuple(u.shape)}"
+        )
     (a, s), (b, r) = schedule(t), schedule(u)
     return _like(b, x) * clean + _like(r / s, x) * (x - _like(a, x) * clean)
 

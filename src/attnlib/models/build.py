@@ -25,6 +25,7 @@ from ..checks import check_choice, check_flag, check_int, check_ints, check_type
 from ..extras import need
 from ..nn.registry import shared_acronym
 from ..nn.released import unwrapped
+from ..positions import resized
 
 log = logging.getLogger("attnlib")
 
@@ -415,24 +416,6 @@ def _owner(model: nn.Module, key: str) -> nn.Module | None:
         return model.get_submodule(key.rpartition(".")[0])
     except AttributeError:
         return None
-
-
-def resized(table: Tensor, sides: Sequence[int], mode: str = "bicubic", antialias: bool = False) -> Tensor:
-    """A table (..., *places) interpolated to other numbers of places, in float32.
-
-    Args:
-        table: its last ``len(sides)`` axes, one or two, are places.
-        sides: new numbers of places.
-        mode: ``"bicubic"`` or ``"bilinear"``, corners not aligned.
-        antialias: low-pass filter before a table is made smaller.
-    """
-    check_choice("mode", mode, ("bicubic", "bilinear"))
-    axes = len(sides)
-    lead = table.shape[:-axes]
-    flat = table.detach().float().reshape(-1, 1, *([1] if axes == 1 else []), *table.shape[-axes:])
-    size = [*([1] if axes == 1 else []), *sides]
-    made = F.interpolate(flat, size=size, mode=mode, align_corners=False, antialias=antialias)
-    return made.reshape(*lead, *sides).to(table.dtype)
 
 
 def resampled_patch(kernel: Tensor, size: Sequence[int], method: str = "pseudo-inverse") -> Tensor:

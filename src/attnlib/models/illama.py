@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import check_int, check_real, checked
 from ..nn.dense.illama import SoftMaskedAttention, select_weights
+from ..positions import resized
 from ..types import check_choice, check_divides, to_tuple
 
 
@@ -213,8 +214,7 @@ def resize_positions(pos: Tensor, grid: tuple[int, int]) -> Tensor:
     side = round((pos.shape[1] - 1) ** 0.5)
     if side * side + 1 != pos.shape[1]:
         raise ValueError(f"pos has {pos.shape[1]} positions, which is no square grid and a class token")
-    patches = pos[:, :-1].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, grid, mode="bicubic", align_corners=False)
+    patches = resized(pos[:, :-1].unflatten(1, (side, side)).permute(0, 3, 1, 2), grid)
     return torch.cat([patches.permute(0, 2, 3, 1).flatten(1, 2), pos[:, -1:]], 1)
 
 

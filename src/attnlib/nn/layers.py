@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_divides, check_int, check_real, to_tuple
+from ..positions import resized
 from ..types import stats_dtype
 
 
@@ -127,6 +128,17 @@ def init_fan_out(conv: nn.Conv2d | DepthwiseConv) -> None:
     nn.init.normal_(conv.weight, std=math.sqrt(2.0 / fan_out))
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
+
+
+def init_like_pvt(module: nn.Module) -> None:
+    """Linear maps start narrow, with zero biases, convolutions as by :func:`init_fan_out`."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, (nn.Conv2d, DepthwiseConv)):
+            init_fan_out(m)
 
 
 class Mlp(nn.Module):
@@ -271,11 +283,7 @@ class PositionTable(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, dim) -> the same, and ``valid``."""
-        table: Tensor = self.pos_embed
-        grid = tuple(x.shape[1:3])
-        if grid != tuple(table.shape[1:]):
-            table = F.interpolate(table[None].float(), grid, mode="bicubic")[0].to(table.dtype)
-        return x + table.permute(1, 2, 0), valid
+        return x + resized(self.pos_embed, x.shape[1:3]).permute(1, 2, 0), valid
 
 
 def strided_valid(valid: Tensor | None, stride: int | Sequence[int]) -> Tensor | None:

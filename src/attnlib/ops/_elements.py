@@ -19,8 +19,8 @@ def _said_once() -> None:
     """Torch says once that its sparse matrices are in beta; what is used here stays inside."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        nothing = torch.zeros(1, dtype=torch.long)
-        torch.sparse_csr_tensor(nothing, nothing[:0], torch.zeros(0), (0, 1), check_invariants=False)
+        nothing = torch.zeros(1, dtype=torch.long, device="cpu")
+        torch.sparse_csr_tensor(nothing, nothing[:0], nothing[:0].float(), (0, 1), check_invariants=False)
 
 
 def serves(x: Tensor) -> bool:
@@ -45,7 +45,7 @@ def products(q: Tensor, k: Tensor, at: Tensor, scale: float) -> Tensor:
     """
     _said_once()
     rows, width = at.shape
-    ends = torch.arange(0, rows * width + 1, max(width, 1))
+    ends = torch.arange(0, rows * width + 1, max(width, 1), device=q.device)
     zeros = q.new_zeros(rows * width)
     pattern = torch.sparse_csr_tensor(ends, at.reshape(-1), zeros, (rows, k.shape[0]), check_invariants=False)
     torch.sparse.sampled_addmm(pattern, q, k.t(), alpha=scale, beta=0.0, out=pattern)
@@ -71,7 +71,7 @@ class Scatter:
         found, self.order = flat.sort(stable=True)
         self.keys, counts = torch.unique_consecutive(found, return_counts=True)
         self.starts = F.pad(counts.cumsum(0), (1, 0))
-        self.source = torch.arange(at.shape[0])[:, None].expand(at.shape).reshape(-1)[self.order]
+        self.source = torch.arange(at.shape[0], device=at.device)[:, None].expand(at.shape).reshape(-1)[self.order]
 
     def add(self, to: Tensor, p: Tensor, x: Tensor, scale: float = 1.0) -> None:
         """``to[at[r, j]] += scale * p[r, j] x[r]``, in place; ``to`` (M, D), ``p`` (R, W), ``x`` (R, D)."""

@@ -28,6 +28,7 @@ from ..checks import (
 )
 from ..types import stats_dtype
 from ._call import check_qkv, expand_heads
+from .block_policies import check_scores
 from .block_sparse import BlockPlan
 
 #: Scores that are held at once.
@@ -234,15 +235,12 @@ def heaviest_blocks(
     Raises:
         ValueError: a sparsity outside [0, 1).
     """
-    _check_mass(mass)
+    check_scores(mass, q_block, k_block, n, m, forced, name="mass")
     check_choice("per", per, ("head", "row"))
     batch, heads, nq, nk = mass.shape
     keep = 1.0 - _per_head(sparsity, batch, heads, mass.device)
     score = mass
     if forced is not None:
-        if forced.dtype != torch.bool:
-            raise ValueError(f"forced must be boolean and broadcast to the mass, got {describe(forced)}")
-        check_device(mass=mass, forced=forced)
         score = score.masked_fill(forced, float("inf"))
     if per == "row":
         budget = (keep * nk).round().clamp(min=1)
@@ -356,17 +354,16 @@ def frame_tiles(
     check_ints("blocks", (q_block, k_block), least=1)
     n = frames * tokens + dense
     chosen_frames = {math.floor(i * frames / references) for i in range(references)}
-    kept = torch.eye(frames, dtype=torch.bool)
+    kept = torch.eye(frames, dtype=torch.bool, device="cpu")
     for i in chosen_frames:
         kept[i], kept[:, i] = True, True
     kept = F.pad(kept, (0, 1, 0, 1), value=True)  # what stands behind the frames counts as one frame more
 
     def span(block: int) -> Tensor:
         """(blocks, F + 1): which frames a block touches."""
-        at = torch.arange(n) // tokens
-        at = at.clamp(max=frames)
-        out = torch.zeros(-(-n // block), frames + 1)
-        out[torch.arange(n) // block, at] = 1.0
+        number = torch.arange(n, device="cpu")
+        out = torch.zeros(-(-n // block), frames + 1, device="cpu")
+        out[number // block, (number // tokens).clamp(max=frames)] = 1.0
         return out
 
     chosen = (span(q_block) @ kept.float() @ span(k_block).t()) > 0

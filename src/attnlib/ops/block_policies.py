@@ -150,7 +150,7 @@ def topk_blocks(
     >>> topk_blocks(torch.tensor([[[[0.1, 0.9, 0.5]]]]), 2, 4, 4, 4, 12).index.tolist()
     [[[[1, 2]]]]
     """
-    m = _check_scores(scores, q_block, k_block, n, m, forced, allowed)
+    m = check_scores(scores, q_block, k_block, n, m, forced, allowed)
     check_choice("per", per, ("row", "head", "all"))
     check_int("topk", topk, least=1)
     with torch.no_grad():
@@ -206,7 +206,7 @@ def threshold_blocks(
 
     Reference: Wu et al., 2025, arXiv 2506.23858, threshold selection.
     """
-    m = _check_scores(scores, q_block, k_block, n, m, forced, allowed)
+    m = check_scores(scores, q_block, k_block, n, m, forced, allowed)
     check_choice("per", per, SCOPES)
     check_choice("weigh", weigh, ("minmax", "softmax"))
     check_real("threshold", threshold, above=0, most=1)
@@ -252,34 +252,41 @@ def threshold_blocks(
         return BlockPlan.from_mask(chosen, q_block, k_block, n, m, _width(scores))
 
 
-def _check_scores(
-    scores: Tensor, q_block: int, k_block: int, n: int, m: int | None, forced: Tensor | None, allowed: Tensor | None
+def check_scores(
+    scores: Tensor,
+    q_block: int,
+    k_block: int,
+    n: int,
+    m: int | None,
+    forced: Tensor | None = None,
+    allowed: Tensor | None = None,
+    name: str = "scores",
 ) -> int:
     """The number of keys; an error unless there is a score for each pair of blocks."""
-    check_float("scores", scores)
+    check_float(name, scores)
     m = check_int("n", n, least=0) if m is None else check_int("m", m, least=0)
     check_int("n", n, least=0)
-    for name, block in (("q_block", q_block), ("k_block", k_block)):
-        check_int(name, block, least=1)
+    for what, block in (("q_block", q_block), ("k_block", k_block)):
+        check_int(what, block, least=1)
     blocks = -(-n // q_block), -(-m // k_block)
     if scores.dim() != 4 or tuple(scores.shape[-2:]) != blocks:
         raise ValueError(
-            f"scores must be (B, H, nq={blocks[0]}, nk={blocks[1]}) for n={n}, m={m} in blocks of {q_block} and "
+            f"{name} must be (B, H, nq={blocks[0]}, nk={blocks[1]}) for n={n}, m={m} in blocks of {q_block} and "
             f"{k_block}, got {tuple(scores.shape)}"
         )
-    for name, chosen in (("forced", forced), ("allowed", allowed)):
+    for what, chosen in (("forced", forced), ("allowed", allowed)):
         if chosen is None:
             continue
-        check_tensor(name, chosen)
+        check_tensor(what, chosen)
         fits = chosen.dim() <= 4 and all(
             a in (1, b) for a, b in zip(reversed(chosen.shape), reversed(scores.shape), strict=False)
         )
         if chosen.dtype != torch.bool or not fits:
             raise ValueError(
-                f"{name} must be boolean and broadcast to the scores {tuple(scores.shape)}, got {chosen.dtype} "
+                f"{what} must be boolean and broadcast to the {name} {tuple(scores.shape)}, got {chosen.dtype} "
                 f"{tuple(chosen.shape)}"
             )
-        check_device(scores=scores, **{name: chosen})
+        check_device(**{name: scores, what: chosen})
     return m
 
 

@@ -45,6 +45,8 @@ def quantize(x: Tensor, bits: int = 8, grain: str = "block", block: int | tuple[
     [[1.0, -2.0], [0.0, 127.0]]
     """
     check_float("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x must be (..., N, M), got {tuple(x.shape)}")
     check_int("bits", bits, least=2, most=8)
     check_choice("grain", grain, GRAINS)
     rows, columns = (block, block) if isinstance(block, int) else block

@@ -86,7 +86,7 @@ class Fixed(Policy):
 
 
 def _moba(density: float) -> Policy:
-    """Its blocks have 36, 48 and 18 tokens in turn; of the smallest cut so many are read that the density is met."""
+    """Its blocks have 36, 48 and 18 tokens in turn; over all layers nearly the wanted share is read."""
     return MixtureOfBlocks((1, (2, 3), (2, 3, 3)), topk=max(1, round(density * 8)), per="head")
 
 

@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ...nn.base import Mechanism
 from ...nn.layers import ConvNorm, DropPath, MapNorm, SqueezeExcite, cell_means, strided_valid, zero_invalid
@@ -29,18 +27,9 @@ HardSwish = functools.partial(nn.Hardswish, inplace=True)
 class ConvStage(Stage):
     """A stage whose blocks may change the grid: ``block(x, valid, carry, losses) -> (x, valid, carry)``."""
 
-    def forward(
-        self, x: Tensor, valid: Tensor | None = None, losses: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        if self.downsample is not None:
-            x, valid = self.downsample(x, valid)
-        carry: Any = None
-        for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled() and losses is None:
-                x, valid, carry = checkpoint(block, x, valid, carry, use_reentrant=False)
-            else:
-                x, valid, carry = block(x, valid, carry, losses)
-        return x, valid
+    @staticmethod
+    def _after(made: Any, valid: Tensor | None) -> tuple[Tensor, Tensor | None, Any]:
+        return made
 
 
 class MaxPool(nn.Module):

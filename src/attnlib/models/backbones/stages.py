@@ -47,10 +47,18 @@ class Stage(nn.Module):
         carry: Any = None
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled() and losses is None:
-                x, carry = checkpoint(block, x, valid, carry, use_reentrant=False)
+                made = checkpoint(block, x, valid, carry, use_reentrant=False)
             else:
-                x, carry = block(x, valid, carry, losses)
+                made = block(x, valid, carry, losses)
+            x, valid, carry = self._after(made, valid)
         return (x if self.norm is None else normed(self.norm, x, valid)), valid
+
+
+    @staticmethod
+    def _after(made: Any, valid: Tensor | None) -> tuple[Tensor, Tensor | None, Any]:
+        """What a block gave, as map, which of its tokens exist, and carry."""
+        x, carry = made
+        return x, valid, carry
 
 
 class Head(nn.Module):

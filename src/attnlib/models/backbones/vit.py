@@ -33,7 +33,6 @@ from ...grids import Layout
 from ...nn.dense.softmax_attention import SoftmaxAttention
 from ...nn.layers import Mlp, Patchify, flat_valid, normed
 from ...nn.released import Released, join
-from ...types import stats_dtype
 from ..blocks import Block, Make, init_weights, places
 from ..build import register_models, resampled_patch, resized
 from .stages import Backbone, Head, stage_indices
@@ -162,12 +161,7 @@ class VisionTransformer(Backbone):
         """(h, w, C): the table of positions for a grid, interpolated (bicubic) where it was made for another one."""
         if self.pos_embed is None:
             return None
-        table: Tensor = self.pos_embed
-        if tuple(grid) != tuple(table.shape[1:]):
-            high = table[None].to(stats_dtype(table.dtype))
-            made = F.interpolate(high, tuple(grid), mode="bicubic", align_corners=False, antialias=self.antialias)
-            table = made[0].to(table.dtype)
-        return table.permute(1, 2, 0)
+        return resized(self.pos_embed, grid, antialias=self.antialias).permute(1, 2, 0)
 
     def _prefix(self) -> Tensor | None:
         """(1, prefix, C): tokens beside the patches."""

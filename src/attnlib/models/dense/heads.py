@@ -278,6 +278,8 @@ class Segmenter(nn.Module):
 
     def __init__(self, encoder: nn.Module, head: nn.Module, ignore_index: int = 255):
         super().__init__()
+        for name, part in (("encoder", encoder), ("head", head)):
+            check_type(name, part, nn.Module)
         info: Any = getattr(encoder, "feature_info", None)
         channels = None if info is None else [f["num_chs"] for f in info]
         wanted = getattr(head, "in_dims", channels)

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_divides, check_flag, check_int, check_real, describe
+from ...grids import coordinates
 from ...nn.dense.plain_detr import BoxAttention
 from ...nn.released import Released
+from ...positions import sincos
 from .boxes import apply_deltas, deltas_between, match, overlaps, to_centres, to_corners
 
 NORMS = ("pre", "post")
@@ -243,7 +245,8 @@ class PlainDETR(nn.Module):
     Args:
         encoder: gives maps (B, C_i, h_i, w_i), as ``create_model(..., features_only=True)``; the last one is read.
         num_classes: classes of things; there is none for "nothing".
-        dim, num_heads, hidden, depth, norm, dropout, reparam, look_twice, distance, box_hidden: of the decoder.
+        dim: width, a multiple of 4.
+        num_heads, hidden, depth, norm, dropout, reparam, look_twice, distance, box_hidden: of the decoder.
         queries: objects that can be found.
         many: further queries in training, each target being matched ``repeats`` times among them; 0 for none.
         repeats: see ``many``.
@@ -275,8 +278,15 @@ class PlainDETR(nn.Module):
         box_bias: bool = True,
     ):
         super().__init__()
-        info: Any = encoder.feature_info
+        info: Any = getattr(encoder, "feature_info", None)
+        if not info:
+            raise ValueError(
+                f"encoder must tell its maps by feature_info, as create_model(..., features_only=True) does, got "
+                f"{type(encoder).__name__}"
+            )
         check_int("num_classes", num_classes, least=1)
+        if check_int("dim", dim, least=1) % 4:
+            raise ValueError(f"dim={dim} must be a multiple of 4: sines and cosines of rows and of columns share it")
         self.queries, self.many = check_int("queries", queries, least=1), check_int("many", many, least=0)
         self.repeats = check_int("repeats", repeats, least=1)
         self.many_weight = check_real("many_weight", many_weight, least=0)
@@ -305,15 +315,8 @@ class PlainDETR(nn.Module):
     @staticmethod
     def places(height: int, width: int, dim: int, like: Tensor) -> Tensor:
         """(1, h, w, C): sines and cosines of rows and columns, in tokens."""
-        quarter = max(1, dim // 4)
-        rates = 10000.0 ** (-torch.arange(quarter, device=like.device, dtype=like.dtype) / quarter)
-        waves = []
-        for n in (height, width):
-            at = (torch.arange(n, device=like.device, dtype=like.dtype) + 0.5)[:, None] * rates
-            waves.append(torch.cat([at.sin(), at.cos()], -1))
-        rows, columns = waves
-        both = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], -1)
-        return F.pad(both, (0, dim - both.shape[-1]))[None]
+        at = coordinates((height, width), like.device)
+        return sincos(at, dim).to(like.dtype).view(1, height, width, dim)
 
     def decode(self, images: Tensor) -> tuple[Decoded, list[Tensor]]:
         """All layers' boxes, and logits (B, Q, classes)."""

@@ -18,15 +18,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_grid
 from ...grids import Layout
 from ...masks import Mask
 from ...ops import attention
-from ...positions import dense_window_bias
-from ...types import Output, Traits, stats_dtype
+from ...positions import dense_window_bias, resized
+from ...types import Output, Traits
 from ..base import Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
@@ -59,25 +58,14 @@ class RelativeTable(nn.Module):
             self.beside = nn.Parameter(torch.zeros(num_heads, 3))
         self.tables = {"rows": 1, "columns": 1} if axes else {"table": 2}
 
-    @staticmethod
-    def _fitted(table: Tensor, sides: Sequence[int]) -> Tensor:
-        """(H, *sides): a table interpolated to other numbers of displacements."""
-        if tuple(table.shape[1:]) == tuple(sides):
-            return table
-        high = table.to(stats_dtype(table.dtype))
-        high = high[None] if table.dim() == 3 else high[None, :, None]
-        size = tuple(sides) if table.dim() == 3 else (1, *sides)
-        made = F.interpolate(high, size, mode="bicubic", align_corners=False)[0].to(table.dtype)
-        return made if table.dim() == 3 else made[:, 0]
-
     def forward(self, grid: Sequence[int], before: int = 0, after: int = 0) -> Tensor:
         """(H, N, N) for a grid (h, w) with so many tokens before and behind it; rows are queries."""
         height, width = (2 * side - 1 for side in grid)
         if self.axes:
-            rows, columns = self._fitted(self.rows, (height,)), self._fitted(self.columns, (width,))
+            rows, columns = resized(self.rows, (height,)), resized(self.columns, (width,))
             table, beside = rows[:, :, None] + columns[:, None], self.beside_rows + self.beside_columns
         else:
-            table, beside = self._fitted(self.table, (height, width)), self.beside
+            table, beside = resized(self.table, (height, width)), self.beside
         bias = dense_window_bias(table, grid)
         if not before + after:
             return bias

@@ -40,7 +40,7 @@ from ..layers import (
     DepthwiseConv,
     conv_any_size,
     flat_valid,
-    init_fan_out,
+    init_like_pvt,
     merge_heads,
     plain,
     split_heads,
@@ -211,13 +211,7 @@ class FactorizationAttention(Mechanism):
 
     def reset_parameters(self) -> None:
         """Linear maps start narrow, convolutions, the 1 x 1 one among them, at unit gain over their fan-out."""
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
-            elif isinstance(m, (nn.Conv2d, DepthwiseConv)):
-                init_fan_out(m)
+        init_like_pvt(self)
         nn.init.normal_(self.pointwise.weight, std=(2 / self.pointwise.out_features) ** 0.5)
 
     def _far(self, q: Tensor, x: Tensor, valid: Tensor | None) -> Tensor:

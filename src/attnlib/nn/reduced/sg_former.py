@@ -19,7 +19,7 @@ from ..layers import (
     DepthwiseConv,
     flat_valid,
     head_dim_of,
-    init_fan_out,
+    init_like_pvt,
     merge_heads,
     plain,
     split_heads,
@@ -189,13 +189,7 @@ class SelfGuidedAttention(Mechanism):
 
     def reset_parameters(self) -> None:
         """Linear maps start narrow, convolutions at unit gain over their fan-out."""
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
-            elif isinstance(m, (nn.Conv2d, DepthwiseConv)):
-                init_fan_out(m)
+        init_like_pvt(self)
 
     @property
     def traits(self) -> Traits:

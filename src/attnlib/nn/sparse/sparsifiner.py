@@ -14,6 +14,7 @@ from ...checks import check_choice, check_flag, check_int, check_real, check_ten
 from ...grids import Layout
 from ...ops import attention
 from ...ops.block_sparse import BlockPlan, block_sparse_attention
+from ...positions import resized
 from ...types import Output, Plan, Traits, stats_dtype
 from ..base import Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads, through
@@ -199,15 +200,10 @@ class Sparsifiner(Mechanism):
         count, made = math.prod(grid), table.shape[0] - self.cls_tokens
         head, tail = table[: self.cls_tokens], table[self.cls_tokens :]
         if count != made or (len(grid) == 2 and grid != self.grid):
-            high = tail.t()[None].to(stats_dtype(tail.dtype))
             if len(grid) == 2:
-                places = high.unflatten(2, self.grid)
-                high = F.interpolate(places, grid, mode="bicubic", align_corners=False).flatten(2)
-            elif count:
-                high = F.interpolate(high, count, mode="linear", align_corners=False)
+                tail = resized(tail.t().unflatten(1, self.grid), grid).flatten(1).t()
             else:
-                high = high[..., :0]
-            tail = high[0].t().to(table.dtype)
+                tail = resized(tail.t(), grid, "bilinear").t() if count else tail[:0]
         return torch.cat([head[:before], tail]) if self.cls_tokens else tail
 
     # ---- the predictor

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_int, check_real
-from ...grids import block_order
+from ...grids import block_order, inverse_order
 from ...ops.block_policies import SCOPES, block_affinity, own_blocks, threshold_blocks, topk_blocks
 from ...ops.block_sparse import BlockPlan, block_sparse_attention
 from ...types import Plan, Traits
@@ -208,8 +208,5 @@ class VMoBA(Mechanism):
         plan.expect("blocks", N=q.shape[2], M=k.shape[2], q_block=1, k_block=block)
         y = merge_heads(block_sparse_attention(q, k, v, plan, valid=exists))
         if order is not None:
-            places = torch.empty(math.prod(grid), dtype=torch.long, device=x.device)
-            real = order >= 0
-            places[order[real]] = torch.arange(order.numel(), device=x.device)[real]
-            y = y.index_select(1, places)
+            y = y.index_select(1, inverse_order(order, math.prod(grid)))
         return self.proj(y).unflatten(1, grid)

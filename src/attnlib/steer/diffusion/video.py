@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_choice, check_int, check_ints, check_real, check_type
-from ...grids import Layout, axis_order, inverse_permutation
+from ...grids import Layout, axis_order, inverse_order, inverse_permutation
 from ...hooks.intervention import Intervention
 from ...hooks.site import Site
 from ...nn.sparse.vmoba import Cut, cut_order, moba_plan
@@ -110,8 +110,9 @@ class BlockSparse(Intervention):
     ``session.results`` shows the density of the latest plan by layer.
 
     Raises:
-        ValueError: a mask that is not one of absent keys; weights that are not a plain softmax; a
-            given grid that a layer does not have; steps that were not said; another grid than before.
+        ValueError: a layer whose tokens are not known to be a video; a mask that is not one of absent keys; weights
+            that are not a plain softmax; a given grid that a layer does not have; steps that were not said; another
+            grid than before.
     """
 
     name: ClassVar[str] = "block-sparse"
@@ -158,6 +159,12 @@ class BlockSparse(Intervention):
             for name, size in layout.segments:
                 if isinstance(size, tuple) and len(size) == 3:
                     return layout.span(name)[0], size
+        if layout is None or "image" in layout.names:
+            what = "is not said" if layout is None else f"is {layout.segments}"
+            raise ValueError(
+                f"{self._where(site)}: what its tokens are {what}, which is no video; give grid=(frames, height, "
+                "width), or the layers to act on"
+            )
         return None
 
     def _valid(self, site: Site, k: Tensor) -> Tensor | None:
@@ -211,7 +218,7 @@ class BlockSparse(Intervention):
         places = count
         if order is not None or first:
             video = torch.arange(count, device=q.device) if order is None else order.to(q.device)
-            others = torch.cat([torch.arange(first), torch.arange(first + count, n)]).to(q.device)
+            others = torch.cat([torch.arange(a, b, device=q.device) for a, b in ((0, first), (first + count, n))])
             video = torch.where(video < 0, video, video + first)
             index, places = torch.cat([video, others.expand(*video.shape[:-1], -1)], -1), video.shape[-1]
         if index is not None and index.dim() == 2 and valid is not None:
@@ -240,14 +247,7 @@ class BlockSparse(Intervention):
 
 def _inverse(index: Tensor, n: int) -> Tensor:
     """Where every token went."""
-    if index.dim() == 2:
-        return index.argsort(-1)
-    if index.shape[0] == n:
-        return inverse_permutation(index)
-    real = index >= 0
-    out = torch.empty(n, dtype=torch.long, device=index.device)
-    out[index[real]] = torch.arange(index.shape[0], device=index.device)[real]
-    return out
+    return inverse_permutation(index) if index.dim() == 2 else inverse_order(index, n)
 
 
 def _taken(x: Tensor, index: Tensor | None, heads: int) -> Tensor:
@@ -546,15 +546,15 @@ class PARO(Policy):
             empty = len(lates) - sparse
             score = self.alpha * empty / empty.sum(0).clamp(min=1e-12) + (1 - self.alpha) * uneven / uneven.sum(0)
             held["order"] = score.argmin(0)  # (H,)
-            heads = torch.arange(score.shape[1])
+            heads = torch.arange(score.shape[1], device=score.device)
             held["plans"] = {}
             n = math.prod(held["grid"]) + held["beside"]
             for late in lates:
                 mass = torch.stack([seen[late, i][2] / seen[late, i][3] for i in numbers])[held["order"], heads]
                 count = mass.shape[-1]
-                forced = torch.eye(count, dtype=torch.bool)
+                forced = torch.eye(count, dtype=torch.bool, device="cpu")
                 if held["beside"]:
-                    touched = torch.arange(count) >= math.prod(held["grid"]) // self.block
+                    touched = torch.arange(count, device="cpu") >= math.prod(held["grid"]) // self.block
                     forced = forced | touched[:, None] | touched
                 sparsity = min(1 - self.density, 1 - 1e-9)
                 held["plans"][late] = heaviest_blocks(
