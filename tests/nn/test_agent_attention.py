@@ -268,3 +268,28 @@ def test_scale_and_tables_that_keep_their_map():
         module(x[:, :, :8])
     with pytest.raises(ValueError, match="bias_agents=5 is no square"):
         make(bias_agents=5)
+
+
+@pytest.mark.parametrize(
+    ("config", "call"),
+    [
+        ({}, {}),
+        ({"grid": (4, 6), "compat": "authors"}, {}),
+        ({"extra_tokens": 1, "num_agents": 9, "bias_agents": 4}, {"layout": Layout.image(6, 6, cls=1)}),
+        ({"sr_ratio": 2, "qkv_bias": True}, {}),
+        ({"grid": 7, "window_size": 3, "shift_size": 1}, {}),
+    ],
+)
+def test_deployed_lays_its_biases_out_once_and_still_serves_other_maps(config, call, monkeypatch):
+    module = make(**config).eval()
+    sides = (4, 6) if config.get("compat") else (6, 6)
+    x = torch.randn(2, 37, 8).double() if call else torch.randn(2, *sides, 8).double()
+    deployed = attnlib.deploy(module)
+    torch.testing.assert_close(deployed(x, **call), module(x, **call), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(attnlib.deploy(deployed)(x, **call), deployed(x, **call), atol=0, rtol=0)
+    if not (call or config.get("compat")):
+        other = torch.randn(1, 5, 8, 8).double()
+        torch.testing.assert_close(deployed(other), module(other), atol=1e-12, rtol=1e-12)
+    for core in deployed.cores:
+        monkeypatch.setattr(core, "_bias", None)  # nothing is interpolated any more
+    deployed(x, **call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -90,6 +91,17 @@ class AgentCore(nn.Module):
         if extra_tokens:
             self.ac_bias, self.ca_bias = table(n, extra_tokens), table(extra_tokens, n)
         self.dwc = DepthwiseConv(dim, kernel_size) if kernel_size else None
+        self.read: Tensor | None
+        self.write: Tensor | None
+        self.register_buffer("read", None)
+        self.register_buffer("write", None)
+
+    @torch.no_grad()
+    def deployed(self) -> AgentCore:
+        """The same with its biases laid out once for its grid, extra tokens before it; other calls interpolate."""
+        out = copy.deepcopy(self).eval()
+        out.read, out.write = (t.contiguous() for t in self.biases(self.grid, self.kv_grid, self.extra_tokens, 0))
+        return out
 
     def _for_agents(self, table: Tensor, axis: int = 1) -> Tensor:
         """A table (H, n, ...) for the agents that there are; ``axis`` is that of the agents."""
@@ -120,6 +132,10 @@ class AgentCore(nn.Module):
                         "serves maps of as many tokens only"
                     )
             grid, kv_grid = self.grid, self.kv_grid
+        if self.read is not None and self.write is not None:
+            made = (self.grid, self.kv_grid, self.extra_tokens, 0)
+            if (tuple(grid), tuple(kv_grid), before, after) == made:
+                return self.read, self.write
         read = self._bias(self.an_bias, self.ah_bias, self.aw_bias, kv_grid).flatten(2)
         write = self._bias(self.na_bias, self.ha_bias, self.wa_bias, grid).flatten(2).transpose(1, 2)
         if before + after:
