@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 
 from attnlib import Layout
 from attnlib.grids import (
+    ROUTES,
+    TURNS,
     Partition,
     Windows,
     block_windows,
@@ -13,6 +15,7 @@ from attnlib.grids import (
     grid_windows,
     inverse_permutation,
     pad_to_multiple,
+    route,
     unblock_windows,
     unflatten_grid,
     ungrid_windows,
@@ -69,6 +72,39 @@ def test_inverse_permutation():
     assert torch.equal(p.gather(1, inverse_permutation(p)), torch.arange(7).expand(3, 7))
 
 
+@given(st.integers(1, 7), st.integers(1, 7), st.sampled_from(ROUTES), st.sets(st.sampled_from(TURNS)))
+@settings(max_examples=60, deadline=None)
+def test_routes_visit_every_token_once_and_lead_back(h, w, way, turns):
+    name = "-".join([way, *sorted(turns)])
+    steps, x = route(name, (h, w)), torch.randn(2, h * w, 3)
+    assert sorted(steps.tolist()) == list(range(h * w))
+    assert torch.equal(x[:, steps][:, inverse_permutation(steps)], x)
+    if "reversed" not in turns:
+        assert torch.equal(route(f"{name}-reversed", (h, w)), steps.flip(0))
+    if way in ("snake", "spiral"):  # they never jump
+        at = coordinates((h, w))[steps]
+        assert ((at[1:] - at[:-1]).abs().sum(1) == 1).all()
+
+
+def walked(name, grid):
+    """The map with the step of every token in its place."""
+    return inverse_permutation(route(name, grid)).view(grid).tolist()
+
+
+def test_routes_as_pictures():
+    assert walked("rows", (2, 3)) == [[0, 1, 2], [3, 4, 5]]
+    assert walked("columns", (2, 3)) == walked("rows-transposed", (2, 3)) == [[0, 2, 4], [1, 3, 5]]
+    assert walked("snake", (3, 2)) == [[0, 1], [3, 2], [4, 5]]
+    assert walked("snake-transposed", (2, 3)) == [[0, 3, 4], [1, 2, 5]]
+    assert walked("diagonal", (2, 3)) == [[0, 1, 3], [2, 4, 5]]
+    assert walked("zigzag", (3, 3)) == [[0, 1, 5], [2, 4, 6], [3, 7, 8]]
+    assert walked("zigzag-mirrored", (3, 3)) == [row[::-1] for row in walked("zigzag", (3, 3))]
+    assert walked("spiral", (3, 4)) == [[0, 1, 2, 3], [9, 10, 11, 4], [8, 7, 6, 5]]
+    assert walked("spiral-flipped", (3, 4)) == walked("spiral", (3, 4))[::-1]
+    assert walked("spiral-transposed", (4, 3)) == [list(c) for c in zip(*walked("spiral", (3, 4)), strict=True)]
+    assert route("rows-reversed", (2, 1, 2)).tolist() == [3, 2, 1, 0]
+
+
 def test_layout_reads_and_joins():
     layout = Layout((("text", 3), ("image", (2, 2)), ("cls", 1)))
     x = torch.randn(2, 8, 4)
@@ -117,6 +153,12 @@ def test_layout_reads_and_joins():
         (lambda: Partition(torch.zeros(2, 2)), "q_index.*float32"),
         (lambda: Partition(torch.full((2, 2), -2)), "q_index holds -2"),
         (lambda: Partition(torch.zeros(2, 2, dtype=torch.long), torch.zeros(3, 2, dtype=torch.long)), "3 groups.*2"),
+        (lambda: route("circle", (2, 2)), "'circle'.*spiral"),
+        (lambda: route("snake-upwards", (2, 2)), "upwards.*reversed"),
+        (lambda: route("rows-reversed-reversed", (2, 2)), "no route"),
+        (lambda: route(3, (2, 2)), "name.*3"),
+        (lambda: route("snake", (4,)), "two axes"),
+        (lambda: route("columns", (2, 2, 2)), "two axes"),
         (lambda: inverse_permutation(torch.tensor([0, 0, 2])), "leaves out token 1"),
         (lambda: inverse_permutation(torch.tensor([0, 3, 1])), "token 3"),
         (lambda: inverse_permutation(torch.tensor([0.0])), "permutation.*float32"),

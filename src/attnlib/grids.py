@@ -454,6 +454,85 @@ def axis_order(grid: Sequence[int], axes: Sequence[int]) -> Tensor:
     return torch.arange(math.prod(grid), device="cpu").reshape(grid).permute(axes).flatten()
 
 
+#: Ways through a map, of :func:`route`.
+ROUTES = ("rows", "snake", "diagonal", "zigzag", "spiral")
+#: What :func:`route` does to them.
+TURNS = ("transposed", "mirrored", "flipped", "reversed")
+
+
+def check_route(name: str, value: str) -> tuple[str, frozenset[str]]:
+    """The way of a route and its turns; ``ValueError`` with what is possible where ``value`` is no route."""
+    check_type(name, value, str, "the name of a route")
+    way, *turns = ("rows-transposed" + value[7:] if value.split("-")[0] == "columns" else value).split("-")
+    if way not in ROUTES or set(turns) - set(TURNS) or len(set(turns)) < len(turns):
+        raise ValueError(
+            f"{name}={value!r} is no route; possible: 'columns' or one of {ROUTES}, each with any of "
+            f"{TURNS} behind it, such as 'snake-transposed-reversed'"
+        )
+    return way, frozenset(turns)
+
+
+def route(name: str, grid: Sequence[int]) -> Tensor:
+    """In which order a route visits the tokens of a map.
+
+    Ways: ``"rows"`` one after another from left to right; ``"snake"``, every second row backwards; ``"diagonal"``, the
+    diagonals i + j = 0, 1, ... one after another downwards; ``"zigzag"``, every second diagonal upwards, as JPEG has
+    it; ``"spiral"``, clockwise from the corner inwards. Turns, in any number: ``-transposed`` swaps the axes of the way
+    (``"columns"`` is ``"rows-transposed"``), ``-mirrored`` swaps left and right, ``-flipped`` top and bottom, and
+    ``-reversed`` walks from the end. Of a sequence or a volume the rows alone are known.
+
+    Args:
+        name: a way and its turns.
+        grid: sides, any.
+
+    Returns:
+        (N,) int64: token number by step; :func:`inverse_permutation` gives the step by token number.
+
+    Raises:
+        ValueError: no such route, or one that a grid of this rank does not have.
+
+    >>> route("snake", (2, 3)).tolist(), route("columns-reversed", (2, 3)).tolist()
+    ([0, 1, 2, 5, 4, 3], [5, 2, 4, 1, 3, 0])
+    >>> route("spiral", (3, 3)).tolist(), route("zigzag", (3, 3)).tolist()
+    ([0, 1, 2, 5, 8, 7, 6, 3, 4], [0, 1, 3, 6, 4, 2, 5, 7, 8])
+    """
+    way, turns = check_route("name", name)
+    grid = check_grid("grid", grid)
+    if len(grid) != 2 and (way != "rows" or turns - {"reversed"}):
+        raise ValueError(f"route {name!r} needs a grid of two axes, got grid={grid}")
+    if way == "rows" and not turns - {"reversed"}:
+        order = torch.arange(math.prod(grid), device="cpu")
+    else:
+        sides = grid[::-1] if "transposed" in turns else grid
+        at = coordinates(sides, "cpu")[_step_order(way, sides)]
+        at = at.flip(1) if "transposed" in turns else at
+        down = grid[0] - 1 - at[:, 0] if "flipped" in turns else at[:, 0]
+        along = grid[1] - 1 - at[:, 1] if "mirrored" in turns else at[:, 1]
+        order = down * grid[1] + along
+    return order.flip(0) if "reversed" in turns else order
+
+
+def _step_order(way: str, grid: Sequence[int]) -> Tensor:
+    """Token numbers of a map of two axes by steps of a way."""
+    height, width = grid
+    i, j = coordinates(grid, "cpu").unbind(1)
+    if way == "rows":
+        return i * width + j
+    if way == "snake":
+        return i * width + torch.where(i % 2 == 1, width - 1 - j, j)
+    if way == "spiral":  # ring by ring; the step of a token is a sum
+        ring = torch.minimum(torch.minimum(i, height - 1 - i), torch.minimum(j, width - 1 - j))
+        high, wide = height - 2 * ring, width - 2 * ring
+        down, along = i - ring, j - ring
+        last = 2 * (wide - 1) + high - 1
+        step = torch.where(down == high - 1, wide + high - 2 + wide - 1 - along, last + high - 1 - down)
+        step = torch.where(along == wide - 1, wide - 1 + down, step)
+        step = torch.where(down == 0, along, step)
+        return inverse_permutation(height * width - high * wide + step)
+    up = (i + j) % 2 == 0 if way == "zigzag" else torch.zeros_like(i, dtype=torch.bool)
+    return ((i + j) * height + torch.where(up, height - 1 - i, i)).argsort()
+
+
 def inverse_order(order: Tensor, count: int) -> Tensor:
     """Where an order of :func:`block_order` puts every token: (P,) with -1 where there is none -> (count,).
 
