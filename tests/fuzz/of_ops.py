@@ -203,15 +203,20 @@ def linear(rng: random.Random) -> Call:
     causal = rng.random() < 0.7
     call = qkv(rng, same=True)
     b, h, n, d = call["q"].shape
-    normalizer = rng.choice(["none", "sum"])
+    normalizer = rng.choice(["none", "sum", "subtract"])
     if normalizer == "sum":
         call["q"], call["k"] = call["q"].abs() + 0.1, call["k"].abs() + 0.1
+    other = normalizer == "sum" and rng.random() < 0.3
+    if other:
+        call["denominator"] = (torch.rand(b, h, n, 3) + 0.1, torch.rand(b, call["k"].shape[1], n, 3) + 0.1)
     decay = rng.choice(
-        [lambda: None, lambda: -torch.rand(h), lambda: -torch.rand(b, h, n), lambda: -torch.rand(b, h, n, d)]
+        [lambda: None, lambda: -torch.rand(h), lambda: -torch.rand(b, h, n), lambda: -torch.rand(b, h, n, d)][
+            : 4 - other
+        ]
     )()
     state = None
     if causal and rng.random() < 0.3:
-        prior = {k: v.clone() for k, v in call.items()}
+        prior = dict(call)
         state = ops.linear_attention(**prior, normalizer=normalizer, return_state=True).state
     call |= dict(
         decay=decay, key_weights=some(rng, 0.3, lambda: torch.rand(b, n)), normalizer=normalizer, causal=causal,

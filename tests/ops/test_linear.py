@@ -333,3 +333,159 @@ def test_one_decay_per_head_beside_what_is_not_finite(n):
     out = linear_attention(q, q, v, decay=decay)
     torch.testing.assert_close(out[1], linear_attention(q, q, q, decay=decay)[1])
     assert out[0].isnan().all() and linear_attention(q, q, q, decay=decay * float("nan"))[:, :, 1:].isnan().all()
+
+
+def subtracted(q, k, v, allowed, weights=None):
+    """Weights less their mean over the tokens a row reads, plus one over their number."""
+    scores = q @ k.transpose(-2, -1)
+    scores = (scores if weights is None else scores * weights.unsqueeze(-2)) * allowed
+    count = allowed.sum(-1, keepdim=True).clamp(min=1)
+    return (scores - scores.sum(-1, keepdim=True) / count + 1 / count) * allowed
+
+
+@pytest.mark.parametrize("form", ["parallel", "chunkwise", "recurrent", None])
+@pytest.mark.parametrize("cu", [None, [0, 3, 3, 4, 17, 23]])
+@pytest.mark.parametrize("causal", [True, False])
+def test_subtracting_the_mean(causal, cu, form):
+    q, k, v, _ = problem()
+    weights, valid = torch.rand(2, 3, 23, dtype=torch.float64), torch.rand(2, 23) > 0.3
+    number = (
+        torch.zeros(23).long() if cu is None else torch.searchsorted(torch.tensor(cu[1:]), torch.arange(23), right=True)
+    )
+    allowed = number[:, None] == number
+    allowed = (allowed.tril() if causal else allowed)[None, None] & valid[:, None, None] & valid[:, None, :, None]
+    w = subtracted(q, k, v, allowed, weights)
+    rows = w.sum(-1)[valid[:, None].expand(-1, 3, -1)]
+    torch.testing.assert_close(rows, torch.ones_like(rows))
+    assert bool((w < 0).any())
+    out = linear_attention(
+        q,
+        k,
+        v,
+        normalizer="subtract",
+        causal=causal,
+        cu_seqlens=cu,
+        key_weights=weights,
+        valid=valid,
+        chunk=5,
+        form=form,
+    )
+    own = valid[:, None, :, None].to(out.dtype)
+    torch.testing.assert_close(out * own, w @ v * own)
+    for want, got in zip(*(torch.autograd.grad((t * own).cos().sum(), (q, k, v)) for t in (w @ v, out)), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("given", ["subtract", "denominator"])
+def test_states_of_other_normalizers_close_the_gap(given):
+    q, k, v, g = problem(decay="token")
+    a, b = torch.rand(2, 2, 3, 23, 6, dtype=torch.float64)
+
+    def call(part, **more):
+        more |= dict(normalizer="subtract") if given == "subtract" else dict(
+            normalizer="sum", eps=0.1, denominator=(a[:, :, part], b[:, :, part])
+        )  # fmt: skip
+        more |= dict(decay=g[:, :, part], return_state=True)
+        return linear_attention(q[:, :, part], k[:, :, part], v[:, :, part], **more)
+
+    whole, first = call(slice(0, 23)), call(slice(0, 9))
+    rest = call(slice(9, 23), state=first.state)
+    torch.testing.assert_close(torch.cat([first.out, rest.out], 2), whole.out)
+    assert set(rest.state.tensors) == set(whole.state.tensors)
+    for name in rest.state.tensors:
+        torch.testing.assert_close(rest.state[name], whole.state[name])
+
+
+@pytest.mark.parametrize("form", ["parallel", "chunkwise", "recurrent", None])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_denominator_of_other_features(causal, form):
+    q, k, v, _ = problem(heads=4)
+    k, v = k[:, :2], v[:, :1]
+    a, b = torch.rand(2, 4, 23, 6, dtype=torch.float64), torch.rand(2, 2, 23, 6, dtype=torch.float64)
+    valid, weights = torch.rand(2, 23) > 0.3, torch.rand(2, 23, dtype=torch.float64)
+    out = linear_attention(
+        q,
+        k,
+        v,
+        normalizer="sum",
+        denominator=(a, b),
+        causal=causal,
+        valid=valid,
+        key_weights=weights,
+        eps=1e-2,
+        form=form,
+    )
+    pairs = torch.ones(23, 23).tril() if causal else torch.ones(23, 23)
+    pairs = pairs * (weights * valid)[:, None, None]
+    num = (q @ k.repeat_interleave(2, 1).transpose(-2, -1) * pairs) @ v
+    den = (a @ b.repeat_interleave(2, 1).transpose(-2, -1) * pairs).sum(-1, keepdim=True)
+    own = valid[:, None, :, None].to(out.dtype)
+    torch.testing.assert_close(out * own, num / (den + 1e-2) * own)
+
+
+@pytest.mark.parametrize("lengths", [[1] * 9, [1, 0, 2, 300, 0, 7, 129, 1, 0], [0, 0], [1000]])
+def test_scattered_segments_in_any_sizes(lengths):
+    cu = list(itertools.accumulate([0, *lengths]))
+    q, k, v, _ = problem(n=cu[-1], batch=1, heads=2)
+    call = dict(causal=False, cu_seqlens=cu, normalizer="sum", eps=1e-3, return_state=True)
+    results = []
+    for form in ("scatter", "parallel"):
+        out, state = linear_attention(q.abs(), k.abs(), v, form=form, **call)
+        results.append(
+            [out, state["S"], state["z"], *torch.autograd.grad(out.sin().sum() + state["S"].sum(), (q, k, v))]
+        )
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_scattered_segments_differentiate_twice_and_trace():
+    q, k, v, _ = problem(n=12, batch=1, heads=2, d=2, dv=2)
+    cu = torch.tensor([0, 3, 3, 4, 12])
+
+    def run(q, k, v):
+        return linear_attention(q, k, v, causal=False, cu_seqlens=cu, normalizer="subtract", form="scatter")
+
+    assert torch.autograd.gradgradcheck(run, (q, k, v))
+    q, k, v = (t.detach().float().requires_grad_() for t in (q, k, v))
+    torch.library.opcheck(torch.ops.attnlib.linear_segment_sums, (k, v, cu))
+    sums = torch.randn(1, 2, 4, 2, 2, requires_grad=True)
+    torch.library.opcheck(torch.ops.attnlib.linear_segment_reads, (q, sums, cu))
+
+
+def test_scattered_segments_do_the_work_of_their_tokens_alone():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts = []
+    for cu in ([0, 512], list(range(513)), [0, 1, 511, 512]):
+        q, k, v = torch.zeros(3, 1, 1, 512, 8)
+        with FlopCounterMode(display=False) as seen:
+            linear_attention(q, k, v, causal=False, cu_seqlens=cu)
+        counts.append(seen.get_total_flops())
+    assert counts == [2 * 2 * 512 * 8 * 8] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(form="scatter", causal=True), ValueError, "it sums whole segments, so it needs cu_seqlens"),
+        (dict(denominator=(torch.ones(2, 3, 23, 2),) * 2), ValueError, "denominator needs normalizer='sum'"),
+        (dict(normalizer="sum", denominator=torch.ones(3)), TypeError, "denominator must be a pair"),
+        (dict(normalizer="sum", denominator=(torch.ones(2, 3, 9, 2),) * 2), ValueError, "denominator queries must be"),
+        (
+            dict(normalizer="sum", denominator=(torch.ones(2, 3, 23, 2), torch.ones(2, 3, 23, 4))),
+            ValueError, "equally many features, got 2 and 4",
+        ),
+        (
+            dict(normalizer="sum", denominator=(torch.ones(2, 3, 23, 2),) * 2, decay=torch.zeros(2, 3, 23, 4)),
+            ValueError, "a decay per channel",
+        ),
+        (
+            dict(normalizer="subtract", state=State({"S": torch.zeros(2, 3, 4, 5), "z": torch.zeros(2, 3, 4)})),
+            ValueError, "state has no V, which normalizer='subtract' needs",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input_of_the_later_normalizers(change, error, message):
+    q, k, v, _ = problem(dtype=torch.float32)
+    with pytest.raises(error, match=message):
+        linear_attention(q, k, v, **change)

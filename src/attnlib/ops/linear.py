@@ -1,16 +1,18 @@
-"""Linear attention with decay: one operator, three forms.
+"""Linear attention with decay: one operator, several forms.
 
 ``o_t = sum_{j <= t} exp(g_{j+1} + .. + g_t) w_j (q_t . k_j) v_j`` with log-decays ``g <= 0``, optionally divided by the
 sum of its own weights. The *parallel* form builds the whole (N, N) map and is the specification; the *chunkwise* form
 is the fast one, quadratic only inside a chunk, with a float32 state of shape (D, Dv) between chunks; the *recurrent*
-form is one token after the other. Decays enter only as ``exp`` of sums that are never positive: nothing is inverted,
-so a decay that underflows gives zeros and not infinities.
+form is one token after the other. Segments that are read from both sides without decay are sums of their own: the
+*scattered* form adds them up in blocks of powers of two, so that nothing is padded however their sizes differ. Decays
+enter only as ``exp`` of sums that are never positive: nothing is inverted, so a decay that underflows gives zeros and
+not infinities.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -40,8 +42,8 @@ from ._dispatch import Operator, transformed, twice, wants_gradient
 from ._guard import bad_rows, finite, readable, spoil
 
 #: Backends; ``"parallel"`` is another name of ``"eager"``.
-FORMS = ("parallel", "chunkwise", "recurrent", "eager")
-NORMALIZERS = ("none", "sum")
+FORMS = ("parallel", "scatter", "chunkwise", "recurrent", "eager")
+NORMALIZERS = ("none", "sum", "subtract")
 
 #: Chunk lengths measured on the CPU: 128 with a decay per head or token, 16 with one per channel (its chunks hold
 #: chunk x chunk x D elements).
@@ -67,6 +69,8 @@ class _Call:
     state: Tensor | None  # (B, H, D, Dv)
     causal: bool
     chunk: int
+    bounds: Tensor | None = None  # (S + 1,) where segments begin
+    side: _Call | None = None  # the denominator of other features, or what the mean of the values needs
 
     def inputs(self) -> list[Tensor]:
         return [t for t in (self.q, self.k, self.v, self.decay, self.state) if t is not None]
@@ -86,8 +90,8 @@ def _check_decay(decay: Tensor, q: Tensor, dtype: torch.dtype) -> Tensor:
     return decay.to(dtype).view(1, heads, 1) if decay.dim() == 1 else decay.to(dtype)
 
 
-def _segments(cu_seqlens: Tensor | Sequence[int], n: int, device: torch.device) -> Tensor:
-    """(N,) segment numbers from cumulative lengths ``[0, .., N]``."""
+def _segments(cu_seqlens: Tensor | Sequence[int], n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(N,) segment numbers from cumulative lengths ``[0, .., N]``, and these."""
     if not isinstance(cu_seqlens, Tensor):
         cu_seqlens = torch.tensor(check_ints("cu_seqlens", cu_seqlens, least=0), dtype=torch.long, device=device)
     check_whole("cu_seqlens", cu_seqlens, "a 1-D integer tensor [0, .., N]")
@@ -99,16 +103,18 @@ def _segments(cu_seqlens: Tensor | Sequence[int], n: int, device: torch.device) 
         raise ValueError(f"cu_seqlens must run from 0 to N={n}, got {cu_seqlens.tolist()}")
     if checkable and bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()}")
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(n, device=device), right=True)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(n, device=device), right=True), cu_seqlens
 
 
 def _prepare(
     q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = None, key_weights: Tensor | None = None,
     normalizer: str = "none", causal: bool = True, cu_seqlens: Tensor | Sequence[int] | None = None,
     valid: Tensor | None = None, state: State | None = None, chunk: int | None = None,
+    denominator: tuple[Tensor, Tensor] | None = None,
 ) -> _Call:  # fmt: skip
     check_choice("normalizer", normalizer, NORMALIZERS)
-    denominator = normalizer == "sum"
+    foreign = _check_denominator(denominator, normalizer, q, k, decay)
+    column = normalizer != "none" and not foreign
     check_qkv(q, k, v)
     check_flag("causal", causal)
     for name, t in (("q", q), ("k", k), ("v", v)):
@@ -118,6 +124,8 @@ def _prepare(
         if given is not None:
             check_float(name, given, "a floating-point tensor" + " of log-decays" * (name == "decay"))
     check_device(q=q, k=k, v=v, decay=decay, key_weights=key_weights, valid=valid)
+    if foreign:
+        check_device(q=q, **dict(zip(("denominator queries", "denominator keys"), foreign, strict=True)))
     batch, heads, n, d = q.shape
     m = k.shape[2]
     aligned = causal or decay is not None or cu_seqlens is not None
@@ -131,6 +139,7 @@ def _prepare(
     dtype = stats_dtype(q.dtype)
     q = q.to(dtype)
     k, v = expand_heads(k.to(dtype), heads), expand_heads(v.to(dtype), heads)
+    q_other, k_other = (expand_heads(t.to(dtype), heads) for t in foreign) if foreign else (None, None)
     weights = None
     if key_weights is not None:
         if tuple(key_weights.shape) not in ((batch, m), (batch, heads, m)):
@@ -147,6 +156,9 @@ def _prepare(
         gone = ~valid[:, None, :, None]
         k, v = k.masked_fill(gone, 0.0), v.masked_fill(gone, 0.0)
         q = q.masked_fill(gone, 0.0) if aligned else q  # else queries may be other tokens
+        if q_other is not None and k_other is not None:
+            k_other = k_other.masked_fill(gone, 0.0)
+            q_other = q_other.masked_fill(gone, 0.0) if aligned else q_other
         weights = None if weights is None else weights.masked_fill(gone, 0.0)
         if decay is not None:
             # A token that does not exist takes no step: the state neither reads it nor fades because of it.
@@ -158,36 +170,86 @@ def _prepare(
             raise ValueError(f"decay holds finite log-decays of at most 0, got numbers from {low} to {high}")
     if weights is not None:
         k = k * weights
-    if denominator:
+        k_other = None if k_other is None else k_other * weights
+    values = v
+    if column:
         v = torch.cat([v, v.new_ones(batch, heads, m, 1)], -1)
-    start = None if state is None else _start_of(state, (batch, heads, d), v.shape[-1] - denominator, denominator, q)
-    segment = None if cu_seqlens is None else _segments(cu_seqlens, n, q.device)
+    segment, bounds = (None, None) if cu_seqlens is None else _segments(cu_seqlens, n, q.device)
     per_channel = decay is not None and decay.dim() == 4
     default = DEFAULT_CHANNEL_CHUNK if per_channel else DEFAULT_CHUNK
-    return _Call(q, k, v, decay, segment, start, causal, default if chunk is None else chunk)
+    start = None if state is None else _start_of(state, (batch, heads, d), values.shape[-1], column, q)
+    call = _Call(q, k, v, decay, segment, start, causal, default if chunk is None else chunk, bounds)
+    if q_other is not None and k_other is not None:
+        start = None if state is None else _held(state, "z", (batch, heads, q_other.shape[-1]), "(B, H, D)", q)
+        start = None if start is None else start.unsqueeze(-1)
+        side = replace(call, q=q_other, k=k_other, v=v.new_ones(batch, heads, m, 1), state=start)
+        return replace(call, side=side)
+    if normalizer == "subtract":
+        own, exists = q.new_ones(batch, heads, n, 1), k.new_ones(batch, heads, m, 1)
+        if valid is not None:
+            exists = exists.masked_fill(gone, 0.0)
+            own = own.masked_fill(gone, 0.0) if aligned else own
+        if state is not None:
+            total = _held(state, "V", (batch, heads, values.shape[-1]), "(B, H, Dv)", q)
+            start = torch.cat([total, _held(state, "n", (batch, heads), "(B, H)", q).unsqueeze(-1)], -1).unsqueeze(2)
+        side = replace(call, q=own, k=exists, decay=None, state=start, chunk=DEFAULT_CHUNK if chunk is None else chunk)
+        return replace(call, side=side)
+    return call
 
 
-def _start_of(state: State, shape: tuple[int, int, int], width: int, denominator: bool, q: Tensor) -> Tensor:
+def _check_denominator(
+    denominator: Any, normalizer: str, q: Any, k: Any, decay: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """The pair of features that the denominator is made of, checked."""
+    if denominator is None:
+        return None
+    if normalizer != "sum":
+        raise ValueError(f"denominator needs normalizer='sum', got normalizer={normalizer!r}")
+    if not isinstance(denominator, (tuple, list)) or len(denominator) != 2:
+        raise TypeError("denominator must be a pair of features (q, k), both (B, H, N, D)")
+    if isinstance(decay, Tensor) and decay.dim() == 4:
+        raise ValueError("denominator is not possible with a decay per channel, which belongs to other features")
+    for name, given, like in (("queries", denominator[0], q), ("keys", denominator[1], k)):
+        check_float(f"denominator {name}", given)
+        if given.dim() != 4 or given.shape[:3] != like.shape[:3]:
+            raise ValueError(
+                f"denominator {name} must be (B, H, N, D) with (B, H, N)={tuple(like.shape[:3])}, "
+                f"got {tuple(given.shape)}"
+            )
+    if denominator[0].shape[-1] != denominator[1].shape[-1]:
+        raise ValueError(
+            f"denominator queries and keys must have equally many features, got {denominator[0].shape[-1]} and "
+            f"{denominator[1].shape[-1]}"
+        )
+    return denominator[0], denominator[1]
+
+
+def _held(state: State, name: str, shape: tuple[int, ...], says: str, q: Tensor) -> Tensor:
+    """One tensor of a state, checked."""
+    if name not in state:
+        if name == "S":
+            raise ValueError(
+                f"state must be what return_state gave, with S and with a normalizer z; got {sorted(state)}"
+            )
+        why = "the denominator needs" if name == "z" else "normalizer='subtract' needs"
+        raise ValueError(f"state has no {name}, which {why}; it was made without one")
+    held = state[name]
+    check_tensor(f"state {name}", held)
+    if tuple(held.shape) != shape:
+        raise ValueError(f"state {name} must be {says}={shape}, got {tuple(held.shape)}")
+    check_device(q=q, **{f"state {name}": held})
+    if held.dtype != q.dtype:
+        raise TypeError(f"state {name} must be {q.dtype}, as return_state gives it, got {held.dtype}")
+    return held
+
+
+def _start_of(state: State, shape: tuple[int, int, int], width: int, column: bool, q: Tensor) -> Tensor:
     """The state that a call starts from, checked."""
     check_type("state", state, State)
-    if "S" not in state:
-        raise ValueError(f"state must be what return_state gave, with S and with a normalizer z; got {sorted(state)}")
-    start = state["S"]
-    check_tensor("state S", start)
-    if tuple(start.shape) != (*shape, width):
-        raise ValueError(f"state S must be (B, H, D, Dv)={(*shape, width)}, got {tuple(start.shape)}")
-    check_device(q=q, S=start)
-    for name in ("S", "z") if denominator and "z" in state else ("S",):
-        check_tensor(f"state {name}", state[name])
-        if state[name].dtype != q.dtype:
-            raise TypeError(f"state {name} must be {q.dtype}, as return_state gives it, got {state[name].dtype}")
-    if not denominator:
+    start = _held(state, "S", (*shape, width), "(B, H, D, Dv)", q)
+    if not column:
         return start
-    if "z" not in state:
-        raise ValueError("state has no z, which the denominator needs; it was made without one")
-    if tuple(state["z"].shape) != shape:
-        raise ValueError(f"state z must be (B, H, D)={shape}, got {tuple(state['z'].shape)}")
-    return torch.cat([start, state["z"].unsqueeze(-1)], -1)
+    return torch.cat([start, _held(state, "z", shape, "(B, H, D)", q).unsqueeze(-1)], -1)
 
 
 def _run(call: _Call, form: str | None) -> tuple[Tensor, Tensor]:
@@ -222,9 +284,14 @@ def _run(call: _Call, form: str | None) -> tuple[Tensor, Tensor]:
     return spoil(out, (seen | bad_q).unsqueeze(-1)), spoil(final, ends)
 
 
+def _unordered(call: _Call) -> bool:
+    """Whether all queries read all keys alike."""
+    return not call.causal and call.decay is None and call.segment is None
+
+
 def _both_ways(form: Callable[..., tuple[Tensor, Tensor]], call: _Call) -> tuple[Tensor, Tensor]:
     """Numerator (and denominator, as last column) (B, H, N, Dv) and the state (B, H, D, Dv) after the last token."""
-    if not call.causal and call.decay is None and call.segment is None:
+    if _unordered(call):
         return _plain_sums(call)
     if call.causal:
         return form(call, strict=False)
@@ -258,6 +325,7 @@ def linear_attention(
     chunk: int | None = None,
     form: str | None = None,
     eps: float = 0.0,
+    denominator: tuple[Tensor, Tensor] | None = None,
     return_state: bool = False,
 ) -> Any:
     """``o_t = sum_j exp(g_{j+1} + .. + g_t) w_j (q_t . k_j) v_j``, over ``j <= t`` when causal.
@@ -271,16 +339,21 @@ def linear_attention(
         v: (B, Hv, M, Dv) values; ``H % Hv == 0``.
         decay: log-decays ``g``, at most 0: (H,) constant per head, (B, H, N) per token, (B, H, N, D) per channel.
         key_weights: (B, M) or (B, H, M) weights ``w`` of the keys.
-        normalizer: ``"none"``, or ``"sum"`` to divide by the sum of weights; a row without weight gives zeros.
+        normalizer: ``"none"``; ``"sum"`` to divide by the sum of weights, where a row without weight gives zeros; or
+            ``"subtract"``, weights less their mean over the tokens that a row reads, plus one over their number: rows
+            sum to one, and weights may be negative. Means are over tokens that exist.
         causal: a token reads itself and earlier ones.
         cu_seqlens: (S + 1,) cumulative lengths ``[0, .., N]`` of independent segments packed into one sequence.
         valid: (B, M) boolean, which tokens exist. Others add nothing and let no time pass: decay counts valid tokens.
         state: what ``return_state`` gave for the tokens before these: ``S`` (B, H, D, Dv) and, with a normalizer,
-            ``z`` (B, H, D).
+            ``z`` (B, H, D); to subtract, also the sum ``V`` (B, H, Dv) and the number ``n`` (B, H) of the values.
         chunk: tokens per chunk; changes speed and memory, not the result.
-        form: the backend: ``"chunkwise"``, also by default, ``"recurrent"``, or ``"eager"``, also called
-            ``"parallel"``: the quadratic specification.
+        form: the backend: ``"scatter"`` for segments that are read from both sides without decay, ``"chunkwise"``,
+            ``"recurrent"``, or ``"eager"``, also called ``"parallel"``: the quadratic specification. By default the
+            first that serves.
         eps: added to the denominator.
+        denominator: with ``"sum"``, features ``(q', k')`` (B, H, N, D') and (B, H, M, D') whose products, with the same
+            decays and key weights, are summed for the denominator instead of those of ``q`` and ``k``.
         return_state: also return the state after the last token (of the last segment); always float32 (or float64).
 
     Returns:
@@ -304,18 +377,30 @@ def linear_attention(
     check_real("eps", eps, least=0)
     check_flag("return_state", return_state)
     check_tensor("q", q)
-    norm = normalizer == "sum"
     with exactly(q):
         call = _prepare(
             q, k, v, decay=decay, key_weights=key_weights, normalizer=normalizer, causal=causal, cu_seqlens=cu_seqlens,
-            valid=valid, state=state, chunk=chunk,
+            valid=valid, state=state, chunk=chunk, denominator=denominator,
         )  # fmt: skip
         out, final = _run(call, form)
-        if norm:
-            num, den = out[..., :-1], out[..., -1]
-            out = Partial(torch.zeros_like(den), den + eps if eps else den, num).finish()
+        beside = None if call.side is None else _run(call.side, form)
+        held = _pack(final, normalizer != "none" and denominator is None)
+        if normalizer == "sum":
+            den = out[..., -1] if beside is None else beside[0][..., 0]
+            out = _divide(out if beside is not None else out[..., :-1], den + eps if eps else den)
+            if beside is not None:
+                held = held.replace(z=beside[1].squeeze(-1))
+        elif beside is not None:
+            mean = _divide(beside[0][..., :-1], beside[0][..., -1])
+            out = out[..., :-1] + (1 - out[..., -1:]) * mean
+            held = held.replace(V=beside[1][:, :, 0, :-1], n=beside[1][:, :, 0, -1])
     out = out.to(q.dtype)
-    return LinearOutput(out, _pack(final, norm)) if return_state else out
+    return LinearOutput(out, held) if return_state else out
+
+
+def _divide(num: Tensor, den: Tensor) -> Tensor:
+    """(.., Dv) over (..); zeros where nothing is to divide by."""
+    return Partial(torch.zeros_like(den), den, num).finish()
 
 
 def linear_partial(
@@ -415,6 +500,119 @@ def _plain_sums(call: _Call) -> tuple[Tensor, Tensor]:
     if call.state is not None:
         final = final + call.state
     return call.q @ final, final
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scattered segments
+
+#: Tokens of the largest block that a segment is cut into.
+SCATTER_BLOCK = 128
+
+
+def _segment_blocks(bounds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens (nb, size) and segments (nb,) of blocks that cover all segments: one batch for each power of two.
+
+    A segment of 300 tokens is two blocks of 128, one of 32, one of 8 and one of 4.
+    """
+    first, lengths = bounds[:-1], bounds.diff()
+    number = torch.arange(lengths.numel(), device=bounds.device)
+    whole = lengths // SCATTER_BLOCK
+    size = SCATTER_BLOCK
+    if bool((whole > 0).any()):
+        which = number.repeat_interleave(whole)
+        place = torch.arange(which.numel(), device=bounds.device) - (whole.cumsum(0) - whole)[which]
+        yield (first[which] + place * size).unsqueeze(1) + torch.arange(size, device=bounds.device), which
+    while size > 1:
+        size //= 2
+        which = number[(lengths & size) > 0]
+        if which.numel():
+            begin = first[which] + lengths[which] // (2 * size) * (2 * size)
+            yield begin.unsqueeze(1) + torch.arange(size, device=bounds.device), which
+
+
+def _gathered(x: Tensor, tokens: Tensor) -> Tensor:
+    return x.index_select(2, tokens.flatten()).unflatten(2, tokens.shape)
+
+
+def _sums(a: Tensor, b: Tensor, bounds: Tensor) -> Tensor:
+    """``sum_i a_i b_i^T`` over each segment: (B, H, N, D) and (B, H, N, E) to (B, H, S, D, E)."""
+    out = a.new_zeros(*a.shape[:2], bounds.numel() - 1, a.shape[-1], b.shape[-1])
+    for tokens, which in _segment_blocks(bounds):
+        out.index_add_(2, which, _gathered(a, tokens).transpose(-2, -1) @ _gathered(b, tokens))
+    return out
+
+
+def _reads(a: Tensor, sums: Tensor, bounds: Tensor) -> Tensor:
+    """``a_i^T s`` with the matrix of the segment of ``i``: (B, H, N, D) and (B, H, S, D, E) to (B, H, N, E)."""
+    out = a.new_empty(*a.shape[:3], sums.shape[-1])
+    for tokens, which in _segment_blocks(bounds):
+        rows = _gathered(a, tokens) @ sums.index_select(2, which)
+        out.index_copy_(2, tokens.flatten(), rows.flatten(2, 3))
+    return out
+
+
+_sums_op = torch.library.custom_op(
+    "attnlib::linear_segment_sums", _sums, mutates_args=(), schema="(Tensor a, Tensor b, Tensor bounds) -> Tensor"
+)
+_reads_op = torch.library.custom_op(
+    "attnlib::linear_segment_reads", _reads, mutates_args=(), schema="(Tensor a, Tensor sums, Tensor bounds) -> Tensor"
+)
+
+
+@_sums_op.register_fake
+def _(a, b, bounds):  # type: ignore[no-untyped-def]
+    return a.new_empty(*a.shape[:2], bounds.shape[0] - 1, a.shape[-1], b.shape[-1])
+
+
+@_reads_op.register_fake
+def _(a, sums, bounds):  # type: ignore[no-untyped-def]
+    return a.new_empty(*a.shape[:3], sums.shape[-1])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+# Each of the two is the gradient of the other, so that any derivative is made of them.
+
+
+def _sums_backward(ctx: Any, grad: Tensor) -> Any:
+    a, b, bounds = ctx.saved_tensors
+    return _reads_op(b, grad.transpose(-2, -1), bounds), _reads_op(a, grad, bounds), None
+
+
+def _reads_backward(ctx: Any, grad: Tensor) -> Any:
+    a, sums, bounds = ctx.saved_tensors
+    return _reads_op(grad, sums.transpose(-2, -1), bounds), _sums_op(a, grad, bounds), None
+
+
+_sums_op.register_autograd(_sums_backward, setup_context=_keep)
+_reads_op.register_autograd(_reads_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.attnlib.linear_segment_sums)
+def _(a, b, bounds, out_shape=None, **_):  # type: ignore[no-untyped-def]
+    return 2 * math.prod(a) * b[-1]
+
+
+@register_flop_formula(torch.ops.attnlib.linear_segment_reads)
+def _(a, sums, bounds, out_shape=None, **_):  # type: ignore[no-untyped-def]
+    return 2 * math.prod(a) * sums[-1]
+
+
+def _scattered(call: _Call) -> tuple[Tensor, Tensor]:
+    assert call.bounds is not None and call.segment is not None
+    sums = _sums_op(call.k, call.v, call.bounds)
+    out = _reads_op(call.q, sums, call.bounds)
+    if call.q.shape[2] == 0:
+        return out, call.q.new_zeros(*call.q.shape[:2], call.q.shape[3], call.v.shape[3])
+    return out, sums.index_select(2, call.segment[-1:]).squeeze(2)
+
+
+def _needs_segments(call: _Call) -> str | None:
+    if call.causal or call.decay is not None or call.segment is None:
+        return "it sums whole segments, so it needs cu_seqlens, causal=False and no decay"
+    return None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -752,6 +950,10 @@ def _single(call: _Call) -> bool:
     return not torch.compiler.is_compiling() and call.q.shape[2] == 1 == call.k.shape[2]
 
 
+_OPERATOR.register(
+    "scatter", _scattered, supports=_needs_segments, second="the same sums",
+    transforms="its sums over segments are an operator of their own",
+)  # fmt: skip
 _OPERATOR.register(
     "chunkwise", partial(_both_ways, _chunkwise), second="the same chunks by plain operations",
     prefers=lambda call: "a single token needs no chunks" if _single(call) else None,
