@@ -231,6 +231,7 @@ ROWS = {
     ),
     "focalnet": ("focalnet", dict(dim=64), {}),
     "davit": ("davit", dict(BIG), {}),
+    "mambaout": ("mambaout", dict(dim=64), {}),
     "deformable": (
         "deformable-attention",
         dict(dim=32, num_heads=4, num_levels=2, num_points=3),

@@ -5,6 +5,9 @@ ROWS = [
     Case("focalnet", dict(dim=8, grid_rank=1, use_postln_in_modulation=True), (12,), "sequence"),
     Case("focalnet", dict(dim=8, grid_rank=3, focal_level=1, normalize_modulator=True), (3, 4, 4), "video"),
     Case("focalnet", dict(dim=8, focal_level=0), (6, 6), "global"),
+    Case("mambaout", dict(dim=8), (6, 6)),
+    Case("mambaout", dict(dim=8, conv_ratio=0.5, kernel_size=3, activation="silu", grid_rank=1), (12,), "sequence"),
+    Case("mambaout", dict(dim=4, expansion=2.0, conv_ratio=2.0, kernel_size=3, grid_rank=3), (3, 4, 4), "video"),
     Case("davit", dict(dim=16, num_heads=2), (4, 6)),
     Case("davit", dict(dim=12, num_heads=1, scale="tokens", qkv_bias=False), (12,), "tokens"),
 ]

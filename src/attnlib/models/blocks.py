@@ -17,6 +17,7 @@ from ..nn.layers import (
     DropPath,
     LayerScale,
     Mlp,
+    Patchify,
     PositionalConv,
     SqueezeExcite,
     cell_means,
@@ -338,6 +339,36 @@ class ConvStem(nn.Sequential):
         for module, stride in zip(self, self.strides, strict=True):
             x, valid = module(x, valid), strided_valid(valid, stride)
         return x, valid
+
+
+class TwoConvStem(nn.Module):
+    """Two 3 x 3 convolutions of stride 2, each with a norm behind it and a GELU between them, as a stem.
+
+    Args:
+        dim: channels in.
+        out_dim: channels out; half as many in between.
+        norm: makes norms.
+        mid_norm: the norm between them.
+        activation: between them.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        norm: Norm = nn.LayerNorm,
+        mid_norm: bool = True,
+        activation: Callable[[], nn.Module] = nn.GELU,
+    ):
+        super().__init__()
+        self.first = Patchify(dim, out_dim // 2, 3, 2, 1, norm if mid_norm else None)
+        self.act = activation()
+        self.second = Patchify(out_dim // 2, out_dim, 3, 2, 1, norm)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, dim) -> (B, ceil(H / 4), ceil(W / 4), out_dim), and which of these exist."""
+        x, valid = self.first(x, valid)
+        return self.second(self.act(x), valid)
 
 
 def init_weights(model: nn.Module, std: float = 0.02, also: tuple[type[nn.Module], ...] = ()) -> None:
