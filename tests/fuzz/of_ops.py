@@ -449,6 +449,25 @@ def toeplitz(rng: random.Random) -> Call:
     return Call(ops.toeplitz_attention, call, eager64(ops.toeplitz_attention, form="eager"), tolerance=1e-3)
 
 
+@target("ops.selective_scan")
+def scan(rng: random.Random) -> Call:
+    b, n, groups, size = rng.randint(1, 2), rng.randint(1, 9), rng.choice([1, 2]), rng.randint(1, 3)
+    e = groups * rng.randint(1, 3)
+    part = (b, n, size) if groups == 1 and rng.random() < 0.5 else (b, n, groups, size)
+    positions = some(rng, 0.3, lambda: torch.stack([torch.randperm(n + 3)[:n].sort().values for _ in range(b)]))
+    longer = positions is not None and rng.random() < 0.5
+    call = dict(
+        u=torch.randn(b, n, e), delta=torch.rand(b, n + 3 if longer else n, e), A=-torch.rand(e, size),
+        B=torch.randn(*part), C=torch.randn(*part), D=some(rng, 0.5, lambda: torch.randn(e)),
+        z=some(rng, 0.5, lambda: torch.randn(b, n, e)), delta_bias=some(rng, 0.5, lambda: torch.rand(e)),
+        delta_softplus=rng.random() < 0.5, valid=some_valid(rng, b, n), positions=positions,
+        cu_seqlens=None if positions is not None else some(rng, 0.3, lambda: [0, n // 2, n]),
+        state=some(rng, 0.3, lambda: State({"h": torch.randn(b, e, size)})), chunk=rng.choice([None, 1, 4]),
+        backend=rng.choice([None, "chunked"]),
+    )  # fmt: skip
+    return Call(ops.selective_scan, call, eager64(ops.selective_scan, backend="eager"))
+
+
 @target("ops.channel_attention")
 def channel(rng: random.Random) -> Call:
     b, h, n, d = rng.randint(1, 2), rng.randint(1, 3), rng.randint(1, 6), rng.randint(1, 5)

@@ -28,6 +28,15 @@ def spoiled(t, where, what):
     return t.masked_fill(where.reshape(*where.shape, *(1,) * (t.dim() - 3)), what)
 
 
+def scanned(q, k, v, **call):
+    """A selective scan in which every factor comes from (B, H, N, D)."""
+    u, delta, z = (t.transpose(1, 2).flatten(2) for t in (q, k, v))
+    decays = -torch.arange(1.0, 13.0, dtype=q.dtype).view(6, 2)
+    b, c = k.transpose(1, 2)[..., :2], v.transpose(1, 2)[..., 1:]
+    out = ops.selective_scan(u, delta, decays, b, c, z=z, delta_softplus=True, chunk=4, **call)
+    return out.unflatten(2, (2, 3)).transpose(1, 2)
+
+
 ROWS = {"valid": VALID[:, None, :, None], "pairs": (~LATE)[None, None, :, None]}
 ROWS["future"] = ROWS["pairs"]
 
@@ -151,6 +160,9 @@ CASES = {
         "pairs",
         lambda q, k, v: ops.linear_attention(q, k, v, cu_seqlens=[0, 5, 8, N], causal=False, chunk=3),
     ),
+    "scan": ("selective_scan", "valid", lambda q, k, v: scanned(q, k, v, valid=VALID)),
+    "scan, future": ("selective_scan", "pairs", lambda q, k, v: scanned(q, k, v)),
+    "scan, segments": ("selective_scan", "pairs", lambda q, k, v: scanned(q, k, v, cu_seqlens=[0, 5, 8, N])),
     "toeplitz": (
         "toeplitz_attention",
         "valid",

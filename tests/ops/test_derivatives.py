@@ -113,6 +113,20 @@ CASES = {
         lambda q, k, v, g: ops.linear_attention(q, k, v, decay=decayed(g), chunk=4),
     ),
     "linear, partial": ("linear_attention", QKV, lambda q, k, v: ops.linear_partial(q.exp(), k.exp(), v, chunk=4)),
+    "scan": (
+        "selective_scan",
+        (*((2, 6, 4),) * 2, (4, 3), *((2, 6, 3),) * 2, (4,), (2, 6, 4)),
+        lambda u, d, a, b, c, skip, z: ops.selective_scan(
+            u, d, decayed(a), b, c, skip, z, delta_softplus=True, valid=VALID, chunk=4, cu_seqlens=[0, 3, 6]
+        ),
+    ),
+    "scan, groups and positions": (
+        "selective_scan",
+        ((2, 4, 4), (2, 9, 4), (4, 3), *((2, 4, 2, 3),) * 2),
+        lambda u, d, a, b, c: ops.selective_scan(
+            u, d.exp(), decayed(a), b, c, positions=torch.tensor([[0, 2, 3, 7], [1, 4, 5, 8]]), chunk=3
+        ),
+    ),
     "toeplitz": (
         "toeplitz_attention",
         (*QKV, (2, 11)),

@@ -11,6 +11,7 @@ from .neighborhood import neighborhood_attention, neighborhood_partial
 from .partition import partition_attention, window_attention
 from .reduced import agent_attention, reduced_attention
 from .sampled import deformable_attention, deformable_attention_3d
+from .scan import ScanOutput, selective_scan
 from .split_decoding import split_decoding, split_partial
 from .toeplitz import toeplitz_attention
 
@@ -18,6 +19,7 @@ __all__ = [
     "BACKENDS",
     "BlockPlan",
     "LinearOutput",
+    "ScanOutput",
     "agent_attention",
     "attention",
     "attention_partial",
@@ -38,6 +40,7 @@ __all__ = [
     "operators",
     "partition_attention",
     "reduced_attention",
+    "selective_scan",
     "split_decoding",
     "split_partial",
     "toeplitz_attention",

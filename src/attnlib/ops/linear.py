@@ -97,7 +97,7 @@ def _segments(cu_seqlens: Tensor | Sequence[int], n: int, device: torch.device) 
     check_whole("cu_seqlens", cu_seqlens, "a 1-D integer tensor [0, .., N]")
     check_rank("cu_seqlens", cu_seqlens, 1, "(S + 1,)")
     if cu_seqlens.device != device:
-        raise ValueError(f"cu_seqlens lies on {cu_seqlens.device}, q on {device}; they must lie on one device")
+        raise ValueError(f"cu_seqlens lies on {cu_seqlens.device}, the tokens on {device}; they must lie on one device")
     checkable = not torch.compiler.is_compiling() and cu_seqlens.device.type != "meta"
     if checkable and (cu_seqlens.numel() == 0 or cu_seqlens[0] != 0 or cu_seqlens[-1] != n):
         raise ValueError(f"cu_seqlens must run from 0 to N={n}, got {cu_seqlens.tolist()}")

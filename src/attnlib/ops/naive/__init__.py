@@ -38,6 +38,7 @@ from ..reduced import agent_attention as _agent_attention
 from ..reduced import reduced_attention as _reduced_attention
 from ..sampled import deformable_attention as _deformable_attention
 from ..sampled import deformable_attention_3d as _deformable_attention_3d
+from ..scan import selective_scan as _selective_scan
 from ..split_decoding import split_decoding as _split_decoding
 from ..split_decoding import split_partial as _split_partial
 from ..toeplitz import toeplitz_attention as _toeplitz_attention
@@ -81,6 +82,7 @@ neighborhood_attention = _oracle(_neighborhood_attention)
 neighborhood_partial = _oracle(_neighborhood_partial)
 partition_attention = _oracle(_partition_attention)
 reduced_attention = _oracle(_reduced_attention)
+selective_scan = _oracle(_selective_scan)
 split_decoding = _oracle(_split_decoding)
 split_partial = _oracle(_split_partial)
 toeplitz_attention = _oracle(_toeplitz_attention, "form")
