@@ -192,7 +192,7 @@ class Mlp(nn.Module):
             local = self.dwconv(z)
             z = z + local if self.skip else local
         z = self.act(z) if gate is None else self.act(z) * gate
-        return self.drop(self.fc2(self.drop(z) if self.drop_hidden else z))
+        return through(self.drop, self.fc2(through(self.drop, z) if self.drop_hidden else z))
 
 
 class DropPath(nn.Module):
@@ -450,7 +450,8 @@ class ConvNorm(nn.Module):
         out = copy.deepcopy(self).eval()
         if self.norm is not None or self.pre is not None:
             weight, bias = self._folded()
-            out.conv.weight.copy_(weight)
+            # In the order of the maps: convolutions need not lay them out anew in every call.
+            out.conv.weight = nn.Parameter(weight.detach().contiguous(memory_format=torch.channels_last))
             out.conv.bias = nn.Parameter(bias.detach().clone())
             out.norm = out.pre = None
         return out
@@ -617,8 +618,24 @@ def conv_any_size(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | Non
     x = x.permute(0, 3, 1, 2)
     if any(more):
         x = F.pad(x, [0, more[1], 0, more[0]])
+    heavy = _mostly_weights(conv, x)
+    if heavy:
+        x = x.contiguous()
     x = F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups).permute(0, 2, 3, 1)
+    if heavy:
+        x = x.contiguous()
     return x[:, slice(*cuts[0]), slice(*cuts[1])]
+
+
+def _mostly_weights(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a convolution of (B, C, H, W) on the CPU has so many weights for so small a map that it is faster in the
+    order of its weights: channels last, these are laid out anew in every call.
+    """
+    if torch.compiler.is_compiling() or not x.is_cpu:  # a choice by size would tie the graph to one size
+        return False
+    weights = conv.weight.numel()
+    both = x.numel() // x.shape[1] * (conv.in_channels + conv.out_channels // math.prod(conv.stride))
+    return weights >= 1 << 19 and weights > 4 * both
 
 
 def resize_map(x: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
