@@ -87,8 +87,7 @@ def inputs(seed=1):
 
 
 def test_without_a_bias_it_is_plain_cross_attention():
-    m, (x, boxes, context) = attention(), inputs()
-    m.without_bias()
+    m, (x, boxes, context) = attention(hidden=0), inputs()
     flat = context.flatten(1, 2)
     q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in (m.q(x), m.k(flat), m.v(flat)))
     weights = (q @ k.transpose(-2, -1) * 8**-0.5).softmax(-1)
@@ -180,15 +179,15 @@ def test_a_detector_learns_two_pictures(settings):
 
 def test_further_queries_do_not_see_the_others():
     m, (images, _) = detector(many=5).train(), picture()
-    found, logits = m.decode(images)
+    logits = m.decode(images).logits
     with torch.no_grad():
         m.query[4:] = m.query[4:].flip(-1)
-        other, after = m.decode(images)
+        after = m.decode(images).logits
     assert logits[-1].shape[1] == 9
     assert torch.allclose(logits[-1][:, :4], after[-1][:, :4]) and not torch.allclose(
         logits[-1][:, 4:], after[-1][:, 4:]
     )
-    assert m.eval().decode(images)[1][-1].shape[1] == 4
+    assert m.eval().decode(images).logits[-1].shape[1] == 4
 
 
 def test_focal_loss_is_the_formula():

@@ -6,6 +6,7 @@ A box is (x1, y1, x2, y2) here, corners, unless a name says centres: (cx, cy, w,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,11 +50,22 @@ def overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return iou, iou - (around - union) / around.clamp(min=tiny)
 
 
-def apply_deltas(centres: Tensor, deltas: Tensor, size: tuple[float, float] | None = None) -> Tensor:
+def spans(size: Sequence[float] | Tensor, like: Tensor) -> Tensor:
+    """Width, height, width, height of images: (4,) of one (height, width), (B, 1, 4) of a tensor (B, 2) of them.
+
+    >>> spans((2.0, 3.0), torch.zeros(1)).tolist()
+    [3.0, 2.0, 3.0, 2.0]
+    """
+    if isinstance(size, Tensor):
+        return size.to(like).flip(-1).repeat(1, 2).unsqueeze(1)
+    return like.new_tensor([size[1], size[0]] * 2)
+
+
+def apply_deltas(centres: Tensor, deltas: Tensor, size: Sequence[float] | Tensor | None = None) -> Tensor:
     """Boxes (..., 4) as centres and sizes, moved by deltas relative to their size, as corners.
 
     ``c' = c + wh * d_xy``, ``wh' = wh * exp(d_wh)``, the latter cut at ``|log(16 / 1000)|``, and both corners clipped
-    to an image of ``size`` (height, width).
+    to an image of ``size``: (height, width), or a tensor (B, 2) of one for each image.
 
     >>> apply_deltas(torch.tensor([5.0, 5.0, 2.0, 4.0]), torch.zeros(4)).tolist()
     [4.0, 3.0, 6.0, 7.0]
@@ -63,8 +75,7 @@ def apply_deltas(centres: Tensor, deltas: Tensor, size: tuple[float, float] | No
     out = to_corners(torch.cat([middle, centres[..., 2:] * deltas[..., 2:].clamp(-most, most).exp()], -1))
     if size is None:
         return out
-    limit = out.new_tensor([size[1], size[0]] * 2)
-    return torch.minimum(out.clamp(min=0), limit)
+    return out.clamp(min=0).clamp(max=spans(size, out))  # not minimum(), which halves the gradient on the border
 
 
 def deltas_between(centres: Tensor, targets: Tensor, margin: float = 0.1) -> Tensor:

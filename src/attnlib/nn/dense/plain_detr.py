@@ -10,7 +10,6 @@ so that the bias needs one small MLP per axis and is never made for pairs of pix
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 
@@ -36,7 +35,7 @@ class BoxAttention(nn.Module):
     Args:
         dim: width of queries and of the map.
         num_heads: heads; must divide ``dim``.
-        hidden: width of the MLPs of the bias.
+        hidden: width of the MLPs of the bias; 0 for no bias.
         distance: ``"linear"`` or ``"log"`` (the authors' ``abs_log8``).
         stride: pixels per token of the map.
         qkv_bias: bias of the query, key and value projections.
@@ -68,16 +67,20 @@ class BoxAttention(nn.Module):
         self.distance, self.compat = distance, compat
         self.stride = check_int("stride", stride, least=1)
         self.attn_drop = check_real("attn_drop", attn_drop, least=0, below=1)
-        check_int("hidden", hidden, least=1)
-        self.bias_x = nn.Sequential(nn.Linear(2, hidden), nn.ReLU(), nn.Linear(hidden, num_heads, bias=False))
-        self.bias_y = copy.deepcopy(self.bias_x)
-        for layer in (self.bias_y[0], self.bias_y[2]):
-            layer.reset_parameters()  # type: ignore[operator, union-attr]
+        self.bias_x: nn.Sequential | None = None
+        self.bias_y: nn.Sequential | None = None
+        if check_int("hidden", hidden, least=0):
+            self.bias_x, self.bias_y = (
+                nn.Sequential(nn.Linear(2, hidden), nn.ReLU(), nn.Linear(hidden, num_heads, bias=False))
+                for _ in range(2)
+            )
         self.q, self.k, self.v = (nn.Linear(dim, dim, bias=qkv_bias) for _ in range(3))
         self.proj = nn.Linear(dim, dim)
 
-    def axis_bias(self, boxes: Tensor, grid: tuple[int, int]) -> AxisBias:
-        """The bias of boxes (B, Q, 4) on a map of so many rows and columns, by axis."""
+    def axis_bias(self, boxes: Tensor, grid: tuple[int, int]) -> AxisBias | None:
+        """The bias of boxes (B, Q, 4) on a map of so many rows and columns, by axis; ``None`` without one."""
+        if self.bias_x is None or self.bias_y is None:
+            return None
         factors = []
         for first, size, mlp in ((1, grid[0], self.bias_y), (0, grid[1], self.bias_x)):
             places = (torch.arange(size, device=boxes.device, dtype=boxes.dtype) + 0.5) * self.stride
@@ -86,14 +89,6 @@ class BoxAttention(nn.Module):
                 gap = gap.sign() * (gap.abs() + 1).log2() / math.log2(8)
             factors.append(mlp(gap.to(self.q.weight.dtype)).permute(0, 3, 1, 2))
         return AxisBias(factors)
-
-    def without_bias(self) -> None:
-        """Plain cross attention from now on: the last weights of the bias are zero and stay so."""
-        for mlp in (self.bias_x, self.bias_y):
-            for name, weight in mlp.named_parameters():
-                weight.requires_grad_(False)
-                if name == "2.weight":
-                    nn.init.zeros_(weight)
 
     def forward(
         self,
@@ -130,14 +125,14 @@ class BoxAttention(nn.Module):
         drop = self.attn_drop if self.training else 0.0
         if self.compat == "authors" and valid is not None:
             padding = PADDING * (~valid)[:, None, None].to(q.dtype)
-            out = attention(q, k, v, bias=bias.dense() + padding, dropout_p=drop)
+            out = attention(q, k, v, bias=padding if bias is None else bias.dense() + padding, dropout_p=drop)
         else:
             out = attention(q, k, v, bias=bias, valid=valid, dropout_p=drop)
         return self.proj(merge_heads(out))
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From the authors' ``GlobalCrossAttention``."""
+        """From the authors' ``GlobalCrossAttention``, with the bias or, of their ``global_ape`` decoder, without."""
         theirs = Released(state_dict, "Plain-DETR's GlobalCrossAttention")
         return theirs.close(
             theirs.renamed(
