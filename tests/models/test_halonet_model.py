@@ -12,6 +12,9 @@ from attnlib.nn.local.halonet import HaloAttention, HaloDownsampling
 
 TINY = {
     "halonet_h1": dict(embed_dims=(16, 16, 32, 32), depths=(1, 2, 1, 1), stem_dim=8),
+    "halonet_h5": dict(
+        embed_dims=(32, 32, 64, 64), bottle_ratio=0.5, depths=(1, 2, 1, 1), stem_dim=8, num_heads=2, num_features=40
+    ),
     "sehalonet33ts": dict(
         embed_dims=(32, 64, 64, 48), depths=(1, 2, 2, 1), attention=((), (1,), (1,), None), stem_dim=16, num_features=40
     ),
@@ -73,6 +76,35 @@ def test_where_attention_stands(name, expected, channels):
     if name.startswith("halo2bot"):  # one block on the 8 x 8 map of its images
         last = m.stages[3].blocks[1].conv2.inner.halo
         assert (last.block_size, last.halo_size, last.num_heads) == (8, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [  # of the paper: block, halo, width of values, of blocks, blocks of the third stage, width before the head
+        ("halonet_h0", (8, 3, 1.0, 0.5, 7, 256)),
+        ("halonet_h2", (8, 3, 1.0, 1.25, 11, 640)),
+        ("halonet_h3", (10, 3, 1.0, 1.5, 12, 1024)),
+        ("halonet_h4", (12, 2, 1.0, 3.0, 12, 1280)),
+        ("halonet_h5", (14, 2, 2.5, 2.0, 23, 1536)),
+        ("halonet_h6", (8, 4, 3.0, 2.75, 24, 1536)),
+        ("halonet_h7", (10, 3, 4.0, 3.5, 26, 2048)),
+    ],
+)
+def test_the_papers_table(name, row):
+    block, halo, values, wide, third, last = row
+    with torch.device("meta"):
+        m = attnlib.create_model(name)
+    extra = "c" if last not in (256, 640) else ""
+    own = all(kind in "hd" for stage in kinds(m)[:3] for kind in stage)
+    assert own and [len(k) for k in kinds(m)] == [3, 3, third, 3 + len(extra)] and kinds(m)[3][3:] == extra
+    for stage, heads, width in zip(m.stages, (4, 8, 8, 8), (64, 128, 256, 512), strict=True):
+        for i, part in enumerate(list(stage.blocks)[:3]):
+            inner = part.conv2.inner.halo
+            assert (inner.block_size, inner.halo_size, inner.num_heads) == (block, halo, heads)
+            assert inner.q.in_features == inner.q.out_features == inner.k.out_features == width
+            assert inner.v.out_features == part.conv3.conv.in_channels == width * values
+            assert part.conv3.conv.out_channels == width * wide and inner.stride == (1 if i or width == 64 else 2)
+    assert m.head.fc.in_features == last
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -158,6 +190,8 @@ def test_starts_are_timms():
         (dict(block_size=0), "block_size"),
         (dict(halo_size=-1), "halo_size"),
         (dict(bottle_ratio=0.0), "bottle_ratio"),
+        (dict(value_ratio=0.0), "value_ratio"),
+        (dict(value_ratio=2.0, mechanism="softmax-attention"), "value_ratio=2.0 needs the model's own attention"),
         (dict(pad_mode="reflect"), "pad_mode='reflect' is not possible"),
     ],
 )

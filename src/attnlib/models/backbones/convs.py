@@ -116,6 +116,7 @@ class ResidualBlock(nn.Module):
         squeeze: width inside a squeeze-and-excitation before the last convolution; 0 for none.
         squeeze_activation: makes its activation.
         mixer: takes the place of the 3 x 3 convolution of a bottleneck, as of :class:`Mixing`.
+        mixed: width that it gives; ``hidden`` by default.
         average: the shortcut takes means of cells instead of every ``stride``-th token.
         activation: makes activations.
         drop_path: stochastic depth.
@@ -133,6 +134,7 @@ class ResidualBlock(nn.Module):
         squeeze: int = 0,
         squeeze_activation: Activation = Relu,
         mixer: nn.Module | None = None,
+        mixed: int | None = None,
         average: bool = False,
         activation: Activation = Relu,
         drop_path: float = 0.0,
@@ -144,6 +146,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = ConvNorm(dim, hidden, 3 if basic else 1, stride if basic else 1, activation=activation)
         self.conv2: nn.Module | None = None
         if mixer is not None:
+            hidden = hidden if mixed is None else mixed
             self.conv2 = Mixing(mixer, hidden, stride, activation)
         elif not basic:
             self.conv2 = ConvNorm(hidden, hidden, 3, stride, groups=groups, activation=activation)

@@ -2,13 +2,16 @@
 
 Vaswani et al., 2021, "Scaling Local Self-Attention for Parameter Efficient Visual Backbones", arXiv 2103.12731. A block
 is a 1 x 1 convolution, attention or a 3 x 3 convolution, a 1 x 1 convolution, each with a BatchNorm behind it, added
-to its input. Where a stage begins, attention has every second query of its blocks. ``halonet_h1`` has attention in all
-blocks; the others are timm's, with attention in some blocks of late stages, three 3 x 3 convolutions as a stem, SiLU
+to its input. Where a stage begins, attention has every second query of its blocks. ``halonet_h0`` to ``h7`` have
+attention in all blocks: of 64, 128, 256 and 512 channels for queries and keys, ``value_ratio`` times as many for
+values. The others are timm's, with attention in some blocks of late stages, three 3 x 3 convolutions as a stem, SiLU
 (names on ``s``) and squeeze-and-excitation beside the convolutions (``se``). ``halo2botnet50ts`` ends in attention of
 blocks without a halo: on its 8 x 8 maps, everything reads everything (Srinivas et al., 2021, arXiv 2101.11605). The
 maps to take are those of the stem and of the four stages.
 
-No authors' code in PyTorch exists; the weights are timm's ``ByobNet``'s, and by default models compute what these were
+No authors' code in PyTorch exists. ``halonet_h1`` is timm's, of eight heads in all stages; the others of its kind are
+built by the paper's table, with ReLUs and keys of zeros outside the map as there, and displacements in tokens. No
+weights of these exist. Those of the others are timm's ``ByobNet``'s, and by default models compute what these were
 trained with: keys of zeros outside the map (``pad_mode="zero"``), and with a stride displacements as timm counts them
 (``compat="authors"``; ``None`` counts them in tokens). Differs from timm: any size, where blocks must divide the map
 there; tokens that do not exist enter no convolution, no attention, no maximum and no statistic.
@@ -68,6 +71,7 @@ def halonet(
     depths: Sequence[int] = (3, 3, 10, 3),
     attention: Sequence[Sequence[int] | None] = (None, None, None, None),
     bottle_ratio: float | Sequence[float] = 1.0,
+    value_ratio: float = 1.0,
     block_size: int | Sequence[int] = 8,
     halo_size: int | Sequence[int] = 3,
     num_heads: int | Sequence[int] = 8,
@@ -95,6 +99,7 @@ def halonet(
         depths: blocks per stage.
         attention: per stage, which blocks have attention, from 0; ``None`` for all.
         bottle_ratio: width inside the blocks over that of the stage; one, or one per stage.
+        value_ratio: width of values over that inside the blocks; other than 1 with the model's own attention alone.
         block_size, halo_size, num_heads: as of :class:`attnlib.nn.local.halonet.HaloAttention`; one, or one per stage.
         head_dim, pad_mode: the same.
         stem: ``"7x7"``, ``"deep"`` or ``"tiered"``, as of :func:`attnlib.models.backbones.resnet.stem_convs`.
@@ -112,6 +117,8 @@ def halonet(
     """
     check_choice("activation", activation, tuple(ACTIVATIONS))
     check_flag("squeeze", squeeze)
+    if check_real("value_ratio", value_ratio, above=0) != 1 and mechanism is not None:
+        raise ValueError(f"value_ratio={value_ratio} needs the model's own attention; mechanisms keep their width")
     check_int("num_features", num_features, least=0)
     if not check_flag("stem_pool", stem_pool) and stem == "7x7":
         raise ValueError("stem_pool=False needs a stem of three convolutions, got stem='7x7'")
@@ -128,6 +135,9 @@ def halonet(
     reductions = [4 * 2**i for i in range(count)]
     hidden = [divisible(dim * ratio) for dim, ratio in zip(embed_dims, ratios, strict=True)]
 
+    def valued(dim: int) -> int:
+        return int(dim * value_ratio)
+
     def mixer(place: Place, stride: int) -> nn.Module:
         if mechanism is not None:
             return mechanism(place)
@@ -135,7 +145,9 @@ def halonet(
             num_heads=place.num_heads, block_size=sides[place.stage], halo_size=halos[place.stage], head_dim=head_dim,
             pad_mode=pad_mode,
         )  # fmt: skip
-        if stride == 1:
+        if value_ratio != 1:  # as many queries and keys as without it
+            settings |= dict(head_dim=head_dim or place.dim // place.num_heads, out_dim=valued(place.dim))
+        elif stride == 1:
             return HaloAttention(place.dim, **settings)
         return HaloDownsampling(place.dim, stride=stride, compat=compat, **settings)
 
@@ -153,8 +165,8 @@ def halonet(
             narrow = max(8, int(place.dim / 16 + 4) // 8 * 8) if squeeze and inside is None else 0
             blocks.append(
                 ResidualBlock(
-                    dim, out, place.dim, stride, squeeze=narrow, mixer=inside, activation=act,
-                    drop_path=place.drop_path,
+                    dim, out, place.dim, stride, squeeze=narrow, mixer=inside,
+                    mixed=valued(place.dim), activation=act, drop_path=place.drop_path,
                 )
             )  # fmt: skip
             dim = out
@@ -201,6 +213,16 @@ def convert(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return theirs.close(out | by_prefix(theirs, names, model))
 
 
+def _paper(wide: float, third: int, block: int, halo: int, values: float = 1.0, features: int = 0) -> dict[str, Any]:
+    """A row of the paper's table."""
+    dims = (64, 128, 256, 512)
+    return dict(
+        embed_dims=tuple(int(dim * wide) for dim in dims), bottle_ratio=tuple(1 / wide for _ in dims),
+        value_ratio=values, depths=(3, 3, third, 3), block_size=block, halo_size=halo, num_heads=(4, 8, 8, 8),
+        num_features=features, compat=None,
+    )  # fmt: skip
+
+
 _50 = dict(embed_dims=(256, 512, 1024, 2048), bottle_ratio=0.25, stem="tiered")
 _SIZES: dict[str, dict[str, Any]] = {
     "halonet_h1": {},
@@ -237,4 +259,26 @@ register_models(
     img_size={name: 256 for name in _SIZES},
     data={"crop_pct": 0.95},
     data_of={name: {"crop_pct": 0.94} for name in ("halonet50ts", "sehalonet33ts")},
+)  # fmt: skip
+register_models(
+    "halonet",
+    halonet,
+    {
+        "halonet_h0": _paper(0.5, 7, 8, 3),
+        "halonet_h2": _paper(1.25, 11, 8, 3),
+        "halonet_h3": _paper(1.5, 12, 10, 3, features=1024),
+        "halonet_h4": _paper(3, 12, 12, 2, features=1280),
+        "halonet_h5": _paper(2, 23, 14, 2, 2.5, 1536),
+        "halonet_h6": _paper(2.75, 24, 8, 4, 3, 1536),
+        "halonet_h7": _paper(3.5, 26, 10, 3, 4, 2048),
+    },
+    params={
+        "halonet_h0": 5_502_248, "halonet_h2": 9_405_608, "halonet_h3": 11_842_792, "halonet_h4": 19_103_464,
+        "halonet_h5": 30_718_952, "halonet_h6": 43_458_280, "halonet_h7": 67_434_728,
+    },
+    convert=convert,
+    img_size={
+        "halonet_h0": 256, "halonet_h2": 256, "halonet_h3": 320, "halonet_h4": 384, "halonet_h5": 448,
+        "halonet_h6": 512, "halonet_h7": 600,
+    },
 )  # fmt: skip
