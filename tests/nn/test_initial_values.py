@@ -222,6 +222,11 @@ ROWS = {
         },
     ),
     "medvitv2": ("medvitv2", dict(BIG, sr_ratio=2), {"norm.weight": constant(1.0), "norm.bias": constant(0.0)}),
+    "soft": (
+        "soft-softmax-free-transformer",
+        BIG,
+        {"landmark_norm.weight": constant(1.0), "landmark_norm.bias": constant(0.0), "": uniform(fan_in)},
+    ),
     "hilo": ("hilo-litv2", dict(BIG, qkv_bias=True), {}),
     "biformer": ("biformer", dict(BIG, n_win=2, topk=2), {}),
     "sparsifiner": (

@@ -264,11 +264,12 @@ class PositionMlp(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """``x + table``: a learned vector per place of a map, interpolated (bicubic) to maps of other sides.
+    """``x + table``: a learned vector per place of a map, interpolated to maps of other sides.
 
     Args:
         dim: width.
         grid: sides of the map that the table is made for.
+        mode: how, ``"bicubic"`` or ``"bilinear"``.
 
     >>> PositionTable(8, (4, 4))(torch.zeros(1, 3, 5, 8))[0].shape
     torch.Size([1, 3, 5, 8])
@@ -277,13 +278,14 @@ class PositionTable(nn.Module):
     #: Parameters that are tables of places, by how many of their last axes are places.
     tables = {"pos_embed": 2}
 
-    def __init__(self, dim: int, grid: Sequence[int]):
+    def __init__(self, dim: int, grid: Sequence[int], mode: str = "bicubic"):
         super().__init__()
+        self.table_mode = mode
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(dim, *to_tuple("grid", grid, 2)), std=0.02))
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, dim) -> the same, and ``valid``."""
-        return x + resized(self.pos_embed, x.shape[1:3]).permute(1, 2, 0), valid
+        return x + resized(self.pos_embed, x.shape[1:3], self.table_mode).permute(1, 2, 0), valid
 
 
 def strided_valid(valid: Tensor | None, stride: int | Sequence[int]) -> Tensor | None:

@@ -8,6 +8,7 @@ from .halo import halo_attention
 from .linear import LinearOutput, linear_attention, linear_partial
 from .modulation import channel_attention, depthwise
 from .neighborhood import neighborhood_attention, neighborhood_partial
+from .nystrom import gaussian_kernel, newton_inverse, nystrom_attention
 from .partition import partition_attention, window_attention
 from .reduced import agent_attention, reduced_attention
 from .sampled import deformable_attention, deformable_attention_3d
@@ -31,12 +32,15 @@ __all__ = [
     "depthwise",
     "derivatives",
     "explain",
+    "gaussian_kernel",
     "halo_attention",
     "linear_attention",
     "linear_partial",
     "naive",
     "neighborhood_attention",
     "neighborhood_partial",
+    "newton_inverse",
+    "nystrom_attention",
     "operators",
     "partition_attention",
     "reduced_attention",
