@@ -30,3 +30,12 @@ def test_contenders_compute_attention_under_their_plan():
     dense, *blocks = (run(q, k, v) for run in contenders.values())
     for out in blocks:
         torch.testing.assert_close(out, dense)
+
+
+def test_a_reused_plan_is_weighed_with_what_it_cost():
+    result = sparse.reused(64, 0.25, 2, 8, block=8, steps=4, rounds=1)
+    assert [r["budget"] for r in result["records"]] == ["row", "head"] and result["settings"]["steps"] == 4
+    for r in result["records"]:
+        assert r["density"] == 0.25
+        whole = 4 * r["dense_seconds"] / (r["plan_seconds"] + 4 * r["step_seconds"])
+        assert r["speedup"] == pytest.approx(whole) and r["step_speedup"] > r["speedup"]

@@ -1,12 +1,14 @@
 """Time of block-sparse attention beside dense attention of the same length.
 
 ``python -m attnlib.bench.speed.sparse benchmarks/results/sparse-cpu.json`` measures again what that file holds about
-the operator; what it holds about mechanisms beside their authors' code stays.
+the operator; what it holds about mechanisms beside their authors' code stays. With ``reused`` behind it, it measures
+again only how a plan pays that serves several steps.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...ops.block_mass import block_mass, heaviest_blocks
 from ...ops.block_policies import topk_blocks
 from ...ops.block_sparse import BlockPlan, block_sparse_attention
 from ..clock import interleave, machine, ratio
@@ -130,11 +133,82 @@ def measure(
     return {"what": "block-sparse attention", "settings": settings, "machine": machine(), "records": records}
 
 
+def reused(
+    n: int = 8192,
+    density: float = 0.25,
+    heads: int = 8,
+    head_dim: int = 64,
+    block: int = 128,
+    steps: int = 10,
+    rounds: int = 5,
+    clock: str = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """A plan of the heaviest blocks, made once by their exact mass and executed ``steps`` times, beside dense steps.
+
+    Queries and keys drift along the sequence, so that blocks differ and, with a budget per head, rows differ in length.
+
+    Args:
+        n, density, heads, head_dim, progress: as of :func:`measure`.
+        block: queries and keys per block.
+        steps: calls that one plan serves.
+        rounds: measurements of the plan, and of one step of each kind.
+        clock: as of :func:`attnlib.bench.clock.interleave`.
+
+    Returns:
+        Settings and one record for budgets per row and one per head: seconds of the plan and of a step, ``step_speedup``
+        of a step alone and ``speedup = steps dense / (plan + steps sparse)``, the median over rounds.
+
+    >>> [r["budget"] for r in reused(64, 0.5, 1, 4, 16, rounds=1)["records"]]
+    ['row', 'head']
+    """
+    torch.manual_seed(0)
+    anchors = torch.randn(2, heads, head_dim, max(2, n // (4 * block)))
+    drift = [F.interpolate(some, n, mode="linear", align_corners=True).transpose(-2, -1) for some in anchors]
+    q, k = (torch.randn(1, heads, n, head_dim) + some for some in drift)
+    v = torch.randn(1, heads, n, head_dim)
+
+    def plan(per: str) -> BlockPlan:
+        return heaviest_blocks(block_mass(q, k, block, block).mass, 1 - density, block, block, n, per=per)
+
+    budgets = ("row", "head")
+    made = {per: plan(per) for per in budgets}
+    jobs: dict[tuple[str, str], Callable[[], Any]] = {("dense", ""): partial(F.scaled_dot_product_attention, q, k, v)}
+    for per in budgets:
+        jobs["plan", per] = partial(plan, per)
+        jobs["step", per] = partial(block_sparse_attention, q, k, v, made[per])
+    with torch.no_grad():
+        times = interleave(jobs, rounds, clock, progress)
+    dense = times["dense", ""]
+    records = []
+    for per in budgets:
+        at, step = times["plan", per], times["step", per]
+        whole = [steps * d / (p + steps * s) for d, p, s in zip(dense.seconds, at.seconds, step.seconds, strict=True)]
+        records.append(
+            {
+                "budget": per, "density": float(made[per].density), "plan_seconds": at.median,
+                "step_seconds": step.median, "dense_seconds": dense.median,
+                "step_speedup": ratio(dense, step)["ratio"], "speedup": statistics.median(whole),
+            }
+        )  # fmt: skip
+    settings = {
+        "batch": 1, "tokens": n, "heads": heads, "head_dim": head_dim, "block": block, "steps": steps,
+        "dtype": "float32", "rounds": rounds,
+    }  # fmt: skip
+    return {"settings": settings, "machine": machine(), "records": records}
+
+
 if __name__ == "__main__":
     target = Path(sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results/sparse-cpu.json")
     held = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
-    result = measure(flex=True, progress=lambda line: print(line, file=sys.stderr))
-    if "mechanisms" in held:
-        result["mechanisms"] = held["mechanisms"]
+
+    def told(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    if sys.argv[2:] == ["reused"]:
+        result = {**held, "reused": reused(progress=told)}
+    else:
+        kept = {"mechanisms": held["mechanisms"]} if "mechanisms" in held else {}
+        result = {**measure(flex=True, progress=told), "reused": reused(progress=told), **kept}
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
