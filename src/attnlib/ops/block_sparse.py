@@ -405,34 +405,36 @@ class _Work:
 
     # ---- by queries
 
-    def pieces(self) -> Iterator[tuple[slice | Tensor, int]]:
-        """Rows that run together and how many blocks they read; rows that read nothing are left out."""
+    def pieces(self) -> Iterator[tuple[slice | Tensor, int, bool]]:
+        """Rows that run together, how many blocks they read, and whether some read fewer; none that read nothing."""
         width = self.index.shape[1]
-        if self.count is None or width == 0:
-            order, widths = None, None
-        else:
+        order: Tensor | None = None
+        widths: list[int] = []
+        if self.count is not None and width:
             counts = self.count.tolist()
-            if min(counts, default=0) == width:
-                order, widths = None, None
-                self.count = None
-            else:
-                self.masked = True
+            if min(counts, default=0) < width:
                 order = torch.argsort(self.count, descending=True, stable=True)
                 widths = sorted(counts, reverse=True)
         at = 0
         while at < self.rows and width:
-            here = width if widths is None else widths[at]
+            here = width if order is None else widths[at]
             if here == 0:
                 return
             step = max(self.least, self.budget // (min(self.q_block, TALL) * here * self.k_block))
-            rows = slice(at, min(at + step, self.rows)) if order is None else order[at : at + step]
-            yield rows, here
-            at += step
+            stop = min(at + step, self.rows)
+            if order is None:
+                yield slice(at, stop), here, False
+            elif stop == at + 1:
+                yield slice(row := int(order[at]), row + 1), here, False
+            else:
+                yield order[at:stop], here, widths[stop - 1] < here
+            at = stop
 
-    def select(self, rows: slice | Tensor, width: int) -> tuple[Tensor, Tensor | None]:
+    def select(self, rows: slice | Tensor, width: int, ragged: bool) -> tuple[Tensor, Tensor | None]:
         """(r, width) key block numbers of the rows and which of them count (``None``: all)."""
         index, keep = self.index[rows, :width], None
-        if self.count is not None:
+        if ragged:
+            assert self.count is not None
             keep = torch.arange(width, device=self.device) < self.count[rows, None]
             index = index.masked_fill(~keep, 0)
         return index, keep
@@ -500,10 +502,9 @@ class _Work:
         zero = torch.zeros_like(b)
         return pos[b if pos.shape[0] > 1 else zero, h if pos.shape[1] > 1 else zero, token]
 
-    @property
-    def plain(self) -> bool:
-        """No pair of a chosen block is forbidden or biased."""
-        return not self.masked and self.bias is None
+    def plain(self, keep: Tensor | None) -> bool:
+        """No pair of a piece is forbidden or biased."""
+        return not self.masked and keep is None and self.bias is None
 
     def scores(
         self, q: Tensor, k: Tensor, rows: slice | Tensor, part: slice, index: Tensor, keep: Tensor | None
@@ -511,7 +512,7 @@ class _Work:
         """Scores (r, Q, K) of queries (r, Q, D) and keys (r, K, D), and the bias's gathers."""
         s = self.buffer("s", q.shape[0], q.shape[1], k.shape[1])
         torch.baddbmm(self.zero.expand_as(s), q, k.transpose(1, 2), beta=0, alpha=self.scale, out=s)
-        gathers = [] if self.plain else self.finish_scores(s, *self.where(rows, part, index), keep)
+        gathers = [] if self.plain(keep) else self.finish_scores(s, *self.where(rows, part, index), keep)
         return s, gathers
 
     def pair_scores(
@@ -519,15 +520,16 @@ class _Work:
     ) -> tuple[Tensor, list[tuple[int, Tensor]]]:
         """Scores (r, 1, K) of single pairs, and the bias's gathers."""
         s = _elements.products(self.q[rows, 0], self.k, at_k.view(index.shape), self.scale).unsqueeze(1)
-        gathers = [] if self.plain else self.finish_scores(s, *self.where(rows, slice(0, 1), index), keep)
+        gathers = [] if self.plain(keep) else self.finish_scores(s, *self.where(rows, slice(0, 1), index), keep)
         return s, gathers
 
     def forward_by_queries(self, need_lse: bool) -> tuple[Tensor, Tensor | None]:
         out = self.q.new_zeros(self.rows, self.q_block, self.dv)
         lse = self.q.new_full((self.rows, self.q_block), float("-inf")) if need_lse else None
         parts = self.parts()
-        for rows, width in self.pieces():
-            index, keep = self.select(rows, width)
+        for rows, width, ragged in self.pieces():
+            index, keep = self.select(rows, width, ragged)
+            masked = self.masked or keep is not None
             r, span = index.shape[0], width * self.k_block
             at_k, at_v = self.places(rows, index)
             if not self.pairs:
@@ -538,10 +540,10 @@ class _Work:
                     s, _ = self.pair_scores(rows, index, keep, at_k)
                 else:
                     s, _ = self.scores(self.q[rows, part], k, rows, part, index, keep)
-                top = s.amax(-1, keepdim=True) if need_lse or self.masked else None
+                top = s.amax(-1, keepdim=True) if need_lse or masked else None
                 p = self.buffer("p", *s.shape)
                 torch.softmax(s, -1, out=p)
-                if self.masked:
+                if masked:
                     assert top is not None
                     p.masked_fill_(top == float("-inf"), 0.0)
                 if self.pairs:
@@ -565,8 +567,8 @@ class _Work:
             self.backward_by_pairs(grad, delta, lse, grad_bias, grad_q, grad_k, grad_v)
             return grad_q, grad_k, grad_v
         parts = self.parts()
-        for rows, width in self.pieces():
-            index, keep = self.select(rows, width)
+        for rows, width, ragged in self.pieces():
+            index, keep = self.select(rows, width, ragged)
             r, span = index.shape[0], width * self.k_block
             at_k, at_v = self.places(rows, index)
             k = self.gather("k", self.k, at_k).view(r, span, self.d)
@@ -590,8 +592,8 @@ class _Work:
         grad_v: Tensor,
     ) -> None:  # fmt: skip
         """Adds to ``grad_q`` (rows, 1, D), ``grad_k`` and ``grad_v``, in place."""
-        for rows, width in self.pieces():
-            index, keep = self.select(rows, width)
+        for rows, width, ragged in self.pieces():
+            index, keep = self.select(rows, width, ragged)
             at_k, at_v = (at.view(index.shape) for at in self.places(rows, index))
             s, gathers = self.pair_scores(rows, index, keep, at_k)
             q, g = self.q[rows, 0], grad[rows, 0]
@@ -638,7 +640,7 @@ class _Work:
         s = self.buffer("s", q.shape[0], self.k_block)
         torch.addmm(self.zero.expand_as(s), q, k.t(), beta=0, alpha=self.scale, out=s)
         gathers: list[tuple[int, Tensor]] = []
-        if not self.plain:
+        if self.masked or self.bias is not None:
             inner = torch.arange(self.q_block, device=self.device)
             token = ((rows % self.nq * self.q_block)[:, None] + inner).view(1, -1, 1)
             key = block * self.k_block + torch.arange(self.k_block, device=self.device)

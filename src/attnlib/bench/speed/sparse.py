@@ -156,8 +156,8 @@ def reused(
         clock: as of :func:`attnlib.bench.clock.interleave`.
 
     Returns:
-        Settings and one record for budgets per row and one per head: seconds of the plan and of a step, ``step_speedup``
-        of a step alone and ``speedup = steps dense / (plan + steps sparse)``, the median over rounds.
+        Settings and a record for budgets per row and one for budgets per head: seconds of the plan and of a step,
+        ``step_speedup`` of a step alone, and ``speedup = steps dense / (plan + steps sparse)``, the median over rounds.
 
     >>> [r["budget"] for r in reused(64, 0.5, 1, 4, 16, rounds=1)["records"]]
     ['row', 'head']
