@@ -37,4 +37,12 @@ ROWS = [
         dict(dim=16, num_heads=2, window_size=4, chunk=8, rotary_scaling=dict(rope_type="linear", factor=2.0)),
         (12,), "scaled", growth=_LONG,
     ),
+    Case("based", dict(dim=16, num_heads=2, feature_dim=4, chunk=8), (12,), growth=_LONG),
+    Case("based", dict(dim=16, num_heads=4, feature_dim=3, head_dim=5, packed=False, eps=1e-6, chunk=8), (12,), "full",
+         growth=_LONG),
+    Case("based-window", dict(dim=16, num_heads=2, window_size=4), (12,), growth=_LONG),
+    Case("based-window", dict(dim=16, num_heads=2, window_size=0, rotary=None, qkv_bias=True), (12,), "itself",
+         growth=_LONG),
+    Case("based-conv", dict(dim=8), (12,), growth=_LONG),
+    Case("based-conv", dict(dim=8, kernel_size=5, expand=2, conv_bias=True), (12,), "wide", growth=_LONG),
 ]  # fmt: skip

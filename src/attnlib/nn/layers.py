@@ -52,6 +52,82 @@ def zero_invalid(x: Tensor, valid: Tensor | None) -> Tensor:
     return x if valid is None else x.masked_fill(~valid.unsqueeze(-1), 0.0)
 
 
+def to_front(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Tokens (B, N, C) that exist before those that do not, which become zeros; also which exist then, and the order.
+
+    What looks at neighbours (windows, convolutions) then sees runs of tokens that exist. See :func:`to_places`.
+
+    >>> x = torch.tensor([[[1.0], [2.0], [3.0]]])
+    >>> to_front(x, torch.tensor([[False, True, True]]))[0].flatten().tolist()
+    [2.0, 3.0, 0.0]
+    """
+    if valid is None:
+        return x, None, None
+    order = torch.argsort((~valid).to(torch.int8), dim=1, stable=True)
+    now = torch.gather(valid, 1, order)
+    return zero_invalid(torch.gather(x, 1, order[..., None].expand_as(x)), now), now, order
+
+
+def to_places(x: Tensor, order: Tensor | None) -> Tensor:
+    """Tokens (B, N, C) back from the ``order`` that :func:`to_front` gave."""
+    return x if order is None else torch.zeros_like(x).scatter(1, order[..., None].expand_as(x), x)
+
+
+def last_tokens(x: Tensor, count: int, many: Tensor | None) -> Tensor:
+    """The last ``count`` tokens of (B, count + N, C), where ``many`` (B,) of the N new ones exist, or all."""
+    if many is None:
+        return x[:, x.shape[1] - count :]
+    at = (many[:, None] + torch.arange(count, device=x.device))[..., None]
+    return torch.gather(x, 1, at.expand(-1, -1, x.shape[2]))
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution of (B, N, C) over the last ``kernel_size`` tokens, which goes on from call to call.
+
+    Args:
+        dim: channels.
+        kernel_size: tokens, the last one being the current.
+        bias: add a learned bias.
+
+    >>> conv = ShortConv(4, 3)
+    >>> x = torch.randn(1, 5, 4)
+    >>> first, tail = conv(x[:, :2])
+    >>> torch.allclose(torch.cat([first, conv(x[:, 2:], tail=tail)[0]], 1), conv(x)[0], atol=1e-6)
+    True
+    """
+
+    def __init__(self, dim: int, kernel_size: int, bias: bool = True):
+        super().__init__()
+        check_int("kernel_size", kernel_size, least=1)
+        self.kernel_size = kernel_size
+        like = nn.Conv1d(dim, dim, kernel_size, groups=dim, bias=bias)
+        self.weight, self.bias = like.weight, like.bias
+
+    def forward(self, x: Tensor, many: Tensor | None = None, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The convolved tokens and the tail for the next call.
+
+        Args:
+            x: (B, N, C), tokens that exist first, zeros behind them.
+            many: (B,) how many exist; all by default.
+            tail: (B, kernel_size - 1, C) the tokens before; zeros by default.
+        """
+        reach = self.kernel_size - 1
+        if tail is None:
+            tail = x.new_zeros(x.shape[0], reach, x.shape[2])
+        longer = torch.cat([tail.to(x.dtype), x], 1)
+        # Sums of shifted products: on the CPU faster than a grouped convolution for short kernels, and any length.
+        weight = self.weight[:, 0].to(x.dtype)
+        y = longer[:, : x.shape[1]] * weight[:, 0]
+        for i in range(1, self.kernel_size):
+            y = y + longer[:, i : i + x.shape[1]] * weight[:, i]
+        if self.bias is not None:
+            y = y + self.bias.to(x.dtype)
+        return y, last_tokens(longer, reach, many)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, kernel_size={self.kernel_size}, bias={self.bias is not None}"
+
+
 def through(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)``, where an identity or a dropout that drops nothing is not called unless somebody listens to it."""
     kind = type(module)

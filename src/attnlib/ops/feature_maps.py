@@ -166,6 +166,34 @@ def random_directions(
     return torch.cat([*blocks, w[:0]])[:count] * norms
 
 
+def taylor_features(x: Tensor, packed: bool = True) -> Tensor:
+    """Features of D channels with ``phi(q) . phi(k) = 1 + s + s^2 / 2``, ``s = q . k / sqrt(D)``.
+
+    Args:
+        x: (..., D).
+        packed: each product of two channels once (``1 + D + D (D + 1) / 2`` features) instead of twice
+            (``1 + D + D^2``); the dot products are the same.
+
+    Reference: Arora et al., 2024, arXiv 2402.18668.
+
+    >>> taylor_features(torch.zeros(1, 16)).shape, taylor_features(torch.zeros(1, 16), packed=False).shape
+    (torch.Size([1, 153]), torch.Size([1, 273]))
+    """
+    check_float("x", x)
+    if not x.dim() or not x.shape[-1]:
+        raise ValueError(f"x must be (..., D) with at least one channel, got {tuple(x.shape)}")
+    check_flag("packed", packed)
+    d = x.shape[-1]
+    if packed:
+        first, second = torch.triu_indices(d, d, device=x.device)
+        # products of two different channels stand for two
+        factor = x.new_ones(len(first)).masked_fill(first == second, 0.5**0.5)
+        products = x.index_select(-1, first) * x.index_select(-1, second) * factor
+    else:
+        products = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2) * 0.5**0.5
+    return torch.cat([torch.ones_like(x[..., :1]), x * d**-0.25, products * d**-0.5], -1)
+
+
 FEATURE_MAPS: dict[str, FeatureMap] = {
     "identity": identity,
     "relu": F.relu,

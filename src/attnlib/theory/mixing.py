@@ -89,6 +89,7 @@ SOMETIMES: dict[str, str] = {
 
 #: Why some mechanisms are no matrix times values.
 NOT_LINEAR: dict[str, str] = {
+    "based-conv": "a SiLU stands between its convolution and its output map, and a gate multiplies it",
     "crossformer": "its output map reads groups one after another, padding among them, not tokens in their order",
     "davit": "it mixes features, not tokens: its map is features by features, and reads every token's values",
     "favit": "its groups of channels read summaries of the map of different kinds, with a matrix for each",
