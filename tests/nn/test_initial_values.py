@@ -237,6 +237,21 @@ ROWS = {
     "focalnet": ("focalnet", dict(dim=64), {}),
     "davit": ("davit", dict(BIG), {}),
     "mambaout": ("mambaout", dict(dim=64), {}),
+    "vmamba": (
+        "vmamba",
+        dict(dim=64),
+        {
+            "A_log": exactly(lambda m: torch.arange(1.0, 17).log()),
+            "scan.D": constant(1.0),
+            "x_proj": uniform(128**-0.5),
+            "step_weight": uniform(4**-0.5),
+            "step_bias": lambda name, p, m: drawn(lambda q, n: 1.33, lambda q, n: math.log(10) + 1e-3)(
+                name, torch.nn.functional.softplus(p).log() - math.log(1e-2), m
+            ),
+            "layer.weight": constant(1.0),
+            "layer.bias": constant(0.0),
+        },
+    ),
     "deformable": (
         "deformable-attention",
         dict(dim=32, num_heads=4, num_levels=2, num_points=3),

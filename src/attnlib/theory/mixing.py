@@ -96,6 +96,7 @@ NOT_LINEAR: dict[str, str] = {
     "focalnet": "a GELU stands between the levels of its context, and the gated context is a factor of the query",
     "gaussian-adaptive-attention": "it multiplies every number by a weight of its own; no token reads another's values",
     "hilo-litv2": "its two kinds of heads have a matrix and an output map each, side by side",
+    "vmamba": "the steps and the ways in and out of its states are computed from the values that it scans",
     "mambaout": "gates multiply what it convolves, and its output map reads channels that were not mixed as well",
     "maxvit": "it is two attentions with a residual and a norm between them, each of which has its own matrix",
     "vwformer": "its values are those of keys folded from neighbouring tokens, behind a ReLU, not of tokens",

@@ -1,0 +1,1 @@
+"""Selective scans: along routes through a map, along channels."""
