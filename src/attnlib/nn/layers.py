@@ -915,7 +915,7 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """The mean is that of the tokens in ``valid``."""
         g = self.gate(self.fc2(self.act(self.fc1(masked_mean(x, valid)))))
-        return x * g.reshape(g.shape[0], *[1] * (x.dim() - 2), -1)
+        return x * g.view(g.shape[0], *[1] * (x.dim() - 2), g.shape[-1])
 
 
 def masked_mean(x: Tensor, valid: Tensor | None = None) -> Tensor:

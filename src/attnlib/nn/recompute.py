@@ -13,12 +13,13 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import checkpoint as _checkpoint
 
 #: The code of the two kinds of checkpoints, by which their calls are known on the stack; since 2.14 ``checkpoint``
@@ -128,3 +129,26 @@ class _Buffers:
         finally:
             for (m, name, _), buffer in zip(self.held, now, strict=True):
                 m._buffers[name] = buffer
+
+
+def checkpointed(module: nn.Module, *args: Any) -> Any:
+    """``module(*args)``, whose insides are computed again in the backward pass instead of being kept.
+
+    Batch norms count a batch once: when they run again they use its statistics and leave their own as they are.
+    """
+    contexts = {} if torch.compiler.is_compiling() else {"context_fn": lambda: (nullcontext(), _counted(module))}
+    return _checkpoint.checkpoint(module, *args, use_reentrant=False, **contexts)
+
+
+@contextmanager
+def _counted(module: nn.Module) -> Iterator[None]:
+    """What batch norms count of the batch that runs again goes to copies; a graph saves as many tensors as before."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    counts = [m._buffers.copy() for m in norms]
+    try:
+        for norm in norms:
+            norm._buffers.update({name: None if b is None else b.clone() for name, b in norm._buffers.items()})
+        yield
+    finally:
+        for norm, held in zip(norms, counts, strict=True):
+            norm._buffers.update(held)

@@ -270,7 +270,7 @@ def pool(x: Tensor, *, keep: int | None = None, valid: Tensor | None = None) -> 
         return _zero_invalid(x, valid)
     high = stats_dtype(x.dtype)
     if valid is None:
-        size = math.prod(x.shape[a] for a in axes)
+        size = math.prod([x.shape[a] for a in axes])
         return (x.sum(axes, keepdim=True, dtype=high) / max(size, 1)).to(x.dtype)
     count = valid.sum(axes, keepdim=True).clamp(min=1).unsqueeze(-1)
     return (_zero_invalid(x, valid).sum(axes, keepdim=True, dtype=high) / count).to(x.dtype)

@@ -45,6 +45,7 @@ from ...nn.layers import (
     strided_valid,
     zero_invalid,
 )
+from ...nn.recompute import checkpointed
 from ...nn.reduced.spatial_reduction import SpatialReductionAttention
 from ...ops import attention
 from ..blocks import Make, Place, init_weights, mix, places
@@ -401,7 +402,7 @@ class DynamicTokenRoutingViT(Backbone):
                     stopped[i] = stopped[i] | (1 - on >= self.early_stop)
                     row = row.masked_fill(stopped[i][:, None, None], 0.0)
                 rows[i, j] = row > 0
-                maps[i] = self._node(node, tokens, there[i] > 0, row)
+                maps[i] = self._node(self.stages[i], node, tokens, there[i] > 0, row)
                 if count:
                     flops = flops + self._node_flops(node, there[i], row, sides[i], force_row is None)
                 if node.col is None:
@@ -426,14 +427,13 @@ class DynamicTokenRoutingViT(Backbone):
     def _gate(gate: Gate, x: Tensor, forced: int | None) -> Tensor:
         return gate(x) if forced is None else x.new_full(x.shape[:3], float(forced))
 
-    def _node(self, node: Any, x: Tensor, there: Tensor, row: Tensor) -> Tensor:
+    def _node(self, stage: Any, node: Any, x: Tensor, there: Tensor, row: Tensor) -> Tensor:
         """(B, H, W, C) behind the blocks of a node."""
-        gathers = (
-            not self.training and all(block.gathers for block in node.blocks) and not torch.compiler.is_compiling()
-        )
+        gathers = not self.training and all(block.gathers for block in node.blocks)
         if not gathers or torch.compiler.is_compiling():
             for block in node.blocks:
-                x = block(x, there, row)
+                again = stage.checkpointing and torch.is_grad_enabled()
+                x = checkpointed(block, x, there, row) if again else block(x, there, row)
             return x
         on = row > 0
         out = []

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ...checks import check_choice, check_flag, check_int, check_ints, check_real, check_valid, describe
 from ...nn.layers import masked_mean, normed
+from ...nn.recompute import checkpointed
 
 #: Tables of positions and learned tokens, which weight decay would pull to zero.
 UNDECAYED = re.compile(r"(rel_bias|rpb|pos_embed|absolute_pos\w*|relative_position_bias_table|\w+_token)$")
@@ -47,12 +47,11 @@ class Stage(nn.Module):
         carry: Any = None
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled() and losses is None:
-                made = checkpoint(block, x, valid, carry, use_reentrant=False)
+                made = checkpointed(block, x, valid, carry)
             else:
                 made = block(x, valid, carry, losses)
             x, valid, carry = self._after(made, valid)
         return (x if self.norm is None else normed(self.norm, x, valid)), valid
-
 
     @staticmethod
     def _after(made: Any, valid: Tensor | None) -> tuple[Tensor, Tensor | None, Any]:
@@ -181,7 +180,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
         self.img_size = check_ints("img_size", (img_size,) * 2 if isinstance(img_size, int) else img_size, least=1)
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
+        self.head_hidden_size = getattr(head, "hidden", 0) or dims[-1]
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.norm = nn.Identity() if norm is None else norm
@@ -285,6 +285,7 @@ class Backbone(nn.Module):
         """A new head: ``num_classes=0`` for none."""
         self.num_classes = check_int("num_classes", num_classes, least=0)
         self.head.reset(num_classes, global_pool)
+        self.head.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the insides of blocks in the backward pass instead of keeping them."""

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ...checks import check_choice, check_int, check_ints, check_real, describe
 from ...grids import Layout
 from ...nn.dense.softmax_attention import SoftmaxAttention
 from ...nn.layers import Mlp, Patchify, flat_valid, normed
+from ...nn.recompute import checkpointed
 from ...nn.released import Released, join
 from ..blocks import Block, Make, init_weights, places
 from ..build import register_models, resampled_patch, resized
@@ -192,7 +192,7 @@ class VisionTransformer(Backbone):
         carry: Any = None
         for block in self.stages[: None if last is None else last + 1]:  # type: ignore[union-attr]
             if getattr(block, "checkpointing", False) and torch.is_grad_enabled() and losses is None:
-                x, carry = checkpoint(block, x, exists, carry, None, layout, use_reentrant=False)
+                x, carry = checkpointed(block, x, exists, carry, None, layout)
             else:
                 x, carry = block(x, exists, carry, losses, layout)
             yield x, valid, grid

@@ -293,6 +293,10 @@ class Segmenter(nn.Module):
     def num_classes(self) -> int:
         return self.head.num_classes  # type: ignore[return-value]
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As of the encoder."""
+        self.encoder.set_grad_checkpointing(enable)  # type: ignore[operator]
+
     @property
     def input_name(self) -> str | None:
         """First convolution, which depends on the number of channels."""

@@ -27,6 +27,7 @@ batches are resampled to a common size. ``prediction > 0`` is foreground.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ from ...checks import check_int, check_ints, check_real, describe
 from ...nn.base import Mechanism
 from ...nn.dense.eva import EvaAttention
 from ...nn.layers import ConvNorm, DepthwiseConv, DropPath, Mlp, Patchify, resize_map
+from ...nn.recompute import checkpointed
 from ...nn.reduced.interformer_imsa import PoolingAttention
 from ...nn.released import Released, split_rule
 from ..backbones.vit import TokenHead, VisionTransformer, start
@@ -140,6 +142,7 @@ class IMSA(nn.Module):
             raise ValueError(f"refine_from={tuple(refine_from)} must be 1 to depths={tuple(depths)}")
         self.dims, self.global_keys = tuple(dims), global_keys
         self.refine_from = tuple(refine_from)
+        self.checkpointing = False
 
         def own(place: Place) -> nn.Module:
             target = [max(1, side // place.stride) for side in img_size]
@@ -187,6 +190,8 @@ class IMSA(nn.Module):
         outs = []
         for i, stage in enumerate(self.stages):
             blocks: Any = list(stage)  # type: ignore[call-overload]
+            if self.checkpointing and torch.is_grad_enabled():
+                blocks = [partial(checkpointed, block) for block in blocks]
             x = blocks[0](x, maps[i])
             for block in blocks[1 : self.refine_from[i]]:
                 x = block(x)
@@ -297,6 +302,11 @@ class InterFormer(nn.Module):
         )  # fmt: skip
         self.head = UPerHead(dims, width, 2, drop_rate)
         self.auxiliary = AuxiliaryHead(dims[2], width, drop_rate) if auxiliary else None
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the insides of blocks in the backward pass instead of keeping them."""
+        self.encoder.set_grad_checkpointing(enable)
+        self.imsa.checkpointing = enable
 
     # ---- the two halves
 

@@ -9,11 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_int, describe
+from ...checks import check_flag, check_int, describe
+from ...nn.recompute import checkpointed
 from ...nn.released import Rule
 
 #: Mean colour of DIV2K, which super-resolution models subtract.
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
+
+
+class Blocks(nn.ModuleList):
+    """Blocks on (B, H, W, C) one behind the other, each recomputed in the backward pass when ``checkpointing``."""
+
+    checkpointing = False
+
+    def run(self, x: Tensor) -> Tensor:
+        for block in self:
+            made = checkpointed(block, x) if self.checkpointing and torch.is_grad_enabled() else block(x)
+            x = made[0] if isinstance(made, tuple) else made
+        return x
 
 
 class Restorer(nn.Module):
@@ -39,6 +52,13 @@ class Restorer(nn.Module):
         self.scale, self.in_chans, self.step, self.img_range = scale, in_chans, step, img_range
         self.align = step if align is None else check_int("align", align, least=1)
         self.mean = RGB_MEAN if in_chans == 3 else (0.0,) * in_chans
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the insides of blocks in the backward pass instead of keeping them."""
+        check_flag("enable", enable)
+        for module in self.modules():
+            if isinstance(module, Blocks):
+                module.checkpointing = enable
 
     def body(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W), mean subtracted, to (B, in_chans, scale * H, scale * W)."""

@@ -25,7 +25,7 @@ from ...nn.partition.maxvit import PartitionAttention
 from ...nn.released import Released
 from ..blocks import Make, Place, Residual, init_weights, mix, places
 from ..build import register_models
-from .base import PixelShuffleHead, Restorer
+from .base import Blocks, PixelShuffleHead, Restorer
 
 
 class ConvChannelAttention(nn.Module):
@@ -64,15 +64,13 @@ class HybridGroup(nn.Module):
 
     def __init__(self, blocks: Sequence[nn.Module], overlap: nn.Module, dim: int, mlp_ratio: float, convolve: bool):
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = Blocks(blocks)
         self.overlap = Residual(dim, overlap)
         self.overlap_mlp = Residual(dim, Mlp(dim, mlp_ratio))
         self.conv = ConvNorm(dim, dim, 3, norm=False, bias=True) if convolve else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for block in self.blocks:
-            y = block(y)
+        y = self.blocks.run(x)
         y = self.overlap_mlp(self.overlap(y)[0])[0]
         return x + self.conv(y)
 

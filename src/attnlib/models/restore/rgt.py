@@ -31,7 +31,7 @@ from ...nn.reduced.rgt import RecursiveGeneralization
 from ...nn.released import Released
 from ..blocks import Block, Make, Place, init_weights, places
 from ..build import register_models
-from .base import PixelShuffleHead, Restorer
+from .base import Blocks, PixelShuffleHead, Restorer
 
 
 class SpatialGateMlp(nn.Module):
@@ -100,13 +100,10 @@ class ResidualGroup(nn.Module):
 
     def __init__(self, blocks: Sequence[nn.Module], conv: nn.Module):
         super().__init__()
-        self.blocks, self.conv = nn.ModuleList(blocks), conv
+        self.blocks, self.conv = Blocks(blocks), conv
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for block in self.blocks:
-            y, _ = block(y)
-        return x + self.conv(y)
+        return x + self.conv(self.blocks.run(x))
 
 
 class RGT(Restorer):
