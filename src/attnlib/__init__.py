@@ -31,8 +31,8 @@ _LAZY = {
     "attach": "attnlib.hooks",
 }
 _MODULES = frozenset(
-    "bench cache catalog check checks grids hooks look masks models nn normalizers ops optim positions reduce steer "
-    "theory types".split()
+    "bench cache catalog check checks grids hooks look masks models nn normalizers ops optim parallel positions reduce "
+    "steer theory types".split()
 )
 
 __all__ = ["__version__", *_LAZY]

@@ -106,6 +106,9 @@ class Mechanism(nn.Module):
     own_state: ClassVar[tuple[str, ...]] = ()
     #: Settings of which 0 means that there is no such part.
     zero_is_off: ClassVar[tuple[str, ...]] = ()
+    #: Tokens meet nowhere but in operators that serve a sequence cut over processes, so that every process may hold a
+    #: chunk of it (:mod:`attnlib.parallel`).
+    cuts_sequence: bool = False
     #: Its answer depends on how many slots there are and where, so that padding changes it.
     reads_length: bool = False
     #: What becomes of a grid that :meth:`mix` cannot take: ``"mask"`` adds tokens that do not exist, ``"zeros"`` adds

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..grids import Layout
 from ..masks import Mask, causal
 from ..normalizers import Normalizer, as_normalizer
-from ..ops import attention
+from ..ops import _shards, attention
 from ..positions import Bias, alibi, check_rotary_scaling, rotary_angles, rotate
 from ..types import Output, Plan, State, Traits, Wanted, check_divides
 from .base import Mechanism
@@ -41,6 +41,13 @@ class Stream:
     def __init__(self, x: Tensor, valid: Tensor | None, state: State | None, keep: bool):
         self.batch, self.new, self.device = x.shape[0], x.shape[1], x.device
         self.valid, self.state, self.keep = valid, state, keep
+        self._others = _shards.others()
+        self._before: Tensor | None = None
+        if self._others is not None and (keep or state is not None):
+            raise ValueError(
+                "state is not possible while the sequence is cut over processes: each holds a chunk, none the end; "
+                "decode on one process"
+            )
         self._now: Tensor | None = valid
         self._slots: Tensor | None = None
 
@@ -54,6 +61,10 @@ class Stream:
     @property
     def past(self) -> Tensor:
         """(B,) tokens that exist before the new ones."""
+        if self._others is not None:
+            if self._before is None:
+                self._before = self._others.before(self.valid, self.batch, self.new, self.device)
+            return self._before
         if self.state is None:
             return torch.zeros(self.batch, dtype=torch.long, device=self.device)
         return self.state["tokens"] if "tokens" in self.state else self.state["valid"].sum(1)
@@ -66,7 +77,7 @@ class Stream:
     @property
     def positions(self) -> Tensor:
         """(B, n), or (1, n) where all samples agree: positions of the new tokens, counting those that exist."""
-        if self.valid is None and self.state is None:
+        if self.valid is None and self.state is None and self._others is None:
             return torch.arange(self.new, device=self.device)[None]
         return self.past[:, None] + self.now.long().cumsum(1) - 1
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..checks import check_type
+from ._shards import others
 
 #: As ``backend``: the automatic choice even inside :func:`use_backend`, for the problems that an engine hands on.
 AUTO = "auto"
@@ -84,13 +85,15 @@ class Operator:
         aliases: other names of backends.
         entries: further public functions on the same backends, with the settings of ``prepare`` that they stand for.
         argument: how the function calls the choice of a backend.
+        cut: whether its function also serves sequences that are cut over processes.
     """
 
     def __init__(
         self, name: str, prepare: Callable[..., Any], aliases: Mapping[str, str] | None = None,
-        entries: Mapping[str, Mapping[str, Any]] | None = None, argument: str = "backend",
+        entries: Mapping[str, Mapping[str, Any]] | None = None, argument: str = "backend", cut: bool = False,
     ):  # fmt: skip
         self.name, self.prepare, self.aliases, self.argument = name, prepare, dict(aliases or {}), argument
+        self.cut = cut
         self.backends: dict[str, Backend] = {}
         for entry, settings in {name: {}, **(entries or {})}.items():
             _OPERATORS[entry] = (self, dict(settings))
@@ -130,6 +133,9 @@ class Operator:
 
     def run(self, call: Any, backend: str | None = None) -> Any:
         """Compute a call."""
+        if not self.cut and others() is not None:
+            able = [name for name, (op, _) in _OPERATORS.items() if op.cut]
+            raise ValueError(f"{self.name} does not serve a sequence that is cut over processes; those that do: {able}")
         return self.choose(call, backend).run(call)
 
     def explain(self, call: Any, backend: str | None = None) -> str:

@@ -14,7 +14,7 @@ from ..masks import Mask
 from ..normalizers import Normalizer
 from ..positions import Bias
 from ..types import Partial
-from . import eager, flex, sdpa, split_decoding, tiled
+from . import _shards, eager, flex, sdpa, split_decoding, tiled
 from ._call import AttentionCall, prepare
 from ._dispatch import Backend, Operator, explain, use_backend
 from ._guard import guarded
@@ -32,7 +32,7 @@ def _prepare(
     )  # fmt: skip
 
 
-ATTENTION = Operator("attention", _prepare, entries={"attention_partial": {"want": "partial"}})
+ATTENTION = Operator("attention", _prepare, entries={"attention_partial": {"want": "partial"}}, cut=True)
 for _backend in (sdpa, split_decoding, tiled, flex, eager):
     _backend.register(ATTENTION)
 for _name, _one in ATTENTION.backends.items():
@@ -127,7 +127,12 @@ def attention(
         q, k, v, mask=mask, valid=valid, bias=bias, scale=scale, normalizer=normalizer, dropout_p=dropout_p,
         q_pos=q_pos, k_pos=k_pos, want="weights" if check_flag("return_weights", return_weights) else "out",
     )  # fmt: skip
-    return ATTENTION.run(call, backend)
+    return _run(call, backend)
+
+
+def _run(call: AttentionCall, backend: str | None) -> Any:
+    who = _shards.others()
+    return ATTENTION.run(call, backend) if who is None else who.attention(call, partial(ATTENTION.run, backend=backend))
 
 
 def attention_partial(
@@ -154,6 +159,6 @@ def attention_partial(
     True
     """
     call = prepare(q, k, v, mask=mask, valid=valid, bias=bias, scale=scale, q_pos=q_pos, k_pos=k_pos, want="partial")
-    result = ATTENTION.run(call, backend)
+    result = _run(call, backend)
     assert isinstance(result, Partial)
     return result

@@ -37,6 +37,7 @@ from ..checks import (
     check_whole,
 )
 from ..types import Partial, State, exactly, stats_dtype
+from . import _shards
 from ._call import check_qkv, expand_heads
 from ._dispatch import Operator, transformed, twice, wants_gradient
 from ._guard import bad_rows, finite, readable, spoil
@@ -253,6 +254,12 @@ def _start_of(state: State, shape: tuple[int, int, int], width: int, column: boo
 
 
 def _run(call: _Call, form: str | None) -> tuple[Tensor, Tensor]:
+    """The operator, on tokens that lie here or with others, too."""
+    who = _shards.others()
+    return _run_here(call, form) if who is None else who.linear(call, partial(_run_here, form=form))
+
+
+def _run_here(call: _Call, form: str | None) -> tuple[Tensor, Tensor]:
     """The operator, whatever tokens hold that take no part: later ones, other segments."""
     tensors = [t for t in (call.q, call.k, call.v, call.decay) if t is not None]
     if not readable(*tensors) or transformed(call.inputs()):
@@ -942,6 +949,7 @@ _OPERATOR = Operator(
     aliases={"parallel": "eager"},
     entries={"linear_partial": {"normalizer": "sum"}},
     argument="form",
+    cut=True,
 )
 
 

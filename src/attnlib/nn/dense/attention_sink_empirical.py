@@ -157,6 +157,10 @@ class SinkFreeAttention(HeadFrame[Notes]):
         linear = {"N": 1.0}
         return traits.but(mask=False, weights=False, work=linear, memory=linear)
 
+    @property
+    def cuts_sequence(self) -> bool:  # type: ignore[override]
+        return not self.biased
+
     # ---- order and positions
 
     def _in_order(self, mask: masks.Mask | None) -> masks.Mask:

@@ -32,6 +32,10 @@ class SoftmaxAttention(HeadFrame[Notes]):
 
     cross_positions = True
 
+    @property
+    def cuts_sequence(self) -> bool:  # type: ignore[override]
+        return not self.biased
+
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From ``torch.nn.MultiheadAttention``, timm's ``Attention`` (``qkv.*``), or a module of this one's names."""

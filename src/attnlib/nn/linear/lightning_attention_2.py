@@ -103,6 +103,7 @@ class LightningAttention2(Mechanism):
         work={"N": 1},
         memory={"N": 1},
     )
+    cuts_sequence = True
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import masks
-from ...ops import attention
+from ...ops import _shards, attention
 from ...ops._call import expand_heads
 from ...ops.linear import linear_partial
 from ...positions import check_rotary_scaling, rotary_angles, rotate
@@ -217,6 +217,11 @@ class LoLCATs(Mechanism):
         streaming = not self._dynamic and (self.window == "sliding" or self.compat != "authors")
         gradient = "exact" if self.train_window else "surrogate"
         return self.class_traits.but(streaming=streaming, work={"N": 1}, memory={"N": 1}, losses=(), gradient=gradient)
+
+    @property
+    def cuts_sequence(self) -> bool:  # type: ignore[override]
+        """Sliding windows reach into the chunk before; terraces are counted from the end, maps need all of them."""
+        return self.window == "sliding" and not self.attention_transfer
 
     @property
     def _dynamic(self) -> bool:
@@ -444,6 +449,13 @@ class LoLCATs(Mechanism):
             x = x.masked_fill(~torch.gather(exists, 1, order)[..., None], 0.0)
         many = torch.full((batch,), n, device=x.device) if exists is None else exists.sum(1)
         past = torch.zeros_like(many) if state is None else state["tokens"]
+        if (others := _shards.others()) is not None:
+            if exists is not None or state is not None or "state" in returns:
+                raise ValueError(
+                    "valid and state are not possible while the sequence is cut over processes: windows reach back "
+                    "over a number of tokens that exist, which may lie with any of them"
+                )
+            past = others.before(None, batch, n, x.device)
         q, k, v = self._heads(x, past, many)
         now = torch.arange(n, device=x.device) < many[:, None]
         if self.attention_transfer:
@@ -454,7 +466,7 @@ class LoLCATs(Mechanism):
             out, new_state = self._terraced(q, k, v, now, state, "state" in returns)
             return Output(self._finish(out, order), state=new_state)
         if state is None:
-            k, v = (F.pad(t, (0, 0, window, 0)) for t in (k, v))
+            k, v = (_shards.behind(t, window, 2) for t in (k, v))
         else:
             self._check_state(state, q, window)
             k, v = torch.cat([state["k"].to(k.dtype), k], 2), torch.cat([state["v"].to(v.dtype), v], 2)
