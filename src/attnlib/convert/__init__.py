@@ -1,1 +1,23 @@
-"""Turning trained models into others: what a student learns from a teacher."""
+"""Turning trained models into others: what a student learns from a teacher.
+
+>>> from attnlib.convert import linearize
+"""
+
+from ..nn.linear.heads import HeadMixer
+from .agreement import Report
+from .conversion import Conversion, linearize, load
+from .swap import Swap, convertible, is_causal, swap
+from .targets import target
+
+__all__ = [
+    "Conversion",
+    "HeadMixer",
+    "Report",
+    "Swap",
+    "convertible",
+    "is_causal",
+    "linearize",
+    "load",
+    "swap",
+    "target",
+]

@@ -309,7 +309,8 @@ class DecoderPreTrainedModel(PreTrainedModel):
                     source = build_mixer(self.config, layer.index)
                 values = dict([*source.named_parameters(), *source.named_buffers()])
                 for name, tensor in (*layer.mixer.named_parameters(), *layer.mixer.named_buffers()):
-                    init.copy_(tensor, values[name].to(tensor))  # leaves alone what was loaded
+                    if name in values:  # a converted layer has more, which its checkpoint holds
+                        init.copy_(tensor, values[name].to(tensor))  # leaves alone what was loaded
                 layer.ready = True
 
     def set_progress(self, progress: float) -> None:

@@ -47,6 +47,9 @@ DRAFTING = "assistant_kwargs"
 #: And for the drafts of assisted decoding.
 CANDIDATES = "_get_candidate_generator"
 
+#: The child of an attention module that attends in place of the kernel of its configuration.
+CONVERTED = "attnlib_mixer"
+
 #: Where ``generate`` reads a prompt, in one call or in chunks.
 READS_PROMPT = ("_prefill", "_prefill_chunking")
 
@@ -139,6 +142,12 @@ def reachable(module: nn.Module) -> bool:
 
 def kernel_of(module: nn.Module, implementation: str) -> Callable[..., Any]:
     """The function that the module would call under ``implementation``; the same object it would look up itself."""
+    own = getattr(module, CONVERTED, None)
+    return own.kernel if own is not None else plain_kernel_of(module, implementation)
+
+
+def plain_kernel_of(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    """The same, whether the module was converted or not."""
     scope = _forward_of(module).__globals__
     interface = scope.get("ALL_ATTENTION_FUNCTIONS")
     eager = scope.get("eager_attention_forward")
@@ -173,6 +182,8 @@ def asks_for_weights(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
 
 def weighting_of(module: nn.Module, implementation: str, kwargs: dict[str, Any], heads: int) -> Weighting:
     """What the kernel makes of scores, from the arguments of its call."""
+    if hasattr(module, CONVERTED):
+        return Weighting(opaque="it was converted, so its weights are no softmax over scores")
     for name in CHOOSES:
         if kwargs.get(name) is not None:
             return Weighting(opaque=f"its kernel is given {name}, so its weights cannot be computed beside it")
@@ -206,8 +217,17 @@ def _view(cls: type, name: Callable[[str], str]) -> type:
         return name(named_implementation(self))
 
     known: Any = inspect.getattr_static(cls, "_attn_implementation")
-    names = {"_attn_implementation": property(get, known.fset), "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (_Quiet, cls), names)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        plain: Any = object.__new__(cls)
+        object.__setattr__(plain, "__dict__", self.__dict__)
+        return seen_through, (plain, name)
+
+    names = {
+        "_attn_implementation": property(get, known.fset), "__reduce_ex__": reduce, "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+    }  # fmt: skip
+    return type(cls.__name__, (cls,) if issubclass(cls, _Quiet) else (_Quiet, cls), names)
 
 
 class _Quiet:

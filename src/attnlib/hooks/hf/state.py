@@ -129,6 +129,31 @@ class StateLayer(CacheLayerMixin):
         raise TypeError("StateLayer holds states, not keys and values; call advance(state, tokens)")
 
 
+class PassingLayer(StateLayer):
+    """A state that somebody else moves on: new keys and values go to attention as they come, and nothing is kept."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return key_states, value_states
+
+
+def passing_layer(cache: Any, index: int, where: str) -> PassingLayer:
+    """Layer ``index`` of any cache, made one of these while it is empty."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    if index >= len(cache.layers):
+        raise ValueError(f"{where}: the cache has {len(cache.layers)} layers; it was made for another model")
+    layer = cache.layers[index]
+    if not isinstance(layer, PassingLayer):
+        if layer.get_seq_length():
+            raise ValueError(
+                f"{where}: its cache holds {layer.get_seq_length()} keys, from before the layer was converted; start "
+                "from the prompt"
+            )
+        layer = cache.layers[index] = PassingLayer()
+    return layer
+
+
 def _leaves(state: State) -> list[Tensor]:
     out: list[Tensor] = []
     for value in state.tensors.values():

@@ -34,7 +34,7 @@ class HedgehogFeatures(nn.Module):
         identity: start from the identity instead of random matrices; with ``skip``, from zeros.
         normal: start from standard normal matrices.
         skip: ``phi`` of ``x + x W_h`` instead of ``x W_h``; needs ``feature_dim == head_dim``.
-        bias: add a number per head to ``x W_h``.
+        bias: add a number per head to ``x W_h``; ``"features"`` adds one per feature, which starts at zero.
         hidden: instead of ``W_h`` an adapter, ``x + relu(x A_h + a_h) B_h + b_h`` through this width, from zeros.
         eps: lower bound of every feature (``"joint-softmax"`` has none).
 
@@ -54,13 +54,14 @@ class HedgehogFeatures(nn.Module):
         identity: bool = False,
         normal: bool = False,
         skip: bool = False,
-        bias: bool = False,
+        bias: bool | str = False,
         hidden: int | None = None,
         eps: float = EPS,
     ):
         super().__init__()
         check_choice("kind", kind, KINDS)
         check_real("eps", eps, least=0)
+        check_choice("bias", bias, (False, True, "features"))
         if hidden is not None and (hidden < 1 or identity or normal or bias):
             raise ValueError(f"hidden={hidden} must be at least 1, and goes without identity, normal and bias")
         if identity and normal:
@@ -91,7 +92,9 @@ class HedgehogFeatures(nn.Module):
             nn.init.normal_(self.weight)
         else:
             nn.init.kaiming_uniform_(self.weight)
-        if bias:
+        if bias == "features":
+            self.bias = nn.Parameter(torch.zeros(1, num_heads, 1, feature_dim))
+        elif bias:
             self.bias = nn.Parameter(torch.empty(1, num_heads, 1, 1))
             nn.init.kaiming_uniform_(self.bias)
 

@@ -22,6 +22,7 @@ from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
 from ..registry import register
 from ..released import Released, Rule
 from .feature_maps import KINDS, OPTIONS, HedgehogFeatures
+from .heads import HeadMixer, map_cross_entropy, output_error, softmax_map
 
 
 def window_part(q: Tensor, k: Tensor, v: Tensor, exists: Tensor, consistent: bool) -> Partial:
@@ -56,118 +57,44 @@ def window_part(q: Tensor, k: Tensor, v: Tensor, exists: Tensor, consistent: boo
     return Partial(*(t.flatten(2, 3)[:, :, :n] for t in parts))
 
 
-@register("lolcats", "lolcats-attention")
-class LoLCATs(Mechanism):
-    """Causal attention that a pretrained softmax layer can be turned into: a softmax window and Hedgehog features.
+def tokens_first(valid: Tensor) -> Tensor:
+    """(B, N) order in which the tokens that exist come first, each group as it was."""
+    return torch.argsort((~valid).to(torch.int8), dim=1, stable=True)
 
-    ``y_i = (gamma sum_win e_ij v_j + beta sum_old l_ij v_j) / (gamma sum_win e_ij + beta sum_old l_ij)`` with
-    ``e_ij = exp(q_i . k_j / sqrt(D) - m_i)`` for the last ``window_size`` keys, ``m_i`` the largest score among them,
-    and ``l_ij = phi_q(q_i) . phi_k(k_j)`` for all older ones. ``gamma = sigmoid(g_h)`` is learned, ``beta`` is 1.
 
-    ``m_i`` scales the window but not the linear part, so that their balance depends on it, as in the authors' code;
-    ``consistent=True`` weighs both in the same units instead (another function, with the same special cases).
+def in_order(x: Tensor, order: Tensor) -> Tensor:
+    """(B, H, N, D) with its tokens in another order (B, N)."""
+    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
-    With ``attention_transfer`` on, the layer gives plain softmax attention, so that hidden states follow the teacher,
-    and returns the losses of its own attention against it: ``transfer_mse`` between head outputs before the output
-    projection (the authors multiply it by 1000) and ``transfer_xent`` between maps. They reach the feature maps and
-    ``g`` only: queries, keys and values enter detached. The teacher is quadratic.
 
-    With ``window="terraced"`` the sequence is cut into blocks of ``window_size`` tokens; a query reads its own block up
-    to itself and the block before by softmax, and linearly what is older. ``compat="authors"`` lets the last block end
-    with the sequence, as their class does, so that where blocks begin depends on the length; otherwise the first block
-    begins with it.
+class Hybrid(nn.Module):
+    """What a window and learned features make of queries, keys and values; whoever has heads can be one.
 
-    Decoding keeps the last ``window_size`` keys and values (of terraces, those of this block and the one before) and,
-    for all older ones, a state that does not grow. Terraces that end with the sequence cannot be continued; the authors
-    decode them by a sliding window, and so does the layer that :meth:`decoding` gives, whose weights are this one's::
-
-        y = m(x)                                                     # the prompt
-        decoder = m.decoding()
-        state = decoder(x, returns=("state",)).state
-        y_t, state = decoder.step(x_t, state)
-
-    The authors also train on a long sequence in chunks, with windows that begin anew: :meth:`train_chunk`.
-
-    Differs from the authors' code: cost linear in N in training too (theirs builds the whole map); padding (windows
-    and positions count the tokens that exist); states in float32. A sequence no longer than a terrace is plain softmax;
-    in theirs, a slip of its mask adds the linear part there too, which ``compat`` keeps.
-
-    Args:
-        dim: width of ``x``.
-        num_heads: query heads.
-        num_kv_heads: key/value heads; must divide ``num_heads``. Defaults to ``num_heads``.
-        head_dim: width D of a head; ``dim / num_heads`` by default.
-        window_size: keys under softmax, the query's own included; 0 leaves linear attention alone.
-        feature_dim: columns of each feature matrix; ``head_dim`` by default.
-        features: how features are made, the ``kind`` of :class:`attnlib.nn.linear.feature_maps.HedgehogFeatures`.
-        feature_options: the other settings of that class: ``fullspace``, ``identity``, ``normal``, ``skip``, ``bias``,
-            ``hidden``, ``eps``.
-        tie_features: one map for queries and keys.
-        window: ``"sliding"`` or ``"terraced"``.
-        compat: ``"authors"``, see above.
-        decode_window_size: window of :meth:`decoding`; ``window_size`` by default.
-        rotary: base of the rotary positions that queries and keys have before the maps; ``None`` for none.
-        rotary_scaling: how they stretch, see :func:`attnlib.positions.rotary_frequencies`.
-        window_factor: start of ``g``; -2.1972 makes ``gamma`` 0.1. Without a window there is no ``g``.
-        train_window_factor: whether ``g`` is trained.
-        train_window: ``False``: no gradient passes the window, only the linear part, as in the authors' class of linear
-            memory; not with terraces.
-        affine: ``beta = 1 - gamma`` instead of 1.
-        consistent: weigh window and linear part in the same units.
-        eps: added to the denominator of linear attention alone, without a window.
-        attention_transfer: start as its own teacher, see above; the attribute of that name turns it on and off.
-        qkv_bias: biases of the query, key and value projections.
-        proj_bias: bias of the output projection.
-        chunk: tokens per chunk of the linear part; changes speed, not the result.
-        causal: must be True.
-
-    Reference: Zhang et al., 2024, arXiv 2410.10254, equations 5 to 7.
-
-    >>> import torch
-    >>> LoLCATs(dim=16, num_heads=4, window_size=4)(torch.randn(2, 9, 16)).shape
-    torch.Size([2, 9, 16])
+    The class needs ``num_heads``, ``num_kv_heads`` and ``head_dim`` before :meth:`_set_up`.
     """
 
-    class_traits = Traits(
-        patterns=frozenset({"causal-self"}),
-        grid_ranks=frozenset({1}),
-        streaming=True,
-        work={"N": 2},
-        memory={"N": 2},
-        losses=("transfer_mse", "transfer_xent"),
-    )
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
 
-    def __init__(
+    def _set_up(
         self,
-        dim: int,
-        num_heads: int = 8,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
         window_size: int = 64,
         feature_dim: int | None = None,
         features: str = "softmax",
         feature_options: Mapping[str, Any] | None = None,
         tie_features: bool = False,
         window: str = "sliding",
-        decode_window_size: int | None = None,
-        rotary: float | None = 10000.0,
-        rotary_scaling: Mapping[str, Any] | None = None,
         window_factor: float = -2.1972245773362196,
         train_window_factor: bool = True,
         train_window: bool = True,
         affine: bool = False,
         consistent: bool = False,
         eps: float = 0.0,
-        attention_transfer: bool = False,
-        qkv_bias: bool = False,
-        proj_bias: bool = False,
         chunk: int = 128,
-        causal: bool = True,
         compat: str | None = None,
-    ):
-        super().__init__(dim)
-        if not causal:
-            raise ValueError("causal=False is not possible: its window looks back; pass causal=True")
+    ) -> None:
+        """Feature maps and settings; those of :class:`LoLCATs`."""
         if window_size < 0:
             raise ValueError(f"window_size must be at least 0, got {window_size}")
         check_choice("window", window, ("sliding", "terraced"))
@@ -179,64 +106,20 @@ class LoLCATs(Mechanism):
             raise ValueError("window='terraced' needs a window_size of at least 1")
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
-        if decode_window_size is not None and decode_window_size < 1:
-            raise ValueError(f"decode_window_size must be at least 1, got {decode_window_size}")
         if eps and window_size:
             raise ValueError(f"eps={eps} belongs to linear attention alone; it needs window_size=0, got {window_size}")
         if not train_window and (window == "terraced" or not window_size):
             raise ValueError("train_window=False needs window='sliding' and a window_size of at least 1")
-        if rotary_scaling is not None and rotary is None:
-            raise ValueError(f"rotary_scaling={dict(rotary_scaling)} needs a rotary base, such as rotary=10000.0")
-        self.num_heads = num_heads
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        check_divides("num_kv_heads", self.num_kv_heads, "num_heads", num_heads)
-        self.head_dim = head_dim_of(dim, num_heads) if head_dim is None else head_dim
-        self.window_size, self.rotary, self.affine, self.consistent = window_size, rotary, affine, consistent
-        self.attention_transfer, self.chunk, self.scale = attention_transfer, chunk, self.head_dim**-0.5
-        self.q = nn.Linear(dim, num_heads * self.head_dim, bias=qkv_bias)
-        self.k = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=qkv_bias)
-        self.v = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=qkv_bias)
-        self.proj = nn.Linear(num_heads * self.head_dim, dim, bias=proj_bias)
+        self.window_size, self.affine, self.consistent = window_size, affine, consistent
+        self.chunk, self.scale = chunk, self.head_dim**-0.5
         self.window, self.compat, self.train_window, self.eps = window, compat, train_window, eps
-        self.decode_window_size = window_size if decode_window_size is None else decode_window_size
-        self.rotary_scaling = check_rotary_scaling(rotary_scaling)
-        self.reads_length = self._dynamic
-
         options = dict(feature_options or {})
-        self.phi_q = HedgehogFeatures(num_heads, self.head_dim, feature_dim, features, **options)
+        self.phi_q = HedgehogFeatures(self.num_heads, self.head_dim, feature_dim, features, **options)
         self.phi_k = self.phi_q if tie_features else copy.deepcopy(self.phi_q)  # both start alike
         self.window_factor: nn.Parameter | None = None
         if window_size:
-            factor = torch.full((num_heads,), float(window_factor))
+            factor = torch.full((self.num_heads,), float(window_factor))
             self.window_factor = nn.Parameter(factor, requires_grad=train_window_factor)
-
-    @property
-    def traits(self) -> Traits:
-        if self.attention_transfer:
-            return self.class_traits.but(streaming=False)
-        streaming = not self._dynamic and (self.window == "sliding" or self.compat != "authors")
-        gradient = "exact" if self.train_window else "surrogate"
-        return self.class_traits.but(streaming=streaming, work={"N": 1}, memory={"N": 1}, losses=(), gradient=gradient)
-
-    @property
-    def cuts_sequence(self) -> bool:  # type: ignore[override]
-        """Sliding windows reach into the chunk before; terraces are counted from the end, maps need all of them."""
-        return self.window == "sliding" and not self.attention_transfer
-
-    @property
-    def _dynamic(self) -> bool:
-        """Whether rotary positions depend on the length of the call."""
-        return self.rotary_scaling is not None and self.rotary_scaling["rope_type"] == "dynamic"
-
-    def decoding(self) -> LoLCATs:
-        """The layer that continues a prompt as the authors do: these weights, and a sliding window of
-        ``decode_window_size``, which the prompt's last keys fill."""
-        if not self.window_size:
-            raise ValueError("window_size=0: linear attention decodes as it is")
-        layer = copy.copy(self)
-        layer.window, layer.compat, layer.attention_transfer = "sliding", None, False
-        layer.window_size = self.decode_window_size
-        return layer
 
     def feature_parameters(self) -> list[nn.Parameter]:
         """What attention transfer trains; everything else stays as it is."""
@@ -409,25 +292,276 @@ class LoLCATs(Mechanism):
         total = weights.sum(-1, keepdim=True)
         return weights / torch.where(total == 0, torch.ones_like(total), total)
 
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        now: Tensor,
+        state: State | None,
+        keep: bool,
+        past: Tensor | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """(B, H, n, D) outputs of new tokens, those that exist (``now``, (B, n)) first, and the state behind them.
+
+        ``past`` (B,) counts the tokens before them where no state does.
+        """
+        window, many = self.window_size, now.sum(1)
+        if self.window == "terraced":
+            self._check_state(state, q, 2 * window)
+            return self._terraced(q, k, v, now, state, keep)
+        if past is None:
+            past = torch.zeros_like(many) if state is None else state["tokens"]
+        if state is None:
+            k, v = (_shards.behind(t, window, 2) for t in (k, v))
+        else:
+            self._check_state(state, q, window)
+            k, v = torch.cat([state["k"].to(k.dtype), k], 2), torch.cat([state["v"].to(v.dtype), v], 2)
+        before = torch.arange(window, device=q.device) >= window - past[:, None]
+        out, final = self._hybrid(q, k, v, torch.cat([before, now], 1), state)
+        if not keep:
+            return out, None
+        # The window of each sample ends at its own last token.
+        at = (many[:, None] + torch.arange(window, device=q.device))[:, None, :, None]
+        k, v = (torch.gather(t, 2, at.expand(-1, t.shape[1], -1, t.shape[3])) for t in (k, v))
+        return out, final.replace(k=k, v=v, tokens=past + many)
+
+    def _check_state(self, state: State | None, q: Tensor, slots: int) -> None:
+        shape = (q.shape[0], self.num_kv_heads, slots, self.head_dim)
+        if state is not None and tuple(state["k"].shape) != shape:
+            raise ValueError(
+                f"state k must be {shape}, got {tuple(state['k'].shape)}; it was made by another mechanism or for "
+                "another batch"
+            )
+
+
+class LoLCATsHeads(Hybrid, HeadMixer):
+    """:class:`LoLCATs` between projections that are somebody else's.
+
+    Args:
+        num_heads, head_dim, num_kv_heads, causal, scale: see :class:`attnlib.nn.linear.heads.HeadMixer`; causal only.
+        **settings: of :class:`LoLCATs`: ``window_size``, ``feature_dim``, ``features``, ``feature_options``,
+            ``tie_features``, ``window``, ``window_factor``, ``train_window_factor``, ``train_window``, ``affine``,
+            ``consistent``, ``eps``, ``chunk``, ``compat``.
+
+    >>> import torch
+    >>> LoLCATsHeads(num_heads=2, head_dim=4, window_size=2)(*torch.randn(3, 1, 2, 5, 4))[0].shape
+    torch.Size([1, 2, 5, 4])
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        num_kv_heads: int | None = None,
+        causal: bool = True,
+        scale: float | None = None,
+        **settings: Any,
+    ):
+        if not causal:
+            raise ValueError("causal=False is not possible: the window of LoLCATs looks back; convert to 'hedgehog'")
+        super().__init__(num_heads, head_dim, num_kv_heads, causal, scale)
+        own = self.scale
+        self._set_up(**settings)
+        self.scale = own
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None = None, state: State | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, State | None]:  # fmt: skip
+        if valid is None:
+            now = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+            return self._attend(q, k, v, now, state, keep)
+        order = tokens_first(valid)
+        now = valid.gather(1, order)
+        q, k, v = (in_order(t, order) for t in (q, k, v))
+        k, v = (t.masked_fill(~now[:, None, :, None], 0.0) for t in (k, v))
+        out, new = self._attend(q, k, v, now, state, keep)
+        return in_order(out, torch.argsort(order, 1)), new
+
+    def weights(self, q: Tensor, k: Tensor, *, valid: Tensor | None = None) -> Tensor:
+        if valid is None:
+            return self._map(q, k, torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device))
+        order = tokens_first(valid)
+        back = torch.argsort(order, 1)
+        found = self._map(in_order(q, order), in_order(k, order), valid.gather(1, order))
+        return in_order(in_order(found, back).mT, back).mT
+
+    def trained(self) -> list[nn.Parameter]:
+        return self.feature_parameters()
+
+
+@register("lolcats", "lolcats-attention")
+class LoLCATs(Hybrid, Mechanism):
+    """Causal attention that a pretrained softmax layer can be turned into: a softmax window and Hedgehog features.
+
+    ``y_i = (gamma sum_win e_ij v_j + beta sum_old l_ij v_j) / (gamma sum_win e_ij + beta sum_old l_ij)`` with
+    ``e_ij = exp(q_i . k_j / sqrt(D) - m_i)`` for the last ``window_size`` keys, ``m_i`` the largest score among them,
+    and ``l_ij = phi_q(q_i) . phi_k(k_j)`` for all older ones. ``gamma = sigmoid(g_h)`` is learned, ``beta`` is 1.
+
+    ``m_i`` scales the window but not the linear part, so that their balance depends on it, as in the authors' code;
+    ``consistent=True`` weighs both in the same units instead (another function, with the same special cases).
+
+    With ``attention_transfer`` on, the layer gives plain softmax attention, so that hidden states follow the teacher,
+    and returns the losses of its own attention against it: ``transfer_mse`` between head outputs before the output
+    projection (the authors multiply it by 1000) and ``transfer_xent`` between maps. They reach the feature maps and
+    ``g`` only: queries, keys and values enter detached. The teacher is quadratic.
+
+    With ``window="terraced"`` the sequence is cut into blocks of ``window_size`` tokens; a query reads its own block up
+    to itself and the block before by softmax, and linearly what is older. ``compat="authors"`` lets the last block end
+    with the sequence, as their class does, so that where blocks begin depends on the length; otherwise the first block
+    begins with it.
+
+    Decoding keeps the last ``window_size`` keys and values (of terraces, those of this block and the one before) and,
+    for all older ones, a state that does not grow. Terraces that end with the sequence cannot be continued; the authors
+    decode them by a sliding window, and so does the layer that :meth:`decoding` gives, whose weights are this one's::
+
+        y = m(x)                                                     # the prompt
+        decoder = m.decoding()
+        state = decoder(x, returns=("state",)).state
+        y_t, state = decoder.step(x_t, state)
+
+    The authors also train on a long sequence in chunks, with windows that begin anew: :meth:`train_chunk`.
+
+    Differs from the authors' code: cost linear in N in training too (theirs builds the whole map); padding (windows
+    and positions count the tokens that exist); states in float32. A sequence no longer than a terrace is plain softmax;
+    in theirs, a slip of its mask adds the linear part there too, which ``compat`` keeps.
+
+    Args:
+        dim: width of ``x``.
+        num_heads: query heads.
+        num_kv_heads: key/value heads; must divide ``num_heads``. Defaults to ``num_heads``.
+        head_dim: width D of a head; ``dim / num_heads`` by default.
+        window_size: keys under softmax, the query's own included; 0 leaves linear attention alone.
+        feature_dim: columns of each feature matrix; ``head_dim`` by default.
+        features: how features are made, the ``kind`` of :class:`attnlib.nn.linear.feature_maps.HedgehogFeatures`.
+        feature_options: the other settings of that class: ``fullspace``, ``identity``, ``normal``, ``skip``, ``bias``,
+            ``hidden``, ``eps``.
+        tie_features: one map for queries and keys.
+        window: ``"sliding"`` or ``"terraced"``.
+        compat: ``"authors"``, see above.
+        decode_window_size: window of :meth:`decoding`; ``window_size`` by default.
+        rotary: base of the rotary positions that queries and keys have before the maps; ``None`` for none.
+        rotary_scaling: how they stretch, see :func:`attnlib.positions.rotary_frequencies`.
+        window_factor: start of ``g``; -2.1972 makes ``gamma`` 0.1. Without a window there is no ``g``.
+        train_window_factor: whether ``g`` is trained.
+        train_window: ``False``: no gradient passes the window, only the linear part, as in the authors' class of linear
+            memory; not with terraces.
+        affine: ``beta = 1 - gamma`` instead of 1.
+        consistent: weigh window and linear part in the same units.
+        eps: added to the denominator of linear attention alone, without a window.
+        attention_transfer: start as its own teacher, see above; the attribute of that name turns it on and off.
+        qkv_bias: biases of the query, key and value projections.
+        proj_bias: bias of the output projection.
+        chunk: tokens per chunk of the linear part; changes speed, not the result.
+        causal: must be True.
+
+    Reference: Zhang et al., 2024, arXiv 2410.10254, equations 5 to 7.
+
+    >>> import torch
+    >>> LoLCATs(dim=16, num_heads=4, window_size=4)(torch.randn(2, 9, 16)).shape
+    torch.Size([2, 9, 16])
+    """
+
+    class_traits = Traits(
+        patterns=frozenset({"causal-self"}),
+        grid_ranks=frozenset({1}),
+        streaming=True,
+        work={"N": 2},
+        memory={"N": 2},
+        losses=("transfer_mse", "transfer_xent"),
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        window_size: int = 64,
+        feature_dim: int | None = None,
+        features: str = "softmax",
+        feature_options: Mapping[str, Any] | None = None,
+        tie_features: bool = False,
+        window: str = "sliding",
+        decode_window_size: int | None = None,
+        rotary: float | None = 10000.0,
+        rotary_scaling: Mapping[str, Any] | None = None,
+        window_factor: float = -2.1972245773362196,
+        train_window_factor: bool = True,
+        train_window: bool = True,
+        affine: bool = False,
+        consistent: bool = False,
+        eps: float = 0.0,
+        attention_transfer: bool = False,
+        qkv_bias: bool = False,
+        proj_bias: bool = False,
+        chunk: int = 128,
+        causal: bool = True,
+        compat: str | None = None,
+    ):
+        super().__init__(dim)
+        if not causal:
+            raise ValueError("causal=False is not possible: its window looks back; pass causal=True")
+        if decode_window_size is not None and decode_window_size < 1:
+            raise ValueError(f"decode_window_size must be at least 1, got {decode_window_size}")
+        if rotary_scaling is not None and rotary is None:
+            raise ValueError(f"rotary_scaling={dict(rotary_scaling)} needs a rotary base, such as rotary=10000.0")
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_divides("num_kv_heads", self.num_kv_heads, "num_heads", num_heads)
+        self.head_dim = head_dim_of(dim, num_heads) if head_dim is None else head_dim
+        self.rotary, self.attention_transfer = rotary, attention_transfer
+        self.q = nn.Linear(dim, num_heads * self.head_dim, bias=qkv_bias)
+        self.k = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.v = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.proj = nn.Linear(num_heads * self.head_dim, dim, bias=proj_bias)
+        self.decode_window_size = window_size if decode_window_size is None else decode_window_size
+        self.rotary_scaling = check_rotary_scaling(rotary_scaling)
+        self.reads_length = self._dynamic
+
+        self._set_up(
+            window_size, feature_dim, features, feature_options, tie_features, window, window_factor,
+            train_window_factor, train_window, affine, consistent, eps, chunk, compat,
+        )  # fmt: skip
+
+    @property
+    def traits(self) -> Traits:
+        if self.attention_transfer:
+            return self.class_traits.but(streaming=False)
+        streaming = not self._dynamic and (self.window == "sliding" or self.compat != "authors")
+        gradient = "exact" if self.train_window else "surrogate"
+        return self.class_traits.but(streaming=streaming, work={"N": 1}, memory={"N": 1}, losses=(), gradient=gradient)
+
+    @property
+    def cuts_sequence(self) -> bool:  # type: ignore[override]
+        """Sliding windows reach into the chunk before; terraces are counted from the end, maps need all of them."""
+        return self.window == "sliding" and not self.attention_transfer
+
+    @property
+    def _dynamic(self) -> bool:
+        """Whether rotary positions depend on the length of the call."""
+        return self.rotary_scaling is not None and self.rotary_scaling["rope_type"] == "dynamic"
+
+    def decoding(self) -> LoLCATs:
+        """The layer that continues a prompt as the authors do: these weights, and a sliding window of
+        ``decode_window_size``, which the prompt's last keys fill."""
+        if not self.window_size:
+            raise ValueError("window_size=0: linear attention decodes as it is")
+        layer = copy.copy(self)
+        layer.window, layer.compat, layer.attention_transfer = "sliding", None, False
+        layer.window_size = self.decode_window_size
+        return layer
+
     def _transfer(self, q: Tensor, k: Tensor, v: Tensor, exists: Tensor, wanted: bool) -> tuple[Tensor, dict | None]:
         """The teacher's (B, H, N, D) outputs and the losses of the hybrid against it."""
-        call: dict[str, Any] = dict(mask=masks.causal(), valid=exists, scale=self.scale)
         if not wanted:
-            return attention(q, k, v, **call), None
-        truth, target = attention(q, k, v, return_weights=True, **call)
+            return attention(q, k, v, mask=masks.causal(), valid=exists, scale=self.scale), None
+        truth, target = softmax_map(q, k, v, self.scale, True, exists)
         q, k, v, truth_, target = (t.detach() for t in (q, k, v, truth, target))
-        if self.window == "terraced":
-            out, _ = self._terraced(q, k, v, exists)
-        else:
-            pad = (0, 0, self.window_size, 0)
-            out, _ = self._hybrid(q, F.pad(k, pad), F.pad(v, pad), F.pad(exists, (self.window_size, 0)), None)
-        rows = exists[:, None].expand(-1, self.num_heads, -1)
-        entropy = -(target * self._map(q, k, exists).clamp(min=1e-12).log()).sum(-1)
-        count = rows.sum().clamp(min=1)
-        mse = (out - truth_).float().square().mean(-1)
         return truth, {
-            "transfer_mse": mse.masked_fill(~rows, 0.0).sum() / count,
-            "transfer_xent": entropy.masked_fill(~rows, 0.0).sum() / count,
+            "transfer_mse": output_error(self._attend(q, k, v, exists, None, False)[0], truth_, exists),
+            "transfer_xent": map_cross_entropy(self._map(q, k, exists), target, exists),
         }
 
     def mix(  # type: ignore[override]
@@ -439,12 +573,11 @@ class LoLCATs(Mechanism):
         returns: tuple[str, ...] = (),
     ) -> Output:
         batch, n, _c = x.shape
-        window = self.window_size
         exists = flat_valid(valid)
         order = None
         if exists is not None:
             # Tokens that exist move to the front, so that windows are runs of tokens that exist.
-            order = torch.argsort((~exists).to(torch.int8), dim=1, stable=True)
+            order = tokens_first(exists)
             x = torch.gather(x, 1, order[..., None].expand_as(x))
             x = x.masked_fill(~torch.gather(exists, 1, order)[..., None], 0.0)
         many = torch.full((batch,), n, device=x.device) if exists is None else exists.sum(1)
@@ -461,23 +594,7 @@ class LoLCATs(Mechanism):
         if self.attention_transfer:
             out, losses = self._transfer(q, k, v, now, "losses" in returns)
             return Output(self._finish(out, order), losses=losses)
-        if self.window == "terraced":
-            self._check_state(state, q, 2 * window)
-            out, new_state = self._terraced(q, k, v, now, state, "state" in returns)
-            return Output(self._finish(out, order), state=new_state)
-        if state is None:
-            k, v = (_shards.behind(t, window, 2) for t in (k, v))
-        else:
-            self._check_state(state, q, window)
-            k, v = torch.cat([state["k"].to(k.dtype), k], 2), torch.cat([state["v"].to(v.dtype), v], 2)
-        before = torch.arange(window, device=x.device) >= window - past[:, None]
-        out, final = self._hybrid(q, k, v, torch.cat([before, now], 1), state)
-        new_state = None
-        if "state" in returns:
-            # The window of each sample ends at its own last token.
-            keep = (many[:, None] + torch.arange(window, device=x.device))[:, None, :, None]
-            k, v = (torch.gather(t, 2, keep.expand(-1, t.shape[1], -1, t.shape[3])) for t in (k, v))
-            new_state = final.replace(k=k, v=v, tokens=past + many)
+        out, new_state = self._attend(q, k, v, now, state, "state" in returns, past)
         return Output(self._finish(out, order), state=new_state)
 
     def _heads(self, x: Tensor, past: Tensor, many: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -516,14 +633,6 @@ class LoLCATs(Mechanism):
             read = F.pad(expand_heads(v, self.num_heads), (0, 1), value=1.0).to(f_k.dtype)
             all_ = f_k.mT @ read if sums is None else sums + f_k.mT @ read
         return self._finish(out, None), State({"sums": all_, "tokens": past + many}, self._name())
-
-    def _check_state(self, state: State | None, q: Tensor, slots: int) -> None:
-        shape = (q.shape[0], self.num_kv_heads, slots, self.head_dim)
-        if state is not None and tuple(state["k"].shape) != shape:
-            raise ValueError(
-                f"state k must be {shape}, got {tuple(state['k'].shape)}; it was made by another mechanism or for "
-                "another batch"
-            )
 
     def _finish(self, out: Tensor, order: Tensor | None) -> Tensor:
         y = self.proj(merge_heads(out))

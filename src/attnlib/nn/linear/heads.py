@@ -1,0 +1,198 @@
+"""What stands between projections: a mixer of heads, with a state of its own, in our layers and in other people's.
+
+A :class:`HeadMixer` gets queries, keys and values with their positions applied and gives head outputs.
+:class:`MixedHeads` is a layer around one; ``attnlib.convert`` puts one inside attention modules of models that exist.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import masks
+from ...grids import Layout
+from ...ops import attention
+from ...types import Output, State, Traits, check_divides, stats_dtype
+from ..frame import HeadFrame, Stream
+from ..layers import flat_valid, split_heads, through
+
+
+class HeadMixer(nn.Module):
+    """Queries, keys and values of new tokens to head outputs, and a state behind them.
+
+    Args:
+        num_heads: query heads H.
+        head_dim: width D of a head.
+        num_kv_heads: key/value heads; must divide ``num_heads``. Defaults to ``num_heads``.
+        causal: every token reads itself and earlier ones.
+        scale: of the scores of the softmax that it stands for; ``1 / sqrt(head_dim)`` by default.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        num_kv_heads: int | None = None,
+        causal: bool = True,
+        scale: float | None = None,
+    ):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_divides("num_kv_heads", self.num_kv_heads, "num_heads", num_heads)
+        self.causal = causal
+        self.scale = head_dim**-0.5 if scale is None else scale
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None = None, state: State | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, State | None]:  # fmt: skip
+        """Attend.
+
+        Args:
+            q: (B, H, N, D) queries of new tokens, not scaled.
+            k, v: (B, Hk, N, D) their keys and values, or of M other tokens where nothing is causal.
+            valid: (B, N) boolean, which keys exist.
+            state: what the call before gave; with ``tokens`` (B,), the tokens that existed before these.
+            keep: whether the next state is wanted.
+
+        Returns:
+            (B, H, N, Dv) and the state, ``None`` where it is not kept.
+        """
+        raise NotImplementedError
+
+    def weights(self, q: Tensor, k: Tensor, *, valid: Tensor | None = None) -> Tensor:
+        """(B, H, N, M) weights by which the values would be mixed; quadratic, for losses and reports."""
+        raise ValueError(f"{type(self).__name__} has no map of weights")
+
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained to agree with the attention it stands for."""
+        return list(self.parameters())
+
+
+def normalized(weights: Tensor, allowed: Tensor, eps: float = 0.0) -> Tensor:
+    """Non-negative (B, H, N, M) weights of the pairs that may meet, every row divided by its sum."""
+    weights = weights.masked_fill(~allowed, 0.0)
+    total = weights.sum(-1, keepdim=True) + eps
+    return weights / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def pairs(q: Tensor, k: Tensor, causal: bool, valid: Tensor | None) -> Tensor:
+    """(B or 1, 1, N, M) boolean: which query may read which key."""
+    n, m = q.shape[2], k.shape[2]
+    allowed = torch.ones(n, m, dtype=torch.bool, device=q.device)
+    allowed = (allowed.tril() if causal else allowed)[None, None]
+    return allowed if valid is None else allowed & valid[:, None, None]
+
+
+def output_error(out: Tensor, truth: Tensor, exists: Tensor) -> Tensor:
+    """Mean square between head outputs (B, H, N, D) over the tokens (B, N) that exist."""
+    rows = exists[:, None].expand(-1, out.shape[1], -1)
+    error = (out - truth).to(stats_dtype(out.dtype)).square().mean(-1)
+    return error.masked_fill(~rows, 0.0).sum() / rows.sum().clamp(min=1)
+
+
+def map_cross_entropy(weights: Tensor, target: Tensor, exists: Tensor) -> Tensor:
+    """Mean over existing queries (B, N) of ``-sum_j target_ij log weights_ij``; maps are (B, H, N, M)."""
+    rows = exists[:, None].expand(-1, target.shape[1], -1)
+    entropy = -(target * weights.clamp(min=1e-12).log()).sum(-1)
+    return entropy.masked_fill(~rows, 0.0).sum() / rows.sum().clamp(min=1)
+
+
+def softmax_map(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Outputs and weights of the softmax attention that a mixer stands for."""
+    mask = masks.causal() if causal else None
+    return attention(q, k, v, mask=mask, valid=valid, scale=scale, return_weights=True)
+
+
+class MixedHeads(HeadFrame):
+    """A layer whose operator on heads is a :class:`HeadMixer`, :attr:`heads`.
+
+    With ``attention_transfer`` on, the layer gives plain softmax attention, so that hidden states follow the teacher,
+    and returns the losses of its mixer against it, which reach the mixer only: ``transfer_mse`` between head outputs
+    before the output projection, ``transfer_xent`` between maps. That is quadratic.
+    """
+
+    class_traits = Traits(
+        patterns=frozenset({"noncausal-self", "causal-self", "noncausal-cross"}),
+        grid_ranks=frozenset({1, 2, 3}),
+        layout=True,
+        streaming=True,
+        work={"N": 2},
+        memory={"N": 2},
+        permutation_equivariant=True,
+        losses=("transfer_mse", "transfer_xent"),
+    )
+    heads: HeadMixer
+    attention_transfer: bool = False
+
+    @property
+    def traits(self) -> Traits:
+        traits = super().traits
+        patterns = traits.patterns & self.class_traits.patterns
+        if self.attention_transfer:
+            return traits.but(patterns=patterns, streaming=False)
+        return traits.but(patterns=patterns, work={"N": 1}, memory={"N": 1}, losses=())
+
+    def mix(  # type: ignore[override]
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        layout: Layout | None = None,
+        valid: Tensor | None = None,
+        context_valid: Tensor | None = None,
+        state: State | None = None,
+        returns: tuple[str, ...] = (),
+    ) -> Output:
+        grid, source = x.shape[1:-1], x if context is None else context
+        q, k, v = self._parts(x, source)
+        q, k, v = (
+            through(self.q_norm, split_heads(q, self.num_heads)),
+            through(self.k_norm, split_heads(k, self.num_kv_heads)),
+            split_heads(v, self.num_v_heads),
+        )
+        tokens, own = x.flatten(1, -2), flat_valid(valid)
+        notes = self._notes(own, None, state, returns)
+        self._begin(tokens, q, notes)
+        exists = own if context is None else flat_valid(context_valid)
+        keys = tokens if context is None else context.flatten(1, -2)
+        ordered = self.causal and context is None
+        stream = Stream(keys, exists, state if ordered else None, ordered and "state" in returns)
+        if self.rotary is not None:
+            angles = self._angles(stream)
+            mine = angles if context is None else self._angles(Stream(tokens, own, None, False))
+            q, k = self._rotate(q, k, mine, angles)
+        losses = None
+        if self.attention_transfer:
+            out, losses = self._transfer(q, k, v, exists, own, "losses" in returns)
+            new = None
+        else:
+            out, new = self.heads(q, k, v, valid=exists, state=stream.state, keep=stream.keep)
+        y = through(self.proj_drop, self._project(self._gate(out, notes), notes, grid))
+        return Output(y, state=new, losses=losses)
+
+    def _transfer(
+        self, q: Tensor, k: Tensor, v: Tensor, exists: Tensor | None, own: Tensor | None, wanted: bool
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """The teacher's (B, H, N, D) outputs and the losses of the mixer against it."""
+        causal = self.heads.causal
+        if not wanted:
+            call: dict[str, Any] = dict(mask=masks.causal() if causal else None, valid=exists, scale=self.scale)
+            return attention(q, k, v, **call), None
+        truth, target = softmax_map(q, k, v, self.scale, causal, exists)
+        q, k, v, seen, target = (t.detach() for t in (q, k, v, truth, target))
+        rows = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device) if own is None else own
+        out, _ = self.heads(q, k, v, valid=exists)
+        return truth, {
+            "transfer_mse": output_error(out, seen, rows),
+            "transfer_xent": map_cross_entropy(self.heads.weights(q, k, valid=exists), target, rows),
+        }
+
+    def feature_parameters(self) -> list[nn.Parameter]:
+        """What attention transfer trains; everything else stays as it is."""
+        return self.heads.trained()
