@@ -319,6 +319,13 @@ def check_linear_bidirectional():
     return {"Q": q, "K": k, "V": v}, {}, {"AV": expected}
 
 
+def check_selective_scan():
+    u, step = rand(2, 9, 3), torch.rand(2, 9, 3, dtype=DOUBLE)
+    decays, enter, leave = -torch.rand(3, 4, dtype=DOUBLE), rand(2, 9, 4), rand(2, 9, 4)
+    given = {"STEP": step.mT, "A": decays, "X": (step * u).mT, "IN": enter, "OUT": leave}
+    return given, {}, {"Y": attnlib.ops.selective_scan(u, step, decays, enter, leave).mT}
+
+
 def check_toeplitz():
     q, k, v = features(5, 8)
     bias = rand(2, 12)
@@ -373,6 +380,7 @@ CHECKS = {
     "reduced": check_reduced, "agent": check_agent, "linear_recurrent": check_linear_recurrent,
     "linear_chunkwise": check_linear_chunkwise, "linear_parallel": check_linear_parallel,
     "linear_bidirectional": check_linear_bidirectional, "toeplitz": check_toeplitz, "deformable": check_deformable,
+    "selective_scan": check_selective_scan,
     "deformable_3d": check_deformable_3d, "modulation": check_modulation, "channel_attention": check_channel_attention,
 }  # fmt: skip
 
@@ -400,7 +408,7 @@ def test_passes_and_footprints_of_the_operators():
         "reduced": (1, "E + F + 2"), "agent": (1, "A E + A F + 2 A"), "linear_recurrent": (1, "D F + D"),
         "linear_chunkwise": (1, "D F"), "linear_parallel": (1, "D + F + 1"), "linear_bidirectional": (1, "D F + D"),
         "toeplitz": (1, "D + F + 1"), "deformable": (1, "F"), "deformable_3d": (1, "F"),
-        "modulation": (2, "2 T C + C"), "channel_attention": (2, "C D"),
+        "selective_scan": (1, "S"), "modulation": (2, "2 T C + C"), "channel_attention": (2, "C D"),
     }  # fmt: skip
 
 

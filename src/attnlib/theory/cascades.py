@@ -380,6 +380,18 @@ def _sums() -> Cascade:
     )  # fmt: skip
 
 
+def _scan() -> Cascade:
+    text = """
+    ST[~s,0] = 0
+    LOG[~t,s] = STEP[~t] * A[h,s]
+    DA[~t,s] = exp(LOG[~t,s])
+    ST[~s,t+1] = ST[~s,t] * DA[~t,s] + X[~t] * IN[b,t,s]
+    Y[~t] += OUT[b,t,s] * ST[~s,t+1]
+    """
+    inputs = {"STEP": "b h t", "A": "h s", "X": "b h t", "IN": "b t s", "OUT": "b t s"}
+    return Cascade(_dedent(text), inputs, ["Y"], ("t",), per=("b", "h"), name="selective scan, recurrent")
+
+
 def _toeplitz() -> Cascade:
     text = """
     QK[~p,m] += Q[~p,d] * K[~m,d]
@@ -454,6 +466,7 @@ OPERATORS: dict[str, Described] = {
     "linear_chunkwise": Described(("linear_attention", "linear_partial"), _chunkwise, "tokens"),
     "linear_parallel": Described(("linear_attention", "linear_partial"), _parallel, "keys"),
     "linear_bidirectional": Described(("linear_attention", "linear_partial"), _sums, "keys"),
+    "selective_scan": Described(("selective_scan",), _scan, "tokens"),
     "toeplitz": Described(("toeplitz_attention",), _toeplitz, "keys"),
     "deformable": Described(("deformable_attention",), _sampled, "samples"),
     "deformable_3d": Described(("deformable_attention_3d",), _sampled_3d, "samples"),
