@@ -136,3 +136,58 @@ def test_the_authors_weights_load():
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         MSAConv(**{"dim": 8, "num_heads": 2, **settings})
+
+
+@pytest.mark.parametrize(("shift", "steps"), [(2, (2, 2)), (0.5, (3, 3)), (9, (9, 9))])
+@pytest.mark.parametrize("border", ["zeros", "mask"])
+def test_shifted_heads_read_the_rolled_map(shift, steps, border):
+    """A quarter of the heads reads the map as it is, the others rolled by rows, by columns and by both."""
+    m, x = make(num_heads=4, shift=shift, conv=False, border=border), data(2, 6, 7, 8)
+    valid = torch.ones(2, 6, 7, dtype=torch.bool)
+    valid[:, 4:] = valid[1, :, 5:] = False
+    for exists in (None, valid):
+        y = m(x, valid=exists)
+        shown = torch.ones_like(valid) if exists is None else exists
+        for group, (down, right) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+            by = (-down * steps[0], -right * steps[1])
+            given = x if exists is None else x * exists.unsqueeze(-1)
+            q = m.qkv(given)[..., :8]
+            expected = _reads(q, m, given.roll(by, (1, 2)), None if exists is None else exists.roll(by, (1, 2)))
+            own = slice(2 * group, 2 * group + 2)
+            torch.testing.assert_close(y[..., own][shown], expected[..., own][shown], atol=1e-12, rtol=0)
+
+
+def _reads(q, m, source, valid):
+    """Dense attention of queries (B, H, W, 8) to a map of keys, head by head, over the nine tokens around each."""
+    batch, height, width, _ = source.shape
+    k, v = (t.clone() for t in m.qkv(source)[..., 8:].chunk(2, -1))
+    if valid is not None:
+        k, v = k * valid.unsqueeze(-1), v * valid.unsqueeze(-1)
+    out = torch.zeros_like(q)
+    for i in range(height):
+        for j in range(width):
+            scores, values = [], []
+            for a in (i - 1, i, i + 1):
+                for b in (j - 1, j, j + 1):
+                    inside = 0 <= a < height and 0 <= b < width
+                    key = k[:, a, b] if inside else torch.zeros_like(k[:, 0, 0])
+                    s = (q[:, i, j] * key).view(batch, 4, 2).sum(-1) * m.scale
+                    if m.border == "mask":
+                        absent = torch.ones(batch, dtype=torch.bool) if not inside else torch.zeros(batch).bool()
+                        if inside and valid is not None:
+                            absent = ~valid[:, a, b]
+                        s = s.masked_fill(absent[:, None], float("-inf"))
+                    scores.append(s)
+                    values.append((v[:, a, b] if inside else torch.zeros_like(key)).view(batch, 4, 2))
+            weights = torch.stack(scores, -1).softmax(-1).nan_to_num(0.0)
+            out[:, i, j] = (weights.unsqueeze(-1) * torch.stack(values, 2)).sum(2).flatten(1)
+    return out
+
+
+def test_bad_shifts_are_refused():
+    with pytest.raises(ValueError, match="shift"):
+        MSAConv(8, 4, shift=-1)
+    with pytest.raises(ValueError, match="shift"):
+        MSAConv(8, 4, shift=1.5)
+    with pytest.raises(ValueError, match="directions of the shift"):
+        MSAConv(8, 2, shift=1)

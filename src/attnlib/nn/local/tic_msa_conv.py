@@ -9,6 +9,10 @@ Keys beyond the border are zeros, with a score of 0 and a value of 0: they take 
 image as a convolution does, without an encoding of places. The second convolution is the MLP; the dilation is that of
 attention alone.
 
+With ``shift``, a quarter of the heads reads the map as it is, the others read it rolled around along its rows, along
+its columns, and along both, so that a small kernel links distant tokens (the paper's multi-directional cyclic shifts,
+of which the release has no code: directions and distance are our reading).
+
 Differs from the authors' code, a CUDA extension: any device, by the library's neighborhood attention; several heads,
 where theirs has one; ``border="mask"`` leaves out what lies beyond the border.
 """
@@ -17,10 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_flag, check_ints, to_tuple
+from ...checks import check_choice, check_divides, check_flag, check_int, check_ints, check_real, to_tuple
 from ...ops.neighborhood import neighborhood_attention
 from ...types import Traits
 from ..base import Mechanism
@@ -29,6 +34,9 @@ from ..registry import register
 from ..released import Released, Rule
 
 BORDERS = ("zeros", "mask")
+
+#: How many times the shift the heads of each group read away from themselves, down and to the right.
+DIRECTIONS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
 @register("tic-msa-conv", "msa-conv", "tic")
@@ -46,6 +54,8 @@ class MSAConv(Mechanism):
         conv_bias: bias of the convolution.
         scale: of the scores; ``head_dim ** -0.5`` by default.
         attn_drop: dropout of attention weights in training; the authors' default is 0.1.
+        shift: how far the map is rolled for three quarters of the heads: a number of tokens, or a float below 1, a
+            share of the sides of the map; 0 for none. Heads are a multiple of 4 then.
         out_dim: width of the output; ``dim`` by default, and any other for use inside another module only.
 
     Reference: Zhang et al., 2023, arXiv 2310.04134.
@@ -69,6 +79,7 @@ class MSAConv(Mechanism):
         conv_bias: bool = False,
         scale: float | None = None,
         attn_drop: float = 0.0,
+        shift: float = 0,
         out_dim: int | None = None,
     ):
         super().__init__(dim)
@@ -78,6 +89,12 @@ class MSAConv(Mechanism):
             raise ValueError(f"kernel_size={kernel_size} is not possible; choose odd numbers")
         self.dilation = check_ints("dilation", to_tuple("dilation", dilation, 2), least=1)
         self.border, self.num_heads, self.attn_drop = border, num_heads, attn_drop
+        self.shift = check_real("shift", shift, least=0, below=1) if isinstance(shift, float) else shift
+        if not isinstance(shift, float):
+            check_int("shift", shift, least=0)
+        if shift:
+            check_divides("directions of the shift", len(DIRECTIONS), "num_heads", num_heads)
+        self.reads_length = bool(shift)
         self.scale = head_dim_of(dim, num_heads) ** -0.5 if scale is None else scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         width = dim if out_dim is None else out_dim
@@ -88,15 +105,41 @@ class MSAConv(Mechanism):
 
     def attend(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """(B, H, W, C) -> the same: attention alone."""
-        grid = tuple(x.shape[1:3])
+        grid = (x.shape[1], x.shape[2])
         q, k, v = self.qkv(x).chunk(3, -1)
         if self.border == "zeros":  # what does not exist is as what lies beyond the border
             k, v = zero_invalid(k, valid), zero_invalid(v, valid)
-        q, k, v = (split_heads(t, self.num_heads) for t in (q, k, v))
+        masked = valid if self.border == "mask" else None
+        if not self.shift:
+            return self._read(q, k, v, masked)
+        steps = [(-down * self._step(grid[0]), -right * self._step(grid[1])) for down, right in DIRECTIONS]
+        parts = list(zip(*(t.chunk(len(steps), -1) for t in (q, k, v)), strict=True))
+        if masked is not None:  # which tokens exist differs from group to group
+            return torch.cat(
+                [
+                    self._read(own, *(t.roll(by, (1, 2)) for t in (key, value, masked)))
+                    for (own, key, value), by in zip(parts, steps, strict=True)
+                ],
+                -1,
+            )
+        k, v = (
+            torch.cat([part[at].roll(by, (1, 2)) for part, by in zip(parts, steps, strict=True)], -1) for at in (1, 2)
+        )
+        return self._read(q, k, v, None)
+
+    def _step(self, side: int) -> int:
+        """Tokens that the map is rolled by along an axis."""
+        return int(side * self.shift) if isinstance(self.shift, float) else self.shift
+
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        """(B, H, W, heads * D) from maps of queries, keys and values of some heads."""
+        grid = (q.shape[1], q.shape[2])
+        heads = q.shape[-1] * self.num_heads // self.dim
+        q, k, v = (split_heads(t, heads) for t in (q, k, v))
         out = neighborhood_attention(
             q, k, v, grid, self.kernel_size, self.dilation,
             border="zero" if self.border == "zeros" else "mask", scale=self.scale,
-            valid=valid.flatten(1) if valid is not None and self.border == "mask" else None,
+            valid=None if valid is None else valid.flatten(1),
             dropout_p=self.attn_drop if self.training else 0.0,
         )  # fmt: skip
         return merge_heads(out, grid)
