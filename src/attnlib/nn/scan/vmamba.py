@@ -228,8 +228,8 @@ def scan_rules(theirs: Released, to: str | Sequence[str]) -> dict[str, Rule]:
             value = value.unflatten(0, (sets, -1)) if merged else value
             if isinstance(to, str):
                 return {f"{to}.{ours}": value}
-            if len(value) != len(to):
-                raise ValueError(f"it has {len(value)} sets of parameters, and {len(to)} are known")
+            if not value.dim() or len(value) != len(to):
+                raise ValueError(f"{match.string} of state_dict must hold {len(to)} sets of parameters")
             return {f"{one}.{ours}": part for one, part in zip(to, value.split(1), strict=True)}
 
         return take
