@@ -58,6 +58,23 @@ def test_how_it_starts():
     assert 1.8e-5 < m.head.fc.weight.std() < 2.2e-5 and not m.head.fc.bias.any()
 
 
+def test_the_second_eva_starts_as_the_first_and_takes_any_size():
+    torch.manual_seed(0)
+    small = {k: v for k, v in TINY.items() if k != "mlp_ratio"} | dict(embed_dim=96, num_classes=50, drop_path_rate=0.0)
+    m = attnlib.create_model("eva02_base_patch14_448", **small).eval()
+    mlp = m.stages[1].mlp.inner
+    assert mlp.gated and mlp.fc2.in_features == 256 and mlp.norm.weight.shape == (256,)
+    assert 0.0185 < mlp.fc1.weight.std() < 0.0215 and not mlp.fc1.bias.any()  # no gate starts open
+    assert 0.009 < mlp.fc2.weight.std() < 0.011
+    inner = m.stages[0].mixer.inner
+    assert (inner.rotary, inner.rotary_grid, type(inner.norm).__name__) == (10000.0, (16, 16), "Identity")
+    for size in ((7, 7), (45, 20)):
+        assert m(images(1, 3, *size)).isfinite().all()
+    later = attnlib.create_model("eva02_enormous_patch14_clip_224", **TINY, global_pool="token")
+    assert all(part.post_norm for block in later.stages for part in (block.mixer, block.mlp))
+    assert attnlib.create_model("eva02_large_patch14_clip_224", **TINY).stages[0].mixer.inner.norm.eps == 1e-6
+
+
 def test_bad_settings():
     with pytest.raises(ValueError, match="relative="):
         tiny(relative="both")

@@ -259,3 +259,73 @@ def test_bad_settings(settings, message):
 def test_an_image_below_one_patch():
     with pytest.raises(ValueError, match="at least one patch of 8 x 8"):
         tiny()(images(1, 3, 7, 8))
+
+
+# ---- distillation, dropout
+
+
+def test_a_distilled_model_reads_two_tokens():
+    m, x = tiny("deit_tiny_distilled_patch16_224"), images(2, 3, 33, 40)
+    features = m.forward_features(x)
+    assert features.shape == (2, 2 + 25, 24) and m.num_prefix_tokens == 2
+    first, second = m.head.fc(features[:, 0]), m.head.fc_dist(features[:, 1])
+    torch.testing.assert_close(m(x), (first + second) / 2)
+    torch.testing.assert_close(m.forward_head(features, pre_logits=True), (features[:, 0] + features[:, 1]) / 2)
+    m.set_distilled_training()
+    assert m(x).shape == (2, 5)  # in evaluation still their mean
+    m.train()
+    for a, b in zip(m(x), (first, second), strict=True):
+        torch.testing.assert_close(a, b)
+    m.set_distilled_training(False)
+    torch.testing.assert_close(m(x), (first + second) / 2)
+    assert m.get_classifier() == (m.head.fc, m.head.fc_dist)
+    assert not torch.equal(m.head.fc.weight, m.head.fc_dist.weight)
+    m.reset_classifier(3)
+    assert m(x).shape == (2, 3)
+    assert "dist_token" in m.no_weight_decay()
+    maps = tiny("deit_tiny_distilled_patch16_224").forward_intermediates(x, intermediates_only=True)
+    assert maps[0].shape == (2, 24, 5, 5)
+
+
+def test_another_number_of_classes_gives_both_heads_anew():
+    old = tiny("deit_tiny_distilled_patch16_224")
+    new = tiny("deit_tiny_distilled_patch16_224", num_classes=7)
+    done = load_pretrained(new, old.state_dict())
+    assert set(done.dropped) == {f"head.{n}.{k}" for n in ("fc", "fc_dist") for k in ("weight", "bias")}
+    torch.testing.assert_close(new.dist_token, old.dist_token)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(distilled=True, global_pool="avg"), "distilled=True reads the class and the distillation token"),
+        (dict(distilled=True, class_token=False), "distilled=True reads the class and the distillation token"),
+        (dict(pos_drop_rate=1.0), "pos_drop_rate"),
+        (dict(proj_drop_rate=-0.1), "proj_drop"),
+        (dict(attn_drop_rate=1.5), "attn_drop"),
+    ],
+)
+def test_bad_distillation_and_dropout(settings, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        tiny(**settings)
+
+
+def test_only_a_distilled_model_trains_two_heads():
+    with pytest.raises(TypeError, match="distilled=True"):
+        tiny().set_distilled_training()
+
+
+@pytest.mark.parametrize("name", ["pos_drop_rate", "proj_drop_rate", "attn_drop_rate"])
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "eva_giant_patch14_224"])
+def test_dropout_acts_in_training_alone(name, model):
+    m, plain, x = tiny(model, **{name: 0.4}), tiny(model), images(1, 3, 32, 32)
+    plain.load_state_dict(m.state_dict())
+    torch.testing.assert_close(m(x), plain(x))
+    m.train()
+    assert not torch.allclose(m.forward_features(x), m.forward_features(x))
+    rates = [part.p for part in m.modules() if isinstance(part, torch.nn.Dropout) and part.p]
+    inner = m.stages[0].mixer.inner
+    if name == "attn_drop_rate":
+        assert inner.attn_drop == 0.4 and not rates
+    else:
+        assert len(rates) == (1 if name == "pos_drop_rate" else 4)

@@ -57,6 +57,48 @@ def test_it_is_the_equation(kind, beside):
         torch.testing.assert_close(m(x.view(2, 3, 4, 16)).flatten(1, 2), y)
 
 
+def turned(z, grid, stretched, before, base):
+    """Pairs of neighbouring channels as complex numbers, turned by row in the first half of a head, then by column."""
+    dim = z.shape[-1]
+    pairs = torch.view_as_complex(z.unflatten(-1, (-1, 2)).contiguous())
+    for n in range(grid[0] * grid[1]):
+        place = [at / side * to for at, side, to in zip(divmod(n, grid[1]), grid, stretched, strict=True)]
+        for i in range(dim // 2):
+            axis, band = divmod(i, dim // 4)
+            angle = torch.tensor(place[axis] * base ** (-band / (dim // 4)), dtype=torch.float64)
+            pairs[..., before + n, i] = pairs[..., before + n, i] * torch.polar(torch.ones_like(angle), angle)
+    return torch.view_as_real(pairs).flatten(-2)
+
+
+@pytest.mark.parametrize("beside", [(0, 0), (1, 0), (2, 1)])
+@pytest.mark.parametrize("stretched", [None, (6, 5)])
+def test_rotary_positions_and_the_inner_norm_are_the_equation(beside, stretched):
+    m = made(rotary=100.0, rotary_grid=stretched, inner_norm=True)
+    x = torch.randn(2, sum(beside) + 12, 16, dtype=torch.float64)
+    layout = Layout((("cls", beside[0]), ("image", (3, 4)), ("text", beside[1])))
+    out = []
+    for h in range(2):
+        rows = slice(8 * h, 8 * h + 8)
+        q, k, v = x @ m.q.weight[rows].T + m.q.bias[rows], x @ m.k.weight[rows].T, x @ m.v.weight[rows].T
+        q, k = (turned(z, (3, 4), stretched or (3, 4), beside[0], 100.0) for z in (q, k))
+        out.append(torch.softmax(q @ k.transpose(1, 2) / 8**0.5, -1) @ (v + m.v.bias[rows]))
+    z = torch.cat(out, -1)
+    z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    expected = (z * m.norm.weight + m.norm.bias) @ m.proj.weight.T + m.proj.bias
+    torch.testing.assert_close(m(x, layout=layout), expected, atol=1e-5, rtol=1e-5)  # angles are float32
+    if beside == (0, 0):
+        torch.testing.assert_close(m(x.view(2, 3, 4, 16)).flatten(1, 2), m(x, layout=layout))
+
+
+def test_bad_rotary_positions():
+    with pytest.raises(ValueError, match="multiple of 4"):
+        EvaAttention(12, 2, rotary=10000.0)
+    with pytest.raises(ValueError, match="rotary_grid was given without rotary"):
+        EvaAttention(16, 2, rotary_grid=(3, 3))
+    with pytest.raises(ValueError, match="rotary"):
+        EvaAttention(16, 2, rotary=-1.0)
+
+
 def test_without_tables_it_is_attention_without_a_key_bias():
     m = made()
     plain = attnlib.create("softmax-attention", dim=16, num_heads=2).double()

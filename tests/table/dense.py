@@ -59,4 +59,11 @@ ROWS += [
         layout=Layout.image(3, 3, cls=1),
     ),
     Case("eva", dict(dim=16, num_heads=2, relative="axes", grid=(5, 3), qkv_bias=False), (4, 4), "axes"),
+    Case(
+        "eva",
+        dict(dim=16, num_heads=2, rotary=10000.0, rotary_grid=(6, 5), inner_norm=True),
+        (3, 4),
+        "rotary",
+        layout=Layout.image(3, 3, cls=1),
+    ),
 ]

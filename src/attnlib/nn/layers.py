@@ -232,6 +232,7 @@ class Mlp(nn.Module):
         skip: add the hidden layer to that convolution: ``act(z + conv(z))``.
         bias: of both linear maps.
         drop_hidden: apply ``drop`` to the hidden layer as well, as timm does.
+        norm: makes a norm of the hidden layer (sub-LN); ``None`` for none.
     """
 
     def __init__(
@@ -247,6 +248,7 @@ class Mlp(nn.Module):
         skip: bool = False,
         bias: bool = True,
         drop_hidden: bool = False,
+        norm: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
         hidden = int(dim * ratio) if hidden is None else hidden
@@ -254,6 +256,7 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden * (2 if gated else 1), bias=bias)
         self.dwconv = DepthwiseConv(hidden, depthwise) if depthwise else None
         self.act = activation()
+        self.norm = None if norm is None else norm(hidden)
         self.fc2 = nn.Linear(hidden, dim if out_dim is None else out_dim, bias=bias)
         self.drop = nn.Dropout(drop)
 
@@ -268,7 +271,8 @@ class Mlp(nn.Module):
             local = self.dwconv(z)
             z = z + local if self.skip else local
         z = self.act(z) if gate is None else self.act(z) * gate
-        return through(self.drop, self.fc2(through(self.drop, z) if self.drop_hidden else z))
+        z = through(self.drop, z) if self.drop_hidden else z
+        return through(self.drop, self.fc2(z if self.norm is None else self.norm(z)))
 
 
 class DropPath(nn.Module):

@@ -74,6 +74,7 @@ class Sites:
 SITES: dict[str, Sites] = {
     "lightning-attention-2": Sites((("v", 0.0),), "norm"),
     "biformer": Sites((("qkv", "dim"),), "proj"),
+    "eva": Sites((("v", 0.0),), "norm"),
     "halonet": Sites((("halo.v", 0.0),), "proj"),
     "vmoba": Sites((("qkv", "dim"),), "proj"),
     "shvit": Sites((("qkv", "partial_dim"),), "relu_"),

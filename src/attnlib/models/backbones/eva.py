@@ -4,12 +4,18 @@ Fang et al., 2022, "EVA: Exploring the Limits of Masked Visual Representation Le
 ViT-g with 14 x 14 patches whose attention has no key bias (:mod:`attnlib.nn.dense.eva`); the classifier pools the
 patches and norms their mean. How it is pretrained is :mod:`attnlib.models.pretrain`.
 
+Fang et al., 2023, "EVA-02: A Visual Representation for Neon Genesis", arXiv 2303.11331: gated MLPs (SwiGLU) of two
+thirds of the usual hidden width, in base and large with a norm of the hidden layer (sub-LN), and rotary positions
+beside the table of positions. For CLIP (Sun et al., 2023, arXiv 2303.15389) attention norms its output too, or, in the
+enormous model, norms stand behind plain sublayers.
+
 Differs from the authors' class: any size, as :mod:`attnlib.models.backbones.vit`.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -35,21 +41,27 @@ def eva(
     patch_size: int = 14,
     qkv_bias: bool = True,
     relative: str | None = None,
+    rotary: float | None = None,
+    rotary_grid: Sequence[int] | None = None,
+    inner_norm: bool = False,
     head_scale: float = 0.001,
     rescale: bool = True,
     mechanism: Make | None = None,
     img_size: int | tuple[int, int] = 224,
     global_pool: str = "avg",
+    proj_drop_rate: float = 0.0,
+    attn_drop_rate: float = 0.0,
     **settings: Any,
 ) -> VisionTransformer:
-    """An EVA.
+    """An EVA, or an EVA-02.
 
     Args:
-        embed_dim, depth, num_heads, mlp_ratio, patch_size, rescale, img_size, global_pool: as of
-            :func:`attnlib.models.backbones.vit.vit`.
+        embed_dim, depth, num_heads, mlp_ratio, patch_size, rescale, img_size, global_pool, proj_drop_rate,
+            attn_drop_rate: as of :func:`attnlib.models.backbones.vit.vit`.
         qkv_bias: biases of the query and the value projections.
         relative: tables of relative positions: ``None``, in every block (``"table"``; ``"axes"``: one per axis, added
             up), or the same for all blocks (``"shared"``, ``"shared-axes"``).
+        rotary, rotary_grid, inner_norm: as of :class:`attnlib.nn.dense.eva.EvaAttention`.
         head_scale: what the head's first weights are multiplied with.
         mechanism: as in :func:`attnlib.create_model`.
         settings: of :func:`attnlib.models.backbones.vit.vit`.
@@ -61,17 +73,20 @@ def eva(
     kind = None if relative is None else "axes" if relative.endswith("axes") else "table"
 
     def own(place: Any) -> nn.Module:
-        return EvaAttention(place.dim, place.num_heads, qkv_bias=qkv_bias, relative=kind, grid=grid)
+        return EvaAttention(
+            place.dim, place.num_heads, qkv_bias=qkv_bias, relative=kind, grid=grid, attn_drop=attn_drop_rate,
+            proj_drop=proj_drop_rate, rotary=rotary, rotary_grid=rotary_grid, inner_norm=inner_norm,
+        )  # fmt: skip
 
     model = vit(
         patch_size, embed_dim, depth, num_heads, mlp_ratio, mechanism=mechanism or own, img_size=img_size,
-        global_pool=global_pool, **settings,
+        global_pool=global_pool, proj_drop_rate=proj_drop_rate, gates=False, **settings,
     )  # fmt: skip
     if relative is not None and relative.startswith("shared") and mechanism is None:
         first, *others = [block.mixer.inner for block in cast(Any, model.stages)]
         for mixer in others:
             mixer.relative = first.relative
-    plain.start(model, rescale, also=(EvaAttention,))
+    plain.start(model, rescale, also=(EvaAttention,), gates=False)
     if model.cls_token is not None:
         nn.init.trunc_normal_(model.cls_token, std=0.02)
     if isinstance(model.head.fc, nn.Linear):
@@ -175,3 +190,56 @@ register_models(
     data=_CLIP,
     **{**_shared, "convert": functools.partial(plain.convert)},
 )
+
+_SECOND: dict[str, Any] = dict(
+    patch_size=14, mlp_ratio=4 * 2 / 3, swiglu=True, rotary=10000.0, rotary_grid=(16, 16)
+)  # fmt: skip
+_TI, _S = (dict(embed_dim=dim, depth=12, num_heads=dim // 64) | _SECOND for dim in (192, 384))
+_B, _L = (
+    dict(embed_dim=dim, depth=depth, num_heads=dim // 64, mlp_norm=True) | _SECOND
+    for dim, depth in ((768, 12), (1024, 24))
+)
+_TOWER: dict[str, Any] = dict(inner_norm=True, global_pool="token")
+_EVA02: dict[str, dict[str, Any]] = {
+    "eva02_tiny_patch14_224": _TI | dict(num_classes=0),
+    "eva02_small_patch14_224": _S | dict(num_classes=0),
+    "eva02_base_patch14_224": _B | dict(num_classes=0),
+    "eva02_large_patch14_224": _L | dict(num_classes=0),
+    "eva02_tiny_patch14_336": _TI | dict(img_size=336),
+    "eva02_small_patch14_336": _S | dict(img_size=336),
+    "eva02_base_patch14_448": _B | dict(img_size=448),
+    "eva02_large_patch14_448": _L | dict(img_size=448),
+    "eva02_base_patch16_clip_224": _B | _TOWER | dict(patch_size=16, num_classes=512),
+    "eva02_large_patch14_clip_224": _L | _TOWER | dict(num_classes=768),
+    "eva02_large_patch14_clip_336": _L | _TOWER | dict(img_size=336, num_classes=768),
+    "eva02_enormous_patch14_clip_224": dict(
+        embed_dim=1792, depth=64, num_heads=16, mlp_ratio=15360 / 1792, post_norm=True, global_pool="token",
+        num_classes=1024,
+    ),
+}  # fmt: skip
+_TAGS = {
+    "eva02_tiny_patch14_224": "mim_in22k", "eva02_small_patch14_224": "mim_in22k",
+    "eva02_base_patch14_224": "mim_in22k", "eva02_large_patch14_224": "mim_m38m",
+    "eva02_tiny_patch14_336": "mim_in22k_ft_in1k", "eva02_small_patch14_336": "mim_in22k_ft_in1k",
+    "eva02_base_patch14_448": "mim_in22k_ft_in22k_in1k", "eva02_large_patch14_448": "mim_m38m_ft_in22k_in1k",
+    "eva02_base_patch16_clip_224": "merged2b", "eva02_large_patch14_clip_224": "merged2b",
+    "eva02_large_patch14_clip_336": "merged2b", "eva02_enormous_patch14_clip_224": "laion2b",
+}  # fmt: skip
+register_models(
+    "eva",
+    eva,
+    _EVA02,
+    params={
+        "eva02_tiny_patch14_224": 5_502_144, "eva02_small_patch14_224": 21_621_120,
+        "eva02_base_patch14_224": 85_758_720, "eva02_large_patch14_224": 303_268_800,
+        "eva02_tiny_patch14_336": 5_756_584, "eva02_small_patch14_336": 22_129_000,
+        "eva02_base_patch14_448": 87_117_544, "eva02_large_patch14_448": 305_080_232,
+        "eva02_base_patch16_clip_224": 86_263_040, "eva02_large_patch14_clip_224": 304_105_152,
+        "eva02_large_patch14_clip_336": 304_432_832, "eva02_enormous_patch14_clip_224": 4_350_556_928,
+    },
+    weights={name: (f"timm/{name}.{tag}", "model.safetensors") for name, tag in _TAGS.items()},
+    data=_CLIP,
+    data_of={name: _CLIP | {"crop_pct": 0.9} for name in _EVA02 if name.endswith("224")}
+    | {name: _CLIP | {"crop_mode": "squash"} for name in _EVA02 if name.endswith("448")},
+    **{**_shared, "img_size": {name: int(name.rpartition("_")[2]) for name in _EVA02}},
+)  # fmt: skip

@@ -10,9 +10,10 @@ References: Dosovitskiy et al., 2020, arXiv 2010.11929; Touvron et al., 2020, "D
 2022, "DeiT III", arXiv 2204.07118 (layer scale, positions of patches alone); Darcet et al., 2023, arXiv 2309.16588
 (register tokens).
 
-Differs from timm's class: any size from one patch up, with zeros at the bottom and on the right, as theirs with
-``dynamic_img_pad=True``; the table of positions is held as a map, apart from the positions of the class and register
-tokens.
+With ``distilled`` a second learned token stands behind the class token, and a second head reads it: it learns from a
+teacher, and both heads are averaged (DeiT). Differs from timm's class: any size from one patch up, with zeros at the
+bottom and on the right, as theirs with ``dynamic_img_pad=True``; the table of positions is held as a map, apart from
+the positions of the class and register tokens.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ import copy
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_int, check_ints, check_real, describe
+from ...checks import check_choice, check_flag, check_int, check_ints, check_real, describe
 from ...grids import Layout
 from ...nn.dense.softmax_attention import SoftmaxAttention
-from ...nn.layers import Mlp, Patchify, flat_valid, normed
+from ...nn.layers import Mlp, Patchify, flat_valid, normed, through
 from ...nn.recompute import checkpointed
 from ...nn.released import Released, join
 from ..blocks import Block, Make, init_weights, places
@@ -61,7 +62,7 @@ class TokenHead(Head):
         options: of that head.
     """
 
-    pools = ("token", "avg", "max", "")
+    pools: ClassVar[tuple[str, ...]] = ("token", "avg", "max", "")
 
     def __init__(
         self,
@@ -86,6 +87,37 @@ class TokenHead(Head):
         return super().forward(x, valid, pre_logits)
 
 
+class DistilledHead(TokenHead):
+    """Two linear maps, of the class token and of the distillation token behind it; logits are their mean.
+
+    Args:
+        dim, num_classes, prefix, options: as of :class:`TokenHead`.
+    """
+
+    pools = ("token", "")
+
+    def __init__(self, dim: int, num_classes: int, pool: str = "token", prefix: int = 2, **options: Any):
+        super().__init__(dim, num_classes, pool, prefix, **options)
+        #: Whether both heads' logits are given in training, as a pair, for a loss of each.
+        self.apart = False
+
+    def reset(self, num_classes: int, pool: str | None = None) -> None:
+        super().reset(num_classes, pool)
+        self.fc_dist = copy.deepcopy(self.fc)
+        if isinstance(self.fc_dist, nn.Linear):
+            nn.init.trunc_normal_(self.fc_dist.weight, std=0.02)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None, pre_logits: bool = False) -> Any:
+        """(B, prefix + N, C) -> (B, num_classes); what both maps read is averaged with ``pre_logits``."""
+        if self.pool != "token":
+            return super().forward(x, valid, pre_logits)
+        first, second = self.drop(self.norm(x[:, 0])), self.drop(self.norm(x[:, 1]))
+        if pre_logits:
+            return (first + second) / 2
+        first, second = self.fc(first), self.fc_dist(second)
+        return (first, second) if self.apart and self.training else (first + second) / 2
+
+
 class VisionTransformer(Backbone):
     """Blocks of one width on patches and tokens beside them; every block is a level of ``feature_info``.
 
@@ -103,6 +135,8 @@ class VisionTransformer(Backbone):
         class_token: a learned token that stands first.
         reg_tokens: learned tokens behind it.
         positions: ``"all"`` tokens have them, those of the ``"grid"``, or ``"none"``.
+        dist_token: a learned token behind the class token, for distillation.
+        pos_drop: dropout of tokens with their positions, in training.
         settings: of :class:`attnlib.models.backbones.stages.Backbone`.
     """
 
@@ -123,6 +157,8 @@ class VisionTransformer(Backbone):
         class_token: bool = True,
         reg_tokens: int = 0,
         positions: str = "all",
+        dist_token: bool = False,
+        pos_drop: float = 0.0,
         **settings: Any,
     ):
         count = len(blocks)
@@ -132,12 +168,14 @@ class VisionTransformer(Backbone):
             raise ValueError(f"img_size={self.img_size} must hold at least one patch of patch_size={patch_size}")
         self.patch_size, self.embed_dim = patch_size, dim
         self.num_reg_tokens, self.has_class_token = reg_tokens, class_token
-        self.num_prefix_tokens = reg_tokens + class_token
-        beside = {"cls": int(class_token), "register": reg_tokens}
+        self.num_prefix_tokens = reg_tokens + class_token + dist_token
+        beside = {"cls": int(class_token), "dist": int(dist_token), "register": reg_tokens}
         self.beside = tuple((name, size) for name, size in beside.items() if size)
         grid = tuple(side // patch_size for side in self.img_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
+        self.dist_token = nn.Parameter(torch.empty(1, 1, dim)) if dist_token else None
         self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, dim)) if reg_tokens else None
+        self.pos_drop = nn.Dropout(check_real("pos_drop_rate", pos_drop, least=0, below=1))
         self.pos_embed = None if positions == "none" else nn.Parameter(torch.empty(dim, *grid))
         own = positions == "all" and self.num_prefix_tokens > 0
         self.prefix_pos_embed = nn.Parameter(torch.empty(1, self.num_prefix_tokens, dim)) if own else None
@@ -147,6 +185,8 @@ class VisionTransformer(Backbone):
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
+        if self.dist_token is not None:
+            nn.init.trunc_normal_(self.dist_token, std=0.02)
 
     # ---- the call
 
@@ -165,7 +205,7 @@ class VisionTransformer(Backbone):
 
     def _prefix(self) -> Tensor | None:
         """(1, prefix, C): tokens beside the patches."""
-        tokens: list[Tensor] = [t for t in (self.cls_token, self.reg_token) if t is not None]
+        tokens: list[Tensor] = [t for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
         if not tokens:
             return None
         beside = tokens[0] if len(tokens) == 1 else torch.cat(tokens, 1)
@@ -189,6 +229,7 @@ class VisionTransformer(Backbone):
             x = torch.cat([beside.expand(x.shape[0], -1, -1).to(x.dtype), x.flatten(1, 2)], 1)
             layout = Layout((*self.beside, ("image", grid)))
             exists = None if valid is None else F.pad(valid.flatten(1), (self.num_prefix_tokens, 0), value=True)
+        x = through(self.pos_drop, x)
         carry: Any = None
         for block in self.stages[: None if last is None else last + 1]:  # type: ignore[union-attr]
             if getattr(block, "checkpointing", False) and torch.is_grad_enabled() and losses is None:
@@ -267,6 +308,20 @@ class VisionTransformer(Backbone):
         y = self.norm(y) if last == count - 1 else y
         return (y if self.num_prefix_tokens else y.flatten(1, 2)), found
 
+    def get_classifier(self) -> Any:
+        """The last linear map; of a distilled model both."""
+        return (self.head.fc, self.head.fc_dist) if isinstance(self.head, DistilledHead) else self.head.fc
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Give the logits of both heads in training, as a pair, instead of their mean.
+
+        Raises:
+            TypeError: a model without a distillation token.
+        """
+        if not isinstance(self.head, DistilledHead):
+            raise TypeError("only a model with distilled=True has two heads")
+        self.head.apart = check_flag("enable", enable)
+
     @torch.no_grad()
     def with_patches(self, patch_size: int, img_size: int | tuple[int, int] | None = None) -> VisionTransformer:
         """A copy that reads patches of another size, down to single pixels: width, depth and blocks are the same.
@@ -307,7 +362,7 @@ class VisionTransformer(Backbone):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters stand at which depth, for layer-wise learning rates."""
         return {
-            "stem": r"^(stem|cls_token|reg_token|pos_embed|prefix_pos_embed)",
+            "stem": r"^(stem|cls_token|dist_token|reg_token|pos_embed|prefix_pos_embed)",
             "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))],
         }
 
@@ -328,6 +383,13 @@ def vit(
     fc_norm: bool | None = None,
     rescale: bool = False,
     stem_grad: float = 1.0,
+    distilled: bool = False,
+    post_norm: bool = False,
+    mlp_norm: bool = False,
+    gates: bool = True,
+    pos_drop_rate: float = 0.0,
+    proj_drop_rate: float = 0.0,
+    attn_drop_rate: float = 0.0,
     mechanism: Make | None = None,
     num_classes: int = 1000,
     in_chans: int = 3,
@@ -352,6 +414,13 @@ def vit(
         fc_norm: the last norm stands behind the pool; where patches are pooled by default.
         rescale: output projections of block l start divided by sqrt(2 l), l from 1 (BEiT, EVA).
         stem_grad: share of the gradient that reaches the patch embedding.
+        distilled: a distillation token and a head of its own; both heads are averaged (DeiT).
+        post_norm: norms stand behind attention and MLP.
+        mlp_norm: LayerNorm of the hidden layer of MLPs (sub-LN).
+        gates: what gates multiply starts at 1, with ``swiglu``.
+        pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout in training: of tokens with their positions, of outputs
+            of attention and both layers of MLPs, of attention weights; the second and third with the model's own
+            attention alone.
         mechanism: as in :func:`attnlib.create_model`. One of maps, which takes neither sequences nor layouts, needs
             ``class_token=False, reg_tokens=0, global_pool="avg"``.
         num_classes, in_chans, img_size, drop_path_rate, drop_rate: as in :func:`attnlib.create_model`.
@@ -364,12 +433,20 @@ def vit(
     check_int("reg_tokens", reg_tokens, least=0)
     check_real("mlp_ratio", mlp_ratio, above=0)
     norm = functools.partial(nn.LayerNorm, eps=1e-6)
-    prefix = reg_tokens + class_token
+    prefix = reg_tokens + class_token + check_flag("distilled", distilled)
+    if distilled and not (class_token and global_pool in DistilledHead.pools):
+        raise ValueError(
+            f"distilled=True reads the class and the distillation token: class_token=True and global_pool='token' are "
+            f"possible, got class_token={class_token} and global_pool={global_pool!r}"
+        )
     fc_norm = global_pool in ("avg", "max") if fc_norm is None else fc_norm
     hidden = int(embed_dim * mlp_ratio)
 
     def own(place: Any) -> nn.Module:
-        made = SoftmaxAttention(place.dim, place.num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm)
+        made = SoftmaxAttention(
+            place.dim, place.num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm, attn_drop=attn_drop_rate,
+            proj_drop=proj_drop_rate,
+        )  # fmt: skip
         for of_heads in (made.q_norm, made.k_norm) if qk_norm else ():
             of_heads.eps = 1e-6  # type: ignore[assignment]
         return made
@@ -386,28 +463,43 @@ def vit(
                 "that no token can stand beside the patches: class_token=False, reg_tokens=0, global_pool='avg' builds "
                 "a model of it"
             )
-        mlp = Mlp(embed_dim, hidden=hidden, gated=swiglu, activation=nn.SiLU if swiglu else nn.GELU)
-        blocks.append(Block(place.dim, mixer, mlp, norm=norm, drop_path=place.drop_path, layer_scale=layer_scale))
-    head = TokenHead(
-        embed_dim, num_classes, global_pool, prefix, class_token, norm=norm if fc_norm else None, drop=drop_rate
-    )
+        mlp = Mlp(
+            embed_dim, hidden=hidden, gated=swiglu, activation=nn.SiLU if swiglu else nn.GELU, drop=proj_drop_rate,
+            drop_hidden=True, norm=norm if mlp_norm else None,
+        )  # fmt: skip
+        blocks.append(
+            Block(
+                place.dim, mixer, mlp, norm=norm, drop_path=place.drop_path, layer_scale=layer_scale,
+                post_norm=post_norm,
+            )
+        )  # fmt: skip
+    of_head: dict[str, Any] = dict(norm=norm if fc_norm else None, drop=drop_rate)
+    if distilled:
+        head: TokenHead = DistilledHead(embed_dim, num_classes, global_pool, prefix, **of_head)
+    else:
+        head = TokenHead(embed_dim, num_classes, global_pool, prefix, class_token, **of_head)
     model = VisionTransformer(
         PatchStem(in_chans, embed_dim, patch_size, stem_grad), blocks, embed_dim, patch_size,
-        None if fc_norm else norm(embed_dim), head, class_token, reg_tokens, positions,
+        None if fc_norm else norm(embed_dim), head, class_token, reg_tokens, positions, distilled, pos_drop_rate,
         num_classes=num_classes, in_chans=in_chans, img_size=img_size,
     )  # fmt: skip
-    start(model, rescale)
+    if distilled:
+        model.head_names = ("head.fc.", "head.fc_dist.")
+    start(model, rescale, gates=gates)
     return model
 
 
 def start(
-    model: VisionTransformer, rescale: bool = False, also: tuple[type[nn.Module], ...] = (SoftmaxAttention,)
+    model: VisionTransformer,
+    rescale: bool = False,
+    also: tuple[type[nn.Module], ...] = (SoftmaxAttention,),
+    gates: bool = True,
 ) -> None:
     """Initial weights of linear maps as timm has them; of the mechanisms ``also``, too."""
     init_weights(model, also=also)
     for block in model.stages:
         mlp: Any = block.mlp.inner  # type: ignore[union-attr]
-        if mlp.gated:  # what the gate multiplies starts at 1
+        if mlp.gated and gates:  # what the gate multiplies starts at 1
             half = mlp.fc1.out_features // 2
             nn.init.normal_(mlp.fc1.weight[half:], std=1e-6)
             nn.init.ones_(mlp.fc1.bias[half:])
@@ -425,17 +517,25 @@ def divide(model: VisionTransformer) -> None:
                 linear.weight.div_(math.sqrt(2.0 * number))
 
 
-def grid_of(theirs: Tensor, prefix: int) -> tuple[Tensor | None, Tensor]:
-    """A released table of positions (1, prefix + N, C): those of the prefix, and a map (C, side, side).
+def grid_of(theirs: Tensor, prefix: int, grid: Sequence[int] | None = None) -> tuple[Tensor | None, Tensor]:
+    """A released table of positions (1, prefix + N, C): those of the prefix, and a map (C, height, width).
+
+    Args:
+        theirs: the table.
+        prefix: positions before those of the patches.
+        grid: which N positions are read as, where it has so many; a square otherwise.
 
     Raises:
         ValueError: N is no square number.
     """
     count = theirs.shape[1] - prefix
     side = math.isqrt(max(count, 0))
-    if count < 1 or side * side != count:
+    sides = (side, side)
+    if grid is not None and math.prod(grid) == count:
+        sides = (grid[0], grid[1])
+    if count < 1 or math.prod(sides) != count:
         raise ValueError(f"has {theirs.shape[1]} positions, which are no square grid behind {prefix} tokens")
-    table = theirs[0, prefix:].unflatten(0, (side, side)).permute(2, 0, 1)
+    table = theirs[0, prefix:].unflatten(0, sides).permute(2, 0, 1)
     return (theirs[:, :prefix] if prefix else None), table
 
 
@@ -452,9 +552,10 @@ def convert(state_dict: dict[str, Tensor], model: Any, options: Mapping[str, Any
     prefix = 0 if model.prefix_pos_embed is None else model.num_prefix_tokens
 
     def positions(match: Any, value: Tensor) -> dict[str, Tensor]:
-        before, table = grid_of(value, prefix)
+        before, table = grid_of(value, prefix, None if model.pos_embed is None else model.pos_embed.shape[1:])
         return {"pos_embed": table} | ({} if before is None else {"prefix_pos_embed": before})
 
+    theirs.leave(r"rope\.freqs_(cos|sin)", because="constants of a grid")
     theirs.leave(r"mask_token|lm_head\.(weight|bias)", because="they serve pretraining alone")
     out: dict[str, Tensor] = {}
     convert_inner = getattr(type(inner), "convert_state_dict", None)
@@ -463,18 +564,19 @@ def convert(state_dict: dict[str, Tensor], model: Any, options: Mapping[str, Any
             r"blocks\.(\d+)\.attn\.(.+)", r"stages.\1.mixer.inner", functools.partial(convert_inner, **options or {})
         )
     for block in range(len(model.stages)):
-        gated = join(theirs, f"stages.{block}.mlp.inner.fc1", [f"blocks.{block}.mlp.{n}" for n in ("fc1_g", "fc1_x")])
-        out |= gated
+        for pair in (("fc1_g", "fc1_x"), ("w1", "w2")):
+            out |= join(theirs, f"stages.{block}.mlp.inner.fc1", [f"blocks.{block}.mlp.{n}" for n in pair])
     block_of = r"blocks\.(\d+)"
     out |= theirs.renamed(
         {
             r"patch_embed\.proj\.(weight|bias)": r"stem.proj.\1",
-            r"(cls_token|reg_token)": r"\1",
+            r"(cls_token|dist_token|reg_token)": r"\1",
             r"register_tokens": r"reg_token",
             r"pos_embed": positions,
             rf"{block_of}\.norm1\.(weight|bias)": r"stages.\1.mixer.norm.\2",
             rf"{block_of}\.norm2\.(weight|bias)": r"stages.\1.mlp.norm.\2",
             rf"{block_of}\.mlp\.(fc[12])\.(weight|bias)": r"stages.\1.mlp.inner.\2.\3",
+            rf"{block_of}\.mlp\.(?:norm|ffn_ln)\.(weight|bias)": r"stages.\1.mlp.inner.norm.\2",
             rf"{block_of}\.mlp\.w12\.(weight|bias)": r"stages.\1.mlp.inner.fc1.\2",
             rf"{block_of}\.mlp\.w3\.(weight|bias)": r"stages.\1.mlp.inner.fc2.\2",
             rf"{block_of}\.(?:ls1\.gamma|gamma_1)": r"stages.\1.mixer.scale.gamma",
@@ -482,6 +584,7 @@ def convert(state_dict: dict[str, Tensor], model: Any, options: Mapping[str, Any
             r"norm\.(weight|bias)": r"norm.\1",
             r"fc_norm\.(weight|bias)": r"head.norm.\1",
             r"head\.(weight|bias)": r"head.fc.\1",
+            r"head_dist\.(weight|bias)": r"head.fc_dist.\1",
         }
     )
     return theirs.close(out)
@@ -511,6 +614,10 @@ _DEIT: dict[str, dict[str, Any]] = {
     "deit_small_patch16_224": _SMALL,
     "deit_base_patch16_224": _BASE,
     "deit_base_patch16_384": _BASE | _AT_384,
+    "deit_tiny_distilled_patch16_224": _TINY | dict(distilled=True),
+    "deit_small_distilled_patch16_224": _SMALL | dict(distilled=True),
+    "deit_base_distilled_patch16_224": _BASE | dict(distilled=True),
+    "deit_base_distilled_patch16_384": _BASE | _AT_384 | dict(distilled=True),
 }
 _THIRD: dict[str, Any] = dict(positions="grid", layer_scale=1e-6)
 _DEIT3: dict[str, dict[str, Any]] = {
@@ -537,6 +644,8 @@ _PARAMS = {
     "vit_small_patch16_224": 22_050_664, "vit_small_patch16_384": 22_196_584, "vit_base_patch32_224": 88_224_232,
     "vit_base_patch16_224": 86_567_656, "vit_base_patch16_384": 86_859_496, "vit_base_patch8_224": 86_576_872,
     "vit_large_patch16_224": 304_326_632, "vit_large_patch16_384": 304_715_752, "vit_large_patch14_224": 304_203_752,
+    "deit_tiny_distilled_patch16_224": 5_910_800, "deit_small_distilled_patch16_224": 22_436_432,
+    "deit_base_distilled_patch16_224": 87_338_192, "deit_base_distilled_patch16_384": 87_630_032,
     "vit_huge_patch14_224": 632_045_800, "deit_tiny_patch16_224": 5_717_416, "deit_small_patch16_224": 22_050_664,
     "deit_base_patch16_224": 86_567_656, "deit_base_patch16_384": 86_859_496, "deit3_small_patch16_224": 22_059_496,
     "deit3_medium_patch16_224": 38_849_512, "deit3_base_patch16_224": 86_585_320,

@@ -1,4 +1,4 @@
-"""EVA-01's attention: softmax attention without a key bias, with BEiT's relative positions where they are asked for.
+"""EVA's attention: softmax attention without a key bias, with BEiT's relative or EVA-02's rotary positions.
 
 Fang et al., 2022, "EVA: Exploring the Limits of Masked Visual Representation Learning at Scale", arXiv 2211.07636.
 
@@ -7,6 +7,11 @@ Fang et al., 2022, "EVA: Exploring the Limits of Masked Visual Representation Le
 ``B_h`` is absent in the released models. With ``relative="table"`` it is one learned number per displacement of two
 patches; with ``"axes"`` the sum of one per row and one per column displacement. Tokens beside the patches have three
 numbers of their own: from them to a patch, from a patch to them, and among them.
+
+EVA-02 (Fang et al., 2023, "EVA-02: A Visual Representation for Neon Genesis", arXiv 2303.11331) turns queries and keys
+of patches by their row and column, neighbouring channels together, half of a head for each axis; places are those of
+the grid of pretraining, to which other grids are stretched (``rotary_grid``). Its models for CLIP norm the heads'
+outputs side by side before the last projection (``inner_norm``).
 
 Differs from the authors' class: tables serve any grid, interpolated (bicubic) where it is another than that they were
 made for, instead of one fixed grid; more than one token may stand beside the patches.
@@ -18,13 +23,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_grid
-from ...grids import Layout
+from ...checks import check_choice, check_flag, check_grid, check_real
+from ...grids import Layout, coordinates
 from ...masks import Mask
 from ...ops import attention
-from ...positions import dense_window_bias, resized
+from ...positions import dense_window_bias, resized, rotary_angles, rotate
 from ...types import Output, Traits
 from ..base import Mechanism
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
@@ -95,6 +101,10 @@ class EvaAttention(Mechanism):
         scale: of the scores; ``1 / sqrt(head_dim)`` by default.
         attn_drop: dropout of attention weights in training.
         proj_drop: dropout of the output in training.
+        rotary: base of rotary positions of patches; ``None`` for none. They need maps, or a layout with one, and heads
+            that are a multiple of 4 wide.
+        rotary_grid: grid (h, w) that every other one is stretched to; ``None`` takes places as they are.
+        inner_norm: LayerNorm of all heads' outputs before the last projection.
 
     Raises:
         ValueError: heads that do not divide the width, another ``relative``, a grid that is none.
@@ -125,17 +135,27 @@ class EvaAttention(Mechanism):
         scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        rotary: float | None = None,
+        rotary_grid: Sequence[int] | None = None,
+        inner_norm: bool = False,
     ):
         super().__init__(dim)
         check_choice("relative", relative, RELATIVE)
         self.num_heads = num_heads
         self.head_dim = head_dim_of(dim, num_heads) if head_dim is None else head_dim
+        self.rotary = None if rotary is None else check_real("rotary", rotary, above=0)
+        if self.rotary is not None and self.head_dim % 4:
+            raise ValueError(f"head_dim={self.head_dim} must be a multiple of 4 for rotary positions of two axes")
+        if rotary_grid is not None and self.rotary is None:
+            raise ValueError("rotary_grid was given without rotary")
+        self.rotary_grid = None if rotary_grid is None else check_grid("rotary_grid", rotary_grid, (2,))
         self.scale = self.head_dim**-0.5 if scale is None else scale
         self.attn_drop = attn_drop
         width = num_heads * self.head_dim
         self.q = nn.Linear(dim, width, bias=qkv_bias)
         self.k = nn.Linear(dim, width, bias=False)
         self.v = nn.Linear(dim, width, bias=qkv_bias)
+        self.norm = nn.LayerNorm(width, eps=1e-6) if check_flag("inner_norm", inner_norm) else nn.Identity()
         self.proj = nn.Linear(width, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         side = check_grid("grid", grid, (2,))
@@ -143,22 +163,34 @@ class EvaAttention(Mechanism):
 
     @property
     def traits(self) -> Traits:
-        if self.relative is None:
+        if self.relative is None and self.rotary is None:
             return self.class_traits.but(memory={"N": 1})
+        if self.relative is None:
+            return self.class_traits.but(
+                grid_ranks=frozenset({2}), permutation_equivariant=False, memory={"N": 1}
+            )
         return self.class_traits.but(grid_ranks=frozenset({2}), permutation_equivariant=False)
 
-    def _bias(self, grid: Sequence[int], layout: Layout | None) -> Tensor | None:
-        if self.relative is None:
-            return None
-        before = after = 0
-        if layout is not None:
-            name = layout.grid_name()
-            grid = layout.grid(name)
-            if len(grid) != 2:
-                raise ValueError(f"layout's grid {name!r} must have two axes, got {grid}")
-            start, stop = layout.span(name)
-            before, after = start, len(layout) - stop
-        return self.relative(grid, before, after)
+    @staticmethod
+    def _patches(grid: Sequence[int], layout: Layout | None) -> tuple[tuple[int, ...], int, int]:
+        """The grid of the patches, and how many tokens stand before and behind it."""
+        if layout is None:
+            return tuple(grid), 0, 0
+        name = layout.grid_name()
+        own = layout.grid(name)
+        if len(own) != 2:
+            raise ValueError(f"layout's grid {name!r} must have two axes, got {own}")
+        start, stop = layout.span(name)
+        return own, start, len(layout) - stop
+
+    def _angles(self, grid: Sequence[int], before: int, after: int, device: torch.device) -> Tensor:
+        """(N, D / 2): by how much queries and keys are turned; those beside the patches are not."""
+        assert self.rotary is not None
+        at = coordinates(grid, device).to(torch.float32)
+        if self.rotary_grid is not None:
+            at = at / at.new_tensor(grid) * at.new_tensor(self.rotary_grid)
+        angles = rotary_angles(at, self.head_dim, self.rotary, grid=grid)
+        return F.pad(angles, (0, 0, before, after)) if before + after else angles
 
     def mix(  # type: ignore[override]
         self,
@@ -171,13 +203,20 @@ class EvaAttention(Mechanism):
     ) -> Output:
         grid = x.shape[1:-1]
         q, k, v = (split_heads(part(x), self.num_heads) for part in (self.q, self.k, self.v))
+        bias = None
+        if self.relative is not None or self.rotary is not None:
+            patches, before, after = self._patches(grid, layout)
+            bias = None if self.relative is None else self.relative(patches, before, after)
+            if self.rotary is not None:
+                angles = self._angles(patches, before, after, x.device)
+                q, k = rotate(q, angles, interleaved=True), rotate(k, angles, interleaved=True)
         out, weights = attention(
-            q, k, v, mask=mask, bias=self._bias(grid, layout), valid=flat_valid(valid), scale=self.scale,
+            q, k, v, mask=mask, bias=bias, valid=flat_valid(valid), scale=self.scale,
             dropout_p=self.attn_drop if self.training else 0.0, return_weights="weights" in returns,
         ), None  # fmt: skip
         if "weights" in returns:
             out, weights = out  # type: ignore[misc]
-        return Output(self.proj_drop(self.proj(merge_heads(out, grid))), weights=weights)
+        return Output(self.proj_drop(self.proj(self.norm(merge_heads(out, grid)))), weights=weights)
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor], grid: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -188,6 +227,7 @@ class EvaAttention(Mechanism):
             grid: patches (h, w) of a table of positions; a square by default.
         """
         theirs = Released(state_dict, "EVA's Attention")
+        theirs.leave(r"rope\.freqs_(cos|sin)", because="constants of a grid")
         theirs.leave(r"(?:rel_pos_bias\.)?relative_position(_high|_width)?_index", because="a constant of a grid")
         return theirs.close(
             theirs.renamed(
@@ -196,6 +236,7 @@ class EvaAttention(Mechanism):
                     r"([qv])_bias": r"\1.bias",
                     r"([qkv])_proj\.(weight|bias)": r"\1.\2",
                     r"proj\.(weight|bias)": r"proj.\1",
+                    r"(?:norm|inner_attn_ln)\.(weight|bias)": r"norm.\1",
                     r"(?:rel_pos_bias\.)?relative_position_bias_table": lambda match, value: _table(value, grid),
                     r"rel_pos_bias\.relative_position_bias_for_(high|width)": lambda match, value: _axis(
                         "rows" if match[1] == "high" else "columns", value
