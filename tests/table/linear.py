@@ -3,6 +3,19 @@ from attnlib.check import Case
 _LONG = ((32,), (64,), (128,))  # growth shows once N is beyond a few chunks
 
 ROWS = [
+    Case(
+        "hedgehog", dict(dim=16, num_heads=4, num_kv_heads=2, causal=True, rotary=10000.0, chunk=8), (12,), growth=_LONG
+    ),
+    Case("hedgehog", dict(dim=16, num_heads=4, feature_dim=3, features="exp"), (4, 4), "noncausal"),
+    Case(
+        "hedgehog",
+        dict(
+            dim=16, num_heads=2, features="joint-softmax", feature_options=dict(bias="features"), share_features=True,
+            normalize=False, output_norm="rms", causal=True, chunk=8,
+        ),
+        (12,), "fla", growth=_LONG,
+    ),
+    Case("hedgehog", dict(dim=16, num_heads=2, attention_transfer=True, causal=True), (12,), "transfer"),
     Case("lolcats", dict(dim=16, num_heads=4, num_kv_heads=2, window_size=4, window="terraced"), (13,), "terraced"),
     Case(
         "lolcats",

@@ -86,6 +86,7 @@ SOMETIMES: dict[str, str] = {
     "selective-self-attention": "with token_values the temperature of its values is computed from the values",
     "lightning-attention-2": "value_activation acts on the values",
     "biformer": "a max pool of the values is not linear",
+    "hedgehog": "output_norm divides what was mixed by its size",
 }
 
 #: Why some mechanisms are no matrix times values.

@@ -30,6 +30,9 @@ class HeadMixer(nn.Module):
         scale: of the scores of the softmax that it stands for; ``1 / sqrt(head_dim)`` by default.
     """
 
+    #: Whether it may run on a chunk of a sequence whose others lie with other processes.
+    cuts_sequence: bool = False
+
     def __init__(
         self,
         num_heads: int,
@@ -95,9 +98,12 @@ def output_error(out: Tensor, truth: Tensor, exists: Tensor) -> Tensor:
 
 
 def map_cross_entropy(weights: Tensor, target: Tensor, exists: Tensor) -> Tensor:
-    """Mean over existing queries (B, N) of ``-sum_j target_ij log weights_ij``; maps are (B, H, N, M)."""
+    """Mean over existing queries (B, N) of ``-sum_j target_ij log weights_ij``; maps are (B, H, N, M).
+
+    Rows of ``weights`` that do not sum to 1, as with something added to their sum, are divided by it.
+    """
     rows = exists[:, None].expand(-1, target.shape[1], -1)
-    entropy = -(target * weights.clamp(min=1e-12).log()).sum(-1)
+    entropy = -(target * weights.clamp(min=1e-12).log().log_softmax(-1)).sum(-1)
     return entropy.masked_fill(~rows, 0.0).sum() / rows.sum().clamp(min=1)
 
 
@@ -129,6 +135,10 @@ class MixedHeads(HeadFrame):
     )
     heads: HeadMixer
     attention_transfer: bool = False
+
+    @property
+    def cuts_sequence(self) -> bool:  # type: ignore[override]
+        return self.heads.cuts_sequence and not self.attention_transfer
 
     @property
     def traits(self) -> Traits:
