@@ -1,3 +1,4 @@
+from attnlib import Layout
 from attnlib.check import Case
 
 _LONG = ((32,), (64,), (128,))  # growth shows once N is beyond a few chunks
@@ -58,4 +59,8 @@ ROWS = [
          growth=_LONG),
     Case("based-conv", dict(dim=8), (12,), growth=_LONG),
     Case("based-conv", dict(dim=8, kernel_size=5, expand=2, conv_bias=True), (12,), "wide", growth=_LONG),
+    Case("inline-attention", dict(dim=8, num_heads=2), (4, 5), layout=Layout.image(4, 5, cls=1)),
+    Case("inline-attention", dict(dim=8, num_heads=2, features="exp", window_size=4, shift_size=2), (8, 8), "swin"),
+    Case("inline-attention", dict(dim=8, num_heads=4, qkv_bias=False, lepe=True, pre_norm=True), (6, 4), "cswin"),
+    Case("inline-attention", dict(dim=8, num_heads=2, residual=False, scale=2.0), (4, 5), "global"),
 ]  # fmt: skip

@@ -12,71 +12,19 @@ attends to; an odd row or column before patches are merged is completed with zer
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from ...checks import check_ints
-from ...nn.dense.attention_lepe import AttentionLePE
-from ...nn.layers import Patchify, PatchMerging, PositionTable
-from ...nn.partition.cswin import CrossShapedAttention
-from ...nn.partition.maxvit import PartitionAttention
 from ...nn.reduced.agent_attention import AgentAttention
-from ...nn.released import Released, Rule
-from ..blocks import Block, Chain, Make, Norm, Place, init_weights, places
+from ..blocks import Make, Place
 from ..build import register_models
-from .stages import Backbone, Head, Stage
-from .vit import grid_of
+from . import hosts
+from .hosts import Blocks, among_first, per_stage, sides
+from .stages import Backbone
 
-#: How many of the first blocks of each stage have agents; ``None`` for all.
-Blocks = Sequence[int | None]
-
-_OWN = (AgentAttention, PartitionAttention, CrossShapedAttention, AttentionLePE)
-
-
-def _sides(img_size: int | tuple[int, int], count: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:
-    """Sides of images, and of the maps of ``count`` stages."""
-    image = check_ints("img_size", (img_size,) * 2 if isinstance(img_size, int) else img_size, least=1)
-    return (image[0], image[1]), [(-(-image[0] // 2**i), -(-image[1] // 2**i)) for i in range(2, 2 + count)]
-
-
-def _per_stage(name: str, given: Sequence[Any], count: int) -> list[Any]:
-    if isinstance(given, (int, str)) or len(given) != count:
-        raise ValueError(f"{name}={given!r} must have one number for each of {count} stages")
-    return list(given)
-
-
-def _has_agents(place: Place, agent_blocks: Sequence[int | None]) -> bool:
-    most = agent_blocks[place.stage]
-    return most is None or place.block < most
-
-
-def _pyramid(
-    rows: Sequence[Sequence[Place]],
-    make: Make,
-    stem: nn.Module,
-    between: Callable[[int, int, int], nn.Module],
-    mlp_ratios: Sequence[float],
-    norm: Norm,
-    last_norm: nn.Module | None,
-    num_classes: int,
-    in_chans: int,
-    img_size: tuple[int, int],
-    drop_rate: float,
-    global_pool: str,
-) -> Backbone:
-    """A backbone of plain blocks; ``between(stage, dim, out_dim)`` makes what lies before a stage."""
-    stages, dims = [], [row[0].dim for row in rows]
-    for i, row in enumerate(rows):
-        blocks = [Block(p.dim, make(p), mlp_ratio=mlp_ratios[i], norm=norm, drop_path=p.drop_path) for p in row]
-        stages.append(Stage(blocks, between(i, dims[i - 1], dims[i]) if i else None))
-    head = Head(dims[-1], num_classes, global_pool, None, drop_rate)
-    reductions = [row[0].stride for row in rows]
-    model = Backbone(stem, stages, dims, reductions, last_norm, head, num_classes, in_chans, img_size)
-    init_weights(model, also=_OWN)
-    return model
+_OWN = (AgentAttention,)
 
 
 def agent_pvt(
@@ -109,27 +57,19 @@ def agent_pvt(
             :func:`attnlib.create_model`.
     """
     count = len(embed_dims)
-    image, maps = _sides(img_size, count)
-    agents = _per_stage("num_agents", num_agents, count)
-    ratios = _per_stage("sr_ratios", sr_ratios, count)
-    mlps = _per_stage("mlp_ratios", mlp_ratios, count)
+    image, maps = sides(img_size, count)
+    agents = per_stage("num_agents", num_agents, count)
+    ratios = per_stage("sr_ratios", sr_ratios, count)
 
     def own(place: Place) -> nn.Module:
         return AgentAttention(
             place.dim, place.num_heads, agents[place.stage], maps[place.stage], qkv_bias, ratios[place.stage]
         )
 
-    def embed(stage: int, dim: int, out_dim: int) -> nn.Module:
-        return Chain(Patchify(dim, out_dim, 2 if stage else 4), PositionTable(out_dim, maps[stage]))
-
-    rows = places(embed_dims, depths, num_heads, [4 * 2**i for i in range(count)], drop_path_rate)
-    norm = functools.partial(nn.LayerNorm, eps=1e-6)
-    stem = embed(0, in_chans, embed_dims[0])
-    model = _pyramid(
-        rows, mechanism or own, stem, embed, mlps, norm, None, num_classes, in_chans, image, drop_rate, global_pool
-    )
-    model.input_name = "stem.0.proj.weight"
-    return model
+    return hosts.pvt(
+        mechanism or own, maps, embed_dims, depths, num_heads, mlp_ratios, drop_path_rate, in_chans, _OWN,
+        num_classes=num_classes, img_size=image, drop_rate=drop_rate, global_pool=global_pool,
+    )  # fmt: skip
 
 
 def agent_swin(
@@ -167,32 +107,24 @@ def agent_swin(
             :func:`attnlib.create_model`.
     """
     count = len(depths)
-    image, maps = _sides(img_size, count)
-    agents, which = _per_stage("num_agents", num_agents, count), _per_stage("agent_blocks", agent_blocks, count)
+    image, maps = sides(img_size, count)
+    agents, which = per_stage("num_agents", num_agents, count), per_stage("agent_blocks", agent_blocks, count)
     if window_size is None:
         window_size = max(7, min(maps[0] if agent_window is None else (agent_window,)) // 8)
 
     def own(place: Place) -> nn.Module:
         grid, odd = maps[place.stage], place.block % 2
-        if _has_agents(place, which):
+        if among_first(place, which):
             window = None if agent_window is None or agent_window >= min(grid) else agent_window
             return AgentAttention(
                 place.dim, place.num_heads, agents[place.stage], grid, qkv_bias, window_size=window,
                 shift_size=window // 2 if window and odd else 0,
             )  # fmt: skip
-        side = min(window_size, *grid)
-        return PartitionAttention(
-            place.dim, place.num_heads, side, rank=2, qkv_bias=qkv_bias, shift=side // 2 if odd else 0
-        )
+        return hosts.shifted_windows(place, window_size, grid, qkv_bias)
 
-    def merge(stage: int, dim: int, out_dim: int) -> nn.Module:
-        return PatchMerging(dim, out_dim)
-
-    dims = [embed_dim * 2**i for i in range(count)]
-    rows = places(dims, depths, num_heads, [4 * 2**i for i in range(count)], drop_path_rate)
-    return _pyramid(
-        rows, mechanism or own, Patchify(in_chans, embed_dim, 4), merge, [mlp_ratio] * count, nn.LayerNorm,
-        nn.LayerNorm(dims[-1]), num_classes, in_chans, image, drop_rate, global_pool,
+    return hosts.swin(
+        mechanism or own, embed_dim, depths, num_heads, mlp_ratio, drop_path_rate, in_chans, _OWN,
+        num_classes=num_classes, img_size=image, drop_rate=drop_rate, global_pool=global_pool,
     )  # fmt: skip
 
 
@@ -230,33 +162,25 @@ def agent_cswin(
             :func:`attnlib.create_model`.
     """
     count = len(depths)
-    image, maps = _sides(img_size, count)
-    agents, which = _per_stage("num_agents", num_agents, count), _per_stage("agent_blocks", agent_blocks, count)
-    splits = _per_stage("split_size", split_size, count)
-    agent_splits = _per_stage("agent_split", (None,) * count if agent_split is None else agent_split, count)
+    image, maps = sides(img_size, count)
+    agents, which = per_stage("num_agents", num_agents, count), per_stage("agent_blocks", agent_blocks, count)
+    splits = per_stage("split_size", split_size, count)
+    agent_splits = per_stage("agent_split", (None,) * count if agent_split is None else agent_split, count)
 
     def own(place: Place) -> nn.Module:
         (height, width), last = maps[place.stage], place.stage == count - 1
-        agent = _has_agents(place, which)
-        split = agent_splits[place.stage] if agent else splits[place.stage]
+        if not among_first(place, which):
+            return hosts.stripes(place, splits[place.stage], (height, width), last, qkv_bias)
+        split = agent_splits[place.stage]
         whole = last or split is None or split >= min(height, width)
-        if agent:
-            stripes = None if whole else ((height, split), (split, width))
-            return AgentAttention(
-                place.dim, place.num_heads, agents[place.stage], (height, width), qkv_bias, window_size=stripes
-            )
-        if whole:
-            return AttentionLePE(place.dim, place.num_heads, 3, "value", qkv_bias)
-        return CrossShapedAttention(place.dim, place.num_heads, split, qkv_bias=qkv_bias)
+        stripes = None if whole else ((height, split), (split, width))
+        return AgentAttention(
+            place.dim, place.num_heads, agents[place.stage], (height, width), qkv_bias, window_size=stripes
+        )
 
-    def merge(stage: int, dim: int, out_dim: int) -> nn.Module:
-        return Patchify(dim, out_dim, 3, 2, 1)
-
-    dims = [embed_dim * 2**i for i in range(count)]
-    rows = places(dims, depths, num_heads, [4 * 2**i for i in range(count)], drop_path_rate)
-    return _pyramid(
-        rows, mechanism or own, Patchify(in_chans, embed_dim, 7, 4, 2), merge, [mlp_ratio] * count, nn.LayerNorm,
-        nn.LayerNorm(dims[-1]), num_classes, in_chans, image, drop_rate, global_pool,
+    return hosts.cswin(
+        mechanism or own, embed_dim, depths, num_heads, mlp_ratio, drop_path_rate, in_chans, _OWN,
+        num_classes=num_classes, img_size=image, drop_rate=drop_rate, global_pool=global_pool,
     )  # fmt: skip
 
 
@@ -265,90 +189,23 @@ def agent_cswin(
 
 def _attention(held: dict[str, Tensor]) -> dict[str, Tensor]:
     """The attention part of any of their blocks."""
-    convert: Any = AgentAttention.convert_state_dict
-    if not any(name.endswith("an_bias") for name in held):
-        if "attns.1.get_v.weight" in held:
-            convert = CrossShapedAttention.convert_state_dict
-        elif "attns.0.get_v.weight" in held:
-            held = {name.replace("attns.0.get_v", "lepe"): value for name, value in held.items()}
-            convert = AttentionLePE.convert_state_dict
-        else:
-            held = {f"rel_pos.{n}" if n.startswith("relative_") else n: value for n, value in held.items()}
-            convert = PartitionAttention.convert_state_dict
-    return dict(convert(held))
-
-
-def _at(match: Any) -> str:
-    """Where the layers before stage ``match[1]``, counted from 1, lie."""
-    return "stem" if match[1] == "1" else f"stages.{int(match[1]) - 1}.downsample"
-
-
-def _moved(theirs: Released, pattern: str) -> dict[str, Tensor]:
-    """Entries whose first number counts stages from 1, with names that count from 0: ``stage1.0.x`` -> ``0.0.x``."""
-    return {f"{int(m[1]) - 1}.{m[2]}": value for m, value in theirs.matching(pattern)}
+    agents = any(name.endswith("an_bias") for name in held)
+    return dict(AgentAttention.convert_state_dict(held)) if agents else hosts.own_attention(held)
 
 
 def convert_pvt(state_dict: dict[str, Tensor], model: Any = None) -> dict[str, Tensor]:
     """From the authors' ``PyramidVisionTransformer``."""
-    theirs = Released(state_dict, "Agent-PVT")
-    blocks = _moved(theirs, r"block(\d+)\.(\d+\..+)")
-    out = theirs.renamed(
-        {
-            r"patch_embed(\d+)\.(proj|norm)\.(weight|bias)": lambda m, value: {f"{_at(m)}.0.{m[2]}.{m[3]}": value},
-            r"pos_embed(\d+)": lambda m, value: {f"{_at(m)}.1.pos_embed": grid_of(value, 0)[1]},
-            r"head\.(weight|bias)": r"head.fc.\1",
-        }
-    )
-    return theirs.close(out | (_blocks(blocks, r"attn\.") if blocks else {}))
-
-
-def _blocks(held: dict[str, Tensor], attention: str) -> dict[str, Tensor]:
-    """Blocks ``<stage>.<block>.*``; ``attention`` is the pattern before names of their attention."""
-    theirs = Released(held, "blocks of Agent-PVT, Agent-Swin or Agent-CSWin")
-    block, ours = r"(\d+)\.(\d+)", r"stages.\1.blocks.\2"
-    theirs.leave(rf"{block}\.attn_mask", because="a constant of one size of images")
-    out = theirs.parts(rf"{block}\.{attention}(.+)", f"{ours}.mixer.inner", _attention)
-    rules: dict[str, Rule] = {
-        rf"{block}\.norm1\.(weight|bias)": rf"{ours}.mixer.norm.\3",
-        rf"{block}\.norm2\.(weight|bias)": rf"{ours}.mlp.norm.\3",
-        rf"{block}\.mlp\.(fc[12])\.(weight|bias)": rf"{ours}.mlp.inner.\3.\4",
-    }
-    return theirs.close(out | theirs.renamed(rules))
+    return hosts.convert_pvt(state_dict, "Agent-PVT", _attention)
 
 
 def convert_swin(state_dict: dict[str, Tensor], model: Any = None) -> dict[str, Tensor]:
     """From the authors' ``AgentSwinTransformer``."""
-    theirs = Released(state_dict, "Agent-Swin")
-    blocks = {f"{m[1]}.{m[2]}": value for m, value in theirs.matching(r"layers\.(\d+)\.blocks\.(\d+\..+)")}
-    out = theirs.renamed(
-        {
-            r"patch_embed\.(proj|norm)\.(weight|bias)": r"stem.\1.\2",
-            # Theirs end a stage with what ours begin the next one with.
-            r"layers\.(\d+)\.downsample\.(norm|reduction)\.(weight|bias)": lambda m, value: {
-                f"stages.{int(m[1]) + 1}.downsample.{m[2]}.{m[3]}": value
-            },
-            r"norm\.(weight|bias)": r"norm.\1",
-            r"head\.(weight|bias)": r"head.fc.\1",
-        }
-    )
-    return theirs.close(out | (_blocks(blocks, r"attn\.") if blocks else {}))
+    return hosts.convert_swin(state_dict, "Agent-Swin", _attention)
 
 
 def convert_cswin(state_dict: dict[str, Tensor], model: Any = None) -> dict[str, Tensor]:
     """From the authors' ``CSWinTransformer``."""
-    theirs = Released(state_dict, "Agent-CSWin")
-    blocks = _moved(theirs, r"stage(\d+)\.(\d+\..+)")
-    out = theirs.renamed(
-        {
-            r"stage1_conv_embed\.0\.(weight|bias)": r"stem.proj.\1",
-            r"stage1_conv_embed\.2\.(weight|bias)": r"stem.norm.\1",
-            r"merge(\d+)\.conv\.(weight|bias)": r"stages.\1.downsample.proj.\2",
-            r"merge(\d+)\.norm\.(weight|bias)": r"stages.\1.downsample.norm.\2",
-            r"norm\.(weight|bias)": r"norm.\1",
-            r"head\.(weight|bias)": r"head.fc.\1",
-        }
-    )
-    return theirs.close(out | (_blocks(blocks, r"(?=qkv\.|attns\.|proj\.)") if blocks else {}))
+    return hosts.convert_cswin(state_dict, "Agent-CSWin", _attention)
 
 
 # ---- sizes
