@@ -524,7 +524,7 @@ def _check_setting(name: str, value: Any, hint: Any) -> tuple[str, str] | None:
         if not _number_for(hint) or isinstance(value, (bool, str, Tensor)) or value is None:
             raise TypeError(refusal)
         check_real(name, value) if _number_for(hint) is float else check_int(name, value)
-    if "drop" in name and type(value) is float and hint is not Any:
+    if "drop" in name and value is not None and hint is not Any and float in (type(value), _number_for(hint)):
         check_real(name, value, least=0, below=1)
     return None
 

@@ -163,3 +163,19 @@ def test_every_parameter_takes_part_in_training(slug):
     small(small.model.train(), torch.cat([small.x, 0.5 * small.x])).square().sum().backward()
     idle = [n for n, p in small.model.named_parameters() if p.requires_grad and p.grad is None]
     assert all(IDLE.get(slug, "no name") in name for name in idle), idle
+
+
+MAY = {"alpha", "layer_scale", "topks"}
+
+
+@pytest.mark.parametrize("slug", sorted(FIRST))
+def test_settings_that_cannot_be_are_refused_by_their_names(slug):
+    config = Models(slug).config[FIRST[slug]]
+    for name in {**config["settings"], "img_size": None, "drop_path_rate": None}:
+        for bad in ("nonsense", {}, float("nan"), torch.ones(2), object(), list(range(1, 8)), -1):
+            if name in MAY and isinstance(bad, int):
+                continue
+            with pytest.raises((TypeError, ValueError)) as caught, torch.device("meta"):
+                attnlib.create_model(config["model"], **{**config["settings"], name: bad})
+                pytest.fail(f"{name}={bad!r} was taken")
+            assert any(setting in str(caught.value) for setting in config["settings"]) or name in str(caught.value)

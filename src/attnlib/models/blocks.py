@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checks import check_ints
+from ..checks import check_ints, describe
 from ..grids import Layout
 from ..nn.base import Mechanism
 from ..nn.layers import (
@@ -388,6 +388,13 @@ def init_weights(model: nn.Module, std: float = 0.02, also: tuple[type[nn.Module
             visit(child)
 
     visit(model)
+
+
+def check_stages(count: int, **given: Any) -> None:
+    """Raise unless every setting is a sequence with one entry for each stage."""
+    for name, value in given.items():
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count:
+            raise ValueError(f"{name}={describe(value)} must have one number for each of {count} stages")
 
 
 def places(

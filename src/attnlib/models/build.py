@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_flag, check_int, check_ints, check_type, describe
+from ..checks import check_choice, check_flag, check_int, check_ints, check_type, checked, describe
 from ..extras import need
 from ..nn.registry import shared_acronym
 from ..nn.released import unwrapped
@@ -229,12 +229,7 @@ def create_model(
 
         given["mechanism"] = fitted(mechanism, mechanism_settings)
     given = {k: v for k, v in given.items() if v is not None}
-    try:
-        model: Any = entry.make(**{**entry.settings, **given, **settings})
-    except TypeError as error:
-        if "argument" not in str(error):
-            raise
-        raise TypeError(f"{name!r}: {error}") from None
+    model: Any = _built(entry, {**given, **settings})
     model.entry = entry
     if pretrained is not False:
         load_pretrained(model, None if pretrained is True else pretrained)
@@ -246,6 +241,26 @@ def create_model(
             raise ValueError(f"{name!r} has no stages to take maps from (features_only=True)")
         return Features(model, out_indices)
     return model
+
+
+def _built(entry: ModelEntry, given: Mapping[str, Any]) -> Any:
+    """A model, or an error that names what was given."""
+    settings = {**entry.settings, **given}
+    try:
+        if not isinstance(entry.make, type):
+            return checked(entry.make)(**settings)
+        model = entry.make.__new__(entry.make)
+        checked(entry.make.__init__)(model, **settings)  # type: ignore[misc]
+        return model
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
+        refusal = isinstance(error, (TypeError, ValueError))
+        if not given or (refusal and any(name in str(error) for name in given)):
+            if refusal and "argument" in str(error):
+                raise type(error)(f"{entry.name!r}: {error}") from None
+            raise
+        what = ", ".join(f"{name}={describe(value)}" for name, value in given.items())
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{entry.name!r} cannot be built with {what}: {error}") from error
 
 
 def counted_params(entry: ModelEntry) -> int:

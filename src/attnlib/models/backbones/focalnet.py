@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...nn.layers import Mlp, Patchify
 from ...nn.modulation.focalnet import FocalModulation
 from ...nn.released import Released, Rule
-from ..blocks import Block, Make, Place, init_weights, places
+from ..blocks import Block, Make, Place, check_stages, init_weights, places
 from ..build import register_models
 from .stages import Backbone, Head, Stage
 
@@ -66,6 +66,7 @@ def focalnet(
         mechanism, num_classes, in_chans, img_size, drop_path_rate, drop_rate, global_pool: as in
             :func:`attnlib.create_model`.
     """
+    check_stages(len(depths), focal_levels=focal_levels, focal_windows=focal_windows)
     dims = [embed_dim * 2**i for i in range(len(depths))]
     reductions = [patch_size * 2**i for i in range(len(depths))]
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_int
+from ...checks import check_choice, check_int, check_real
 from ...nn.layers import ConvNorm
 from ...nn.partition.maxvit import PartitionAttention
 from ...nn.released import Released, Rule
@@ -101,6 +101,9 @@ def maxvit(
     """
     check_choice("layout", layout, LAYOUTS)
     check_int("head_dim", head_dim, least=1)
+    check_real("expand_ratio", expand_ratio, above=0)
+    if momentum is not None:
+        check_real("momentum", momentum, least=0, most=1)
     tf = layout == "tf"
     sides = (img_size, img_size) if isinstance(img_size, int) else img_size
     window = tuple(max(1, side // 32) for side in sides) if window_size is None else window_size

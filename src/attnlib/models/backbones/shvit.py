@@ -24,7 +24,7 @@ from ...checks import check_choice, check_flag
 from ...nn.dense.shvit import SingleHeadAttention
 from ...nn.layers import BatchNormLinear, ConvMlp, ConvNorm, ResidualConv, SqueezeExcite, strided_valid
 from ...nn.released import Released, Rule
-from ..blocks import ConvStem, Make, Place, Residual, places
+from ..blocks import ConvStem, Make, Place, Residual, check_stages, places
 from ..build import register_models
 from .stages import Backbone, Head, Stage
 
@@ -116,6 +116,7 @@ def shvit(
             :func:`attnlib.create_model`.
     """
     check_flag("distillation", distillation)
+    check_stages(len(embed_dims), kinds=kinds, partial_dims=partial_dims)
     for kind in kinds:
         check_choice("kinds", kind, ("conv", "attention"))
     first = embed_dims[0]

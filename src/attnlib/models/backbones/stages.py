@@ -179,7 +179,10 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
-        self.img_size = check_ints("img_size", (img_size,) * 2 if isinstance(img_size, int) else img_size, least=1)
+        sides = (img_size,) * 2 if isinstance(img_size, int) else tuple(img_size)
+        if len(sides) != 2:
+            raise ValueError(f"img_size must be one side or (height, width), got {sides}")
+        self.img_size = check_ints("img_size", sides, least=1)
         self.num_features = dims[-1]
         self.head_hidden_size = getattr(head, "hidden", 0) or dims[-1]
         self.stem = stem

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_flag, check_int, describe
+from ...checks import check_flag, check_int, check_real, describe
 from ...nn.recompute import checkpointed
 from ...nn.released import Rule
 
@@ -49,7 +49,8 @@ class Restorer(nn.Module):
 
     def __init__(self, scale: int, in_chans: int, step: int, img_range: float = 1.0, align: int | None = None):
         super().__init__()
-        self.scale, self.in_chans, self.step, self.img_range = scale, in_chans, step, img_range
+        self.scale, self.in_chans, self.step = scale, in_chans, step
+        self.img_range = check_real("img_range", img_range, above=0)
         self.align = step if align is None else check_int("align", align, least=1)
         self.mean = RGB_MEAN if in_chans == 3 else (0.0,) * in_chans
 
