@@ -109,18 +109,33 @@ def test_what_was_removed_goes_on_decaying(kind):
     """Without a convolution's neighbours a scan of what is left, aligned, is the dense scan with zeroed inputs."""
     m, x = attnlib.create("bimamba", dim=8, d_state=3, kind=kind, d_conv=1), torch.randn(2, 10, 8)
     every = torch.arange(10).expand(2, -1)
-    torch.testing.assert_close(m.both_ways(x, positions=every, length=10)[0], m(x), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(m.both_ways(x, positions=every, length=10).y, m(x), atol=1e-6, rtol=1e-5)
     at = torch.tensor([[0, 3, 4, 9], [1, 2, 6, 7]])
     left = x.gather(1, at.unsqueeze(-1).expand(-1, -1, 8))
-    aligned = m.both_ways(left, positions=at, length=10)[0]
+    aligned = m.both_ways(left, positions=at, length=10).y
     assert not torch.allclose(aligned, m(left), atol=1e-4)
+    # By the steps of the dense call: each way is the dense scan with zeroed inputs.
+    dense = m.both_ways(x)
+    own = m.both_ways(left, positions=at, length=10, steps=dense.steps)
+    stays = torch.zeros(2, 10, 1).scatter(1, at.unsqueeze(-1), 1.0)
+    inner, z = m.in_proj(x).chunk(2, -1)
+    for scan, A, flip, found in (
+        (m.scan, m.scan.A, False, own.ahead),
+        (m.back or m.scan, m.back.A if m.back else -m.A_back_log.exp(), True, own.back),
+    ):
+        u, gate, keep = ((t.flip(1) if flip else t) for t in (inner, z, stays))
+        u = F.silu(scan.conv1d(u))
+        dt, b, c = scan.x_proj(u).split([scan.dt_rank, 3, 3], -1)
+        whole = attnlib.ops.selective_scan(u * keep, scan.dt_proj(dt), A, b, c, scan.D, gate, delta_softplus=True)
+        whole = whole.flip(1) if flip else whole
+        torch.testing.assert_close(found, whole.gather(1, at.unsqueeze(-1).expand_as(found)), atol=1e-6, rtol=1e-5)
     for scan in (m.scan, m.back) if kind == "v2" else (m.scan,):
         with torch.no_grad():
             scan.A_log.fill_(-60.0)  # a state that does not fade feels no gap
     if kind == "v1":
         with torch.no_grad():
             m.A_back_log.fill_(-60.0)
-    torch.testing.assert_close(m.both_ways(left, positions=at, length=10)[0], m(left), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(m.both_ways(left, positions=at, length=10).y, m(left), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -149,3 +164,6 @@ def test_bad_calls():
         m.step(torch.randn(1, 1, 8), other.step(torch.randn(1, 3, 8))[1])
     with pytest.raises(ValueError, match="need length"):
         attnlib.create("bimamba", dim=8).both_ways(torch.randn(1, 2, 8), positions=torch.tensor([[0, 3]]))
+    m = attnlib.create("bimamba", dim=8)
+    with pytest.raises(ValueError, match="steps need positions"):
+        m.both_ways(torch.randn(1, 2, 8), steps=m.both_ways(torch.randn(1, 2, 8)).steps)

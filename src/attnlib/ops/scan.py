@@ -374,7 +374,7 @@ def _row(chunk: int) -> int:
 
 def _plan(n: int, chunk: int) -> tuple[int, int, list[tuple[int, int]]]:
     """Tokens per row, tokens once rows are full, and the chunks."""
-    row = _row(chunk)
+    row = _row(max(1, min(chunk, n)))  # as many chunks as by rows of `chunk`, with less to fill in a short sequence
     step = row * max(1, chunk // row)
     full = -(-n // row) * row
     return row, full, [(p, min(p + step, full)) for p in range(0, full, step)]

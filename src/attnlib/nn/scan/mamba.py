@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -121,11 +121,14 @@ class S6(nn.Module):
         valid: Tensor | None = None,
         state: State | None = None,
         positions: Tensor | None = None,
+        steps: Tensor | None = None,
         keep: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, N, channels), gated by ``z``, and what a state needs: the convolution's last inputs and the scan's state.
 
-        Tokens that do not exist must be zero already. ``positions`` as :func:`attnlib.ops.selective_scan` takes them.
+        Tokens that do not exist must be zero already. ``positions`` as :func:`attnlib.ops.selective_scan` takes them;
+        ``steps`` (B, L, channels) are those of all tokens that there were, before the softplus, in which those of
+        ``x`` are put in place; they are returned, too, and so are the steps of ``x`` alone where there are none.
         """
         kept: dict[str, Tensor] = {}
         if self.conv1d is not None:
@@ -134,10 +137,15 @@ class S6(nn.Module):
                 kept["conv"] = self._last(x, before).transpose(1, 2)
             x = F.silu(self.conv1d(x, before))
         dt, b, c = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
+        delta = self.dt_proj(dt)
+        if steps is not None and positions is not None:
+            delta = steps.to(delta.dtype).scatter(1, positions.unsqueeze(-1).expand_as(delta), delta)
         out = selective_scan(
-            x, self.dt_proj(dt), self.A, b, c, self.D, z, delta_softplus=True, valid=valid, positions=positions,
+            x, delta, self.A, b, c, self.D, z, delta_softplus=True, valid=valid, positions=positions,
             state=None if state is None else State({"h": state["h"]}), chunk=self.chunk, return_state=True,
         )  # fmt: skip
+        if not keep:
+            kept["steps"] = delta
         return out.out, {**kept, **out.state.tensors}
 
     def _last(self, x: Tensor, before: Tensor | None) -> Tensor:
@@ -248,6 +256,18 @@ def inner_width(dim: int, expand: float) -> int:
     return inner
 
 
+class Ways(NamedTuple):
+    """Output (B, N, C) of a scan both ways, what each way gives (B, N, inner), in the order of the tokens, and steps.
+
+    Steps are (B, L, inner) before the softplus, one tensor per way, in the order in which that way reads.
+    """
+
+    y: Tensor
+    ahead: Tensor
+    back: Tensor
+    steps: tuple[Tensor, Tensor]
+
+
 @register("bimamba", "vision-mamba-mixer")
 class BiMamba(Mechanism):
     """Mamba's layer that scans a sequence both ways, as Vision Mamba has it; not causal.
@@ -316,43 +336,52 @@ class BiMamba(Mechanism):
         self.out_proj = nn.Linear(inner, dim, bias=bias)
 
     def mix(self, x: Tensor, *, layout: Any = None, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        return self.both_ways(x.flatten(1, -2), flat_valid(valid))[0].view_as(x)
+        return self.both_ways(x.flatten(1, -2), flat_valid(valid)).y.view_as(x)
 
     def both_ways(
-        self, x: Tensor, valid: Tensor | None = None, positions: Tensor | None = None, length: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, C) output, and what each way gives, (B, N, inner), both in the order of ``x``.
+        self, x: Tensor, valid: Tensor | None = None, positions: Tensor | None = None, length: int | None = None,
+        steps: tuple[Tensor, Tensor] | None = None,
+    ) -> Ways:  # fmt: skip
+        """(B, N, C) output, and what each way gives.
 
         Args:
             x: (B, N, C).
             valid: (B, N) boolean, which tokens exist.
-            positions: (B, N) ascending places of the tokens among ``length``: the state decays over what was removed.
+            positions: (B, N) ascending places of the tokens among ``length``: the state decays over what was removed,
+                by the step of the next token that is left, once per place.
             length: tokens that there were.
+            steps: what an earlier call gave, of all tokens that there were: what was removed decays by these.
         """
         inner, z = zero_invalid(self.in_proj(x), valid).chunk(2, -1)
         if positions is not None and length is None:
             raise ValueError("positions need length, the number of tokens that there were")
+        if steps is not None and positions is None:
+            raise ValueError("steps need positions, the places of the tokens among those that there were")
         turned = None if positions is None else length - 1 - positions.flip(1)  # type: ignore[operator]
         flipped = None if valid is None else valid.flip(1)
         if self.back is not None:
-            ahead, _ = self.scan(inner, z, valid=valid, positions=positions)
-            back, _ = self.back(inner.flip(1), z.flip(1), valid=flipped, positions=turned)
+            own, other = (None, None) if steps is None else steps
+            ahead, one = self.scan(inner, z, valid=valid, positions=positions, steps=own)
+            back, two = self.back(inner.flip(1), z.flip(1), valid=flipped, positions=turned, steps=other)
+            taken = one["steps"], two["steps"]
         else:
-            ahead, back = self._shared(inner, z, valid, flipped, positions, turned)
+            ahead, back, taken = self._shared(inner, z, valid, flipped, positions, turned, steps)
         back = back.flip(1)
         y = self.out_proj((ahead + back) / 2 if self.divide else ahead + back)
-        return y if self.gamma is None else y * self.gamma, ahead, back
+        return Ways(y if self.gamma is None else y * self.gamma, ahead, back, taken)
 
     def _shared(
         self, x: Tensor, z: Tensor, valid: Tensor | None, flipped: Tensor | None, positions: Tensor | None,
-        turned: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        turned: Tensor | None, steps: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
         """One convolution and selection for both ways."""
         scan = self.scan
         assert scan.conv1d is not None
         x = F.silu(scan.conv1d(x))
         dt, b, c = scan.x_proj(x).split([scan.dt_rank, scan.d_state, scan.d_state], -1)
         delta = scan.dt_proj(dt)
+        if steps is not None and positions is not None:
+            delta = steps[0].to(delta.dtype).scatter(1, positions.unsqueeze(-1).expand_as(delta), delta)
         A_back = -self.A_back_log.to(stats_dtype(self.A_back_log.dtype)).exp()
         tokens = (x, delta, b, c, z)
         outs = []
@@ -365,7 +394,7 @@ class BiMamba(Mechanism):
                     u, d, A, k, q, scan.D, gate, delta_softplus=True, valid=exists, positions=at, chunk=scan.chunk
                 )
             )
-        return outs[0], outs[1]
+        return outs[0], outs[1], (delta, delta.flip(1))
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
