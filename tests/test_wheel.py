@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = "transformers diffusers peft accelerate timm sklearn skimage scipy matplotlib jinja2".split()
+EXTRAS = "transformers diffusers peft accelerate timm sklearn skimage scipy matplotlib jinja2 gguf".split()
 
 BLOCKED = f"""
 import importlib.machinery

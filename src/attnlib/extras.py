@@ -9,7 +9,7 @@ from types import ModuleType
 EXTRAS = {
     "hf": ("transformers", "diffusers", "peft", "accelerate"),
     "vision": ("timm",),
-    "bench": ("sklearn", "skimage", "scipy", "matplotlib", "jinja2"),
+    "bench": ("sklearn", "skimage", "scipy", "matplotlib", "jinja2", "gguf"),
 }
 
 
