@@ -465,6 +465,59 @@ def compare(
         _print_json(result.results)
 
 
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="smollm2 (make models), a folder of a transformers model, or its name.")],
+    to: Annotated[str, typer.Option(help="hedgehog, lolcats, elu1 or window.")] = "lolcats",
+    out: Annotated[Path | None, typer.Option(help="Folder for the converted model and its report.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to train on; inside installed packages by default.")] = None,
+    settings: Settings = None,
+    layers: Annotated[str | None, typer.Option(help="Comma-separated numbers; all layers by default.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of attention transfer.")] = 100,
+    adapter_steps: Annotated[int, typer.Option(help="Steps of low-rank adapters afterwards.")] = 0,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    batch: Annotated[int, typer.Option(help="Windows of a step.")] = 1,
+    loss: Annotated[str, typer.Option(help="mse (head outputs) or xent (maps).")] = "mse",
+    lr: Annotated[float, typer.Option(help="Of the transfer.")] = 1e-2,
+    as_json: JsonFlag = False,
+) -> None:
+    """Convert a language model's attention, train it to agree, and say how close it stayed.
+
+    [dim]attnlib convert smollm2 --to lolcats --out converted[/]  ·
+    [dim]attnlib convert ./my-llama --to hedgehog --loss xent --steps 500 --adapter-steps 200 --out converted[/]
+
+    Afterwards: import attnlib.convert; AutoModelForCausalLM.from_pretrained("converted"). Run it again with the same
+    --out to resume training.
+    """
+    from .bench.converting import convert_model
+
+    numbers = None if layers is None else list(parse_numbers(layers))
+    report = convert_model(
+        model, to, out, text, parse_settings(settings), numbers, steps, adapter_steps, length, batch, loss, lr,
+        progress=not as_json,
+    )  # fmt: skip
+    if as_json:
+        _print_json(report)
+        return
+    table = _table("layer", "error", "divergence", "entropy", "of softmax", title=f"converted to {to}")
+    for row in report["layers"]:
+        numbers_of = (row[name] for name in ("error", "divergence", "entropy", "teacher_entropy"))
+        table.add_row(str(row["layer"]), *(f"{value:.4f}" for value in numbers_of))
+    console.print(table)
+    bits = report["bits_per_byte"]
+    console.print(f"bits per byte {bits['original']:.3f} before, {bits['converted']:.3f} after", highlight=False)
+    if "agreement" in report["model"]:
+        console.print(f"same next token in {report['model']['agreement']:.1%}", highlight=False)
+
+
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """``"0,3"`` -> ``(0, 3)``."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise ValueError(f"--layers {text!r} must be whole numbers, for example 0,1,2")
+    return tuple(map(int, parts))
+
+
 def main() -> None:
     """Entry point: errors of use are one line, not a traceback."""
     try:

@@ -1,0 +1,121 @@
+"""A pretrained language model converted on text: what ``attnlib convert`` does, and what studies of it share."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_int
+from ..extras import need
+from .data import files
+
+
+def tokens_of(tokenizer: Any, data: Tensor) -> Tensor:
+    """(N,) token ids of bytes (n,), read as UTF-8."""
+    text = bytes(data.to(torch.uint8).tolist()).decode("utf-8", errors="ignore")
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def batches_of(
+    ids: Tensor, length: int, batch: int = 1, most: int | None = None, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Windows of ``length`` tokens that share none, in an order drawn by ``seed``, ``batch`` at a time."""
+    rows = ids[: ids.numel() // length * length].view(-1, length)
+    if not rows.shape[0]:
+        raise files.DataError(f"the text has {ids.numel()} tokens, fewer than one window of {length}")
+    order = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(seed))
+    found = [{"input_ids": rows[part]} for part in order.split(batch)]
+    return found if most is None else found[:most]
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, tokenizer: Any, batches: list[dict[str, Any]]) -> float:
+    """Mean bits that a language model needs for each byte of the text behind the first token of every window."""
+    bits = size = 0.0
+    for given in batches:
+        ids = given["input_ids"]
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        bits += float(loss) / math.log(2)
+        size += sum(len(tokenizer.decode(row[1:]).encode()) for row in ids)
+    return bits / max(size, 1.0)
+
+
+def open_model(name: str) -> tuple[Any, Any]:
+    """``(model, tokenizer)`` by a name of :mod:`attnlib.bench.models`, or from a folder or the hub."""
+    from . import models
+
+    if name in models.MODELS:
+        return models.load(name)
+    transformers: Any = need("transformers", "attnlib convert")
+    return transformers.AutoModelForCausalLM.from_pretrained(name).eval(), transformers.AutoTokenizer.from_pretrained(
+        name
+    )
+
+
+def convert_model(
+    name: str,
+    to: str,
+    out: Path | None = None,
+    text: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    layers: list[int] | None = None,
+    steps: int = 100,
+    adapter_steps: int = 0,
+    length: int = 256,
+    batch: int = 1,
+    loss: str = "mse",
+    lr: float = 1e-2,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Convert a causal language model, train it on text, say how close it stayed, and save it.
+
+    Args:
+        name: of :mod:`attnlib.bench.models`, a folder of a transformers model, or its name on the hub.
+        to: what attention becomes, see :func:`attnlib.convert.linearize`.
+        out: folder of the converted model, its tokenizer and ``report.json``; training resumes from there.
+        text: a file; text inside installed packages by default.
+        settings: of the mixers.
+        layers: which; all by default.
+        steps: of attention transfer.
+        adapter_steps: of low-rank adapters on the next token afterwards, which are merged.
+        length, batch: tokens of a window, and windows of a step.
+        loss, lr: of the transfer.
+        progress: draw bars.
+
+    Returns:
+        The report, with bits per byte before and after.
+    """
+    from .. import convert
+
+    for what, number, least in (("steps", steps, 0), ("adapter_steps", adapter_steps, 0), ("length", length, 2)):
+        check_int(what, number, least=least)
+    data = files.text(text)
+    model, tokenizer = open_model(name)
+    train = batches_of(tokens_of(tokenizer, data.train), length, batch)
+    held = batches_of(tokens_of(tokenizer, data.test), length, batch, most=max(8 // batch, 1))
+    before = bits_per_byte(model, tokenizer, held)
+    conversion = convert.linearize(model, to, layers=layers, **dict(settings or {}))
+    files_of = None if out is None else Path(out)
+    if steps and conversion.trained():
+        kept = None if files_of is None else files_of / "transfer.pt"
+        conversion.fit(train, loss=loss, steps=steps, lr=lr, checkpoint=kept, progress=progress)
+    if adapter_steps:
+        conversion.lora()
+        kept = None if files_of is None else files_of / "adapters.pt"
+        conversion.fit(train, loss="task", steps=adapter_steps, lr=1e-4, checkpoint=kept, progress=progress)
+        conversion.merge()
+    report = conversion.report(held).to_dict()
+    report["bits_per_byte"] = {"original": before, "converted": bits_per_byte(model, tokenizer, held)}
+    report |= {"text": data.source, "steps": steps, "adapter_steps": adapter_steps, "length": length}
+    if files_of is not None:
+        conversion.save(files_of)
+        tokenizer.save_pretrained(files_of)
+        (files_of / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
