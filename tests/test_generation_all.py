@@ -119,3 +119,16 @@ def test_beams_carry_their_states(row):
     cached, plain = (generate(model, ids, mask, cached=c, **settings) for c in (True, False))
     assert torch.equal(cached.sequences, plain.sequences)
     torch.testing.assert_close(cached.sequences_scores, plain.sequences_scores, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(next(r for r in ROWS if r.name == n), id=n) for n in ("softmax-attention", "mamba")]
+)
+def test_a_prompt_read_in_chunks(row):
+    """``prefill_chunk_size`` needs a cache before the first chunk, which the model makes."""
+    model = decoder(row)
+    ids, mask = prompts()
+    chunked, plain = (generate(model, ids, mask, cached=True, **s) for s in (dict(prefill_chunk_size=2), {}))
+    assert torch.equal(chunked.sequences, plain.sequences)
+    for a, b in zip(chunked.logits, plain.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -27,7 +27,7 @@ except ImportError as error:
     raise missing(__name__, error) from error
 
 from ..checks import check_float, check_int, check_rank, check_real, check_whole
-from ..hooks.hf.names import output_field
+from ..hooks.hf.names import cache_in, output_field
 from ..hooks.hf.state import StateLayer, counting_layer, state_cache, state_layers
 from ..nn.base import Mechanism
 from ..nn.layers import zero_invalid
@@ -492,6 +492,16 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the model makes its own cache of states
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """A prompt that is read in chunks needs the states before its first one."""
+        done = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        chunked = getattr(generation_config, "prefill_chunk_size", None) is not None
+        if chunked and generation_config.use_cache is not False and cache_in(model_kwargs) is None:
+            model_kwargs[output_field()] = state_cache(self.config.num_hidden_layers)
+        return done
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
