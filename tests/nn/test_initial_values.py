@@ -237,6 +237,19 @@ ROWS = {
     "focalnet": ("focalnet", dict(dim=64), {}),
     "davit": ("davit", dict(BIG), {}),
     "mambaout": ("mambaout", dict(dim=64), {}),
+    "mhs-vm": (
+        "mhs-vm",
+        dict(dim=64, state_dim=2),
+        {
+            "A_log": exactly(lambda m: torch.arange(1.0, 3).log()),
+            "scan.D": constant(1.0),
+            "x_proj": uniform(16**-0.5),
+            "step_weight": uniform(1.0),
+            "step_bias": None,
+            "norm.weight": constant(1.0),
+            "norm.bias": constant(0.0),
+        },
+    ),
     "msvmamba": (
         "msvmamba",
         dict(dim=64, state_dim=2),
