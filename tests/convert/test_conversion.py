@@ -184,11 +184,12 @@ def test_saved_models_load_as_any_other(name, tmp_path):
 def test_other_models_load_into_one_built_alike(name, tmp_path):
     make, batch, to, settings = MODELS[name]
     model, batch = make(), batch()
-    conversion = convert.linearize(model, to, **settings)
+    conversion = convert.linearize(model, to, **settings, tie_features=True)
     conversion.fit([batch] * 2)
     conversion.save(tmp_path)
     other = make()
     convert.load(other, tmp_path)
+    other.load_state_dict(model.state_dict())
     assert torch.equal(predict(other, batch), predict(model, batch))
 
 
@@ -216,6 +217,60 @@ def test_generates_alike_with_and_without_a_cache(name, to):
         logits.append(out)
     torch.testing.assert_close(logits[0], logits[2], atol=1e-5, rtol=1e-5)
     assert torch.equal(logits[1], logits[3])
+
+
+@pytest.mark.parametrize("settings", [dict(window="terraced"), dict(consistent=True, affine=True, tie_features=True)])
+def test_every_window_generates_saves_and_loads(settings, tmp_path):
+    model = llama()
+    conversion = convert.linearize(model, "lolcats", window_size=4, **settings)
+    conversion.fit([ids()] * 2)
+    call = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    want = model.generate(**ids(), **call)
+    assert torch.equal(model.generate(**ids(), **call, use_cache=False), want)
+    conversion.save(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded.generate(**ids(), **call), want)
+
+
+def test_blocks_are_trained_in_runs_on_the_original_s_hidden_states():
+    model, batch = llama(num_hidden_layers=3), ids()
+    seen = {}
+    for n in (1, 2, 3):
+        conversion = convert.linearize(model, "lolcats", window_size=4)
+        torch.manual_seed(0)
+        for p in conversion.trained():
+            torch.nn.init.normal_(p, std=0.3)
+        # Runs of so many: hidden states behind each run against the original's, from the original's before it.
+        blocks = model.model.layers
+        with torch.no_grad():
+            for socket in conversion.swap.sockets.values():
+                socket.original = True
+            hidden = model(**batch, output_hidden_states=True, use_cache=False).hidden_states
+            for socket in conversion.swap.sockets.values():
+                socket.original = False
+            position = torch.arange(14)[None]
+            angles = model.model.rotary_emb(hidden[0], position)
+            exists = batch["attention_mask"].bool()
+            allowed = exists[:, None, None] & torch.ones(14, 14, dtype=torch.bool).tril()
+            truth = [*hidden[:3], None]
+            final = blocks[2]
+            for socket in conversion.swap.sockets.values():
+                socket.original = True
+            truth[3] = final(hidden[2], attention_mask=allowed, position_embeddings=angles)
+            for socket in conversion.swap.sockets.values():
+                socket.original = False
+            errors = []
+            for start in range(0, 3, n):
+                x = truth[start]
+                for block in blocks[start : start + n]:
+                    x = block(x, attention_mask=allowed, position_embeddings=angles)
+                end = truth[min(start + n, 3)]
+                errors.append(((x - end)[exists].square().mean() / end[exists].square().mean()).item())
+        found = conversion.fit([batch], blocks=n)
+        seen[n] = found[0]
+        assert found[0] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+        conversion.restore()
+    assert len(set(seen.values())) == 3
 
 
 def test_states_do_not_grow():

@@ -36,6 +36,24 @@ Watch = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Tensor], None]
 Make = Callable[[Site], HeadMixer]
 
 
+def _aliases(module: nn.Module) -> dict[str, str]:
+    """Names of parameters that are other ones' as well, and theirs: what is tied is saved once."""
+    first: dict[int, str] = {}
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: own for name, p in named if (own := first.setdefault(id(p), name)) != name}
+
+
+def _save_once(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in _aliases(module):
+        state.pop(prefix + name, None)
+
+
+def _load_once(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, own in _aliases(module).items():
+        if prefix + own in state:
+            state.setdefault(prefix + name, state[prefix + own])
+
+
 class Socket(HeadMixer):
     """Where a mixer sits, and what acts: the mixer, or the model's own attention, perhaps watched.
 
@@ -51,6 +69,8 @@ class Socket(HeadMixer):
         self.name, self.settings = name, dict(settings or {})
         self.original, self.watch = False, None
         self.layer: Any = None
+        self.register_state_dict_post_hook(_save_once)
+        self.register_load_state_dict_pre_hook(_load_once)
 
     watch: Watch | None
 
