@@ -11,10 +11,15 @@ from ..hooks.site import Site
 from ..nn.linear.heads import HeadMixer
 from ..nn.linear.hedgehog import HedgehogHeads
 from ..nn.linear.lolcats import LoLCATsHeads
+from ..nn.sparse.moa_spans import SpanHeads
 from ..types import check_choice
 from .swap import Socket, is_causal
 
-TARGETS: dict[str, Callable[..., HeadMixer]] = {"hedgehog": HedgehogHeads, "lolcats": LoLCATsHeads}
+TARGETS: dict[str, Callable[..., HeadMixer]] = {
+    "hedgehog": HedgehogHeads,
+    "lolcats": LoLCATsHeads,
+    "moa-spans": SpanHeads,
+}
 
 
 def target(name: str) -> Callable[[Any], Any]:
