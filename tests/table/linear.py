@@ -63,4 +63,9 @@ ROWS = [
     Case("inline-attention", dict(dim=8, num_heads=2, features="exp", window_size=4, shift_size=2), (8, 8), "swin"),
     Case("inline-attention", dict(dim=8, num_heads=4, qkv_bias=False, lepe=True, pre_norm=True), (6, 4), "cswin"),
     Case("inline-attention", dict(dim=8, num_heads=2, residual=False, scale=2.0), (4, 5), "global"),
+    Case("rala-ravlt", dict(dim=8, num_heads=2), (4, 5)),
+    Case("rala-ravlt", dict(dim=16, num_heads=2, attention="softmax", kernel_size=3), (4, 5), "softmax"),
+    Case(
+        "rala-ravlt", dict(dim=6, num_heads=2, kernel_size=0, rotary=None, reweight=False, gate=False), (4, 5), "plain"
+    ),
 ]  # fmt: skip

@@ -230,6 +230,7 @@ class Mlp(nn.Module):
         gated: ``fc2(act(a) * b)`` with ``[a, b] = fc1(x)`` and ``a``, ``b`` of the hidden width (SwiGLU, GEGLU).
         depthwise: side of a depthwise convolution over the grid, before the activation (0: none).
         skip: add the hidden layer to that convolution: ``act(z + conv(z))``.
+        act_first: the activation stands before that convolution, not behind it.
         bias: of both linear maps.
         drop_hidden: apply ``drop`` to the hidden layer as well, as timm does.
         norm: makes a norm of the hidden layer (sub-LN); ``None`` for none.
@@ -249,10 +250,13 @@ class Mlp(nn.Module):
         bias: bool = True,
         drop_hidden: bool = False,
         norm: Callable[[int], nn.Module] | None = None,
+        act_first: bool = False,
     ):
         super().__init__()
         hidden = int(dim * ratio) if hidden is None else hidden
-        self.gated, self.skip, self.drop_hidden = gated, skip, drop_hidden
+        if act_first and (gated or not depthwise):
+            raise ValueError("act_first=True needs a depthwise convolution and no gate")
+        self.gated, self.skip, self.drop_hidden, self.act_first = gated, skip, drop_hidden, act_first
         self.fc1 = nn.Linear(dim, hidden * (2 if gated else 1), bias=bias)
         self.dwconv = DepthwiseConv(hidden, depthwise) if depthwise else None
         self.act = activation()
@@ -266,11 +270,14 @@ class Mlp(nn.Module):
         gate = None
         if self.gated:
             z, gate = z.chunk(2, -1)
+        if self.act_first:
+            z = self.act(z)
         if self.dwconv is not None:
             z = zero_invalid(z, valid)
             local = self.dwconv(z)
             z = z + local if self.skip else local
-        z = self.act(z) if gate is None else self.act(z) * gate
+        if not self.act_first:
+            z = self.act(z) if gate is None else self.act(z) * gate
         z = through(self.drop, z) if self.drop_hidden else z
         return through(self.drop, self.fc2(z if self.norm is None else self.norm(z)))
 

@@ -115,7 +115,7 @@ def _prepare(
 ) -> _Call:  # fmt: skip
     check_choice("normalizer", normalizer, NORMALIZERS)
     foreign = _check_denominator(denominator, normalizer, q, k, decay)
-    column = normalizer != "none" and not foreign
+    column = normalizer != "none" and foreign is None
     check_qkv(q, k, v)
     check_flag("causal", causal)
     for name, t in (("q", q), ("k", k), ("v", v)):
@@ -125,7 +125,7 @@ def _prepare(
         if given is not None:
             check_float(name, given, "a floating-point tensor" + " of log-decays" * (name == "decay"))
     check_device(q=q, k=k, v=v, decay=decay, key_weights=key_weights, valid=valid)
-    if foreign:
+    if foreign is not None:
         check_device(q=q, **dict(zip(("denominator queries", "denominator keys"), foreign, strict=True)))
     batch, heads, n, d = q.shape
     m = k.shape[2]
@@ -140,7 +140,7 @@ def _prepare(
     dtype = stats_dtype(q.dtype)
     q = q.to(dtype)
     k, v = expand_heads(k.to(dtype), heads), expand_heads(v.to(dtype), heads)
-    q_other, k_other = (expand_heads(t.to(dtype), heads) for t in foreign) if foreign else (None, None)
+    q_other, k_other = (expand_heads(t.to(dtype), heads) for t in foreign) if foreign is not None else (None, None)
     weights = None
     if key_weights is not None:
         if tuple(key_weights.shape) not in ((batch, m), (batch, heads, m)):
