@@ -166,6 +166,11 @@ ROWS = {
             "weight": uniform(xavier),
         },
     ),
+    "transnormer": (
+        "lightning-attention-tnl",
+        dict(BIG, init_std=0.02),
+        {"lrpe.theta": exactly(lrpe), "weight": normal(0.02)},
+    ),
     "lightning": ("lightning-attention-2", dict(BIG, lrpe=True), {"lrpe.theta": exactly(lrpe)}),
     "lolcats": (
         "lolcats",
@@ -225,7 +230,7 @@ ROWS = {
     "soft": (
         "soft-softmax-free-transformer",
         BIG,
-        {"landmark_norm.weight": constant(1.0), "landmark_norm.bias": constant(0.0), "": uniform(fan_in)},
+        {"landmark_norm.weight": constant(1.0), "landmark_norm.bias": constant(0.0)},
     ),
     "hilo": ("hilo-litv2", dict(BIG, qkv_bias=True), {}),
     "biformer": ("biformer", dict(BIG, n_win=2, topk=2), {}),

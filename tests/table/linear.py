@@ -26,6 +26,12 @@ ROWS = [
         ),
         (13,), "terraced-authors",
     ),
+    Case("lightning-attention-tnl", dict(dim=16, num_heads=4, num_layers=3, chunk=8), (12,), growth=_LONG),
+    Case(
+        "lightning-attention-tnl",
+        dict(dim=16, num_heads=2, layer=1, num_layers=2, form="example", inner_dim=12, chunk=8),
+        (12,), "example", growth=_LONG,
+    ),
     Case("lightning-attention-2", dict(dim=16, num_heads=4, chunk=8), (12,), growth=_LONG),
     Case(
         "lightning-attention-2",

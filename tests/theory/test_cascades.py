@@ -5,7 +5,7 @@ import torch
 
 import attnlib
 from attnlib.normalizers import Activated, ClippedSoftmax, Relu, Sigmoid, Softmax, SoftplusL1, Uniform, normalizer_names
-from attnlib.ops import block_sparse, linear, neighborhood, partition, reduced, sampled, split_decoding
+from attnlib.ops import block_sparse, linear, neighborhood, nystrom, partition, reduced, sampled, split_decoding
 from attnlib.ops.modulation import channel_attention, depthwise, gated_sum, modulate, pool
 from attnlib.ops.toeplitz import toeplitz_attention
 from attnlib.theory.cascade import Cascade, Einsum
@@ -369,6 +369,12 @@ def check_modulation():
     return given, {}, {"Y": expected}
 
 
+def check_nystrom():
+    q, marks, v = rand(2, 3, 5, 4), rand(2, 3, 2, 4), rand(2, 3, 5, 6)
+    inverse = nystrom.newton_inverse(nystrom.gaussian_kernel(marks, marks), check=False)
+    return {"Q": q, "L": marks, "INV": inverse, "V": v}, {}, {"AV": nystrom.nystrom_attention(q, marks, v)}
+
+
 def check_channel_attention():
     q, k, v = rand(1, 2, 9, 3), rand(1, 2, 9, 4), rand(1, 2, 9, 4)
     return {"Q": q, "K": k, "V": v, "SCALE": 1 / 3}, {}, {"Y": channel_attention(q, k, v)}
@@ -377,7 +383,8 @@ def check_channel_attention():
 CHECKS = {
     "attention": check_attention, "attention_partial": check_partial, "merge": check_merge, "split": check_split,
     "block_sparse": check_block_sparse, "neighborhood": check_neighborhood, "partition": check_partition,
-    "reduced": check_reduced, "agent": check_agent, "linear_recurrent": check_linear_recurrent,
+    "reduced": check_reduced, "agent": check_agent, "nystrom": check_nystrom,
+    "linear_recurrent": check_linear_recurrent,
     "linear_chunkwise": check_linear_chunkwise, "linear_parallel": check_linear_parallel,
     "linear_bidirectional": check_linear_bidirectional, "toeplitz": check_toeplitz, "deformable": check_deformable,
     "selective_scan": check_selective_scan,
@@ -408,7 +415,8 @@ def test_passes_and_footprints_of_the_operators():
         "reduced": (1, "E + F + 2"), "agent": (1, "A E + A F + 2 A"), "linear_recurrent": (1, "D F + D"),
         "linear_chunkwise": (1, "D F"), "linear_parallel": (1, "D + F + 1"), "linear_bidirectional": (1, "D F + D"),
         "toeplitz": (1, "D + F + 1"), "deformable": (1, "F"), "deformable_3d": (1, "F"),
-        "selective_scan": (1, "S"), "modulation": (2, "2 T C + C"), "channel_attention": (2, "C D"),
+        "selective_scan": (1, "S"), "nystrom": (2, "P A + A C"),
+        "modulation": (2, "2 T C + C"), "channel_attention": (2, "C D"),
     }  # fmt: skip
 
 

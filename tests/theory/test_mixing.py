@@ -47,6 +47,7 @@ def alive(case):
 #: Rows whose settings make a linear mechanism another function of its values.
 BENT = {
     "selective-self-attention", "selective-self-attention-causal", "lightning-attention-2-tnl", "biformer-soft",
+    "lightning-attention-tnl-example",
     "sigmoid-attention-post-norm", "hedgehog-fla",
 }  # fmt: skip
 

@@ -445,6 +445,20 @@ def _channels() -> Cascade:
     return Cascade(_dedent(text), inputs, ["Y"], ("n",), per=("b", "h"), name="channel attention")
 
 
+def _nystrom() -> Cascade:
+    text = """
+    QQ[~p] += Q[~p,e] * Q[~p,e]
+    LL[~a] += L[~a,e] * L[~a,e]
+    QL[~p,a] += Q[~p,e] * L[~a,e]
+    READ[~p,a] = expsub(QL[~p,a], (QQ[~p] + LL[~a]) / 2)
+    SUM[~a,f] += READ[~p,a] * V[~p,f]
+    PART[~a,f] += INV[~a,c] * SUM[~c,f]
+    AV[~p,f] += READ[~p,a] * PART[~a,f]
+    """
+    inputs = {"Q": "b h p e", "L": "b h a e", "INV": "b h a c", "V": "b h p f"}
+    return Cascade(_dedent(text), inputs, ["AV"], ("p",), per=("b", "h"), name="Gaussian attention through landmarks")
+
+
 #: Every operator of floor 1.
 OPERATORS: dict[str, Described] = {
     "attention": Described(
@@ -462,6 +476,7 @@ OPERATORS: dict[str, Described] = {
     "partition": Described(("partition_attention", "grouped_attention"), _partition, "keys of the group"),
     "reduced": Described(("reduced_attention",), _reduced, "keys"),
     "agent": Described(("agent_attention",), _agent, "keys"),
+    "nystrom": Described(("nystrom_attention",), _nystrom, "tokens"),
     "linear_recurrent": Described(("linear_attention", "linear_partial"), _recurrent, "tokens"),
     "linear_chunkwise": Described(("linear_attention", "linear_partial"), _chunkwise, "tokens"),
     "linear_parallel": Described(("linear_attention", "linear_partial"), _parallel, "keys"),

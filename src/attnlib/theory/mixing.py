@@ -73,6 +73,7 @@ class Sites:
 #: Mechanisms whose values or mixed values have other names than most.
 SITES: dict[str, Sites] = {
     "lightning-attention-2": Sites((("v", 0.0),), "norm"),
+    "lightning-attention-tnl": Sites((("v", 0.0),), "norm"),
     "biformer": Sites((("qkv", "dim"),), "proj"),
     "eva": Sites((("v", 0.0),), "norm"),
     "halonet": Sites((("halo.v", 0.0),), "proj"),
@@ -85,6 +86,7 @@ SITES: dict[str, Sites] = {
 SOMETIMES: dict[str, str] = {
     "selective-self-attention": "with token_values the temperature of its values is computed from the values",
     "lightning-attention-2": "value_activation acts on the values",
+    "lightning-attention-tnl": "value_activation acts on the values",
     "biformer": "a max pool of the values is not linear",
     "hedgehog": "output_norm divides what was mixed by its size",
 }

@@ -25,7 +25,7 @@ def _tokens(n: int, heads: int, width: int, planted: bool) -> list[Tensor]:
     q, k, v = (torch.randn(1, heads, n, width) for _ in range(3))
     if planted:
         centers = torch.randn(1, heads, 64, width)
-        q, k = (1.2 * centers[:, :, torch.randint(64, (n,))] + 0.5 * t for t in (q, k))
+        q, k = (1.2 * centers[:, :, torch.randint(64, (n,))] + 0.2 * t for t in (q, k))
     return [q, k, v]
 
 

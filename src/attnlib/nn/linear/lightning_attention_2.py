@@ -88,6 +88,7 @@ class LightningAttention2(Mechanism):
         proj_bias: bias of the output projection.
         chunk: tokens per tile; changes speed, not the result.
         causal: must be True; the operator has a direction.
+        inner_dim: width of all heads together; ``dim`` by default.
 
     Reference: Qin et al., 2024, arXiv 2401.04658, algorithms 1 and 2; the layer: Qin et al., 2024, arXiv 2405.17381.
 
@@ -121,8 +122,10 @@ class LightningAttention2(Mechanism):
         proj_bias: bool = False,
         chunk: int = 128,
         causal: bool = True,
+        inner_dim: int | None = None,
     ):
         super().__init__(dim)
+        inner = dim if inner_dim is None else inner_dim
         if not causal:
             raise ValueError("causal=False is not possible: lightning attention is causal; pass causal=True")
         for name, choice in (("activation", activation), ("value_activation", value_activation)):
@@ -131,7 +134,7 @@ class LightningAttention2(Mechanism):
         check_choice("gate", gate, ("full", "low-rank", "none"))
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
-        self.num_heads, self.head_dim = num_heads, head_dim_of(dim, num_heads)
+        self.num_heads, self.head_dim = num_heads, head_dim_of(inner, num_heads)
         self.activation, self.value_activation, self.chunk = activation, value_activation, chunk
         if slopes is None:
             with torch.device("cpu"):  # also where a model is built without storage
@@ -143,26 +146,26 @@ class LightningAttention2(Mechanism):
         # Numbers, not a buffer: no released state dict holds them, and neither a change of type nor memory that was
         # only set aside for the weights may change them.
         self._slopes = tuple(slopes.float().tolist())
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.k = nn.Linear(dim, dim, bias=qkv_bias)
-        self.v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.q = nn.Linear(dim, inner, bias=qkv_bias)
+        self.k = nn.Linear(dim, inner, bias=qkv_bias)
+        self.v = nn.Linear(dim, inner, bias=qkv_bias)
         self.gate: nn.Module | None = None
         if gate == "full":
-            self.gate = nn.Linear(dim, dim, bias=qkv_bias)
+            self.gate = nn.Linear(dim, inner, bias=qkv_bias)
         elif gate == "low-rank":
             self.gate = nn.Sequential(
                 nn.Linear(dim, self.head_dim, bias=qkv_bias),
-                nn.Linear(self.head_dim, dim, bias=qkv_bias),
+                nn.Linear(self.head_dim, inner, bias=qkv_bias),
                 nn.Sigmoid(),
             )
         norms: dict[str, Any] = {
-            "rms": lambda: nn.RMSNorm(dim, eps=1e-6, elementwise_affine=False),
-            "layer": lambda: nn.LayerNorm(dim),
+            "rms": lambda: nn.RMSNorm(inner, eps=1e-6, elementwise_affine=False),
+            "layer": lambda: nn.LayerNorm(inner),
             "none": nn.Identity,
         }
         self.norm = norms[norm]()
         self.lrpe = LinearizedRotary(num_heads, self.head_dim) if lrpe else None
-        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.proj = nn.Linear(inner, dim, bias=proj_bias)
 
     @property
     def slopes(self) -> Tensor:
