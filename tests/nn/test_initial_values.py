@@ -242,6 +242,15 @@ ROWS = {
     "focalnet": ("focalnet", dict(dim=64), {}),
     "davit": ("davit", dict(BIG), {}),
     "mambaout": ("mambaout", dict(dim=64), {}),
+    "dynamicvis": (
+        "dynamicvis",
+        dict(dim=64, reduction=2),
+        {
+            "A_log": exactly(lambda m: torch.arange(1.0, 17).log()),
+            "scan.D": constant(1.0),
+            "norm.weight": constant(1.0),
+        },
+    ),
     "mhs-vm": (
         "mhs-vm",
         dict(dim=64, state_dim=2),

@@ -100,6 +100,7 @@ NOT_LINEAR: dict[str, str] = {
     "focalnet": "a GELU stands between the levels of its context, and the gated context is a factor of the query",
     "gaussian-adaptive-attention": "it multiplies every number by a weight of its own; no token reads another's values",
     "hilo-litv2": "its two kinds of heads have a matrix and an output map each, side by side",
+    "dynamicvis": "tokens that no scan reads are scaled and stay, and the scan computes its steps from what it reads",
     "mhs-vm": "the steps of its scans, and the gate of their variation, are computed from the values that it scans",
     "msvmamba": "the steps and the ways in and out of its states are computed from the values that it scans",
     "vmamba": "the steps and the ways in and out of its states are computed from the values that it scans",
