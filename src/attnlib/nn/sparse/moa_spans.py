@@ -213,14 +213,14 @@ class SpanHeads(HeadMixer):
             # What is not kept goes to a slot behind, which is cut off.
             to = torch.where(at < first, at, first + (at - first) % ring).masked_fill(~live, slots)
             own = torch.tensor(heads, device=k.device)
-            for name, t in (("keys", k), ("values", v)):
+            _, *before, places = ([], None, None, None) if rings is None else rings[number]
+            for name, t, old in (("keys", k, before[0]), ("values", v, before[1])):
                 some = t.index_select(1, own)
-                old = None if rings is None else rings[number][1 if name == "keys" else 2]
                 held = some.new_zeros(batch, len(heads), slots, t.shape[3]) if old is None else old
                 held = torch.cat([held.to(t.dtype), held.new_zeros(batch, len(heads), 1, t.shape[3], dtype=t.dtype)], 2)
                 held = held.scatter(2, to[:, None, :, None].expand_as(some), some)
                 kept[name].append(held[:, :, :slots].flatten(1, 2))
-            held = at.new_full((batch, slots), -1) if rings is None else rings[number][3]
+            held = at.new_full((batch, slots), -1) if places is None else places
             held = torch.cat([held, held.new_full((batch, 1), -1)], 1).scatter(1, to, at)
             kept["places"].append(held[:, :slots])
         joined = {name: torch.cat(parts, 1) for name, parts in kept.items()}
