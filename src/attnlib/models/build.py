@@ -222,6 +222,10 @@ def create_model(
         "img_size": img_size, "drop_path_rate": drop_path_rate, "drop_rate": drop_rate, "global_pool": global_pool,
         "mechanism": mechanism,
     }  # fmt: skip
+    if img_size is not None:
+        sides = check_ints("img_size", (img_size,) * 2 if isinstance(img_size, int) else img_size, least=1)
+        if len(sides) != 2:
+            raise ValueError(f"img_size must be one side or (height, width), got {sides}")
     if mechanism_settings is not None and not isinstance(mechanism, str):
         raise ValueError("mechanism_settings was given without the name of a mechanism")
     if isinstance(mechanism, str):
