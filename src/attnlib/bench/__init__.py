@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..types import check_choice
+from .models import is_here
 
 #: Suites that stand in :mod:`attnlib.bench.studies`: every module of it, but for those that are run by hand.
 STUDIES = tuple(
@@ -25,7 +26,10 @@ STUDIES = tuple(
 ENGINES = ("linear", "local", "halo", "hyper", "sparse", "super-token", "cache", "hooks", "transfer", *STUDIES)
 
 #: Those that run models of transformers.
-NEEDS_HF = ("multimodal", "cache", "hooks")
+NEEDS_HF = ("multimodal", "cache", "hooks", "conversion")
+
+#: Those that load models which ``make models`` fetches, and which.
+NEEDS_MODELS = {"conversion": ("smollm2", "minilm")}
 
 
 def suites() -> list[str]:
@@ -114,6 +118,8 @@ def run_bench(
     for name in suites() if suite == "all" else [suite]:
         if name in NEEDS_HF and suite == "all" and importlib.util.find_spec("transformers") is None:
             progress(f"{name}: left out, it needs transformers; pip install 'attnlib[hf]'")
+        elif suite == "all" and (absent := [m for m in NEEDS_MODELS.get(name, ()) if not is_here(m)]):
+            progress(f"{name}: left out, it needs the models {', '.join(absent)}; make models")
         elif name in ENGINES:
             results[name] = _engine(name, folder, progress)
         else:
