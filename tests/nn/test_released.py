@@ -35,6 +35,7 @@ RECORDED = {
     "moh-vit-aggregated-attention": {},
     "moh-vit-attention": {},
     "pldr-llm-plga": {},
+    "probsparse": {},
     "quantizable-transformers": {},
     "rcmha": {},
     "selective-self-attention": HEADS,

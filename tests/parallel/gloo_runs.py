@@ -127,7 +127,8 @@ def layers():
     for row in rows():
         if row.context_grid is None and len(row.grid) == 1 and row.name in SLUGS:
             module = create(row.name, **row.config)
-            if module.cuts_sequence and not module.reads_length:
+            alone = any(p.endswith("self") for p in module.traits.patterns)
+            if alone and module.cuts_sequence and not module.reads_length:
                 found[row.id] = (row.name, row.config)
     return found
 

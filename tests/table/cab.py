@@ -1,0 +1,18 @@
+from attnlib.check import Case
+
+_LONG = ((32,), (64,), (128,))
+
+ROWS = [
+    Case("cosformer", dict(dim=16, num_heads=2, max_length=8192), (12,)),
+    Case(
+        "cosformer", dict(dim=16, num_heads=2, max_length=1 << 16, activation="elu1", out_proj=False), (3, 4), "image"
+    ),
+    Case("cosformer", dict(dim=16, num_heads=4, max_length=8192, causal=True, chunk=8), (12,), "causal", growth=_LONG),
+    Case("cosformer", dict(dim=16, num_heads=2, max_length=8192, context_dim=8), (12,), "cross"),
+    Case("cosformer", dict(dim=16, num_heads=2, compat="authors"), (12,), "authors"),
+    Case("s4d", dict(dim=8, d_state=4, num_heads=2), (12,)),
+    Case("s4d", dict(dim=8, d_state=4, bidirectional=True, postact="glu"), (12,), "bidirectional"),
+    Case("s4d", dict(dim=8, d_state=6, activation="silu", scaling="linear"), (12,), "linear"),
+    Case("probsparse", dict(dim=16, num_heads=2, factor=1), (12,)),
+    Case("probsparse", dict(dim=16, num_heads=4, factor=2, head_dim=3, value_dim=5), (13,), "widths"),
+]  # fmt: skip
