@@ -15,4 +15,6 @@ ROWS = [
     Case("s4d", dict(dim=8, d_state=6, activation="silu", scaling="linear"), (12,), "linear"),
     Case("probsparse", dict(dim=16, num_heads=2, factor=1), (12,)),
     Case("probsparse", dict(dim=16, num_heads=4, factor=2, head_dim=3, value_dim=5), (13,), "widths"),
+    Case("long-short", dict(dim=16, num_heads=2, num_landmarks=3, window_size=4), (12,)),
+    Case("long-short", dict(dim=16, num_heads=4, num_landmarks=0, window_size=5), (12,), "window"),
 ]  # fmt: skip
