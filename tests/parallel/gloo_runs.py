@@ -18,6 +18,8 @@ from attnlib.nn.registry import create, find, list_mechanisms
 from attnlib.ops import attention, linear_attention
 
 WORLDS = (2, 4)
+#: What looks back over tokens that exist.
+NO_VALID = {"lolcats", "based-window", "based-conv"}
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "lasp2.safetensors"
 SLUGS = sorted(slug for slug in list_mechanisms() if find(slug).cuts_sequence)
 N, B, H, D, DV = 16, 2, 4, 3, 5
@@ -142,7 +144,7 @@ def layer(name, whole):
     seed = seed if whole else parallel.shard(seed)
     found = {}
     for what, valid in (("all", None), ("valid", exists())):
-        if what == "valid" and slug == "lolcats":
+        if what == "valid" and slug in NO_VALID:
             continue
         module.zero_grad()
         x.grad = None
@@ -247,7 +249,10 @@ def errors(name, whole):
         "nothing": lambda: inside(lambda: None, torch.nn.Linear(2, 2)),
         "segments": lambda: inside(lambda: linear_attention(q, q, q, cu_seqlens=[0, q.shape[2]])),
         "operator": lambda: inside(lambda: _neighborhood(q)),
-        "window": lambda: inside(lambda: create("lolcats", dim=8, num_heads=2, window_size=N)(shard(x))),
+        "valid": lambda: inside(
+            lambda: create("lolcats", dim=8, num_heads=2)(shard(x), valid=torch.ones(1, N // world) > 0)
+        ),
+        "terraces": lambda: inside(lambda: None, create("lolcats", dim=8, num_heads=2, window="terraced")),
         "softmax": lambda: parallel.attention(q[:, :, 1:], q, q, length=N),
         "fields": lambda: Group().traffic.total(size="1"),
     }

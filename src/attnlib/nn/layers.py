@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_divides, check_int, check_real, to_tuple
+from ..ops import _shards
 from ..positions import resized
 from ..types import stats_dtype
 
@@ -63,6 +64,11 @@ def to_front(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None, Te
     """
     if valid is None:
         return x, None, None
+    if _shards.others() is not None:
+        raise ValueError(
+            "valid is not possible here while the sequence is cut over processes: what looks at neighbours counts "
+            "tokens that exist, which may lie with any of them"
+        )
     order = torch.argsort((~valid).to(torch.int8), dim=1, stable=True)
     now = torch.gather(valid, 1, order)
     return zero_invalid(torch.gather(x, 1, order[..., None].expand_as(x)), now), now, order
@@ -112,9 +118,7 @@ class ShortConv(nn.Module):
             tail: (B, kernel_size - 1, C) the tokens before; zeros by default.
         """
         reach = self.kernel_size - 1
-        if tail is None:
-            tail = x.new_zeros(x.shape[0], reach, x.shape[2])
-        longer = torch.cat([tail.to(x.dtype), x], 1)
+        longer = _shards.behind(x, reach, 1) if tail is None else torch.cat([tail.to(x.dtype), x], 1)
         # Sums of shifted products: on the CPU faster than a grouped convolution for short kernels, and any length.
         weight = self.weight[:, 0].to(x.dtype)
         y = longer[:, : x.shape[1]] * weight[:, 0]

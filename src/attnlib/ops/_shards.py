@@ -21,6 +21,9 @@ class Others(Protocol):
     def linear(self, call: Any, run: Callable[[Any], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Linear attention of the queries here to the keys of all; ``run`` computes a call that lies here whole."""
 
+    def scan(self, call: Any, run: Callable[[Any], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The same for a selective scan."""
+
     def attention(self, call: Any, run: Callable[[Any], Any]) -> Any:
         """The same for attention with a normalizer."""
 

@@ -33,6 +33,7 @@ from ..checks import (
     check_whole,
 )
 from ..types import State, exactly, stats_dtype
+from . import _shards
 from ._dispatch import Operator, transformed, twice, wants_gradient
 from ._guard import finite, readable, spoil
 from .linear import _segments
@@ -241,6 +242,12 @@ def _around(core: Callable[[_Terms, Tensor | None, int], tuple[Tensor, Tensor]],
 
 
 def _run(call: _Call, backend: str | None) -> tuple[Tensor, Tensor]:
+    """The operator, on tokens that lie here or with others, too."""
+    who = _shards.others()
+    return _run_here(call, backend) if who is None else who.scan(call, partial(_run_here, backend=backend))
+
+
+def _run_here(call: _Call, backend: str | None) -> tuple[Tensor, Tensor]:
     """The operator, whatever tokens hold that take no part: later ones, other segments."""
     tokens = [t for t in (call.u, call.delta, call.B, call.C, call.z) if t is not None]
     if not readable(*tokens) or transformed(call.inputs()):
@@ -625,7 +632,7 @@ def _chunked(terms: _Terms, reset: Tensor | None, chunk: int) -> tuple[Tensor, T
     return out, final
 
 
-_OPERATOR = Operator("selective_scan", _prepare)
+_OPERATOR = Operator("selective_scan", _prepare, cut=True)
 
 
 def _single(call: _Call) -> bool:

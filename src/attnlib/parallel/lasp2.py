@@ -24,6 +24,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_int, check_tensor
@@ -184,6 +185,29 @@ def _linear(group: Group, call: Any, run: Callable[[Any], tuple[Tensor, Tensor]]
     return out, end
 
 
+def _scan(group: Group, call: Any, run: Callable[[Any], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A selective scan: its states of (channels, S) numbers, which fade by ``exp(A sum of steps)`` in a chunk.
+
+    The state at the end of the chunk comes out of a scan of its own, so that the others need not wait for outputs.
+    """
+    for name, given in (("cu_seqlens", call.segment), ("positions", call.positions)):
+        if given is not None:
+            raise ValueError(f"{name} is not possible while the sequence is cut over processes")
+    start = call.state if group.rank == 0 else None
+    delta = call.delta if call.delta_bias is None else call.delta + call.delta_bias
+    delta = F.softplus(delta) if call.softplus else delta
+    if call.valid is not None:
+        delta = delta.masked_fill(~call.valid.unsqueeze(-1), 0.0)
+    total = delta.sum(1).unsqueeze(-1) * call.A  # (B, channels, S)
+    _, ahead = run(replace(call, state=start, D=None, z=None))
+    flight = _Flight(group, "causal")
+    token = _Leave.apply(flight, total.unsqueeze(2), ahead.unsqueeze(-1))
+    before, end = _Arrive.apply(flight, token)
+    before = before.squeeze(-1) if start is None else start + 0 * before.squeeze(-1)
+    out, _ = run(replace(call, state=before))
+    return out, end.squeeze(-1)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Softmax attention: keys and values
 
@@ -298,22 +322,31 @@ def _softmax(group: Group, call: Any, run: Callable[[Any], Any]) -> Any:
 
 
 class _Halo(torch.autograd.Function):
-    """(size, L) tails of all chunks; backwards, what the next process has for one's own."""
+    """The ``width`` tokens (width, ..) before this chunk (n, ..), and their gradients back to whom they belong."""
 
     @staticmethod
-    def forward(ctx: Any, group: Group, tail: Tensor) -> Tensor:
-        ctx.group, ctx.layer, ctx.shape = group, group.layer, tail.shape
-        tails = group.all_gather(tail.reshape(-1), "halo").wait()
-        before = tails[group.rank - 1] if group.rank else torch.zeros_like(tails[0])
-        return before.reshape(tail.shape).clone()
+    def forward(ctx: Any, group: Group, x: Tensor, width: int) -> Tensor:
+        n, rank = x.shape[0], group.rank
+        kept = min(width, n)
+        ctx.group, ctx.layer, ctx.shape, ctx.width = group, group.layer, x.shape, width
+        tails = group.all_gather(x[n - kept :].reshape(-1), "halo").wait().view(group.size, kept, *x.shape[1:])
+        before = tails[max(rank - -(-width // kept), 0) : rank].flatten(0, 1)[-width:]
+        return torch.cat([x.new_zeros(width - before.shape[0], *x.shape[1:]), before])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        group = ctx.group
+        group, n, width = ctx.group, ctx.shape[0], ctx.width
         grads = group.all_gather(grad.reshape(-1), "halo", "backward", ctx.layer).wait()
-        own = grads[group.rank + 1] if group.rank + 1 < group.size else torch.zeros_like(grads[0])
-        return None, own.reshape(ctx.shape)
+        grads = grads.view(group.size, width, *ctx.shape[1:])
+        own = grad.new_zeros(ctx.shape)
+        begin = group.rank * n
+        for later in range(group.rank + 1, group.size):
+            first = later * n - width  # where the tokens before that chunk begin
+            low, high = max(first, begin), begin + n
+            if low < high:
+                own[low - begin :] += grads[later, low - first : high - first]
+        return None, own, None
 
 
 class Shards:
@@ -344,6 +377,10 @@ class Shards:
         self.check(call.k.shape[2], keys=True)
         return _linear(self.group, call, run)
 
+    def scan(self, call: Any, run: Callable[[Any], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        self.check(call.u.shape[1])
+        return _scan(self.group, call, run)
+
     def attention(self, call: Any, run: Callable[[Any], Any]) -> Any:
         self.check(call.q.shape[2])
         self.check(call.k.shape[2], keys=True)
@@ -358,15 +395,11 @@ class Shards:
         return counts[: group.rank].sum(0)
 
     def halo(self, x: Tensor, width: int, axis: int) -> Tensor:
-        if width == 0:
+        if width == 0 or x.shape[axis] == 0:
             return x
-        n = x.shape[axis]
-        if width > n:
-            raise ValueError(
-                f"a window that reaches {width} tokens back does not fit a chunk of {n} tokens; cut the sequence over "
-                "fewer processes"
-            )
-        return torch.cat([_Halo.apply(self.group, x.narrow(axis, n - width, width)), x], axis)
+        self.check(x.shape[axis])
+        moved = x.movedim(axis, 0)
+        return torch.cat([_Halo.apply(self.group, moved, width), moved]).movedim(0, axis)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_int, check_real
+from ...ops import _shards
 from ...ops.feature_maps import taylor_features
 from ...ops.linear import linear_attention
 from ...positions import rotary_angles, rotate
@@ -75,6 +76,7 @@ class TaylorLinearAttention(Mechanism):
     """
 
     class_traits = _CAUSAL
+    cuts_sequence = True
 
     def __init__(
         self,
@@ -152,6 +154,7 @@ class BasedWindow(Mechanism):
     """
 
     class_traits = _CAUSAL
+    cuts_sequence = True
 
     def __init__(
         self,
@@ -190,7 +193,7 @@ class BasedWindow(Mechanism):
         keys = self.window_size + 1  # the slot before the first key that is read stays empty
         shape = (batch, self.num_heads, self.window_size, self.head_dim)
         if state is None:
-            k, v = (F.pad(t, (0, 0, keys, 0)) for t in (k, v))
+            k, v = (_shards.behind(t, keys, 2) for t in (k, v))
         else:
             k, v = (
                 F.pad(torch.cat([_check_kept(name, state[name], shape).to(t.dtype), t], 2), (0, 0, 1, 0))
@@ -245,6 +248,7 @@ class BaseConv(Mechanism):
     """
 
     class_traits = _CAUSAL
+    cuts_sequence = True
 
     def __init__(
         self,

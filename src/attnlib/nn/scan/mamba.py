@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_flag, check_int, check_real
+from ...ops import _shards
 from ...ops.scan import selective_scan
 from ...types import Output, State, Traits, stats_dtype
 from ..base import Mechanism
@@ -41,7 +42,7 @@ class CausalConv(DepthwiseConv):
 
     def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
         """``before`` (B, kernel_size - 1, C) are the tokens before ``x``; zeros by default."""
-        x = F.pad(x, (0, 0, self.past, 0)) if before is None else torch.cat([before.to(x.dtype), x], 1)
+        x = _shards.behind(x, self.past, 1) if before is None else torch.cat([before.to(x.dtype), x], 1)
         return F.conv1d(x.transpose(1, 2), self.weight, self.bias, groups=self.dim).transpose(1, 2)
 
 
@@ -189,6 +190,7 @@ class Mamba(Mechanism):
         work={"N": 1},
         memory={"N": 1},
     )
+    cuts_sequence = True
 
     def __init__(
         self,
