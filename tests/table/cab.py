@@ -17,4 +17,10 @@ ROWS = [
     Case("probsparse", dict(dim=16, num_heads=4, factor=2, head_dim=3, value_dim=5), (13,), "widths"),
     Case("long-short", dict(dim=16, num_heads=2, num_landmarks=3, window_size=4), (12,)),
     Case("long-short", dict(dim=16, num_heads=4, num_landmarks=0, window_size=5), (12,), "window"),
+    Case("causal-long-short", dict(dim=8, num_heads=2, chunk_size=4, window_size=3), (12,)),
+    Case(
+        "causal-long-short",
+        dict(dim=8, num_heads=4, chunk_size=2, window_size=3, chunk_rank=2, qkv_bias=True, mem_len=4, compat="authors"),
+        (11,), "authors",
+    ),
 ]  # fmt: skip

@@ -108,6 +108,7 @@ NOT_LINEAR: dict[str, str] = {
     "mamba": "its steps, inputs and outputs are computed from the values it scans, which a SiLU bends first",
     "s4d": "an activation bends what its systems read before the output map, and its input is its values",
     "long-short": "its values pass a norm over all heads, which divides them by their own size",
+    "causal-long-short": "its values pass a norm over all heads, which divides them by their own size",
     "mambaout": "gates multiply what it convolves, and its output map reads channels that were not mixed as well",
     "maxvit": "it is two attentions with a residual and a norm between them, each of which has its own matrix",
     "vwformer": "its values are those of keys folded from neighbouring tokens, behind a ReLU, not of tokens",
