@@ -74,4 +74,6 @@ ROWS = [
     Case(
         "rala-ravlt", dict(dim=6, num_heads=2, kernel_size=0, rotary=None, reweight=False, gate=False), (4, 5), "plain"
     ),
+    Case("scatterformer", dict(dim=8, num_heads=2, window_size=4), (8, 8)),
+    Case("scatterformer", dict(dim=8, num_heads=2, window_size=3, qkv_bias=True), (2, 4, 6), "volume"),
 ]  # fmt: skip
