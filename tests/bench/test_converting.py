@@ -75,3 +75,19 @@ def test_bad_input(folder, tmp_path):
     with pytest.raises(ValueError, match="--layers"):
         parse_numbers("1,x")
     assert parse_numbers("0, 3") == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        (dict(to="nope"), "to='nope'"),
+        (dict(loss="nope"), "loss='nope'"),
+        (dict(batch=0), "batch"),
+        (dict(name="./no/folder"), "no such folder"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_fetched(changes, what, monkeypatch):
+    if "name" not in changes:
+        monkeypatch.setattr(converting, "open_model", lambda name: pytest.fail("a model was opened"))
+    with pytest.raises((ValueError, FileNotFoundError), match=what):
+        converting.convert_model(**{"name": "a-name", "to": "hedgehog", **changes})

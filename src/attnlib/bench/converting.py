@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_int
+from ..checks import check_choice, check_int
 from ..extras import need
 from .data import files
 
@@ -53,6 +53,8 @@ def open_model(name: str) -> tuple[Any, Any]:
 
     if name in models.MODELS:
         return models.load(name)
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
+        raise FileNotFoundError(f"model={name!r}: there is no such folder; possible are also {sorted(models.MODELS)}")
     transformers: Any = need("transformers", "attnlib convert")
     return transformers.AutoModelForCausalLM.from_pretrained(name).eval(), transformers.AutoTokenizer.from_pretrained(
         name
@@ -96,6 +98,10 @@ def convert_model(
 
     for what, number, least in (("steps", steps, 0), ("adapter_steps", adapter_steps, 0), ("length", length, 2)):
         check_int(what, number, least=least)
+    # Before anything is read or fetched.
+    check_int("batch", batch, least=1)
+    check_choice("to", to, tuple(convert.targets.TARGETS))
+    check_choice("loss", loss, convert.agreement.LOSSES)
     data = files.text(text)
     model, tokenizer = open_model(name)
     train = batches_of(tokens_of(tokenizer, data.train), length, batch)
