@@ -146,8 +146,9 @@ def constant(key):
     return key in SETTINGS_OF_THEIRS or key.rpartition(".")[2] == "num_batches_tracked"
 
 
-#: Buffers that the authors' class makes in its first call, so that its state dict may lack them.
+#: Buffers that the authors' class makes in its first call, or draws beside its state dict, which may lack them.
 MADE_BY_THE_FIRST_CALL = {(f"selective-self-attention-sparse_{how}", "beta") for how in ("power", "count")}
+MADE_BY_THE_FIRST_CALL |= {(f"performer/{case}", "directions") for case in ("self", "cross")}
 
 
 def refused(convert, theirs, build):

@@ -89,10 +89,12 @@ SOMETIMES: dict[str, str] = {
     "lightning-attention-tnl": "value_activation acts on the values",
     "biformer": "a max pool of the values is not linear",
     "hedgehog": "output_norm divides what was mixed by its size",
+    "lara": "with value_norms the norms of the values are in its weights",
 }
 
 #: Why some mechanisms are no matrix times values.
 NOT_LINEAR: dict[str, str] = {
+    "abc": "values say themselves how much they count in a slot",
     "based-conv": "a SiLU stands between its convolution and its output map, and a gate multiplies it",
     "crossformer": "its output map reads groups one after another, padding among them, not tokens in their order",
     "davit": "it mixes features, not tokens: its map is features by features, and reads every token's values",

@@ -1,0 +1,107 @@
+"""Projections of queries, keys and values that start as those of fairseq's attention, for mechanisms that mix heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...types import Output, State
+from ..base import Mechanism
+from ..frame import Stream
+from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
+from ..released import Released, Rule
+
+
+class Projected(Mechanism):
+    """Tokens to heads and back; a subclass says by :meth:`mix_heads` what happens between.
+
+    Args:
+        dim: width of ``x``.
+        num_heads: heads; must divide ``dim``.
+        context_dim: width of ``context``; ``dim`` by default.
+        qkv_bias: biases of the query, key and value projections.
+        proj_bias: bias of the output projection.
+    """
+
+    source = "the authors' attention"
+    causal = False
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        context_dim: int | None = None,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+    ):
+        super().__init__(dim, context_dim)
+        self.num_heads, self.head_dim = num_heads, head_dim_of(dim, num_heads)
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.k, self.v = (nn.Linear(self.context_dim, dim, bias=qkv_bias) for _ in range(2))
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        same = self.context_dim == dim
+        for layer in (self.q, self.k, self.v, self.proj):
+            nn.init.xavier_uniform_(layer.weight, gain=1 / math.sqrt(2) if same and layer is not self.proj else 1.0)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def _patterns(self) -> frozenset[str]:
+        """Of those of the class, what this instance serves: causal or not, with or without a context."""
+        kind = "causal" if self.causal else "noncausal"
+        found = {p for p in self.class_traits.patterns if p.partition("-")[0] == kind}
+        if self.context_dim != self.dim:
+            found = {p for p in found if p.endswith("cross")}
+        return frozenset(found)
+
+    def mix_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, ordered: bool, state: State | None, wanted: bool
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Outputs of heads.
+
+        Args:
+            q: (B, H, N, D); k, v: (B, H, M, D).
+            valid: (B, M) boolean, which of the latter exist.
+            ordered: a token reads itself and earlier ones.
+            state: of the tokens before.
+            wanted: whether weights are asked for.
+
+        Returns:
+            (B, H, N, D), weights (B, H, N, M) where they are asked for, and what the state keeps.
+        """
+        raise NotImplementedError
+
+    def mix(  # type: ignore[override]
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        context_valid: Tensor | None = None,
+        state: State | None = None,
+        returns: tuple[str, ...] = (),
+    ) -> Output:
+        read = x if context is None else context
+        q, k, v = (split_heads(m(t), self.num_heads) for m, t in ((self.q, x), (self.k, read), (self.v, read)))
+        exists = flat_valid(valid if context is None else context_valid)
+        ordered = self.causal and context is None
+        stream = Stream(x.flatten(1, -2), exists, state, ordered and "state" in returns)
+        out, weights, kept = self.mix_heads(q, k, v, exists, ordered, state, "weights" in returns)
+        return Output(self.proj(merge_heads(out, x.shape[1:-1])), state=stream.next(**kept), weights=weights)
+
+    @classmethod
+    def convert_state_dict(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From the class of the Comprehensive Attention Benchmark (Shark-NLP/CAB)."""
+        theirs = Released(state_dict, cls.source)
+        rules: dict[str, Rule] = {
+            r"([qkv])_proj\.(weight|bias)": r"\1.\2",
+            r"out_proj\.(weight|bias)": r"proj.\1",
+            **cls._more_rules(),
+        }
+        return theirs.close(theirs.renamed(rules))
+
+    @classmethod
+    def _more_rules(cls) -> dict[str, Any]:
+        return {}
