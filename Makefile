@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 PIP    := -m pip install --quiet --disable-pip-version-check
 
 # What touches another library's releases: adapters, our own transformers models, arrays, the command line.
-BORDER := tests/hooks tests/look tests/ops/test_attention.py tests/test_hybrid_decoder.py \
+BORDER := tests/hooks tests/look tests/convert tests/ops/test_attention.py tests/test_hybrid_decoder.py \
           tests/test_generation_all.py tests/test_pldr_model.py tests/test_package.py tests/test_cli.py
 
 .PHONY: demo test fuzz test-quick test-oldest test-newest lint bench models lock clean

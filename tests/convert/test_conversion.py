@@ -147,12 +147,14 @@ def test_adapters_merge_and_go(name):
     make, batch, to, settings = MODELS[name]
     model, batch = make(), batch()
     kept, before = {k: v.clone() for k, v in model.state_dict().items()}, predict(model, batch)
+    attributes = set(vars(model))
     conversion = convert.linearize(model, to, **settings)
     conversion.lora(rank=2, alpha=4)
     assert all("lora_" in n for n, p in model.named_parameters() if any(p is t for t in conversion.trained("adapters")))
     conversion.fit([batch] * 4, loss="prediction")
     adapted = predict(model, batch)
     conversion.merge()
+    assert set(vars(model)) == attributes
     torch.testing.assert_close(predict(model, batch), adapted, atol=1e-5, rtol=1e-4)
     assert any(not torch.equal(v, kept[k]) for k, v in model.state_dict().items() if k in kept)
     conversion.restore()

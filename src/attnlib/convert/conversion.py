@@ -96,6 +96,7 @@ class Conversion:
         self._before: dict[str, Tensor] = {}
         self._names = {id(p): name for name, p in swapped.model.named_parameters()}
         self._adapters: list[tuple[str, nn.Module]] = []
+        self._configured = False
 
     @property
     def model(self) -> nn.Module:
@@ -374,6 +375,7 @@ class Conversion:
         if not names:
             raise ValueError("no linear layers were found in the converted attention modules; name some in targets")
         before = {name: self.model.get_submodule(name) for name in names}
+        self._configured = hasattr(self.model, "peft_config")
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         transposed = any(type(module).__name__ == "Conv1D" for module in before.values())
         config = LoraConfig(
@@ -421,6 +423,8 @@ class Conversion:
         for name, module in self._adapters:
             owner, _, last = name.rpartition(".")
             self.model.get_submodule(owner)._modules[last] = module
+        if self._adapters and not self._configured and hasattr(self.model, "peft_config"):
+            del self.model.peft_config
         self._adapters = []
 
     def merge(self) -> None:
