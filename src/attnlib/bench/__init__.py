@@ -23,7 +23,7 @@ STUDIES = tuple(
 )
 
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
-ENGINES = ("linear", "local", "halo", "hyper", "sparse", "super-token", "cache", "hooks", "transfer", *STUDIES)
+ENGINES = ("linear", "local", "halo", "hyper", "scan", "sparse", "super-token", "cache", "hooks", "transfer", *STUDIES)
 
 #: Those that run models of transformers.
 NEEDS_HF = ("multimodal", "cache", "hooks", "conversion")

@@ -108,7 +108,7 @@ class VimBlock(Block):
 class VimHead(TokenHead):
     """Reads the class token, the mean of two of them, or the last token where there is none."""
 
-    pools = ("token", "avg", "max", "last", "logits", "")
+    pools = ("token", "avg", "max", "last", "logits", "")  # type: ignore[assignment]
 
     def __init__(self, dim: int, num_classes: int, pool: str, prefix: int, **options: Any):
         super().__init__(dim, num_classes, pool, prefix, True, **options)
@@ -148,7 +148,7 @@ class VisionMamba(VisionTransformer):
 
     def __init__(self, *args: Any, class_token: str = "middle", **settings: Any):
         self.place = check_choice_of_place(class_token)
-        super().__init__(
+        super().__init__(  # type: ignore[misc]
             *args, class_token=class_token != "none", reg_tokens=int(class_token == "double"), **settings
         )  # fmt: skip
         self.pruning: dict[int, float] = {}
@@ -382,7 +382,7 @@ def vim(
 def start(model: VisionMamba) -> None:
     """Initial values as the authors have them."""
     weight = model.stem.proj.weight  # type: ignore[union-attr]
-    nn.init.trunc_normal_(weight, std=weight[0].numel() ** -0.5 / 0.87962566103423978)  # type: ignore[index, operator]
+    nn.init.trunc_normal_(weight, std=weight[0].numel() ** -0.5 / 0.87962566103423978)  # type: ignore[arg-type, index, operator]
     for bias in (model.stem.proj.bias, getattr(model.head.fc, "bias", None)):  # type: ignore[union-attr]
         if bias is not None:
             nn.init.zeros_(bias)  # type: ignore[arg-type]
