@@ -31,6 +31,7 @@ RECORDED = {
     "lightning-attention-2": {},
     "lolcats": {},
     "mamba": {},
+    "mamba2": {},
     "moh-mixture-of-heads": {},
     "moh-vit-aggregated-attention": {},
     "moh-vit-attention": {},

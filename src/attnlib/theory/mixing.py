@@ -111,6 +111,7 @@ NOT_LINEAR: dict[str, str] = {
     "s4d": "an activation bends what its systems read before the output map, and its input is its values",
     "long-short": "its values pass a norm over all heads, which divides them by their own size",
     "causal-long-short": "its values pass a norm over all heads, which divides them by their own size",
+    "mamba2": "its steps, keys and queries come from one map with the values, and a SiLU bends all of them",
     "mambamixer": "its steps, inputs and outputs are computed from the values it scans, along channels as well",
     "mambamixer-channels": "it scans the channels of every token; no token reads another's values",
     "mambaout": "gates multiply what it convolves, and its output map reads channels that were not mixed as well",

@@ -379,8 +379,8 @@ def vim(
 
 
 @torch.no_grad()
-def start(model: VisionMamba) -> None:
-    """Initial values as the authors have them."""
+def start_tokens(model: VisionTransformer) -> None:
+    """Initial values of stem, tokens and head as the authors have them."""
     weight = model.stem.proj.weight  # type: ignore[union-attr]
     nn.init.trunc_normal_(weight, std=weight[0].numel() ** -0.5 / 0.87962566103423978)  # type: ignore[arg-type, index, operator]
     for bias in (model.stem.proj.bias, getattr(model.head.fc, "bias", None)):  # type: ignore[union-attr]
@@ -391,11 +391,23 @@ def start(model: VisionMamba) -> None:
     for token in (model.cls_token, model.reg_token):
         if token is not None:
             nn.init.trunc_normal_(token, std=0.02)
+
+
+@torch.no_grad()
+def start_output(linear: nn.Linear, depth: int) -> None:
+    """An output projection, divided by the square root of the number of blocks."""
+    nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+    linear.weight.div_(math.sqrt(depth))
+
+
+@torch.no_grad()
+def start(model: VisionMamba) -> None:
+    """Initial values as the authors have them."""
+    start_tokens(model)
     for block in model.stages:
         inner: Any = block.mixer.inner  # type: ignore[union-attr]
         if isinstance(inner, (BiMamba, Mamba)):
-            nn.init.kaiming_uniform_(inner.out_proj.weight, a=math.sqrt(5))
-            inner.out_proj.weight.div_(math.sqrt(len(model.stages)))
+            start_output(inner.out_proj, len(model.stages))
             for linear in (inner.in_proj, inner.out_proj):
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
