@@ -446,6 +446,22 @@ class Proposals(nn.Module):
         return Proposed(self.classify(tokens), moved, to_corners(boxes), deltas)
 
 
+class LastMap(nn.Module):
+    """A backbone as an encoder: its last map, normed, as the authors read their Swin V2.
+
+    Args:
+        model: as ``create_model`` gives it, with a norm behind its stages.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self.feature_info = [model.feature_info[-1]]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.model.forward_features(x).permute(0, 3, 1, 2)]
+
+
 class Found(NamedTuple):
     """What a detector makes of images.
 
