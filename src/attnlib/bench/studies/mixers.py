@@ -98,7 +98,13 @@ class Positions(nn.Module):
 
 def build(name: str, classes: int, hidden: int | None = None, side: int = SIDE) -> Backbone:
     """A contestant; ``hidden`` is the width of its MLPs (of its convolutions, for the residual network)."""
-    make = CONTESTANTS[name]
+    return backbone(CONTESTANTS[name], classes, hidden, side)
+
+
+def backbone(
+    make: Callable[[Place], nn.Module] | None, classes: int, hidden: int | None = None, side: int = SIDE
+) -> Backbone:
+    """Two blocks of what ``make`` makes, or of the residual network, behind convolutions and positions."""
     hidden = int(RATIO * DIM) if hidden is None else hidden
     blocks: list[nn.Module] = []
     for place in places((DIM,), (DEPTH,), (HEADS,), (PATCH,))[0]:
