@@ -148,14 +148,14 @@ class VMUNet(nn.Module):
                 x, valid = stage.downsample(x, valid)  # type: ignore[operator]
             maps.append(x)
             exists.append(valid)
-            for block in stage.blocks:  # type: ignore[union-attr]
+            for block in stage.blocks:  # type: ignore[union-attr, attr-defined]
                 x, _ = block(x, valid)
         for i, made in enumerate(self.up):
             at = len(maps) - 1 - i
             if i:
                 x = zero_invalid(x + maps[at + 1], exists[at + 1])
                 x = crop_grid(self.expand[i - 1](x), maps[at].shape[1:3])
-            for block in made:  # type: ignore[union-attr]
+            for block in made:  # type: ignore[union-attr, attr-defined]
                 x, _ = block(x, exists[at])
         return self.classifier(crop_grid(self.final(x), size).permute(0, 3, 1, 2))
 

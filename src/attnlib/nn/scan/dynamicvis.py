@@ -105,6 +105,7 @@ class SparseScan(Mechanism):
         needs_plan=True, losses=("balance",),
     )  # fmt: skip
     zero_is_off = ("reduction", "noise", "global_tokens")
+    progress: Tensor
     reads_length = True  # how many are chosen, and which runs are averaged
 
     def __init__(
@@ -169,7 +170,7 @@ class SparseScan(Mechanism):
     def _choose(self, logits: Tensor, valid: Tensor | None) -> Plan:
         logits = logits.detach()
         if self.training and self.noise:
-            scale = self.noise
+            scale: Tensor | float = self.noise
             if self.noise_decay:
                 scale = (self.noise - 1e-4) * (1 - self.progress) + 1e-4
             uniform = torch.rand_like(logits).clamp(min=torch.finfo(logits.dtype).tiny)

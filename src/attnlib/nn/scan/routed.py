@@ -97,17 +97,17 @@ class ScanParameters(nn.Module):
         high = stats_dtype(x.dtype)
         if valid is not None and valid.dim() == 3 and self.sets == 1:
             valid = valid[..., 0]
-        each = valid is not None and valid.dim() == 3
-        if each:
-            x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
+        gone = None if valid is None or valid.dim() == 2 else ~valid.unsqueeze(-1)
+        if gone is not None:
+            x = x.masked_fill(gone, 0.0)
         r, b, c = torch.einsum("bnkd,kcd->bnkc", x, self.x_proj).split([self.rank, *2 * (self.state_dim,)], -1)
         step = torch.einsum("bnkr,kdr->bnkd", r, self.step_weight)
         bias: Tensor | None = self.step_bias.flatten()
-        if each:  # the operator knows one ``valid`` for all channels: a step of zero lets no time pass
-            step, bias = F.softplus(step.to(high) + self.step_bias).masked_fill(~valid.unsqueeze(-1), 0.0), None
+        if gone is not None:  # the operator knows one ``valid`` for all channels: a step of zero lets no time pass
+            step, bias = F.softplus(step.to(high) + self.step_bias).masked_fill(gone, 0.0), None
         y = selective_scan(
             x.to(high).flatten(2), step.flatten(2), -self.A_log.to(high).exp().flatten(0, 1), b, c, self.D.flatten(),
-            None, bias, not each, cu_seqlens=cu_seqlens, valid=None if each else valid,
+            None, bias, gone is None, cu_seqlens=cu_seqlens, valid=valid if gone is None else None,
         )  # fmt: skip
         return y.unflatten(2, (self.sets, self.dim))
 
