@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import attnlib
-from attnlib.nn.layers import ShortConv, to_front, to_places
+from attnlib.nn.layers import last_tokens, to_front, to_places
 from attnlib.ops.feature_maps import taylor_features
 
 
@@ -93,13 +93,10 @@ def test_absent_tokens_take_no_place(name):
         torch.testing.assert_close(out[b : b + 1, valid[b]], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_short_convolution_of_any_length_and_kernel():
-    for kernel in (1, 2, 5):
-        conv = ShortConv(4, kernel)
-        x = torch.randn(2, 3, 4)
-        want = torch.nn.functional.conv1d(x.mT, conv.weight, conv.bias, padding=kernel - 1, groups=4)[..., :3].mT
-        torch.testing.assert_close(conv(x)[0], want)
-        assert conv(x)[1].shape == (2, kernel - 1, 4)
+def test_last_tokens_of_those_that_exist():
+    x = torch.arange(12.0).view(2, 6, 1)
+    assert last_tokens(x, 2, None).flatten().tolist() == [4, 5, 10, 11]
+    assert last_tokens(x, 2, torch.tensor([1, 3])).flatten().tolist() == [1, 2, 9, 10]
 
 
 def test_tokens_go_to_the_front_and_back():

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from parity import Fixture
 
 import attnlib
-from attnlib.nn.scan.mamba import S6, CausalConv
+from attnlib.nn.layers import CausalConv
+from attnlib.nn.scan.mamba import S6
 
 FIXTURES = {"mamba": Fixture("mamba"), "bimamba": Fixture("bimamba")}
 CASES = [(slug, case) for slug, fixture in FIXTURES.items() for case in fixture.config]

@@ -23,7 +23,9 @@ STUDIES = tuple(
 )
 
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
-ENGINES = ("linear", "local", "halo", "hyper", "scan", "sparse", "super-token", "cache", "hooks", "transfer", *STUDIES)
+ENGINES = (
+    "linear", "segments", "local", "halo", "hyper", "scan", "sparse", "super-token", "cache", "hooks", "transfer", *STUDIES
+)  # fmt: skip
 
 #: Those that run models of transformers.
 NEEDS_HF = ("multimodal", "cache", "hooks", "conversion")

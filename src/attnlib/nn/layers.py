@@ -53,6 +53,11 @@ def zero_invalid(x: Tensor, valid: Tensor | None) -> Tensor:
     return x if valid is None else x.masked_fill(~valid.unsqueeze(-1), 0.0)
 
 
+def tokens_first(valid: Tensor) -> Tensor:
+    """(B, N) order in which the tokens that exist come first, each group as it was."""
+    return torch.argsort((~valid).to(torch.int8), dim=1, stable=True)
+
+
 def to_front(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Tokens (B, N, C) that exist before those that do not, which become zeros; also which exist then, and the order.
 
@@ -69,7 +74,7 @@ def to_front(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None, Te
             "valid is not possible here while the sequence is cut over processes: what looks at neighbours counts "
             "tokens that exist, which may lie with any of them"
         )
-    order = torch.argsort((~valid).to(torch.int8), dim=1, stable=True)
+    order = tokens_first(valid)
     now = torch.gather(valid, 1, order)
     return zero_invalid(torch.gather(x, 1, order[..., None].expand_as(x)), now), now, order
 
@@ -85,51 +90,6 @@ def last_tokens(x: Tensor, count: int, many: Tensor | None) -> Tensor:
         return x[:, x.shape[1] - count :]
     at = (many[:, None] + torch.arange(count, device=x.device))[..., None]
     return torch.gather(x, 1, at.expand(-1, -1, x.shape[2]))
-
-
-class ShortConv(nn.Module):
-    """Causal depthwise convolution of (B, N, C) over the last ``kernel_size`` tokens, which goes on from call to call.
-
-    Args:
-        dim: channels.
-        kernel_size: tokens, the last one being the current.
-        bias: add a learned bias.
-
-    >>> conv = ShortConv(4, 3)
-    >>> x = torch.randn(1, 5, 4)
-    >>> first, tail = conv(x[:, :2])
-    >>> torch.allclose(torch.cat([first, conv(x[:, 2:], tail=tail)[0]], 1), conv(x)[0], atol=1e-6)
-    True
-    """
-
-    def __init__(self, dim: int, kernel_size: int, bias: bool = True):
-        super().__init__()
-        check_int("kernel_size", kernel_size, least=1)
-        self.kernel_size = kernel_size
-        like = nn.Conv1d(dim, dim, kernel_size, groups=dim, bias=bias)
-        self.weight, self.bias = like.weight, like.bias
-
-    def forward(self, x: Tensor, many: Tensor | None = None, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The convolved tokens and the tail for the next call.
-
-        Args:
-            x: (B, N, C), tokens that exist first, zeros behind them.
-            many: (B,) how many exist; all by default.
-            tail: (B, kernel_size - 1, C) the tokens before; zeros by default.
-        """
-        reach = self.kernel_size - 1
-        longer = _shards.behind(x, reach, 1) if tail is None else torch.cat([tail.to(x.dtype), x], 1)
-        # Sums of shifted products: on the CPU faster than a grouped convolution for short kernels, and any length.
-        weight = self.weight[:, 0].to(x.dtype)
-        y = longer[:, : x.shape[1]] * weight[:, 0]
-        for i in range(1, self.kernel_size):
-            y = y + longer[:, i : i + x.shape[1]] * weight[:, i]
-        if self.bias is not None:
-            y = y + self.bias.to(x.dtype)
-        return y, last_tokens(longer, reach, many)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, kernel_size={self.kernel_size}, bias={self.bias is not None}"
 
 
 def through(module: nn.Module, x: Tensor) -> Tensor:
@@ -199,6 +159,23 @@ class DepthwiseConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, kernel_size={tuple(self.weight.shape[2:])}, stride={self.stride}, dilation={self.dilation}"
+
+
+class CausalConv(DepthwiseConv):
+    """Depthwise convolution of (B, N, C) in which a token sees itself and those before it.
+
+    >>> CausalConv(4, 3)(torch.randn(2, 7, 4)).shape
+    torch.Size([2, 7, 4])
+    """
+
+    def __init__(self, dim: int, kernel_size: int, bias: bool = True):
+        super().__init__(dim, check_int("kernel_size", kernel_size, least=1), rank=1, bias=bias)
+        self.past = kernel_size - 1
+
+    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+        """``before`` (B, kernel_size - 1, C) are the tokens before ``x``; zeros by default."""
+        x = _shards.behind(x, self.past, 1) if before is None else torch.cat([before.to(x.dtype), x], 1)
+        return F.conv1d(x.transpose(1, 2), self.weight, self.bias, groups=self.dim).transpose(1, 2)
 
 
 def init_fan_out(conv: nn.Conv2d | DepthwiseConv) -> None:

@@ -21,7 +21,16 @@ from ...positions import rotary_angles, rotate
 from ...types import Output, State, Traits, exactly, stats_dtype
 from ..base import Mechanism
 from ..frame import Stream
-from ..layers import ShortConv, flat_valid, head_dim_of, merge_heads, split_heads, to_front, to_places
+from ..layers import (
+    CausalConv,
+    flat_valid,
+    head_dim_of,
+    last_tokens,
+    merge_heads,
+    split_heads,
+    to_front,
+    to_places,
+)
 from ..registry import register
 from ..released import Released, Rule, split_rule
 from .lolcats import window_part
@@ -267,7 +276,7 @@ class BaseConv(Mechanism):
         self.inner = expand * dim // 2
         self.to_inner = nn.Linear(dim, 2 * self.inner, bias=bias)
         self.proj = nn.Linear(self.inner, dim, bias=bias)
-        self.conv = ShortConv(self.inner, kernel_size, conv_bias)
+        self.conv = CausalConv(self.inner, kernel_size, conv_bias)
 
     def mix(  # type: ignore[override]
         self, x: Tensor, *, valid: Tensor | None = None, state: State | None = None, returns: tuple[str, ...] = ()
@@ -276,12 +285,16 @@ class BaseConv(Mechanism):
         stream = Stream(x, now, state, "state" in returns)
         u, gate = self.to_inner(x).chunk(2, -1)
         u = u if now is None else u.masked_fill(~now[..., None], 0.0)  # a bias speaks for no token
-        tail = None
-        if state is not None:
-            tail = _check_kept("tail", state["tail"], (x.shape[0], self.conv.kernel_size - 1, self.inner))
-        u, tail = self.conv(u, None if now is None else now.sum(1), tail)
+        past = self.conv.past
+        if state is None:
+            longer = _shards.behind(u, past, 1)
+        else:
+            tail = _check_kept("tail", state["tail"], (x.shape[0], past, self.inner))
+            longer = torch.cat([tail.to(u.dtype), u], 1)
+        kept = last_tokens(longer, past, None if now is None else now.sum(1))
+        u = self.conv(u, longer[:, :past])
         y = self.proj(F.silu(u) * gate)
-        return Output(to_places(y, order), state=stream.next(tail=tail))
+        return Output(to_places(y, order), state=stream.next(tail=kept))
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from ...ops.linear import linear_partial
 from ...positions import check_rotary_scaling, rotary_angles, rotate
 from ...types import Output, Partial, State, Traits, check_choice, check_divides, exactly, stats_dtype
 from ..base import Mechanism
-from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
+from ..layers import flat_valid, head_dim_of, merge_heads, split_heads, tokens_first
 from ..registry import register
 from ..released import Released, Rule
 from .feature_maps import KINDS, OPTIONS, HedgehogFeatures
@@ -55,11 +55,6 @@ def window_part(q: Tensor, k: Tensor, v: Tensor, exists: Tensor, consistent: boo
     scale = top if consistent else torch.zeros_like(top)
     parts = (scale.squeeze(-1), e.sum(-1), e @ v.transpose(-2, -1))
     return Partial(*(t.flatten(2, 3)[:, :, :n] for t in parts))
-
-
-def tokens_first(valid: Tensor) -> Tensor:
-    """(B, N) order in which the tokens that exist come first, each group as it was."""
-    return torch.argsort((~valid).to(torch.int8), dim=1, stable=True)
 
 
 def in_order(x: Tensor, order: Tensor) -> Tensor:

@@ -111,12 +111,12 @@ class RankAugmentedLinearAttention(Mechanism):
     def mix(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
         height, width = x.shape[1:3]
         q, k, v = self.qkv(x).chunk(3, -1)
-        heads = [split_heads(t, self.num_heads) for t in (q, k, v)]
         angles = None
         if self.rotary is not None:
             angles = grid_angles(height, width, self.head_dim, self.rotary, x.device)
         mixed = self._linear if self.attention == "linear" else self._softmax
-        out = merge_heads(mixed(*heads, angles, flat_valid(valid)), (height, width))
+        qh, kh, vh = (split_heads(t, self.num_heads) for t in (q, k, v))
+        out = merge_heads(mixed(qh, kh, vh, angles, flat_valid(valid)), (height, width))
         if self.lepe is not None:
             out = out + self.lepe(zero_invalid(v, valid))
         if self.gate is not None:

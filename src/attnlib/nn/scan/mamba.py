@@ -18,32 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_flag, check_int, check_real
-from ...ops import _shards
 from ...ops.scan import selective_scan
 from ...types import Output, State, Traits, stats_dtype
 from ..base import Mechanism
 from ..frame import Stream
-from ..layers import DepthwiseConv, flat_valid, zero_invalid
+from ..layers import CausalConv, flat_valid, zero_invalid
 from ..registry import register
 from ..released import Released, Rule
-
-
-class CausalConv(DepthwiseConv):
-    """Depthwise convolution of (B, N, C) in which a token sees itself and those before it.
-
-    >>> import torch
-    >>> CausalConv(4, 3)(torch.randn(2, 7, 4)).shape
-    torch.Size([2, 7, 4])
-    """
-
-    def __init__(self, dim: int, kernel_size: int, bias: bool = True):
-        super().__init__(dim, kernel_size, rank=1, bias=bias)
-        self.past = kernel_size - 1
-
-    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
-        """``before`` (B, kernel_size - 1, C) are the tokens before ``x``; zeros by default."""
-        x = _shards.behind(x, self.past, 1) if before is None else torch.cat([before.to(x.dtype), x], 1)
-        return F.conv1d(x.transpose(1, 2), self.weight, self.bias, groups=self.dim).transpose(1, 2)
 
 
 class S6(nn.Module):

@@ -21,10 +21,10 @@ from ...ops.linear import linear_attention
 from ...types import Output, State, Traits, check_divides, stats_dtype
 from ..base import Mechanism
 from ..frame import Stream
-from ..layers import flat_valid, merge_heads, zero_invalid
+from ..layers import CausalConv, flat_valid, merge_heads, zero_invalid
 from ..registry import register
 from ..released import Released
-from .mamba import CausalConv, inner_width
+from .mamba import inner_width
 
 
 class GatedNorm(nn.Module):
