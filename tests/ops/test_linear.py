@@ -423,7 +423,9 @@ def test_a_denominator_of_other_features(causal, form):
     torch.testing.assert_close(out * own, num / (den + 1e-2) * own)
 
 
-@pytest.mark.parametrize("lengths", [[1] * 9, [1, 0, 2, 300, 0, 7, 129, 1, 0], [0, 0], [1000]])
+@pytest.mark.parametrize(
+    "lengths", [[1] * 9, [1, 0, 2, 300, 0, 7, 129, 1, 0], [0, 0], [1000], [8, 8, 0, 8], [256, 128]]
+)
 def test_scattered_segments_in_any_sizes(lengths):
     cu = list(itertools.accumulate([0, *lengths]))
     q, k, v, _ = problem(n=cu[-1], batch=1, heads=2)

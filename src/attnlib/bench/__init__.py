@@ -24,7 +24,8 @@ STUDIES = tuple(
 
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
 ENGINES = (
-    "linear", "segments", "local", "halo", "hyper", "scan", "sparse", "super-token", "cache", "hooks", "transfer", *STUDIES
+    "linear", "segments", "local", "halo", "hyper", "scan", "sparse", "super-token", "cache", "hooks", "transfer",
+    *STUDIES,
 )  # fmt: skip
 
 #: Those that run models of transformers.

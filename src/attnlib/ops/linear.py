@@ -538,6 +538,8 @@ def _segment_blocks(bounds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _gathered(x: Tensor, tokens: Tensor) -> Tensor:
+    if tokens.numel() == x.shape[2]:  # all tokens in one batch of blocks lie in their order
+        return x.unflatten(2, tokens.shape)
     return x.index_select(2, tokens.flatten()).unflatten(2, tokens.shape)
 
 
@@ -553,8 +555,10 @@ def _reads(a: Tensor, sums: Tensor, bounds: Tensor) -> Tensor:
     """``a_i^T s`` with the matrix of the segment of ``i``: (B, H, N, D) and (B, H, S, D, E) to (B, H, N, E)."""
     out = a.new_empty(*a.shape[:3], sums.shape[-1])
     for tokens, which in _segment_blocks(bounds):
-        rows = _gathered(a, tokens) @ sums.index_select(2, which)
-        out.index_copy_(2, tokens.flatten(), rows.flatten(2, 3))
+        rows = (_gathered(a, tokens) @ sums.index_select(2, which)).flatten(2, 3)
+        if rows.shape[2] == a.shape[2]:
+            return rows
+        out.index_copy_(2, tokens.flatten(), rows)
     return out
 
 
