@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from .checks import check_choice, check_flag, check_float, check_real, check_type, describe
 
-__all__ = ["SGDP", "AdamP"]
+__all__ = ["SGDP", "AdamP", "Kar3"]
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -255,3 +255,57 @@ class SGDP(_Projected):
     def _keep(self, group: dict[str, Any], p: Tensor, update: Tensor) -> None:
         if self.compat == "authors" and not group["nesterov"]:
             self.state[p]["momentum"].copy_(update)
+
+
+class Kar3(Optimizer):
+    """Signs of the gradient and of two of its running means (Zhang, 2024, arXiv 2401.17948; a reading).
+
+    ``p <- p - lr (sign(g) + sign(m_1) + sign(m_2))``, then ``m_i <- beta_i m_i + (1 - beta_i) g``: a step reads the
+    means of the gradients before it. A weight that has seen none yet moves by the gradient's sign alone.
+
+    Args:
+        params: parameters, or dictionaries of them.
+        lr: of a step; every number moves by at most three of it.
+        betas: of the two means.
+        weight_decay: added to the gradient, times the weight.
+
+    >>> p = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> p.grad = torch.tensor([-2.0])
+    >>> Kar3([p], lr=0.5).step()
+    >>> p.item()
+    1.5
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1.215e-3,
+        betas: Sequence[float] = (0.5, 0.95),
+        weight_decay: float = 0.0,
+    ):
+        check_real("lr", lr, least=0)
+        check_real("weight_decay", weight_decay, least=0)
+        if len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {betas!r}")
+        for beta in betas:
+            check_real("betas", beta, least=0, below=1)
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay))  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; the closure's loss, where there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                grad = p.grad.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else p.grad
+                state = self.state[p]
+                means = [state.setdefault(name, torch.zeros_like(p)) for name in ("first", "second")]
+                p.add_(grad.sign() + means[0].sign() + means[1].sign(), alpha=-group["lr"])
+                for mean, beta in zip(means, group["betas"], strict=True):
+                    mean.mul_(beta).add_(grad, alpha=1 - beta)
+        return loss

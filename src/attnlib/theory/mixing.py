@@ -101,6 +101,7 @@ NOT_LINEAR: dict[str, str] = {
     "favit": "its groups of channels read summaries of the map of different kinds, with a matrix for each",
     "focalnet": "a GELU stands between the levels of its context, and the gated context is a factor of the query",
     "gaussian-adaptive-attention": "it multiplies every number by a weight of its own; no token reads another's values",
+    "hyperzzw-terminator": "a GELU stands behind its convolution, and its values are normed over all places",
     "hilo-litv2": "its two kinds of heads have a matrix and an output map each, side by side",
     "dynamicvis": "tokens that no scan reads are scaled and stay, and the scan computes its steps from what it reads",
     "mhs-vm": "the steps of its scans, and the gate of their variation, are computed from the values that it scans",
