@@ -126,3 +126,9 @@ def test_circles_and_upward_arrows_are_seen(tmp_path):
     edges = graph(root)
     assert circles(edges) == [["attnlib.ops.a", "attnlib.ops.b", "attnlib.ops.c"]]
     assert edges["attnlib.ops.d"] == {"attnlib.nn.e"} and floor("attnlib.nn.e") > floor("attnlib.ops.d")
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """Without packages around them, the second of a name would not be collected."""
+    names = [p.name for p in Path(__file__).parent.rglob("test_*.py")]
+    assert not {n for n in names if names.count(n) > 1}
