@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...checks import check_flag, check_int, check_real
 from ...ops.linear import linear_attention
-from ...types import Output, State, Traits, check_divides, stats_dtype
+from ...types import Output, State, Traits, stats_dtype
 from ..base import Mechanism
 from ..frame import Stream
 from ..layers import CausalConv, flat_valid, merge_heads, zero_invalid
@@ -112,9 +112,12 @@ class Mamba2(Mechanism):
         if not check_flag("causal", causal):
             raise ValueError("causal=False is not possible: mamba2 is causal")
         inner = inner_width(dim, expand)
-        check_divides("head_dim", check_int("head_dim", head_dim, least=1), "the inner width", inner)
+        check_int("head_dim", head_dim, least=1)
+        if inner % head_dim:
+            raise ValueError(f"head_dim={head_dim} does not divide the inner width {inner} of expand={expand}")
         heads = inner // head_dim
-        check_divides("groups", check_int("groups", groups, least=1), "the number of heads", heads)
+        if heads % check_int("groups", groups, least=1):
+            raise ValueError(f"groups={groups} does not divide {heads} heads, of head_dim={head_dim}, expand={expand}")
         low, high = (check_real("decay_range", d, above=0) for d in decay_range)
         if low > high:
             raise ValueError(f"decay_range={decay_range} must ascend")
