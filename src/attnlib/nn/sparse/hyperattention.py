@@ -66,7 +66,6 @@ class HyperAttention(HeadFrame[Notes]):
     )
     own_state = ("directions", "draws")
     zero_is_off: ClassVar[tuple[str, ...]] = ("num_projs",)
-    reads_length = True
 
     directions: Tensor
     draws: Tensor
@@ -89,6 +88,7 @@ class HyperAttention(HeadFrame[Notes]):
             if name in settings:
                 raise ValueError(f"{name} is not possible: weights are never there as a whole; leave it out")
         super().__init__(dim, num_heads, causal=causal, **settings)
+        self.reads_length = True  # halves and blocks lie where the slots are
         check_choice("compat", compat, COMPAT)
         self.num_projs = check_int("num_projs", num_projs, least=0, most=20)
         self.block_size = check_int("block_size", block_size, least=1)
