@@ -226,6 +226,7 @@ def test_a_mechanism_of_the_users_own_choice():
 #: Settings with which a mechanism reads both ways, and fits maps this small.
 SETTINGS = {
     "gaussian-adaptive-attention": {"axis": "tokens"},
+    "s4d": {"bidirectional": True},
 }
 
 

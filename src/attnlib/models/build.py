@@ -253,7 +253,7 @@ def _built(entry: ModelEntry, given: Mapping[str, Any]) -> Any:
     try:
         if not isinstance(entry.make, type):
             return checked(entry.make)(**settings)
-        model = entry.make.__new__(entry.make)
+        model: Any = object.__new__(entry.make)
         checked(entry.make.__init__)(model, **settings)  # type: ignore[misc]
         return model
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError, RuntimeError) as error:

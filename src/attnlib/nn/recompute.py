@@ -136,7 +136,9 @@ def checkpointed(module: nn.Module, *args: Any) -> Any:
 
     Batch norms count a batch once: when they run again they use its statistics and leave their own as they are.
     """
-    contexts = {} if torch.compiler.is_compiling() else {"context_fn": lambda: (nullcontext(), _counted(module))}
+    contexts: dict[str, Any] = {}
+    if not torch.compiler.is_compiling():
+        contexts["context_fn"] = lambda: (nullcontext(), _counted(module))
     return _checkpoint.checkpoint(module, *args, use_reentrant=False, **contexts)
 
 

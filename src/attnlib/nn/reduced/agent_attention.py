@@ -133,8 +133,7 @@ class AgentCore(nn.Module):
                     )
             grid, kv_grid = self.grid, self.kv_grid
         if self.read is not None and self.write is not None:
-            made = (self.grid, self.kv_grid, self.extra_tokens, 0)
-            if (tuple(grid), tuple(kv_grid), before, after) == made:
+            if (tuple(grid), tuple(kv_grid), before, after) == (self.grid, self.kv_grid, self.extra_tokens, 0):
                 return self.read, self.write
         read = self._bias(self.an_bias, self.ah_bias, self.aw_bias, kv_grid).flatten(2)
         write = self._bias(self.na_bias, self.ha_bias, self.wa_bias, grid).flatten(2).transpose(1, 2)
