@@ -76,6 +76,8 @@ MAKE = {
     "SoftPAG": None,  # guides denoisers: an identity map has as many queries as keys
     "UniformMaps": None,  # acts on cross-attention, which this model has not
     "BlockSparse": None,  # acts on videos
+    "Clear": None,  # acts on images beside text, in denoisers
+    "LinFusion": None,  # stands in denoisers
     "VisualBoost": lambda model: steer.VisualBoost(0.7, 0.3, sets="all"),
     "VisualRedistribution": lambda model: steer.VisualRedistribution((3, 17), rho=0.9, summ=0.01, tau=1.0),
     "HeadDivergence": lambda model: steer.HeadDivergence(k=1),

@@ -4,6 +4,8 @@ from ..hooks.branches import Branch, ImageTokens, NoImage, NullTokens, OtherPixe
 from .agla import AGLA, BlipRelevance, grad_cam, mask_pixels, relevance_mask, spread_relevance
 from .contrastive import ContrastiveDecoding, contrast
 from .damro import DAMRO, select_outliers
+from .diffusion.clear import Clear
+from .diffusion.linfusion import LinFusion, distillation_losses
 from .diffusion.softpag import SoftPAG, adaptive_weight, guide, hunt_heads
 from .diffusion.uniform_maps import UniformMaps
 from .diffusion.video import PARO, AdaSpa, BlockSparse, FrameTiles, MixtureOfBlocks, TileSearch
@@ -25,6 +27,7 @@ __all__ = [
     "PARO",
     "BlipRelevance",
     "Branch",
+    "Clear",
     "ContrastiveDecoding",
     "DualAttention",
     "FrameTiles",
@@ -33,6 +36,7 @@ __all__ = [
     "HeadScale",
     "HeadSearch",
     "ImageTokens",
+    "LinFusion",
     "MixtureOfBlocks",
     "NoImage",
     "NullImage",
@@ -53,6 +57,7 @@ __all__ = [
     "boost_sets",
     "calibrate",
     "contrast",
+    "distillation_losses",
     "find_sink_dims",
     "grad_cam",
     "guide",
