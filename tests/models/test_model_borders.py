@@ -14,7 +14,7 @@ FIRST = dict(reversed(Models.all()))
 #: Read more than an image.
 GUIDED = {"interformer-imsa"}
 #: Have a classifier.
-CLASSIFY = sorted(set(FIRST) - GUIDED - {"datr-distortion-aware", "hat", "rgt"})
+CLASSIFY = sorted(set(FIRST) - GUIDED - {"datr-distortion-aware", "hat", "mhs-vm", "rgt"})
 IMAGES = sorted(set(FIRST) - GUIDED)
 
 
@@ -166,7 +166,7 @@ def test_every_parameter_takes_part_in_training(slug):
 
 
 #: Numbers that mean something where others would not.
-MAY = {"alpha", "layer_scale", "prune_blocks", "topks"}
+MAY = {"alpha", "focal_levels", "focal_windows", "layer_scale", "prune_blocks", "topks"}
 
 
 @pytest.mark.parametrize("slug", sorted(FIRST))

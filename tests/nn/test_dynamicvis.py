@@ -64,7 +64,7 @@ def test_the_router_learns_through_p_alone():
     noisy = m.plan(x)["index"]
     torch.manual_seed(3)
     (frozen,) = torch.autograd.grad((m(x) * g).sum(), m.router.weight)
-    held = Plan("tokens", {"index": noisy, "keep": torch.ones_like(noisy, dtype=torch.bool)}, (("N", 16),))
+    held = Plan("tokens", {"index": noisy, "keep": torch.ones_like(noisy)}, (("N", 16),))
     (again,) = torch.autograd.grad((m(x, plan=held) * g).sum(), m.router.weight)
     torch.testing.assert_close(frozen, again)
 

@@ -291,7 +291,7 @@ def test_explain_wants_the_arguments_of_a_call(op):
 
 def test_explain_knows_other_operators_and_head_widths():
     q, k, v = qkv(grad=False)
-    assert explain("linear_attention", q, k, v).startswith("runs: chunkwise\npassed over: recurrent: ")
+    assert explain("linear_attention", q, k, v).startswith("runs: chunkwise\npassed over: scatter: ")
     assert explain(ops.linear_attention, q, k, v, form="parallel").startswith("runs: eager")
     wide = qkv(n=300, m=300, dv=16, grad=False)
     assert "sdpa: with heads of D=8 and Dv=16 it builds the whole map" in explain(*wide)

@@ -41,7 +41,7 @@ class Stream:
     def __init__(self, x: Tensor, valid: Tensor | None, state: State | None, keep: bool):
         self.batch, self.new, self.device = x.shape[0], x.shape[1], x.device
         self.valid, self.state, self.keep = valid, state, keep
-        self._others = _shards.others()
+        self._others = _shards.others() if _shards.entered else None
         self._before: Tensor | None = None
         if self._others is not None and (keep or state is not None):
             raise ValueError(

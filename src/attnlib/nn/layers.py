@@ -910,6 +910,12 @@ class SqueezeExcite(nn.Module):
         return x * g.view(g.shape[0], *[1] * (x.dim() - 2), g.shape[-1])
 
 
+def computes_in(layer: nn.Module) -> torch.dtype:
+    """The type a linear layer wants its input in: that of its weights, float32 where they are packed (quantized)."""
+    weight = getattr(layer, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) else torch.float32
+
+
 def masked_mean(x: Tensor, valid: Tensor | None = None) -> Tensor:
     """Mean token of (B, *grid, C) over those that exist: (B, C); zeros where none does."""
     x = x.flatten(1, -2)

@@ -41,23 +41,32 @@ class _Thread(threading.local):
 _thread = _Thread()
 #: What compiled code sees: compilers notice when a plain variable changes, and not when a thread's own does.
 _plain: Others | None = None
+#: Blocks that any thread is in: where there are none, nothing else is asked.
+entered = 0
+_lock = threading.Lock()
 
 
 def others() -> Others | None:
     """Who holds the rest of the sequence; ``None`` where it lies here whole."""
+    if not entered:
+        return None
     return _plain if torch.compiler.is_compiling() else _thread.others
 
 
 @contextmanager
 def cut_over(who: Others | None) -> Iterator[None]:
     """Cut every sequence over ``who`` inside the block, in this thread."""
-    global _plain
+    global _plain, entered
     kept = _thread.others, _plain
     _thread.others = _plain = who
+    with _lock:
+        entered += 1
     try:
         yield
     finally:
         _thread.others, _plain = kept
+        with _lock:
+            entered -= 1
 
 
 def behind(x: Tensor, width: int, axis: int) -> Tensor:

@@ -131,7 +131,7 @@ def attention(
 
 
 def _run(call: AttentionCall, backend: str | None) -> Any:
-    who = _shards.others()
+    who = _shards.others() if _shards.entered else None
     return ATTENTION.run(call, backend) if who is None else who.attention(call, partial(ATTENTION.run, backend=backend))
 
 

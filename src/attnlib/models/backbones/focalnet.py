@@ -66,7 +66,8 @@ def focalnet(
         mechanism, num_classes, in_chans, img_size, drop_path_rate, drop_rate, global_pool: as in
             :func:`attnlib.create_model`.
     """
-    check_stages(len(depths), focal_levels=focal_levels, focal_windows=focal_windows)
+    count = len(depths)
+    check_stages(count, focal_levels=focal_levels[:count], focal_windows=focal_windows[:count])
     dims = [embed_dim * 2**i for i in range(len(depths))]
     reductions = [patch_size * 2**i for i in range(len(depths))]
 

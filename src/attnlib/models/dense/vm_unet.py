@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_int, check_ints, check_real, check_valid, describe
+from ...checks import check_flag, check_int, check_ints, check_real, check_valid, describe
 from ...grids import crop_grid
 from ...nn.layers import Patchify, PatchMerging, zero_invalid
+from ...nn.recompute import checkpointed
 from ...nn.released import Released, Rule
 from ...nn.scan.mhs_vm import MultiHeadScan
 from ..backbones.stages import Stage
@@ -49,6 +50,10 @@ class PatchExpanding(nn.Module):
         p = self.factor
         x = self.expand(x).unflatten(3, (p, p, -1)).permute(0, 1, 3, 2, 4, 5)
         return self.norm(x.flatten(3, 4).flatten(1, 2))
+
+
+def _plain(block: nn.Module, *args: Any) -> Any:
+    return block(*args)
 
 
 class VMUNet(nn.Module):
@@ -127,10 +132,11 @@ class VMUNet(nn.Module):
         self.classifier = nn.Conv2d(dims[0] // 4, num_classes, 1)
         init_weights(self, also=(MultiHeadScan,))
 
+    checkpointing = False
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the insides of the encoder's blocks in the backward pass instead of keeping them."""
-        for stage in self.stages:
-            stage.checkpointing = enable  # type: ignore[assignment]
+        """Recompute the insides of blocks in the backward pass instead of keeping them."""
+        self.checkpointing = check_flag("enable", enable)
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """(B, in_chans, H, W) -> logits (B, num_classes, H, W). ``valid``: (B, H, W), which pixels exist."""
@@ -139,6 +145,7 @@ class VMUNet(nn.Module):
         if valid is not None:
             check_valid("valid", valid, (x.shape[0], *x.shape[2:]))
         size = tuple(x.shape[2:])
+        run = checkpointed if self.checkpointing and torch.is_grad_enabled() else _plain
         x = x.expand(-1, self.in_chans, -1, -1) if x.shape[1] != self.in_chans else x
         exists: list[Tensor | None] = []
         maps: list[Tensor] = []
@@ -149,14 +156,14 @@ class VMUNet(nn.Module):
             maps.append(x)
             exists.append(valid)
             for block in stage.blocks:  # type: ignore[union-attr, attr-defined]
-                x, _ = block(x, valid)
+                x, _ = run(block, x, valid)
         for i, made in enumerate(self.up):
             at = len(maps) - 1 - i
             if i:
                 x = zero_invalid(x + maps[at + 1], exists[at + 1])
                 x = crop_grid(self.expand[i - 1](x), maps[at].shape[1:3])
             for block in made:  # type: ignore[union-attr, attr-defined]
-                x, _ = block(x, exists[at])
+                x, _ = run(block, x, exists[at])
         return self.classifier(crop_grid(self.final(x), size).permute(0, 3, 1, 2))
 
     def loss(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...checks import check_choice, check_int, check_real, check_valid, describe
 from ...ops.attention import attention
 from ...positions import AxisBias
-from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
+from ..layers import computes_in, flat_valid, head_dim_of, merge_heads, split_heads
 from ..released import Released
 
 #: How displacements in pixels enter the MLPs: as they are, or ``sign(t) log2(|t| + 1) / 3``.
@@ -87,7 +87,7 @@ class BoxAttention(nn.Module):
             gap = boxes[..., first::2].unsqueeze(2) - places.view(1, 1, -1, 1)  # (B, Q, size, 2)
             if self.distance == "log":
                 gap = gap.sign() * (gap.abs() + 1).log2() / math.log2(8)
-            factors.append(mlp(gap.to(self.q.weight.dtype)).permute(0, 3, 1, 2))
+            factors.append(mlp(gap.to(computes_in(self.q))).permute(0, 3, 1, 2))
         return AxisBias(factors)
 
     def forward(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ...checks import check_choice, check_flag, check_int
 from ...ops.landmarks import segment_means
 from ...types import State, Traits, exactly, stats_dtype
+from ..layers import computes_in
 from ..registry import register
 from .projected import Projected
 
@@ -76,7 +77,7 @@ class LinearRandomizedAttention(Projected):
         """Means and samples (B, H, m, D), and which exist (1 or B, m)."""
         (q_mean, some), (k_mean, _) = (segment_means(t, self.num_landmarks, valid) for t in (q, k))
         if self.q_bar is not None and self.k_bar is not None:
-            kind = self.q_bar.weight.dtype
+            kind = computes_in(self.q_bar)
             q_mean, k_mean = self.q_bar(q_mean.to(kind)), self.k_bar(k_mean.to(kind))
         mean = (q_mean + k_mean).to(q.dtype)
         if not (self.training and self.noise):

@@ -82,11 +82,12 @@ class HyperKernel(nn.Module):
 
     def forward(self, sides: tuple[int, ...], context: Tensor | None = None) -> Tensor:
         """(*sides, channels); with a context (B, *sides, C) one for each sample, (B, *sides, channels)."""
-        weight = self.out.weight
-        axes = [torch.linspace(-1, 1, n, dtype=weight.dtype, device=weight.device) for n in sides]
+        weight: Any = self.out.weight
+        like = weight if isinstance(weight, Tensor) else torch.zeros(())  # packed weights lie on the CPU
+        axes = [torch.linspace(-1, 1, n, dtype=like.dtype, device=like.device) for n in sides]
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
         told = None if context is None or self.reduce is None else F.gelu(self.reduce(context))
-        h = torch.ones((), dtype=weight.dtype, device=weight.device)
+        h = torch.ones((), dtype=like.dtype, device=like.device)
         for i, sine in enumerate(self.sines):
             wave = torch.sin(sine(grid))
             h = wave if i == 0 else wave * self.linears[i - 1](h)

@@ -88,7 +88,8 @@ class CosineWindowAttention(PartitionAttention):
     def traits(self) -> Traits:
         if self.whole:
             return self.class_traits.but(grid_ranks=frozenset({2}), work={"N": 2}, memory={"N": 2})
-        return super().traits
+        # as of PartitionAttention, whose property compilers do not follow here
+        return self.class_traits.but(grid_ranks=frozenset({len(self.window_size)}), grid_multiple=self._grid_multiple)
 
     @property
     def grid_step(self) -> tuple[int, ...]:

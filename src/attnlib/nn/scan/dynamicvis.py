@@ -136,7 +136,7 @@ class SparseScan(Mechanism):
         self.order, self.keep_rest, self.normalize, self.compat = order, keep_rest, normalize, compat
         self.noise, self.noise_decay = check_real("noise", noise, least=0), noise_decay
         self.global_tokens, self.global_place = check_int("global_tokens", global_tokens, least=-1), global_place
-        self.register_buffer("progress", torch.zeros(()), persistent=False)
+        self.progress = 0.0  # of training, told at every step: no part of released weights
         self.router = nn.Linear(dim, 1, bias=False) if reduction else None
         eps = check_real("norm_eps", norm_eps, least=0)
         self.inner = TwoWayMamba(dim, path, state_dim, kernel_size, expand, eps)
@@ -149,7 +149,7 @@ class SparseScan(Mechanism):
 
     def set_progress(self, progress: float) -> None:
         """How far training is, from 0 to 1: noise falls with it."""
-        self.progress.fill_(check_real("progress", progress, least=0, most=1))
+        self.progress = check_real("progress", progress, least=0, most=1)
 
     def chosen(self, tokens: int) -> int:
         """How many of ``tokens`` are scanned.
@@ -185,7 +185,7 @@ class SparseScan(Mechanism):
         if self.order == "place":
             index, at = index.masked_fill(~keep, logits.shape[1]).sort(-1)
             keep, index = keep.gather(1, at), index.clamp(max=logits.shape[1] - 1)
-        return Plan("tokens", {"index": index, "keep": keep}, (("N", logits.shape[1]),))
+        return Plan("tokens", {"index": index, "keep": keep.long()}, (("N", logits.shape[1]),))
 
     def make_plan(self, x: Tensor, *, valid: Tensor | None = None) -> Plan:  # type: ignore[override]
         if self.router is None:
@@ -250,9 +250,7 @@ class SparseScan(Mechanism):
         else:
             plan = plan.expect("tokens", N=x.shape[1])
         index = plan.choices("index", (x.shape[0], None), x.shape[1], "tokens")
-        keep = plan["keep"]
-        if keep.shape != index.shape or keep.dtype != torch.bool:
-            raise ValueError(f"plan holds keep of shape {tuple(keep.shape)}; it must be boolean {tuple(index.shape)}")
+        keep = plan.choices("keep", tuple(index.shape), 2, "ways to treat a token (left out, kept)").bool()
         at = index.unsqueeze(-1).expand(-1, -1, self.dim)
         u = x.gather(1, at).masked_fill(~keep.unsqueeze(-1), 0.0)
         weight = p.gather(1, index).masked_fill(~keep, 0.0)

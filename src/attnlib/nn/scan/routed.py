@@ -13,7 +13,7 @@ from ...checks import check_choice, check_flag, check_int, check_real, describe
 from ...grids import check_route, inverse_permutation, route
 from ...ops.scan import selective_scan
 from ...types import stats_dtype
-from ..layers import masked_mean
+from ..layers import computes_in, masked_mean
 
 #: A name of :func:`attnlib.grids.route`, or a function from the sides of a map to the order of its tokens.
 Route = str | Callable[[tuple[int, ...]], Tensor]
@@ -258,7 +258,7 @@ class RoutedScan(nn.Module):
             return variation_gate(y, self.threshold)
         assert self.gate is not None
         means = masked_mean(y.flatten(2), None if valid is None else valid.flatten(1))
-        weight = self.gate(means.to(self.gate.weight.dtype)).softmax(-1)
+        weight = self.gate(means.to(computes_in(self.gate))).softmax(-1)
         return (y * weight[:, None, :, None]).sum(2)
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
