@@ -105,7 +105,7 @@ class SparseScan(Mechanism):
         needs_plan=True, losses=("balance",),
     )  # fmt: skip
     zero_is_off = ("reduction", "noise", "global_tokens")
-    progress: Tensor
+    progress: float
     reads_length = True  # how many are chosen, and which runs are averaged
 
     def __init__(
