@@ -194,3 +194,13 @@ def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match="landmarks must have"):
         ops.nystrom_attention(noise(1, 2, 4, 3), noise(1, 2, 4, 2), noise(1, 2, 4, 3))
     assert attnlib.create("soft", dim=8, num_heads=2).traits.mask is False
+
+
+def test_no_steps_are_the_first_guess_and_widths_must_agree():
+    matrix = torch.eye(3, dtype=torch.float64)[None] * 2
+    guess = ops.newton_inverse(matrix.requires_grad_(), steps=0, jitter=0.0)
+    torch.testing.assert_close(guess, 1.8 / 4 * matrix)
+    guess.sum().backward()
+    assert matrix.grad.isfinite().all()
+    with pytest.raises(ValueError, match=r"a and b must be \(..., N, D\)"):
+        ops.gaussian_kernel(torch.zeros(1, 2, 4), torch.zeros(1, 2, 3))

@@ -82,6 +82,11 @@ def test_numbers_are_in_row_major_order():
     assert numbers(torch.tensor([[0, 0, 1], [1, 0, 0], [1, 2, 3]]), (3, 4)).tolist() == [1, 12, 23]
 
 
+def _conv(c, shift, bias=None):
+    table = conv_sites(c, SHAPE, 3).table + shift * 1000
+    return sparse_conv(torch.zeros(len(c), 4), torch.zeros(27, 4, 3), table, bias)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -96,6 +101,9 @@ def test_numbers_are_in_row_major_order():
             lambda c: sparse_conv(torch.zeros(40, 4), torch.zeros(8, 4, 3), conv_sites(c, SHAPE, 3).table),
             ValueError, r"weight must be \(K, C, C'\) with K=27",
         ),
+        (lambda c: _conv(c, -1), ValueError, "table points at voxel -"),
+        (lambda c: _conv(c, 1), ValueError, "table points at voxel"),
+        (lambda c: _conv(c, 0, torch.zeros(2)), ValueError, r"bias must be \(C',\)=\(3,\)"),
     ],
 )  # fmt: skip
 def test_bad_input(call, error, message):

@@ -120,6 +120,8 @@ def newton_inverse(
             whole = start / _largest(matrix.abs().sum(-1, keepdim=True), shared) ** 2
             scale = whole * (scale / whole).detach()
         guess = scale * damped
+        if not steps:
+            return guess
         return _Closed.apply(damped, guess, steps) if closed else _iterated(damped, guess, steps)
 
 
@@ -145,6 +147,10 @@ def gaussian_kernel(a: Tensor, b: Tensor) -> Tensor:
     >>> gaussian_kernel(torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [3.0, 4.0]])).round(decimals=3)
     tensor([[1., 0.]])
     """
+    check_float("a", a)
+    check_float("b", b)
+    if a.shape[-1:] != b.shape[-1:] or a.dim() < 2 or b.dim() < 2:
+        raise ValueError(f"a and b must be (..., N, D) and (..., M, D), got {tuple(a.shape)} and {tuple(b.shape)}")
     with exactly(a):
         a, b = a.to(stats_dtype(a.dtype)), b.to(stats_dtype(b.dtype))
         apart = a.square().sum(-1).unsqueeze(-1) + b.square().sum(-1).unsqueeze(-2) - 2 * (a @ b.mT)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_float, check_int, check_ints, check_rank, check_whole, to_tuple
+from ..checks import check_device, check_float, check_int, check_ints, check_rank, check_whole, check_within, to_tuple
 
 
 class Sites(NamedTuple):
@@ -126,6 +126,7 @@ def _checked(x: Tensor, weight: Tensor, table: Tensor, axes: int, says: str) -> 
     check_whole("table", table, "an integer tensor")
     check_rank("table", table, 2, "(M, K)")
     check_device(x=x, weight=weight, table=table)
+    check_within("table", table, len(x) + 1, "voxel")  # the last stands for none
     if weight.dim() != axes or weight.shape[0] != table.shape[1] or weight.shape[1] != x.shape[1]:
         raise ValueError(f"weight must be {says} with K={table.shape[1]} and C={x.shape[1]}, got {tuple(weight.shape)}")
 
@@ -143,6 +144,10 @@ def sparse_conv(x: Tensor, weight: Tensor, table: Tensor, bias: Tensor | None = 
         (M, C').
     """
     _checked(x, weight, table, 3, "(K, C, C')")
+    if bias is not None:
+        check_float("bias", bias)
+        if tuple(bias.shape) != (weight.shape[-1],):
+            raise ValueError(f"bias must be (C',)={(weight.shape[-1],)}, got {tuple(bias.shape)}")
     out = x.new_zeros(len(table), weight.shape[-1])
     for tap in range(table.shape[1]):
         here = (table[:, tap] < len(x)).nonzero().squeeze(1)
