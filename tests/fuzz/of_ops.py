@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnlib import State, masks, normalizers, ops, positions
 from attnlib.grids import Partition, coordinates, window_partition
+from attnlib.ops import voxels
 
 from .engine import Call, target
 
@@ -500,3 +501,32 @@ def use_backend(rng: random.Random) -> Call:
             return ops.attention(x, x, x)
 
     return Call(run, dict(name=rng.choice(["eager", "sdpa", "tiled"])), names=("backend", "name", "use_backend"))
+
+
+@target("ops.voxels.sparse_conv")
+def voxel_conv(rng: random.Random) -> Call:
+    n, taps, c, out = rng.randint(1, 7), rng.randint(1, 4), rng.randint(1, 4), rng.randint(1, 4)
+    call = dict(
+        x=torch.randn(n, c), weight=torch.randn(taps, c, out), table=torch.randint(0, n + 1, (rng.randint(0, 6), taps)),
+        bias=some(rng, 0.5, lambda: torch.randn(out)),
+    )  # fmt: skip
+    return Call(voxels.sparse_conv, call, eager64(voxels.sparse_conv))
+
+
+@target("ops.voxels.sparse_depthwise")
+def voxel_depthwise(rng: random.Random) -> Call:
+    n, taps, c = rng.randint(1, 7), rng.randint(1, 4), rng.randint(1, 4)
+    call = dict(
+        x=torch.randn(n, c), weight=torch.randn(taps, c), table=torch.randint(0, n + 1, (rng.randint(0, 6), taps)),
+    )  # fmt: skip
+    return Call(voxels.sparse_depthwise, call, eager64(voxels.sparse_depthwise))
+
+
+@target("ops.nystrom_attention")
+def nystrom(rng: random.Random) -> Call:
+    b, h, n, m, d = rng.randint(1, 2), rng.randint(1, 3), rng.randint(1, 8), rng.randint(1, 4), rng.randint(1, 4)
+    call = dict(
+        q=torch.randn(b, h, n, d), landmarks=torch.randn(b, h, m, d), v=torch.randn(b, h, n, rng.choice([d, 3])),
+        valid=some_valid(rng, b, n), steps=rng.choice([4, 20]),
+    )  # fmt: skip
+    return Call(ops.nystrom_attention, call, eager64(ops.nystrom_attention), tolerance=1e-3)

@@ -109,3 +109,14 @@ def _conv(c, shift, bias=None):
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call(scene()[1])
+
+
+def test_types_are_one_or_autocast_makes_them_one():
+    x, c, *_ = scene()
+    table, weight = conv_sites(c, SHAPE, 3).table, torch.randn(27, x.shape[1], 3)
+    with pytest.raises(TypeError, match="x and weight must share one floating dtype"):
+        sparse_conv(x.bfloat16(), weight, table)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = sparse_conv(x.bfloat16(), weight, table)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), sparse_conv(x.float(), weight, table), atol=0.3, rtol=0.05)

@@ -8,12 +8,22 @@ product per tap (:func:`sparse_conv`, :func:`sparse_depthwise`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_float, check_int, check_ints, check_rank, check_whole, check_within, to_tuple
+from ..checks import (
+    check_device,
+    check_dtype,
+    check_float,
+    check_int,
+    check_ints,
+    check_rank,
+    check_whole,
+    check_within,
+    to_tuple,
+)
 
 
 class Sites(NamedTuple):
@@ -131,6 +141,16 @@ def _checked(x: Tensor, weight: Tensor, table: Tensor, axes: int, says: str) -> 
         raise ValueError(f"weight must be {says} with K={table.shape[1]} and C={x.shape[1]}, got {tuple(weight.shape)}")
 
 
+def _like(x: Tensor, **others: Tensor | None) -> list[Any]:
+    """The others in the type of ``x`` under autocast; otherwise they must have it."""
+    check_device(x=x, **others)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return [None if t is None else t.to(x.dtype) for t in others.values()]
+    check_dtype(x=x, **others)
+    return list(others.values())
+
+
 def sparse_conv(x: Tensor, weight: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y_m = b + sum_k W_k^T x_table[m, k]``.
 
@@ -144,8 +164,8 @@ def sparse_conv(x: Tensor, weight: Tensor, table: Tensor, bias: Tensor | None = 
         (M, C').
     """
     _checked(x, weight, table, 3, "(K, C, C')")
+    weight, bias = _like(x, weight=weight, bias=bias)
     if bias is not None:
-        check_float("bias", bias)
         if tuple(bias.shape) != (weight.shape[-1],):
             raise ValueError(f"bias must be (C',)={(weight.shape[-1],)}, got {tuple(bias.shape)}")
     out = x.new_zeros(len(table), weight.shape[-1])
@@ -167,6 +187,7 @@ def sparse_depthwise(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
         (M, C).
     """
     _checked(x, weight, table, 2, "(K, C)")
+    (weight,) = _like(x, weight=weight)
     out = x.new_zeros(len(table), x.shape[1])
     for tap in range(table.shape[1]):
         here = (table[:, tap] < len(x)).nonzero().squeeze(1)
