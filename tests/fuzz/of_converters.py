@@ -94,8 +94,8 @@ def convert(rng: random.Random) -> Call:
             if "loading state_dict" not in str(error) or what == "valid":
                 raise
             return torch.zeros(1)
-        unused = key in table.CONSTANT or table._left_out(row, key)
-        left_out = row.startswith(("maxvit", "p-adapter")) and unused or key in table.CONSTANT
+        unused = bool(key) and table.constant(key) or table._left_out(row, key)
+        left_out = row.startswith(("maxvit", "p-adapter")) and unused or bool(key) and table.constant(key)
         if what != "valid" and not (key and left_out):
             right = make(theirs)
             # Another shape of the same numbers may mean the same.

@@ -84,6 +84,10 @@ def built(index: int, double: bool = False) -> Any:
     return m
 
 
+#: Read a map as context, and nothing flat.
+READ_MAPS = {"window-attention-upsample"}
+
+
 def scene(index: int, rng: random.Random) -> tuple[Any, Tensor, Tensor | None]:
     """The mechanism, tokens and what they read."""
     case, m = rows()[index], built(index)
@@ -92,7 +96,7 @@ def scene(index: int, rng: random.Random) -> tuple[Any, Tensor, Tensor | None]:
     b = rng.randint(1, 3)
     context = None
     if cross:
-        grid = case.context_grid or (7,)
+        grid = case.context_grid or ((3, 4) if case.name in READ_MAPS else (7,))
         context = torch.randn(b, *grid, m.context_dim)
     return m, torch.randn(b, *case.grid, case.config["dim"]), context
 
