@@ -150,7 +150,8 @@ def test_every_precision_keeps_its_type(slug):
 def test_whole_graphs(slug):
     torch._dynamo.reset()
     small = Small(slug)
-    close(small(torch.compile(small.model, backend="eager", fullgraph=True)), small())
+    small.model, small.x = small.model.double(), small.x.double()
+    close(small(torch.compile(small.model, backend="eager", fullgraph=True)), small(), 1e-9)
 
 
 #: A parameter without a gradient stops training over several processes: what does not take part in a step, as released.
@@ -179,4 +180,4 @@ def test_settings_that_cannot_be_are_refused_by_their_names(slug):
             with pytest.raises((TypeError, ValueError)) as caught, torch.device("meta"):
                 attnlib.create_model(config["model"], **{**config["settings"], name: bad})
                 pytest.fail(f"{name}={bad!r} was taken")
-            assert any(setting in str(caught.value) for setting in config["settings"]) or name in str(caught.value)
+            assert name in str(caught.value) or "stages" in str(caught.value)

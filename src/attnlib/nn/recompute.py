@@ -131,11 +131,13 @@ class _Buffers:
                 m._buffers[name] = buffer
 
 
-def checkpointed(module: nn.Module, *args: Any) -> Any:
-    """``module(*args)``, whose insides are computed again in the backward pass instead of being kept.
+def checkpointed(module: nn.Module, *args: Any, when: bool = True) -> Any:
+    """``module(*args)``, whose insides, ``when`` there is a backward pass, are computed again instead of being kept.
 
     Batch norms count a batch once: when they run again they use its statistics and leave their own as they are.
     """
+    if not when or not torch.is_grad_enabled():
+        return module(*args)
     contexts: dict[str, Any] = {}
     if not torch.compiler.is_compiling():
         contexts["context_fn"] = lambda: (nullcontext(), _counted(module))

@@ -432,8 +432,7 @@ class DynamicTokenRoutingViT(Backbone):
         gathers = not self.training and all(block.gathers for block in node.blocks)
         if not gathers or torch.compiler.is_compiling():
             for block in node.blocks:
-                again = stage.checkpointing and torch.is_grad_enabled()
-                x = checkpointed(block, x, there, row) if again else block(x, there, row)
+                x = checkpointed(block, x, there, row, when=stage.checkpointing)
             return x
         on = row > 0
         out = []

@@ -18,7 +18,7 @@ from ...nn.layers import Patchify, PatchMerging, PositionTable
 from ...nn.partition.cswin import CrossShapedAttention
 from ...nn.partition.maxvit import PartitionAttention
 from ...nn.released import Released, Rule
-from ..blocks import Block, Chain, Make, Norm, Place, init_weights, places
+from ..blocks import Block, Chain, Make, Norm, Place, check_stages, init_weights, places
 from .stages import Backbone, Head, Stage
 from .vit import grid_of
 
@@ -37,8 +37,7 @@ def sides(img_size: int | tuple[int, int], count: int) -> tuple[tuple[int, int],
 
 def per_stage(name: str, given: Sequence[Any], count: int) -> list[Any]:
     """One entry for each stage, checked."""
-    if isinstance(given, (int, str)) or len(given) != count:
-        raise ValueError(f"{name}={given!r} must have one number for each of {count} stages")
+    check_stages(count, **{name: given})
     return list(given)
 
 

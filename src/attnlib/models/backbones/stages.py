@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_flag, check_int, check_ints, check_real, check_valid, describe
@@ -46,10 +45,7 @@ class Stage(nn.Module):
             x, valid = self.downsample(x, valid)
         carry: Any = None
         for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled() and losses is None:
-                made = checkpointed(block, x, valid, carry)
-            else:
-                made = block(x, valid, carry, losses)
+            made = checkpointed(block, x, valid, carry, losses, when=self.checkpointing and losses is None)
             x, valid, carry = self._after(made, valid)
         return (x if self.norm is None else normed(self.norm, x, valid)), valid
 

@@ -232,10 +232,8 @@ class VisionTransformer(Backbone):
         x = through(self.pos_drop, x)
         carry: Any = None
         for block in self.stages[: None if last is None else last + 1]:  # type: ignore[union-attr]
-            if getattr(block, "checkpointing", False) and torch.is_grad_enabled() and losses is None:
-                x, carry = checkpointed(block, x, exists, carry, None, layout)
-            else:
-                x, carry = block(x, exists, carry, losses, layout)
+            again = getattr(block, "checkpointing", False) and losses is None
+            x, carry = checkpointed(block, x, exists, carry, losses, layout, when=again)
             yield x, valid, grid
 
     def _map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -190,8 +190,7 @@ class IMSA(nn.Module):
         outs = []
         for i, stage in enumerate(self.stages):
             blocks: Any = list(stage)  # type: ignore[call-overload]
-            if self.checkpointing and torch.is_grad_enabled():
-                blocks = [partial(checkpointed, block) for block in blocks]
+            blocks = [partial(checkpointed, block, when=self.checkpointing) for block in blocks]
             x = blocks[0](x, maps[i])
             for block in blocks[1 : self.refine_from[i]]:
                 x = block(x)

@@ -52,10 +52,6 @@ class PatchExpanding(nn.Module):
         return self.norm(x.flatten(3, 4).flatten(1, 2))
 
 
-def _plain(block: nn.Module, *args: Any) -> Any:
-    return block(*args)
-
-
 class VMUNet(nn.Module):
     """VM-UNet: images (B, in_chans, H, W) to logits (B, num_classes, H, W).
 
@@ -145,7 +141,6 @@ class VMUNet(nn.Module):
         if valid is not None:
             check_valid("valid", valid, (x.shape[0], *x.shape[2:]))
         size = tuple(x.shape[2:])
-        run = checkpointed if self.checkpointing and torch.is_grad_enabled() else _plain
         x = x.expand(-1, self.in_chans, -1, -1) if x.shape[1] != self.in_chans else x
         exists: list[Tensor | None] = []
         maps: list[Tensor] = []
@@ -156,14 +151,14 @@ class VMUNet(nn.Module):
             maps.append(x)
             exists.append(valid)
             for block in stage.blocks:  # type: ignore[union-attr, attr-defined]
-                x, _ = run(block, x, valid)
+                x, _ = checkpointed(block, x, valid, when=self.checkpointing)
         for i, made in enumerate(self.up):
             at = len(maps) - 1 - i
             if i:
                 x = zero_invalid(x + maps[at + 1], exists[at + 1])
                 x = crop_grid(self.expand[i - 1](x), maps[at].shape[1:3])
             for block in made:  # type: ignore[union-attr, attr-defined]
-                x, _ = run(block, x, exists[at])
+                x, _ = checkpointed(block, x, exists[at], when=self.checkpointing)
         return self.classifier(crop_grid(self.final(x), size).permute(0, 3, 1, 2))
 
     def loss(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ class Blocks(nn.ModuleList):
 
     def run(self, x: Tensor) -> Tensor:
         for block in self:
-            made = checkpointed(block, x) if self.checkpointing and torch.is_grad_enabled() else block(x)
+            made = checkpointed(block, x, when=self.checkpointing)
             x = made[0] if isinstance(made, tuple) else made
         return x
 
