@@ -9,7 +9,7 @@ from, told on parts of the photographs that were not trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -178,6 +178,53 @@ def costs(goal: int, side: int = 64, batch: int = 4, repeats: int = 5) -> dict[s
     }  # fmt: skip
 
 
+def on_tasks(
+    chosen: Sequence[str],
+    make: Callable[[str, int], Backbone],
+    baseline: str,
+    steps: int,
+    batch: int,
+    seeds: tuple[int, ...],
+    tested: int,
+    progress: Progress | None,
+    keep: str | Path | None,
+) -> dict[str, Any]:
+    """The study of each task: ``make(name, classes)`` builds a contestant, which is trained and looked at."""
+    found: dict[str, Any] = {}
+    for task, (draw, classes) in TASKS.items():
+        test = draw(tested, SIDE, "test", generator=torch.Generator().manual_seed(1234))
+
+        def run(name: str, seed: int, draw: Any = draw, classes: int = classes, test: Any = test) -> dict[str, float]:
+            torch.manual_seed(seed)
+            model = make(name, classes)
+
+            def loss(m: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
+                return F.cross_entropy(m(given[0]), given[1])
+
+            losses = fit(model, lambda g: draw(batch, SIDE, generator=g), loss, steps, lr=4e-3, seed=seed)
+            return {
+                "accuracy": accuracy(model, *test), "last_loss": sum(losses[-20:]) / len(losses[-20:]),
+                "sees_pixels": receptive_field(model.eval(), test[0][:16]), "parameters": parameters(model),
+            }  # fmt: skip
+
+        rows = study(chosen, run, "accuracy", baseline, seeds, progress, keep, (task, steps, batch, tested))
+        found[task] = {**rows, "most frequent class": 100 * float(test[1].bincount().max()) / len(test[1])}
+    return found
+
+
+def draw_tasks(result: dict[str, Any], folder: Path, stem: str, cost: str, label: str) -> None:
+    """A picture for each task: accuracy over ``cost``, which ``label`` explains."""
+    for task, found in result["tasks"].items():
+        curves = {
+            r["name"]: [(result["costs"][r["name"]][cost], r["accuracy"]["mean"], r["accuracy"]["half"])]
+            for r in found["rows"]
+        }
+        picture(
+            folder / f"{stem}-{task.split()[0]}-cpu.svg", curves, label, "accuracy, %", f"{task}, equal parameters",
+            log="x",
+        )  # fmt: skip
+
+
 def measure(
     progress: Progress | None = None,
     keep: str | Path | None = None,
@@ -209,35 +256,14 @@ def measure(
         "what": "mechanisms in one backbone of equal parameters", "machine": machine(), "steps": steps,
         "batch": batch, "tested": tested, "tasks": {},
     }  # fmt: skip
-    for task, (draw, classes) in TASKS.items():
-        test = draw(tested, SIDE, "test", generator=torch.Generator().manual_seed(1234))
-
-        def run(name: str, seed: int, draw: Any = draw, classes: int = classes, test: Any = test) -> dict[str, float]:
-            torch.manual_seed(seed)
-            model = build(name, classes, width_for(name, goal, classes))
-
-            def loss(m: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
-                return F.cross_entropy(m(given[0]), given[1])
-
-            losses = fit(model, lambda g: draw(batch, SIDE, generator=g), loss, steps, lr=4e-3, seed=seed)
-            return {
-                "accuracy": accuracy(model, *test), "last_loss": sum(losses[-20:]) / len(losses[-20:]),
-                "sees_pixels": receptive_field(model.eval(), test[0][:16]), "parameters": parameters(model),
-            }  # fmt: skip
-
-        found = study(chosen, run, "accuracy", BASELINE, seeds, progress, keep, (task, steps, batch, tested))
-        majority = 100 * float(test[1].bincount().max()) / len(test[1])
-        result["tasks"][task] = {**found, "most frequent class": majority}
+    result["tasks"] = on_tasks(
+        chosen, lambda name, classes: build(name, classes, width_for(name, goal, classes)), BASELINE, steps, batch,
+        seeds, tested, progress, keep,
+    )  # fmt: skip
     result["costs"] = {n: v for n, v in costs(goal, cost_side).items() if n in chosen}
     if pictures is not None:
-        for task, found in result["tasks"].items():
-            curves = {
-                r["name"]: [(result["costs"][r["name"]]["x_plain"], r["accuracy"]["mean"], r["accuracy"]["half"])]
-                for r in found["rows"]
-            }
-            picture(
-                Path(pictures) / f"mixers-{task.split()[0]}-cpu.svg", curves,
-                f"time of a training step at {cost_side} pixels, times the vision transformer's", "accuracy, %",
-                f"{task}, equal parameters", log="x",
-            )  # fmt: skip
+        draw_tasks(
+            result, Path(pictures), "mixers", "x_plain",
+            f"time of a training step at {cost_side} pixels, times the vision transformer's",
+        )  # fmt: skip
     return result

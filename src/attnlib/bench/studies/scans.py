@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ...models.backbones.stages import Backbone
 from ...models.blocks import Place, fitted
 from ...nn.scan.mhs_vm import FAMILIES
 from ..clock import interleave, machine
-from ..small import Progress, fit, picture, study
-from .mixers import SIDE, TASKS, accuracy, backbone, parameters, receptive_field
+from ..small import Progress
+from .mixers import SIDE, backbone, draw_tasks, on_tasks, parameters
 
 BASELINE = "four routes (VMamba)"
 
@@ -107,33 +106,11 @@ def measure(
         "what": "scans of maps in one backbone of equal parameters", "machine": machine(), "steps": steps,
         "batch": batch, "tested": tested, "tasks": {}, "costs": costs(chosen, goal),
     }  # fmt: skip
-    for task, (draw, classes) in TASKS.items():
-        test = draw(tested, SIDE, "test", generator=torch.Generator().manual_seed(1234))
-
-        def run(name: str, seed: int, draw: Any = draw, classes: int = classes, test: Any = test) -> dict[str, float]:
-            torch.manual_seed(seed)
-            model = build(name, classes, width_for(name, goal, classes))
-
-            def loss(m: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
-                return F.cross_entropy(m(given[0]), given[1])
-
-            losses = fit(model, lambda g: draw(batch, SIDE, generator=g), loss, steps, lr=4e-3, seed=seed)
-            return {
-                "accuracy": accuracy(model, *test), "last_loss": sum(losses[-20:]) / len(losses[-20:]),
-                "sees_pixels": receptive_field(model.eval(), test[0][:16]), "parameters": parameters(model),
-            }  # fmt: skip
-
-        found = study(chosen, run, "accuracy", BASELINE, seeds, progress, keep, (task, steps, batch, tested))
-        majority = 100 * float(test[1].bincount().max()) / len(test[1])
-        result["tasks"][task] = {**found, "most frequent class": majority}
-        if pictures is not None:
-            curves = {
-                r["name"]: [(result["costs"][r["name"]]["x_four_routes"], r["accuracy"]["mean"], r["accuracy"]["half"])]
-                for r in found["rows"]
-            }
-            picture(
-                Path(pictures) / f"scans-{task.split()[0]}-cpu.svg", curves,
-                "time of a training step, times that of four routes", "accuracy, %", f"{task}, equal parameters",
-                log="x",
-            )  # fmt: skip
+    result["tasks"] = on_tasks(
+        chosen, lambda name, classes: build(name, classes, width_for(name, goal, classes)), BASELINE, steps, batch,
+        seeds, tested, progress, keep,
+    )  # fmt: skip
+    if pictures is not None:
+        label = "time of a training step, times that of four routes"
+        draw_tasks(result, Path(pictures), "scans", "x_four_routes", label)
     return result
