@@ -51,7 +51,7 @@ def open_model(name: str) -> tuple[Any, Any]:
     """``(model, tokenizer)`` by a name of :mod:`attnlib.bench.models`, or from a folder or the hub."""
     from . import models
 
-    if name in models.MODELS:
+    if name in models.MODELS or name in models.ALIASES:
         return models.load(name)
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
         raise FileNotFoundError(f"model={name!r}: there is no such folder; possible are also {sorted(models.MODELS)}")

