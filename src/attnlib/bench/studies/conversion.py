@@ -253,11 +253,11 @@ def measure(
         "steps": steps, "layers": None if layers is None else list(layers), "length": length,
         "held_windows": held_windows, "encoder_steps": encoder_steps, "held_sentences": held_sentences,
         "decoder": {
-            "model": models.MODELS[decoder].title,
+            "model": models.MODELS[models.canonical(decoder)].title,
             **_decoder(seeds, steps, marks, layers, length, held_windows, progress, keep, decoder),
         },
         "encoder": {
-            "model": models.MODELS[encoder].title,
+            "model": models.MODELS[models.canonical(encoder)].title,
             **_encoder(seeds, encoder_steps, held_sentences, progress, keep, encoder),
         },
     }  # fmt: skip
@@ -266,7 +266,7 @@ def measure(
             row["name"]: [(m, row[f"bits after {m}"]["mean"], row[f"bits after {m}"]["half"]) for m in marks]
             for row in result["decoder"]["rows"]
         }
-        title = f"{models.MODELS[decoder].title.partition(',')[0]}, attention converted"
+        title = f"{models.MODELS[models.canonical(decoder)].title.partition(',')[0]}, attention converted"
         picture(Path(pictures) / "conversion-cpu.svg", curves, "steps of transfer", "bits per byte", title,
                 dashed=(TEACHER,))  # fmt: skip
     return result
