@@ -2,7 +2,9 @@ import json
 
 import pytest
 
-from attnlib.bench import run_bench, suites
+from attnlib import bench
+from attnlib.bench import models, run_bench, suites
+from attnlib.bench.studies import real
 
 
 def test_mechanisms_against_softmax(tmp_path):
@@ -20,3 +22,16 @@ def test_unknown_names():
     with pytest.raises(ValueError, match="did you mean"):
         run_bench(["softmax-atention"], quiet=True)
     assert {"normalizers", "linear", "local", "sparse"} <= set(suites())
+
+
+def test_lines_on_real_models_are_suites_and_an_absent_model_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("ATTNLIB_MODELS", str(tmp_path))
+    assert "real" in suites() and set(bench.REAL) <= set(suites())
+    assert bench.REAL == tuple(f"real-{name.replace('_', '-')}" for name in real.LINES)
+    for name in real.LINES:
+        line = real.line(name)
+        assert line.QUESTION and all(m in models.MODELS for m in line.MODELS)
+    for suite in ("conversion", "real", *bench.REAL):
+        if bench.REAL or suite != "real":
+            with pytest.raises(FileNotFoundError, match=f"the suite {suite} needs the models .*: make models"):
+                run_bench([], suite=suite, quiet=True)

@@ -19,17 +19,26 @@ from .models import is_here
 
 #: Suites that stand in :mod:`attnlib.bench.studies`: every module of it, but for those that are run by hand.
 STUDIES = tuple(
-    m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / "studies")]) if m.name not in ("language",)
+    m.name
+    for m in pkgutil.iter_modules([str(Path(__file__).parent / "studies")])
+    if m.name not in ("language",) and not m.ispkg
+)
+
+#: Suites of :mod:`attnlib.bench.studies.real`, ``real-<line>``; the suite ``real`` is all of them.
+REAL = tuple(
+    f"real-{m.name.replace('_', '-')}"
+    for m in pkgutil.iter_modules([str(Path(__file__).parent / "studies" / "real")])
+    if not m.name.startswith("_")
 )
 
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
 ENGINES = (
     "linear", "segments", "local", "halo", "hyper", "scan", "sparse", "super-token", "cache", "hooks", "transfer",
-    *STUDIES,
+    *STUDIES, *REAL,
 )  # fmt: skip
 
 #: Those that run models of transformers.
-NEEDS_HF = ("multimodal", "cache", "hooks", "conversion")
+NEEDS_HF = ("multimodal", "cache", "hooks", "conversion", *REAL)
 
 #: Those that load models which ``make models`` fetches, and which.
 NEEDS_MODELS = {"conversion": ("smollm2", "minilm")}
@@ -39,12 +48,22 @@ def suites() -> list[str]:
     """Names that :func:`run_bench` takes as ``suite``, besides ``"all"``."""
     from .speed.operators import SUITES
 
-    return [*SUITES, *ENGINES]
+    return [*SUITES, *ENGINES, "real"]
+
+
+def needed_models(name: str) -> tuple[str, ...]:
+    """Models that a suite loads."""
+    return _module(name).MODELS if name in REAL else NEEDS_MODELS.get(name, ())
+
+
+def _module(name: str) -> Any:
+    room = "studies.real" if name in REAL else "studies" if name in STUDIES else "speed"
+    own = name.removeprefix("real-") if name in REAL else name
+    return importlib.import_module(f".{room}.{own.replace('-', '_')}", __name__)
 
 
 def _engine(name: str, out: Path | None, progress: Any) -> dict[str, Any]:
-    room = "studies" if name in STUDIES else "speed"
-    measure = importlib.import_module(f".{room}.{name.replace('-', '_')}", __name__).measure
+    measure = _module(name).measure
     known, kept = inspect.signature(measure).parameters, None
     given: dict[str, Any] = {"progress": progress}
     if out is not None and "keep" in known:  # a study that was stopped goes on
@@ -118,11 +137,17 @@ def run_bench(
             (folder / "mechanisms.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         return results
     check_choice("suite", suite, [*suites(), "all"])
-    for name in suites() if suite == "all" else [suite]:
+    several = {"all": [name for name in suites() if name != "real"], "real": list(REAL)}
+    chosen = several.get(suite, [suite])
+    if suite != "all":
+        lacking = sorted({m for name in chosen for m in needed_models(name) if not is_here(m)})
+        if lacking:
+            raise FileNotFoundError(f"the suite {suite} needs the models {', '.join(lacking)}: make models")
+    for name in chosen:
         if name in NEEDS_HF and suite == "all" and importlib.util.find_spec("transformers") is None:
             progress(f"{name}: left out, it needs transformers; pip install 'attnlib[hf]'")
-        elif suite == "all" and (absent := [m for m in NEEDS_MODELS.get(name, ()) if not is_here(m)]):
-            progress(f"{name}: left out, it needs the models {', '.join(absent)}; make models")
+        elif suite == "all" and (lacking := [m for m in needed_models(name) if not is_here(m)]):
+            progress(f"{name}: left out, it needs the models {', '.join(lacking)}; make models")
         elif name in ENGINES:
             results[name] = _engine(name, folder, progress)
         else:
