@@ -5,10 +5,12 @@
 
 from .attach import attach
 from .intervention import STAGES, Intervention, Probe
+from .nodes import Capture, Node, Nodes, Patch
 from .notes import Notes
 from .probes import Record
 from .session import Session
 from .site import KINDS, PairMask, Site
+from .tape import Entry, Tape, Taped, to_grid, to_tokens
 from .tokens import GENERATED, IMAGE, PAD, QUESTION, SYSTEM, TEXT, TokenTypes
 from .type_masks import MaskByType, TypeRule, bidirectional, causal_frames, composite, modality_mutual
 
@@ -21,14 +23,21 @@ __all__ = [
     "STAGES",
     "SYSTEM",
     "TEXT",
+    "Capture",
+    "Entry",
     "Intervention",
     "MaskByType",
+    "Node",
+    "Nodes",
     "Notes",
     "PairMask",
+    "Patch",
     "Probe",
     "Record",
     "Session",
     "Site",
+    "Tape",
+    "Taped",
     "TokenTypes",
     "TypeRule",
     "attach",
@@ -36,4 +45,6 @@ __all__ = [
     "causal_frames",
     "composite",
     "modality_mutual",
+    "to_grid",
+    "to_tokens",
 ]

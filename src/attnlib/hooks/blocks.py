@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -52,3 +52,135 @@ def swap_sources(
     for projection in (to_k, to_v):
         session.hook(projection.register_forward_pre_hook(before))
     session.undo(waiting.clear)
+
+
+#: Names under which blocks keep their feed-forward, or the last step of it.
+FEED_FORWARDS = (
+    "mlp", "feed_forward", "ffn", "ff", "feedforward", "block_sparse_moe", "moe", "output.dense", "fc2", "linear2",
+)  # fmt: skip
+
+#: What stands between an attention, and a feed-forward, and the residual stream: norms, in blocks that have one before
+#: the feed-forward, too, and scales per channel.
+BEHIND = (
+    ("pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"),
+    ("ls1", "ls1", "ls2"),
+    ("layer_scale1", "layer_scale1", "layer_scale2"),
+)
+
+#: Where an attention module keeps its output projection.
+PROJECTIONS = ("o_proj", "out_proj", "c_proj", "proj", "out_lin", "wo", "dense", "o")
+
+
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def feed_forward_of(model: nn.Module, site: Site) -> nn.Module:
+    """The module of a block whose output is what the feed-forward adds to the residual stream.
+
+    Raises:
+        ValueError: the attention is in no numbered block, or nothing in the block is known to be a feed-forward.
+    """
+    block = block_of(model, site)
+    for sign, _, behind in BEHIND:
+        if (found := _child(block, behind)) is not None and _child(block, sign) is not None:
+            return found
+    attention = model.get_submodule(site.name)
+    for path in FEED_FORWARDS:
+        found = _child(block, path)
+        if found is None or attention in set(found.modules()):
+            continue
+        # A residual sublayer of ours: what it adds comes out of its last step.
+        return getattr(found, "drop_path", found) if hasattr(found, "inner") else found
+    raise ValueError(
+        f"layer {site.layer} ({site.name}): no feed-forward is known in its block, a {type(block).__name__} with "
+        f"{[name for name, _ in block.named_children()]}; known are {list(FEED_FORWARDS)}"
+    )
+
+
+def projection_of(model: nn.Module, site: Site) -> nn.Module:
+    """The output projection of an attention, from its heads side by side to the width of the model.
+
+    Raises:
+        ValueError: none is known.
+    """
+    for name in PROJECTIONS:
+        found = _child(site.module, name)
+        if found is not None:
+            return found
+    parent = model.get_submodule(site.name.rpartition(".")[0])
+    found = _child(parent, "output.dense")
+    if found is not None:
+        return found
+    raise ValueError(
+        f"layer {site.layer} ({site.name}): no output projection is known in {type(site.module).__name__}, which has "
+        f"{[name for name, _ in site.module.named_children()]}; known are {list(PROJECTIONS)}"
+    )
+
+
+def behind_projection(model: nn.Module, site: Site) -> nn.Module | None:
+    """What stands between the output projection of an attention and the residual stream; ``None`` for nothing."""
+    block = block_of(model, site)
+    found: nn.Module | None = None
+    for sign, behind, _ in BEHIND:
+        if _child(block, sign) is not None and found is None:
+            found = _child(block, behind)
+    own: Any = _child(block, "mixer")
+    if found is None and hasattr(own, "inner"):  # a residual sublayer of ours
+        found = own.norm if own.post_norm else own.scale
+    return None if isinstance(found, nn.Identity) else found
+
+
+class Runtime(Protocol):
+    """What runs the stages of a layer, as far as blocks know it."""
+
+    session: Session
+    site: Site
+    stages: Stages
+
+
+class AfterFeedForward:
+    """``on_mlp_output`` behind the feed-forward of a block; (B, N, C), or (B, *grid, C) seen flat."""
+
+    def __init__(self, runtime: Runtime, interventions: list[Intervention]):
+        self.runtime, self.interventions = runtime, interventions
+
+    @classmethod
+    def install(cls, session: Session, runtimes: Sequence[Runtime]) -> None:
+        """Behind the feed-forwards of these layers; of the layers of one block each intervention acts at the first."""
+        served: set[tuple[nn.Module, Intervention]] = set()
+        for runtime in runtimes:
+            if runtime.stages["on_mlp_output"]:
+                inner = feed_forward_of(session.model, runtime.site)
+                new = [i for i in runtime.stages["on_mlp_output"] if (inner, i) not in served]
+                served |= {(inner, i) for i in new}
+                if new:
+                    session.hook(inner.register_forward_hook(cls(runtime, new)))
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        runtime = self.runtime
+        out = output[0] if isinstance(output, tuple) else output
+        if not isinstance(out, Tensor) or out.dim() < 3:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"layer {runtime.site.layer} ({runtime.site.name}): its feed-forward gives {got}, not (B, N, C)"
+            )
+        second = isinstance(runtime.site.module, nn.MultiheadAttention) and not runtime.site.module.batch_first
+        grid = out.shape[1:-1]
+        flat = out.transpose(0, 1) if second else out.flatten(1, -2)
+        site = runtime.session.described(runtime.site, flat.shape[0], n_queries=flat.shape[1])
+        edited = flat
+        for i in self.interventions:
+            edited = i.on_mlp_output(site, edited)
+        if edited is flat:
+            return None
+        if edited.shape != flat.shape:
+            raise ValueError(
+                f"layer {site.layer} ({site.name}): on_mlp_output must return (B, N, C)={tuple(flat.shape)}, got "
+                f"{tuple(edited.shape)}"
+            )
+        new = edited.transpose(0, 1) if second else edited.unflatten(1, grid)
+        return (new, *output[1:]) if isinstance(output, tuple) else new

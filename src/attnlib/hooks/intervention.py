@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ STAGES = (
     "on_scores",
     "on_weights",
     "on_output",
+    "on_mlp_output",
     "on_cache",
     "on_logits",
     "on_step",
@@ -65,6 +66,8 @@ class Intervention:
         worth looking at; ``whole_map = True`` asks for all rows at once.
     ``on_output(site, out)``
         (B, H, N, Dv) before the output projection.
+    ``on_mlp_output(site, out)``
+        (B, N, C) what the feed-forward of the block of this attention adds to the residual stream, before it is added.
     ``on_cache(site, q, k, v)``
         after prefill: (B, Hk, K) ascending indices of the keys to keep, or ``None`` for all; -1 on the left of heads
         that keep fewer. ``{layer: indices}`` answers for this layer and for earlier ones of the same call. With
@@ -105,6 +108,7 @@ class Intervention:
         splits_softmax: it calls the rest several times on parts of the keys, so that nobody inside sees one map.
         reads_weights: it computes attention weights beside the kernel, other than through scores, weights and probes.
         while_decoding: ``on_cache`` is asked after every call of the model, not only after prefill.
+        uses: the stages that this instance uses, of those that its class overrides; ``None`` for all.
         follows_sequence: it keeps something from call to call outside the cache and ``session.notes``, so that a branch
             must finish one sequence before it goes on with an older one.
 
@@ -122,6 +126,7 @@ class Intervention:
     follows_sequence: ClassVar[bool] = True
     reads_weights: bool = False
     while_decoding: bool = False
+    uses: Collection[str] | None = None
     layers: Sequence[int | str] | None = None
     _owner: Any = None
 
@@ -198,6 +203,9 @@ class Intervention:
     def on_output(self, site: Site, out: Tensor) -> Tensor:
         return out
 
+    def on_mlp_output(self, site: Site, out: Tensor) -> Tensor:
+        return out
+
     def on_cache(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor | dict[int, Tensor] | None:
         return None
 
@@ -232,8 +240,9 @@ class Probe(Intervention):
 
 
 def implements(intervention: Intervention, stage: str) -> bool:
-    """Whether the class of ``intervention`` overrides ``stage``."""
-    return getattr(type(intervention), stage) is not getattr(Intervention, stage)
+    """Whether the class of ``intervention`` overrides ``stage``, and this one uses it."""
+    overridden = getattr(type(intervention), stage) is not getattr(Intervention, stage)
+    return overridden and (intervention.uses is None or stage in intervention.uses)
 
 
 class Stages:

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..blocks import block_of, swap_sources
+from ..blocks import AfterFeedForward, block_of, swap_sources
 from ..intervention import Intervention, Stages, implements
 from ..session import Adapter, Session, part_of
 from ..site import Site
@@ -51,7 +51,7 @@ class TransformersAdapter(Adapter):
     name = "transformers"
     stages: ClassVar[frozenset[str]] = frozenset(
         "on_block_input on_tokens around_sublayer on_context on_qkv on_kv_read around_attention on_scores on_weights "
-        "on_output on_cache on_logits on_step".split()
+        "on_output on_mlp_output on_cache on_logits on_step".split()
     )
 
     def sites(self, model: nn.Module, part: str | None) -> list[Site]:
@@ -138,6 +138,7 @@ class TransformersAdapter(Adapter):
                 session.hook(block.register_forward_pre_hook(runtime.before_block, with_kwargs=True))
             if stages["on_context"]:
                 self._swap_sources(session, runtime)
+        AfterFeedForward.install(session, runtimes)
         if any(stages["on_cache"] for _, stages in plan):
             for site in session.sites:
                 if site.kind == "self":

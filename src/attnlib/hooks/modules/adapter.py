@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..blocks import AfterFeedForward
 from ..hf.follow import _Follow, follow_generate
 from ..hf.names import PROCESSORS, cached_tokens
 from ..intervention import Stages
@@ -91,17 +92,19 @@ class ModuleAdapter(Adapter):
 
     def install(self, session: Session, plan: list[tuple[Site, Stages]]) -> None:
         self._follow(session)
-        attached = set()
+        attached, runtimes = set(), []
         for site, stages in plan:
             family = _runtime_of(site.module)
             assert family is not None
             runtime = family(session, site, stages)
             runtime.install()
+            runtimes.append(runtime)
             attached.add(site.module)
             if stages["on_block_input"]:
                 block = _block(session.model, site)
                 assert block is not None
                 session.hook(block.register_forward_pre_hook(_BlockInput(runtime), with_kwargs=True))
+        AfterFeedForward.install(session, runtimes)
         for module in session.model.modules():
             if isinstance(module, nn.TransformerEncoder) and attached & set(module.modules()):
                 session.set_attribute(module, "use_nested_tensor", False)

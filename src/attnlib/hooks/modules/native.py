@@ -1,10 +1,11 @@
 """Sites of attnlib's own mechanisms, alone or in any model: tiny models, backbones, ``DecoderForCausalLM``.
 
-Every mechanism serves ``around_sublayer`` and, in a numbered block, ``on_block_input``. Mechanisms that share the frame
-of :class:`attnlib.nn.frame.HeadFrame` (projections, rotary positions, cache, one operator on heads, output projection)
-also serve ``on_context``, ``on_qkv`` (before rotary positions and before the keys join the state), ``on_kv_read``,
-``around_attention`` and ``on_output``, with their own operator as the kernel. Scores and weights are those of a softmax
-only in softmax attention itself; elsewhere edits of them and probes are refused by name.
+Every mechanism serves ``around_sublayer`` and, in a numbered block, ``on_block_input`` and ``on_mlp_output``.
+Mechanisms that share the frame of :class:`attnlib.nn.frame.HeadFrame` (projections, rotary positions, cache, one
+operator on heads, output projection) also serve ``on_context``, ``on_qkv`` (before rotary positions and before the keys
+join the state), ``on_kv_read``, ``around_attention`` and ``on_output``, with their own operator as the kernel. Scores
+and weights are those of a softmax only in softmax attention itself; elsewhere edits of them and probes are refused by
+name.
 
 States of a mechanism hold the validity of a token once for all heads, so keys cannot leave them head by head:
 ``on_cache`` is missing.
@@ -48,7 +49,7 @@ def _softmax(module: nn.Module) -> bool:
 class MechanismRuntime(ModuleRuntime):
     """A mechanism of attnlib."""
 
-    everywhere: ClassVar[frozenset[str]] = frozenset({"around_sublayer", "on_block_input"})
+    everywhere: ClassVar[frozenset[str]] = frozenset({"around_sublayer", "on_block_input", "on_mlp_output"})
     module: Mechanism
 
     def __init__(self, session: Session, site: Site, stages: Stages):

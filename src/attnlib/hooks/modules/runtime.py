@@ -24,7 +24,7 @@ class ModuleRuntime(Shared):
 
     #: Stages that this family serves.
     serves: ClassVar[frozenset[str]] = frozenset(ATTENTION_STAGES) - {"on_cache"} | {
-        "around_sublayer", "on_block_input", "on_context",
+        "around_sublayer", "on_block_input", "on_context", "on_mlp_output",
     }  # fmt: skip
 
     def __init__(self, session: Session, site: Site, stages: Stages):
