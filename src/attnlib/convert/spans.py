@@ -298,6 +298,7 @@ def search(
     absolute: bool = True,
     groups: int | None = None,
     seconds: float | None = None,
+    floor: float = 0.0,
 ) -> list[Plan]:
     """Plans that no other plan beats at all lengths, under bounds of the mean density.
 
@@ -315,6 +316,7 @@ def search(
         absolute: of :func:`predicted_loss`.
         groups: key/value heads per layer: query heads that share one get one rule, by the largest influence among them.
         seconds: limit of every program.
+        floor: share of every bound that the density must reach at least; the authors take 0.9.
 
     Raises:
         ValueError: a bound that no plan meets, by its length; no lengths.
@@ -326,6 +328,7 @@ def search(
         check_int("rules_per_layer", rules_per_layer, least=1)
     for length, bound in bounds.items():
         check_real(f"bounds[{length}]", bound, above=0, most=1)
+    check_real("floor", floor, least=0, most=1)
     shapes = {tuple(t.shape[:2]) for t in maps.values()}
     if len(shapes) != 1:
         raise ValueError(f"maps have unequal layers and heads: {sorted(shapes)}")
@@ -344,10 +347,12 @@ def search(
             raise ValueError(
                 f"bounds[{length}]={bounds[length]} cannot be met: the sparsest rule has density {min(row):.4g} there"
             )
-    program = _Program(layers, heads, len(choices), costs, bounds, rules_per_layer, seconds)
+    program = _Program(layers, heads, len(choices), costs, bounds, rules_per_layer, seconds, floor)
     best = [program.solve(objective) for objective in objectives]
     if any(found is None for found in best):
         tight = max(bounds, key=lambda n: min(costs[n]) / bounds[n])
+        if floor:
+            raise ValueError(f"no plan has densities from {floor} of all bounds to the bounds; lower floor={floor}")
         raise ValueError(f"no plan meets all bounds together; the tightest is bounds[{tight}]={bounds[tight]}")
     found = {found.tobytes(): found for found in best if found is not None}
     values = [[float(o @ x) for x in best] for o in objectives]
@@ -378,7 +383,7 @@ class _Program:
 
     def __init__(
         self, layers: int, heads: int, rules_: int, costs: Mapping[int, Sequence[float]], bounds: Mapping[int, float],
-        limit: int | None, seconds: float | None,
+        limit: int | None, seconds: float | None, floor: float,
     ):  # fmt: skip
         optimize = need("scipy.optimize", "the search of spans")
         sparse = need("scipy.sparse", "the search of spans")
@@ -392,7 +397,7 @@ class _Program:
         self.constraints = [self._rows(one, 1, 1)]
         for length, row in costs.items():
             mean = numpy.tile(numpy.asarray(row), bags)[None] / bags
-            self.constraints.append(self._rows(sparse.csr_matrix(mean), -numpy.inf, bounds[length] + 1e-9))
+            self.constraints.append(self._rows(sparse.csr_matrix(mean), floor * bounds[length], bounds[length] + 1e-9))
         if used:
             # A rule that a head of a layer has counts as used there.
             places = sparse.kron(

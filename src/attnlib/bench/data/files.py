@@ -6,8 +6,10 @@ is deterministic and its training and test parts share nothing; ``fingerprint`` 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
+import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,6 +172,45 @@ def text(path: Path | None = None) -> Dataset:
         source, split = f"the text file {path.name}, as bytes", "the last tenth is held out"
     a, b = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (train, test))
     return Dataset(a, b, source, split, fingerprint(a, b), {"train_bytes": len(a), "test_bytes": len(b)})
+
+
+def documents(least: int = 16_000, packages: Iterable[str] = ("numpy", "scipy", "sklearn")) -> Dataset:
+    """Long documents: the docstrings of one source file each, of scientific packages.
+
+    A paragraph that another document has already is left out, so that the parts share none.
+
+    Args:
+        least: characters of a document.
+        packages: whose sources are read, without importing them.
+
+    Returns:
+        ``train`` and ``test``: lists of strings.
+    """
+    found: list[str] = []
+    seen: set[str] = set()
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise DataError(f"packages holds {package!r}, which is not installed")
+        root = Path(spec.origin).parent
+        for file in sorted(root.rglob("*.py")):
+            if file.stat().st_size < least or "tests" in file.parts:
+                continue
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            nodes = (n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)))
+            parts = [p.rstrip() for n in nodes for p in (ast.get_docstring(n) or "").split("\n\n")]
+            kept = [p for p in parts if p and (len(p) < 60 or p not in seen)]
+            if sum(map(len, kept)) >= least:
+                found.append("\n\n".join(kept))
+                seen |= set(kept)
+    held = [text for i, text in enumerate(found) if i % 8 == 3]
+    rest = [text for i, text in enumerate(found) if i % 8 != 3]
+    marks = [torch.frombuffer(bytearray("".join(part).encode()), dtype=torch.uint8) for part in (rest, held)]
+    return Dataset(
+        rest, held, f"docstrings of {', '.join(packages)}, one document per source file",
+        "every eighth document is held out; a paragraph that several documents share is kept once",
+        fingerprint(*marks), {"train_documents": len(rest), "test_documents": len(held)},
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------
