@@ -19,10 +19,10 @@ from .swap import Socket, Swap, Watch
 #: Losses of one layer against its own softmax attention, on the teacher's hidden states.
 LAYERWISE = ("mse", "xent")
 #: Losses of the whole converted model.
-WHOLE = ("features", "prediction", "task")
+WHOLE = ("features", "prediction", "task", "own")
 LOSSES = (*LAYERWISE, *WHOLE)
 #: What each loss is multiplied by unless the caller says so: the authors of LoLCATs take 1000 for ``mse``.
-WEIGHTS = {"mse": 1000.0, "xent": 1.0, "features": 1.0, "prediction": 1.0, "task": 1.0}
+WEIGHTS = {"mse": 1000.0, "xent": 1.0, "features": 1.0, "prediction": 1.0, "task": 1.0, "own": 1.0}
 
 Batch = Any
 
@@ -118,6 +118,29 @@ def originals(swapped: Swap, watches: Mapping[str, Watch] | None = None) -> Iter
     finally:
         for socket in swapped.sockets.values():
             socket.original, socket.watch = False, None
+
+
+@contextmanager
+def listening(swapped: Swap) -> Iterator[dict[str, Tensor]]:
+    """Inside, each mixer's own losses (codebooks) by its path, summed, as of its last call."""
+    found: dict[str, Tensor] = {}
+
+    def listener(path: str, socket: Socket) -> Callable[[Tensor, Tensor, Tensor | None], None]:
+        def listen(q: Tensor, k: Tensor, valid: Tensor | None) -> None:
+            with torch.enable_grad():
+                losses = list(socket.own_losses(q, k, valid).values())
+                if losses:
+                    found[path] = torch.stack(losses).sum()
+
+        return listen
+
+    try:
+        for path, socket in swapped.sockets.items():
+            socket.listen = listener(path, socket)
+        yield found
+    finally:
+        for socket in swapped.sockets.values():
+            socket.listen = None
 
 
 def layer_losses(

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_flag, check_int, check_real, check_type
-from ..extras import missing
 from . import agreement as agree
 from .agreement import LAYERWISE, Batch, Report
-from .saved import plan_of, put_plan, save_transformers
+from .saved import inject, load_weights, plan_of, put_plan, read_entry, save_transformers
 from .swap import Swap, Watch, is_causal, swap
 from .targets import TARGETS, make_socket
 
@@ -33,7 +32,8 @@ def linearize(
 
     Args:
         model: of transformers, of diffusers (the denoiser) or of our softmax attention.
-        to: ``"hedgehog"``, ``"lolcats"``, ``"elu1"``, ``"window"``, or what :func:`attnlib.convert.target` registered.
+        to: ``"hedgehog"``, ``"lolcats"``, ``"elu1"``, ``"window"``, ``"moa-spans"``, ``"spt"``, or what
+            :func:`attnlib.convert.target` registered.
         layers: numbers or paths of attention modules; all that can be converted by default.
         **settings: of the mixer, such as ``window_size`` or ``features``.
 
@@ -64,20 +64,24 @@ def linearize(
 
 
 def load(model: nn.Module, path: str | Path) -> Conversion:
-    """Convert a model as a saved conversion says, and load its weights.
+    """Convert a model as a saved conversion says, and load its weights, adapters included.
 
-    Models of transformers load without this: import :mod:`attnlib.convert`, then ``from_pretrained(path)``.
+    Models of transformers load without this: import :mod:`attnlib.convert`, then ``from_pretrained(path)``. Here they
+    come as a :class:`Conversion` that can be trained on, and whose ``restore`` gives the saved weights without mixers.
 
     Args:
         model: built as the one that was converted.
         path: what :meth:`Conversion.save` wrote.
-    """
-    import json
 
+    Raises:
+        ValueError: a folder without a conversion, or weights that do not fit.
+    """
     folder = Path(path)
-    entry = json.loads((folder / "attnlib_conversion.json").read_text())
+    entry = read_entry(folder)
     conversion = Conversion(put_plan(model, entry["layers"]), entry["to"])
-    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    if entry.get("adapters"):
+        conversion.lora(**entry["adapters"])
+    load_weights(model, folder)
     return conversion
 
 
@@ -96,6 +100,7 @@ class Conversion:
         self._before: dict[str, Tensor] = {}
         self._names = {id(p): name for name, p in swapped.model.named_parameters()}
         self._adapters: list[tuple[str, nn.Module]] = []
+        self._lora: dict[str, Any] | None = None
         self._configured = False
 
     @property
@@ -114,13 +119,14 @@ class Conversion:
             return mixers
         if not self._adapters:
             raise ValueError("train='adapters' needs adapters: call lora() first")
-        return [p for name, p in self.model.named_parameters() if "lora_" in name]
+        layers = [self.model.get_submodule(name) for name, _ in self._adapters]
+        return [p for layer in layers for name, p in layer.named_parameters() if "lora_" in name]
 
     def fit(
         self,
         batches: Iterable[Batch],
         loss: str | Iterable[str] | Mapping[str, float] = "mse",
-        train: str | None = None,
+        train: str | Sequence[nn.Parameter] | None = None,
         steps: int | None = None,
         lr: float = 1e-2,
         weight_decay: float = 0.0,
@@ -136,15 +142,17 @@ class Conversion:
 
         ``"mse"`` between head outputs and ``"xent"`` between maps train each layer against its own softmax attention
         while hidden states follow the original; only the mixers get gradients, and one layer is held at a time.
-        ``"features"`` (hidden states behind each block), ``"prediction"`` (divergence of what the model predicts) and
-        ``"task"`` (its own loss) run the converted model as a whole.
+        ``"features"`` (hidden states behind each block), ``"prediction"`` (divergence of what the model predicts),
+        ``"task"`` (its own loss) and ``"own"`` (what mixers learn by themselves, the sum over layers: codebooks of
+        ``"spt"``) run the converted model as a whole.
 
         Args:
             batches: dictionaries of the model's arguments, or tensors; read again from the start when they run out, if
                 they can be.
             loss: one name, several, or names with weights; ``mse`` is multiplied by 1000 by default.
-            train: ``"mixers"``, ``"adapters"`` (after :meth:`lora`) or ``"all"``. By default adapters for losses of
-                the whole model once there are some, and mixers otherwise.
+            train: ``"mixers"``, ``"adapters"`` (after :meth:`lora`), ``"all"``, or parameters themselves, such as
+                those of mixers, adapters and routed MLPs together. By default adapters for losses of the whole model
+                once there are some, and mixers otherwise.
             steps: steps in all, those of a checkpoint included; one pass by default.
             lr, weight_decay: of AdamW.
             accumulate: batches per step.
@@ -167,20 +175,22 @@ class Conversion:
             check_int("blocks", blocks, least=1)
         whole = [name for name in weights if name not in LAYERWISE]
         if train is None:
-            train = "adapters" if self._adapters and whole and blocks is None else "mixers"
+            train = "adapters" if self._adapters and set(whole) - {"own"} and blocks is None else "mixers"
         if not self.swap.active:
             raise ValueError("the model was restored; convert it anew")
         check_choice("schedule", schedule, SCHEDULES)
         check_real("lr", lr, above=0)
         check_int("accumulate", accumulate, least=1)
         check_int("every", every, least=1)
-        if layerwise and blocks is None and train != "mixers":
+        what = train if isinstance(train, str) else "given"
+        if layerwise and blocks is None and what not in ("mixers", "given"):
             raise ValueError(f"loss={layerwise} reaches the mixers only, so train={train!r} is not possible")
-        parameters = self.trained(train)
+        parameters = self.trained(train) if isinstance(train, str) else list(train)
         if not parameters:
             raise ValueError(f"{self.to!r} has nothing to train; fit(train='all'), or use it as it is")
-        if train == "all":
-            self._remember(self.model.named_parameters())
+        if what in ("all", "given"):
+            chosen = {id(p) for p in parameters}
+            self._remember((name, p) for name, p in self.model.named_parameters() if id(p) in chosen)
         if steps is None:
             if not hasattr(batches, "__len__"):
                 raise ValueError("steps is needed where batches have no length")
@@ -192,10 +202,10 @@ class Conversion:
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         elif schedule == "plateau":
             scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=10, min_lr=1e-5)
-        signature = {"to": self.to, "loss": weights, "train": train, "lr": lr, "blocks": blocks, "steps": steps}
+        signature = {"to": self.to, "loss": weights, "train": what, "lr": lr, "blocks": blocks, "steps": steps}
         history = self._resume(checkpoint, signature, parameters, optimizer, scheduler)
         stream = itertools.islice(_again(batches), len(history) * accumulate, None)
-        with self._training(parameters, train), _shown(progress, steps) as tell:
+        with self._training(parameters, what), _shown(progress, steps) as tell:
             for step in range(len(history), steps):
                 optimizer.zero_grad(set_to_none=True)
                 total = 0.0
@@ -244,22 +254,31 @@ class Conversion:
         blocks = agree.Blocks(self.swap) if "features" in weights else None
         recorded: Callable[[], Any] = blocks.recorded if blocks else lambda: nullcontext([])
         truth = wanted = None
-        if weights.keys() - {"task"}:
+        if weights.keys() & {"features", "prediction"}:
             with torch.no_grad(), agree.originals(self.swap), self._as_before():
                 with recorded() as wanted:
                     truth = agree.call_model(self.model, batch)
         losses: list[Tensor] = []
-        if truth is not None:
-            with recorded() as kept:
-                out = agree.call_model(self.model, batch)
-            if blocks is not None:
-                assert wanted is not None
-                exists = agree.existing(batch, wanted[0].hidden)
-                losses.append(agree.features_loss(kept, wanted, exists) * weights["features"])
-            if "prediction" in weights:
-                losses.append(agree.divergence(out, truth, batch) * weights["prediction"])
-        if "task" in weights:
-            losses.append(agree.task_loss(self.model, batch) * weights["task"])
+        heard: Callable[[], Any] = (lambda: agree.listening(self.swap)) if "own" in weights else lambda: nullcontext({})
+        with heard() as own:
+            if truth is not None:
+                with recorded() as kept:
+                    out = agree.call_model(self.model, batch)
+                if blocks is not None:
+                    assert wanted is not None
+                    exists = agree.existing(batch, wanted[0].hidden)
+                    losses.append(agree.features_loss(kept, wanted, exists) * weights["features"])
+                if "prediction" in weights:
+                    losses.append(agree.divergence(out, truth, batch) * weights["prediction"])
+            if "task" in weights:
+                losses.append(agree.task_loss(self.model, batch) * weights["task"])
+            if not losses:  # what mixers learn by themselves needs nothing behind them
+                with torch.no_grad():
+                    agree.call_model(self.model, batch)
+        if "own" in weights:
+            if not own:
+                raise ValueError(f"loss 'own' is not possible: {self.to!r} has no losses of its own")
+            losses.append(torch.stack(list(own.values())).sum() * weights["own"])
         total = torch.stack(losses).sum() / share
         total.backward()
         return float(total.detach())
@@ -365,26 +384,14 @@ class Conversion:
             rank, alpha, dropout: of the adapters; those of LoLCATs by default.
             targets: paths of linear layers; all inside the converted attention modules by default.
         """
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError as error:
-            raise missing(__name__, error) from error
         if self._adapters:
             raise ValueError("there are adapters already; merge them first")
         names = list(self._projections() if targets is None else targets)
         if not names:
             raise ValueError("no linear layers were found in the converted attention modules; name some in targets")
-        before = {name: self.model.get_submodule(name) for name in names}
         self._configured = hasattr(self.model, "peft_config")
-        flags = [(p, p.requires_grad) for p in self.model.parameters()]
-        transposed = any(type(module).__name__ == "Conv1D" for module in before.values())
-        config = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, fan_in_fan_out=transposed
-        )
-        inject_adapter_in_model(config, self.model)
-        for p, flag in flags:
-            p.requires_grad_(flag)
-        self._adapters = list(before.items())
+        self._adapters = inject(self.model, names, rank, alpha, dropout)
+        self._lora = {"targets": names, "rank": rank, "alpha": alpha, "dropout": dropout}
 
     def _projections(self) -> Iterator[str]:
         for site in self.swap.sites:
@@ -425,7 +432,7 @@ class Conversion:
             self.model.get_submodule(owner)._modules[last] = module
         if self._adapters and not self._configured and hasattr(self.model, "peft_config"):
             del self.model.peft_config
-        self._adapters = []
+        self._adapters, self._lora = [], None
 
     def merge(self) -> None:
         """Add the adapters to the weights and take them away; the outputs stay what they are."""
@@ -446,20 +453,19 @@ class Conversion:
         """Write an ordinary checkpoint.
 
         Of a transformers model: a folder which ``from_pretrained`` of any auto class loads once :mod:`attnlib.convert`
-        is imported. Of another: its weights and what was converted, for :func:`load`.
+        is imported. Of another: its weights and what was converted, for :func:`load`. Adapters that are not merged are
+        saved as such, and are there again in what is loaded; :func:`load` lets them train on, merge or go.
         """
         import json
 
         folder = Path(path)
-        if self._adapters:
-            raise ValueError("the adapters are not merged; call merge() before save()")
         if not self.swap.active:
             raise ValueError("the model was restored; there is nothing converted to save")
         folder.mkdir(parents=True, exist_ok=True)
         if any(cls.__module__.split(".")[0] == "transformers" for cls in type(self.model).__mro__):
-            save_transformers(self.model, self.swap, folder)
+            save_transformers(self.model, self.swap, folder, self._lora)
         else:
-            entry = {"to": self.to, "layers": plan_of(self.swap)}
+            entry = {"to": self.to, "layers": plan_of(self.swap), "adapters": self._lora}
             (folder / "attnlib_conversion.json").write_text(json.dumps(entry, indent=2) + "\n")
             state = {name: t.contiguous() for name, t in self.model.state_dict().items()}
             save_file({name: t.clone() for name, t in state.items()}, folder / "model.safetensors")

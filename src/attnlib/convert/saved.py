@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import nn
 
+from ..extras import need
 from .swap import Swap, swap
 from .targets import make_socket
 
@@ -35,25 +38,69 @@ def plan_of(swapped: Swap) -> dict[str, dict[str, Any]]:
     return plan
 
 
-def put_plan(model: nn.Module, plan: dict[str, dict[str, Any]]) -> Swap:
-    """Mixers as :func:`plan_of` says, in a model that has the same attention modules, perhaps without its head."""
+def _place(model: nn.Module, path: str) -> str:
+    """The path of a module in a model that perhaps has no head, or has one besides."""
     known = {name for name, _ in model.named_modules()}
     prefix = getattr(model, "base_model_prefix", "")
+    options = (path, path.removeprefix(prefix + "."), f"{prefix}.{path}")
+    found = next((option for option in options if option in known), None)
+    if found is None:
+        raise ValueError(f"the conversion names {path!r}, which {type(model).__name__} does not have")
+    return found
 
-    def place(path: str) -> str:
-        options = (path, path.removeprefix(prefix + "."), f"{prefix}.{path}")
-        found = next((option for option in options if option in known), None)
-        if found is None:
-            raise ValueError(f"the conversion names {path!r}, which {type(model).__name__} does not have")
-        return found
 
-    plan = {place(path): entry for path, entry in plan.items()}
+def put_plan(model: nn.Module, plan: dict[str, dict[str, Any]]) -> Swap:
+    """Mixers as :func:`plan_of` says, in a model that has the same attention modules, perhaps without its head."""
+    plan = {_place(model, path): entry for path, entry in plan.items()}
 
     def make(site: Any) -> Any:
         settings = dict(plan[site.name])
         return make_socket(site, settings.pop("to"), settings)
 
     return swap(model, make, list(plan))
+
+
+def inject(
+    model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float
+) -> list[tuple[str, nn.Module]]:
+    """Low-rank adapters of PEFT around linear layers; these layers by their paths, as they were before."""
+    peft: Any = need("peft", "adapters")
+    before = {name: model.get_submodule(name) for name in (_place(model, target) for target in targets)}
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(before),
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in before.values()),
+    )  # fmt: skip
+    peft.inject_adapter_in_model(config, model)
+    for p, flag in flags:
+        p.requires_grad_(flag)
+    return list(before.items())
+
+
+def read_entry(folder: Path) -> dict[str, Any]:
+    """``{"to", "layers", "adapters"}`` of a folder with a saved conversion."""
+    own, config = folder / "attnlib_conversion.json", folder / "config.json"
+    entry: Any = None
+    if own.exists():
+        entry = json.loads(own.read_text(encoding="utf-8"))
+    elif config.exists():
+        entry = json.loads(config.read_text(encoding="utf-8")).get(ENTRY)
+    if not entry:
+        raise ValueError(f"path={str(folder)!r} holds no conversion that Conversion.save() wrote")
+    names = {layer["to"] for layer in entry["layers"].values()}
+    return {"to": names.pop() if len(names) == 1 else "several", **entry}
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Weights of a folder into a model that has its mixers and adapters; what is tied may be missing."""
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    state = {name: t for file in files for name, t in load_file(folder / file).items()}
+    wrong = model.load_state_dict(state, strict=False).unexpected_keys
+    if wrong:
+        raise ValueError(f"path={str(folder)!r} has weights that {type(model).__name__} does not: {wrong[:4]}")
 
 
 @functools.cache
@@ -79,7 +126,10 @@ class Converting:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        put_plan(self, getattr(config, ENTRY)["layers"])  # type: ignore[arg-type]
+        entry = getattr(config, ENTRY)
+        put_plan(self, entry["layers"])  # type: ignore[arg-type]
+        if entry.get("adapters"):
+            inject(self, **entry["adapters"])  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -108,8 +158,8 @@ def model_class(base: type, config: Any) -> type:
     return type(f"Converted{base.__name__}", (Converting, base), names)
 
 
-def save_transformers(model: Any, swapped: Swap, path: Path) -> None:
-    """An ordinary checkpoint folder."""
+def save_transformers(model: Any, swapped: Swap, path: Path, adapters: dict[str, Any] | None = None) -> None:
+    """An ordinary checkpoint folder; ``adapters`` are the arguments of :func:`inject`."""
     plan = plan_of(swapped)
     # A model that was loaded converted has the class already, and its original type in its configuration.
     known = getattr(model.config, ENTRY, None)
@@ -117,7 +167,7 @@ def save_transformers(model: Any, swapped: Swap, path: Path) -> None:
     model.save_pretrained(path)
     file = path / "config.json"
     config = json.loads(file.read_text())
-    config |= {"model_type": MODEL_TYPE, ENTRY: {"model_type": model_type, "layers": plan}}
+    config |= {"model_type": MODEL_TYPE, ENTRY: {"model_type": model_type, "layers": plan, "adapters": adapters}}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -67,12 +67,14 @@ class Socket(HeadMixer):
         super().__init__(inner.num_heads, inner.head_dim, inner.num_kv_heads, inner.causal, inner.scale)
         self.inner = inner
         self.name, self.settings = name, dict(settings or {})
-        self.original, self.watch = False, None
+        self.original, self.watch, self.listen = False, None, None
         self.layer: Any = None
         self.register_state_dict_post_hook(_save_once)
         self.register_load_state_dict_pre_hook(_load_once)
 
     watch: Watch | None
+    #: ``listen(q, k, valid)``: told what the mixer itself is given.
+    listen: Callable[[Tensor, Tensor, Tensor | None], None] | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Socket:
         new = Socket(copy.deepcopy(self.inner, memo), self.name, copy.deepcopy(self.settings))
@@ -84,6 +86,8 @@ class Socket(HeadMixer):
         keep: bool = False,
     ) -> tuple[Tensor, State | None]:  # fmt: skip
         if not self.original:
+            if self.listen is not None:
+                self.listen(q.detach(), k.detach(), valid)
             return self.inner(q, k, v, valid=valid, state=state, keep=keep)
         if state is not None or keep:
             raise ValueError("a teacher keeps no state here; call the model without a cache")
@@ -101,6 +105,9 @@ class Socket(HeadMixer):
 
     def trained(self) -> list[nn.Parameter]:
         return self.inner.trained()
+
+    def own_losses(self, q: Tensor, k: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
+        return self.inner.own_losses(q, k, valid)
 
     @property
     def kernel(self) -> Callable[..., Any]:
@@ -177,7 +184,7 @@ def attend_in_transformers(
     if valid is not None and valid.shape[0] != query.shape[0]:
         valid = valid.expand(query.shape[0], -1)
     state = None if layer is None else layer.state
-    mixed, new = socket.inner(query, key, value, valid=valid, state=state, keep=layer is not None)
+    mixed, new = socket(query, key, value, valid=valid, state=state, keep=layer is not None)
     if layer is not None:
         layer.advance(new, n)
     return mixed.transpose(1, 2).contiguous(), None
@@ -269,7 +276,7 @@ class _Redirect(TorchFunctionMode):
         valid = validity(call.get("attn_mask"), k.shape[2], 0, self.socket.causal, self.where)
         if self.socket.original:
             return self.socket.seen(q, k, v, valid, func(*args, **(kwargs or {})))
-        return self.socket.inner(q, k, v, valid=valid)[0].to(q.dtype)
+        return self.socket(q, k, v, valid=valid)[0].to(q.dtype)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from ..nn.linear.heads import HeadMixer
 from ..nn.linear.hedgehog import HedgehogHeads
 from ..nn.linear.lolcats import LoLCATsHeads
 from ..nn.sparse.moa_spans import SpanHeads
+from ..nn.sparse.spt import SPTHeads
 from ..types import check_choice
 from .swap import Socket, is_causal
 
@@ -19,6 +20,7 @@ TARGETS: dict[str, Callable[..., HeadMixer]] = {
     "hedgehog": HedgehogHeads,
     "lolcats": LoLCATsHeads,
     "moa-spans": SpanHeads,
+    "spt": SPTHeads,
 }
 
 

@@ -1,8 +1,8 @@
 """Spans per head: what a language model loses when each head reads as far as its own map says it must.
 
 ``attnlib bench --suite spans --out benchmarks/results`` measures again what ``spans-cpu.json`` holds and draws it;
-``make models`` fetches the model. MoA (Fu et al., 2024, arXiv 2406.14909) profiles SmolLM2-135M on inputs of 512 and
-1024 tokens and searches a rule for every head under a bound of the mean density, 2048 tokens included, which it never
+``make models`` fetches the model. MoA (Fu et al., 2024, arXiv 2406.14909) profiles SmolLM2-135M on inputs of 256 and
+512 tokens and searches a rule for every head under a bound of the mean density, 1024 tokens included, which it never
 saw; the sceptic's baseline gives all heads the same window of that density. Documents, docstrings of one source file
 each, are held out; intervals are over documents. Profiles come from the documents' own next token, or from answers that
 the model itself gives, as the authors take them.
@@ -55,14 +55,14 @@ def measure(
     keep: str | Path | None = None,
     pictures: str | Path | None = None,
     densities: Sequence[float] = (0.5, 0.25),
-    profiled: Sequence[int] = (512, 1024),
-    longer: int = 2048,
-    block: int = 32,
+    profiled: Sequence[int] = (256, 512),
+    longer: int = 1024,
+    block: int = 16,
     sinks: int = 1,
     documents: int = 8,
     calibration: int = 3,
     answer: int = 32,
-    seconds: float | None = 20.0,
+    seconds: float | None = 10.0,
     decoder: str = "smollm2",
 ) -> dict[str, Any]:
     """Give the model full attention, one window for all heads, or spans of MoA, and read held-out documents.

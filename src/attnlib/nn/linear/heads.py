@@ -74,6 +74,10 @@ class HeadMixer(nn.Module):
         """What is trained to agree with the attention it stands for."""
         return list(self.parameters())
 
+    def own_losses(self, q: Tensor, k: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
+        """Losses beside agreement, of queries and keys that carry no gradient; none by default."""
+        return {}
+
 
 def normalized(weights: Tensor, allowed: Tensor, eps: float = 0.0) -> Tensor:
     """Non-negative (B, H, N, M) weights of the pairs that may meet, every row divided by its sum."""

@@ -32,9 +32,10 @@ from ...checks import check_divides, check_flag, check_int, check_real
 from ...ops import attention
 from ...ops.block_sparse import BlockPlan, block_sparse_attention, gather_blocks
 from ...positions import rotary_angles, rotate
-from ...types import Output, Plan, Traits
+from ...types import Output, Plan, State, Traits
 from ..base import Mechanism
 from ..layers import head_dim_of, merge_heads, split_heads
+from ..linear.heads import HeadMixer, softmax_map
 from ..registry import register
 from ..released import PLAIN, Released
 
@@ -135,6 +136,104 @@ def matching_keys(
     return BlockPlan(torch.cat(index, 2), 1, 1, n, count=counts)
 
 
+def choose_keys(
+    book: Codebook, q: Tensor, k: Tensor, coeff: int, steps: int = 4, valid: Tensor | None = None
+) -> BlockPlan:
+    """The ``N // coeff`` keys, at least one, whose codes match best, for every query.
+
+    Args:
+        book: codes queries (B, H, N, D) and keys (B, Hk, N, D).
+        q, k: with their positions.
+        coeff, steps: of :class:`SPTAttention`.
+        valid: (B, N) boolean, which tokens exist; a sample's own count decides how many keys its queries read.
+    """
+    codes = book.codes(k).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    limit = None if valid is None else valid.sum(1).div(coeff, rounding_mode="floor").clamp(min=1)
+    keep = max(1, q.shape[2] // coeff)
+    return matching_keys(book.codes(q), codes, book.weight.shape[1], keep, steps, valid, limit)
+
+
+def read_keys(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, clamp: float | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """(B, H, N, Dv): softmax over the keys of a plan; with ``clamp``, keys and values are copied out for every pair."""
+    if clamp is None:
+        return block_sparse_attention(q, k, v, plan, valid=valid, scale=scale)
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    keys, values = (gather_blocks(t, plan).squeeze(-2) for t in (k, v))
+    scores = torch.einsum("bhnd,bhnkd->bhnk", q, keys).mul(scale).clamp(-clamp, clamp)
+    kept = plan.slots()
+    weights = scores.masked_fill(~kept, float("-inf")).softmax(-1)
+    weights = weights.masked_fill(~kept, 0.0)  # a row of none
+    return torch.einsum("bhnk,bhnkd->bhnd", weights, values)
+
+
+class SPTHeads(HeadMixer):
+    """Heads that read the keys whose codes match, as a mixer for models that exist.
+
+    Their codebook, one for all heads of a layer, learns from :meth:`own_losses`; nothing else is trained. The release
+    keeps no cache, and how many keys a query reads depends on the whole length, so that there is none here.
+
+    Args:
+        num_heads, head_dim, num_kv_heads, causal, scale: as of :class:`attnlib.nn.linear.heads.HeadMixer`; always
+            causal.
+        coeff, codeword_dim, num_codewords, steps, clamp, dense: of :class:`SPTAttention`.
+
+    >>> heads = SPTHeads(4, 16, 2)
+    >>> q, k = torch.randn(1, 4, 20, 16), torch.randn(1, 2, 20, 16)
+    >>> heads(q, k, k)[0].shape, list(heads.own_losses(q, k))
+    (torch.Size([1, 4, 20, 16]), ['codebook'])
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        num_kv_heads: int | None = None,
+        causal: bool = True,
+        scale: float | None = None,
+        coeff: int = 8,
+        codeword_dim: int = 8,
+        num_codewords: int = 16,
+        steps: int = 4,
+        clamp: float | None = None,
+        dense: bool = False,
+    ):
+        super().__init__(num_heads, head_dim, num_kv_heads, causal, scale)
+        if not causal:
+            raise ValueError("causal=False is not possible: keys are chosen among those before the query")
+        check_divides("codeword_dim", check_int("codeword_dim", codeword_dim, least=1), "head_dim", head_dim)
+        self.coeff, self.steps = check_int("coeff", coeff, least=1), check_int("steps", steps, least=1)
+        self.clamp = None if clamp is None else check_real("clamp", clamp, above=0)
+        self.dense = check_flag("dense", dense)
+        check_int("num_codewords", num_codewords, least=1)
+        self.codebook = Codebook(head_dim // codeword_dim, num_codewords, codeword_dim)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None = None, state: State | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, State | None]:  # fmt: skip
+        if keep or state is not None:
+            raise ValueError("SPT's attention keeps no state: call the model with use_cache=False")
+        if self.dense:
+            return attention(q, k, v, mask=masks.causal(), valid=valid, scale=self.scale), None
+        plan = choose_keys(self.codebook, q, k, self.coeff, self.steps, valid)
+        return read_keys(q, k, v, plan, self.scale, self.clamp, valid), None
+
+    def weights(self, q: Tensor, k: Tensor, *, valid: Tensor | None = None) -> Tensor:
+        """The (B, H, N, N) map; quadratic, for reports."""
+        if self.dense:
+            return softmax_map(q, k, k, self.scale, True, valid)[1]
+        plan = choose_keys(self.codebook, q, k, self.coeff, self.steps, valid)
+        unit = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
+        return read_keys(q, k, unit, plan, self.scale, self.clamp, valid)
+
+    def own_losses(self, q: Tensor, k: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
+        exists = None if valid is None else valid[:, None]
+        return {"codebook": self.codebook.loss(q, exists) + self.codebook.loss(k, exists)}
+
+
 @register("spt-sparse-finetuning", "spt")
 class SPTAttention(Mechanism):
     """Causal attention to the keys whose product-quantized codes match the query's.
@@ -206,10 +305,7 @@ class SPTAttention(Mechanism):
         return [rotate(q, angles), rotate(k, angles), v]
 
     def _choose(self, q: Tensor, k: Tensor, valid: Tensor | None) -> BlockPlan:
-        codes = (self.codebook.codes(q), self.codebook.codes(k))
-        keep = max(1, q.shape[2] // self.coeff)
-        limit = None if valid is None else valid.sum(1).div(self.coeff, rounding_mode="floor").clamp(min=1)
-        return matching_keys(*codes, self.num_codewords, keep, self.steps, valid, limit)
+        return choose_keys(self.codebook, q, k, self.coeff, self.steps, valid)
 
     def make_plan(self, x: Tensor, *, valid: Tensor | None = None) -> Plan:  # type: ignore[override]
         if self.dense:
@@ -232,20 +328,8 @@ class SPTAttention(Mechanism):
         if not isinstance(chosen, BlockPlan):
             raise TypeError(f"plan must be a BlockPlan made by m.plan(x), got {type(chosen).__name__}")
         chosen.expect("blocks", N=q.shape[2], M=k.shape[2], q_block=1, k_block=1)
-        if self.clamp is None:
-            out = block_sparse_attention(q, k, v, chosen, valid=valid, scale=self.scale)
-        else:
-            out = self._clamped(q, k, v, chosen, self.clamp)
+        out = read_keys(q, k, v, chosen, self.scale, self.clamp, valid)
         return Output(self.proj(merge_heads(out)), losses=losses)
-
-    def _clamped(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, clamp: float) -> Tensor:
-        """(B, H, N, D) with scores that stay within bounds, keys and values copied out for every pair."""
-        keys, values = (gather_blocks(t, plan).squeeze(-2) for t in (k, v))
-        scores = torch.einsum("bhnd,bhnkd->bhnk", q, keys).mul(self.scale).clamp(-clamp, clamp)
-        kept = plan.slots()
-        weights = scores.masked_fill(~kept, float("-inf")).softmax(-1)
-        weights = weights.masked_fill(~kept, 0.0)  # a row of none
-        return torch.einsum("bhnk,bhnkd->bhnd", weights, values)
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
