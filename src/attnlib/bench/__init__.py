@@ -38,10 +38,10 @@ ENGINES = (
 )  # fmt: skip
 
 #: Those that run models of transformers.
-NEEDS_HF = ("multimodal", "cache", "hooks", "conversion", *REAL)
+NEEDS_HF = ("multimodal", "cache", "hooks", "conversion", "spans", "finetuning", *REAL)
 
 #: Those that load models which ``make models`` fetches, and which.
-NEEDS_MODELS = {"conversion": ("smollm2", "minilm")}
+NEEDS_MODELS = {"conversion": ("smollm2", "minilm"), "spans": ("smollm2",), "finetuning": ("smollm2",)}
 
 
 def suites() -> list[str]:

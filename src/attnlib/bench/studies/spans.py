@@ -150,7 +150,8 @@ def measure(
     more = gaps(rows["runs"], [f"bits at {n}" for n in lengths])
     result = {
         "what": "a language model whose heads read spans of their own", "machine": machine(),
-        "model": models.MODELS[decoder].title + ", in bfloat16", "text": data.source, "split": data.split,
+        "model": models.MODELS[models.canonical(decoder)].title + ", in bfloat16",
+        "text": data.source, "split": data.split,
         "block": block, "sinks": sinks, "lengths": lengths, "profiled": list(profiled), "calibration": calibration,
         "unit": "documents", "rules": len(choices),
         "density of one window": {
@@ -163,7 +164,7 @@ def measure(
             name: [(n, more[name][f"bits at {n}"]["mean"], more[name][f"bits at {n}"]["half"]) for n in lengths]
             for name in entries if name != FULL
         }  # fmt: skip
-        title = f"{models.MODELS[decoder].title.partition(',')[0]}: spans per head"
+        title = f"{models.MODELS[models.canonical(decoder)].title.partition(',')[0]}: spans per head"
         dashed = [name for name in entries if name.startswith("one window")]
         picture(Path(pictures) / "spans-cpu.svg", curves, "tokens", "bits per byte more than full attention", title,
                 log=("x",), dashed=dashed)  # fmt: skip
