@@ -226,6 +226,13 @@ def test_gradients_pass_where_they_are_asked_for():
     with attnlib.attach(model, capture):
         score = text(model)[:, -1, 5].sum()
     grads = torch.autograd.grad(score, [capture.value(Node("z", 2))])
+    whole = Capture(("z", "q", "k", "v", "mlp", "residual"), gradients=True)
+    with attnlib.attach(model, whole):
+        again = text(model)[:, -1, 5].sum()
+    kept = whole.results()
+    every = torch.autograd.grad(again, [kept[kind][2] for kind in whole.what])
+    torch.testing.assert_close(every[0][:, :, -1:], grads[0])
+    assert all(float(g.abs().sum()) > 0 for g in every)
     assert grads[0].shape == (2, 4, 1, 8)
     value, step = capture.value(Node("z", 2))[:, 1].detach(), 1e-2 * torch.ones(2, 1, 8)
     model.double()

@@ -410,15 +410,15 @@ class Capture(_OnNodes):
     def _act(self, kind: str, layer: int, x: Tensor) -> Tensor:
         if kind in self.what and (self.chosen is None or layer in self.chosen):
             dim = 2 if kind in OF_HEADS else 1
+            # The model goes on with what is kept, so that gradients reach it.
+            x = x.clone() if self.gradients else x
             value = at_positions(x if self.gradients else x.detach(), self.positions, dim, "the captured call")
             kept = self._values.setdefault(kind, {}).setdefault(layer, [])
             if self.calls == "last":
                 kept.clear()
             kept.append(value)
             if self.gradients and self.positions is not None:
-                # The model goes on with what is kept, so that gradients reach it.
-                x = x.clone()
-                _write(x, value, self.positions, dim, "the captured call")
+                write_at(x, value, self.positions, dim, "the captured call")
         return x
 
     def results(self) -> dict[str, dict[int, Any]]:
@@ -507,11 +507,11 @@ class Patch(_OnNodes):
         for node, value in entries:
             dim = 1 if node.head is not None or kind in OF_LAYERS else 2
             part = new if node.head is None else new[:, node.head]
-            _write(part, value.to(part), self.positions, dim, str(node))
+            write_at(part, value.to(part), self.positions, dim, str(node))
         return new
 
 
-def _write(part: Tensor, value: Tensor, positions: Any, dim: int, what: str) -> None:
+def write_at(part: Tensor, value: Tensor, positions: Any, dim: int, what: str) -> None:
     """Put ``value`` into ``part`` at the positions along ``dim``."""
     index = None if positions is None else _places(positions, part.shape[dim], part.device, what)
     count = part.shape[dim] if index is None else index.shape[-1]
