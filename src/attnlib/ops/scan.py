@@ -1,11 +1,12 @@
 """Selective scan: a diagonal state space whose step, input and output depend on the token (S6 of Mamba).
 
 ``h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t`` and ``y_t = C_t . h_t + D u_t``, for every channel with ``S`` numbers
-of state. The *eager* form is one token after the other and the specification. The *chunked* form cuts a chunk into rows
-of tokens and walks along all rows at once: first for what each row adds to the state, then, with the states at the
-starts of rows known, for the outputs. Decays enter as ``exp`` of sums and never as a quotient, so one that underflows
-gives zeros. Its backward is written by hand and makes the states again, chunk by chunk, from those that the forward
-kept at the starts of chunks: memory is that of the inputs plus one chunk.
+of state. The *eager* form is one token after the other and the specification. The *chunked* form makes decays and entries
+of a chunk at once, in memory that every chunk uses again, and reads all outputs at once; between them a token is one
+operation in place, ``enters_t += decay_t h_{t-1}``. (Rows of tokens side by side, with the states at their starts found
+first, are fewer operations and were slower: they read the chunk twice.) Decays enter as ``exp`` of steps and never as a
+quotient, so one that underflows gives zeros. Its backward is written by hand and makes the states again, chunk by
+chunk, from those that the forward kept at the starts of chunks: memory is that of the inputs plus one chunk.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from ._guard import finite, readable, spoil
 from .linear import _segments
 
 #: Numbers of state that a chunk holds in one sample, measured on the CPU; and the bounds of its length.
-CHUNK_NUMBERS, SHORTEST, LONGEST = 2**18, 16, 256
+CHUNK_NUMBERS, SHORTEST, LONGEST = 2**16, 16, 256
+#: Those of all samples that the forward makes at once.
+TILE_NUMBERS = 2**17
 
 
 class ScanOutput(NamedTuple):
@@ -374,49 +377,16 @@ def _recurrent(terms: _Terms, reset: Tensor | None, chunk: int) -> tuple[Tensor,
 # Chunked
 
 
-def _row(chunk: int) -> int:
-    """Tokens per row: about as many as rows in a chunk."""
-    return 1 << max(0, math.ceil(math.log2(chunk) / 2))
+def _tile(numbers: int, chunk: int) -> int:
+    """Tokens of ``numbers`` numbers each that are walked along at once: as many as a processor holds close by."""
+    most = max(1, min(chunk, TILE_NUMBERS // max(numbers, 1)))
+    return -(-chunk // -(-chunk // most))
 
 
-def _plan(n: int, chunk: int) -> tuple[int, int, list[tuple[int, int]]]:
-    """Tokens per row, tokens once rows are full, and the chunks."""
-    row = _row(max(1, min(chunk, n)))  # as many chunks as by rows of `chunk`, with less to fill in a short sequence
-    step = row * max(1, chunk // row)
-    full = -(-n // row) * row
-    return row, full, [(p, min(p + step, full)) for p in range(0, full, step)]
-
-
-def _filled(full: int, *tensors: Tensor) -> list[Tensor]:
-    """With tokens that do nothing, until rows are full."""
-    n = tensors[0].shape[1]
-    return [t if n == full else F.pad(t, (0, 0, 0, 0, 0, full - n)) for t in tensors]
-
-
-def _rows(t: Tensor, span: tuple[int, int], row: int) -> Tensor:
-    """(row, B, T, G, ..) of the tokens ``span`` of (B, N, G, ..), so that one step of all rows lies together."""
-    return t[:, span[0] : span[1]].unflatten(1, (-1, row)).movedim(2, 0).contiguous()
-
-
-def _back(t: Tensor) -> Tensor:
-    """(B, tokens, G, ..) of rows."""
-    return t.movedim(0, 2).flatten(1, 2)
-
-
-def _decays(a: Tensor, A: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``exp(a_t A)`` of every token (row, B, T, G, S, E), and of all of a row together (B, T, G, S, E)."""
-    each, whole = (a * A).exp_(), (a.sum(0) * A).exp_()
-    if reset is not None:
-        each = each.masked_fill_(reset[:, None, :, None, None, None], 0.0)
-        whole = whole.masked_fill_(reset.any(0)[None, :, None, None, None], 0.0)
-    return each, whole
-
-
-def _reset_rows(reset: Tensor | None, full: int, span: tuple[int, int], row: int) -> Tensor | None:
-    """(row, T) of (N,)."""
-    if reset is None:
-        return None
-    return F.pad(reset, (0, full - reset.shape[0]))[span[0] : span[1]].unflatten(0, (-1, row)).t()
+def _decays(a: Tensor, A: Tensor, reset: Tensor | None, out: Tensor) -> Tensor:
+    """``exp(a_t A)`` (B, T, G, S, E), written to ``out``."""
+    torch.mul(a.unsqueeze(-2), A, out=out).exp_()
+    return out if reset is None else out.masked_fill_(reset[None, :, None, None, None], 0.0)
 
 
 def _forward_tiles(
@@ -425,29 +395,27 @@ def _forward_tiles(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Output (B, N, G, E), final state and the state before each chunk (chunks, B, G, S, E)."""
     n = x.shape[1]
-    row, full, spans = _plan(n, chunk)
-    a, x, b, c = _filled(full, a, x, b, c)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     s = start.clone(memory_format=torch.contiguous_format)
-    states = s.new_empty(len(spans) if keep_states else 0, *s.shape)
-    for k, span in enumerate(spans):
+    states = s.new_empty(-(-n // chunk) if keep_states else 0, *s.shape)
+    tile = _tile(s.numel(), min(chunk, max(n, 1)))
+    decays, h = (s.new_empty(s.shape[0], tile, *s.shape[1:]) for _ in range(2))
+    A, each, token = A.contiguous(), decays.unbind(1), h.unbind(1)
+    for first in range(0, n, chunk):
         if keep_states:
-            states[k] = s
-        ar, xr = (_rows(t, span, row).unsqueeze(-2) for t in (a, x))
-        br, cr = _rows(b, span, row).unsqueeze(-1), _rows(c, span, row).unsqueeze(-2)
-        each, whole = _decays(ar, A, _reset_rows(reset, full, span, row))
-        h = xr[0] * br[0]
-        for i in range(1, row):
-            h.mul_(each[i]).addcmul_(xr[i], br[i])
-        for i in range(h.shape[1]):
-            # What a row adds makes room for the state at its start.
-            after = torch.addcmul(h[:, i], whole[:, i], s)
-            h[:, i] = s
-            s = after
-        for i in range(row):
-            h = each[i].mul_(h).addcmul_(xr[i], br[i])
-        out[:, span[0] : span[1]] = _back((cr @ each).squeeze(-2))
-    return out[:, :n].contiguous() if full != n else out, s, states
+            states[first // chunk] = s
+        end = min(first + chunk, n)
+        for begin in range(first, end, tile):
+            at = slice(begin, min(begin + tile, end))
+            count = at.stop - begin
+            _decays(a[:, at], A, None if reset is None else reset[at], decays[:, :count])
+            torch.mul(x[:, at].unsqueeze(-2), b[:, at].unsqueeze(-1), out=h[:, :count])
+            last = s
+            for i in range(count):
+                last = token[i].addcmul_(each[i], last)
+            s = last.clone()
+            out[:, at] = (c[:, at].unsqueeze(-2) @ h[:, :count]).squeeze(-2)
+    return out, s, states
 
 
 def _backward_tiles(
@@ -456,46 +424,38 @@ def _backward_tiles(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of steps, inputs, decays, entries, readers and start state, in one walk from the right."""
     n = x.shape[1]
-    row, full, spans = _plan(n, chunk)
-    a, x, b, c, d_out = _filled(full, a, x, b, c, d_out)
     da, dx, db, dc = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, x, b, c))
     d_A = torch.zeros_like(A, memory_format=torch.contiguous_format)
     ds = d_final.clone(memory_format=torch.contiguous_format)
-    for k in range(len(spans) - 1, -1, -1):
-        span = spans[k]
-        ar, xr, yr = (_rows(t, span, row).unsqueeze(-2) for t in (a, x, d_out))
-        br, cr = (_rows(t, span, row).unsqueeze(-1) for t in (b, c))
-        each, whole = _decays(ar, A, _reset_rows(reset, full, span, row))
-        # What each row adds to the state from the left, and to its gradient from the right.
-        h, g = xr[0] * br[0], (cr[-1] * yr[-1]).mul_(each[-1])
-        for i in range(1, row):
-            h.mul_(each[i]).addcmul_(xr[i], br[i])
-            g.addcmul_(cr[-1 - i], yr[-1 - i]).mul_(each[-1 - i])
-        s, count = states[k], h.shape[1]
-        for i in range(count):
-            after = torch.addcmul(h[:, i], whole[:, i], s)
-            h[:, i] = s
-            s = after
-            j = count - 1 - i
-            before = torch.addcmul(g[:, j], whole[:, j], ds)
-            g[:, j] = ds
-            ds = before
-        held = torch.empty_like(each)  # what is left of the state when the token comes
-        for i in range(row):
-            torch.mul(each[i], h, out=held[i])
-            torch.addcmul(held[i], xr[i], br[i], out=h)
-        grads = torch.empty_like(each)
-        for i in range(row - 1, -1, -1):
-            torch.addcmul(g, cr[i], yr[i], out=grads[i])
-            g = each[i].mul_(grads[i])
-        at = slice(*span)
-        dx[:, at] = _back((br.transpose(-1, -2) @ grads).squeeze(-2))
-        db[:, at] = _back((grads @ xr.transpose(-1, -2)).squeeze(-1))
-        dc[:, at] = _back((held @ yr.transpose(-1, -2) + br * (xr * yr).sum(-1, keepdim=True)).squeeze(-1))
-        moved = held.mul_(grads)
-        da[:, at] = _back(torch.mul(moved, A, out=each).sum(-2))
-        d_A += moved.mul_(ar).sum((0, 1, 2))
-    return da[:, :n], dx[:, :n], d_A, db[:, :n], dc[:, :n], ds
+    shape = (ds.shape[0], min(chunk, n), *ds.shape[1:])
+    buffers = [ds.new_empty(shape) for _ in range(3)]
+    each, entered, asked = (t.unbind(1) for t in buffers)
+    A = A.contiguous()
+    for first in reversed(range(0, n, chunk)):
+        at = slice(first, min(first + chunk, n))
+        decays, h, g = (t[:, : at.stop - first] for t in buffers)
+        ar, xr, yr = (t[:, at].unsqueeze(-2) for t in (a, x, d_out))
+        br, cr = (t[:, at].unsqueeze(-1) for t in (b, c))
+        _decays(a[:, at], A, None if reset is None else reset[at], decays)
+        torch.mul(xr, br, out=h)
+        torch.mul(yr, cr, out=g)
+        last = before = states[first // chunk]
+        for i in range(at.stop - first):
+            last = entered[i].addcmul_(each[i], last)
+        last = asked[at.stop - first - 1].add_(ds)
+        for i in range(at.stop - first - 2, -1, -1):
+            last = asked[i].addcmul_(each[i + 1], last)
+        ds = each[0] * last
+        dx[:, at] = (br.mT @ g).squeeze(-2)
+        db[:, at] = (g @ xr.mT).squeeze(-1)
+        dc[:, at] = (h @ yr.mT).squeeze(-1)
+        # What is left of the state when a token comes, times what it is asked for: the decays are not needed any more.
+        decays[:, 0].mul_(before)
+        decays[:, 1:].mul_(h[:, :-1])
+        moved = decays.mul_(g)
+        da[:, at] = torch.mul(moved, A, out=h).sum(-2)
+        d_A += torch.mul(moved, ar, out=g).sum((0, 1))
+    return da, dx, d_A, db, dc, ds
 
 
 class _Chunked(torch.autograd.Function):
@@ -548,8 +508,7 @@ _backward_op = torch.library.custom_op(
 
 @_forward_op.register_fake
 def _(a, x, A, b, c, start, reset, chunk, keep_states):  # type: ignore[no-untyped-def]
-    row = _row(chunk)
-    count = -(-x.shape[1] // (row * max(1, chunk // row))) if keep_states else 0
+    count = -(-x.shape[1] // chunk) if keep_states else 0
     return x.new_empty(x.shape), start.new_empty(start.shape), start.new_empty(count, *start.shape)
 
 
@@ -586,19 +545,23 @@ def _(a, x, A, b, c, states, reset, d_out, d_final, chunk, out_shape=None, **_):
     return 22 * math.prod(x) * A[1]
 
 
+def _rows(t: Tensor, row: int) -> Tensor:
+    """(row, B, T, G, ..) of (B, N, G, ..), so that one step of all rows lies together; zeros until rows are full."""
+    t = F.pad(t, (0, 0, 0, 0, 0, -t.shape[1] % row))
+    return t.unflatten(1, (-1, row)).movedim(2, 0)
+
+
 def _plain_rows(terms: _Terms, reset: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
     """All rows of the sequence at once, without writing in place: any derivative and any transform goes through it."""
     n = terms.x.shape[1]
     if n == 0:
         return torch.zeros_like(terms.x), terms.start
-    row = _row(n)
-    full = -(-n // row) * row
-    a, x, b, c = _filled(full, terms.a, terms.x, terms.b, terms.c)
-    span = (0, full)
-    ar, xr = (_rows(t, span, row).unsqueeze(-2) for t in (a, x))
-    br, cr = (_rows(t, span, row).unsqueeze(-1) for t in (b, c))
+    row = math.ceil(n**0.5)
+    ar, xr = (_rows(t, row).unsqueeze(-2) for t in (terms.a, terms.x))
+    br, cr = (_rows(t, row).unsqueeze(-1) for t in (terms.b, terms.c))
     each, whole = (ar * terms.A).exp(), (ar.sum(0) * terms.A).exp()
-    if (where := _reset_rows(reset, full, span, row)) is not None:
+    if reset is not None:
+        where = F.pad(reset, (0, -n % row)).unflatten(0, (-1, row)).t()
         each = each.masked_fill(where[:, None, :, None, None, None], 0.0)
         whole = whole.masked_fill(where.any(0)[None, :, None, None, None], 0.0)
     h = xr[0] * br[0]
@@ -612,7 +575,7 @@ def _plain_rows(terms: _Terms, reset: Tensor | None, chunk: int) -> tuple[Tensor
     for i in range(row):
         h = h * each[i] + xr[i] * br[i]
         outs.append((cr[i] * h).sum(-2))
-    return _back(torch.stack(outs))[:, :n], s
+    return torch.stack(outs).movedim(0, 2).flatten(1, 2)[:, :n], s
 
 
 def _chunked(terms: _Terms, reset: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
