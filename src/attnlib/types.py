@@ -176,9 +176,8 @@ class Partial(NamedTuple):
     def finish(self) -> Tensor:
         """(B, H, N, Dv): the normalised output; rows that saw nothing give zeros with zero gradients."""
         self._check()
-        empty = self.den == 0
-        den = torch.where(empty, torch.ones_like(self.den), self.den)
-        return torch.where(empty.unsqueeze(-1), torch.zeros_like(self.num), self.num / den.unsqueeze(-1))
+        # By infinity where nothing was seen: zeros and zero gradients in one pass over the numerators.
+        return self.num / self.den.masked_fill(self.den == 0, float("inf")).unsqueeze(-1)
 
     def lse(self) -> Tensor:
         """(B, H, N): logarithm of the sum of weights, ``-inf`` where nothing was seen."""

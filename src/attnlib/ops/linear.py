@@ -384,6 +384,9 @@ def linear_attention(
     check_real("eps", eps, least=0)
     check_flag("return_state", return_state)
     check_tensor("q", q)
+    alike = causal is False and all(t is None for t in (decay, cu_seqlens, state, denominator, _shards.others()))
+    if normalizer == "subtract" and alike and not return_state:
+        return _centered(q, k, v, key_weights, valid, chunk, form)
     with exactly(q):
         call = _prepare(
             q, k, v, decay=decay, key_weights=key_weights, normalizer=normalizer, causal=causal, cu_seqlens=cu_seqlens,
@@ -403,6 +406,19 @@ def linear_attention(
             held = held.replace(V=beside[1][:, :, 0, :-1], n=beside[1][:, :, 0, -1])
     out = out.to(q.dtype)
     return LinearOutput(out, held) if return_state else out
+
+
+def _centered(
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, valid: Tensor | None, chunk: int | None, form: str | None
+) -> Tensor:
+    """Weights less their mean, plus one over their number, where all queries read all keys: they may as well be left as
+    they are and read values less theirs, ``sum_j (w_j - mean w + 1 / n) v_j = sum_j w_j (v_j - mean v) + mean v``."""
+    with exactly(q):
+        call = _prepare(q, k, v, key_weights=weights, causal=False, valid=valid, chunk=chunk)
+        count = call.v.shape[2] if valid is None else valid.sum(1).view(-1, 1, 1, 1)
+        mean = call.v.sum(2, keepdim=True) / torch.as_tensor(count, device=q.device).clamp(min=1)
+        out, _ = _run(replace(call, v=call.v - mean), form)
+        return (out + mean).to(q.dtype)
 
 
 def _divide(num: Tensor, den: Tensor) -> Tensor:

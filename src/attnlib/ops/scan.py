@@ -1,12 +1,12 @@
 """Selective scan: a diagonal state space whose step, input and output depend on the token (S6 of Mamba).
 
 ``h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t`` and ``y_t = C_t . h_t + D u_t``, for every channel with ``S`` numbers
-of state. The *eager* form is one token after the other and the specification. The *chunked* form makes decays and entries
-of a chunk at once, in memory that every chunk uses again, and reads all outputs at once; between them a token is one
-operation in place, ``enters_t += decay_t h_{t-1}``. (Rows of tokens side by side, with the states at their starts found
-first, are fewer operations and were slower: they read the chunk twice.) Decays enter as ``exp`` of steps and never as a
-quotient, so one that underflows gives zeros. Its backward is written by hand and makes the states again, chunk by
-chunk, from those that the forward kept at the starts of chunks: memory is that of the inputs plus one chunk.
+of state. The *eager* form is one token after the other and the specification. The *chunked* form makes decays and
+entries of a chunk at once, in memory that every chunk uses again, and reads all outputs at once; between them a token
+is one operation in place, ``enters_t += decay_t h_{t-1}``. (Rows of tokens side by side, with the states at their
+starts found first, are fewer operations and were slower: they read the chunk twice.) Decays enter as ``exp`` of steps
+and never as a quotient, so one that underflows gives zeros. Its backward is written by hand and makes the states again,
+chunk by chunk, from those that the forward kept at the starts of chunks: memory is that of the inputs plus one chunk.
 """
 
 from __future__ import annotations

@@ -197,13 +197,13 @@ class InLineAttention(Mechanism):
         """(B, H, W, C) under the kernels that the mean token (B, C) of each sample predicts."""
         assert self.residual is not None
         batch, height, width, dim = image.shape
-        kernels = self.residual(mean.unsqueeze(-1)).view(batch, dim, 9).transpose(1, 2)[:, :, None, None]
-        padded = F.pad(image, (0, 0, 1, 1, 1, 1))
-        out = padded.new_zeros(())
-        for place in range(9):
-            row, column = divmod(place, 3)
-            out = out + padded[:, row : row + height, column : column + width] * kernels[:, place]
-        return out
+        kernels = self.residual(mean.unsqueeze(-1)).view(batch * dim, 1, 3, 3)
+        if not batch:
+            return image + kernels.sum()
+        # All samples are channels of one map, each with its own kernel; channels last, which is many times faster.
+        beside = image.permute(1, 2, 0, 3).reshape(1, height, width, batch * dim).permute(0, 3, 1, 2)
+        out = F.conv2d(beside, kernels, padding=1, groups=batch * dim)
+        return out.permute(0, 2, 3, 1).reshape(height, width, batch, dim).permute(2, 0, 1, 3)
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
