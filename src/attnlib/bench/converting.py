@@ -47,18 +47,17 @@ def bits_per_byte(model: nn.Module, tokenizer: Any, batches: list[dict[str, Any]
     return bits / max(size, 1.0)
 
 
-def open_model(name: str) -> tuple[Any, Any]:
+def open_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """``(model, tokenizer)`` by a name of :mod:`attnlib.bench.models`, or from a folder or the hub."""
     from . import models
 
     if name in models.MODELS or name in models.ALIASES:
-        return models.load(name)
+        return models.load(name, dtype)
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
         raise FileNotFoundError(f"model={name!r}: there is no such folder; possible are also {sorted(models.MODELS)}")
     transformers: Any = need("transformers", "attnlib convert")
-    return transformers.AutoModelForCausalLM.from_pretrained(name).eval(), transformers.AutoTokenizer.from_pretrained(
-        name
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(name)
 
 
 def convert_model(

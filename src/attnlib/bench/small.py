@@ -219,6 +219,57 @@ def picture(
     axes.set_title(title, fontsize=10)
     if len(curves) > 1:
         axes.legend(fontsize=8, frameon=False)
+    _write(path, figure)
+
+
+def heat_maps(
+    path: str | Path,
+    panels: Mapping[tuple[str, str], Sequence[Sequence[float | None]]],
+    xs: Sequence[str],
+    ys: Sequence[str],
+    x: str,
+    y: str,
+    title: str,
+) -> None:
+    """Write an SVG of tables of shares, 0 to 1, as colours with their numbers in per cent.
+
+    Args:
+        path: of the file.
+        panels: by ``(row of panels, column of panels)``, shares by y and x; ``None`` where nothing was measured.
+        xs, ys: what columns and rows of each table are.
+        x, y: what the axes show.
+        title: above.
+    """
+    down, across = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
+    figure, first = _figure(1.0 + 2.1 * len(across), 0.9 + 1.75 * len(down))
+    first.remove()
+    grid = figure.subplots(len(down), len(across), squeeze=False, sharex=True, sharey=True)
+    for i, row in enumerate(down):
+        for j, column in enumerate(across):
+            axes = grid[i][j]
+            if (row, column) not in panels:
+                axes.axis("off")
+                continue
+            shares = [[math.nan if s is None else s for s in line] for line in panels[row, column]]
+            axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            for b, line in enumerate(shares):
+                for a, share in enumerate(line):
+                    if share == share:
+                        axes.text(a, b, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color="#222222")
+            axes.set_xticks(range(len(xs)), xs, fontsize=7)
+            axes.set_yticks(range(len(ys)), ys, fontsize=7)
+            axes.tick_params(length=0)
+            if i == 0:
+                axes.set_title(column, fontsize=8)
+            if i == len(down) - 1:
+                axes.set_xlabel(x, fontsize=8)
+            if j == 0:
+                axes.set_ylabel(f"{row}\n{y}", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    _write(path, figure)
+
+
+def _write(path: str | Path, figure: Any) -> None:
     import matplotlib
 
     place = Path(path)

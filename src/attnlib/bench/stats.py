@@ -57,6 +57,25 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     return Interval(float(data.mean()), half, int(data.size))
 
 
+def share_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a share: it stays within 0 and 1, and has a width where all or none succeeded.
+
+    >>> low, high = share_interval(100, 100)
+    >>> round(low, 3), high
+    (0.963, 1.0)
+    """
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"successes={successes} must lie in 0..n and n={n} be at least 1")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence={confidence} is not possible; it must lie strictly between 0 and 1")
+    from scipy import stats
+
+    z, share = float(stats.norm.ppf(0.5 + confidence / 2)), successes / n
+    centre, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max((centre - width) / scale, 0.0), min((centre + width) / scale, 1.0)
+
+
 def paired_interval(
     values: Mapping[int, float], reference: Mapping[int, float], confidence: float = 0.95
 ) -> Interval | None:
