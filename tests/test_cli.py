@@ -91,6 +91,11 @@ def test_papers_and_explain():
     assert json.loads(invoke("papers", "sigmoid", "--json").stdout)[0]["arxiv"] == "2409.04431"
     told = json.loads(invoke("explain", "--shape", "1,2,16,8", "--normalizer", "sigmoid", "--json").stdout)
     assert "sdpa" in told["passed_over"] and told["runs"] in ("eager", "tiled")
+    there = ["explain", "linear_attention", "--dtype", "bfloat16", "--device", "cuda", "--json"]
+    told = json.loads(invoke(*there).stdout)
+    assert "fla" in {told["runs"], *told["passed_over"]} and "lie on" not in told["passed_over"].get("fla", "")
+    told = json.loads(invoke("explain", "--window", "64", "--grad", "--device", "cuda", "--json").stdout)
+    assert told["runs"] == "flex"
 
 
 @pytest.mark.parametrize("command", ["list", "info", "papers", "explain", "check", "bench", "compare"])
@@ -109,6 +114,8 @@ def test_help_shows_an_example(command):
         (("compare", "softmax-attention", "--device", "abacus"), "device='abacus'"),
         (("compare", "--preset", "huge"), "preset='huge'"),
         (("explain", "--backend", "cuda"), "choose one of"),
+        (("explain", "--device", "abacus"), "device='abacus' is no device"),
+        (("explain", "--dtype", "int8"), "dtype='int8'"),
         (("info", "mha", "--set", "dim"), "name=value"),
         (("info", "mha", "--set", "dim=10", "--set", "num_heads=4"), "does not divide"),
         (("list", "--pattern", "sideways"), "choose one of"),

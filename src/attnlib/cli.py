@@ -329,17 +329,21 @@ def explain(
         typer.Option("--set", help="A further argument of the operator; repeatable.", metavar="NAME=VALUE"),
     ] = None,
     backend: Annotated[str | None, typer.Option(help="Force one backend.")] = None,
+    device: Annotated[str | None, typer.Option(help="The choice on a device that need not be here, e.g. cuda.")] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the tensors, e.g. bfloat16.")] = "float32",
     as_json: JsonFlag = False,
 ) -> None:
     """Which backend runs for a call of an operator, and why each other is passed over.
 
     [dim]attnlib explain --shape 1,8,4096,64 --window 513[/]  ·  [dim]attnlib explain --normalizer sigmoid --grad[/]  ·
     [dim]attnlib explain linear_attention --shape 1,4,512,32 --grad[/]  ·
-    [dim]attnlib explain neighborhood_attention --shape 1,2,64,16 --set grid=8,8 --set kernel_size=3[/]
+    [dim]attnlib explain neighborhood_attention --shape 1,2,64,16 --set grid=8,8 --set kernel_size=3[/]  ·
+    [dim]attnlib explain linear_attention --device cuda --dtype bfloat16[/]
     """
     import torch
 
     from . import masks
+    from .checks import check_choice
     from .ops import explain as explain_call
     from .ops._dispatch import find
 
@@ -352,10 +356,12 @@ def explain(
     find(op)
     if op == "depthwise":
         raise ValueError("the arguments of depthwise are x and weight, not q, k, v: ask attnlib.explain in Python")
-    q = torch.empty(parse("--shape", shape), requires_grad=grad)
+    check_choice("dtype", dtype, ["float64", "float32", "bfloat16", "float16"])
+    made: dict[str, Any] = dict(requires_grad=grad, dtype=getattr(torch, dtype))
+    q = torch.empty(parse("--shape", shape), **made)
     sizes = parse("--kv-shape", kv_shape or shape)
-    k = torch.empty(sizes, requires_grad=grad)
-    v = torch.empty(*sizes[:3], sizes[3] if v_dim is None else v_dim, requires_grad=grad)
+    k = torch.empty(sizes, **made)
+    v = torch.empty(*sizes[:3], sizes[3] if v_dim is None else v_dim, **made)
     call = parse_settings(settings)
     for name, value in call.items():
         if isinstance(value, str) and re.fullmatch(r"\d+(,\d+)+", value):
@@ -369,7 +375,7 @@ def explain(
         call["normalizer"] = normalizer
     if weights:
         call["return_weights"] = True
-    text = explain_call(op, q, k, v, **call, backend=backend)
+    text = explain_call(op, q, k, v, **call, backend=backend, device=device)
     if as_json:
         runs, *rest = text.splitlines()
         passed = dict(line.removeprefix("passed over: ").split(": ", 1) for line in rest)

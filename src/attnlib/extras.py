@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
+import sys
 from types import ModuleType
 
 #: Packages by the extra that brings them.
 EXTRAS = {
     "hf": ("transformers", "diffusers", "peft", "accelerate"),
     "vision": ("timm",),
-    "bench": ("sklearn", "skimage", "scipy", "matplotlib", "jinja2", "gguf"),
+    "bench": ("sklearn", "skimage", "scipy", "matplotlib", "jinja2", "joblib", "gguf"),
     "look": ("himalaya",),
     "theory": ("cvxpy", "clarabel"),
+    "ray": ("ray",),
+    "fla": ("fla",),
+    "natten": ("natten",),
+    "triton": ("triton",),
 }
+
+
+def installed(module: str) -> bool:
+    """Whether a package is at hand; it is not imported."""
+    return module in sys.modules or _findable(module)
+
+
+@functools.cache
+def _findable(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def missing(what: str, error: ImportError, module: str = "") -> ImportError:

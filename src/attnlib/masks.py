@@ -565,6 +565,15 @@ class Not(Mask):
         return f"~{self.inner!r}"
 
 
+def holds_dense(mask: Mask) -> bool:
+    """Whether any part of a mask is a table of pairs.
+
+    >>> holds_dense(causal() & explicit(torch.ones(2, 2, dtype=torch.bool)))
+    True
+    """
+    return isinstance(mask, Explicit) or any(isinstance(a, Mask) and holds_dense(a) for a in mask._args())
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Sequences
 

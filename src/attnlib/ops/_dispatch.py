@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,9 +28,10 @@ AUTO = "auto"
 
 
 class _Thread(threading.local):
-    """What :func:`use_backend` forces in this thread."""
+    """What :func:`use_backend` forces in this thread, and the device that :func:`described` stands for."""
 
     name: str | None = None
+    device: str | None = None
 
 
 _thread = _Thread()
@@ -180,6 +181,23 @@ def forced() -> str | None:
     return _forced if torch.compiler.is_compiling() else _thread.name
 
 
+def device_kind(x: Tensor) -> str:
+    """Type of the device that a call is for: where ``x`` lies, or the one that :func:`described` stands for."""
+    if not torch.compiler.is_compiling() and _thread.device is not None:
+        return _thread.device
+    return x.device.type
+
+
+@contextmanager
+def described(device: str | torch.device) -> Iterator[None]:
+    """Backends are chosen inside as if tensors lay on ``device``, which need not be at hand."""
+    before, _thread.device = _thread.device, torch.device(device).type
+    try:
+        yield
+    finally:
+        _thread.device = before
+
+
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Force one backend for every operator call inside the block; a backend that cannot serve a call raises.
@@ -211,12 +229,16 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = _entered[-1] if _entered else None
 
 
-def explain(op: Any, *args: Any, backend: str | None = None, **kwargs: Any) -> str:
+def explain(
+    op: Any, *args: Any, backend: str | None = None, device: str | torch.device | None = None, **kwargs: Any
+) -> str:
     """Which backend serves ``op(*args, **kwargs)`` and why each other was passed over.
 
     Args:
         op: an operator or its name, of :func:`operators`; when it is left out, ``attention`` is meant.
         backend: as the operator takes it (``form`` where that is its name).
+        device: the choice on this device, ``"cuda"`` for example, which need not be at hand; where the tensors lie
+            when ``None``.
 
     >>> import torch
     >>> print(explain(*torch.zeros(3, 1, 1, 2, 4), normalizer="relu").splitlines()[1])
@@ -236,7 +258,16 @@ def explain(op: Any, *args: Any, backend: str | None = None, **kwargs: Any) -> s
         name = op if isinstance(op, str) else op.__name__
         takes = ", ".join([p for p in inspect.signature(operator.prepare).parameters if p not in (*settings, "want")])
         raise TypeError(f"explain({name!r}, ...) wants the arguments of a call: {takes}; {error}") from None
-    return operator.explain(call, backend)
+    with nullcontext() if device is None else described(_device(device)):
+        return operator.explain(call, backend)
+
+
+def _device(device: Any) -> torch.device:
+    check_type("device", device, (str, torch.device), "a device or its name, such as 'cuda'")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is no device; possible: 'cpu', 'cuda', ... ({error})") from None
 
 
 def derivatives(op: str | Callable[..., Any]) -> dict[str, dict[str, str]]:

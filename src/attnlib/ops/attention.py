@@ -18,6 +18,7 @@ from . import _shards, eager, flex, sdpa, split_decoding, tiled
 from ._call import AttentionCall, prepare
 from ._dispatch import Backend, Operator, explain, use_backend
 from ._guard import guarded
+from .kernels import streamed
 
 
 def _prepare(
@@ -33,7 +34,7 @@ def _prepare(
 
 
 ATTENTION = Operator("attention", _prepare, entries={"attention_partial": {"want": "partial"}}, cut=True)
-for _backend in (sdpa, split_decoding, tiled, flex, eager):
+for _backend in (sdpa, split_decoding, flex, streamed, tiled, eager):
     _backend.register(ATTENTION)
 for _name, _one in ATTENTION.backends.items():
     ATTENTION.backends[_name] = replace(_one, run=partial(guarded, _one.run))

@@ -1,7 +1,9 @@
 """Softmax with structured masks through compiled ``torch.nn.attention.flex_attention``.
 
-It compiles a kernel for every new kind of problem, which takes many seconds, and has no backward pass on the CPU, so
-nothing chooses it there by itself. Force it (``backend="flex"``) for inference on many inputs of one kind.
+A kernel is compiled once for every structure of masks (:func:`structure`: what is left of a mask without its tensors)
+and serves whatever tensors come with it; that first call takes many seconds. On CUDA, where it has a backward pass, it
+is what masked softmax runs on by itself. On the CPU it has none, so that nothing chooses it there: force it
+(``backend="flex"``) for inference on many inputs of one kind.
 """
 
 from __future__ import annotations
@@ -13,10 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..masks import Mask
+from ..masks import Mask, holds_dense
 from . import eager
 from ._call import AttentionCall, expand_heads
-from ._dispatch import Operator, twice
+from ._dispatch import Operator, device_kind, twice
+
+#: The narrowest heads that its kernels for CUDA take.
+NARROWEST = 16
+#: Structures whose kernels are kept, and sizes of one structure that get kernels of their own before it refuses.
+STRUCTURES, SIZES = 64, 64
 
 
 def register(operator: Operator) -> None:
@@ -41,23 +48,45 @@ def supports(call: AttentionCall) -> str | None:
     if call.q.dtype == torch.float64:
         return "FlexAttention has no float64 kernel"
     tensors = (call.q, call.k, call.v)
-    if call.q.device.type == "cpu" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "FlexAttention has no backward pass on the CPU; call it under torch.no_grad()"
     if any(0 in t.shape for t in tensors):
         return "FlexAttention takes no empty tensors"
+    if device_kind(call.q) == "cpu" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "FlexAttention has no backward pass on the CPU; call it under torch.no_grad()"
+    if device_kind(call.q) != "cpu" and min(call.q.shape[3], call.v.shape[3]) < NARROWEST:
+        return f"FlexAttention takes heads from D={NARROWEST} on, got D={call.q.shape[3]} and Dv={call.v.shape[3]}"
     return None
 
 
 def prefers(call: AttentionCall) -> str | None:
-    """Why the automatic choice passes over this backend: it always does."""
-    return "it compiles a kernel for every new kind of problem, so it runs only when forced"
+    """Why the automatic choice passes over this backend; ``None`` for structured masks on CUDA."""
+    kind = device_kind(call.q)
+    if kind != "cuda":
+        return f"it compiles a kernel for every new kind of problem, so on {kind} it runs only when forced"
+    if torch.compiler.is_compiling():
+        return "its block masks are made outside of graphs"
+    if call.mask is None and call.valid is None:
+        return "nothing is masked, and it pays by what a mask forbids"
+    if call.mask is not None and holds_dense(call.mask):
+        return "the mask is a table of pairs, which has no structure to skip by"
+    return call.smaller_than(1 << 18)
 
 
-@functools.cache
-def _compiled() -> Callable[..., Any]:
+def structure(call: AttentionCall) -> tuple[Any, ...]:
+    """What one kernel is compiled for: the mask without its tensors, which tensors decide beside it, types, heads."""
+    spec, tensors = ("", []) if call.mask is None else call.mask.lower()
+    ranks = [None if t is None else t.dim() for t in (call.valid, call.q_pos, call.k_pos, *tensors)]
+    heads = tuple(t.shape[1] for t in (call.q, call.k, call.v))
+    wants = torch.is_grad_enabled() and any(t.requires_grad for t in (call.q, call.k, call.v))
+    return (spec, *ranks, call.q.dtype, call.q.device, *heads, call.scale, wants)
+
+
+@functools.lru_cache(maxsize=STRUCTURES)
+def _kernel(of: tuple[Any, ...]) -> Callable[..., Any]:
+    """FlexAttention for one structure. Each counts the sizes it meets by itself, and at too many says so."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    settings: dict[str, Any] = dict(fullgraph=True, isolate_recompiles=True, recompile_limit=SIZES)
+    return torch.compile(flex_attention, **settings)
 
 
 def _mask_mod(call: AttentionCall) -> Callable[..., Tensor] | None:
@@ -115,9 +144,10 @@ def _blocks(call: AttentionCall) -> Any:
 def run(call: AttentionCall) -> Tensor:
     """(B, H, N, Dv). Rows that may attend to nothing give zeros."""
     q, k, v = call.q, call.k, call.v
-    if q.device.type == "cpu":  # there it refuses tensors that want gradients even where none are recorded
+    if device_kind(q) == "cpu":  # there it refuses tensors that want gradients even where none are recorded
         q, k, v = q.detach(), k.detach(), v.detach()
     if k.shape[1] != v.shape[1]:
         k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
-    out = _compiled()(q, k, v, block_mask=_blocks(call), scale=call.scale, enable_gqa=k.shape[1] != q.shape[1])
+    kernel, grouped = _kernel(structure(call)), k.shape[1] != q.shape[1]
+    out = kernel(q, k, v, block_mask=_blocks(call), scale=call.scale, enable_gqa=grouped)
     return twice((out,), call.inputs(), lambda *inputs: eager.outputs(call.replaced(inputs)))[0]

@@ -41,9 +41,10 @@ from . import _shards
 from ._call import check_qkv, expand_heads
 from ._dispatch import Operator, transformed, twice, wants_gradient
 from ._guard import bad_rows, finite, readable, spoil
+from .kernels import fla
 
 #: Backends; ``"parallel"`` is another name of ``"eager"``.
-FORMS = ("parallel", "scatter", "chunkwise", "recurrent", "eager")
+FORMS = ("parallel", "scatter", "fla", "chunkwise", "recurrent", "eager")
 NORMALIZERS = ("none", "sum", "subtract")
 
 #: Chunk lengths measured on the CPU: 128 with a decay per head or token, 16 with one per channel (its chunks hold
@@ -72,9 +73,16 @@ class _Call:
     chunk: int
     bounds: Tensor | None = None  # (S + 1,) where segments begin
     side: _Call | None = None  # the denominator of other features, or what the mean of the values needs
+    working: torch.dtype = torch.float32  # of the tensors as they were given
 
     def inputs(self) -> list[Tensor]:
         return [t for t in (self.q, self.k, self.v, self.decay, self.state) if t is not None]
+
+    def replaced(self, inputs: Sequence[Tensor]) -> _Call:
+        """The same problem on other tensors in place of :meth:`inputs`."""
+        q, k, v, *rest = inputs
+        decay, state = (None if t is None else rest.pop(0) for t in (self.decay, self.state))
+        return replace(self, q=q, k=k, v=v, decay=decay, state=state)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -137,7 +145,7 @@ def _prepare(
         raise ValueError("state cannot continue a bidirectional call with decay or cu_seqlens; use causal=True")
     if chunk is not None:
         check_int("chunk", chunk, least=1)
-    dtype = stats_dtype(q.dtype)
+    dtype, working = stats_dtype(q.dtype), q.dtype
     q = q.to(dtype)
     k, v = expand_heads(k.to(dtype), heads), expand_heads(v.to(dtype), heads)
     q_other, k_other = (expand_heads(t.to(dtype), heads) for t in foreign) if foreign is not None else (None, None)
@@ -179,7 +187,7 @@ def _prepare(
     per_channel = decay is not None and decay.dim() == 4
     default = DEFAULT_CHANNEL_CHUNK if per_channel else DEFAULT_CHUNK
     start = None if state is None else _start_of(state, (batch, heads, d), values.shape[-1], column, q)
-    call = _Call(q, k, v, decay, segment, start, causal, default if chunk is None else chunk, bounds)
+    call = _Call(q, k, v, decay, segment, start, causal, default if chunk is None else chunk, bounds, working=working)
     if q_other is not None and k_other is not None:
         start = None if state is None else _held(state, "z", (batch, heads, q_other.shape[-1]), "(B, H, D)", q)
         start = None if start is None else start.unsqueeze(-1)
@@ -355,9 +363,9 @@ def linear_attention(
         state: what ``return_state`` gave for the tokens before these: ``S`` (B, H, D, Dv) and, with a normalizer,
             ``z`` (B, H, D); to subtract, also the sum ``V`` (B, H, Dv) and the number ``n`` (B, H) of the values.
         chunk: tokens per chunk; changes speed and memory, not the result.
-        form: the backend: ``"scatter"`` for segments that are read from both sides without decay, ``"chunkwise"``,
-            ``"recurrent"``, or ``"eager"``, also called ``"parallel"``: the quadratic specification. By default the
-            first that serves.
+        form: the backend: ``"scatter"`` for segments that are read from both sides without decay, ``"fla"`` on CUDA
+            (extra ``fla``), ``"chunkwise"``, ``"recurrent"``, or ``"eager"``, also called ``"parallel"``: the quadratic
+            specification. By default the first that serves.
         eps: added to the denominator.
         denominator: with ``"sum"``, features ``(q', k')`` (B, H, N, D') and (B, H, M, D') whose products, with the same
             decays and key weights, are summed for the denominator instead of those of ``q`` and ``k``.
@@ -924,6 +932,13 @@ def _plain_tiles(
     return torch.cat(outs, 2) if outs else v.new_zeros(*q.shape[:3], v.shape[-1]), s
 
 
+def _plain(call: _Call) -> tuple[Tensor, Tensor]:
+    """A causal call by operations that any derivative goes through."""
+    if call.decay is not None and call.decay.dim() == 4:
+        return _chunkwise_channels(call, strict=False)
+    return _plain_tiles(call.q, call.k, call.v, call.decay, call.segment, _start(call), call.chunk, strict=False)
+
+
 def _chunkwise_channels(call: _Call, strict: bool) -> tuple[Tensor, Tensor]:
     """Decays per channel: all chunks at once, differentiated by autograd."""
     q, k, v, s, size = call.q, call.k, call.v, _start(call), call.chunk
@@ -982,6 +997,7 @@ _OPERATOR.register(
     "scatter", _scattered, supports=_needs_segments, second="the same sums",
     transforms="its sums over segments are an operator of their own",
 )  # fmt: skip
+fla.register(_OPERATOR, _plain)
 _OPERATOR.register(
     "chunkwise", partial(_both_ways, _chunkwise), second="the same chunks by plain operations",
     prefers=lambda call: "a single token needs no chunks" if _single(call) else None,

@@ -38,6 +38,7 @@ from ..masks import Mask, as_mask
 from ..types import Partial, traced_as_constant
 from ._dispatch import AUTO, Operator
 from .attention import attention, attention_partial
+from .kernels import natten
 from .partition import grouped_attention, pair_mask, register_inner
 
 BORDERS = ("clamp", "mask", "zero")
@@ -564,6 +565,12 @@ class _Call(NamedTuple):
         more = [self.rest["table"], *(self.axis_bias or ()), *(self.rest["extra"] or ())[:2]]
         return [self.q, self.k, self.v, *(t for t in more if t is not None)]
 
+    def replaced(self, inputs: Sequence[Tensor]) -> _Call:
+        """The same problem on other tensors in place of :meth:`inputs`, of a call without biases."""
+        q, k, v, *more = inputs
+        extra = (*more, self.rest["extra"][2]) if more else None
+        return self._replace(q=q, k=k, v=v, rest={**self.rest, "extra": extra})
+
     def finish(self, fields: list[Tensor]) -> list[Tensor]:
         grid = tuple(r.length for r in self.rules)
         return fields if self.flat else [t.unflatten(2, grid) for t in fields]
@@ -579,6 +586,7 @@ def _run_eager(call: _Call) -> list[Tensor]:
 
 
 _OPERATOR = Operator("neighborhood_attention", _prepare, entries={"neighborhood_partial": {"partial": True}})
+natten.register(_OPERATOR, _run_eager)
 _OPERATOR.register("tiles", _run_tiles)
 register_inner(_OPERATOR, _run_tiles)
 _OPERATOR.register("eager", _run_eager)
@@ -634,8 +642,9 @@ def neighborhood_attention(
         scale: defaults to ``D ** -0.5``.
         dropout_p: dropout of weights.
         tile: queries per tile and axis; chosen from the shape by default.
-        backend: ``"tiles"``, O(N), also by default; a backend of :func:`attnlib.attention` for what runs on the tiles;
-            or ``"eager"``, the specification: dense attention under a mask.
+        backend: ``"tiles"``, O(N), also by default; ``"natten"`` on CUDA (extra ``natten``); a backend of
+            :func:`attnlib.attention` for what runs on the tiles; or ``"eager"``, the specification: dense attention
+            under a mask.
 
     Returns:
         (B, H, *grid, Dv), or (B, H, N, Dv) for flat tensors.

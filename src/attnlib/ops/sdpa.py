@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..checks import readable
-from ..masks import Explicit, Mask
+from ..masks import holds_dense
 from ..positions import DenseBias
 from ..types import stats_dtype
 from . import eager, split_decoding
 from ._call import AttentionCall, expand_heads
-from ._dispatch import Operator, twice
+from ._dispatch import Operator, device_kind, twice
 
 
 def register(operator: Operator) -> None:
@@ -33,10 +33,10 @@ def supports(call: AttentionCall) -> str | None:
         return "SDPA does not return weights"
     if call.want == "partial":
         return "SDPA does not return the row statistics with gradients"
-    if call.bias is not None and call.q.device.type != "cpu":
+    if call.bias is not None and (device := device_kind(call.q)) != "cpu":
         for t in call.bias.tensors():
             if t.is_floating_point() and t.dtype.itemsize > call.q.dtype.itemsize:
-                return f"on {call.q.device.type} it would round the {t.dtype} bias to {call.q.dtype}"
+                return f"on {device} it would round the {t.dtype} bias to {call.q.dtype}"
     return None
 
 
@@ -53,7 +53,7 @@ def prefers(call: AttentionCall) -> str | None:
         return None
     if call.valid is not None and split_decoding.prefers(call) is None and split_decoding.supports(call) is None:
         return "it would read the keys that do not exist too"
-    if call.mask is not None and not call.is_causal and not _holds_dense(call.mask):
+    if call.mask is not None and not call.is_causal and not holds_dense(call.mask):
         if call.smaller_than(1 << 18) is None:
             return f"it would compute every pair that {call.mask!r} forbids"
     width, v_width = call.q.shape[3], call.v.shape[3]
@@ -65,10 +65,6 @@ def prefers(call: AttentionCall) -> str | None:
         if _far_rows(call.bias.dense()):
             return "rows of the bias lie, or may lie, far from zero, where only its path with the whole map is right"
     return None
-
-
-def _holds_dense(mask: Mask) -> bool:
-    return isinstance(mask, Explicit) or any(isinstance(a, Mask) and _holds_dense(a) for a in mask._args())
 
 
 #: Height of a row of the bias from which on rounding of its log-sum-exp shows in the gradient.

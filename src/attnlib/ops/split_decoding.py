@@ -35,8 +35,9 @@ from ..checks import check_choice, check_flag, check_int, check_ints, check_rank
 from ..masks import explicit
 from ..types import Partial, stats_dtype
 from ._call import AttentionCall, expand_heads, prepare
-from ._dispatch import Operator
+from ._dispatch import Operator, device_kind
 from ._guard import guarded
+from .kernels import decoding
 
 #: Keys of a tile by head dimension, as the paper uses them on an A100.
 TILE = {64: 256, 128: 128}
@@ -534,7 +535,8 @@ def split_decoding(
         workers: pieces that the work is cut into; torch's threads by default.
         schedule: ``"stream-k"`` or ``"fixed"``.
         splits: pieces per output of the fixed schedule.
-        backend: ``"split"``, the schedule, also by default; or a backend of :func:`attnlib.attention` on the dense
+        backend: ``"triton"``, kernels for CUDA (extra ``triton``; they cut keys evenly, by ``splits`` where given);
+            ``"split"``, the schedule, else by default; or a backend of :func:`attnlib.attention` on the dense
             problem (``"eager"`` is the specification).
 
     Returns:
@@ -567,6 +569,7 @@ def _scheduled(problem: _Call) -> Tensor | Partial:
 
 # ``attention`` adds its backends, which then run on the dense problem.
 OPERATOR = Operator("split_decoding", _prepare, entries={"split_partial": {"partial": True}})
+decoding.register(OPERATOR)
 OPERATOR.register("split", _scheduled, transforms="it reads how many keys each sample has")
 
 
@@ -623,7 +626,7 @@ def prefers(call: AttentionCall) -> str | None:
     It reads the keys that exist and no others, a sample at a time. That pays for few queries over long samples of
     unlike length, where another backend would read padding.
     """
-    if call.q.device.type != "cpu":
+    if device_kind(call.q) != "cpu":
         return "lengths would have to come from the device first, and there is no kernel for its schedule there"
     if call.valid is None:
         return "every sample has all keys"
