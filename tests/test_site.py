@@ -10,7 +10,7 @@ import shutil
 
 import attnlib_site
 import pytest
-from attnlib_site import finish, measured, pages, snippets, text, which, write
+from attnlib_site import finish, maths, measured, pages, snippets, text, which, write
 
 from attnlib.catalog import Paper, papers
 
@@ -72,11 +72,20 @@ def test_the_site_is_whole_and_grows(tmp_path):
 
     page = site["papers/brand-new.md"]
     assert "# Brand New: a paper" in page and "[fresh-cpu.json](../results/fresh-cpu.md)" in page
-    assert "| routed (BiFormer) | 60.0 ± 2.0 | 10.0 ± 2.0 |" in page and "| against plain |" in page
-    assert 'attnlib.create("biformer"' in page and "softmax(scale * Q_r K[I_r]^T)" in page
+    assert (
+        "| routed (BiFormer) | 60.0 ± 2.0 | 10.0 ± 2.0 |" in page.replace("\u00a0", " ") and "| against plain |" in page
+    )
+    assert (
+        'attnlib.create("biformer"' in page
+        and "softmax(scale * Q_r K[I_r]^T)" in page
+        and "```math" in site["papers/biformer.md"]
+    )
     assert r"a \* b &lt; c \| d" in page and "What a machine checked" in page
     assert "brand-new.md" in site["papers/index.md"] and "papers/brand-new.md" in site["mechanisms/biformer.md"]
-    assert "routed (BiFormer): 60.0 ± 2.0" in site["which.md"] and "Abacus, 2 cores" in site["which.md"]
+    assert (
+        "routed (BiFormer): 60.0 ± 2.0" in site["which.md"].replace("\u00a0", " ")
+        and "Abacus, 2 cores" in site["which.md"]
+    )
     assert "![fresh-cpu](fresh-cpu.svg)" in site["results/fresh-cpu.md"]
     settings = (out / "zensical.toml").read_text()
     assert '"papers/brand-new.md"' in settings and '"results/fresh-cpu.md"' in settings
@@ -101,11 +110,33 @@ def test_the_site_is_whole_and_grows(tmp_path):
     assert not broken
 
 
+def test_equations_belong_to_papers_and_are_whole():
+    assert set(pages.tex()) <= {e.slug for e in ENTRIES}
+    for slug, lines in pages.tex().items():
+        for line in lines:
+            depth = 0
+            for mark in re.findall(r"(?<!\\)[{}]", line):
+                depth += 1 if mark == "{" else -1
+                assert depth >= 0, slug
+            assert depth == 0 and line.count(r"\left") - line.count(r"\leftarrow") == line.count(
+                r"\right"
+            ) - line.count(r"\rightarrow"), slug
+
+
+def test_equations_become_mathml():
+    pytest.importorskip("latex2mathml")
+    for lines in pages.tex().values():
+        for line in lines:
+            assert "<math" in maths.render(f"a\n\n{maths.fence(line)}")
+    with pytest.raises(ValueError, match="nothing"):
+        maths.mathml(r"\nothing x")
+
+
 def test_the_best_is_chosen_by_the_sign_of_its_metric():
     rows = [{"name": n, "bits": {"mean": m, "half": 0.1, "n": 3}} for n, m in (("a", 2.0), ("b", 1.0), ("c", 1.15))]
     study = measured.Study("some", {"what": "some", "metric": "bits", "baseline": "a", "rows": rows})
     ((_, _, best, level, _, _),) = which.rows([study])
-    assert best == "b: 1.00 ± 0.10" and level == "c (1.15 ± 0.10)"
+    assert (best, level) == ("b: 1.00\u00a0±\u00a00.10", "c (1.15\u00a0±\u00a00.10)")
 
 
 def test_a_link_of_a_guide_that_leads_nowhere_is_an_error():
@@ -130,6 +161,27 @@ def test_what_is_loaded_from_elsewhere_and_what_leads_nowhere_is_found(tmp_path)
         assert any(word in line for line in found), word
     (tmp_path / "worker.js").touch()
     assert finish.localise(tmp_path) == 1 and len(finish.problems(tmp_path)) == 4
+
+
+def test_workers_run_on_pages_that_are_opened_as_files(tmp_path):
+    """The search of the site is a worker, which browsers refuse to files."""
+    driver = pytest.importorskip("playwright.sync_api")
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium")
+    shutil.copyfile(write.HERE / "worker.js", tmp_path / "worker.js")
+    (tmp_path / "twice.js").write_text("self.onmessage = e => self.postMessage({ got: e.data.n * 2 })")
+    (tmp_path / "page.html").write_text(
+        '<body><script src="worker.js"></script><script>'
+        'const w = new Worker("twice.js"); w.onmessage = e => document.title = String(e.data.got);'
+        "w.postMessage({ n: 21 })</script></body>"
+    )
+    with driver.sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = chromium.new_page()
+        page.goto((tmp_path / "page.html").as_uri())
+        page.wait_for_function("document.title === '42'", timeout=5000)
+        chromium.close()
 
 
 def test_settings_of_the_generator_ask_nobody():

@@ -67,8 +67,13 @@ class Study:
     def title(self) -> str:
         """What was measured, in words."""
         what = self.data.get("what") if isinstance(self.data.get("what"), str) else None
+        return what[0].upper() + what[1:] if what else self.name
+
+    @property
+    def name(self) -> str:
+        """What it is called in a list: its file, in words."""
         words = self.stem.removesuffix("-cpu").replace("-", " ")
-        return what[0].upper() + what[1:] if what else words.capitalize()
+        return words[0].upper() + words[1:]
 
     @property
     def machine(self) -> str:
@@ -122,14 +127,14 @@ def number(value: Any) -> str:
 def interval(value: Mapping[str, Any]) -> str:
     """``mean ± half``.
 
-    >>> interval({"mean": 47.7115, "half": 27.0079, "n": 6}), interval({"mean": 2.0, "half": 0.0})
-    ('47.7 ± 27.0', '2')
+    >>> interval({"mean": 47.7115, "half": 27.0079, "n": 6}).split(), interval({"mean": 2.0, "half": 0.0})
+    (['47.7', '±', '27.0'], '2')
     """
     mean, half = value["mean"], value.get("half", value.get("half_width"))
     if half is None or half == 0:
         return number(mean)
     digits = 1 if abs(mean) >= 10 or half >= 10 else 2 if max(abs(mean), half) >= 1 else 3
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+    return f"{mean:.{digits}f}\u00a0±\u00a0{half:.{digits}f}"  # never broken in two
 
 
 def _value(value: Any) -> str | None:
@@ -137,7 +142,7 @@ def _value(value: Any) -> str | None:
     if isinstance(value, Mapping):
         if isinstance(value.get("mean"), (int, float)):
             return interval(value)
-        if set(value) == {"value", "interval"}:
+        if "value" in value and "interval" in value:
             spread = value["interval"]
             said = number(value["value"])
             return f"{said} ({number(spread[0])} to {number(spread[1])})" if spread and said else said

@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import textwrap
+import tomllib
 import types
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from attnlib.catalog import Paper
 
-from . import text
+from . import maths, text
 from .measured import Study, rows_of
 from .text import cell, fence, inline, table
 
@@ -100,17 +104,22 @@ def signature(value: Any) -> str:
         return ""
     name = value.__name__
     short = f"{name}{found}"
-    if len(short) <= 100:
-        return short
+    if len(short) <= 90:
+        return _unquoted(short)
     parts: list[str] = []
     seen_star = False
     for p in found.parameters.values():
         if p.kind is p.KEYWORD_ONLY and not seen_star:
             parts.append("*")
         seen_star = seen_star or p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL)
-        parts.append(str(p))
+        parts.append(_unquoted(str(p)))
     back = "" if found.return_annotation is found.empty else f" -> {_annotation(found.return_annotation)}"
     return f"{name}(\n" + "".join(f"    {p},\n" for p in parts) + f"){back}"
+
+
+def _unquoted(text: str) -> str:
+    """Annotations as they are written in the source."""
+    return re.sub(r"(: |-> )'([^']*)'", r"\1\2", text)
 
 
 def _annotation(value: Any) -> str:
@@ -137,6 +146,12 @@ def equations(entry: Paper) -> list[str]:
             if found := text.equations(doc):
                 return found
     return []
+
+
+@cache
+def tex() -> dict[str, list[str]]:
+    """Equations in TeX by paper."""
+    return tomllib.loads((Path(__file__).parent / "equations.toml").read_text(encoding="utf-8"))
 
 
 def _lines(title: str, lines: Iterable[str], linked: Callable[[str], str]) -> str:
@@ -210,9 +225,14 @@ def paper_page(entry: Paper, snippet: str, studies: Iterable[Study], sizes: Mapp
         there = page_of(name)
         named.append(link(here, there, f"`{name}`") if there else f"`{name}`")
     out.append(f"Here: {', '.join(named)}, in `{entry.where}`.\n")
-    if found := equations(entry):
-        out.append("## Equation\n")
-        out += [fence(block) if "\n" in block else f"```text\n{block}\n```\n" for block in _joined(found)]
+    written = [fence(block) for block in _joined(equations(entry))]
+    if rendered := tex().get(entry.slug, []):
+        out += ["## Equation\n", *map(maths.fence, rendered)]
+        if written:
+            out.append('??? note "As its docstring writes it"\n')
+            out += [textwrap.indent(block, "    ") for block in written]
+    elif written:
+        out += ["## Equation\n", *written]
     if snippet:
         out += ["## Try it\n", fence(snippet, "python")]
     used = [line for name in entry.mechanisms for line in attaches(resolve(name), name)]
@@ -397,7 +417,12 @@ def papers_index(entries: list[Paper]) -> str:
     ]
     for name, group in grouped(entries).items():
         rows = [
-            [f"[{cell(e.title)}]({e.slug}.md)", str(e.year), cell(e.parity), cell(", ".join(e.mechanisms[:3]))]
+            [
+                f"[{cell(e.title)}]({e.slug}.md)",
+                str(e.year),
+                cell(e.parity),
+                cell(", ".join(m.rpartition(".")[2] for m in e.mechanisms[:4])),
+            ]
             for e in group
         ]
         out += [f"## {name}\n", table(["paper", "year", "held to", "here"], rows)]

@@ -35,7 +35,7 @@ def cell(text: str) -> str:
     >>> cell("``a | b``")
     '<code>a &#124; b</code>'
     """
-    out = inline(" ".join(text.split()))
+    out = inline(re.sub(r"[ \t\n]+", " ", text.strip()))
     if "|" in out.replace("\\|", ""):
         out = re.sub(r"`([^`]*\|[^`]*)`", lambda m: f"<code>{_entities(m[1])}</code>", out)
     return out

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .measured import HIGHER, LOWER, Study, interval, number
+from .measured import HIGHER, LOWER, SILENT, Study, interval, number
 from .text import cell, table
 
-#: A row of the table: task, size, the best with its figure, what is level with it, what it costs, study.
+#: A row of the table: task, what was measured, the best with its figure, what is level with it, the baseline or cost,
+#: study.
 Row = tuple[str, str, str, str, str, Study]
+
+#: Keys of settings that say how long what was timed is.
+SIZES = ("tokens", "grid", "prompt", "context", "length")
+
+#: Keys of times, and what they are of.
+TIMES = {
+    "forward_seconds": "forward", "both_seconds": "forward and backward", "seconds": "forward",
+    "step_seconds": "one decoding step",
+}  # fmt: skip
 
 
 def better(metric: str) -> int:
@@ -31,7 +41,7 @@ def comparisons(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, M
             return
         for key, inner in value.items():
             if key not in ("runs", "machine"):
-                yield from comparisons(inner, (*path, key) if key not in ("tasks", "comparisons") else path)
+                yield from comparisons(inner, path if key in SILENT else (*path, key))
 
 
 def _ranked(where: str, block: Mapping[str, Any], study: Study) -> Row | None:
@@ -52,8 +62,10 @@ def _ranked(where: str, block: Mapping[str, Any], study: Study) -> Row | None:
         said += f" and {len(level) - 4} more"
     task = study.title + (f": {where}" if where else "")
     n = max((r[metric].get("n", 0) for r in rows), default=0)
-    cost = f"{n} seeds, 95 % intervals" if n else ""
-    return task, metric.replace("_", " "), f"{best['name']}: {interval(best[metric])}", said or "none", cost, study
+    base = next((f"{r['name']}: {interval(r[metric])}" for r in rows if r["name"] == block["baseline"]), "")
+    base = "the best itself" if best["name"] == block["baseline"] else base
+    what = metric.replace("_", " ") + (f", {n} seeds" if n else "")
+    return task, what, f"{best['name']}: {interval(best[metric])}", said or "none", base, study
 
 
 def _language(study: Study) -> Iterator[Row]:
@@ -71,7 +83,9 @@ def _language(study: Study) -> Iterator[Row]:
         level = [n for n, v in said.items() if n != best and v["mean"] - v["half_width"] <= reach]
         shown = ", ".join(f"{n} ({interval(said[n])})" for n in level[:4])
         more = f" and {len(level) - 4} more" if len(level) > 4 else ""
-        cost = f"step {number(rows[0]['over_first'])} × softmax"
+        first = next((c["label"] for c in study.data["contestants"] if c["label"] == c.get("reference")), "")
+        cost = f"{first}: {interval(said[first])}; the best's step takes {number(rows[0]['over_first'])} × as long"
+        cost = "the best itself" if first == best else cost if first in said else ""
         yield ("Language, byte level, young models", f"{length} bytes, bits per byte",
                f"{best}: {interval(said[best])}", (shown or "none") + more, cost, study)  # fmt: skip
 
@@ -91,8 +105,29 @@ def _by_length(study: Study) -> Iterator[Row]:
             base = rows[0][key][i]
             what = {"forward_seconds": "forward", "both_seconds": "forward and backward"}.get(key, "time")
             yield (f"Speed: {study.title}", f"N = {size:,}, {what}", f"{name}: {number(first * 1e3)} ms",
-                   f"next: {other} ({number(second * 1e3)} ms)",
+                   f"{other} ({number(second * 1e3)} ms)",
                    f"{number(base / first)} × as fast as {rows[0]['contender']}", study)  # fmt: skip
+
+
+def _at_one_length(study: Study) -> Iterator[Row]:
+    """Contenders timed once: the fastest, at the size that the settings say."""
+    records = study.data.get("records")
+    settings = study.data.get("settings")
+    if not isinstance(records, list) or not isinstance(settings, Mapping):
+        return
+    size = next((f"{key.replace('_', ' ')} {_size(settings[key])}" for key in SIZES if key in settings), "")
+    for key, what in TIMES.items():
+        rows = [r for r in records if isinstance(r.get("contender"), str) and isinstance(r.get(key), float)]
+        if len(rows) < 2 or not size:
+            continue
+        first, second = sorted(rows, key=lambda r: r[key])[:2]
+        yield (f"Speed: {study.title}", f"{size}, {what}", f"{first['contender']}: {number(first[key] * 1e3)} ms",
+               f"{second['contender']} ({number(second[key] * 1e3)} ms)",
+               f"{number(rows[0][key] / first[key])} × as fast as {rows[0]['contender']}", study)  # fmt: skip
+
+
+def _size(value: Any) -> str:
+    return " × ".join(map(str, value)) if isinstance(value, list) else number(value)
 
 
 def rows(studies: list[Study]) -> list[Row]:
@@ -105,6 +140,7 @@ def rows(studies: list[Study]) -> list[Row]:
         if study.data.get("summary") and study.data.get("contestants"):
             out += _language(study)
         out += _by_length(study)
+        out += _at_one_length(study)
     return out
 
 
@@ -112,17 +148,22 @@ def page(studies: list[Study]) -> str:
     """The page: quality first, then speed."""
     quality, speed = [], []
     for task, size, best, level, cost, study in rows(studies):
-        source = f"[{study.stem}](results/{study.stem}.md), {study.machine}"
+        source = f"[{study.stem}](results/{study.stem}.md), {study.machine.partition(', torch')[0]}"
         row = [cell(task), cell(size), cell(best), cell(level), cell(cost), source]
-        (speed if task.startswith("Speed") else quality).append(row)
-    return "\n".join([
+        if task.startswith("Speed: "):
+            speed.append([row[0].removeprefix("Speed: "), *row[1:]])
+        else:
+            quality.append(row)
+    return "---\nhide: [navigation, toc]\n---\n\n" + "\n".join([
         "# Which one should I use?\n",
         "What was best where it was measured, and what cannot be told apart from it. Every row is computed from a file "
         "of `benchmarks/results`; the models are small and young, and the machine is a CPU. Measure at *your* shape: "
         "`attnlib compare` trains and times mechanisms side by side on your machine.\n",
         "## By task\n",
-        "Level with it: the 95 % intervals of the two reach into each other. That does not say they are equal.\n",
-        table(["task", "measured", "best", "level with it", "seeds or cost", "from"], quality),
+        "Means and 95 % intervals over seeds. Level with it: the intervals of the two reach into each other, which "
+        "does not say that they are equal. Where rows of a study spend different budgets (a density, a size of "
+        "patches, a bound that nobody reaches), the best is the one that spends most: its page has the others.\n",
+        table(["task", "measured", "best", "level with it", "baseline", "from"], quality),
         "## By length\n",
         table(["what", "length", "fastest", "then", "against", "from"], speed),
     ])  # fmt: skip

@@ -155,7 +155,7 @@ def write(
         shutil.copyfile(source, path)
     for name in ("site.css", "worker.js"):
         shutil.copyfile(HERE / name, out / "pages" / name)
-    (out / "zensical.toml").write_text(settings(site, entries, guides), encoding="utf-8")
+    (out / "zensical.toml").write_text(settings(site, entries, guides, found), encoding="utf-8")
     return site
 
 
@@ -166,7 +166,7 @@ def count(entry: Any) -> int:
     return counted_params(entry) if entry.params is None else entry.params
 
 
-def settings(site: Pages, entries: list[Paper], guides: list[str]) -> str:
+def settings(site: Pages, entries: list[Paper], guides: list[str], found: list[measured.Study]) -> str:
     """The generator's settings: those of ``zensical.toml`` beside this file, and what stands where."""
 
     def leaf(where: str, said: str = "") -> str:
@@ -175,7 +175,7 @@ def settings(site: Pages, entries: list[Paper], guides: list[str]) -> str:
     def group(said: str, items: list[str]) -> str:
         return f"{{ {quote(said)} = [{', '.join(items)}] }}"
 
-    studies = sorted(w for w in site if w.startswith("results/") and not w.endswith("index.md"))
+    studies = [leaf(f"results/{study.stem}.md", study.name) for study in found]
     mechanisms = sorted(w for w in site if w.startswith("mechanisms/") and not w.endswith("index.md"))
     operators = sorted(w for w in site if w.startswith("operators/") and not w.endswith("index.md"))
     techniques: dict[str, list[str]] = {}
@@ -193,7 +193,7 @@ def settings(site: Pages, entries: list[Paper], guides: list[str]) -> str:
         group("Operators", [quote("operators/index.md"), *map(leaf, operators)]),
         group("Techniques", [quote("techniques/index.md"), *(group(k, v) for k, v in techniques.items())]),
         leaf("models.md", "Models"),
-        group("Measured", [quote("results/index.md"), *map(leaf, studies)]),
+        group("Measured", [quote("results/index.md"), *studies]),
         group("Guides", [quote("guides/index.md"), *map(leaf, guides), leaf("contributing.md", "Contributing")]),
     ]
     text = (HERE / "zensical.toml").read_text(encoding="utf-8")
