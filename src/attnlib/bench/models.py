@@ -112,6 +112,16 @@ def canonical(name: str) -> str:
     return name
 
 
+def title(name: str) -> str:
+    """What a model is, by a name of these or, unchanged, any other.
+
+    >>> title("minilm")
+    'all-MiniLM-L6-v2, a sentence encoder'
+    """
+    known = ALIASES.get(name, name)
+    return MODELS[known].title if known in MODELS else name
+
+
 def folder(name: str | None = None) -> Path:
     """Where a model is kept, or all of them."""
     base = os.environ.get("ATTNLIB_MODELS")

@@ -293,7 +293,8 @@ def measure(
         for length in plan
     }
     result = {
-        "what": QUESTION, "machine": machine(), "model": _title(model), "dtype": str(dtype).removeprefix("torch."),
+        "what": QUESTION, "machine": machine(), "model": models.title(model),
+        "dtype": str(dtype).removeprefix("torch."),
         "kvpress": kvpress_version() if bench.presses else None, "tasks": dict(prompts.TASKS), "rows": rows,
         "needle by depth": maps,
     }  # fmt: skip
@@ -306,11 +307,6 @@ def _there(rows: Sequence[Mapping[str, Any]], length: int, name: str) -> bool:
     return any(
         r["name"] == name and r["length"] == length and r["mode"] == "asked" and r["task"] == "needle" for r in rows
     )
-
-
-def _title(model: str) -> str:
-    known = models.ALIASES.get(model, model)
-    return models.MODELS[known].title if known in models.MODELS else model
 
 
 def draw(result: Mapping[str, Any], path: Path, names: Sequence[str] | None = None) -> None:
