@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnlib
-from attnlib.ops.hyper import DRAWS, angular_hash, hyper_attention
+from attnlib.ops.hyper import DRAWS, angular_hash, hyper_attention, hyper_codes
 
 F64 = torch.float64
 
@@ -147,10 +147,10 @@ def test_planted_heavy_pairs_are_found():
 
 def test_work_is_linear_in_block_and_sample():
     def work(n, block, sample):
-        q, k, v = torch.randn(3, 1, 1, n, 8)
+        q, k, v = torch.randn(3, 1, 1, n, 8, dtype=F64)  # the kernel that serves float32 is not counted
         with FlopCounterMode(display=False) as counter:
             hyper_attention(
-                q, k, v, torch.randn(8, 0), draws(1, sample), block_size=block, sample_size=sample, min_seq_len=8
+                q, k, v, noise(8, 0), draws(1, sample), block_size=block, sample_size=sample, min_seq_len=8
             )
         return counter.get_total_flops()
 
@@ -247,3 +247,27 @@ def test_bad_calls_are_refused():
     m = attnlib.create("hyperattention", dim=8, num_heads=2)
     with pytest.raises(ValueError, match="takes no mask"):
         m(noise(1, 6, 8).float(), mask=torch.ones(6, 6, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("n", "block", "sample", "absent"),
+    [(64, 8, 12, 0), (61, 8, 5, 0), (64, 8, 12, 40), (50, 16, 3, 50), (40, 64, 4, 3), (64, 8, 0, 9)],
+)
+def test_the_kernel_of_float32_gives_what_plain_products_give(causal, strict, n, block, sample, absent):
+    q, k, v = noise(3, 2, 2, n, 4, seed=5)
+    directions, drawn = noise(4, 3), draws(2, sample)
+    valid = torch.ones(2, n, dtype=torch.bool)
+    valid[0, n - absent :] = False
+    codes = hyper_codes(q, k, directions, strict)
+    call = dict(block_size=block, sample_size=sample, min_seq_len=8, causal=causal, strict=strict, codes=codes)
+    call["valid"] = valid if absent else None
+    expected = hyper_attention(q, k, v, directions, drawn, **call)
+    single = [t.float() for t in (q, k, v, directions)]
+    out = hyper_attention(*single, drawn, **call)
+    rows = valid[:, None, :, None].expand_as(out)
+    torch.testing.assert_close(out[rows].double(), expected[rows], atol=2e-5, rtol=2e-5)
+    assert torch.isfinite(out).all()
+    watched = hyper_attention(single[0].requires_grad_(), *single[1:], drawn, **call)
+    torch.testing.assert_close(watched[rows].detach(), out[rows], atol=2e-5, rtol=2e-5)

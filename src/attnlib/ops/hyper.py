@@ -129,8 +129,34 @@ def _pad(x: Tensor, length: int) -> Tensor:
     return x if not more else F.pad(x, (0, 0) * (x.dim() - 2) + (0, more))
 
 
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the CPU's own kernel serves, which keeps no scores."""
+    plain = readable(q, k, v) and q.dtype == torch.float32 and not transformed([q, k, v])
+    given = q.numel() and k.numel() and v.shape[-1] == q.shape[-1]
+    return bool(plain and given and not wants_gradient([q, k, v]))
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
+    """Output and log-sum of (B, H, N, D), by the kernel of :func:`_fused`."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, **call)
+    return out, lse
+
+
 def _part(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None = None) -> Partial:
     """Softmax attention over the keys that are not hidden, as a mergeable part."""
+    if _fused(q, k, v):
+        flat = q.dim() == 3
+        q, k, v = (t.unsqueeze(1) if flat else t for t in (q, k, v))
+        mask = None
+        if hidden is not None:
+            hidden = hidden.unsqueeze(1) if flat else hidden
+            mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -math.inf)
+        out, lse = _kernel(q, k, v, attn_mask=mask, scale=scale)
+        den = torch.ones_like(lse)
+        if hidden is not None:
+            none = hidden.all(-1).expand(lse.shape)
+            out, lse, den = out.masked_fill(none.unsqueeze(-1), 0), lse.masked_fill(none, 0), den.masked_fill(none, 0)
+        return Partial(*(t.squeeze(1) if flat else t for t in (lse, den, out)))
     scores = (q * scale) @ k.mT
     # In place where nobody watches: the scores are by far the largest tensor of a call.
     fresh = not torch.compiler.is_compiling() and not transformed([q, k, v])
@@ -144,11 +170,8 @@ def _part(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None =
 
 def _exact(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, causal: bool, scale: float) -> Partial:
     """Attention of (R, N, D) as it is."""
-    plain = valid is None and readable(q, k, v) and q.dtype == torch.float32 and not transformed([q, k, v])
-    if plain and not wants_gradient([q, k, v]) and v.shape[-1] == q.shape[-1] and q.numel() and k.numel():
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q[None], k[None], v[None], is_causal=causal, scale=scale
-        )
+    if valid is None and _fused(q, k, v):
+        out, lse = _kernel(q[None], k[None], v[None], is_causal=causal, scale=scale)
         return Partial(lse[0], torch.ones_like(lse[0]), out[0])
     made = attention_partial(
         q[:, None], k[:, None], v[:, None], mask=causal_mask() if causal else None, valid=valid, scale=scale
@@ -201,6 +224,14 @@ def _by_rank(q: Tensor, k: _Side, v: Tensor, o: _Options) -> tuple[Partial, Tens
     return part, (torch.arange(n, device=q.device) // tile).expand(q.shape[0], -1)
 
 
+def _own_blocks(q: _Side, k: _Side, o: _Options) -> tuple[Tensor, Tensor]:
+    """(R, N) the block of sorted keys that each hash falls into, and (R, 1) how many keys exist."""
+    many, m = k.x.shape[:2]
+    last = torch.full((many, 1), m, device=q.x.device) if k.valid is None else k.valid.sum(1, keepdim=True)
+    at = torch.searchsorted(k.code.contiguous(), q.code.contiguous())
+    return torch.minimum(at, (last - 1).clamp(min=0)) // o.block, last
+
+
 def _by_hash(q: _Side, k: _Side, v: Tensor, o: _Options) -> tuple[Partial, Tensor]:
     """Every query reads the block of sorted keys that its own hash falls into, whatever the other queries are.
 
@@ -210,9 +241,7 @@ def _by_hash(q: _Side, k: _Side, v: Tensor, o: _Options) -> tuple[Partial, Tenso
     size = -(-b // 4)  # small tiles lie across few blocks
     blocks, tiles = -(-m // b), -(-n // size)
     many = q.x.shape[0]
-    last = torch.full((many, 1), m, device=q.x.device) if k.valid is None else k.valid.sum(1, keepdim=True)
-    at = torch.searchsorted(k.code.contiguous(), q.code.contiguous())
-    block = torch.minimum(at, (last - 1).clamp(min=0)) // b
+    block, _ = _own_blocks(q, k, o)
     # What does not exist comes last; it must not lead the tiles on.
     ends = F.pad(block, (0, tiles * size - n)).unflatten(1, (tiles, size)).amax(-1).cummax(1).values
     steps = torch.arange(tiles + blocks - 1, device=q.x.device).expand(many, -1).contiguous()
@@ -244,6 +273,10 @@ def _across(q: _Side, k: _Side, v: Tensor, draws: Tensor | None, o: _Options) ->
     order, q = q.sorted()
     k_order, k = k.sorted()
     v = _rows(v, k_order)
+    if o.strict and _fused(q.x, k.x, v):
+        part = _block_by_block(q, k, v, draws, o)
+        back = order.argsort(dim=1, stable=True)
+        return Partial(*(_rows(t, back) for t in part))
     part, block = _by_hash(q, k, v, o) if o.strict else _by_rank(q.x, k, v, o)
     if o.samples and m > o.block and (o.strict or n > -(-n // -(-m // o.block))):
         part = _merge(part, _sampled(q.x, k, v, block, draws, o), o)
@@ -251,25 +284,66 @@ def _across(q: _Side, k: _Side, v: Tensor, draws: Tensor | None, o: _Options) ->
     return Partial(*(_rows(t, back) for t in part))
 
 
-def _sampled(q: Tensor, k: _Side, v: Tensor, block: Tensor, draws: Tensor | None, o: _Options) -> Partial:
-    """The mass of the keys outside of the own block, estimated from a sample with replacement."""
-    m = k.x.shape[1]
+def _drawn(k: _Side, draws: Tensor | None, o: _Options) -> tuple[Tensor, Tensor]:
+    """Numbers of the sampled keys (R, s), with replacement among those that exist, and how many these are (R, 1)."""
+    many, m = k.x.shape[:2]
     if k.valid is None:
-        count = torch.full((q.shape[0], 1), m, device=q.device)
+        count = torch.full((many, 1), m, device=k.x.device)
     else:
         count = k.valid.sum(1, keepdim=True)
     if draws is None and k.valid is None:
-        index = torch.randint(m, size=(q.shape[0], o.samples), device=q.device)
-    else:
-        if draws is None:
-            draws = torch.randint(DRAWS, size=(q.shape[0], o.samples), device=q.device)
-        index = draws * count // DRAWS
+        return torch.randint(m, size=(many, o.samples), device=k.x.device), count
+    if draws is None:
+        draws = torch.randint(DRAWS, size=(many, o.samples), device=k.x.device)
+    return draws * count // DRAWS, count
+
+
+def _sampled(q: Tensor, k: _Side, v: Tensor, block: Tensor, draws: Tensor | None, o: _Options) -> Partial:
+    """The mass of the keys outside of the own block, estimated from a sample with replacement."""
+    index, count = _drawn(k, draws, o)
     hidden = None if o.compat is not None else block.unsqueeze(-1) == (index // o.block).unsqueeze(1)
     if k.valid is not None:
         none = (count == 0).unsqueeze(-1)
         hidden = none if hidden is None else hidden | none
     part = _part(q, _rows(k.x, index), _rows(v, index), o.scale, hidden)
     return part.shift((count.to(v.dtype) / o.samples).clamp(min=1e-30).log())
+
+
+def _block_by_block(q: _Side, k: _Side, v: Tensor, draws: Tensor | None, o: _Options) -> Partial:
+    """:func:`_by_hash` and :func:`_sampled` where the numbers may be looked at: the queries of a block are neighbours,
+    and read it and the sample without it in one call."""
+    many, n = q.x.shape[:2]
+    block, last = _own_blocks(q, k, o)
+    blocks = -(-k.x.shape[1] // o.block)
+    starts = torch.searchsorted(block, torch.arange(blocks + 1).expand(many, -1).contiguous()).tolist()
+    out, lse = v.new_zeros(many, n, v.shape[-1]), v.new_zeros(many, n)
+    den = torch.zeros_like(lse)
+    sampling = o.samples > 0 and blocks > 1
+    if sampling:
+        index = _drawn(k, draws, o)[0].sort(1).values
+        edges = torch.arange(blocks + 1).mul(o.block).expand(many, -1).contiguous()
+        cuts = torch.searchsorted(index, edges).tolist()
+        k_drawn, v_drawn = _rows(k.x, index), _rows(v, index)
+    for r, exist in enumerate(last.flatten().tolist()):
+        for i in range(blocks):
+            rows, own = slice(*starts[r][i : i + 2]), slice(i * o.block, min((i + 1) * o.block, exist))
+            if rows.start == rows.stop or own.start >= own.stop:
+                continue
+            keys, values, bias = [k.x[r, own]], [v[r, own]], None
+            if sampling:
+                for beside in (slice(0, cuts[r][i]), slice(cuts[r][i + 1], None)):
+                    keys.append(k_drawn[r, beside])
+                    values.append(v_drawn[r, beside])
+                near = own.stop - own.start
+                bias = v.new_full((sum(len(t) for t in keys),), math.log(exist / o.samples))
+                bias[:near] = 0
+                bias = bias[None, None, None]
+            got, total = _kernel(
+                q.x[None, r : r + 1, rows], torch.cat(keys)[None, None], torch.cat(values)[None, None], attn_mask=bias,
+                scale=o.scale,
+            )  # fmt: skip
+            out[r, rows], lse[r, rows], den[r, rows] = got[0, 0], total[0, 0], 1
+    return Partial(lse, den, out)
 
 
 def _in_order(q: _Side, k: _Side, v: Tensor, draws: Tensor | None, o: _Options) -> Partial:

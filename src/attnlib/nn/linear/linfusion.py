@@ -37,7 +37,7 @@ def residual_network(dim: int, mid_dim: int | None) -> nn.Module:
     if mid_dim == 0:
         return nn.Identity()
     mid = dim if mid_dim is None else mid_dim
-    return nn.Sequential(nn.Linear(dim, mid), nn.LayerNorm(mid), nn.LeakyReLU(), nn.Linear(mid, dim))
+    return nn.Sequential(nn.Linear(dim, mid), nn.LayerNorm(mid), nn.LeakyReLU(inplace=True), nn.Linear(mid, dim))
 
 
 @register("linfusion", "generalized-linear-attention")
@@ -104,9 +104,9 @@ class LinFusionAttention(Mechanism):
         """Features of queries (B, H, N, D) and keys (B, H, M, D), and values (B, H, M, D)."""
         source = x if context is None else context
         phi = feature_map("elu1")
-        q, k = self.q(x + self.g_q(x)), self.k(source + self.g_k(source))
+        q, k = phi(self.q(x + self.g_q(x))), phi(self.k(source + self.g_k(source)))
         q, k, v = (split_heads(t, self.num_heads) for t in (q, k, self.v(source)))
-        return phi(q), phi(k), v
+        return q, k, v
 
     def mix(
         self,
@@ -125,9 +125,12 @@ class LinFusionAttention(Mechanism):
             count = torch.full((x.shape[0], 1), m, dtype=high, device=x.device)
         else:
             count = exists.sum(1, keepdim=True).clamp(min=1).to(high)
+        # Means over M keys and eps are sums and M eps.
+        sums = exists is None and isinstance(m, int)
         out: Any = linear_attention(
-            q, k, v, key_weights=(1 / count).expand(-1, m), normalizer="sum", causal=False, valid=exists, eps=self.eps
-        )
+            q, k, v, key_weights=None if sums else (1 / count).expand(-1, m), normalizer="sum", causal=False,
+            valid=exists, eps=self.eps * m if sums else self.eps,
+        )  # fmt: skip
         if self.compat is not None and context is not None:
             own = flat_valid(valid)
             queries = own.sum(1, keepdim=True).clamp(min=1).to(high) if own is not None else torch.full_like(count, n)
