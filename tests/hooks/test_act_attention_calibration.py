@@ -140,6 +140,10 @@ def test_threshold_relative_to_the_length(recorded):
     a, b = SinkCalibration({2: [1]}, threshold=3.0, relative=True), SinkCalibration({2: [1]}, threshold=3.0 / 14)
     assert torch.equal(run(a, site, q, k, v), run(b, site, q, k, v))
     assert torch.equal(a.results()["sinks"][2], b.results()["sinks"][2]) and a.results()["sinks"][2].any()
+    # A batch without padding shares one mask, and every sample has the same length.
+    q, k, v = (torch.cat([t, t.flip(1)]) for t in (q, k, v))
+    both = run(a, call_site(q, k), q, k, v)
+    assert torch.equal(both, run(b, call_site(q, k), q, k, v)) and a.results()["sinks"][2].shape[0] == 2
 
 
 def test_lists_of_the_authors():

@@ -257,7 +257,8 @@ class SinkCalibration(Intervention):
         first = torch.where(key_exists, index, weights.shape[-1]).amin(-1).expand(weights.shape[0])
         threshold: float | Tensor = self.threshold
         if self.relative:
-            threshold = self.threshold / key_exists.sum(-1).clamp(min=1)[:, None, None]
+            tokens = key_exists.sum(-1).clamp(min=1).expand(weights.shape[0])  # a batch without padding shares a mask
+            threshold = self.threshold / tokens[:, None, None]
         sinks = torch.zeros(*weights.shape[:2], weights.shape[-1], dtype=torch.bool, device=weights.device)
         sinks[:, chosen] = find_sinks(scores, threshold, first, self.compat)
         if self.compat == "authors":
