@@ -124,7 +124,7 @@ def prompts(tokenizer: Any, tokens: Tensor, lengths: tuple[int, int] = (96, 80))
     ids = torch.full((len(lengths), width), tokenizer.pad_token_id or 0)
     types = torch.full((len(lengths), width), PAD)
     for row, length in enumerate(lengths):
-        ids[row, width - length :] = tokens[row * 1000 : row * 1000 + length]
+        ids[row, width - length :] = tokens[row * 300 : row * 300 + length]
         types[row, width - length :] = TEXT
         types[row, width - length + 8 : width - 24] = IMAGE
     return ids, types
