@@ -33,7 +33,7 @@ def test_alignment_and_what_is_removed_change_answers(align):
 
 
 def test_the_study_runs(tmp_path):
-    found = pruning.measure(pictures=tmp_path, steps=1, batch=2, seeds=(0, 1), tested=8, shares=(0.7, 0.5))
+    found = pruning.measure(pictures=tmp_path, steps=1, batch=2, pool=8, seeds=(0, 1), tested=8, shares=(0.7, 0.5))
     assert [r["name"] for r in found["rows"]] == list(pruning.CONTESTANTS) and (tmp_path / "pruning-cpu.svg").exists()
     for row in found["rows"]:
         assert row["divergence at 50 %"]["mean"] > 0 and row["against"]["n"] == 2

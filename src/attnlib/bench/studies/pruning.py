@@ -94,8 +94,9 @@ def measure(
     progress: Progress | None = None,
     keep: str | Path | None = None,
     pictures: str | Path | None = None,
-    steps: int = 300,
+    steps: int = 280,
     batch: int = 24,
+    pool: int = 2048,
     lr: float = 4e-3,
     seeds: tuple[int, ...] = (0, 1, 2),
     tested: int = 512,
@@ -108,6 +109,7 @@ def measure(
         keep: file to go on from; see :func:`attnlib.bench.small.study`.
         pictures: folder for ``pruning-cpu.svg``.
         steps, batch, lr, seeds: of training.
+        pool: images that it draws from.
         tested: images, of digits that were not trained on.
         shares: of the patches that stay; 0.7 among them.
 
@@ -115,6 +117,11 @@ def measure(
         Plain values, for JSON.
     """
     test = draw(tested, "test", torch.Generator().manual_seed(1234))
+    images, labels = draw(pool, "train", torch.Generator().manual_seed(4321))
+
+    def some(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        at = torch.randint(pool, (batch,), generator=generator)
+        return images[at], labels[at]
 
     @functools.cache
     def trained(seed: int) -> tuple[VisionMamba, Tensor, float]:
@@ -124,7 +131,7 @@ def measure(
         def loss(m: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
             return F.cross_entropy(m(given[0]), given[1])
 
-        fit(model, lambda g: draw(batch, "train", g), loss, steps, lr=lr, seed=seed)
+        fit(model, some, loss, steps, lr=lr, seed=seed)
         return model.eval(), answers(model, test[0]), accuracy(model, *test)
 
     def run(name: str, seed: int) -> dict[str, float]:
@@ -140,7 +147,7 @@ def measure(
         return {**found, "accuracy of the model": right}
 
     found = study(
-        tuple(CONTESTANTS), run, METRIC, DELETION, seeds, progress, keep, (steps, batch, lr, tested, list(shares))
+        tuple(CONTESTANTS), run, METRIC, DELETION, seeds, progress, keep, (steps, batch, pool, lr, tested, list(shares))
     )  # fmt: skip
     if pictures is not None:
         curves = {
@@ -154,7 +161,8 @@ def measure(
         )  # fmt: skip
     return {
         "what": "pruning of trained Vision Mambas", "machine": machine(), "task": "digits with pieces of others",
-        "patches": (SIDE // PATCH) ** 2, "blocks": DEPTH, "steps": steps, "batch": batch, "lr": lr, "tested": tested,
+        "patches": (SIDE // PATCH) ** 2, "blocks": DEPTH, "steps": steps, "batch": batch, "pool": pool, "lr": lr,
+        "tested": tested,
         "most frequent class": 100 * float(test[1].bincount().max()) / len(test[1]),
         "parameters": parameters(build()), **found,
     }  # fmt: skip
