@@ -39,13 +39,19 @@ LOSSES: dict[str, tuple[str, float | None] | None] = {
 }
 
 
-def surfaces(count: int, points: int, generator: torch.Generator | None = None) -> Tensor:
-    """(count, points, 3) points of stretched and turned surfaces inside the cube of side 2."""
+def surfaces(
+    count: int, points: int, generator: torch.Generator | None = None, kinds: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """(count, points, 3) points of stretched and turned surfaces inside the cube of side 2.
+
+    ``kinds`` (count,) are numbers of :data:`SURFACES`, drawn where they are not given.
+    """
 
     def draw(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
 
-    kinds = torch.randint(len(SURFACES), (count,), generator=generator)
+    if kinds is None:
+        kinds = torch.randint(len(SURFACES), (count,), generator=generator)
     u, v, face = (
         2 * math.pi * draw(count, points),
         draw(count, points),
