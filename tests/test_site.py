@@ -81,12 +81,15 @@ def test_the_site_is_whole_and_grows(tmp_path):
         and "```math" in site["papers/biformer.md"]
     )
     assert r"a \* b &lt; c \| d" in page and "What a machine checked" in page
+    assert f"[{len(ENTRIES) + 1} papers](papers/index.md)" in site["index.md"]
     assert "brand-new.md" in site["papers/index.md"] and "papers/brand-new.md" in site["mechanisms/biformer.md"]
     assert (
         "routed (BiFormer): 60.0 ± 2.0" in site["which.md"].replace("\u00a0", " ")
         and "Abacus, 2 cores" in site["which.md"]
     )
     assert "![fresh-cpu](fresh-cpu.svg)" in site["results/fresh-cpu.md"]
+    assert "attnlib bench --suite mixers" in site["results/mixers-cpu.md"]
+    assert "| `eager` | right | right: by autograd |" in site["operators/attention.md"]
     settings = (out / "zensical.toml").read_text()
     assert '"papers/brand-new.md"' in settings and '"results/fresh-cpu.md"' in settings
 
@@ -193,6 +196,7 @@ def test_settings_of_the_generator_ask_nobody():
 def test_a_docstring_keeps_what_it_says():
     doc = "One.\n\n* a ``b | c``\n* d\n\nArgs:\n    x, y: both\n        of them.\n\n>>> 1\n1"
     said = text.markdown(doc)
+    assert text.inline("(B, *grid, C) is *not* a * b, (B, *grid)") == r"(B, \*grid, C) is *not* a \* b, (B, \*grid)"
     assert "- a `b | c`\n- d" in said and "- `x`, `y`: both of them." in said and "```pycon\n>>> 1\n1\n```" in said
 
 

@@ -106,7 +106,7 @@ def machine_of(value: Any) -> str:
 
 def _said(key: str) -> str:
     """A key as a heading: ``both_over_dense`` -> ``both over dense``."""
-    return key.replace("_", " ")
+    return key.removeprefix("metrics: ").removeprefix("rates: ").replace("_", " ")
 
 
 def number(value: Any) -> str:
@@ -271,7 +271,7 @@ def rows_of(study: Study, names: list[str]) -> list[tuple[Grid, list[int]]]:
                 i for i, (label, _) in enumerate(grid.rows) if label in ("softmax", "sdpa", "untouched", grid.baseline)
             ]
             found.append((grid, sorted({*hits, *base[:2]})))
-    return found
+    return [(g, rows) for g, rows in found if not any(set(g.columns) < set(other.columns) for other, _ in found)]
 
 
 def _labels(study: Study, names: list[str]) -> set[str]:

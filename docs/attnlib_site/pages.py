@@ -353,6 +353,19 @@ def name_page(here: str, name: str, value: Any, entries: Iterable[Paper]) -> str
     return "\n".join(out)
 
 
+def backends(name: str) -> str:
+    """The backends of an operator with the derivatives they have; empty for what has none."""
+    from attnlib import ops
+
+    if name not in ops.operators():
+        return ""
+    found = ops.derivatives(name)
+    heads = list(dict.fromkeys(key for row in found.values() for key in row))
+    rows = [[f"`{backend}`", *(cell(row.get(key, "")) for key in heads)] for backend, row in found.items()]
+    said = f"`attnlib.explain(attnlib.ops.{name}, ...)` says which one serves a call, and why others are passed over.\n"
+    return "\n".join(["## Backends, and their derivatives\n", said, table(["backend", *map(cell, heads)], rows)])
+
+
 def exported(package: str) -> dict[str, Any]:
     """The classes and functions that a package exports, by name."""
     module = importlib.import_module(package)
@@ -366,7 +379,7 @@ def packages(entries: list[Paper]) -> Pages:
     ops = exported("attnlib.ops")
     rows = []
     for name, value in sorted(ops.items()):
-        out[f"operators/{name}.md"] = name_page(f"operators/{name}.md", name, value, entries)
+        out[f"operators/{name}.md"] = name_page(f"operators/{name}.md", name, value, entries) + "\n" + backends(name)
         rows.append([f"[`{name}`]({name}.md)", cell(text.summary(inspect.getdoc(value) or ""))])
     head = text.markdown(inspect.cleandoc(importlib.import_module("attnlib.ops").__doc__ or ""))
     out["operators/index.md"] = f"# Operators\n\n{head}\n{table(['', ''], rows)}"

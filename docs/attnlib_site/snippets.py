@@ -50,7 +50,7 @@ def of_case(case: Any) -> str:
     settings = ", ".join(f"{key}={_literal(value)}" for key, value in case.config.items())
     lines = [*_imports(case.config), "import torch", "import attnlib"]
     lines = sorted(set(lines), key=lambda x: (x.startswith("from"), x != "import torch", x))
-    cls = find(case.name)
+    cls: Any = find(case.name)
     made = f'attnlib.create("{case.name}", {settings})'
     body: list[str] = []
     if isinstance(cls, type) and issubclass(cls, Fusion):
@@ -63,7 +63,7 @@ def of_case(case: Any) -> str:
     shape = (2, *case.grid, case.config["dim"])
     body = [f"mixer = {made}", f"x = torch.randn({_sizes(shape)})"]
     call = "x"
-    traits = cls(**case.config).traits  # type: ignore[operator]
+    traits = cls(**case.config).traits
     if not any("self" in p for p in traits.patterns):
         width = case.config.get("context_dim", case.config["dim"])
         grid = case.context_grid or case.grid

@@ -10,7 +10,7 @@ SECTIONS = {"Args": True, "Attributes": True, "Raises": True, "Returns": False, 
 
 
 def inline(text: str) -> str:
-    """Markup inside a line: roles and doubled backticks become code, and nothing else is read as markup.
+    """Markup inside a line: roles and doubled backticks become code, words between stars stay so, nothing else is read.
 
     >>> inline(":func:`attach` gives ``y = a * b`` for a * b < c")
     '`attach` gives `y = a * b` for a \\\\* b &lt; c'
@@ -26,7 +26,8 @@ def _code(text: str) -> str:
 
 def _plain(text: str) -> str:
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
-    return re.sub(r"([*|\[\]])", r"\\\1", text)
+    text = re.sub(r"([|\[\]])", r"\\\1", text)
+    return re.sub(r"(?<![\w*])(\*[A-Za-z][^*]*?[A-Za-z.]\*)(?![\w*])|\*", lambda m: m[1] or r"\*", text)
 
 
 def cell(text: str) -> str:

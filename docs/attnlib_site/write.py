@@ -56,10 +56,16 @@ def title_of(text: str) -> str:
 
 def results_pages(found: list[measured.Study]) -> Pages:
     """A page per file of results, and the list of them."""
+    from attnlib.bench import REAL, suites
+
+    known = {*suites(), *REAL}
     out: Pages = {}
     rows = []
     for study in found:
         lines = [f"# {inline(study.title)}\n", f"`benchmarks/results/{study.stem}.json` · {inline(study.machine)}\n"]
+        suite = study.stem.removesuffix("-cpu")
+        if suite in known:
+            lines.append(f"Made by `attnlib bench --suite {suite} --out benchmarks/results`.\n")
         settings = {
             k: v for k, v in study.data.items()
             if k not in ("what", "machine") and isinstance(v, (str, int, float)) or k == "seeds"
@@ -139,6 +145,7 @@ def write(
     for source, where in known.items():
         if source.endswith(".md"):
             site[where] = guide((ROOT / source).read_text(encoding="utf-8"), source, where, known)
+    site["index.md"] = _counted(site["index.md"], site, sum(map(len, sizes.values())))
     guides = [w for s, w in known.items() if w.startswith("guides/") and w.endswith(".md")]
     rows = [[f"[{cell(title_of(site[w]))}]({posixpath.basename(w)})", ""] for w in guides]
     site["guides/index.md"] = "# Guides\n\n" + "\n".join(f"- {row[0]}" for row in rows) + "\n"
@@ -149,14 +156,30 @@ def write(
         path.write_text(text, encoding="utf-8")
     files = {where: ROOT / source for source, where in known.items() if not where.endswith(".md")}
     files |= {f"results/{picture.name}": picture for study in found for picture in study.pictures}
-    for where, source in files.items():
+    for where, file in files.items():
         path = out / "pages" / where
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, path)
+        shutil.copyfile(file, path)
     for name in ("site.css", "worker.js"):
         shutil.copyfile(HERE / name, out / "pages" / name)
     (out / "zensical.toml").write_text(settings(site, entries, guides, found), encoding="utf-8")
     return site
+
+
+def _counted(home: str, site: Pages, models: int) -> str:
+    """The home page with a line of what there is, behind its first paragraph."""
+
+    def of(folder: str) -> int:
+        return sum(w.startswith(f"{folder}/") and not w.endswith("index.md") for w in site)
+
+    line = " · ".join([
+        "**[Which one should I use?](which.md)**", f"[{of('papers')} papers](papers/index.md)",
+        f"[{of('mechanisms')} mechanisms](mechanisms/index.md)", f"[{of('operators')} operators](operators/index.md)",
+        f"[{of('techniques')} techniques and tools](techniques/index.md)", f"[{models} models](models.md)",
+        f"[{of('results')} files of measured figures](results/index.md)",
+    ])  # fmt: skip
+    title, first, rest = home.split("\n\n", 2)
+    return f"{title}\n\n{first}\n\n{line}\n\n{rest}"
 
 
 def count(entry: Any) -> int:
