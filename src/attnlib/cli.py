@@ -417,6 +417,8 @@ def bench(
         str | None, typer.Option(help="Revision or folder: time small calls here beside that source tree.")
     ] = None,
     rows: Annotated[str, typer.Option(help="With --against: a pattern of the calls.")] = "*",
+    workers: Annotated[int, typer.Option(help="Studies at a time; what is timed runs alone.")] = 1,
+    ray: Annotated[bool, typer.Option("--ray", help="Studies go to a Ray cluster; needs attnlib\\[ray].")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Time operators and mechanisms: medians of interleaved runs, as ratios to softmax attention.
@@ -429,7 +431,9 @@ def bench(
     if against is not None:
         results = run_against(against, rows, out, console, as_json)
     else:
-        results = run_bench(list(names or []), suite, parse_grid(grid), parse_settings(settings), out, console, as_json)
+        results = run_bench(
+            list(names or []), suite, parse_grid(grid), parse_settings(settings), out, console, as_json, workers, ray
+        )
     if as_json:
         _print_json(results)
 
@@ -445,9 +449,10 @@ def compare(
     seeds: Annotated[int | None, typer.Option(help="Seeds per mechanism and task.")] = None,
     preset: Annotated[str | None, typer.Option(help="A named selection, e.g. demo.")] = None,
     device: Annotated[str, typer.Option(help="Where models are trained, e.g. cuda.")] = "cpu",
-    jobs: Annotated[
+    workers: Annotated[
         int | None, typer.Option(help="Runs at a time; by default one per core on the CPU, at most 8.")
     ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Runs go to a Ray cluster; needs attnlib\\[ray].")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Train and time mechanisms side by side on real data and write a report.
@@ -458,14 +463,14 @@ def compare(
     The number of steps does not depend on the machine. Run it again with the same --out to resume: finished runs are
     kept.
     """
-    from .bench.compare import available_cores
     from .bench.compare import compare as run
+    from .bench.workers import available_cores
 
-    if jobs is None:
-        jobs = min(8, available_cores()) if device == "cpu" else 1
+    if workers is None:
+        workers = min(8, available_cores()) if device == "cpu" else 1
     result = run(
         list(mechanisms or []), tasks=tasks.split(",") if tasks else None, steps=steps, budget_minutes=budget, out=out,
-        data=data, seeds=seeds, preset=preset, device=device, jobs=jobs, quiet=as_json,
+        data=data, seeds=seeds, preset=preset, device=device, workers=workers, ray=ray, quiet=as_json,
     )  # fmt: skip
     if as_json:
         _print_json(result.results)

@@ -209,7 +209,7 @@ def test_every_task_has_its_first_seed_before_any_has_a_second(tmp_path, counted
 
 def test_runs_in_processes_equal_runs_here(tmp_path):
     here = small(tmp_path / "a", ["softmax-attention"]).results
-    apart = small(tmp_path / "b", ["softmax-attention"], jobs=2).results
+    apart = small(tmp_path / "b", ["softmax-attention"], workers=2).results
     drop = ("step_seconds", "train_seconds", "evaluate_seconds")
     strip = [[{k: v for k, v in r.items() if k not in drop} for r in found["runs"]] for found in (here, apart)]
     assert strip[0] == strip[1] and len(strip[0]) == 2
@@ -305,7 +305,8 @@ def test_user_data_chooses_its_tasks(tmp_path):
         ({"budget_minutes": 0}, "budget_minutes"),
         ({"steps": 0}, "steps"),
         ({"steps": {"text": 3}}, "a task of steps"),
-        ({"jobs": 0}, "jobs"),
+        ({"workers": 0}, "workers"),
+        ({"workers": 10**4}, "workers=10000 is beyond the cores here; possible: 1 to"),
         ({"device": "abacus"}, "device='abacus' is not possible here"),
         ({"device": "meta"}, "device='meta' is not possible"),
         ({"seeds": 0}, "seeds=0 is not possible"),

@@ -92,6 +92,8 @@ def run_bench(
     out: Path | str | None = None,
     console: Console | None = None,
     quiet: bool = False,
+    workers: int = 1,
+    ray: bool = False,
 ) -> dict[str, Any]:
     """Time mechanisms against softmax attention, or operator suites when no mechanism is named.
 
@@ -103,14 +105,21 @@ def run_bench(
         out: folder for JSON results.
         console: where tables and progress go.
         quiet: print nothing.
+        workers: studies at a time (:data:`STUDIES`), each in a process on a core of its own; at most as many as cores.
+            What is timed runs alone, before.
+        ray: studies go to a Ray cluster instead (extra ``ray``), whose machines write to the same ``out``.
 
     Returns:
         Results by name.
 
     Raises:
-        ValueError: an unknown mechanism, suite or setting.
+        ValueError: an unknown mechanism, suite or setting; more workers than cores.
+        ImportError: Ray is wanted and not installed.
     """
     from .speed.operators import bench_mechanism, bench_operators
+    from .workers import at_once, check_workers
+
+    check_workers(workers, ray)
 
     console = Console() if console is None else console
     folder = None if out is None else Path(out)
@@ -137,6 +146,7 @@ def run_bench(
             (folder / "mechanisms.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         return results
     check_choice("suite", suite, [*suites(), "all"])
+    apart: list[str] = []
     several = {"all": [name for name in suites() if name != "real"], "real": list(REAL)}
     chosen = several.get(suite, [suite])
     if suite != "all":
@@ -148,6 +158,8 @@ def run_bench(
             progress(f"{name}: left out, it needs transformers; pip install 'attnlib[hf]'")
         elif suite == "all" and (lacking := [m for m in needed_models(name) if not is_here(m)]):
             progress(f"{name}: left out, it needs the models {', '.join(lacking)}; make models")
+        elif name in STUDIES and (workers > 1 or ray):
+            apart.append(name)
         elif name in ENGINES:
             results[name] = _engine(name, folder, progress)
         else:
@@ -155,7 +167,14 @@ def run_bench(
             results[name] = bench_operators(name, path, progress=progress)
             if not quiet:
                 _print_rows(console, name, results[name]["rows"])
+    for number, result in at_once(_engine, [(n, folder, _silent) for n in apart], workers, ray=ray) if apart else ():
+        results[apart[number]] = result
+        progress(f"{apart[number]}: done")
     return results
+
+
+def _silent(line: str) -> None:
+    """Progress of a study that runs beside others."""
 
 
 def run_against(

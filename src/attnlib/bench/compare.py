@@ -6,12 +6,8 @@ machine, keeps every finished run in its own file, and writes ``results.json`` a
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import queue
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +29,7 @@ from .specs import CONTROL, Spec, shorten
 from .speed import scaling
 from .store import StorageError, Store, plain, write_json
 from .training import Settings
+from .workers import at_once, check_workers
 
 SCHEMA = 2
 BASELINE = "softmax-attention"
@@ -144,7 +141,8 @@ def compare(
     scale: bool = True,
     budget_minutes: float | None = None,
     threads: int = 1,
-    jobs: int = 1,
+    workers: int = 1,
+    ray: bool = False,
     confidence: float = 0.95,
     console: Console | None = None,
     quiet: bool = False,
@@ -171,8 +169,10 @@ def compare(
         budget_minutes: after so many minutes no further run starts; what is missing is said, and the same call goes
             on from there. It never changes the steps.
         threads: CPU threads of every run. One is fastest for models this small, and numbers do not depend on cores.
-        jobs: runs at a time, each in a process of its own when more than one. A script that asks for it starts below
-            ``if __name__ == "__main__"``.
+        workers: runs at a time, each in a process of its own when more than one, on a core of its own; at most as many
+            as cores. What is only timed is timed alone, before.
+        ray: the runs go to a Ray cluster instead (extra ``ray``): the one at ``RAY_ADDRESS``, or ``workers`` processes
+            here. They need the data at the same paths.
         confidence: of the intervals over seeds.
         console: where to print.
         quiet: print nothing.
@@ -207,7 +207,7 @@ def compare(
         settings = replace(settings, device=str(_device(device)))
     check_real("confidence", confidence, above=0, below=1)
     check_int("threads", threads, least=1)
-    check_int("jobs", jobs, least=1)
+    check_workers(workers, ray)
     paths = resolve(data, {n: task_class(n).kind for n in task_names})
     if data is not None and tasks is None and not isinstance(data, Mapping):
         task_names = [n for n in task_names if n in paths]
@@ -230,7 +230,8 @@ def compare(
             sides=(chosen.sides if chosen else scaling.SIDES) if scale else (),
             confidence=confidence,
             threads=threads,
-            jobs=jobs,
+            workers=workers,
+            ray=ray,
         )
         return session.go(quiet)
 
@@ -304,28 +305,16 @@ def _needs_bench_extra() -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # One run, here or in a process of its own
 
-_inbox: Any = None  # of a process of its own: where it says how far it is
 _tasks: dict[tuple[str, Path | None], Task] = {}
 
 
-def _enter(threads: int, inbox: Any) -> None:
-    global _inbox
-    torch.set_num_threads(threads)
-    _inbox = inbox
-
-
 def _work(
-    number: int, task: str, path: Path | None, spec: Spec, seed: int, steps: int, settings: Settings, sample: bool
+    task: str, path: Path | None, spec: Spec, seed: int, steps: int, settings: Settings, sample: bool
 ) -> dict[str, Any]:
     """:func:`training.run` in a process of its own; failures come back as values."""
     if (task, path) not in _tasks:
         _tasks[task, path] = task_class(task)(path)
-
-    def show(taken: int, loss: float) -> None:
-        if taken % 20 == 0:
-            _inbox.put((number, taken))
-
-    return _attempt(_tasks[task, path], spec, seed, steps, settings, sample, show)
+    return _attempt(_tasks[task, path], spec, seed, steps, settings, sample, lambda taken, loss: None)
 
 
 def _attempt(
@@ -369,12 +358,13 @@ class _Session:
         sides: Sequence[int],
         confidence: float,
         threads: int,
-        jobs: int,
+        workers: int,
+        ray: bool,
     ) -> None:
         self.store, self.console, self.specs, self.seeds = store, console, specs, seeds
         self.tasks, self.paths, self.steps = tasks, paths, steps
         self.settings, self.budget, self.sides = settings, budget, sides
-        self.confidence, self.threads, self.jobs = confidence, threads, jobs
+        self.confidence, self.threads, self.workers, self.ray = confidence, threads, workers, ray
         wanted = Spec.parse(baseline).full if baseline is not None else None
         self.baseline = next((s.label for s in specs if s.full == wanted), None)
         self.control = next((s.label for s in specs if s.name == CONTROL), None)
@@ -581,7 +571,7 @@ class _Session:
             part = sum(j.seconds * j.taken / self.steps[j.entry.task.name] for j in running)
             done = state["done"] + part
             spent = now() - started
-            left = spent * (total - done) / done if done > 0.02 * total else (total - done) / self.jobs
+            left = spent * (total - done) / done if done > 0.02 * total else (total - done) / self.workers
             note = f"{counts}{state['runs']} of {len(due)} runs, {_minutes(left)} left"
             progress.update(bar, completed=done, note=note)
 
@@ -590,7 +580,7 @@ class _Session:
             state["runs"] += 1
             self._keep(job, result)
 
-        run = self._in_processes if self.jobs > 1 and len(due) > 1 else self._here
+        run = self._in_processes if self.ray or (self.workers > 1 and len(due) > 1) else self._here
         run(due, show, finish)
         # In the order of seeds, tasks and mechanisms, whoever finished first.
         place = {(e.task.name, e.spec.label, s): i for i, (e, s) in enumerate(self._order())}
@@ -624,38 +614,19 @@ class _Session:
     def _in_processes(
         self, due: list[_Job], show: Callable[[Sequence[_Job]], None], finish: Callable[[_Job, dict[str, Any]], None]
     ) -> None:
-        context = multiprocessing.get_context("spawn")  # forked processes inherit thread pools that hang
-        inbox = context.Queue()
-        waiting = list(reversed(due))
-        running: dict[Future[dict[str, Any]], _Job] = {}
-        by_number = {job.number: job for job in due}
-        pool = ProcessPoolExecutor(min(self.jobs, len(due)), context, _enter, (self.threads, inbox))
-        try:
-            while waiting or running:
-                while waiting and len(running) < self.jobs:
-                    job = waiting.pop()
-                    if self._late():
-                        self._leave(job)
-                        continue
-                    task, spec = job.entry.task, job.entry.spec
-                    path = self.paths.get(task.name)
-                    running[pool.submit(_work, job.number, task.name, path, spec, *self._arguments(job))] = job
-                for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
-                    finish(running.pop(future), future.result())
-                try:
-                    while True:
-                        number, taken = inbox.get_nowait()
-                        by_number[number].taken = taken
-                except queue.Empty:
-                    pass
-                show(list(running.values()))
-        except BaseException:
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            inbox.close()
+        started: list[_Job] = []
+
+        def calls() -> Iterator[tuple[Any, ...]]:
+            for job in due:
+                if self._late():
+                    self._leave(job)
+                    continue
+                started.append(job)
+                yield job.entry.task.name, self.paths.get(job.entry.task.name), job.entry.spec, *self._arguments(job)
+
+        for number, result in at_once(_work, calls(), self.workers, threads=self.threads, ray=self.ray):
+            finish(started[number], result)
+            show([])
 
     def _keep(self, job: _Job, result: dict[str, Any]) -> None:
         entry = job.entry
@@ -695,7 +666,7 @@ class _Session:
                 "machine": machine(self.settings.device),
                 "budget_minutes": None if self.budget is None else self.budget / 60,
                 "minutes": self.elapsed() / 60,
-                "jobs": self.jobs,
+                "workers": self.workers,
                 "reused": self.reused,
                 "confidence": self.confidence,
                 "seeds": self.seeds,
@@ -748,12 +719,6 @@ def _minutes(seconds: float) -> str:
     ('1:15', '0:20')
     """
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 # --------------------------------------------------------------------------------------------------------------------
