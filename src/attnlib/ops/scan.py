@@ -37,7 +37,7 @@ from ..types import State, exactly, stats_dtype
 from . import _shards
 from ._dispatch import Operator, transformed, twice, wants_gradient
 from ._guard import finite, readable, spoil
-from .linear import _segments
+from .linear import LOG2_E, _segments
 
 #: Numbers of state that a chunk holds in one sample, measured on the CPU; and the bounds of its length.
 CHUNK_NUMBERS, SHORTEST, LONGEST = 2**16, 16, 256
@@ -384,8 +384,8 @@ def _tile(numbers: int, chunk: int) -> int:
 
 
 def _decays(a: Tensor, A: Tensor, reset: Tensor | None, out: Tensor) -> Tensor:
-    """``exp(a_t A)`` (B, T, G, S, E), written to ``out``."""
-    torch.mul(a.unsqueeze(-2), A, out=out).exp_()
+    """``2^(a_t A)`` (B, T, G, S, E), written to ``out``."""
+    torch.mul(a.unsqueeze(-2), A, out=out).exp2_()
     return out if reset is None else out.masked_fill_(reset[None, :, None, None, None], 0.0)
 
 
@@ -400,7 +400,8 @@ def _forward_tiles(
     states = s.new_empty(-(-n // chunk) if keep_states else 0, *s.shape)
     tile = _tile(s.numel(), min(chunk, max(n, 1)))
     decays, h = (s.new_empty(s.shape[0], tile, *s.shape[1:]) for _ in range(2))
-    A, each, token = A.contiguous(), decays.unbind(1), h.unbind(1)
+    A, each, token = A * LOG2_E, decays.unbind(1), h.unbind(1)
+    A = A.contiguous()
     for first in range(0, n, chunk):
         if keep_states:
             states[first // chunk] = s
@@ -431,12 +432,13 @@ def _backward_tiles(
     buffers = [ds.new_empty(shape) for _ in range(3)]
     each, entered, asked = (t.unbind(1) for t in buffers)
     A = A.contiguous()
+    A_2 = A * LOG2_E
     for first in reversed(range(0, n, chunk)):
         at = slice(first, min(first + chunk, n))
         decays, h, g = (t[:, : at.stop - first] for t in buffers)
         ar, xr, yr = (t[:, at].unsqueeze(-2) for t in (a, x, d_out))
         br, cr = (t[:, at].unsqueeze(-1) for t in (b, c))
-        _decays(a[:, at], A, None if reset is None else reset[at], decays)
+        _decays(a[:, at], A_2, None if reset is None else reset[at], decays)
         torch.mul(xr, br, out=h)
         torch.mul(yr, cr, out=g)
         last = before = states[first // chunk]
