@@ -419,16 +419,27 @@ def bench(
     rows: Annotated[str, typer.Option(help="With --against: a pattern of the calls.")] = "*",
     workers: Annotated[int, typer.Option(help="Studies at a time; what is timed runs alone.")] = 1,
     ray: Annotated[bool, typer.Option("--ray", help="Studies go to a Ray cluster; needs attnlib\\[ray].")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Measure techniques on it: smollm2 (make models), a folder, or a name.")
+    ] = None,
+    techniques: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="With --model: a technique; repeatable.", metavar="NAME,key=value"),
+    ] = None,
+    length: Annotated[int, typer.Option(help="With --model: tokens of a prompt.")] = 1024,
     as_json: JsonFlag = False,
 ) -> None:
     """Time operators and mechanisms: medians of interleaved runs, as ratios to softmax attention.
 
     [dim]attnlib bench sigmoid-attention --grid 1024 --set dim=256 --set num_heads=4[/]  ·
-    [dim]attnlib bench --suite normalizers --out results[/]  ·  [dim]attnlib bench --against HEAD~5 --rows "step*"[/]
+    [dim]attnlib bench --suite normalizers --out results[/]  ·  [dim]attnlib bench --against HEAD~5 --rows "step*"[/]  ·
+    [dim]attnlib bench --model smollm2 --with SnapKV,ratio=0.5 --with KeyNorm,ratio=0.5 --out report[/]
     """
-    from .bench import run_against, run_bench
+    from .bench import run_against, run_bench, run_techniques
 
-    if against is not None:
+    if model is not None or techniques:
+        results = run_techniques(model, techniques or [], length, out, console, as_json)
+    elif against is not None:
         results = run_against(against, rows, out, console, as_json)
     else:
         results = run_bench(

@@ -116,3 +116,8 @@ def test_what_cannot_be_read_or_kept_is_refused():
     pyramid = read.kept(KVCompression(KeyNorm(), Pyramid(Ratio(0.5), beta=4, window_size=2)))
     with pytest.raises(ValueError, match="layers keep different numbers"):
         read.follow([pyramid], torch.ones(1, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="Ratio.ratio=0.99. leaves no key of 90"):
+        read.kept(KVCompression(KeyNorm(), Ratio(0.99)))
+    sizes = dict(vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    with pytest.raises(ValueError, match="BertModel, which predicts no next token"):
+        prefill.Reader(transformers.BertModel(transformers.BertConfig(**sizes)))

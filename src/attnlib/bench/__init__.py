@@ -212,6 +212,44 @@ def run_against(
     return result
 
 
+def run_techniques(
+    model: str | None,
+    techniques: Sequence[str],
+    length: int = 1024,
+    out: Path | str | None = None,
+    console: Console | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Techniques side by side on one pretrained language model; see :func:`attnlib.bench.beside.measure`.
+
+    Args:
+        model: of :mod:`attnlib.bench.models`, a folder of a transformers model, or its name on the hub.
+        techniques: ``"Name,key=value"`` each.
+        length: tokens of a prompt.
+        out: folder for ``techniques.json`` and ``report.html``.
+        console: where the table and progress go.
+        quiet: print nothing.
+
+    Raises:
+        ValueError: no model, no technique, an unknown one.
+    """
+    from .beside import measure, print_table
+
+    if model is None:
+        raise ValueError("with: techniques are measured on a model; name it, for example --model smollm2")
+    console = Console() if console is None else console
+
+    def progress(line: str) -> None:
+        console.print(f"[dim]{line}[/]", highlight=False)
+
+    result = measure(model, techniques, length, out=out, progress=None if quiet else progress)
+    if not quiet:
+        print_table(result, console)
+        if out is not None:
+            console.print(f"report: {Path(out) / 'report.html'}", highlight=False)
+    return result
+
+
 def _print_rows(console: Console, suite: str, rows: list[dict[str, Any]]) -> None:
     table = Table("case", "what", "candidate", "median s", "ratio", "exponent", box=None, title=suite)
     for row in rows:

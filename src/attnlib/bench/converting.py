@@ -60,6 +60,15 @@ def open_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
     return model, transformers.AutoTokenizer.from_pretrained(name)
 
 
+def needs_head(model: Any) -> None:
+    """Refuse a model that predicts no tokens."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None or getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"the model is a {type(model).__name__}, which predicts no next token; this needs a causal language model"
+        )
+
+
 def convert_model(
     name: str,
     to: str,

@@ -23,6 +23,7 @@ from ....cache import KVCompression
 from ....cache.scorers import CacheView, Scorer
 from ....hooks import Intervention, PairMask, Site, attach
 from ....hooks.hf.names import rotary_of
+from ...converting import needs_head
 
 #: What a technique keeps of each layer: (1, Hk, K) indices, ``None`` for everything.
 Kept = list[Tensor | None]
@@ -126,6 +127,7 @@ class Reader:
     """A causal language model of transformers that reads prompts, each layer of which reads the whole past."""
 
     def __init__(self, model: Any):
+        needs_head(model)
         self.model = model
         self.limit = int(getattr(model.config, "max_position_embeddings", 1 << 30))
 
@@ -206,6 +208,8 @@ class Prompt:
         Raises:
             ValueError: heads that keep different numbers of keys, or a choice made for all layers at once.
         """
+        if technique.budget.keep(len(self)) < 1:
+            raise ValueError(f"{technique.budget} leaves no key of {len(self)}")
         technique.reset()
         technique.prepare(self.reader.model, [layer.site for layer in self.layers])
         found: Kept = []
