@@ -55,6 +55,29 @@ def test_heads_are_mixtures_of_both_maps(shares):
     assert (deployed.kinds is not None) == all(s in (0, 1) for s in shares)
 
 
+@pytest.mark.parametrize("shares", [(1, 0, 1, 1, 0), (0, 0, 0, 0, 0), (1, 1, 1, 1, 1), (0.25, 0.5, 1, 0, 0.9)])
+def test_queries_may_have_shares_of_their_own(shares):
+    m, x = make(per="row", tokens=5), data(2, 5, 12)
+    with torch.no_grad():
+        m.alpha.copy_(torch.tensor(shares))
+    rows = [oracle(m, x, (a, a, a))[:, i] for i, a in enumerate(shares)]
+    torch.testing.assert_close(m(x), torch.stack(rows, 1))
+    deployed = attnlib.deploy(m)
+    torch.testing.assert_close(deployed(x), m(x))
+    assert (deployed.kinds is not None) == all(s in (0, 1) for s in shares)
+    assert float(m(x, returns=("losses",)).losses["cost"]) == pytest.approx(3 * sum(shares) / 5)
+    theirs = {"qkv.weight": m.qkv.weight, "proj.weight": m.proj.weight, "proj.bias": m.proj.bias}
+    held = attnlib.convert_state_dict("mpcvit", theirs | {"alpha": m.alpha.view(1, 1, 5, 1)})
+    make(per="row", tokens=5).load_state_dict(held)
+
+
+def test_exactly_the_wanted_number_of_queries_stays():
+    m = make(per="row", tokens=5)
+    with torch.no_grad():
+        m.alpha.copy_(torch.tensor([0.1, 0.9, 0.4, 0.8, 0.2]))
+    assert choose_heads(m, 0.4) == {"": [1, 3]} and m.alpha.tolist() == [0, 1, 0, 1, 0]
+
+
 def test_shares_are_taken_back_into_their_range():
     m = make()
     with torch.no_grad():
@@ -167,7 +190,10 @@ def test_distillation_is_soft_classes_and_tokens():
 
 
 def test_bad_input_is_refused():
-    for settings, words in ((dict(alpha=1.5), "alpha"), (dict(per="row"), "per"), (dict(num_heads=5), "num_heads")):
+    for settings, words in (
+        (dict(alpha=1.5), "alpha"), (dict(per="column"), "per"), (dict(num_heads=5), "num_heads"),
+        (dict(per="row"), "tokens=None with per='row'"), (dict(tokens=4), "tokens=4 with per='head'"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             make(**settings)
     with pytest.raises(ValueError, match="share"):
@@ -176,6 +202,8 @@ def test_bad_input_is_refused():
         choose_heads(nn.Linear(2, 2), 0.5)
     with pytest.raises(ValueError, match="one alpha for every head"):
         choose_heads(make(per="layer"), 0.5)
+    with pytest.raises(ValueError, match="must hold 5 tokens"):
+        make(per="row", tokens=5)(data(1, 4, 12))
     with pytest.raises(ValueError, match="must hold 4 tokens"):
         MPCMlp(6, 8, tokens=4)(torch.zeros(1, 5, 6))
     with pytest.raises(ValueError, match="kind"):

@@ -8,7 +8,8 @@ are what costs. With scores ``s = q k^T / sqrt(D)`` a head mixes
 
     a = alpha_h ReLU-softmax + (1 - alpha_h) scaling,  alpha_h in [0, 1],
 
-where the second is ``q (k^T v) / (N sqrt(D))``, linear in N. A search learns alpha under a cost (``losses``), then
+(or one alpha for a layer, or one for every query, which are comments in the release), where the second is
+``q (k^T v) / (N sqrt(D))``, linear in N. A search learns alpha under a cost (``losses``), then
 :func:`choose_heads` makes exactly ``round(mu heads)`` of them 1 and all others 0, and ``deployed()`` computes only what
 is left of each.
 
@@ -37,7 +38,7 @@ from ..registry import register
 from ..released import Released, Rule
 
 #: Whom one alpha serves.
-PER = ("head", "layer")
+PER = ("head", "layer", "row")
 
 
 @register("mpcvit", "mpc-attention")
@@ -48,7 +49,9 @@ class MPCAttention(Mechanism):
         dim: width of ``x``.
         num_heads: heads; must divide ``dim``.
         alpha: shares of ReLU-softmax at the start.
-        per: ``"head"``: one alpha for every head; ``"layer"``: one for all.
+        per: ``"head"``: one alpha for every head; ``"layer"``: one for all; ``"row"``: one for every query, whatever
+            the head.
+        tokens: of every sequence, for ``"row"``.
         qkv_bias: bias of the query, key and value projections.
         scale: of the scores; ``head_dim ** -0.5`` by default.
         eps: added to the sums of ReLU-softmax.
@@ -77,9 +80,13 @@ class MPCAttention(Mechanism):
         eps: float = 1e-5,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        tokens: int | None = None,
     ):
         super().__init__(dim)
         check_choice("per", per, PER)
+        if (tokens is not None) != (per == "row"):
+            raise ValueError(f"tokens={tokens} with per={per!r}: alphas of queries need their number, others none")
+        self.per, self.tokens = per, None if tokens is None else check_int("tokens", tokens, least=1)
         self.num_heads, self.head_dim = num_heads, head_dim_of(dim, num_heads)
         self.scale = self.head_dim**-0.5 if scale is None else scale
         self.eps, self.attn_drop = eps, attn_drop
@@ -87,13 +94,24 @@ class MPCAttention(Mechanism):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         start = check_real("alpha", alpha, least=0, most=1)
-        self.alpha = nn.Parameter(torch.full((num_heads if per == "head" else 1,), float(start)))
-        #: Heads of either kind once alpha is decided, see :meth:`deployed`.
+        count = {"head": num_heads, "layer": 1, "row": self.tokens}[per]
+        self.alpha = nn.Parameter(torch.full((count or 1,), float(start)))
+        #: Heads, or queries, of either kind once alpha is decided, see :meth:`deployed`.
         self.kinds: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
+    @property
+    def traits(self) -> Traits:
+        if self.per == "row":
+            return self.class_traits.but(permutation_equivariant=False, resolution_free=False)
+        return self.class_traits
+
     def shares(self) -> Tensor:
-        """(heads,) shares of ReLU-softmax."""
-        return self.alpha.expand(self.num_heads)
+        """(heads,) shares of ReLU-softmax; (tokens,) of queries where these have their own."""
+        return self.alpha if self.per == "row" else self.alpha.expand(self.num_heads)
+
+    def _mixing(self) -> Tensor:
+        """The same, to multiply (B, H, N, ..)."""
+        return self.alpha[:, None] if self.per == "row" else self.shares()[:, None, None]
 
     def relu_part(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """(B, H, N, D) of ReLU-softmax: sums over keys of values and of ones, divided."""
@@ -117,7 +135,7 @@ class MPCAttention(Mechanism):
             scores = scores.masked_fill(~valid[:, None, None], 0.0)
             count = valid.sum(1).clamp(min=1)[:, None, None, None]
         positive = scores.relu()
-        share = self.shares()[:, None, None]
+        share = self._mixing()
         weights = share * positive / (positive.sum(-1, keepdim=True) + self.eps) + (1 - share) * scores / count
         return F.dropout(weights, self.attn_drop) @ v
 
@@ -125,6 +143,8 @@ class MPCAttention(Mechanism):
         self, x: Tensor, *, layout: Any = None, valid: Tensor | None = None, returns: tuple[str, ...] = ()
     ) -> Output:
         flat, exists = x.flatten(1, -2), flat_valid(valid)
+        if self.tokens not in (None, flat.shape[1]):
+            raise ValueError(f"x must hold {self.tokens} tokens, one for each alpha, got {flat.shape[1]}")
         q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(flat).chunk(3, -1))
         v = (
             v
@@ -132,25 +152,32 @@ class MPCAttention(Mechanism):
             else zero_invalid(v.transpose(1, 2).flatten(2), exists).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         )
         if self.kinds is not None:
-            parts: list[Tensor | None] = [None] * self.num_heads
-            for heads, part in zip(self.kinds, (self.relu_part, self.scaled_part), strict=True):
-                if heads:
-                    at = torch.tensor(heads, device=x.device)
-                    made = part(q.index_select(1, at), k.index_select(1, at), v.index_select(1, at), exists)
-                    for i, head in enumerate(heads):
-                        parts[head] = made[:, i]
-            out = torch.stack([t for t in parts if t is not None], 1)
+            out = self._decided(q, k, v, exists)
         elif self.training and self.attn_drop:
             out = self._maps(q, k, v, exists)
         else:
-            share = self.shares()[:, None, None]
+            share = self._mixing()
             out = share * self.relu_part(q, k, v, exists) + (1 - share) * self.scaled_part(q, k, v, exists)
         y = through(self.proj_drop, self.proj(merge_heads(out))).reshape(x.shape)
-        return Output(y, losses={"cost": self.shares().sum()} if "losses" in returns else None)
+        # As many heads as are paid for, whomever an alpha serves.
+        cost = self.shares().mean() * self.num_heads if self.per == "row" else self.shares().sum()
+        return Output(y, losses={"cost": cost} if "losses" in returns else None)
+
+    def _decided(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        """(B, H, N, D), of every head or query its own kind only."""
+        assert self.kinds is not None
+        axis, made = 2 if self.per == "row" else 1, []
+        for chosen, part in zip(self.kinds, (self.relu_part, self.scaled_part), strict=True):
+            if chosen:
+                at = torch.tensor(chosen, device=q.device)
+                keys = (k, v) if axis == 2 else (k.index_select(1, at), v.index_select(1, at))
+                made.append(part(q.index_select(axis, at), *keys, valid))
+        order = torch.tensor([*self.kinds[0], *self.kinds[1]], device=q.device)
+        return torch.cat(made, axis).index_select(axis, order.argsort())
 
     @torch.no_grad()
     def deployed(self) -> nn.Module:
-        """The same where every alpha is 0 or 1: each head computes its own kind only; otherwise itself."""
+        """The same where every alpha is 0 or 1: heads, or queries, compute their own kind only; otherwise itself."""
         shares = self.shares().tolist()
         if self.kinds is not None or any(s not in (0.0, 1.0) for s in shares):
             return self
@@ -162,7 +189,7 @@ class MPCAttention(Mechanism):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From the authors' ``Attention``: ``qkv.weight``, ``proj.*``, ``alpha`` (1, heads, 1, 1)."""
+        """From the authors' ``Attention``: ``qkv.weight``, ``proj.*``, ``alpha`` (1, heads, 1, 1) or (1, 1, N, 1)."""
         theirs = Released(state_dict, "MPCViT's Attention")
         rules: dict[str, Rule] = {
             r"(qkv|proj)\.(weight|bias)": r"\1.\2",
@@ -223,25 +250,28 @@ def clamp_shares(model: nn.Module) -> None:
 def choose_heads(model: nn.Module, share: float) -> dict[str, list[int]]:
     """Decide every alpha of a model: exactly ``round(share * heads)`` of all become 1, the largest ones, the rest 0.
 
+    With ``per="row"`` queries are chosen instead of heads.
+
     Returns:
-        Per mechanism, by its path, the heads that stay ReLU-softmax.
+        Per mechanism, by its path, the heads (or queries) that stay ReLU-softmax.
 
     Raises:
-        ValueError: a model without such heads, a share outside [0, 1].
+        ValueError: a model without such heads, or with one alpha for a layer; a share outside [0, 1].
     """
     check_real("share", share, least=0, most=1)
     found = {name: m for name, m in model.named_modules() if isinstance(m, MPCAttention)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no heads between ReLU-softmax and scaling attention")
-    if any(m.alpha.numel() != m.num_heads for m in found.values()):
-        raise ValueError("choose_heads needs one alpha for every head: per='head'")
+    if any(m.per == "layer" for m in found.values()):
+        raise ValueError("choose_heads needs one alpha for every head, per='head', or every query, per='row'")
     ranked = torch.cat([m.alpha for m in found.values()]).argsort(descending=True, stable=True)
     kept = set(ranked[: round(share * len(ranked))].tolist())
     out, at = {}, 0
     for name, m in found.items():
-        out[name] = [h for h in range(m.num_heads) if at + h in kept]
-        m.alpha.copy_(torch.tensor([float(at + h in kept) for h in range(m.num_heads)]))
-        at += m.num_heads
+        count = m.alpha.numel()
+        out[name] = [i for i in range(count) if at + i in kept]
+        m.alpha.copy_(torch.tensor([float(at + i in kept) for i in range(count)]))
+        at += count
     return out
 
 
