@@ -39,6 +39,15 @@ def test_every_mechanism_belongs_to_a_paper():
     assert every - named - baseline == set()
 
 
+def test_every_entry_has_a_snippet():
+    """Which runs, as tests/test_site.py holds."""
+    from attnlib_site import snippets
+
+    cases = snippets.rows()
+    bare = [entry.slug for entry in ENTRIES if not snippets.snippet(entry, cases)]
+    assert not bare, f"write docs/snippets/<slug>.py for {bare}"
+
+
 def test_unknown_paper_suggests():
     with pytest.raises(ValueError, match="sigmoid-attention"):
         paper("sigmoid-atention")

@@ -205,3 +205,9 @@ def test_pages_say_where_things_are_used():
 
     (line,) = pages.attaches(SnapKV, "attnlib.cache.SnapKV")
     assert "attnlib.attach(model, SnapKV(...))" in line and "`on_cache`" in line
+    said = {name: " ".join(pages.attaches(pages.resolve(name), name)) for name in ("hedgehog", "illama", "biformer")}
+    assert "DecoderConfig" in said["hedgehog"] and "with settings" not in said["hedgehog"]
+    assert "with settings that make it causal" in said["illama"] and "DecoderConfig" not in said["biformer"]
+    assert pages.fits("biformer") == (False, True) and pages.fits("mamba") == (True, False)
+    for name in ("attnlib.steer.diffusion.video.AdaSpa", "attnlib.optim.AdamP", "attnlib.theory.mixing.mixing_matrix"):
+        assert pages.attaches(pages.resolve(name), name)

@@ -173,6 +173,30 @@ def results_linked(here: str, stems: Iterable[str]) -> Callable[[str], str]:
     return linked
 
 
+@cache
+def fits(name: str) -> tuple[bool, bool]:
+    """Whether a mechanism with its defaults can be built into a decoder, and into a pyramid of images."""
+    import torch
+
+    from attnlib.models.build import create_model
+    from attnlib.models.language import DecoderConfig, DecoderForCausalLM
+
+    sizes = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1}
+
+    def built(make: Callable[[], Any]) -> bool:
+        try:
+            with torch.device("meta"):
+                make()
+        except (ValueError, TypeError, NotImplementedError):
+            return False
+        return True
+
+    return (
+        built(lambda: DecoderForCausalLM(DecoderConfig(**sizes, num_attention_heads=4, mechanisms=[name]))),
+        built(lambda: create_model("nat_mini", mechanism=name, depths=(1, 1, 1, 1))),
+    )
+
+
 def attaches(value: Any, name: str) -> list[str]:
     """Where something of the catalogue can be used or attached, in sentences."""
     from attnlib.hooks import Intervention
@@ -189,17 +213,29 @@ def attaches(value: Any, name: str) -> list[str]:
     if isinstance(value, type) and issubclass(value, Fusion):
         return [f'`attnlib.create("{name}", ...)` takes several streams and gives as many.']
     if isinstance(value, type) and issubclass(value, Mechanism) and "." not in name:
-        traits = value.class_traits
+        traits, (decodes, sees) = value.class_traits, fits(name)
         out = [f'`attnlib.create("{name}", ...)`, a module of its own.']
         if "causal-self" in traits.patterns:
             steps = ", token by token with a state or a cache" if traits.streaming else ""
-            out.append(f'In any layer of a language model: `DecoderConfig(mechanisms=["{name}"])`{steps}.')
+            asked = "" if decodes else ", with settings that make it causal"
+            out.append(f'In any layer of a language model: `DecoderConfig(mechanisms=["{name}"])`{steps}{asked}.')
         if "noncausal-self" in traits.patterns and 2 in traits.grid_ranks:
-            out.append(
-                f'In the blocks of image backbones that attend: `attnlib.create_model(..., mechanism="{name}")`.'
-            )
+            asked = "" if sees else ", with settings that make it look both ways"
+            code = f'`attnlib.create_model("nat_mini", mechanism="{name}")`'
+            out.append(f"In the blocks of image backbones that attend, such as {code}{asked}.")
         return out
-    return []
+    from torch import nn, optim
+
+    from attnlib.steer.diffusion.video import Policy
+
+    place = f"`from {name.rpartition('.')[0]} import {short}`"
+    if isinstance(value, type) and issubclass(value, Policy):
+        said = f"`attnlib.attach(denoiser, BlockSparse({short}(...)))` on a video denoiser of diffusers"
+        return [f"{said}; `BlockSparse` stands in `attnlib.steer`."]
+    if isinstance(value, type):
+        kinds = ((nn.Module, "a module of PyTorch"), (optim.Optimizer, "an optimizer of PyTorch"))
+        return [f"{place}: {next((said for kind, said in kinds if issubclass(value, kind)), 'a class')}."]
+    return [f"{place}: a function."] if callable(value) else []
 
 
 def paper_page(entry: Paper, snippet: str, studies: Iterable[Study], sizes: Mapping[str, list[str]]) -> str:
@@ -329,6 +365,8 @@ def told(value: Any) -> str:
 
 def name_page(here: str, name: str, value: Any, entries: Iterable[Paper]) -> str:
     """One exported name: how it is called, and its docstring."""
+    from attnlib.hooks import Intervention
+
     dotted = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', name)}"
     out = [f"# {name}\n", f"`{dotted}`\n"]
     papers = [
@@ -345,8 +383,8 @@ def name_page(here: str, name: str, value: Any, entries: Iterable[Paper]) -> str
         doc = inspect.cleandoc(value.__doc__ or "")
     out.append(text.markdown(doc))
     if isinstance(value, type):
-        for line in attaches(value, dotted):
-            out.append(f"{line}\n")
+        if issubclass(value, Intervention):
+            out += [f"{line}\n" for line in attaches(value, dotted)]
         for key, method in vars(value).items():
             if inspect.isfunction(method) and not key.startswith("_") and (said := doc_of(method)):
                 out += [f"## {key}\n", fence(signature(method), "python"), text.markdown(said)]

@@ -15,6 +15,12 @@ Row = tuple[str, str, str, str, str, Study]
 #: Keys of settings that say how long what was timed is.
 SIZES = ("tokens", "grid", "prompt", "context", "length")
 
+#: Metrics whose names in the files are short.
+METRICS = {
+    "iou": "mean IoU, %", "psnr": "PSNR, dB", "bits": "bits per byte", "accuracy": "accuracy, %",
+    "noc_80": "clicks to an overlap of 80 %", "cosine": "cosine to the original's vectors",
+}  # fmt: skip
+
 #: Keys of times, and what they are of.
 TIMES = {
     "forward_seconds": "forward", "both_seconds": "forward and backward", "seconds": "forward",
@@ -64,7 +70,7 @@ def _ranked(where: str, block: Mapping[str, Any], study: Study) -> Row | None:
     n = max((r[metric].get("n", 0) for r in rows), default=0)
     base = next((f"{r['name']}: {interval(r[metric])}" for r in rows if r["name"] == block["baseline"]), "")
     base = "the best itself" if best["name"] == block["baseline"] else base
-    what = metric.replace("_", " ") + (f", {n} seeds" if n else "")
+    what = METRICS.get(metric, metric.replace("_", " ")) + (f", {n} seeds" if n else "")
     return task, what, f"{best['name']}: {interval(best[metric])}", said or "none", base, study
 
 
@@ -157,7 +163,8 @@ def page(studies: list[Study]) -> str:
     return "---\nhide: [navigation, toc]\n---\n\n" + "\n".join([
         "# Which one should I use?\n",
         "What was best where it was measured, and what cannot be told apart from it. Every row is computed from a file "
-        "of `benchmarks/results`; the models are small and young, and the machine is a CPU. Measure at *your* shape: "
+        "of `benchmarks/results`; most of the models are small and young, and each row names its machine. Measure at "
+        "*your* shape: "
         "`attnlib compare` trains and times mechanisms side by side on your machine.\n",
         "## By task\n",
         "Means and 95 % intervals over seeds. Level with it: the intervals of the two reach into each other, which "
