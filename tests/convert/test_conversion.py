@@ -359,8 +359,9 @@ def test_teachers_are_the_original_after_merging():
     assert report["teacher_loss"] == first and report["loss"] < first
 
 
-def test_training_everything_is_taken_back():
-    model, batch = llama(), ids()
+@pytest.mark.parametrize("make", [llama, decoder])
+def test_training_everything_is_taken_back(make):
+    model, batch = make(), ids()
     kept = {k: v.clone() for k, v in model.state_dict().items()}
     with convert.linearize(model, "elu1") as conversion:
         with pytest.raises(ValueError, match="nothing to train"):

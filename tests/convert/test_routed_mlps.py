@@ -24,10 +24,18 @@ def phi():
     return transformers.PhiForCausalLM(config).eval()
 
 
+def ours():
+    from attnlib.models.language import DecoderConfig, DecoderForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    return DecoderForCausalLM(DecoderConfig(**sizes)).eval()
+
+
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("make", [llama, phi])
+@pytest.mark.parametrize("make", [llama, phi, ours])
 def test_all_blocks_start_near_the_model_and_learning_leaves_it_as_it_was(make):
     model = make()
     before, state = model(IDS).logits, {n: p.clone() for n, p in model.state_dict().items()}

@@ -33,15 +33,15 @@ REAL = tuple(
 
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
 ENGINES = (
-    "linear", "segments", "local", "halo", "hyper", "scan", "sparse", "super-token", "cache", "hooks", "transfer",
-    *STUDIES, *REAL,
+    "linear", "segments", "local", "halo", "hyper", "circular", "scan", "sparse", "super-token", "cache", "hooks",
+    "transfer", *STUDIES, *REAL,
 )  # fmt: skip
 
 #: Those that run models of transformers.
 NEEDS_HF = ("multimodal", "cache", "hooks", "conversion", "spans", "finetuning", *REAL)
 
 #: Those that load models which ``make models`` fetches, and which.
-NEEDS_MODELS = {"conversion": ("smollm2", "minilm"), "spans": ("smollm2",), "finetuning": ("smollm2",)}
+NEEDS_MODELS = {"conversion": ("smollm2", "minilm"), "spans": ("smollm2",)}
 
 
 def suites() -> list[str]:

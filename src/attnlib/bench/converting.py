@@ -47,6 +47,51 @@ def bits_per_byte(model: nn.Module, tokenizer: Any, batches: list[dict[str, Any]
     return bits / max(size, 1.0)
 
 
+class Bytes:
+    """A tokenizer whose tokens are the bytes of ASCII text.
+
+    >>> Bytes()("ab", add_special_tokens=False), Bytes().decode(torch.tensor([97, 98]))
+    ({'input_ids': [97, 98]}, 'ab')
+    """
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode("ascii", errors="ignore"))}
+
+    def decode(self, ids: Tensor) -> str:
+        return bytes(ids.tolist()).decode("ascii", errors="ignore")
+
+
+def our_decoder(
+    ids: Tensor, steps: int, seed: int = 0, dim: int = 96, layers: int = 3, heads: int = 4, length: int = 128,
+    batch: int = 16, lr: float = 4e-3,
+) -> Any:  # fmt: skip
+    """A decoder of this library with softmax attention, trained on the next byte of a text for a minute.
+
+    Args:
+        ids: (N,) of :class:`Bytes`.
+        steps: of training; 400 give a loss far from chance.
+        seed: of initial weights and batches.
+        dim, layers, heads: of the model.
+        length, batch: of what it is trained on.
+        lr: the highest learning rate.
+    """
+    from ..convert.agreement import task_loss
+    from ..models.language import DecoderConfig, DecoderForCausalLM
+    from .small import fit
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = DecoderConfig(vocab_size=128, hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads)
+        model = DecoderForCausalLM(config)
+
+    def draw(generator: torch.Generator) -> dict[str, Tensor]:
+        at = torch.randint(ids.numel() - length, (batch, 1), generator=generator)
+        return {"input_ids": ids[at + torch.arange(length)]}
+
+    fit(model, draw, task_loss, steps, lr, seed)
+    return model.eval()
+
+
 def open_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """``(model, tokenizer)`` by a name of :mod:`attnlib.bench.models`, or from a folder or the hub."""
     from . import models

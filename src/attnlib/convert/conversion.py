@@ -98,7 +98,8 @@ class Conversion:
         self.swap, self.to = swapped, to
         self.history: list[float] = []
         self._before: dict[str, Tensor] = {}
-        self._names = {id(p): name for name, p in swapped.model.named_parameters()}
+        ours = {id(p) for socket in swapped.sockets.values() for p in socket.parameters()}
+        self._names = {id(p): name for name, p in swapped.model.named_parameters() if id(p) not in ours}
         self._adapters: list[tuple[str, nn.Module]] = []
         self._lora: dict[str, Any] | None = None
         self._configured = False
@@ -372,7 +373,7 @@ class Conversion:
         """Keep weights of the model as they are, before something changes them."""
         for _, p in named:
             name = self._names.get(id(p))
-            if name is not None and name not in self._before and f".{_MARK}." not in f".{name}":
+            if name is not None and name not in self._before:
                 self._before[name] = p.detach().clone()
 
     def lora(
@@ -491,9 +492,8 @@ class Conversion:
         return f"Conversion({len(self.swap.sockets)} layers of {type(self.model).__name__} to {self.to!r})"
 
 
-_MARK = "attnlib_mixer"
 #: Children of attention modules that a conversion brought.
-_SOCKETS = (_MARK, "heads")
+_SOCKETS = ("attnlib_mixer", "heads")
 
 
 def _again(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -19,7 +19,7 @@ from ..checks import check_int
 from ..nn.sparse.spt import RoutedMlp
 
 #: Names of the maps of an MLP: hidden, output, gate.
-NAMES = (("up_proj", "down_proj", "gate_proj"), ("fc1", "fc2", None), ("c_fc", "c_proj", None))
+NAMES = (("up_proj", "down_proj", "gate_proj"), ("up", "down", "gate"), ("fc1", "fc2", None), ("c_fc", "c_proj", None))
 #: Names of its activation.
 ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
 

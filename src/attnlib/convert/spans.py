@@ -299,6 +299,7 @@ def search(
     groups: int | None = None,
     seconds: float | None = None,
     floor: float = 0.0,
+    gap: float = 0.0,
 ) -> list[Plan]:
     """Plans that no other plan beats at all lengths, under bounds of the mean density.
 
@@ -317,6 +318,7 @@ def search(
         groups: key/value heads per layer: query heads that share one get one rule, by the largest influence among them.
         seconds: limit of every program.
         floor: share of every bound that the density must reach at least; the authors take 0.9.
+        gap: a program stops where its plan is at most this share worse than the best there may be.
 
     Raises:
         ValueError: a bound that no plan meets, by its length; no lengths.
@@ -329,6 +331,7 @@ def search(
     for length, bound in bounds.items():
         check_real(f"bounds[{length}]", bound, above=0, most=1)
     check_real("floor", floor, least=0, most=1)
+    check_real("gap", gap, least=0)
     shapes = {tuple(t.shape[:2]) for t in maps.values()}
     if len(shapes) != 1:
         raise ValueError(f"maps have unequal layers and heads: {sorted(shapes)}")
@@ -347,7 +350,7 @@ def search(
             raise ValueError(
                 f"bounds[{length}]={bounds[length]} cannot be met: the sparsest rule has density {min(row):.4g} there"
             )
-    program = _Program(layers, heads, len(choices), costs, bounds, rules_per_layer, seconds, floor)
+    program = _Program(layers, heads, len(choices), costs, bounds, rules_per_layer, seconds, floor, gap)
     best = [program.solve(objective) for objective in objectives]
     if any(found is None for found in best):
         tight = max(bounds, key=lambda n: min(costs[n]) / bounds[n])
@@ -383,7 +386,7 @@ class _Program:
 
     def __init__(
         self, layers: int, heads: int, rules_: int, costs: Mapping[int, Sequence[float]], bounds: Mapping[int, float],
-        limit: int | None, seconds: float | None, floor: float,
+        limit: int | None, seconds: float | None, floor: float, gap: float,
     ):  # fmt: skip
         optimize = need("scipy.optimize", "the search of spans")
         sparse = need("scipy.sparse", "the search of spans")
@@ -409,7 +412,7 @@ class _Program:
             zero = sparse.csr_matrix((layers, self.count))
             total = sparse.hstack([zero, sums], format="csr")
             self.constraints.append(optimize.LinearConstraint(total, -numpy.inf, limit))
-        self.options = {} if seconds is None else {"time_limit": seconds}
+        self.options = {"mip_rel_gap": gap} | ({} if seconds is None else {"time_limit": seconds})
 
     def _rows(self, matrix: Any, low: float, high: float) -> Any:
         """A constraint on the rules alone."""
@@ -429,6 +432,8 @@ class _Program:
             cost, constraints=[*self.constraints, *more], integrality=self.numpy.ones(self.size),
             bounds=self.optimize.Bounds(0, 1), options=self.options,
         )  # fmt: skip
+        if found.x is None and found.status == 1:
+            raise ValueError(f"seconds={self.options['time_limit']} passed before any plan was found")
         return None if found.x is None else self.numpy.rint(found.x[: self.count])
 
 
