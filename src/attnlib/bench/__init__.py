@@ -34,7 +34,7 @@ REAL = tuple(
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
 ENGINES = (
     "linear", "segments", "local", "halo", "hyper", "circular", "scan", "sparse", "super-token", "cache", "hooks",
-    "transfer", *STUDIES, *REAL,
+    "transfer", "gpu", *STUDIES, *REAL,
 )  # fmt: skip
 
 #: Those that run models of transformers.
@@ -72,7 +72,7 @@ def _engine(name: str, out: Path | None, progress: Any) -> dict[str, Any]:
         given["pictures"] = out
     result = measure(**given)
     if out is not None:
-        path = out / f"{name}-cpu.json"
+        path = out / ("gpu.json" if name == "gpu" else f"{name}-cpu.json")
         held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         for beside in ("mechanisms", "kvpress"):  # recorded against others' code, which is not at hand here
             if beside in held:
@@ -158,6 +158,9 @@ def run_bench(
             progress(f"{name}: left out, it needs transformers; pip install 'attnlib[hf]'")
         elif suite == "all" and (lacking := [m for m in needed_models(name) if not is_here(m)]):
             progress(f"{name}: left out, it needs the models {', '.join(lacking)}; make models")
+        elif name == "gpu" and (reason := _module("gpu").why_not()):
+            results["gpu"] = {"skipped": reason}
+            progress(f"gpu: skipped, {reason}")
         elif name in STUDIES and (workers > 1 or ray):
             apart.append(name)
         elif name in ENGINES:

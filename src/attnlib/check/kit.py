@@ -118,7 +118,7 @@ def check(
     torch.set_num_threads(1)  # the tensors are tiny: waiting for a second thread costs more than it brings
     try:
         with torch.random.fork_rng(devices=[]):
-            makers = _subjects(target, case, kind, grid, context_grid, config)
+            makers = subject_makers(target, case, kind, grid, context_grid, config)
             note = ""
             if infer and makers[0](claims).claims is SILENT:
                 claims = infer_claims(makers[0])
@@ -134,7 +134,7 @@ def check(
     return Report(name, dict(s.case.config), s.grid, _merged(found), s.claims.to_dict(), note)
 
 
-def _subjects(
+def subject_makers(
     target: Any, case: Case | None, kind: str | None, grid: Any, context_grid: Any, config: Mapping[str, Any]
 ) -> list[Callable[[Traits | None], Subject]]:
     """Builders of what is tested, given claims: one, or one per stream of a fusion."""
