@@ -56,7 +56,7 @@ def test_pieces_are_computed_once_and_belong_to_their_settings(tmp_path):
     kept = Kept(tmp_path / "kept.jsonl", {"seed": 0})
     assert kept("a", lambda: (1.5, {2: 3})) == [1.5, {"2": 3}]
     again = Kept(tmp_path / "kept.jsonl", {"seed": 0})
-    assert again("a", pytest.fail) == [1.5, {"2": 3}]
+    assert again("a", pytest.fail) == [1.5, {"2": 3}] and again.seconds == kept.seconds >= 0
     assert Kept(tmp_path / "kept.jsonl", {"seed": 1})("a", lambda: 2) == 2
 
 
@@ -209,7 +209,7 @@ def test_the_line_of_steering(loaded, unchanged, tmp_path):
     found = steering.measure(loaded=loaded, keep=tmp_path / "kept.jsonl", pictures=tmp_path, most=2, heads=2)
     json.dumps(found)
     assert found["rows"][0]["in conflict"]["says the truth"]["difference"] == 0
-    assert len({row["name"] for row in found["rows"]}) == len(found["rows"]) == 15
+    assert len({row["name"] for row in found["rows"]}) == len(found["rows"]) == 13
     said = {name: tuple(text) for name, text in found["examples"].items()}
     assert said["two branches, alpha 2, in conflict"] != said["as it is, in conflict"]
     assert (tmp_path / "real-steering-cpu.svg").exists()

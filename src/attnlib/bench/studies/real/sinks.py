@@ -29,7 +29,7 @@ from ....hooks.site import Site
 from ....look import Statistics
 from ....steer import SinkCalibration, calibrate, search_heads
 from ... import models
-from ...clock import machine, now
+from ...clock import machine
 from ...converting import tokens_of
 from ...data import files
 from ...small import Progress, interval
@@ -212,7 +212,6 @@ def measure(
     Returns:
         Plain values, for JSON.
     """
-    started = now()
     model, tokenizer = models.load(name, dtype=torch.bfloat16) if loaded is None else loaded
     data = files.text()
     held, other = tokens_of(tokenizer, data.test), tokens_of(tokenizer, data.train[:60_000])
@@ -276,7 +275,7 @@ def measure(
         "what": "attention sinks and massive activations of a pretrained decoder, and what touching them costs",
         "model": models.MODELS[name].title if loaded is None else "given", "machine": machine(), "dtype": "bfloat16",
         "text": data.source, "rows": list(rows), "lengths": list(lengths), "seen": seen, "search": act,
-        "touched": table, "seconds": round(now() - started, 1),
+        "touched": table, "seconds": round(kept.seconds, 1),
     }  # fmt: skip
     if pictures is not None:
         draw(Path(pictures) / "real-sinks-cpu.svg", result)
