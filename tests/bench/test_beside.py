@@ -56,6 +56,7 @@ def test_side_by_side(tiny, tmp_path):
     assert plain["more bits"]["mean"] == 0 and plain["agreement"] == plain["speed"] == plain["cache"] == 1
     for label in ("SnapKV (ratio=0.5, window_size=8)", "KeyNorm (ratio=0.75)", "hedgehog"):
         assert rows[label]["more bits"]["mean"] != 0 and rows[label]["tokens_per_s"] > 0, label
+        assert rows[label]["cache_bytes"] > 0, label
     same = rows["SnapKV (ratio=0.0)"]
     assert same["more bits"]["mean"] == 0 and same["agreement"] == 1 and same["cache"] == 1
     assert json.loads((tmp_path / "techniques.json").read_text())["rows"][1]["label"] in rows

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..checks import check_choice, check_int
 from ..hooks import Intervention, attach
@@ -121,22 +122,10 @@ def technique(given: str | Spec) -> Technique:
 
 def held_bytes(cache: Any) -> int:
     """Bytes of all tensors that a cache holds: keys, values, states, positions."""
-    seen: dict[int, int] = {}
-
-    def walk(value: Any, depth: int) -> None:
-        if isinstance(value, Tensor):
-            storage = value.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-        elif depth and isinstance(value, dict):
-            for inner in value.values():
-                walk(inner, depth - 1)
-        elif depth and isinstance(value, (list, tuple)):
-            for inner in value:
-                walk(inner, depth - 1)
-
-    for layer in getattr(cache, "layers", ()):
-        walk(vars(layer), 3)
-    return sum(seen.values())
+    tensors = [
+        leaf for layer in getattr(cache, "layers", ()) for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor)
+    ]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def _prompted(model: Any, prompt: Tensor) -> Any:
@@ -327,14 +316,14 @@ def _scatter(result: dict[str, Any], style: plots.Style, cost: str, unit: float,
 
 def print_table(result: dict[str, Any], console: Console) -> None:
     """The rows, as the command line shows them."""
-    table = Table("technique", "tokens/s", "x", "prompt s", "cache MiB", "x", "bits per byte", "more", "same choice",
-                  box=None, title=result["model"])  # fmt: skip
+    table = Table("technique", "tokens/s", "prompt s", "MiB", "bits/byte", "more", "same", box=None,
+                  title=result["model"])  # fmt: skip
     for row in result["rows"]:
         more = row["more bits"]
         half = "" if more["half"] is None else f" ± {more['half']:.3f}"
         table.add_row(
-            row["label"], f"{row['tokens_per_s']:.1f}", f"{row['speed']:.2f}", f"{row['prompt_s']:.2f}",
-            f"{row['cache_bytes'] / 2**20:.1f}", f"{row['cache']:.2f}", f"{row['bits']['mean']:.3f}",
-            "" if row["label"] == UNTOUCHED else f"{more['mean']:+.3f}{half}", f"{row['agreement']:.1%}",
+            row["label"], f"{row['tokens_per_s']:.1f}", f"{row['prompt_s']:.2f}", f"{row['cache_bytes'] / 2**20:.1f}",
+            f"{row['bits']['mean']:.3f}", "" if row["label"] == UNTOUCHED else f"{more['mean']:+.3f}{half}",
+            f"{row['agreement']:.0%}",
         )  # fmt: skip
     console.print(table)
