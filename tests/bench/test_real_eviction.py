@@ -73,7 +73,7 @@ def test_the_study_runs_goes_on_and_draws(tiny, tmp_path):
                 presses=False, text=TEXT)  # fmt: skip
     found = eviction.measure(progress=said.append, **call)
     assert len(said) == 4 and found["kvpress"] is None and json.dumps(found)
-    rows = {(r["mode"], r["task"], r["ratio"], r["name"]): r for r in found["rows"]}
+    rows = {(r["mode"], r["task"], r["ratio"], r["name"]): r for r in found["runs"]}
     assert {key[0] for key in rows} == {"asked", "unseen", "second", "settings"}
     for key, row in rows.items():
         assert row["n"] == 4 and 0 <= row["low"] <= row["right"] <= row["high"] <= 1, key
@@ -82,13 +82,17 @@ def test_the_study_runs_goes_on_and_draws(tiny, tmp_path):
     for name in (eviction.SNAPKV, "random"):
         assert rows["asked", "needle", 0.75, name]["more bits"]["mean"] != 0
     assert ("asked", "needle", 0.25, "observed attention (H2O)") in rows
+    table = found["tables"]["900 tokens, asked, needle"]["rows"]
+    assert [r["name"] for r in table][:2] == [eviction.ALL, eviction.SNAPKV]
+    shown, row = table[1]["right, 75% evicted"], rows["asked", "needle", 0.75, eviction.SNAPKV]
+    assert shown == {"mean": row["right"], "half": (row["high"] - row["low"]) / 2, "n": 4}
     grid = found["needle by depth"]["900"][eviction.SNAPKV]
     assert grid["n"] == 2 and len(grid["right"]) == 2 and len(grid["right"][0]) == 2
     assert (tmp_path / "real-eviction-cpu.svg").read_text().startswith("<?xml")
     lines = keep.read_text().splitlines()
     keep.write_text("\n".join(lines[:3]) + "\n")
     again = eviction.measure(progress=said.append, **call)  # the last text only
-    assert len(said) == 5 and again["rows"] == found["rows"]
+    assert len(said) == 5 and again["runs"] == found["runs"]
 
 
 def test_lengths_that_the_model_cannot_read_and_absent_models(tiny, monkeypatch, tmp_path):

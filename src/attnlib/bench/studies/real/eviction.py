@@ -14,7 +14,7 @@ is read once per item, and every technique chooses from the same pass; what is r
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,11 +37,11 @@ from ....cache import (
     ValueNorm,
 )
 from ... import models
-from ...clock import machine, now
+from ...clock import machine
 from ...small import Progress, heat_maps, interval
 from ...stats import mean_interval, share_interval
-from ...store import identity
 from . import _prompts as prompts
+from ._kept import Kept as Pieces
 from ._prefill import Kept, OnceScored, Press, Prompt, Reader, kvpress_folder, kvpress_version
 
 QUESTION = "Does a fact in a long text survive when keys are evicted from the cache?"
@@ -210,6 +210,21 @@ def summary(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The same as tables to read: by length, mode and task, a row per technique and a column per ratio."""
+    found: dict[str, Any] = {}
+    for row in rows:
+        title = f"{row['length']} tokens, {row['mode']}, {row['task']}"
+        table = found.setdefault(title, {"metric": "right", "rows": []})
+        mine = next((r for r in table["rows"] if r["name"] == row["name"]), None)
+        if mine is None:
+            mine = {"name": row["name"]}
+            table["rows"].append(mine)
+        half = (row["high"] - row["low"]) / 2
+        mine[f"right, {row['ratio']:.0%} evicted"] = {"mean": row["right"], "half": half, "n": row["n"]}
+    return found
+
+
 def by_depth(records: Sequence[Mapping[str, Any]], name: str, length: int, task: str = "needle") -> dict[str, Any]:
     """``{"depths", "ratios", "right", "n"}``: shares of right answers by depth and ratio, of ``n`` items a cell."""
     mine = [r for r in records if r["length"] == length]
@@ -260,32 +275,25 @@ def measure(
     """
     from ...converting import open_model
 
-    loaded, tokenizer = open_model(model, dtype)
-    bench = Bench(loaded, tokenizer, presses)
-    longest = max(plan)
-    if longest + 128 > bench.reader.limit:
-        raise ValueError(f"length={longest} and a question are more than the {bench.reader.limit} tokens of {model}")
     counts = {n: {1024: 8, 2048: 5, 4096: 3}.get(n, 3) for n in plan} | dict(items or {})
-    key = identity((model, str(dtype), {str(k): v for k, v in plan.items()}, sorted(bench.presses), list(SETTINGS)))
-    file = None if keep is None else Path(keep)
-    records: list[dict[str, Any]] = []
-    if file is not None and file.exists():
-        records = [r for r in map(json.loads, file.read_text(encoding="utf-8").splitlines()) if r["key"] == key]
-    done = {(r["length"], r["depth"], r["seed"]) for r in records}
-    for seed in range(max(counts.values())):
-        for length in plan:
-            for depth in depths:
-                if seed >= counts[length] or (length, depth, seed) in done:
-                    continue
-                start = now()
-                found = bench.item(length, depth, seed, plan[length], text)
-                records.append({"length": length, "depth": depth, "seed": seed, "key": key, "found": found})
-                if file is not None:
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    with file.open("a", encoding="utf-8") as out:
-                        out.write(json.dumps(records[-1]) + "\n")
-                if progress is not None:
-                    progress(f"{length} tokens, depth {depth:g}, text {seed + 1}: {now() - start:.1f} s")
+    theirs = sorted(PRESSES) if presses and kvpress_folder() is not None else []
+    key = (model, str(dtype), {str(k): v for k, v in plan.items()}, theirs, list(SETTINGS))
+    kept = Pieces(keep, key, progress)
+    benches: list[Bench] = []
+
+    def ask(length: int, depth: float, seed: int) -> dict[str, Any]:
+        if not benches:  # nothing is loaded where everything is kept
+            benches.append(Bench(*open_model(model, dtype), presses))
+            limit, longest = benches[0].reader.limit, max(plan)
+            if longest + 128 > limit:
+                raise ValueError(f"length={longest} and a question are more than the {limit} tokens that it can read")
+        return benches[0].item(length, depth, seed, plan[length], text)
+
+    records = [
+        {"length": n, "depth": d, "seed": seed,
+         "found": kept(f"{n} tokens, depth {d:g}, text {seed + 1}", functools.partial(ask, n, d, seed))}
+        for seed in range(max(counts.values())) for n in plan for d in depths if seed < counts[n]
+    ]  # fmt: skip
     rows = summary(records)
     names = [ALL, *SCORERS]
     maps = {
@@ -295,8 +303,8 @@ def measure(
     result = {
         "what": QUESTION, "machine": machine(), "model": models.title(model),
         "dtype": str(dtype).removeprefix("torch."),
-        "kvpress": kvpress_version() if bench.presses else None, "tasks": dict(prompts.TASKS), "rows": rows,
-        "needle by depth": maps,
+        "kvpress": kvpress_version() if theirs else None, "tasks": dict(prompts.TASKS), "tables": tables(rows),
+        "runs": rows, "needle by depth": maps,
     }  # fmt: skip
     if pictures is not None:
         draw(result, Path(pictures) / "real-eviction-cpu.svg")

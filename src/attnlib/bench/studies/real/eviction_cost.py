@@ -8,8 +8,8 @@ time, which other programs disturb least; ratios are taken round by round.
 
 from __future__ import annotations
 
+import functools
 import importlib
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ from ...converting import open_model, tokens_of
 from ...data import files
 from ...small import Progress, picture
 from ...speed.cache import Contender, _kvpress
-from ...store import identity
+from ._kept import Kept
 from ._prefill import kvpress_folder, kvpress_version
 from .eviction import ALL, PRESSES, QUADRATIC, QUADRATIC_LENGTH, SCORERS
 
@@ -138,54 +138,47 @@ def measure(
     Raises:
         ValueError: more tokens than the model, or the text, has.
     """
-    loaded, tokenizer = open_model(model, dtype)
-    limit = int(getattr(loaded.config, "max_position_embeddings", 1 << 30))
-    if max(lengths) + tokens > limit:
-        raise ValueError(f"lengths={list(lengths)} and {tokens} tokens are more than the {limit} of {model}")
-    ids = tokens_of(tokenizer, files.text().train if text is None else torch.tensor(list(text.encode())))
-    if ids.numel() < max(lengths) + tokens:
-        raise files.DataError(f"the text has {ids.numel()} tokens, fewer than lengths={list(lengths)} need")
     folder = kvpress_folder() if presses else None
     theirs: dict[str, Any] = {}
     if folder is not None:
         _kvpress(folder)
         theirs = {n: getattr(importlib.import_module(f"kvpress.presses.{m}"), c) for n, (m, c) in PRESSES.items()}
-    file = None if keep is None else Path(keep)
-    key = identity((model, str(dtype), list(ratios), evicted, tokens, rounds, sorted(theirs)))
-    done: dict[int, dict[str, Any]] = {}
-    if file is not None and file.exists():
-        for held in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-            if held["key"] == key:
-                done[held["length"]] = held
-    for length in lengths:
-        if length in done:
-            continue
+    kept = Kept(keep, (model, str(dtype), list(ratios), evicted, tokens, rounds, sorted(theirs)), progress)
+    opened: list[tuple[Any, Tensor]] = []
+
+    def at(length: int) -> dict[str, Any]:
+        if not opened:  # nothing is loaded where everything is kept
+            loaded, tokenizer = open_model(model, dtype)
+            limit = int(getattr(loaded.config, "max_position_embeddings", 1 << 30))
+            if max(lengths) + tokens > limit:
+                raise ValueError(f"lengths={list(lengths)} and {tokens} tokens are more than the {limit} of {model}")
+            ids = tokens_of(tokenizer, files.text().train if text is None else torch.tensor(list(text.encode())))
+            if ids.numel() < max(lengths) + tokens:
+                raise files.DataError(f"the text has {ids.numel()} tokens, fewer than lengths={list(lengths)} need")
+            opened.append((loaded, ids))
+        loaded, ids = opened[0]
         prompt, more = ids[None, :length], ids[None, length : length + tokens]
         press = theirs.get("kvpress SnapKVPress")
-        done[length] = {
-            "key": key, "length": length, "decoding": decoding(loaded, prompt, more, ratios, rounds, press),
+        return {
+            "decoding": decoding(loaded, prompt, more, ratios, rounds, press),
             "prompt": prefill(loaded, prompt, evicted, rounds, theirs),
-        }  # fmt: skip
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(done[length]) + "\n")
-        if progress is not None:
-            progress(f"{length} tokens: done")
+        }
+
+    done = {n: kept(f"{n} tokens", functools.partial(at, n)) for n in lengths}
     result = {
         "what": QUESTION, "machine": machine(), "model": models.title(model),
         "dtype": str(dtype).removeprefix("torch."), "clock": "cpu", "evicted": evicted, "rounds": rounds,
         "tokens": tokens, "kvpress": kvpress_version() if theirs else None,
-        "lengths": {str(n): {k: v for k, v in done[n].items() if k not in ("key", "length")} for n in lengths},
+        "lengths": {str(n): done[n] for n in lengths},
     }  # fmt: skip
     if pictures is not None:
         labels = {(0.0, PLAIN): PLAIN} | {(r, "SnapKV"): f"SnapKV, {r:.0%} evicted" for r in ratios}
         curves = {
             label: [
                 (n, row["token_s"] * 1e3, None) for n in lengths for row in done[n]["decoding"]
-                if (row["ratio"], row["name"]) == at
+                if (row["ratio"], row["name"]) == place
             ]
-            for at, label in labels.items()
+            for place, label in labels.items()
         }  # fmt: skip
         picture(
             Path(pictures) / "real-eviction-cost-cpu.svg", curves, "tokens of the prompt",
