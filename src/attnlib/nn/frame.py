@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,49 @@ class Stream:
     def mask(mask: Mask | None) -> Mask:
         """``mask``, and nothing later than the query."""
         return causal() if mask is None else causal() & mask
+
+
+class Reading(NamedTuple):
+    """Who reads whom in a call, grids flattened.
+
+    Args:
+        tokens: (B, N, C) of ``x``.
+        own: (B, N) boolean, which of them exist.
+        keys: (B, M, C) what is read: a context, or the tokens themselves.
+        exists: (B, M) boolean, which of these exist.
+        ordered: whether a token reads itself and earlier ones only.
+        stream: of the keys; without memory where nothing is ordered.
+    """
+
+    tokens: Tensor
+    own: Tensor | None
+    keys: Tensor
+    exists: Tensor | None
+    ordered: bool
+    stream: Stream
+
+    @property
+    def queries(self) -> Stream:
+        """Of the tokens of ``x``: the same where these are read."""
+        return self.stream if self.keys is self.tokens else Stream(self.tokens, self.own, None, False)
+
+
+def reading(
+    x: Tensor,
+    context: Tensor | None,
+    valid: Tensor | None,
+    context_valid: Tensor | None,
+    causal: bool,
+    state: State | None,
+    keep: bool,
+) -> Reading:
+    """A call (B, *grid, C) as a :class:`Reading`; ``causal`` and what it remembers are of calls without a context."""
+    tokens, own = x.flatten(1, -2), flat_valid(valid)
+    if context is None:
+        stream = Stream(tokens, own, state if causal else None, causal and keep)
+        return Reading(tokens, own, tokens, own, causal, stream)
+    keys, exists = context.flatten(1, -2), flat_valid(context_valid)
+    return Reading(tokens, own, keys, exists, False, Stream(keys, exists, None, False))
 
 
 @dataclass(frozen=True)
@@ -362,6 +405,26 @@ class HeadFrame(Mechanism, Generic[N]):
         self.mix(x, context, plan=Wanted(kind, made), **call)
         return made
 
+    def _read(
+        self, x: Tensor, context: Tensor | None, valid: Tensor | None, context_valid: Tensor | None, plan: Plan | None,
+        state: State | None, returns: tuple[str, ...],
+    ) -> tuple[Tensor, Tensor, Tensor, N, Reading]:  # fmt: skip
+        """Queries, keys and values of the new tokens (B, H, N, D), normed and rotated, and notes."""
+        q, k, v = self._parts(x, x if context is None else context)
+        q, k, v = (
+            through(self.q_norm, split_heads(q, self.num_heads)),
+            through(self.k_norm, split_heads(k, self.num_kv_heads)),
+            split_heads(v, self.num_v_heads),
+        )
+        read = reading(x, context, valid, context_valid, self.causal, state, "state" in returns)
+        notes = self._notes(read.own, plan, state, returns)
+        self._begin(read.tokens, q, notes)
+        if self.rotary is not None:
+            angles = self._angles(read.stream)
+            own = angles if context is None else self._angles(read.queries)
+            q, k = self._rotate(q, k, own, angles)
+        return q, k, v, notes, read
+
     def mix(
         self,
         x: Tensor,
@@ -375,24 +438,9 @@ class HeadFrame(Mechanism, Generic[N]):
         state: State | None = None,
         returns: tuple[str, ...] = (),
     ) -> Output:
-        grid, source = x.shape[1:-1], x if context is None else context
-        q, k, v = self._parts(x, source)
-        q, k, v = (
-            through(self.q_norm, split_heads(q, self.num_heads)),
-            through(self.k_norm, split_heads(k, self.num_kv_heads)),
-            split_heads(v, self.num_v_heads),
-        )
-        tokens, own_valid = x.flatten(1, -2), flat_valid(valid)
-        notes = self._notes(own_valid, plan, state, returns)
-        self._begin(tokens, q, notes)
-        exists = own_valid if context is None else flat_valid(context_valid)
-        ordered = self.causal and context is None
-        keys = tokens if context is None else context.flatten(1, -2)
-        stream = Stream(keys, exists, state if ordered else None, ordered and "state" in returns)
-        if self.rotary is not None:
-            angles = self._angles(stream)
-            own = angles if context is None else self._angles(Stream(tokens, own_valid, None, False))
-            q, k = self._rotate(q, k, own, angles)
+        grid = x.shape[1:-1]
+        q, k, v, notes, read = self._read(x, context, valid, context_valid, plan, state, returns)
+        stream = read.stream
         k, v = stream.join(k=k, v=v)
         exists = stream.exists
         bias: Bias | None = None
@@ -401,7 +449,7 @@ class HeadFrame(Mechanism, Generic[N]):
             q_at, k_at = torch.arange(start, start + n, device=x.device), torch.arange(m, device=x.device)
             bias = self._slot_bias(q_at, k_at, (1 - start - n, m - 1 - start))
         call = HeadCall(
-            self._in_order(mask) if ordered else mask, exists, stream.q_pos, bias,
+            self._in_order(mask) if read.ordered else mask, exists, stream.q_pos, bias,
             self.attn_drop if self.training else 0.0, "weights" in returns,
         )  # fmt: skip
         out, weights = self._mix_heads(q, k, v, call, notes), None

@@ -14,8 +14,8 @@ from ...ops.feature_maps import feature_map
 from ...ops.linear import linear_partial
 from ...types import Output, State, Traits, check_choice, stats_dtype
 from ..base import Mechanism
-from ..frame import Stream
-from ..layers import flat_valid, head_dim_of, merge_heads, split_heads, through
+from ..frame import reading
+from ..layers import head_dim_of, merge_heads, split_heads, through
 from ..registry import register
 from ..released import Released, Rule
 
@@ -133,14 +133,9 @@ class Cosformer(Mechanism):
         state: State | None = None,
         returns: tuple[str, ...] = (),
     ) -> Output:
-        source = x if context is None else context
-        tokens, keys = x.flatten(1, -2), source.flatten(1, -2)
-        own = flat_valid(valid)
-        exists = own if context is None else flat_valid(context_valid)
-        ordered = self.causal and context is None
-        stream = Stream(keys, exists, state if ordered else None, ordered and "state" in returns)
-        at_k = stream.positions
-        at_q = at_k if context is None else Stream(tokens, own, None, False).positions
+        read = reading(x, context, valid, context_valid, self.causal, state, "state" in returns)
+        tokens, own, keys, exists, ordered, stream = read
+        at_q, at_k = read.queries.positions, stream.positions
         length = self.max_length
         if self.compat is not None:
             length = max(tokens.shape[1], keys.shape[1], 1)

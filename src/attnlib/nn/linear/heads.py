@@ -15,8 +15,8 @@ from ... import masks
 from ...grids import Layout
 from ...ops import attention
 from ...types import Output, State, Traits, check_divides, stats_dtype
-from ..frame import HeadFrame, Stream
-from ..layers import flat_valid, split_heads, through
+from ..frame import HeadFrame
+from ..layers import through
 
 
 class HeadMixer(nn.Module):
@@ -163,31 +163,14 @@ class MixedHeads(HeadFrame):
         state: State | None = None,
         returns: tuple[str, ...] = (),
     ) -> Output:
-        grid, source = x.shape[1:-1], x if context is None else context
-        q, k, v = self._parts(x, source)
-        q, k, v = (
-            through(self.q_norm, split_heads(q, self.num_heads)),
-            through(self.k_norm, split_heads(k, self.num_kv_heads)),
-            split_heads(v, self.num_v_heads),
-        )
-        tokens, own = x.flatten(1, -2), flat_valid(valid)
-        notes = self._notes(own, None, state, returns)
-        self._begin(tokens, q, notes)
-        exists = own if context is None else flat_valid(context_valid)
-        keys = tokens if context is None else context.flatten(1, -2)
-        ordered = self.causal and context is None
-        stream = Stream(keys, exists, state if ordered else None, ordered and "state" in returns)
-        if self.rotary is not None:
-            angles = self._angles(stream)
-            mine = angles if context is None else self._angles(Stream(tokens, own, None, False))
-            q, k = self._rotate(q, k, mine, angles)
+        q, k, v, notes, read = self._read(x, context, valid, context_valid, None, state, returns)
         losses = None
         if self.attention_transfer:
-            out, losses = self._transfer(q, k, v, exists, own, "losses" in returns)
+            out, losses = self._transfer(q, k, v, read.exists, read.own, "losses" in returns)
             new = None
         else:
-            out, new = self.heads(q, k, v, valid=exists, state=stream.state, keep=stream.keep)
-        y = through(self.proj_drop, self._project(self._gate(out, notes), notes, grid))
+            out, new = self.heads(q, k, v, valid=read.exists, state=read.stream.state, keep=read.stream.keep)
+        y = through(self.proj_drop, self._project(self._gate(out, notes), notes, x.shape[1:-1]))
         return Output(y, state=new, losses=losses)
 
     def _transfer(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ...types import Output, State
 from ..base import Mechanism
-from ..frame import Stream
-from ..layers import flat_valid, head_dim_of, merge_heads, split_heads
+from ..frame import reading
+from ..layers import head_dim_of, merge_heads, split_heads
 from ..released import Released, Rule
 
 
@@ -83,13 +83,11 @@ class Projected(Mechanism):
         state: State | None = None,
         returns: tuple[str, ...] = (),
     ) -> Output:
-        read = x if context is None else context
-        q, k, v = (split_heads(m(t), self.num_heads) for m, t in ((self.q, x), (self.k, read), (self.v, read)))
-        exists = flat_valid(valid if context is None else context_valid)
-        ordered = self.causal and context is None
-        stream = Stream(x.flatten(1, -2), exists, state, ordered and "state" in returns)
-        out, weights, kept = self.mix_heads(q, k, v, exists, ordered, state, "weights" in returns)
-        return Output(self.proj(merge_heads(out, x.shape[1:-1])), state=stream.next(**kept), weights=weights)
+        source = x if context is None else context
+        q, k, v = (split_heads(m(t), self.num_heads) for m, t in ((self.q, x), (self.k, source), (self.v, source)))
+        read = reading(x, context, valid, context_valid, self.causal, state, "state" in returns)
+        out, weights, kept = self.mix_heads(q, k, v, read.exists, read.ordered, state, "weights" in returns)
+        return Output(self.proj(merge_heads(out, x.shape[1:-1])), state=read.stream.next(**kept), weights=weights)
 
     @classmethod
     def convert_state_dict(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
