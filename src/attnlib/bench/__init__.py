@@ -34,14 +34,14 @@ REAL = tuple(
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
 ENGINES = (
     "linear", "segments", "local", "halo", "hyper", "circular", "scan", "sparse", "super-token", "cache", "hooks",
-    "transfer", "gpu", *STUDIES, *REAL,
+    "transfer", "look", "gpu", *STUDIES, *REAL,
 )  # fmt: skip
 
 #: Those that run models of transformers.
-NEEDS_HF = ("multimodal", "cache", "hooks", "conversion", "spans", "finetuning", *REAL)
+NEEDS_HF = ("multimodal", "cache", "hooks", "conversion", "spans", "finetuning", "look", "choices", *REAL)
 
 #: Those that load models which ``make models`` fetches, and which.
-NEEDS_MODELS = {"conversion": ("smollm2", "minilm"), "spans": ("smollm2",)}
+NEEDS_MODELS = {"look": ("smollm2-135m",), "conversion": ("smollm2", "minilm"), "spans": ("smollm2",)}
 
 
 def suites() -> list[str]:

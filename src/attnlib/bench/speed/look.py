@@ -122,7 +122,7 @@ def measure(
     every: int = 9,
     rounds: int = 3,
     progress: Callable[[str], None] | None = None,
-    decoder: str = "smollm2",
+    decoder: str = "smollm2-135m",
 ) -> dict[str, Any]:
     """Medians of interleaved runs, ratios to the loops, and how far results are apart.
 

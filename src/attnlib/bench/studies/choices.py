@@ -153,12 +153,12 @@ def measure(
     keep: str | Path | None = None,
     pictures: str | Path | None = None,
     seeds: Sequence[int] = (0, 1, 2),
-    steps: int = 2500,
-    batch: int = 96,
-    width: int = 64,
+    steps: int = 2400,
+    batch: int = 48,
+    width: int = 96,
     layers: int = 3,
-    heads: int = 8,
-    size: int = 6,
+    heads: int = 6,
+    size: int = 4,
     ranks: Sequence[int] = (0, 1, 2, 3, 4, 8),
     count: int = 64,
 ) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def measure(
     Returns:
         Plain values, for JSON.
     """
-    world = ChoiceWorld()
+    world = ChoiceWorld(letters=8, numbers=4, facts=8)
     settings = {"steps": steps, "batch": batch, "width": width, "layers": layers, "heads": heads, "size": size,
                 "count": count, "ranks": list(ranks)}  # fmt: skip
 

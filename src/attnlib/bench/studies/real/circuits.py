@@ -39,7 +39,7 @@ from ...data.circuits import NAMES, Pairs, indirect_objects, one_token
 from ...small import Progress, picture, study
 
 QUESTION = "Do the heads that patching finds carry the answer?"
-MODELS = ("smollm2",)
+MODELS = ("smollm2-135m",)
 
 RANKINGS = ("patching", "first order", "attention", "random")
 
@@ -75,7 +75,7 @@ def measure(
     tested_on: int = 16,
     sizes: Sequence[int] = (5, 10, 20),
     draws: int = 3,
-    decoder: str = "smollm2",
+    decoder: str = "smollm2-135m",
 ) -> dict[str, Any]:
     """Rank heads on some sentences, silence the first of them on others.
 
