@@ -1,7 +1,11 @@
 """LARA: oracle, segments of tokens that exist, what it estimates, noise, bad input."""
 
+import json
+
 import pytest
 import torch
+from parity import HERE
+from safetensors import safe_open
 
 import attnlib
 from attnlib.nn.linear.lara import LinearRandomizedAttention
@@ -83,6 +87,25 @@ def test_noise_in_training():
     twice = made(antithetic=True)
     torch.testing.assert_close(twice(x), quiet)
     assert not torch.allclose(twice.train()(x), quiet)
+
+
+@pytest.mark.parametrize("case", ["plain", "antithetic", "adaptive"])
+def test_samples_in_training_are_the_authors_given_their_noise(case, monkeypatch):
+    with safe_open(HERE / "lara-training.safetensors", "pt") as f:
+        settings = json.loads(f.metadata()["config"])[case]
+        held = {k[len(case) + 1 :]: f.get_tensor(k).double() for k in f.keys() if k.startswith(case + "/")}  # noqa: SIM118
+    m = LinearRandomizedAttention(8, 2, **settings).double().train()
+    own = {f"{kind}_bar.{part}": held.get(f"w/{kind}_bar_proj.{part}") for kind in "qk" for part in ("weight", "bias")}
+    m.load_state_dict({k: t for k, t in own.items() if t is not None}, strict=False)
+    monkeypatch.setattr(torch, "randn_like", lambda x: held["noise"].view(x.shape))
+    q, k, v = (held[name].requires_grad_() for name in "qkv")
+    y, _, _ = m.mix_heads(q, k, v, None, False, None, False)
+    (y * held["g"]).sum().backward()
+    found = {"y": y, "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    if m.q_bar is not None and m.k_bar is not None:
+        found |= {f"dw/{n}_bar_proj.weight": getattr(m, f"{n}_bar").weight.grad for n in "qk"}
+    for name, ours in found.items():
+        assert float((ours - held[name]).detach().abs().max()) <= 1e-5 * float(held[name].detach().abs().max()), name
 
 
 @pytest.mark.parametrize(
