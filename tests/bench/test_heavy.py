@@ -19,17 +19,16 @@ def test_as_many_keys_are_read_and_none_that_come_later(name, causal):
     read = heavy.READS[name](given, counts, 16, directions, 0)
     assert read.shape == given.weights.shape
     if causal:
-        assert not read.triu(1).any() and read.diagonal(dim1=-2, dim2=-1).float().mean() > 0.1
+        assert not read.triu(1 + 32).any() and read.diagonal(32, -2, -1).float().mean() > 0.1
     if name not in ("blocks by rank, as released", "blocks by hash, keys centered", heavy.SAMPLED):
         assert torch.equal(read.sum(-1), counts)
 
 
 def test_windows_hold_the_nearest_keys_and_the_first_ones():
-    given, counts = world(True), torch.full((1, 2, 64), 10)
-    counts = torch.minimum(counts, torch.arange(1, 65))
+    given, counts = world(True), torch.full((1, 2, 32), 10)
     near, both = heavy._near(given, counts), heavy._near(given, counts, heavy.FIRST)
-    assert near[0, 0, 40].nonzero().flatten().tolist() == list(range(31, 41))
-    assert both[0, 1, 40].nonzero().flatten().tolist() == [0, 1, 2, 3, *range(35, 41)]
+    assert near[0, 0, 8].nonzero().flatten().tolist() == list(range(31, 41))
+    assert both[0, 1, 8].nonzero().flatten().tolist() == [0, 1, 2, 3, *range(35, 41)]
 
 
 def test_nothing_has_more_recall_than_the_largest_weights_and_hashes_find_what_was_planted():

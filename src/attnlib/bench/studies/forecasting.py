@@ -27,7 +27,7 @@ from ..data import files
 from ..small import Progress, fit, picture, study
 
 PAST, FUTURE = 64, 16
-DIM, DEPTH, HEADS, PATCH, STRIDE = 24, 2, 4, 8, 4
+DIM, DEPTH, HEADS, PATCH, STRIDE = 24, 1, 4, 8, 8
 BASELINE = "linear map of each series"
 METRIC = "mse"
 
@@ -165,7 +165,7 @@ def measure(
     progress: Progress | None = None,
     keep: str | Path | None = None,
     pictures: str | Path | None = None,
-    steps: int = 200,
+    steps: int = 150,
     batch: int = 16,
     lr: float = 4e-3,
     seeds: tuple[int, ...] = (0, 1, 2),

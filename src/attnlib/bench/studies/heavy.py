@@ -28,7 +28,7 @@ from ..converting import batches_of, tokens_of
 from ..data import files
 from ..small import Progress, picture, study
 
-BLOCKS = (16, 32, 64, 128)
+BLOCKS = (16, 32, 64)
 METRIC = "recall at blocks of 32"
 WINDOW, HASH, FIRST = "sliding window", "blocks by hash (HyperAttention)", 4
 DIRECTIONS = 7
@@ -46,13 +46,23 @@ class World:
     scale: float
     counts: dict[int, Tensor] = field(default_factory=dict)  # keys per row by block, once they are known
 
+    @property
+    def late(self) -> slice:
+        """The queries that are looked at."""
+        return slice(self.q.shape[2] // 2, None)
+
+    @functools.cached_property
+    def hidden(self) -> Tensor:
+        """(N / 2, N) boolean: what late queries may not read."""
+        n = self.q.shape[2]
+        later = torch.ones(n, n, dtype=torch.bool).triu(1)
+        return (later if self.causal else torch.zeros_like(later))[self.late]
+
     @functools.cached_property
     def weights(self) -> Tensor:
-        """(1, H, N, N) exact attention."""
-        scores = self.q @ self.k.mT * self.scale
-        if self.causal:
-            scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), float("-inf"))
-        return scores.softmax(-1)
+        """(1, H, N / 2, N) exact attention of late queries."""
+        scores = self.q[:, :, self.late] @ self.k.mT * self.scale
+        return scores.masked_fill(self.hidden, float("-inf")).softmax(-1)
 
 
 def planted(seed: int, n: int = 1024, heads: int = 4, width: int = 64, noise: float = 0.3) -> World:
@@ -94,7 +104,7 @@ def trained(model: Any, windows: Sequence[Tensor], layers: Sequence[int]) -> lis
 
 
 def read_by_hash(world: World, block: int, directions: Tensor, strict: bool = True, centered: bool = False) -> Tensor:
-    """(1, H, N, N) boolean: the keys that blocks of sorted keys let every query read exactly."""
+    """(1, H, N / 2, N) boolean: the keys that blocks of sorted keys let late queries read exactly."""
     k = world.k - world.mean if centered else world.k
     n = k.shape[2]
     codes = hyper_codes(world.q, k, directions, strict)
@@ -103,22 +113,23 @@ def read_by_hash(world: World, block: int, directions: Tensor, strict: bool = Tr
         torch.zeros_like(k), torch.zeros_like(k), torch.eye(n).expand(1, k.shape[1], n, n), directions,
         block_size=block, sample_size=0, min_seq_len=block, causal=world.causal, codes=codes, strict=strict,
     )  # fmt: skip
-    return told > 0
+    return told[:, :, world.late] > 0
 
 
 def _ranked(scores: Tensor, world: World, counts: Tensor) -> Tensor:
-    """(1, H, N, N): the ``counts`` (1, H, N) keys of the largest scores in each row, among those that it may read."""
-    if world.causal:
-        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), float("-inf"))
+    """(1, H, N / 2, N): the ``counts`` (1, H, N / 2) keys of the largest scores in each row that may be read."""
+    scores = scores.masked_fill(world.hidden, float("-inf"))
     ordered = scores.expand(*counts.shape, -1).sort(-1, descending=True).values
     return scores >= ordered.gather(-1, counts.unsqueeze(-1) - 1)
 
 
 def _near(world: World, counts: Tensor, first: int = 0) -> Tensor:
     at = torch.arange(world.q.shape[2])
-    scores = -(at[:, None] - at - 0.25).abs()  # of two keys as near, the earlier one
+    scores = -(at[world.late, None] - at - 0.25).abs()  # of two keys as near, the earlier one
     scores[:, :first] = torch.arange(first, 0, -1)
-    return _ranked(scores, world, counts)
+    ordered = scores.masked_fill(world.hidden, float("-inf")).sort(-1, descending=True).values
+    least = ordered.expand(*counts.shape, -1).gather(-1, counts.unsqueeze(-1) - 1)
+    return (scores >= least) & ~world.hidden
 
 
 def _random(world: World, counts: Tensor, seed: int) -> Tensor:
@@ -145,12 +156,11 @@ def numbers(worlds: Sequence[World], name: str, seed: int, blocks: Sequence[int]
     found: dict[str, list[float]] = {}
     for number, world in enumerate(worlds):
         generator = torch.Generator().manual_seed(1000 * seed + number)
-        heads, n, width = world.q.shape[1:]
+        heads, _, width = world.q.shape[1:]
         directions = torch.randn(width, DIRECTIONS, generator=generator)
         draws = torch.randint(DRAWS, (heads, max(blocks)), generator=generator)
-        late = slice(n // 2, None)
         weights = world.weights
-        exact = (weights @ world.v)[:, :, late]
+        exact = weights @ world.v
         for block in blocks:
             if block not in world.counts:
                 world.counts[block] = read_by_hash(world, block, directions).sum(-1)
@@ -163,14 +173,14 @@ def numbers(worlds: Sequence[World], name: str, seed: int, blocks: Sequence[int]
                 out = hyper_attention(
                     world.q, world.k, world.v, directions, draws[:, :half], block_size=half, sample_size=half,
                     min_seq_len=block, causal=world.causal, scale=world.scale,
-                )  # fmt: skip
+                )[:, :, world.late]  # fmt: skip
             else:
                 out = known @ world.v / known.sum(-1, keepdim=True).clamp(min=1e-30)
             for what, value in (
-                ("recall", 100 * known.sum(-1)[:, :, late].mean()),
-                ("rest", 100 * (beyond * read)[:, :, late].sum() / beyond[:, :, late].sum().clamp(min=1e-30)),
-                ("error", 100 * (out[:, :, late] - exact).norm() / exact.norm()),
-                ("keys", read.sum(-1)[:, :, late].double().mean()),
+                ("recall", 100 * known.sum(-1).mean()),
+                ("rest", 100 * (beyond * read).sum() / beyond.sum().clamp(min=1e-30)),
+                ("error", 100 * (out - exact).norm() / exact.norm()),
+                ("keys", read.sum(-1).double().mean()),
             ):
                 found.setdefault(f"{what} at blocks of {block}", []).append(float(value))
     return {what: sum(values) / len(values) for what, values in found.items()}
@@ -181,7 +191,7 @@ def measure(
     keep: str | Path | None = None,
     pictures: str | Path | None = None,
     n: int = 1024,
-    layers: Sequence[int] = tuple(range(2, 30, 7)),
+    layers: Sequence[int] = tuple(range(4, 30, 10)),
     seeds: tuple[int, ...] = (0, 1, 2),
     names: Sequence[str] = tuple(READS),
     blocks: Sequence[int] = BLOCKS,

@@ -95,11 +95,11 @@ def measure(
     keep: str | Path | None = None,
     pictures: str | Path | None = None,
     steps: int = 280,
-    batch: int = 24,
-    pool: int = 2048,
+    batch: int = 16,
+    pool: int = 1536,
     lr: float = 4e-3,
     seeds: tuple[int, ...] = (0, 1, 2),
-    tested: int = 512,
+    tested: int = 384,
     shares: Sequence[float] = SHARES,
 ) -> dict[str, Any]:
     """Train a model for every seed, and prune it in every way.

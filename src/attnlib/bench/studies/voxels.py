@@ -187,9 +187,9 @@ def costs(given: Scenes, repeats: int = 5) -> dict[str, dict[str, float]]:
 def measure(
     progress: Progress | None = None,
     keep: str | Path | None = None,
-    steps: int = 150,
+    steps: int = 120,
     batch: int = 4,
-    pool: int = 160,
+    pool: int = 120,
     lr: float = 4e-3,
     seeds: tuple[int, ...] = (0, 1, 2),
     tested: int = 40,
