@@ -39,14 +39,29 @@ def test_nothing_has_more_recall_than_the_largest_weights_and_hashes_find_what_w
     assert rows[heavy.HASH]["recall at blocks of 16"] > rows["random keys (sampling)"]["recall at blocks of 16"] + 5
 
 
-def test_the_study_runs(tmp_path):
+def llama():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
     )  # fmt: skip
-    net = transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_what_is_captured_is_what_the_model_attends_by():
+    net = llama()
+    windows = [torch.randint(64, (1, 24), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    rows = heavy.trained(net, windows, (1,))
+    net.set_attn_implementation("eager")
+    for (world,), ids in zip(rows, windows[1:], strict=True):
+        exact = net(input_ids=ids, output_attentions=True).attentions[1]
+        torch.testing.assert_close(world.weights, exact[:, :, 12:])
+        assert world.k.shape == (1, 4, 24, 8) and torch.equal(world.mean, rows[0][0].mean)
+
+
+def test_the_study_runs(tmp_path):
+    net = llama()
 
     def tokenizer(text, **_):
         return {"input_ids": [ord(c) % 64 for c in text[:600]]}
