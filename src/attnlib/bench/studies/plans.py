@@ -179,15 +179,15 @@ def measure(
     progress: Progress | None = None,
     keep: str | Path | None = None,
     pictures: str | Path | None = None,
-    shared_steps: int = 240,
-    steps: int = 120,
+    shared_steps: int = 200,
+    steps: int = 100,
     batch: int = 16,
     lr: float = 3e-3,
     seeds: tuple[int, ...] = (0, 1, 2),
     rounds: int = 5,
     validated: int = 128,
     tested: int = 512,
-    unseen: int = 40,
+    unseen: int = 30,
 ) -> dict[str, Any]:
     """Search both kinds of plans, and train what is found.
 
