@@ -43,6 +43,27 @@ def gemma2():
     return transformers.Gemma2ForCausalLM(config).eval()
 
 
+def olmo2():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Olmo2Config(
+        vocab_size=64, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, pad_token_id=0
+    )
+    return transformers.Olmo2ForCausalLM(config).eval()
+
+
+def opt():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=64, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, ffn_dim=32, pad_token_id=0,
+        word_embed_proj_dim=24, max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.OPTForCausalLM(config).eval()
+
+
 def timm_vit():
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -85,6 +106,8 @@ FAMILIES = {
     "gpt2": (gpt2, text),
     "bert": (bert, encoded),
     "gemma2": (gemma2, text),
+    "olmo2": (olmo2, text),
+    "opt": (opt, text),
     "decoder": (_decoder, text),
     "tiny": (tiny_lm, symbols),
     "encoder": (_encoder, vectors),
@@ -123,7 +146,8 @@ def test_the_stream_is_the_sum_of_what_nodes_write(family):
     with attnlib.attach(model, capture):
         call(model)
     kept = capture.results()
-    if family == "gemma2":
+    if family in ("gemma2", "olmo2"):
+        assert nodes.layers[0].feed_forward is model.model.layers[0].post_feedforward_layernorm
         with pytest.raises(ValueError, match="stands behind its output projection"):
             nodes.output_weight(0)
         return

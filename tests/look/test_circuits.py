@@ -76,7 +76,7 @@ def test_total_effects_are_those_of_whole_passes(kind, positions):
     torch.testing.assert_close(small.patched, effects.patched, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert", "gemma2", "decoder"])
+@pytest.mark.parametrize("family", ["gpt2", "bert", "gemma2", "opt", "olmo2", "decoder"])
 @pytest.mark.parametrize("positions", [-1, None])
 def test_every_family_of_language_models(family, positions):
     model = FAMILIES[family][0]().double()

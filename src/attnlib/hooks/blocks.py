@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -59,12 +60,13 @@ FEED_FORWARDS = (
     "mlp", "feed_forward", "ffn", "ff", "feedforward", "block_sparse_moe", "moe", "output.dense", "fc2", "linear2",
 )  # fmt: skip
 
-#: What stands between an attention, and a feed-forward, and the residual stream: norms, in blocks that have one before
-#: the feed-forward, too, and scales per channel.
+#: What stands between an attention, and a feed-forward, and the residual stream, in blocks that have the second: norms
+#: and scales per channel. Without it, a norm behind the attention is the one before the feed-forward.
 BEHIND = (
-    ("pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"),
-    ("ls1", "ls1", "ls2"),
-    ("layer_scale1", "layer_scale1", "layer_scale2"),
+    ("post_attention_layernorm", "post_feedforward_layernorm"),
+    ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    ("ls1", "ls2"),
+    ("layer_scale1", "layer_scale2"),
 )
 
 #: Where an attention module keeps its output projection.
@@ -85,8 +87,8 @@ def feed_forward_of(model: nn.Module, site: Site) -> nn.Module:
         ValueError: the attention is in no numbered block, or nothing in the block is known to be a feed-forward.
     """
     block = block_of(model, site)
-    for sign, _, behind in BEHIND:
-        if (found := _child(block, behind)) is not None and _child(block, sign) is not None:
+    for _, behind in BEHIND:
+        if (found := _child(block, behind)) is not None:
             return found
     attention = model.get_submodule(site.name)
     for path in FEED_FORWARDS:
@@ -125,7 +127,7 @@ def behind_projection(model: nn.Module, site: Site) -> nn.Module | None:
     """What stands between the output projection of an attention and the residual stream; ``None`` for nothing."""
     block = block_of(model, site)
     found: nn.Module | None = None
-    for sign, behind, _ in BEHIND:
+    for behind, sign in BEHIND:
         if _child(block, sign) is not None and found is None:
             found = _child(block, behind)
     own: Any = _child(block, "mixer")
@@ -143,10 +145,16 @@ class Runtime(Protocol):
 
 
 class AfterFeedForward:
-    """``on_mlp_output`` behind the feed-forward of a block; (B, N, C), or (B, *grid, C) seen flat."""
+    """``on_mlp_output`` behind the feed-forward of a block; (B, N, C), (B, *grid, C) seen flat, or (B * N, C)."""
 
     def __init__(self, runtime: Runtime, interventions: list[Intervention]):
         self.runtime, self.interventions = runtime, interventions
+        self.shape: tuple[int, ...] = ()
+
+    def note(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the block: how many samples and tokens it reads, for a feed-forward that sees them in one axis."""
+        hidden = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor) and v.dim() == 3), None)
+        self.shape = tuple(hidden.shape[:2]) if isinstance(hidden, Tensor) else ()
 
     @classmethod
     def install(cls, session: Session, runtimes: Sequence[Runtime]) -> None:
@@ -158,11 +166,17 @@ class AfterFeedForward:
                 new = [i for i in runtime.stages["on_mlp_output"] if (inner, i) not in served]
                 served |= {(inner, i) for i in new}
                 if new:
-                    session.hook(inner.register_forward_hook(cls(runtime, new)))
+                    after = cls(runtime, new)
+                    block = block_of(session.model, runtime.site)
+                    session.hook(block.register_forward_pre_hook(after.note, with_kwargs=True))
+                    session.hook(inner.register_forward_hook(after))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         runtime = self.runtime
         out = output[0] if isinstance(output, tuple) else output
+        joined = isinstance(out, Tensor) and out.dim() == 2 and out.shape[0] == math.prod(self.shape or (-1,))
+        if joined:
+            out = out.unflatten(0, self.shape)
         if not isinstance(out, Tensor) or out.dim() < 3:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(
@@ -183,4 +197,5 @@ class AfterFeedForward:
                 f"{tuple(edited.shape)}"
             )
         new = edited.transpose(0, 1) if second else edited.unflatten(1, grid)
+        new = new.flatten(0, 1) if joined else new
         return (new, *output[1:]) if isinstance(output, tuple) else new
