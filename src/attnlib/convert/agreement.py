@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice
 from ..hooks.blocks import block_of
-from ..nn.linear.heads import map_cross_entropy, output_error, softmax_map
+from ..nn.linear.heads import map_cross_entropy, output_error
 from .swap import Socket, Swap, Watch
 
 #: Losses of one layer against its own softmax attention, on the teacher's hidden states.
@@ -147,12 +147,12 @@ def layer_losses(
     socket: Socket, wanted: Iterable[str], q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, truth: Tensor
 ) -> dict[str, Tensor]:
     """``mse`` between head outputs and ``xent`` between maps of a mixer, given what its teacher read and made."""
-    exists = valid if valid is not None else torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+    exists = socket.rows(q, valid)
     losses = {}
     if "mse" in wanted:
         losses["mse"] = output_error(socket.inner(q, k, v, valid=valid)[0], truth, exists)
     if "xent" in wanted:
-        _, target = softmax_map(q, k, v, socket.scale, socket.causal, valid)
+        _, target = socket.softmax(q, k, v, valid)
         losses["xent"] = map_cross_entropy(socket.weights(q, k, valid=valid), target, exists)
     return losses
 
@@ -286,8 +286,8 @@ def measure(swapped: Swap, batches: Iterable[Batch], to: str = "", before: Calla
     def watcher(path: str) -> Watch:
         def watch(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, truth: Tensor) -> None:
             socket = swapped.sockets[path]
-            exists = valid if valid is not None else q.new_ones(q.shape[0], q.shape[2], dtype=torch.bool)
-            _, target = softmax_map(q, k, v, socket.scale, socket.causal, valid)
+            exists = socket.rows(q, valid)
+            _, target = socket.softmax(q, k, v, valid)
             out, weights = socket.inner(q, k, v, valid=valid)[0], socket.weights(q, k, valid=valid)
             teacher = _entropy(target, exists)
             found = {

@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .. import masks
 from ..checks import check_type
 from ..hooks.attach import _adapter
 from ..hooks.hf.names import CONVERTED
 from ..hooks.site import Site
-from ..nn.linear.heads import HeadMixer, MixedHeads
+from ..nn.linear.heads import HeadMixer, MixedHeads, softmax_map, softmax_mask
 from ..ops import attention
 from ..types import State
 
@@ -61,12 +60,18 @@ class Socket(HeadMixer):
         inner: the mixer.
         name: what it was made as, and
         settings: with what; both are saved with the model.
+        cross: keys are another sequence's.
+        window: keys that the model's own attention reads at most; ``None`` for all.
     """
 
-    def __init__(self, inner: HeadMixer, name: str | None = None, settings: dict[str, Any] | None = None):
+    def __init__(
+        self, inner: HeadMixer, name: str | None = None, settings: dict[str, Any] | None = None, cross: bool = False,
+        window: int | None = None,
+    ):  # fmt: skip
         super().__init__(inner.num_heads, inner.head_dim, inner.num_kv_heads, inner.causal, inner.scale)
         self.inner = inner
         self.name, self.settings = name, dict(settings or {})
+        self.cross, self.window = cross, window
         self.original, self.watch, self.listen = False, None, None
         self.layer: Any = None
         self.register_state_dict_post_hook(_save_once)
@@ -77,7 +82,9 @@ class Socket(HeadMixer):
     listen: Callable[[Tensor, Tensor, Tensor | None], None] | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Socket:
-        new = Socket(copy.deepcopy(self.inner, memo), self.name, copy.deepcopy(self.settings))
+        new = Socket(
+            copy.deepcopy(self.inner, memo), self.name, copy.deepcopy(self.settings), self.cross, self.window
+        )
         new.train(self.training)
         return new
 
@@ -91,8 +98,18 @@ class Socket(HeadMixer):
             return self.inner(q, k, v, valid=valid, state=state, keep=keep)
         if state is not None or keep:
             raise ValueError("a teacher keeps no state here; call the model without a cache")
-        mask = masks.causal() if self.causal else None
+        mask = softmax_mask(self.causal, self.window)
         return self.seen(q, k, v, valid, attention(q, k, v, mask=mask, valid=valid, scale=self.scale)), None
+
+    def rows(self, q: Tensor, valid: Tensor | None) -> Tensor:
+        """(B, N) boolean: which queries exist, as far as ``valid``, which is of the keys, says so."""
+        if valid is not None and not self.cross:
+            return valid
+        return torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+
+    def softmax(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs and weights of the model's own attention."""
+        return softmax_map(q, k, v, self.scale, self.causal, valid, self.window)
 
     def seen(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, truth: Tensor) -> Tensor:
         """Tell whoever watches what the model's own attention made (B, H, N, D); returns it."""
@@ -118,7 +135,9 @@ class Socket(HeadMixer):
 # Masks of models
 
 
-def validity(mask: Tensor | None, n: int, start: int, causal: bool, where: str) -> Tensor | None:
+def validity(
+    mask: Tensor | None, n: int, start: int, causal: bool, where: str, cross: bool = False, window: int | None = None
+) -> Tensor | None:
     """(B, n) boolean, which of the new keys exist, from a model's mask; ``None`` when all do.
 
     Args:
@@ -127,6 +146,8 @@ def validity(mask: Tensor | None, n: int, start: int, causal: bool, where: str) 
         start: keys before them.
         causal: the model's order.
         where: for errors.
+        cross: the queries are another sequence's.
+        window: keys that the layer reads at most.
 
     Raises:
         ValueError: the mask says more than which tokens exist.
@@ -142,11 +163,14 @@ def validity(mask: Tensor | None, n: int, start: int, causal: bool, where: str) 
         if bool((mask.masked_fill(~allowed, 0) != 0).any()):
             raise ValueError(f"{where}: the model adds a bias to its scores; a converted layer has no scores")
     new = allowed[:, :, :, start : start + n]
-    valid = new[:, 0, -1]
+    whole = new.shape[2] == n and not cross
+    # In a window the last query does not see all keys, but every token that exists sees itself.
+    valid = new[:, 0].diagonal(dim1=-2, dim2=-1) if whole and window is not None else new[:, 0, -1]
     order = torch.ones(n, n, dtype=torch.bool, device=mask.device)
-    expected = (order.tril() if causal else order) & valid[:, None, None]
+    order = order.tril() if causal else order
+    expected = (order if window is None else order.triu(1 - window)) & valid[:, None, None]
     # What a token reads that does not exist itself says nothing.
-    agrees = (new == expected) | ~valid[:, None, :, None] if new.shape[2] == n else new == valid[:, None, None]
+    agrees = (new == expected) | ~valid[:, None, :, None] if whole else new == valid[:, None, None]
     if not bool(agrees.all()):
         raise ValueError(
             f"{where}: the mask hides more than {'later tokens and ' if causal else ''}padding (a window, packed "
@@ -169,11 +193,13 @@ def attend_in_transformers(
     socket: Socket = getattr(module, CONVERTED)
     where = f"{type(module).__name__} {getattr(module, 'layer_idx', '')}".rstrip()
     for name in (BIAS, "softcap", "sliding_window", *SINKS, *CHOOSES):
-        if kwargs.get(name) is not None:
+        own = socket.window if name == "sliding_window" else None
+        if kwargs.get(name) is not None and kwargs[name] != own:
             raise ValueError(f"{where}: its attention is given {name}, which a converted layer does not have")
     layer, socket.layer = socket.layer, None
-    n = query.shape[2]
-    valid = validity(attention_mask, n, 0 if layer is None else layer.seen, socket.causal, where)
+    n = key.shape[2] if socket.cross else query.shape[2]
+    seen = 0 if layer is None else layer.seen
+    valid = validity(attention_mask, n, seen, socket.causal, where, socket.cross, socket.window)
     if socket.original:
         if layer is not None:
             raise ValueError(f"{where}: a teacher keeps no state here; call the model with use_cache=False")
@@ -196,6 +222,9 @@ def _find_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     from ..hooks.hf.state import passing_layer
 
     socket: Socket = getattr(module, CONVERTED)
+    if socket.cross:  # keys and values lie in the model's own cache, or are made anew
+        socket.layer = None
+        return
     cache = cache_in({**dict(zip(parameters_of(module), args, strict=False)), **kwargs})
     index: Any = getattr(module, "layer_idx", None)
     socket.layer = None
@@ -233,16 +262,33 @@ def _put_in_transformers(site: Site, socket: Socket) -> Callable[[], None]:
     return take
 
 
+def window_of(site: Site) -> int | None:
+    """Keys that a layer with a sliding window reads at most; ``None`` for other layers."""
+    module: Any = site.module
+    config = getattr(module, "config", None)
+    if hasattr(module, "sliding_window"):
+        window = module.sliding_window
+    else:  # Mistral and its kin hand on what their configuration says, to all layers or to some
+        kinds = getattr(config, "layer_types", None)
+        some = kinds is not None and kinds[site.layer % len(kinds)] != "sliding_attention"
+        window = None if some or site.kind != "self" else getattr(config, "sliding_window", None)
+    return window if isinstance(window, int) and window > 0 else None
+
+
+def _slides(site: Site) -> str:
+    return f"it reads a sliding window of {window_of(site)} tokens only, which nothing but a window can stand for"
+
+
 def _why_not_in_transformers(site: Site) -> str | None:
     from ..hooks.hf.names import makes_bias, shares_keys
 
     module: Any = site.module
-    if site.kind != "self":
-        return f"it is {site.kind} attention"
     if hasattr(module, CONVERTED):
         return "it was converted already"
-    if getattr(module, "sliding_window", None) or getattr(module, "is_sliding", False):
-        return "it reads a sliding window only"
+    if window_of(site) is not None:
+        return _slides(site)
+    if getattr(module, "is_sliding", False):
+        return "it reads a sliding window, how long is not known"
     if makes_bias(module) or getattr(module, "has_relative_attention_bias", False):
         return "it adds a bias of positions to its scores"
     return shares_keys(module)
@@ -273,7 +319,7 @@ class _Redirect(TorchFunctionMode):
         call = {**known, **(kwargs or {})}
         q, k, v = call["query"], call["key"], call["value"]
         self.used += 1
-        valid = validity(call.get("attn_mask"), k.shape[2], 0, self.socket.causal, self.where)
+        valid = validity(call.get("attn_mask"), k.shape[2], 0, self.socket.causal, self.where, self.socket.cross)
         if self.socket.original:
             return self.socket.seen(q, k, v, valid, func(*args, **(kwargs or {})))
         return self.socket(q, k, v, valid=valid)[0].to(q.dtype)
@@ -314,8 +360,6 @@ def _put_in_diffusers(site: Site, socket: Socket) -> Callable[[], None]:
 
 
 def _why_not_in_diffusers(site: Site) -> str | None:
-    if site.kind != "self":
-        return f"it is {site.kind} attention"
     return "it was converted already" if hasattr(site.module, CONVERTED) else None
 
 
@@ -382,6 +426,8 @@ def _family(model: nn.Module) -> tuple[Any, Callable[[Site], str | None], Callab
 def is_causal(site: Site) -> bool:
     """Whether an attention module reads no later tokens."""
     module: Any = site.module
+    if site.kind != "self":
+        return False
     own = getattr(module, "is_causal", None)
     return bool(getattr(module, "causal", False) if own is None else own)
 
@@ -436,6 +482,8 @@ class Swap:
 def _chosen(model: nn.Module, layers: Sequence[int | str] | None) -> list[Site]:
     sites, reasons = convertible(model)
     if layers is None:
+        reasons |= {site.name: "it is cross attention, name it in layers" for site in sites if site.kind == "cross"}
+        sites = [site for site in sites if site.kind != "cross"]
         if not sites:
             said = "; ".join(sorted({f"{name}: {why}" for name, why in list(reasons.items())[:4]}))
             raise ValueError(f"{type(model).__name__} has no layer that can be converted ({said})")
@@ -443,7 +491,12 @@ def _chosen(model: nn.Module, layers: Sequence[int | str] | None) -> list[Site]:
             raise ValueError(f"{type(model).__name__} was converted already; restore it first, or choose other layers")
         return sites
     found: list[Site] = []
-    known = {site.layer: site for site in sites} | {site.name: site for site in sites}
+    adapter, _, describe, _ = _family(model)
+    windows = [describe(s) for s in adapter.sites(model, None) if reasons.get(s.name) == _slides(s)]
+    # Numbers are those of layers that read their own sequence.
+    sites = [*(s for s in sites if s.kind == "cross"), *(s for s in sites if s.kind != "cross"), *windows]
+    known: dict[int | str, Site] = {site.layer: site for site in sites}
+    known |= {site.name: site for site in sites}
     for layer in layers:
         if layer not in known:
             why = reasons.get(layer) if isinstance(layer, str) else None
@@ -464,7 +517,9 @@ def swap(model: nn.Module, make: Make, layers: Iterable[int | str] | None = None
         model: of transformers, of diffusers (the denoiser), or built of our softmax attention.
         make: gives the mixer for a site: ``site.heads``, ``site.kv_heads``, ``site.head_dim``, ``site.scale`` and
             :func:`is_causal` describe the attention. A :class:`Socket` keeps a name and settings with it.
-        layers: numbers or paths of attention modules; all that can be converted by default.
+        layers: numbers or paths of attention modules; by default all that read their own sequence, or a joint one,
+            as a whole. Cross attention is converted by path, and so are layers with a sliding window, to windows that
+            are no longer.
 
     Returns:
         :class:`Swap`, which gives the model back.
@@ -489,7 +544,13 @@ def swap(model: nn.Module, make: Make, layers: Iterable[int | str] | None = None
             if not isinstance(mixer, HeadMixer):
                 raise TypeError(f"make must give a HeadMixer, got {type(mixer).__name__} for {site.name}")
             like = next((p for p in site.module.parameters() if p.is_floating_point()), None)
-            socket = mixer if isinstance(mixer, Socket) else Socket(mixer)
+            window = window_of(site)
+            socket = mixer if isinstance(mixer, Socket) else Socket(mixer, None, None, site.kind == "cross", window)
+            if window is not None and not 0 < (getattr(socket, "inner", socket).reach or 0) <= window:
+                raise ValueError(
+                    f"layer {site.layer} ({site.name}): {_slides(site)}; possible is 'window' with a window_size of at "
+                    f"most {window}"
+                )
             if like is not None:
                 socket = socket.to(device=like.device, dtype=like.dtype)
             socket.train(site.module.training)

@@ -14,7 +14,7 @@ from ..nn.linear.lolcats import LoLCATsHeads
 from ..nn.sparse.moa_spans import SpanHeads
 from ..nn.sparse.spt import SPTHeads
 from ..types import check_choice
-from .swap import Socket, is_causal
+from .swap import Socket, is_causal, window_of
 
 TARGETS: dict[str, Callable[..., HeadMixer]] = {
     "hedgehog": HedgehogHeads,
@@ -78,6 +78,7 @@ class WindowHeads(LoLCATsHeads):
             num_heads, head_dim, num_kv_heads, causal, scale, window_size=window_size, chunk=chunk, affine=True,
             window_factor=float("inf"), train_window_factor=False,
         )  # fmt: skip
+        self.reach = window_size
 
     def trained(self) -> list[nn.Parameter]:
         return []
@@ -90,4 +91,4 @@ def make_socket(site: Site, name: str, settings: Mapping[str, Any] | None = None
         num_heads=site.heads, head_dim=site.head_dim, num_kv_heads=site.kv_heads, causal=is_causal(site),
         scale=site.scale, **dict(settings or {}),
     )  # fmt: skip
-    return Socket(mixer, name, dict(settings or {}))
+    return Socket(mixer, name, dict(settings or {}), site.kind == "cross", window_of(site))

@@ -32,6 +32,8 @@ class HeadMixer(nn.Module):
 
     #: Whether it may run on a chunk of a sequence whose others lie with other processes.
     cuts_sequence: bool = False
+    #: Keys that a query reads at most, itself and those right before it; ``None`` where any may be read.
+    reach: int | None = None
 
     def __init__(
         self,
@@ -111,11 +113,18 @@ def map_cross_entropy(weights: Tensor, target: Tensor, exists: Tensor) -> Tensor
     return entropy.masked_fill(~rows, 0.0).sum() / rows.sum().clamp(min=1)
 
 
+def softmax_mask(causal: bool, window: int | None = None) -> masks.Mask | None:
+    """Which pairs meet in the attention that a mixer stands for."""
+    if window is not None:
+        return masks.recent(window)
+    return masks.causal() if causal else None
+
+
 def softmax_map(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, valid: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, valid: Tensor | None, window: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Outputs and weights of the softmax attention that a mixer stands for."""
-    mask = masks.causal() if causal else None
+    """Outputs and weights of the softmax attention that a mixer stands for; causal within a window, if there is one."""
+    mask = softmax_mask(causal, window)
     return attention(q, k, v, mask=mask, valid=valid, scale=scale, return_weights=True)
 
 
