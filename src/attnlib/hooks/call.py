@@ -17,7 +17,7 @@ from torch import Tensor
 from ..masks import Mask
 from ..normalizers import softmax_rows
 from ..ops import attention
-from ..types import stats_dtype
+from ..types import exactly, stats_dtype
 from .intervention import Intervention, Probe, Stages, implements
 from .site import PairMask, Site
 
@@ -47,7 +47,7 @@ def score_rows(site: Site, q: Tensor, k: Tensor, rows: Tensor, pair: PairMask) -
     if weighting.opaque:
         raise ValueError(f"layer {site.layer} ({site.name}): {weighting.opaque}")
     allowed, bias = pair.rows(rows)
-    with torch.autocast(q.device.type, enabled=False):
+    with exactly(q):
         some = _grouped(q.index_select(2, rows).to(dtype), k.shape[1])
         scores = (some @ k.to(dtype).transpose(-2, -1)).reshape(q.shape[0], q.shape[1], len(rows), k.shape[2])
         scores = scores * site.scale
@@ -74,7 +74,7 @@ def mix_rows(weights: Tensor, v: Tensor) -> Tensor:
     """(B, H, r, Dv): weights (B, H, r, M) times values (B, Hv, M, Dv); keys without weight may hold anything."""
     read = (weights != 0).any(2).unflatten(1, (v.shape[1], -1)).any(2)
     v = v.masked_fill(~read.unsqueeze(-1), 0.0)
-    with torch.autocast(v.device.type, enabled=False):
+    with exactly(v):
         out = _grouped(weights, v.shape[1]) @ v.to(weights.dtype)
     return out.reshape(*weights.shape[:-1], v.shape[-1])
 

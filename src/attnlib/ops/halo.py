@@ -391,7 +391,8 @@ def _joinable(call: _Call) -> str | None:
 def _join_pays(call: _Call) -> str | None:
     if torch.compiler.is_compiling():
         return "its parts would be steps of the graph"
-    if torch.is_autocast_enabled(call.q.device.type):
+    device = call.q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return "products would be rounded to the dtype of autocast"
     return None
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_flag, check_int, check_ints, check_rank, check_whole
 from ..masks import explicit
-from ..types import Partial, stats_dtype
+from ..types import Partial, exactly, stats_dtype
 from ._call import AttentionCall, expand_heads, prepare
 from ._dispatch import Operator, device_kind
 from ._guard import guarded
@@ -324,7 +324,7 @@ def _piece(q: Tensor, k: Tensor, v: Tensor, scale: float, diagonal: Tensor | Non
     if fused and not differentiable and q.numel() and not torch.compiler.is_compiling():
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], scale=scale)
         return Partial(lse[0], torch.ones_like(lse[0]), out[0])
-    with torch.autocast(q.device.type, enabled=False):
+    with exactly(q):
         scores = (q.to(dtype) * scale) @ k.to(dtype).transpose(-2, -1)
         if diagonal is not None:
             beyond = torch.arange(k.shape[1], device=q.device) > diagonal.unsqueeze(-1)

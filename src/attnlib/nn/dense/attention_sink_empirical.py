@@ -17,7 +17,7 @@ from ...ops import attention_partial
 from ...ops.feature_maps import feature_map
 from ...ops.linear import linear_partial
 from ...positions import Bias, RelativeBias, alibi, alibi_slopes
-from ...types import Output, Partial, Plan, State, Traits, check_choice, stats_dtype
+from ...types import Output, Partial, Plan, State, Traits, check_choice, exactly, stats_dtype
 from ..frame import HeadCall, HeadFrame, Notes, Stream
 from ..layers import flat_valid, merge_heads, split_heads, through
 from ..registry import register
@@ -198,7 +198,7 @@ class SinkFreeAttention(HeadFrame[Notes]):
             q, k, v, scale=self.scale, mask=call.mask, valid=call.valid, q_pos=call.q_pos, bias=call.bias
         )
         dtype = part.num.dtype
-        with torch.autocast(q.device.type, enabled=False):
+        with exactly(q):
             score = (q.to(dtype) * self._rows(self.k_bias).to(dtype)).sum(-1) * self.scale
         value = part.num.new_zeros(()) if self.v_bias is None else self._rows(self.v_bias).to(dtype)
         whole = part.merge(Partial(score, torch.ones_like(score), value.expand_as(part.num)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...grids import Layout
 from ...masks import Mask, as_mask
-from ...types import Plan, State, Traits, check_choice, stats_dtype
+from ...types import Plan, State, Traits, check_choice, exactly, stats_dtype
 from ..frame import HeadCall, HeadFrame, Notes, Stream
 from ..layers import flat_valid, split_heads, through, zero_invalid
 from ..registry import register
@@ -87,7 +87,7 @@ class MetricLearner(nn.Module):
         dtype = stats_dtype(q.dtype)
         if valid is not None:
             q = q.masked_fill(~valid[:, None, :, None], 0.0)
-        with torch.autocast(q.device.type, enabled=False):
+        with exactly(q):
             # A sum over all positions, and powers of numbers near 1e-9: neither survives half precision.
             gram = q.to(dtype).transpose(-2, -1) @ q.to(dtype)
             weight, bias = self.norm.weight.to(dtype), self.norm.bias.to(dtype)
@@ -95,7 +95,7 @@ class MetricLearner(nn.Module):
         metric = metric.to(self.norm.weight.dtype)
         for unit in self.units:
             metric = unit(metric)
-        with torch.autocast(q.device.type, enabled=False):
+        with exactly(q):
             metric = metric.to(dtype)
             z = self.W.to(dtype) @ metric + self.b.to(dtype)
             a_lm = z * F.silu(z) + 1e-9
@@ -336,7 +336,7 @@ class PowerLawGraphAttention(HeadFrame[Notes]):
                     "dag_g": dag_loss(made.G),
                 }
         notes.kept = kept
-        with torch.autocast(q.device.type, enabled=False):
+        with exactly(q):
             dtype = torch.promote_types(q.dtype, metric.dtype)
             q = (q.to(dtype) @ metric.to(dtype)).to(q.dtype)
         return super()._mix_heads(q, k, v, call, notes)
@@ -364,7 +364,7 @@ def dag_loss(tensor: Tensor) -> Tensor:
     >>> float(dag_loss(torch.ones(3, 3).triu(1))) < 1e-6
     True
     """
-    with torch.autocast(tensor.device.type, enabled=False):
+    with exactly(tensor):
         tensor = tensor.to(stats_dtype(tensor.dtype))
         trace = torch.linalg.matrix_exp(tensor * tensor).diagonal(dim1=-2, dim2=-1).sum(-1)
         return torch.log(trace / tensor.shape[-1]).abs().mean()

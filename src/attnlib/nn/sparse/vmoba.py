@@ -175,8 +175,8 @@ class VMoBA(Mechanism):
         flat, exists = x.flatten(1, -2), flat_valid(valid)
         if order is None:
             return flat, exists, None, block
-        order = order.to(x.device)
         padded = bool((order < 0).any()) if not torch.compiler.is_compiling() else True
+        order = order.to(x.device)  # looked at before, so that no device is waited for
         flat = flat.index_select(1, order.clamp(min=0))
         if exists is not None or padded:
             here = (order >= 0).expand(x.shape[0], -1)
