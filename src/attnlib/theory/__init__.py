@@ -6,6 +6,7 @@ Nothing here measures time; see :mod:`attnlib.bench`.
 from .cascade import Cascade, Einsum
 from .cascades import OPERATORS, attention_cascade, softmax_cascade
 from .experiment import Claim, Comparison, Experiment
+from .jepa import FeatureOrder
 from .mixing import mixing_matrix, passes_table, unified_view
 from .svm import AttentionSVM, attention_svm, several_svm
 
@@ -17,6 +18,7 @@ __all__ = [
     "Comparison",
     "Einsum",
     "Experiment",
+    "FeatureOrder",
     "attention_cascade",
     "attention_svm",
     "mixing_matrix",

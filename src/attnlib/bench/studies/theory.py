@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...theory.experiment import Comparison, Experiment
+from ...theory.jepa import FeatureOrder
 from ...theory.svm import AttentionSVM
 from ..clock import machine
 from ..plots import PALETTE, _figure
@@ -22,6 +23,7 @@ from ..small import Progress, _write, study
 EXPERIMENTS: dict[str, tuple[Callable[[], Experiment], str]] = {
     "SVM, W trained": (AttentionSVM, "Adam instead of gradient descent"),
     "SVM, K and Q trained": (lambda: AttentionSVM(factors=True), "Adam instead of gradient descent"),
+    "JEPA, order of features": (FeatureOrder, "the gradient goes through the target"),
 }
 
 
