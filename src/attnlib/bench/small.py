@@ -251,11 +251,12 @@ def heat_maps(
                 axes.axis("off")
                 continue
             shares = [[math.nan if s is None else s for s in line] for line in panels[row, column]]
-            axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            axes.imshow(shares, vmin=0, vmax=1, cmap="YlGnBu", aspect="auto")
             for b, line in enumerate(shares):
                 for a, share in enumerate(line):
                     if share == share:
-                        axes.text(a, b, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color="#222222")
+                        ink = "white" if share > 0.55 else "#222222"
+                        axes.text(a, b, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=ink)
             axes.set_xticks(range(len(xs)), xs, fontsize=7)
             axes.set_yticks(range(len(ys)), ys, fontsize=7)
             axes.tick_params(length=0)

@@ -56,8 +56,11 @@ class SnapKV(KVCompression):
         ratio: share of the prompt's keys to evict; give this or ``cap``.
         cap: number of keys to keep in each layer, the window included.
         window_size: observing queries; they always stay, so at least so many keys are kept.
-        kernel_size: of the pooling of votes, odd.
-        pooling: ``"avg"`` or ``"max"``.
+        kernel_size: of the pooling of votes, odd; a key that is voted for brings ``kernel_size // 2`` neighbours on
+            each side. The default is the authors'. Take it about as long as what has to stay whole: of six-digit facts
+            in 1,024 tokens, a dozen tokens each, SmolLM2-135M found 8 of 15 with 13 and 3 of 15 with 5 at 90 % evicted,
+            at 1.2 ± 0.4 bits less per digit (docs/real-models.md).
+        pooling: ``"avg"`` or ``"max"``; they differed by 0.1 bits per digit at most there.
         layers: layers to compress; ``None`` for all.
         compat: ``"authors"`` for the authors' rounding of votes, choice among equal ones, and even kernels; needs as
             many key heads as query heads.

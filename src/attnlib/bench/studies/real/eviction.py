@@ -63,6 +63,9 @@ SCORERS: dict[str, Callable[[int], Scorer]] = {
     "random": RandomScores,
 }
 
+#: Those that the heat map shows.
+DRAWN = (ALL, SNAPKV, "last query (TOVA)", "expected attention", "first and last (StreamingLLM)", "random")
+
 #: Classes of kvpress, where it is installed.
 PRESSES = {
     "kvpress SnapKVPress": ("snapkv_press", "SnapKVPress"),
@@ -319,7 +322,7 @@ def _there(rows: Sequence[Mapping[str, Any]], length: int, name: str) -> bool:
 
 def draw(result: Mapping[str, Any], path: Path, names: Sequence[str] | None = None) -> None:
     """The heat map: shares of needles found by depth and ratio, a panel per technique and length."""
-    wanted = names or (SNAPKV, "last query (TOVA)", "expected attention", "first and last (StreamingLLM)", "random")
+    wanted = names or DRAWN
     panels = {}
     for length, maps in result["needle by depth"].items():
         for name in wanted:

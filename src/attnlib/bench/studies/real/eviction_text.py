@@ -7,6 +7,7 @@ left. Texts are windows of the documentation of Python that share nothing.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,25 +67,29 @@ def measure(
     Raises:
         ValueError: more tokens than the model can read, or a text with fewer windows.
     """
-    loaded, tokenizer = open_model(model, dtype)
-    reader = Reader(loaded)
-    reader.check(length + more)
-    data = files.text().train if text is None else torch.tensor(list(text.encode()))
-    ids = tokens_of(tokenizer, data)
-    whole = ids[: ids.numel() // (length + more) * (length + more)].view(-1, length + more)
-    if len(whole) < windows * len(seeds):
+
+    @functools.cache
+    def opened() -> tuple[Reader, Any, torch.Tensor]:
+        """Nothing is loaded where everything is kept."""
+        loaded, tokenizer = open_model(model, dtype)
+        reader = Reader(loaded)
+        reader.check(length + more)
+        ids = tokens_of(tokenizer, files.text().train if text is None else torch.tensor(list(text.encode())))
+        whole = ids[: ids.numel() // (length + more) * (length + more)].view(-1, length + more)
         wanted = windows * len(seeds)
-        raise files.DataError(f"the text has {len(whole)} windows of {length + more} tokens, not {wanted}")
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0)).tolist()
+        if len(whole) < wanted:
+            raise files.DataError(f"the text has {len(whole)} windows of {length + more} tokens, not {wanted}")
+        return reader, tokenizer, whole[torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))]
+
     found: dict[int, dict[str, float]] = {}
 
     def bits(seed: int) -> dict[str, float]:
         """Of every technique at every ratio, on the windows of a seed, all from one pass over each."""
         if seed in found:
             return found[seed]
+        reader, tokenizer, whole = opened()
         place, sums, size = list(seeds).index(seed), dict.fromkeys(names, 0.0), 0
-        for window in order[place * windows : (place + 1) * windows]:
-            row = whole[window][None]
+        for row in whole[place * windows : (place + 1) * windows, None]:
             prompt, rest = reader.read(row[:, :length]), row[:, length:]
             size += len(tokenizer.decode(rest[0]).encode())
             scorers = {n: OnceScored(make(seed)) for n, make in SCORERS.items() if n not in QUADRATIC}
