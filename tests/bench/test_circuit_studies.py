@@ -75,11 +75,15 @@ def test_three_tasks_have_one_answer_each(task):
 
 
 def test_decoders_are_trained_patched_and_compressed(tmp_path):
-    settings = dict(seeds=(0,), steps=3, batch=6, width=16, layers=2, heads=2, size=2, ranks=(0, 2), count=6)
+    settings = dict(
+        tasks=choices.TASKS, seeds=(0,), steps=3, batch=6, width=16, layers=2, heads=2, size=2, ranks=(0, 2), count=6
+    )
     found = choices.measure(keep=tmp_path / "kept.jsonl", pictures=tmp_path, **settings)
     json.dumps(found)
     assert (tmp_path / "choices-cpu.svg").exists()
-    assert [row["name"] for row in found["pairs"]["rows"]] == [" and ".join(p) for p in choices.PAIRS]
+    assert [row["name"] for row in found["pairs"]["rows"]] == [
+        "choices and objects", "choices and names", "objects and names",
+    ]  # fmt: skip
     names = [row["name"] for row in found["compression"]["rows"]]
     assert names[0] == "full, 0" and len(names) == 1 + 2 * 3
     assert set(found["tasks"]["rows"][0]) >= {"accuracy", "share of the circuit"}

@@ -122,6 +122,7 @@ def measure(
     every: int = 9,
     rounds: int = 3,
     progress: Callable[[str], None] | None = None,
+    clock: str = "wall",
     decoder: str = "smollm2-135m",
 ) -> dict[str, Any]:
     """Medians of interleaved runs, ratios to the loops, and how far results are apart.
@@ -131,6 +132,7 @@ def measure(
         every: one head in so many is run by the loops.
         rounds: measurements per contender.
         progress: told what is being measured.
+        clock: one of :data:`attnlib.bench.clock.CLOCKS`; on a machine that does other work, too, ``"cpu"`` is fairer.
         decoder: name in :mod:`attnlib.bench.models`.
     """
     model, tokenizer = models.load(decoder)
@@ -155,7 +157,7 @@ def measure(
     for name, ours, theirs, times in cases:
         if progress is not None:
             progress(name)
-        taken = interleave({"ours": ours, "loop": theirs}, rounds, progress=progress)
+        taken = interleave({"ours": ours, "loop": theirs}, rounds, clock, progress)
         apart = float((ours()[every // 2 :: every] - theirs()).abs().max())
         gain = ratio(taken["loop"], taken["ours"])
         records.append({
@@ -169,8 +171,9 @@ def measure(
             which(**clean, use_cache=False, logits_to_keep=1)
 
     with attach(twin, Capture(("z",))):
-        taken = interleave({"forward": lambda: run(model), "capture": lambda: run(twin)}, 7 * rounds)
+        taken = interleave({"forward": lambda: run(model), "capture": lambda: run(twin)}, 7 * rounds, clock)
     records.append({"case": "all z captured", "ours_s": taken["capture"].median, "forward_s": taken["forward"].median,
                     **ratio(taken["capture"], taken["forward"])})  # fmt: skip
-    return {"machine": machine(), "model": decoder, "prompts": prompts, "tokens": clean["input_ids"].shape[1],
-            "heads": len(every_head), "every": every, "records": records}  # fmt: skip
+    return {"machine": machine(), "clock": clock, "model": decoder, "prompts": prompts,
+            "tokens": clean["input_ids"].shape[1], "heads": len(every_head), "every": every,
+            "records": records}  # fmt: skip

@@ -1,7 +1,7 @@
-"""Circuits of small decoders trained on three tasks: what they share, and what heads say and see of multiple choice.
+"""Circuits of small decoders trained on several tasks: what they share, and what heads say and see of multiple choice.
 
 ``attnlib bench --suite choices --out benchmarks/results`` measures again what ``choices-cpu.json`` holds and draws it.
-A decoder is trained per seed on three tasks over one vocabulary: multiple choice (a value, four labelled values, the
+A decoder is trained per seed on tasks over one vocabulary: multiple choice (a value, four labelled values, the
 label of the right one), coloured objects (four labelled objects, one of them, its label) and indirect objects (two
 names, one of them again, the other). Then, per task, the effect of every head at the answer, and
 
@@ -16,6 +16,7 @@ After Merullo et al., 2023, arXiv 2310.08744, and Lieberum et al., 2023, arXiv 2
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,6 @@ from ..small import Progress, fit, interval, picture, study
 from ..stats import mean_interval
 
 TASKS = ("choices", "objects", "names")
-#: Pairs of tasks whose circuits are compared.
-PAIRS = (("choices", "objects"), ("choices", "names"), ("objects", "names"))
 
 
 def prompts(
@@ -99,8 +98,11 @@ def labelled(ids: Tensor, answers: Tensor, world: ChoiceWorld) -> Tensor:
     return wanted
 
 
-def trained(world: ChoiceWorld, seed: int, steps: int, batch: int, width: int, layers: int, heads: int) -> nn.Module:
-    """A decoder of softmax attention that answers all three tasks."""
+def trained(
+    world: ChoiceWorld, seed: int, steps: int, batch: int, width: int, layers: int, heads: int,
+    tasks: Sequence[str] = TASKS,
+) -> nn.Module:  # fmt: skip
+    """A decoder of softmax attention that answers these tasks."""
     from ...models.language import DecoderConfig, DecoderForCausalLM
 
     torch.manual_seed(seed)
@@ -111,7 +113,7 @@ def trained(world: ChoiceWorld, seed: int, steps: int, batch: int, width: int, l
     model: nn.Module = DecoderForCausalLM(config)
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        parts = [prompts(task, world, batch // len(TASKS), generator) for task in TASKS]
+        parts = [prompts(task, world, batch // len(tasks), generator) for task in tasks]
         return torch.cat([p[0] for p in parts]), torch.cat([labelled(p[0], p[2], world) for p in parts])
 
     def loss(model: nn.Module, drawn: tuple[Tensor, Tensor]) -> Tensor:
@@ -153,8 +155,9 @@ def measure(
     keep: str | Path | None = None,
     pictures: str | Path | None = None,
     seeds: Sequence[int] = (0, 1, 2),
-    steps: int = 2400,
-    batch: int = 48,
+    tasks: Sequence[str] = ("choices", "names"),
+    steps: int = 1300,
+    batch: int = 32,
     width: int = 96,
     layers: int = 3,
     heads: int = 6,
@@ -169,6 +172,7 @@ def measure(
         keep: file to go on from; see :func:`attnlib.bench.small.study`.
         pictures: folder for ``choices-cpu.svg``.
         seeds: of weights, batches and prompts.
+        tasks: any of :data:`TASKS`; coloured objects take small decoders longer than the steps here.
         steps, batch: of training.
         width, layers, heads: of the decoder.
         size: heads of a circuit.
@@ -180,18 +184,18 @@ def measure(
     """
     world = ChoiceWorld(letters=8, numbers=4, facts=8)
     settings = {"steps": steps, "batch": batch, "width": width, "layers": layers, "heads": heads, "size": size,
-                "count": count, "ranks": list(ranks)}  # fmt: skip
+                "count": count, "ranks": list(ranks), "tasks": list(tasks)}  # fmt: skip
 
     @functools.cache
     def decoder(seed: int) -> nn.Module:
-        return trained(world, seed, steps, batch, width, layers, heads)
+        return trained(world, seed, steps, batch, width, layers, heads, tasks)
 
     @functools.cache
     def effects(seed: int, task: str) -> Effects:
         clean, other, correct, wrong = prompts(task, world, count, torch.Generator().manual_seed(1000 + seed))
         return patch(decoder(seed), clean, other, logit_difference(correct, wrong), positions=None)
 
-    def tasks(name: str, seed: int) -> dict[str, float]:
+    def answered(name: str, seed: int) -> dict[str, float]:
         clean, other, correct, wrong = prompts(name, world, 512, torch.Generator().manual_seed(2000 + seed))
         model = decoder(seed)
         with torch.no_grad():
@@ -273,8 +277,8 @@ def measure(
         return study(names, what, metric, baseline, seeds, progress, keep, {**settings, "what": what.__name__})
 
     found = {
-        "tasks": run(TASKS, tasks, "accuracy"),
-        "pairs": run([" and ".join(p) for p in PAIRS], pairs, "overlap"),
+        "tasks": run(tasks, answered, "accuracy"),
+        "pairs": run([" and ".join(p) for p in itertools.combinations(tasks, 2)], pairs, "overlap"),
         "measures": run(["choices"], lambda name, seed: choosing(seed)[2], "rank agreement"),
     }
     ways = ("directions", "means of places", "random directions")
