@@ -6,6 +6,7 @@ Nothing here measures time; see :mod:`attnlib.bench`.
 from .cascade import Cascade, Einsum
 from .cascades import OPERATORS, attention_cascade, softmax_cascade
 from .experiment import Claim, Comparison, Experiment
+from .icl import InContextRegression
 from .jepa import FeatureOrder
 from .mixing import mixing_matrix, passes_table, unified_view
 from .svm import AttentionSVM, attention_svm, several_svm
@@ -19,6 +20,7 @@ __all__ = [
     "Einsum",
     "Experiment",
     "FeatureOrder",
+    "InContextRegression",
     "attention_cascade",
     "attention_svm",
     "mixing_matrix",

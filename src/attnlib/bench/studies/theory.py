@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...theory.experiment import Comparison, Experiment
+from ...theory.icl import InContextRegression
 from ...theory.jepa import FeatureOrder
 from ...theory.svm import AttentionSVM
 from ..clock import machine
@@ -24,6 +25,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[], Experiment], str]] = {
     "SVM, W trained": (AttentionSVM, "Adam instead of gradient descent"),
     "SVM, K and Q trained": (lambda: AttentionSVM(factors=True), "Adam instead of gradient descent"),
     "JEPA, order of features": (FeatureOrder, "the gradient goes through the target"),
+    "regression in context": (InContextRegression, "correlated coordinates"),
 }
 
 
