@@ -9,6 +9,7 @@ from .experiment import Claim, Comparison, Experiment
 from .icl import InContextRegression
 from .jepa import FeatureOrder
 from .mixing import mixing_matrix, passes_table, unified_view
+from .random_features import RandomFeatures
 from .svm import AttentionSVM, attention_svm, several_svm
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Experiment",
     "FeatureOrder",
     "InContextRegression",
+    "RandomFeatures",
     "attention_cascade",
     "attention_svm",
     "mixing_matrix",

@@ -15,6 +15,7 @@ from typing import Any
 from ...theory.experiment import Comparison, Experiment
 from ...theory.icl import InContextRegression
 from ...theory.jepa import FeatureOrder
+from ...theory.random_features import RandomFeatures
 from ...theory.svm import AttentionSVM
 from ..clock import machine
 from ..plots import PALETTE, _figure
@@ -26,6 +27,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[], Experiment], str]] = {
     "SVM, K and Q trained": (lambda: AttentionSVM(factors=True), "Adam instead of gradient descent"),
     "JEPA, order of features": (FeatureOrder, "the gradient goes through the target"),
     "regression in context": (InContextRegression, "correlated coordinates"),
+    "random features": (RandomFeatures, "the target reads the first key alone"),
 }
 
 
