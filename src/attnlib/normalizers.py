@@ -92,6 +92,15 @@ def _literal(value: float | bool | str | None) -> str:
     return repr(int(value) if hasattr(value, "__index__") else float(value))  # numbers of numpy print their type
 
 
+#: Exponentials as powers of two: on the CPU ``exp`` is 20 to 200 times slower where it underflows or meets ``-inf``.
+LOG2_E = math.log2(math.e)
+
+
+def exp_(s: Tensor) -> Tensor:
+    """``e^s`` in the memory of ``s``, as a power of two."""
+    return s.mul_(LOG2_E).exp2_()
+
+
 def softmax_rows(scores: Tensor) -> Tensor:
     """Softmax over the last axis in which a row of ``-inf`` gives zeros with zero gradients."""
     top = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.detach().sum(-1, keepdim=True)
@@ -298,7 +307,7 @@ def _act(phi: str, s: Tensor, out: Tensor) -> Tensor:
     if phi == "softplus":
         return torch.ops.aten.softplus.out(s, 1, 20, out=out)
     if phi == "exp":
-        return torch.exp(s, out=out)
+        return exp_(s) if out is s else torch.mul(s, LOG2_E, out=out).exp2_()
     if phi == "sigmoid":
         return torch.sigmoid(s, out=out)
     if phi == "relu":

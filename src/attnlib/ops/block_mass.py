@@ -26,6 +26,7 @@ from ..checks import (
     check_valid,
     describe,
 )
+from ..normalizers import exp_
 from ..types import stats_dtype
 from ._call import check_qkv, expand_heads
 from .block_policies import check_scores
@@ -118,7 +119,7 @@ def block_mass(
             # With the sum over keys still to come, the largest score stands in for it: one exponential either way.
             shift = scores.amax(-1) if lse is None else lse[:, some, start:stop].to(dtype)
             shift = shift.masked_fill(shift == float("-inf"), 0.0)
-            weights = scores.sub_(shift.unsqueeze(-1)).exp_()
+            weights = exp_(scores.sub_(shift.unsqueeze(-1)))
             if blocks * k_block > m:
                 weights = F.pad(weights, (0, blocks * k_block - m))
             by_key = weights.unflatten(-1, (blocks, k_block)).sum(-1)

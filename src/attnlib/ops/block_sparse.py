@@ -34,6 +34,7 @@ from ..checks import (
     check_within,
     readable,
 )
+from ..normalizers import exp_
 from ..positions import AxisBias, Bias, DenseBias, RelativeBias
 from ..types import Partial, Plan, exactly, register_pytree, stats_dtype
 from . import _elements, eager
@@ -576,7 +577,7 @@ class _Work:
             for part in parts:
                 q, g = self.q[rows, part], grad[rows, part]
                 s, gathers = self.scores(q, k, rows, part, index, keep)
-                p = s.sub_(lse[rows, part].unsqueeze(-1)).exp_()
+                p = exp_(s.sub_(lse[rows, part].unsqueeze(-1)))
                 back = torch.bmm(p.transpose(1, 2), g, out=self.buffer("back", r, span, self.dv))
                 grad_v.index_add_(0, at_v, back.view(at_v.numel(), self.k_block * self.dv))
                 ds = torch.bmm(g, v.transpose(1, 2), out=self.buffer("p", *s.shape))
@@ -597,7 +598,7 @@ class _Work:
             at_k, at_v = (at.view(index.shape) for at in self.places(rows, index))
             s, gathers = self.pair_scores(rows, index, keep, at_k)
             q, g = self.q[rows, 0], grad[rows, 0]
-            p = s.sub_(lse[rows].unsqueeze(-1)).exp_().view(index.shape)
+            p = exp_(s.sub_(lse[rows].unsqueeze(-1))).view(index.shape)
             ds = _elements.products(g, self.v, at_v, 1.0).sub_(delta[rows]).mul_(p)
             _add_bias_grad(grad_bias, gathers, ds.unsqueeze(1))
             grad_q[rows, 0] = _elements.sums(ds, self.k, at_k).mul_(self.scale)
@@ -658,7 +659,7 @@ class _Work:
             before = top.index_select(0, rows)
             now = torch.maximum(before, s.amax(-1).view(shape))
             reference = now.masked_fill(now == float("-inf"), 0.0) if self.masked else now
-            p = s.sub_(reference.view(-1, 1)).exp_()
+            p = exp_(s.sub_(reference.view(-1, 1)))
             fade = (before - reference).exp_()
             top.index_copy_(0, rows, now)
             total.index_copy_(0, rows, torch.addcmul(p.sum(-1).view(shape), total.index_select(0, rows), fade))
@@ -675,7 +676,7 @@ class _Work:
         grad_q, grad_k, grad_v = torch.zeros_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v)
         for b, h, block, rows in self.visits():
             q, k, s, at_k, at_v, gathers = self.visit_scores(b, h, block, rows)
-            p = s.sub_(lse.index_select(0, rows).view(-1, 1)).exp_()
+            p = exp_(s.sub_(lse.index_select(0, rows).view(-1, 1)))
             g = grad.index_select(0, rows).view(rows.numel() * self.q_block, self.dv)
             v = self.v[at_v].view(self.k_block, self.dv)
             grad_v[at_v].view(self.k_block, self.dv).addmm_(p.t(), g)

@@ -29,6 +29,7 @@ from ..checks import (
     check_valid,
 )
 from ..masks import causal as causal_mask
+from ..normalizers import exp_
 from ..types import Partial, exactly, stats_dtype
 from ._call import check_qkv, expand_heads
 from ._dispatch import transformed, wants_gradient
@@ -164,7 +165,7 @@ def _part(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None =
         scores = scores.masked_fill_(hidden, -math.inf) if fresh else scores.masked_fill(hidden, -math.inf)
     top = scores.detach().amax(-1, keepdim=True)
     top = torch.where(torch.isinf(top), 0, top)
-    weights = scores.sub_(top).exp_() if fresh else (scores - top).exp()
+    weights = exp_(scores.sub_(top)) if fresh else (scores - top).exp()
     return Partial(top.squeeze(-1), weights.sum(-1), weights @ v)
 
 

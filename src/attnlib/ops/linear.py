@@ -36,6 +36,7 @@ from ..checks import (
     check_valid,
     check_whole,
 )
+from ..normalizers import LOG2_E
 from ..types import Partial, State, exactly, stats_dtype
 from . import _shards
 from ._call import check_qkv, expand_heads
@@ -50,9 +51,6 @@ NORMALIZERS = ("none", "sum", "subtract")
 #: Chunk lengths measured on the CPU: 128 with a decay per head or token, 16 with one per channel (its chunks hold
 #: chunk x chunk x D elements).
 DEFAULT_CHUNK, DEFAULT_CHANNEL_CHUNK = 128, 16
-
-#: Decays are powers of two: on the CPU ``exp`` is up to a hundred times slower where it underflows, ``exp2`` is not.
-LOG2_E = math.log2(math.e)
 
 
 class LinearOutput(NamedTuple):

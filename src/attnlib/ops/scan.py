@@ -33,11 +33,12 @@ from ..checks import (
     check_valid,
     check_whole,
 )
+from ..normalizers import LOG2_E
 from ..types import State, exactly, stats_dtype
 from . import _shards
 from ._dispatch import Operator, transformed, twice, wants_gradient
 from ._guard import finite, readable, spoil
-from .linear import LOG2_E, _segments
+from .linear import _segments
 
 #: Numbers of state that a chunk holds in one sample, measured on the CPU; and the bounds of its length.
 CHUNK_NUMBERS, SHORTEST, LONGEST = 2**16, 16, 256
