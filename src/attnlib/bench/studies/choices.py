@@ -1,6 +1,6 @@
 """Circuits of small decoders trained on several tasks: what they share, and what heads say and see of multiple choice.
 
-``attnlib bench --suite choices --out benchmarks/results`` measures again what ``choices-cpu.json`` holds and draws it.
+``attnlib bench --suite choices --out benchmarks/results`` writes ``choices-cpu.json`` and draws it.
 A decoder is trained per seed on tasks over one vocabulary: multiple choice (a value, four labelled values, the
 label of the right one), coloured objects (four labelled objects, one of them, its label) and indirect objects (two
 names, one of them again, the other). Then, per task, the effect of every head at the answer, and
@@ -156,8 +156,8 @@ def measure(
     pictures: str | Path | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     tasks: Sequence[str] = ("choices", "names"),
-    steps: int = 1300,
-    batch: int = 32,
+    steps: int = 2500,
+    batch: int = 48,
     width: int = 96,
     layers: int = 3,
     heads: int = 6,
@@ -173,7 +173,7 @@ def measure(
         pictures: folder for ``choices-cpu.svg``.
         seeds: of weights, batches and prompts.
         tasks: any of :data:`TASKS`; coloured objects take small decoders longer than the steps here.
-        steps, batch: of training.
+        steps, batch: of training; its accuracies say whether the tasks were learnt; without that the rest is void.
         width, layers, heads: of the decoder.
         size: heads of a circuit.
         ranks: dimensions that letter heads keep.
