@@ -113,7 +113,7 @@ def measure(
     rounds: int = 5,
     model: str = "smollm2-135m",
     dtype: torch.dtype = torch.bfloat16,
-    presses: bool = True,
+    presses: bool = False,
     text: str | None = None,
 ) -> dict[str, Any]:
     """Time and memory of decoding by length and ratio, and of reading the prompt by length and scorer.
@@ -129,7 +129,8 @@ def measure(
         rounds: that count.
         model: of :mod:`attnlib.bench.models`, or a folder or name of a causal language model.
         dtype: of its weights.
-        presses: let kvpress take part where it is installed.
+        presses: let kvpress take part, where it is installed and serves this release of transformers; 0.5.5 wants one
+            before 5.3, and fails with later ones.
         text: to read.
 
     Returns:
