@@ -216,10 +216,10 @@ def test_the_line_of_steering(loaded, unchanged, tmp_path):
 
 
 def test_the_line_of_exactness(loaded, unchanged, tmp_path):
-    found = exactness.measure(loaded=loaded, keep=tmp_path / "kept.jsonl", pictures=tmp_path, new=6, new_through=4)
+    found = exactness.measure(loaded=loaded, keep=tmp_path / "kept.jsonl", pictures=tmp_path, new=6, new_alone=4)
     json.dumps(found)
     identities = [row for row in found["rows"] if row["kind"] == "identity"]
-    assert {row["name"] for row in identities} == set(exactness.IDENTITY)
+    assert {row["name"] for row in identities[1:]} == set(exactness.IDENTITY) and identities[0]["tokens"] == 6
     assert all(row["same"] and row["largest"] == 0 for row in identities)
     assert all(row["equal"] for row in found["detached"]) and {r["name"] for r in found["detached"]} == set(
         exactness.ACTING
@@ -231,7 +231,7 @@ def test_the_line_of_exactness(loaded, unchanged, tmp_path):
 @pytest.mark.skipif(not models.is_here("smollm2-135m"), reason="make models")
 def test_identity_settings_leave_a_real_model_alone():
     model, tokenizer = models.load("smollm2-135m", dtype=torch.float32)
-    found = exactness.measure(loaded=(model, tokenizer), new=8, new_through=8)
+    found = exactness.measure(loaded=(model, tokenizer), new=8, new_alone=4)
     assert all(row["same"] for row in found["rows"]) and all(row["equal"] for row in found["detached"])
     assert all(row["largest"] == 0 for row in found["rows"] if row["kind"] == "identity")
     for row in found["bfloat16"]:

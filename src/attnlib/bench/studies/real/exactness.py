@@ -4,7 +4,7 @@
 Two prompts of real text, padded to one length, in which a span is marked as images are in vision-language models:
 
 - identity: every technique that a language model can carry, at the setting that does nothing, in float32: 200 greedy
-  tokens and the scores of each, against the untouched model;
+  tokens and their scores with all of them attached, and 40 with each alone, against the untouched model;
 - passing through: settings that run the technique's code and change nothing (a budget above what there is, factors of
   one from a function, no sink above the threshold), that change less than rounding does, and those that only look: the
   same;
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,13 +130,13 @@ def prompts(tokenizer: Any, tokens: Tensor, lengths: tuple[int, int] = (96, 80))
     return ids, types
 
 
-def attached(model: Any, what: Intervention | None, types: Tensor) -> Any:
+def attached(model: Any, what: Sequence[Intervention], types: Tensor) -> Any:
     """A session, or nothing."""
-    return contextlib.nullcontext() if what is None else attach(model, what, token_types=types)
+    return attach(model, *what, token_types=types) if what else contextlib.nullcontext()
 
 
 @torch.no_grad()
-def written(model: Any, ids: Tensor, types: Tensor, what: Intervention | None, new: int) -> tuple[Tensor, Tensor]:
+def written(model: Any, ids: Tensor, types: Tensor, new: int, *what: Intervention) -> tuple[Tensor, Tensor]:
     """(B, new) greedy tokens and (new, B) the greatest score of each step."""
     with attached(model, what, types):
         out = model.generate(
@@ -147,7 +147,7 @@ def written(model: Any, ids: Tensor, types: Tensor, what: Intervention | None, n
 
 
 @torch.no_grad()
-def read(model: Any, ids: Tensor, types: Tensor, what: Intervention | None = None) -> Tensor:
+def read(model: Any, ids: Tensor, types: Tensor, *what: Intervention) -> Tensor:
     """(B, N, V) scores of the prompt, zero at padding."""
     with attached(model, what, types):
         out = model(input_ids=ids, attention_mask=(types != PAD).long(), use_cache=True).logits
@@ -160,7 +160,7 @@ def measure(
     pictures: str | Path | None = None,
     name: str = "smollm2-135m",
     new: int = 200,
-    new_through: int = 32,
+    new_alone: int = 40,
     loaded: tuple[Any, Any] | None = None,
 ) -> dict[str, Any]:
     """Write, read, attach and detach.
@@ -170,8 +170,8 @@ def measure(
         keep: file to go on from.
         pictures: folder for ``real-exactness-cpu.svg``.
         name: of :mod:`attnlib.bench.models`.
-        new: greedy tokens with identity settings.
-        new_through: greedy tokens with settings that pass through.
+        new: greedy tokens with all identity settings together.
+        new_alone: greedy tokens with each setting alone.
         loaded: ``(model, tokenizer)`` in float32, in place of a named one.
 
     Returns:
@@ -180,17 +180,21 @@ def measure(
     model, tokenizer = models.load(name, dtype=torch.float32) if loaded is None else loaded
     ids, types = prompts(tokenizer, tokens_of(tokenizer, files.text().test))
     size = model.config.num_hidden_layers, model.config.num_attention_heads
-    kept = Kept(keep, ["exactness", name, new, new_through], progress)
+    kept = Kept(keep, ["exactness", name, new, new_alone], progress)
 
-    def wrote(make: Make | None, count: int) -> dict[str, Any]:
-        tokens, scores = written(model, ids, types, None if make is None else make(*size), count)
+    def wrote(makes: Sequence[Make], count: int) -> dict[str, Any]:
+        tokens, scores = written(model, ids, types, count, *(make(*size) for make in makes))
         return {"tokens": tokens.tolist(), "scores": scores.tolist()}
 
-    base = kept("untouched", lambda: wrote(None, new))
+    base = kept("untouched", lambda: wrote((), new))
     rows: list[dict[str, Any]] = []
-    for kind, table, count in (("identity", IDENTITY, new), ("passing through", THROUGH, new_through)):
-        for label, make in table.items():
-            told = kept(f"{kind}: {label}", partial(wrote, make, count))
+    together = {f"all {len(IDENTITY)} together": tuple(IDENTITY.values())}
+    alone = {label: (make,) for label, make in IDENTITY.items()}
+    through = {label: (make,) for label, make in THROUGH.items()}
+    for kind, table, count in (("identity", together, new), ("identity", alone, new_alone),
+                               ("passing through", through, new_alone)):  # fmt: skip
+        for label, makes in table.items():
+            told = kept(f"{kind}: {label}", partial(wrote, makes, count))
             same = np.array(told["tokens"]) == np.array(base["tokens"])[:, :count]
             gap = np.abs(np.array(told["scores"]) - np.array(base["scores"])[:count])
             first = None if same.all() else int(np.argmin(same.all(0)))
@@ -199,7 +203,7 @@ def measure(
 
     def after(make: Make) -> dict[str, Any]:
         before = read(model, ids, types)
-        during, _ = written(model, ids, types, make(*size), 12)
+        during, _ = written(model, ids, types, 12, make(*size))
         return {
             "equal": torch.equal(before, read(model, ids, types)),
             "acted": during.tolist() != [t[:12] for t in base["tokens"]],

@@ -261,7 +261,7 @@ def measure(
     asked: int = 6,
     side: int = 12,
     layers: Sequence[int] = (3,),
-    counts: Sequence[int] = (72, 36, 16),
+    counts: Sequence[int] = (36, 16),
     seeds: Sequence[int] = (0, 1, 2),
     loaded: Any = None,
 ) -> dict[str, Any]:
