@@ -371,6 +371,7 @@ def draw(path: Path, result: dict[str, Any]) -> None:
         axis.set_title(f"right answers, patches leave before block {layer}", fontsize=10)
         axis.set_xlabel("patches left", fontsize=9)
     handles, labels = axes[2][1].get_legend_handles_labels()
-    axes[2][3].axis("off")
+    for axis in axes[2][1 + len({r["layer"] for r in result["rows"]}) :]:
+        axis.axis("off")
     axes[2][3].legend(handles, labels, fontsize=8, frameon=False, loc="center")
     save(figure, path)
