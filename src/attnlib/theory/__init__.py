@@ -5,6 +5,7 @@ Nothing here measures time; see :mod:`attnlib.bench`.
 
 from .cascade import Cascade, Einsum
 from .cascades import OPERATORS, attention_cascade, softmax_cascade
+from .dynamical import LinearSystem, OneFramework
 from .experiment import Claim, Comparison, Experiment
 from .icl import InContextRegression
 from .jepa import FeatureOrder
@@ -22,6 +23,8 @@ __all__ = [
     "Experiment",
     "FeatureOrder",
     "InContextRegression",
+    "LinearSystem",
+    "OneFramework",
     "RandomFeatures",
     "attention_cascade",
     "attention_svm",

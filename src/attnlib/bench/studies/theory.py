@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...theory.dynamical import OneFramework
 from ...theory.experiment import Comparison, Experiment
 from ...theory.icl import InContextRegression
 from ...theory.jepa import FeatureOrder
@@ -28,6 +29,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[], Experiment], str]] = {
     "JEPA, order of features": (FeatureOrder, "the gradient goes through the target"),
     "regression in context": (InContextRegression, "correlated coordinates"),
     "random features": (RandomFeatures, "the target reads the first key alone"),
+    "one linear system": (OneFramework, "scores twenty times as large"),
 }
 
 
