@@ -124,7 +124,7 @@ def distance(a: Tensor, b: Tensor, patch: int = 8, directions: int = 64, count: 
     """Sliced Wasserstein distance between the patches of two sets of images (B, H, W, 1).
 
     >>> x = torch.randn(3, 12, 12, 1)
-    >>> distance(x, x), round(distance(x, x + 1) / 8, 1) > 0.3
+    >>> distance(x, x), 0.5 < distance(x, x + 1) < 1.1
     (0.0, True)
     """
     generator = torch.Generator().manual_seed(0)
