@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from ..checks import check_int
 
 
 class Interval(NamedTuple):
@@ -76,6 +78,10 @@ def share_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[fl
     return max((centre - width) / scale, 0.0), min((centre + width) / scale, 1.0)
 
 
+#: The name of its author.
+wilson = share_interval
+
+
 def paired_interval(
     values: Mapping[int, float], reference: Mapping[int, float], confidence: float = 0.95
 ) -> Interval | None:
@@ -124,6 +130,126 @@ def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
         holds[index] = True
     return holds
 
+
+def permutation_p(a: Sequence[float], b: Sequence[float], draws: int = 9999, seed: int = 0) -> float:
+    """Two-sided p of the mean of ``a - b``, item by item, when the two of any item could be exchanged.
+
+    Exact where all ``2 ** n`` exchanges are no more than ``draws``; else from random ones, the one at hand among them.
+
+    Args:
+        a, b: a score per item, in one order.
+        draws: exchanges at most.
+        seed: of the random ones.
+
+    >>> permutation_p([1, 2, 3, 4], [0, 0, 0, 0])
+    0.125
+    """
+    check_int("draws", draws, least=1)
+    x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if x.ndim != 1 or x.shape != y.shape or not x.size:
+        raise ValueError(f"a and b must hold a score per item each, of the same items, got {x.shape} and {y.shape}")
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("a and b must be finite; leave items without a score out of both")
+    from scipy import stats
+
+    def gap(gaps: Any, axis: int) -> Any:
+        return np.abs(gaps.mean(axis=axis))
+
+    found = stats.permutation_test(
+        (x - y,), gap, permutation_type="samples", alternative="greater", n_resamples=draws,
+        rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return float(found.pvalue)
+
+
+def bootstrap_interval(
+    values: Sequence[float], confidence: float = 0.95, draws: int = 2000, seed: int = 0,
+    items: Sequence[Any] | None = None,
+) -> tuple[float, float]:  # fmt: skip
+    """Percentiles of the mean when items are drawn again.
+
+    Args:
+        values: scores.
+        confidence: coverage.
+        draws: resamples.
+        seed: of them.
+        items: whose score each is; all scores of an item are drawn together. Every score is an item of its own by
+            default.
+
+    >>> bootstrap_interval([2.0, 2.0, 2.0])
+    (2.0, 2.0)
+    """
+    check_int("draws", draws, least=1)
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence={confidence} is not possible; it must lie strictly between 0 and 1")
+    data = np.asarray(values, dtype=float)
+    names = list(range(data.size)) if items is None else list(items)
+    if data.ndim != 1 or not data.size or len(names) != data.size:
+        raise ValueError(f"values must hold a score, and items a name, each; got {data.size} and {len(names)}")
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    which = np.asarray([number[name] for name in names])
+    total, count = np.bincount(which, data), np.bincount(which)
+    rng = np.random.default_rng(seed)
+    means = np.empty(draws)
+    for start in range(0, draws, 256):  # bounds the memory
+        drawn = rng.integers(len(total), size=(min(256, draws - start), len(total)))
+        means[start : start + len(drawn)] = total[drawn].sum(1) / count[drawn].sum(1)
+    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)
+
+
+def benjamini_hochberg(p_values: Sequence[float], alpha: float) -> list[bool]:
+    """Which of several independent tests hold when a share ``alpha`` of those that hold may be false.
+
+    >>> benjamini_hochberg([0.001, 0.04, 0.03, 0.9], 0.05)
+    [True, False, False, False]
+    """
+    if not 0.0 < alpha < 1.0:
+        raise ValueError(f"alpha={alpha} is not possible; it must lie strictly between 0 and 1")
+    if not len(p_values):
+        return []
+    from scipy import stats
+
+    return [bool(p <= alpha) for p in stats.false_discovery_control(p_values)]
+
+
+def binomial_p(successes: int, n: int, share: float) -> float:
+    """Two-sided p of so many successes where each comes with probability ``share``, such as chance.
+
+    >>> round(binomial_p(8, 8, 0.5), 4)
+    0.0078
+    """
+    from scipy import stats
+
+    return float(stats.binomtest(successes, n, share).pvalue)
+
+
+def fisher_p(successes: tuple[int, int], n: tuple[int, int]) -> float:
+    """Two-sided p of Fisher's exact test that two shares are the same.
+
+    >>> round(fisher_p((3, 0), (3, 3)), 4)
+    0.1
+    """
+    if any(not 0 <= s <= m or m < 1 for s, m in zip(successes, n, strict=True)):
+        raise ValueError(f"successes={successes} must lie in 0..n and n={n} be at least 1")
+    from scipy import stats
+
+    return float(stats.fisher_exact([[s, m - s] for s, m in zip(successes, n, strict=True)]).pvalue)
+
+
+def kappa(a: Sequence[Any], b: Sequence[Any]) -> float:
+    """Cohen's kappa of two raters: agreement beyond that of independent ones, 1 at most.
+
+    Where both give one and the same label throughout, nothing is left beyond chance and it is NaN.
+
+    >>> kappa(["x", "y", "x"], ["x", "y", "x"])
+    1.0
+    """
+    if len(a) != len(b) or not len(a):
+        raise ValueError(f"a and b must hold a label per item each, of the same items, got {len(a)} and {len(b)}")
+    agree = sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
+    chance = sum(list(a).count(label) * list(b).count(label) for label in set(a)) / len(a) ** 2
+    return math.nan if chance == 1 else (agree - chance) / (1 - chance)
 
 def growth_exponent(sizes: Sequence[float], costs: Sequence[float], last: int = 3) -> float | None:
     """Slope of log cost against log size over the ``last`` largest sizes, or ``None`` with fewer than two sizes.
