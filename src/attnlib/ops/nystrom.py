@@ -48,6 +48,11 @@ class _Closed(torch.autograd.Function):
         return -(inverse.mT @ grad @ inverse.mT), None, None
 
 
+def finely(x: Tensor) -> Tensor:
+    """``x`` in float64 where it is float32 and its device has float64: for what is small and ill-conditioned."""
+    return x.double() if x.dtype == torch.float32 and x.device.type != "mps" else x
+
+
 def _iterated(matrix: Tensor, inverse: Tensor, steps: int) -> Tensor:
     for _ in range(steps):
         inverse = 2 * inverse - inverse @ matrix @ inverse
@@ -230,11 +235,11 @@ def nystrom_attention(
         if normalize:
             root = among.sum(-1, keepdim=True).rsqrt()
             inverse = newton_inverse(
-                among, steps, 0.0, 2.0, closed=False, halve=True, shared=2 if shared else 1, check=False
-            )  # fmt: skip
+                finely(among), steps, 0.0, 2.0, closed=False, halve=True, shared=2 if shared else 1, check=False
+            ).to(dtype)
             inverse = root * inverse * root.mT
         else:
-            inverse = newton_inverse(among, steps, check=False)
+            inverse = newton_inverse(finely(among), steps, check=False).to(dtype)
         left = read @ inverse
         out = (left @ (read.mT @ v.to(dtype))).to(v.dtype)
         return (out, left @ read.mT) if return_weights else out

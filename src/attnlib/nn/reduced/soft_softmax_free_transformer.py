@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_flag, check_int, check_ints
-from ...ops.nystrom import gaussian_kernel, nystrom_attention
+from ...ops.nystrom import finely, gaussian_kernel, nystrom_attention
 from ...types import Traits, to_tuple
 from ..base import Mechanism
 from ..layers import (
@@ -121,19 +121,22 @@ class SoftmaxFreeAttention(Mechanism):
         )
 
     def landmarks(self, q: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(B, h, w, heads * D) scaled queries -> (B, heads, m, D), and which of them exist (B, m)."""
+        """(B, h, w, heads * D) queries before their scale -> (B, heads, m, D), and which of them exist (B, m)."""
         if self.compat is not None and not self.whole:
             # A map that is smaller than a cell, on which theirs fails, is read as it is.
             height, width = (n - n % r or n for n, r in zip(q.shape[1:3], self.ratio, strict=True))
             q, valid = q[:, :height, :width], None if valid is None else valid[:, :height, :width]
-        q = zero_invalid(q, valid)
+        dtype, scale = q.dtype, self.head_dim**0.25
+        # The norm of a narrow head multiplies what a sum over a cell has lost to rounding.
+        q = zero_invalid(q, valid) / scale if self.whole else finely(zero_invalid(q, valid)) / scale
         batch, grid = q.shape[0], tuple(q.shape[1:3])
         heads = split_heads(q, self.num_heads)
         if isinstance(self.landmark, nn.Conv2d):
             cells = conv_any_size(
-                self.landmark, heads.reshape(batch * self.num_heads, *grid, self.head_dim), self.landmark.weight, None
-            )
-            heads = cells.reshape(batch, self.num_heads, cells.shape[1] * cells.shape[2], self.head_dim)
+                self.landmark, heads.reshape(batch * self.num_heads, *grid, self.head_dim),
+                self.landmark.weight.to(heads.dtype), None,
+            )  # fmt: skip
+            heads = cells.reshape(batch, self.num_heads, cells.shape[1] * cells.shape[2], self.head_dim).to(dtype)
             valid = strided_valid(valid, self.ratio)
         else:
             heads = self.landmark(heads)
@@ -151,8 +154,8 @@ class SoftmaxFreeAttention(Mechanism):
         return out
 
     def _read(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        q = self.q(x) / self.head_dim**0.25
-        return split_heads(q, self.num_heads), *self.landmarks(q, valid)
+        q = self.q(x)
+        return split_heads(q / self.head_dim**0.25, self.num_heads), *self.landmarks(q, valid)
 
     def mix(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
         q, marks, exist = self._read(x, valid)
