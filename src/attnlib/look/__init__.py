@@ -1,10 +1,11 @@
-"""Looking at attention: what is recorded through the hook protocol, in bounded memory, and drawn; and circuits, what an
-answer goes through.
+"""Looking at attention: what is recorded through the hook protocol, in bounded memory, and drawn; circuits, what an
+answer goes through; and attribution, what of an input it depends on by gradients.
 
 >>> from attnlib.look import Statistics, image_map
 """
 
 from ..hooks.probes import Record, sink_rate
+from .attribution import grad_cam, integrated_gradients, saliency
 from .circuits import (
     AttendTo,
     Effects,
@@ -54,9 +55,11 @@ __all__ = [
     "direct",
     "effective_rank",
     "first_order",
+    "grad_cam",
     "head_classes",
     "head_grid",
     "image_map",
+    "integrated_gradients",
     "logit_attribution",
     "logit_difference",
     "map_over_image",
@@ -64,6 +67,7 @@ __all__ = [
     "patch",
     "paths",
     "profile",
+    "saliency",
     "single_tokens",
     "sink_profile",
     "sink_rate",

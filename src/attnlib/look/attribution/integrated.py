@@ -1,0 +1,143 @@
+"""Integrated gradients of the input or of any module's output, in memory that does not depend on the steps.
+
+``IG_i = (a_i - a'_i) int_0^1 ds(a' + t (a - a')) / da_i dt`` by Gauss-Legendre points, which add up to
+``s(a) - s(a')``.
+
+Reference: Sundararajan, Taly and Yan, 2017, "Axiomatic Attribution for Deep Networks"
+(https://arxiv.org/abs/1703.01365).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...checks import check_choice, check_int
+from ...hooks.tape import Target, _first_tensor, _with_first, logits_of, quantized, score_of
+
+
+def integrated_gradients(
+    model: nn.Module,
+    *inputs: Any,
+    module: str = "",
+    target: Target | None = None,
+    baseline: Tensor | float = 0.0,
+    steps: int = 32,
+    rule: str = "legendre",
+    chunk: int | None = None,
+    position: int = -1,
+    **named: Any,
+) -> Tensor:
+    """Integrated gradients; what belongs to one place is the sum over its channels.
+
+    Args:
+        model: any module, in evaluation mode.
+        inputs, named: of the model; every tensor whose first axis is the batch's belongs to the samples.
+        module: whose output is varied, such as the embedding of tokens; ``""`` is the first input itself.
+        target: class or token, one or one per sample, or ``f(output) -> (B,)``; the most likely one by default.
+        baseline: what is started from, a number or of the shape of what is varied.
+        steps: points between the two.
+        rule: ``"legendre"``, or ``"middle"`` for the middle of equal parts.
+        chunk: points of all samples that are run at once, which bounds memory; the samples by default.
+        position: of the token whose logits count.
+
+    Returns:
+        of the shape of what is varied.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> x = torch.tensor([[1.0, -2.0]])
+    >>> bool(torch.allclose(integrated_gradients(model, x, target=0), x * model.weight))
+    True
+    """
+    check_choice("rule", rule, ("legendre", "middle"))
+    check_int("steps", steps, least=1)
+    if (where := quantized(model)) is not None:
+        raise ValueError(f"{where} is quantized, and no gradient passes through it; load floating-point weights")
+    batch = next((len(t) for t in (*inputs, *named.values()) if isinstance(t, Tensor) and t.dim()), None)
+    if batch is None:
+        raise TypeError("the model must be given at least one tensor with the batch first")
+    if module not in dict(model.named_modules()):
+        raise ValueError(f"module: {type(model).__name__} has no {module!r}")
+    place = _Place(model, module, inputs, named)
+    full = place.value()
+    if not full.is_floating_point():
+        raise TypeError(
+            f"what is varied must be floating-point, got {full.dtype}; name the module that embeds it, module=..."
+        )
+    start = torch.as_tensor(baseline, dtype=full.dtype, device=full.device).expand_as(full)
+    index: Any = None if target is None or callable(target) else torch.as_tensor(target, device=full.device)
+    if target is None:  # the class that is most likely, at every point
+        with torch.no_grad():
+            logits = logits_of(model(*inputs, **named))
+        index = (logits[:, position] if logits.dim() == 3 else logits).argmax(-1)
+    size = max(batch, 1) if chunk is None else check_int("chunk", chunk, least=1)
+    if rule == "legendre":
+        at, weight = np.polynomial.legendre.leggauss(steps)
+        at, weight = (at + 1) / 2, weight / 2
+    else:
+        at, weight = (np.arange(steps) + 0.5) / steps, np.full(steps, 1 / steps)
+    ts, ws = (torch.as_tensor(v, dtype=full.dtype, device=full.device) for v in (at, weight))
+    total = torch.zeros_like(full)
+    for first in range(0, batch * steps, size):
+        rows = torch.arange(first, min(first + size, batch * steps), device=full.device)
+        sample, step = rows % batch, rows // batch
+        shape = (-1, *[1] * (full.dim() - 1))
+        point = (start[sample] + ts[step].view(shape) * (full[sample] - start[sample])).detach().requires_grad_()
+        wanted = target if callable(target) else index[sample] if index.dim() else int(index)
+        with torch.inference_mode(False), torch.enable_grad():
+            score = score_of(place.run(point, sample, batch), wanted, position)
+            grad = torch.autograd.grad(score.sum(), point, allow_unused=True)[0]
+        if grad is not None:
+            total.index_add_(0, sample, ws[step].view(shape) * grad)
+    return total * (full - start)
+
+
+class _Place:
+    """The tensor that is varied, and the model run with another in its place."""
+
+    def __init__(self, model: nn.Module, module: str, inputs: tuple[Any, ...], named: dict[str, Any]):
+        self.model, self.module, self.inputs, self.named = model, module, inputs, named
+
+    def value(self) -> Tensor:
+        if not self.module:
+            found = _first_tensor(self.inputs if self.inputs else self.named)
+            assert found is not None
+            return found.detach()
+        kept: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            first = _first_tensor(output)
+            if first is not None:
+                kept.append(first.detach())
+
+        handle = self.model.get_submodule(self.module).register_forward_hook(keep)
+        try:
+            with torch.no_grad():
+                self.model(*self.inputs, **self.named)
+        finally:
+            handle.remove()
+        if len(kept) != 1:
+            raise ValueError(f"module {self.module!r} was called {len(kept)} times; one that is called once is needed")
+        return kept[0]
+
+    def run(self, point: Tensor, sample: Tensor, batch: int) -> Any:
+        def cut(v: Any) -> Any:
+            return v[sample] if isinstance(v, Tensor) and v.dim() and len(v) == batch else v
+
+        args, named = tuple(cut(a) for a in self.inputs), {k: cut(v) for k, v in self.named.items()}
+        if not self.module:
+            if args:
+                args = tuple(_with_first(list(args), point))
+            else:
+                named = _with_first(named, point)
+            return self.model(*args, **named)
+        handle = self.model.get_submodule(self.module).register_forward_hook(
+            lambda module, args, output: _with_first(output, point)
+        )
+        try:
+            return self.model(*args, **named)
+        finally:
+            handle.remove()
