@@ -128,6 +128,24 @@ def place_norm(x: Tensor, valid: Tensor | None, batch: bool = False, eps: float 
     return zero_invalid(((high - mean) * torch.rsqrt(var + eps)).to(x.dtype), valid)
 
 
+def place_product(s: Tensor, f: Tensor) -> Tensor:
+    """Per channel the product of (H, W) matrices, of maps (B, H, W, C): as far as rows and columns are equally long."""
+    common = min(s.shape[1:3])
+    return torch.einsum("bhkc,bkwc->bhwc", s[:, :, :common], f[:, :common])
+
+
+def depthwise(x: Tensor, kernel: Tensor) -> Tensor:
+    """(B, H, W, C), every channel of every sample convolved with its own kernel (B, k, k, C)."""
+    batch, height, width, dim = x.shape
+    if not batch:
+        return x
+    size = kernel.shape[1]
+    flat = x.permute(0, 3, 1, 2).reshape(1, batch * dim, height, width)
+    groups = kernel.permute(0, 3, 1, 2).reshape(batch * dim, 1, size, size).to(x.dtype)
+    near = F.conv2d(flat, groups, padding=size // 2, groups=batch * dim)
+    return near.reshape(batch, dim, height, width).permute(0, 2, 3, 1)
+
+
 @register("hyperzzw-terminator", "hyperzzw")
 class HyperZZW(Mechanism):
     """Global and local HyperZ.Z.W side by side, and a linear map of both.
@@ -194,16 +212,10 @@ class HyperZZW(Mechanism):
         return self.local((self.kernel_size,) * 2, context)
 
     def mix(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        batch, height, width, dim = x.shape
-        together, common = self.compat is not None, min(height, width)
+        height, width = x.shape[1:3]
+        together = self.compat is not None
         s = zero_invalid(x * self.global_kernel(height, width).to(x.dtype), valid)
-        f = place_norm(self.fast(x), valid, together)
-        far = torch.einsum("bhkc,bkwc->bhwc", s[:, :, :common], f[:, :common])
-        kernel = self.local_kernel(x, valid).permute(0, 3, 1, 2).reshape(batch * dim, 1, *(self.kernel_size,) * 2)
-        near = x
-        if batch:  # a group for each channel of each sample
-            flat = x.permute(0, 3, 1, 2).reshape(1, batch * dim, height, width)
-            near = F.conv2d(flat, kernel.to(x.dtype), padding=self.kernel_size // 2, groups=batch * dim)
-            near = near.reshape(batch, dim, height, width).permute(0, 2, 3, 1)
+        far = place_product(s, place_norm(self.fast(x), valid, together))
+        near = depthwise(x, self.local_kernel(x, valid))
         near = F.gelu(place_norm(self.mixer(zero_invalid(near, valid)), valid, together))
         return self.proj(torch.cat([far, near], -1))
