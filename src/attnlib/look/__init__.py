@@ -1,11 +1,11 @@
 """Looking at attention: what is recorded through the hook protocol, in bounded memory, and drawn; circuits, what an
-answer goes through; and attribution, what of an input it depends on by gradients.
+answer goes through; and attribution, what of an input it depends on.
 
 >>> from attnlib.look import Statistics, image_map
 """
 
 from ..hooks.probes import Record, sink_rate
-from .attribution import grad_cam, integrated_gradients, saliency
+from .attribution import context_aware_saliency, grad_cam, integrated_gradients, relevance, saliency
 from .circuits import (
     AttendTo,
     Effects,
@@ -52,6 +52,7 @@ __all__ = [
     "answer_attention",
     "choice_logit",
     "choice_loss",
+    "context_aware_saliency",
     "direct",
     "effective_rank",
     "first_order",
@@ -67,6 +68,7 @@ __all__ = [
     "patch",
     "paths",
     "profile",
+    "relevance",
     "saliency",
     "single_tokens",
     "sink_profile",

@@ -1,4 +1,4 @@
-"""Attribution by gradients: what of the input, or of any module's output, an answer depends on.
+"""Attribution: what of the input, or of any module's output, an answer depends on, by gradients and by relevance.
 
 Every map is (B, h, w), (B, N) for tokens without a grid: a sample's is what a page or a picture lays over its input.
 
@@ -6,6 +6,7 @@ Every map is (B, h, w), (B, N) for tokens without a grid: a sample's is what a p
 """
 
 from .cells import AGGREGATES, extract_aggregate
+from .context import context_aware_saliency, sr_map
 from .integrated import integrated_gradients
 from .maps import (
     class_sensitivity,
@@ -17,17 +18,24 @@ from .maps import (
     saliency,
     unit_range,
 )
+from .relevance import COMPAT, RULES, Rule, relevance
 
 __all__ = [
     "AGGREGATES",
+    "COMPAT",
+    "RULES",
+    "Rule",
     "class_sensitivity",
     "combine",
+    "context_aware_saliency",
     "extract_aggregate",
     "grad_cam",
     "integrated_gradients",
     "map_correlation",
     "meta_saliency",
     "own_norm_grad",
+    "relevance",
     "saliency",
+    "sr_map",
     "unit_range",
 ]
