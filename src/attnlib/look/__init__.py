@@ -5,7 +5,7 @@ answer goes through; and attribution, what of an input it depends on.
 """
 
 from ..hooks.probes import Record, sink_rate
-from .attribution import context_aware_saliency, grad_cam, integrated_gradients, relevance, saliency
+from .attribution import context_aware_saliency, grad_cam, integrated_gradients, relevance, saliency, verbalize
 from .circuits import (
     AttendTo,
     Effects,
@@ -76,4 +76,5 @@ __all__ = [
     "subspace",
     "subspaces",
     "token_scores",
+    "verbalize",
 ]

@@ -19,23 +19,30 @@ from .maps import (
     unit_range,
 )
 from .relevance import COMPAT, RULES, Rule, relevance
+from .verbalize import cited_coverage, coverage, instruction, merge_pieces, search, verbalize
 
 __all__ = [
     "AGGREGATES",
     "COMPAT",
     "RULES",
     "Rule",
+    "cited_coverage",
     "class_sensitivity",
     "combine",
     "context_aware_saliency",
+    "coverage",
     "extract_aggregate",
     "grad_cam",
+    "instruction",
     "integrated_gradients",
     "map_correlation",
+    "merge_pieces",
     "meta_saliency",
     "own_norm_grad",
     "relevance",
     "saliency",
+    "search",
     "sr_map",
     "unit_range",
+    "verbalize",
 ]
