@@ -532,11 +532,48 @@ def convert(
         console.print(f"same next token in {report['model']['agreement']:.1%}", highlight=False)
 
 
-def parse_numbers(text: str) -> tuple[int, ...]:
+@app.command()
+def look(
+    model: Annotated[str, typer.Argument(help="smollm2 (make models), a folder of a transformers model, or its name.")],
+    text: Annotated[str | None, typer.Option(help="What it reads.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture that it reads.")] = None,
+    ids: Annotated[str | None, typer.Option(help="Comma-separated numbers of tokens that it reads.")] = None,
+    techniques: Annotated[
+        list[str] | None, typer.Option("--with", help="A technique that acts; repeatable.", metavar="NAME,key=value")
+    ] = None,
+    attribute: Annotated[
+        list[str] | None, typer.Option(help="logits, gradient, or with --corrupted patch or first-order; repeatable.")
+    ] = None,
+    corrupted: Annotated[str | None, typer.Option(help="Another text, as long, for patching.")] = None,
+    diff: Annotated[
+        str | None, typer.Option(help="A run of --save, or 'plain': show what differs from it.", metavar="RUN")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("look.html"),
+    save: Annotated[Path | None, typer.Option(help="Keep the run in a .safetensors file.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Comma-separated numbers; all layers by default.")] = None,
+) -> None:
+    """Look into a model while it reads: one page with every head, which asks nothing of any other place.
+
+    [dim]attnlib look smollm2 --text "When Mary and John went to the store," --attribute logits --out page.html[/]  ·
+    [dim]attnlib look smollm2 --text "..." --with SinkCalibration,beta=0.4 --diff plain[/]  ·
+    [dim]attnlib look dinov2 --image cat.png[/]
+    """
+    from .bench.looking import look_at
+
+    numbers = None if layers is None else list(parse_numbers(layers))
+    written = look_at(
+        model, text=text, image=image, ids=None if ids is None else list(parse_numbers(ids, "--ids")),
+        techniques=techniques or [], attribute=attribute or [], corrupted=corrupted, diff=diff, out=out, save=save,
+        layers=numbers,
+    )  # fmt: skip
+    console.print(f"{escape(str(written))} ({written.stat().st_size / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
+
+
+def parse_numbers(text: str, name: str = "--layers") -> tuple[int, ...]:
     """``"0,3"`` -> ``(0, 3)``."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() for part in parts):
-        raise ValueError(f"--layers {text!r} must be whole numbers, for example 0,1,2")
+        raise ValueError(f"{name} {text!r} must be whole numbers, for example 0,1,2")
     return tuple(map(int, parts))
 
 

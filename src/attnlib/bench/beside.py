@@ -47,10 +47,12 @@ class Technique:
     Args:
         label: name and settings.
         act: ``act(model)`` is a context in which it acts.
+        make: a new one to attach beside others; ``None`` where the model itself is changed.
     """
 
     label: str
     act: Callable[[Any], AbstractContextManager[Any]]
+    make: Callable[[], Intervention] | None = None
 
 
 def known_techniques() -> dict[str, Any]:
@@ -117,7 +119,7 @@ def technique(given: str | Spec) -> Technique:
             raise ValueError(f"with: {spec.name} cannot be made of {settings or 'no settings'}: {error}") from error
 
     make()  # a wrong setting is told before anything is loaded
-    return Technique(label, lambda model: attach(model, make()))
+    return Technique(label, lambda model: attach(model, make()), make)
 
 
 def held_bytes(cache: Any) -> int:

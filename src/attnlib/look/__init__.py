@@ -1,5 +1,5 @@
 """Looking at attention: what is recorded through the hook protocol, in bounded memory, and drawn; circuits, what an
-answer goes through; and attribution, what of an input it depends on.
+answer goes through; and attribution, what of an input it depends on. A page shows all heads.
 
 >>> from attnlib.look import Statistics, image_map
 """
@@ -35,17 +35,23 @@ from .circuits import (
 )
 from .plots import head_grid, map_over_image, profile, sink_profile
 from .statistics import Statistics, effective_rank, image_map
+from .viewer import Axis, LayerMaps, Page, Part, Run, difference, page, read
 
 __all__ = [
     "AttendTo",
+    "Axis",
     "Effects",
     "LogitAttribution",
+    "LayerMaps",
     "LowRank",
     "Mean",
     "Metric",
     "Overlap",
+    "Page",
+    "Part",
     "Record",
     "Resampled",
+    "Run",
     "Statistics",
     "ablated",
     "agreement",
@@ -53,6 +59,7 @@ __all__ = [
     "choice_logit",
     "choice_loss",
     "context_aware_saliency",
+    "difference",
     "direct",
     "effective_rank",
     "first_order",
@@ -65,9 +72,11 @@ __all__ = [
     "logit_difference",
     "map_over_image",
     "overlap",
+    "page",
     "patch",
     "paths",
     "profile",
+    "read",
     "relevance",
     "saliency",
     "single_tokens",
