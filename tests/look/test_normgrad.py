@@ -343,3 +343,25 @@ def test_bad_input():
     with pytest.raises(ValueError, match="quantized"):
         low = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(2, 2)), {nn.Linear})
         meta_saliency(saliency, low, torch.ones(1, 2), target=0, modules=["0"])
+
+
+def test_inference_mode_halves_and_empty_batches():
+    model, x = net().float(), images().float()
+    with torch.inference_mode():
+        given = x.clone()
+        step = meta_saliency(saliency, model, given, target=1, lr=0.1, modules=["2"])["2"]
+        path = integrated_gradients(model, given, target=1, steps=3)
+    torch.testing.assert_close(step, meta_saliency(saliency, model, x, target=1, lr=0.1, modules=["2"])["2"])
+    torch.testing.assert_close(path, integrated_gradients(model, x, target=1, steps=3))
+    assert not any(p.is_inference() for p in model.parameters())
+    half = copy.deepcopy(model).bfloat16()
+    assert integrated_gradients(half, x.bfloat16(), steps=3).dtype == torch.bfloat16
+    assert combine(saliency(half, x.bfloat16(), modules=["0", "2"])).isfinite().all()
+    assert saliency(model, x[:0], modules=["0"], target=1)["0"].shape == (0, 6, 5)
+    assert integrated_gradients(model, x[:0]).shape == (0, 3, 6, 5)
+    with pytest.raises(ValueError, match="names 3 samples"):
+        integrated_gradients(model, x, target=[0, 1, 2])
+    with pytest.raises(ValueError, match="names 3 samples"):
+        meta_saliency(saliency, model, x, target=[0, 1, 2], modules=["0"])
+    with pytest.raises(ValueError, match="baseline must fit"):
+        integrated_gradients(model, x, target=0, baseline=torch.zeros(7))

@@ -1,5 +1,6 @@
 """Relevance by rules: closed forms, conservation, the authors' layers; context-aware saliency against a loop."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -268,3 +269,16 @@ def test_salient_relevance_maps():
     for bad, message in (({"patch": 4}, "odd"), ({"scales": ()}, "empty"), ({"scaled": "both"}, "scaled=")):
         with pytest.raises(ValueError, match=message):
             context_aware_saliency(torch.rand(1, 8, 8), **bad)
+
+
+def test_inference_mode_halves_and_empty_batches():
+    model, x = net().float(), images().float()
+    with torch.inference_mode():
+        found = relevance(model, x.clone(), 1)
+    torch.testing.assert_close(found, relevance(model, x, 1))
+    half = copy.deepcopy(model).bfloat16()
+    assert sr_map(half, x.bfloat16(), 1, most=12).dtype == torch.bfloat16
+    assert relevance(model, x[:0]).shape == (0, 3, 12, 12)
+    for target in ([0, 1, 2], 1.5):
+        with pytest.raises(ValueError, match="target"):
+            relevance(model, x, target)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_int, check_real, checked, describe
+from ...types import stats_dtype
 from .maps import unit_range
 from .relevance import relevance
 
@@ -113,6 +114,7 @@ def context_aware_saliency(
         check_real(f"scales[{i}]", s, above=0.0, most=1.0)
     if maps.dim() not in (3, 4) or not maps.is_floating_point():
         raise ValueError(f"maps must be (B, H, W) or (B, C, H, W), floating-point, got {describe(maps)}")
+    dtype, maps = maps.dtype, maps.to(stats_dtype(maps.dtype))
     images = unit_range(maps if maps.dim() == 4 else maps[:, None], "maps", "zeros")
     height, width = images.shape[-2:]
     shrink = min(1.0, most / max(height, width))
@@ -133,13 +135,13 @@ def context_aware_saliency(
             parts.append(_resized(found[None, None], size)[0, 0])
         whole = unit_range(torch.stack(parts).mean(0)[None], "saliency", "zeros")[0]
         out.append(_resized(_towards_foci(whole, threshold)[None, None], (height, width))[0, 0])
-    return torch.stack(out) if out else images.new_zeros(0, height, width)
+    return (torch.stack(out) if out else images.new_zeros(0, height, width)).to(dtype)
 
 
 def sr_map(
     model: nn.Module,
     x: Tensor,
-    target: int | Tensor | None = None,
+    target: int | Sequence[int] | Tensor | None = None,
     rules: Any = None,
     default: Any = "epsilon",
     compat: bool = False,

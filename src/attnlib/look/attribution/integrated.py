@@ -19,6 +19,7 @@ from ...checks import check_choice, check_int
 from ...hooks.tape import Target, _first_tensor, _with_first, logits_of, quantized, score_of
 
 
+@torch.inference_mode(False)
 def integrated_gradients(
     model: nn.Module,
     *inputs: Any,
@@ -67,8 +68,14 @@ def integrated_gradients(
         raise TypeError(
             f"what is varied must be floating-point, got {full.dtype}; name the module that embeds it, module=..."
         )
-    start = torch.as_tensor(baseline, dtype=full.dtype, device=full.device).expand_as(full)
+    start = torch.as_tensor(baseline, dtype=full.dtype, device=full.device)
+    try:
+        start = start.expand_as(full)
+    except RuntimeError:
+        raise ValueError(f"baseline must fit {tuple(full.shape)}, got {tuple(start.shape)}") from None
     index: Any = None if target is None or callable(target) else torch.as_tensor(target, device=full.device)
+    if index is not None and index.dim() == 1 and len(index) != batch:
+        raise ValueError(f"target names {len(index)} samples, but the batch has {batch}")
     if target is None:  # the class that is most likely, at every point
         with torch.no_grad():
             logits = logits_of(model(*inputs, **named))
@@ -105,7 +112,7 @@ class _Place:
         if not self.module:
             found = _first_tensor(self.inputs if self.inputs else self.named)
             assert found is not None
-            return found.detach()
+            return found.detach().clone()
         kept: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:

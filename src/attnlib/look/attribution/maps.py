@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...checks import check_choice, check_ints, check_real, check_tensor, checked, describe
 from ...grids import Layout
-from ...hooks.tape import Entry, Tape, Target, logits_of, quantized, to_grid
+from ...hooks.tape import Entry, Tape, Target, logits_of, quantized, score_of, to_grid
 from .cells import AGGREGATES, _kernel, extract_aggregate
 
 Method = Callable[..., Tensor]
@@ -34,6 +34,14 @@ def top_logit(position: int = -1) -> Callable[[Any], Tensor]:
         return (logits[:, position] if logits.dim() == 3 else logits).amax(-1)
 
     return score
+
+
+def _plain(value: Any) -> Any:
+    """A tensor made in inference mode as one that gradients may pass through."""
+    if isinstance(value, Tensor) and value.is_inference():
+        with torch.inference_mode(False):
+            return value.clone()
+    return value
 
 
 def channels_first(x: Tensor, layout: Layout | None = None, channels: str = "first") -> Tensor:
@@ -68,6 +76,7 @@ def _maps(
         return cell(x, g)
 
     score = top_logit(position) if target is None else target
+    inputs, named = tuple(map(_plain, inputs)), {k: _plain(v) for k, v in named.items()}
     taped = tape.run(*inputs, target=score, chunk=chunk, reduce=reduce, position=position, **named)
     return dict(zip(seen, taped.reduced, strict=False))  # with chunks the names come again
 
@@ -173,6 +182,7 @@ def own_norm_grad(
         return squares[:, 0].sqrt() * torch.linalg.vector_norm(g, dim=1)
 
     score = top_logit(position) if target is None else target
+    inputs, named = tuple(map(_plain, inputs)), {k: _plain(v) for k, v in named.items()}
     taped = tape.run(*inputs, target=score, chunk=chunk, reduce=reduce, position=position, **named)
     return dict(zip(seen, taped.reduced, strict=False))
 
@@ -313,19 +323,20 @@ def meta_saliency(
         model.eval()
         for p in needed:
             p.requires_grad_(True)
-        with torch.enable_grad():
-            logits = logits_of(model(*inputs))
+        with torch.inference_mode(False), torch.enable_grad():
+            logits = logits_of(model(*map(_plain, inputs)))
             if logits.dim() == 3:
                 logits = logits[:, position]
             elif logits.dim() > 3:  # classes at places: their sums
                 logits = logits.flatten(2).sum(2)
+            score_of(logits, target)  # refuses what is no class
             classes = torch.as_tensor(target, device=logits.device).expand(len(logits))
-            loss = F.cross_entropy(logits, classes)
-        grads = torch.autograd.grad(loss, list(needed), allow_unused=True)
-        for p, grad in zip(needed, grads, strict=True):
-            p.requires_grad_(needed[p])
-            if grad is not None:
-                p.data = p.data - (-lr if negate else lr) * grad
+            grads = torch.autograd.grad(F.cross_entropy(logits, classes), list(needed), allow_unused=True)
+        with torch.inference_mode(False):
+            for p, grad in zip(needed, grads, strict=True):
+                p.requires_grad_(needed[p])
+                if grad is not None:
+                    p.data = p.data - (-lr if negate else lr) * grad
         return method(model, *inputs, target=target, **named)
     finally:
         for p, data in weights.items():

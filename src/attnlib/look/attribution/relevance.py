@@ -27,7 +27,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ...checks import check_real, check_type, describe
-from ...hooks.tape import quantized
+from ...hooks.tape import quantized, score_of
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
@@ -238,11 +238,12 @@ def _check_rules(rules: Mapping[Any, Any], modules: Mapping[str, nn.Module]) -> 
             raise ValueError(f"rules: no module is called {key!r}; there are {list(modules)[:40]}")
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def relevance(
     model: nn.Module,
     x: Tensor,
-    target: int | Tensor | None = None,
+    target: int | Sequence[int] | Tensor | None = None,
     rules: Mapping[Any, Rule | str] | None = None,
     default: Rule | str = "epsilon",
     compat: bool = False,
@@ -284,7 +285,7 @@ def relevance(
     _check_rules(table, modules)
     base = Rule(default) if isinstance(default, str) else default
     keep = _Keep(graph)
-    logits = keep.run(x)
+    logits = keep.run(x.clone())  # a plain tensor, also where the caller is in inference mode
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ValueError(f"the model must give classes (B, K), got {describe(logits)}")
     seed = _seed(logits, target)
@@ -303,10 +304,12 @@ def relevance(
     raise ValueError("the model has no input that the logits depend on")
 
 
-def _seed(logits: Tensor, target: int | Tensor | None) -> Tensor:
-    index = logits.argmax(1) if target is None else torch.as_tensor(target, device=logits.device).expand(len(logits))
-    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < logits.shape[1]:
-        raise ValueError(f"target must lie in [0, {logits.shape[1]}), got {index.tolist()!r:.60}")
+def _seed(logits: Tensor, target: int | Sequence[int] | Tensor | None) -> Tensor:
+    if target is None:
+        index = logits.argmax(1)
+    else:
+        score_of(logits, target)  # refuses what is no class
+        index = torch.as_tensor(target, device=logits.device).expand(len(logits))
     return torch.zeros_like(logits).scatter(1, index[:, None], logits.gather(1, index[:, None]))
 
 
