@@ -1,0 +1,1 @@
+"""Exams for language models, each after a paper: red herrings, words of two languages, prompts and their errors."""
