@@ -1,4 +1,4 @@
-"""Clues of our own that fit several connections, for walls with red herrings; and words of two languages."""
+"""Clues of our own that fit several connections, for walls with red herrings."""
 
 from __future__ import annotations
 
