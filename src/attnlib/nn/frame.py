@@ -89,7 +89,8 @@ class Stream:
     @property
     def q_pos(self) -> Tensor | None:
         """(n,) slots of the new tokens; ``None`` at the start, where they are the first."""
-        return torch.arange(self.start, self.start + self.new, device=self.device) if self.start else None
+        start = self.start
+        return torch.arange(start, start + self.new, device=self.device) if start else None
 
     @property
     def slots(self) -> Tensor:
@@ -162,7 +163,7 @@ def reading(
     keep: bool,
 ) -> Reading:
     """A call (B, *grid, C) as a :class:`Reading`; ``causal`` and what it remembers are of calls without a context."""
-    tokens, own = x.flatten(1, -2), flat_valid(valid)
+    tokens, own = x.flatten(1, -2), None if valid is None else flat_valid(valid)
     if context is None:
         stream = Stream(tokens, own, state if causal else None, causal and keep)
         return Reading(tokens, own, tokens, own, causal, stream)
@@ -411,11 +412,9 @@ class HeadFrame(Mechanism, Generic[N]):
     ) -> tuple[Tensor, Tensor, Tensor, N, Reading]:  # fmt: skip
         """Queries, keys and values of the new tokens (B, H, N, D), normed and rotated, and notes."""
         q, k, v = self._parts(x, x if context is None else context)
-        q, k, v = (
-            through(self.q_norm, split_heads(q, self.num_heads)),
-            through(self.k_norm, split_heads(k, self.num_kv_heads)),
-            split_heads(v, self.num_v_heads),
-        )
+        q, k = split_heads(q, self.num_heads), split_heads(k, self.num_kv_heads)
+        v = split_heads(v, self.num_v_heads)
+        q, k = through(self.q_norm, q), through(self.k_norm, k)
         read = reading(x, context, valid, context_valid, self.causal, state, "state" in returns)
         notes = self._notes(read.own, plan, state, returns)
         self._begin(read.tokens, q, notes)
