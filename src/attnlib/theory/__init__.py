@@ -11,6 +11,7 @@ from .icl import InContextRegression
 from .jepa import FeatureOrder
 from .mixing import mixing_matrix, passes_table, unified_view
 from .random_features import RandomFeatures
+from .stiffness import GatedStep, StiffSteps, block_stiffness, stiffness_index
 from .svm import AttentionSVM, attention_svm, several_svm
 
 __all__ = [
@@ -22,15 +23,19 @@ __all__ = [
     "Einsum",
     "Experiment",
     "FeatureOrder",
+    "GatedStep",
     "InContextRegression",
     "LinearSystem",
     "OneFramework",
     "RandomFeatures",
+    "StiffSteps",
     "attention_cascade",
     "attention_svm",
+    "block_stiffness",
     "mixing_matrix",
     "passes_table",
     "several_svm",
     "softmax_cascade",
+    "stiffness_index",
     "unified_view",
 ]

@@ -17,6 +17,7 @@ from ...theory.experiment import Comparison, Experiment
 from ...theory.icl import InContextRegression
 from ...theory.jepa import FeatureOrder
 from ...theory.random_features import RandomFeatures
+from ...theory.stiffness import StiffSteps
 from ...theory.svm import AttentionSVM
 from ..clock import machine
 from ..plots import PALETTE, _figure
@@ -30,6 +31,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[], Experiment], str]] = {
     "regression in context": (InContextRegression, "correlated coordinates"),
     "random features": (RandomFeatures, "the target reads the first key alone"),
     "one linear system": (OneFramework, "scores twenty times as large"),
+    "gated steps": (StiffSteps, "a system that is not stiff"),
 }
 
 
