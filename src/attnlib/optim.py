@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from .checks import check_choice, check_flag, check_float, check_real, check_type, describe
 
-__all__ = ["SGDP", "AdamP", "Kar3"]
+__all__ = ["SGDP", "AdamP", "AdamR", "Kar3"]
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -308,4 +308,75 @@ class Kar3(Optimizer):
                 p.add_(grad.sign() + means[0].sign() + means[1].sign(), alpha=-group["lr"])
                 for mean, beta in zip(means, group["betas"], strict=True):
                     mean.mul_(beta).add_(grad, alpha=1 - beta)
+        return loss
+
+
+class AdamR(Optimizer):
+    """Adam with weights drawn to where they started, so that what fine-tuning changes stays small (arXiv 2410.09344).
+
+    Before Adam's step, ``w <- w - lr decay / sqrt(mean(v)) (w - w_pre)``, with the mean over all weights of the squared
+    gradients' corrected running mean; the sign of ``w - w_pre`` instead with ``l1``. Without decay this is Adam.
+
+    Args:
+        params: parameters, or dictionaries of them.
+        reference: where they are drawn to, one tensor for each parameter, in the order of all groups; by default where
+            they are now.
+        lr, betas, eps: as in ``torch.optim.Adam``.
+        weight_decay: of the distance, not of the weights.
+        l1: decay by signs.
+
+    >>> p = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = AdamR([p], reference=[torch.zeros(1)], lr=0.1, weight_decay=1.0)
+    >>> p.grad = torch.tensor([0.0])
+    >>> optimizer.step()
+    >>> round(p.item(), 4)
+    0.9
+    """
+
+    def __init__(
+        self, params: Params, reference: Sequence[Tensor] | None = None, lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-4, l1: bool = False,
+    ):  # fmt: skip
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            check_real(name, value, least=0)
+        if len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {betas!r}")
+        for beta in betas:
+            check_real("betas", beta, least=0, below=1)
+        check_flag("l1", l1)
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, l1=l1))
+        every: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        given = every if reference is None else list(reference)
+        if [t.shape for t in given] != [p.shape for p in every]:
+            raise ValueError(f"reference must hold a tensor of each of the {len(every)} parameters' shapes, in order")
+        for p, t in zip(every, given, strict=True):
+            self.state[p]["reference"] = t.detach().clone().to(p)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; the closure's loss, where there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        total, count = 0.0, 0
+        moving = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for group, p in moving:
+            state, (one, two) = self.state[p], group["betas"]
+            if "step" not in state:
+                state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state["step"] += 1
+            state["exp_avg"].lerp_(p.grad, 1 - one)
+            state["exp_avg_sq"].mul_(two).addcmul_(p.grad, p.grad, value=1 - two)
+            if group["weight_decay"]:
+                total += float(state["exp_avg_sq"].sum()) / (1 - two ** state["step"])
+            count += p.numel()
+        scale = math.sqrt(total / count) if total else 1.0  # as the authors: no gradient yet, no division
+        for group, p in moving:
+            state, (one, two) = self.state[p], group["betas"]
+            if group["weight_decay"]:
+                away = p - state["reference"]
+                p.add_(away.sign() if group["l1"] else away, alpha=-group["lr"] * group["weight_decay"] / scale)
+            denom = (state["exp_avg_sq"] / (1 - two ** state["step"])).sqrt_().add_(group["eps"])
+            p.addcdiv_(state["exp_avg"], denom, value=-group["lr"] / (1 - one ** state["step"]))
         return loss

@@ -23,6 +23,7 @@ from torch import Tensor
 from ... import models
 from ...clock import machine
 from ...exams.walls import SCORES, Wall, cluster_groups, herrings, own_walls, randomized, score_groups
+from ...exams.words import CONNECTIONS
 from ...small import Progress, interval, picture, study
 from ...stats import mean_interval
 
@@ -72,7 +73,7 @@ def measure(
     pictures: str | Path | None = None,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     count: int = 40,
-    shuffles: int = 4,
+    shuffles: int = 2,
     embeddings: dict[str, Encoder] | None = None,
 ) -> dict[str, Any]:
     """Sort walls with and without herrings.
@@ -109,11 +110,11 @@ def measure(
                     groups = [mixed[4 * g : 4 * g + 4] for g in range(4)]
                 else:
                     groups = cluster_groups(wall, vectors[how], 1000 * seed + shuffle)
-                scores = score_groups(groups, wall) | {"WD matched": score_groups(groups, wall, "matched")["WD"]}
-                found.append([scores[k] for k in (*SCORES, "WD matched")])
-        return dict(zip((*SCORES, "WD matched"), np.mean(found, 0).tolist(), strict=True))
+                scores = score_groups(groups, wall)
+                found.append([scores[k] for k in SCORES])
+        return dict(zip(SCORES, np.mean(found, 0).tolist(), strict=True))
 
-    settings = {"count": count, "shuffles": shuffles, "clues": clues}
+    settings = {"count": count, "shuffles": shuffles, "connections": CONNECTIONS}
     rows, runs, against = [], [], []
     for how in (*encode, "chance"):
         names = [f"{how}: {kind}" for kind in KINDS]
