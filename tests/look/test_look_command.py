@@ -1,0 +1,65 @@
+"""``attnlib look``: pages and runs from the command line, on a small model in place of a fetched one."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from attnlib.bench import looking
+from attnlib.cli import app
+from attnlib.look import Run
+
+pytest.importorskip("transformers")
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, list(args))
+
+
+def test_look_writes_a_page_and_a_run(tmp_path, monkeypatch):
+    class Tokenizer:
+        def __call__(self, text):
+            return {"input_ids": [ord(c) % 40 for c in text]}
+
+        def convert_ids_to_tokens(self, ids):
+            return [str(i) for i in ids]
+
+        def decode(self, ids, **_):
+            return " ".join(map(str, ids))
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    monkeypatch.setattr(looking, "_open", lambda name, sees: (model, SimpleNamespace() if sees else Tokenizer()))
+    out, kept = str(tmp_path / "page.html"), str(tmp_path / "run.safetensors")
+    ask = ["look", "smollm2", "--text", "abcdef", "--out", out]
+    result = invoke(*ask, "--save", kept, "--attribute", "logits", "--attribute", "gradient")
+    assert result.exit_code == 0, result.exception
+    run = Run.load(kept)
+    assert set(run.overlays) == {"logits", "gradient"} and len(run.layers) == 2
+    # Gradient x input of a logit, by finite differences along one token's embedding.
+    ids = torch.tensor([Tokenizer()("abcdef")["input_ids"]])
+    rows = model.get_input_embeddings()(ids).detach()
+    best = int(model(ids).logits[0, -1].argmax())
+    step = torch.zeros_like(rows)
+    step[0, 2] = 1e-2 * rows[0, 2]
+    up, down = (model(inputs_embeds=rows + s).logits[0, -1, best].item() for s in (step, -step))
+    assert float(run.overlays["gradient"][2]) == pytest.approx((up - down) / 2e-2, abs=2e-3)
+    result = invoke(*ask, "--with", "SinkCalibration,beta=0.4", "--diff", "plain", "--layers", "1")
+    assert result.exit_code == 0, result.exception
+    assert invoke("look", "smollm2", "--text", "abcdeh", "--diff", kept, "--out", out).exit_code == 0
+    for wrong, error in (
+        (["--ids", "1,40"], "ids points at token 40"),
+        ([], "give one of --text"),
+        (["--ids", "1,2", "--text", "a"], "give one of --text"),
+        (["--text", "ab", "--diff", "plain"], "no technique acts"),
+        (["--text", "ab", "--attribute", "patch"], "give --corrupted"),
+        (["--text", "ab", "--attribute", "patch", "--corrupted", "abc"], "needs as many"),
+        (["--text", "ab", "--attribute", "mine"], "attribute"),
+        (["--text", "ab", "--diff", str(tmp_path / "none")], "there is no run"),
+    ):
+        assert error in str(invoke("look", "smollm2", *wrong, "--out", out).exception)
