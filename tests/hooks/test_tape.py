@@ -197,3 +197,12 @@ def test_bad_input_is_refused(case):
     make, says = BAD[case]
     with pytest.raises((TypeError, ValueError), match=says):
         make()
+
+
+def test_inputs_made_in_inference_mode():
+    model = net()
+    with torch.inference_mode():
+        images = IMAGES * 1
+        tape = Tape(model, ["first"]).run(images, target=LABELS)
+    expected = Tape(model, ["first"]).run(IMAGES, target=LABELS)
+    torch.testing.assert_close(tape["first"].output_gradient, expected["first"].output_gradient)

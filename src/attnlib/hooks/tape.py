@@ -308,11 +308,11 @@ class Tape:
         return Taped(entries, output, torch.cat(scores) if scores else None, reduced)
 
     def _part(self, args: Any, kwargs: Any, rows: slice, batch: int, target: Any, reduce: Any, position: int) -> Taped:
-        cut = [_cut(a, rows, batch) for a in args]
-        named = {k: _cut(v, rows, batch) for k, v in kwargs.items()}
         entries: list[Entry] = []
         asked = target is not None
         with torch.inference_mode(False), torch.set_grad_enabled(asked):
+            cut = [_cut(a, rows, batch) for a in args]
+            named = {k: _cut(v, rows, batch) for k, v in kwargs.items()}
             handles = [h for name in self.names for h in self._hooks(name, entries, asked)]
             try:
                 output = self.model(*cut, **named)
@@ -395,7 +395,10 @@ _TENSORS = ("input", "output", "input_gradient", "output_gradient")
 
 
 def _cut(value: Any, rows: slice, batch: int) -> Any:
-    return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == batch else value
+    if not isinstance(value, Tensor):
+        return value
+    part = value[rows] if value.dim() and len(value) == batch else value
+    return part.clone() if part.is_inference() else part  # nothing can be saved of a tensor of inference mode
 
 
 def _joined(values: list[Any]) -> Any:
