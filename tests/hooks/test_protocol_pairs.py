@@ -60,6 +60,11 @@ def flipped(pixels):
 
 #: How each technique is made for the model, at settings that do something there.
 MAKE = {
+    # Nodes of one prompt, at places of it: tests/hooks/test_nodes.py and tests/look hold these.
+    "Capture": None,
+    "Patch": None,
+    "AttendTo": None,
+    "LowRank": None,
     "MaskByType": lambda model: MaskByType(modality_mutual()),
     "Record": lambda model: Record(rows="all", what=("weights", "entropy", "received", "sink")),
     "KVCompression": lambda model: cache.KVCompression(cache.KeyNorm(), cache.Cap(7)),
