@@ -36,6 +36,8 @@ def test_attention_of_the_answer():
     whole, _ = weights_of(model)
     torch.testing.assert_close(answer_attention(model, IDS), whole[:, :, :, -1])
     torch.testing.assert_close(answer_attention(model, IDS, answer=4), whole[:, :, :, 4])
+    with pytest.raises(ValueError, match="answer must be"):
+        answer_attention(model, IDS, answer=99)
 
 
 def test_heads_are_classed_by_what_they_look_at():
@@ -51,8 +53,11 @@ def test_heads_are_classed_by_what_they_look_at():
     found = head_classes(a, labels, correct)
     assert list(found.values()) == ["correct", "single", "uniform", "amplification", "other"]
     assert list(found)[2] == Node("z", 0, 2)
-    with pytest.raises(ValueError, match="labels must be positions"):
-        head_classes(a, labels + 9, correct)
+    for wrong in (labels + 9, labels - 2):
+        with pytest.raises(ValueError, match="labels must be positions"):
+            head_classes(a, wrong, correct)
+    with pytest.raises(ValueError, match="correct points at label 4"):
+        head_classes(a, labels, correct + 2)
     with pytest.raises(ValueError, match="threshold"):
         head_classes(a, labels, correct, threshold=1.0)
 
@@ -124,6 +129,7 @@ def test_attention_elsewhere_that_does_nothing_or_cannot_be():
         (lambda: AttendTo([], torch.tensor([[3]])), "heads is empty"),
         (lambda: AttendTo([Node("mlp", 1)], torch.tensor([[3]])), "heads must be"),
         (lambda: AttendTo(head, torch.tensor([3])), "targets must be"),
+        (lambda: AttendTo(head, torch.tensor([[-1]])), "counted from the first key"),
         (lambda: AttendTo(head, torch.tensor([[3]]), weight=1.5), "weight"),
     ):
         with pytest.raises(ValueError, match=says):

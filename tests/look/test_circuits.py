@@ -222,6 +222,10 @@ def test_first_order_is_the_slope():
     assert len(whole.nodes) == 3 * (4 + 1 + 4) and float(whole.change.abs().max()) > 0
     with pytest.raises(ValueError, match="different nodes"):
         agreement(slope, whole)
+    with torch.inference_mode():
+        made = [{k: v.clone() for k, v in one.items()} for one in (CLEAN, OTHER)]
+        again = first_order(model, *made, METRIC, ["z", "mlp", "q"], positions=None)
+    torch.testing.assert_close(again.patched, whole.patched)
 
 
 # ---- paths
@@ -275,7 +279,7 @@ GOALS = {
 }
 
 
-@pytest.mark.parametrize("positions", [-1, None, [4, 6]], ids=["last", "all", "two"])
+@pytest.mark.parametrize("positions", [-1, None, [4, -1]], ids=["last", "all", "two"])
 @pytest.mark.parametrize("goals", GOALS)
 def test_the_sum_is_what_the_passes_give(goals, positions, monkeypatch):
     """With feed-forwards frozen nothing has to be run for the second pass."""
@@ -287,6 +291,30 @@ def test_the_sum_is_what_the_passes_give(goals, positions, monkeypatch):
     other = paths(model, CLEAN, OTHER, METRIC, GOALS[goals], positions=positions)
     if positions is None:
         assert not torch.allclose(other.patched, short.patched, atol=1e-9)
+
+
+def test_what_a_head_reads_changes_through_tokens_that_are_not_held():
+    """A receiver's output looks at tokens between the patched ones, which carry on what the sender changed."""
+    model, places, goal = language_model().double(), [2, -1], Node("z", 2, 3)
+    own, other = (Capture(("z", "mlp"), positions=places) for _ in range(2))
+    for capture, inputs in ((own, CLEAN), (other, OTHER)):
+        with torch.no_grad(), attnlib.attach(model, capture):
+            model(**inputs)
+    senders = [Node("z", 0, 1), Node("z", 1, 2)]
+    held = own.values(Nodes(model).of("z", "mlp"))
+    expected = []
+    for sender in senders:
+        reached = Capture(("z",), positions=places)  # before what is held is written
+        with torch.no_grad(), attnlib.attach(
+            model, reached, Patch({**held, sender: other.value(sender)}, positions=places)
+        ):
+            model(**CLEAN)
+        with attnlib.attach(model, Patch({goal: reached.value(goal)}, positions=places)):
+            expected.append(measured(model))
+    found = paths(model, CLEAN, OTHER, METRIC, [goal], senders, positions=places, freeze_mlps=True)
+    torch.testing.assert_close(found.patched, torch.stack(expected), rtol=0, atol=1e-12)
+    kept = paths(model, CLEAN, OTHER, METRIC, [goal], senders, positions=places, freeze_mlps=True, freeze="everywhere")
+    assert not torch.allclose(kept.patched[0], found.patched[0], atol=1e-6)
 
 
 def test_paths_into_logits_are_direct_effects():
@@ -306,9 +334,10 @@ def test_freezing_everywhere_stops_leaks_through_other_tokens():
     # What is read at patched tokens never leaks: later tokens cannot reach them through heads that are held.
     torch.testing.assert_close(kept.patched, here.patched, rtol=0, atol=1e-12)
     loose = bert().double()  # there every token reads every other one
-    a = paths(loose, CLEAN, OTHER, METRIC, [Node("q", 1, 0)], positions=[-1], freeze="position")
-    b = paths(loose, CLEAN, OTHER, METRIC, [Node("q", 1, 0)], positions=[-1], freeze="everywhere")
-    assert a.patched.shape == b.patched.shape
+    a = paths(loose, CLEAN, OTHER, METRIC, [Node("residual", 1)], positions=[-1], freeze="position")
+    b = paths(loose, CLEAN, OTHER, METRIC, [Node("residual", 1)], positions=[-1], freeze="everywhere")
+    torch.testing.assert_close(a.patched, b.patched, rtol=0, atol=1e-12)
+    assert float(a.change.abs().max()) > 1e-6
 
 
 def planted():
@@ -363,6 +392,9 @@ BAD = {
     "gemma": (lambda m: direct(FAMILIES["gemma2"][0](), CLEAN, OTHER, METRIC), "more than a norm|stands behind"),
     "choices": (lambda m: choice_logit([3], torch.tensor([[1, 2]])), "numbers of choices"),
     "frozen": (lambda m: first_order(m.requires_grad_(False), CLEAN, OTHER, METRIC), "has a gradient"),
+    "vocabulary": (lambda m: patch(m, CLEAN, OTHER, logit_difference([1, 99], [2, 3])), "tokens points at logit 99"),
+    "counts": (lambda m: logit_difference([1, 2], [3]), "correct and wrong"),
+    "against": (lambda m: logit_attribution(m, CLEAN, [1, 2], [[1, 2]]), "against must be"),
     "share": (lambda m: patch(m, CLEAN, OTHER, METRIC).grid("sum"), "what"),
 }
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...checks import check_int, checked
 from ...hooks import Node
+from .effects import table_of
 from .metrics import Metric
 from .replay import Inputs, Replay
 from .stream import FrozenNorm, need_stream, projection_bias
@@ -43,11 +44,7 @@ class LogitAttribution:
 
     def grid(self) -> Tensor:
         """(layers, heads) means over samples of the heads."""
-        heads = [(n, v) for n, v in zip(self.nodes, self.values.mean(1), strict=True) if n.head is not None]
-        table = torch.zeros(max(n.layer for n, _ in heads) + 1, max(n.head or 0 for n, _ in heads) + 1)
-        for node, value in heads:
-            table[node.layer, node.head or 0] = value
-        return table
+        return table_of([(n, v) for n, v in zip(self.nodes, self.values.mean(1), strict=True) if n.head is not None])
 
     def ranked(self, largest: bool = True) -> list[Node]:
         """The nodes by their mean, largest or smallest first."""
@@ -61,7 +58,7 @@ def logit_attribution(
     model: nn.Module,
     inputs: Inputs,
     tokens: Tensor | Sequence[int],
-    against: Tensor | None = None,
+    against: Tensor | Sequence[Sequence[int]] | None = None,
     answer: int = -1,
 ) -> LogitAttribution:
     """The logit of a token as a sum over nodes, with the final norm frozen.
@@ -81,6 +78,7 @@ def logit_attribution(
         raise ValueError(f"tokens must be one token id per sample (B,), got {ids.dtype} {tuple(ids.shape)}")
     asked = ids[:, None]
     if against is not None:
+        against = torch.as_tensor(against)
         if against.dim() != 2 or len(against) != len(ids):
             raise ValueError(f"against must be (B, K) for {len(ids)} samples, got {tuple(against.shape)}")
         asked = torch.cat([asked, against.to(ids)], 1)

@@ -88,15 +88,27 @@ class Effects:
         alone = [(n, v) for n, v in alone if n.kind == kind]
         if not alone:
             raise ValueError(f"no node of kind {kind!r} was changed alone; nodes are {self.nodes[:4]}")
-        table = torch.zeros(max(n.layer for n, _ in alone) + 1, max((n.head or 0) for n, _ in alone) + 1)
-        for node, value in alone:
-            table[node.layer, node.head or 0] = value
-        return table
+        return table_of(alone)
 
     def ranked(self, largest: bool = True, by_size: bool = False) -> list[Any]:
         """The nodes by their mean change: largest first, or smallest, or by absolute size."""
         values = self.mean.abs() if by_size else self.mean
         return [self.nodes[i] for i in values.argsort(descending=largest, stable=True).tolist()]
+
+
+def table_of(values: Sequence[tuple[Node, Tensor]]) -> Tensor:
+    """(layers, heads) a number per node, 0 where there is none; (layers, 1) of nodes without heads."""
+    table = torch.zeros(max(n.layer for n, _ in values) + 1, max(n.head or 0 for n, _ in values) + 1)
+    for node, value in values:
+        table[node.layer, node.head or 0] = value
+    return table
+
+
+def effects_of(variants: Sequence[Any], replay: Replay, sources: Sources, drawn: Sequence[Tensor]) -> Effects:
+    """Effects from the metric (V, B) of every draw."""
+    draws = torch.stack(list(drawn)).detach()
+    several = draws if isinstance(sources.given, Resampled) else None
+    return Effects(list(variants), replay.clean, draws.mean(0), sources.corrupted, several)
 
 
 def _node_sets(nodes: Nodes, wanted: Any, kinds: Sequence[str]) -> list[Any]:
@@ -191,9 +203,8 @@ def patch(
     replay = Replay(model, inputs, metric, positions, answer, chunk)
     variants = _node_sets(replay.nodes, nodes, NODES)
     kinds = sorted({node.kind for one in variants for node in _members(one)})
-    need_clean = "zero" if isinstance(source, str) else None
     sources = Sources(replay, source, kinds)
-    if need_clean and set(kinds) & set("qkv"):
+    if isinstance(source, str):  # zeros like the clean values
         _capture_more(replay, kinds)
     starts = [min(n.layer for n in _members(one)) for one in variants]
     per = max(1, replay.chunk // max(1, replay.batch * replay.length))
@@ -207,9 +218,7 @@ def patch(
                 last = replay.climb(writer, [starts[v] for v in group], edits)
                 patched[group] = replay.measure(last)
             drawn.append(patched)
-    draws = torch.stack(drawn)
-    several = draws if isinstance(source, Resampled) else None
-    return Effects(list(variants), replay.clean, draws.mean(0), sources.corrupted, several)
+    return effects_of(variants, replay, sources, drawn)
 
 
 def _capture_more(replay: Replay, kinds: Sequence[str]) -> None:
@@ -263,9 +272,7 @@ def direct(
             step = moved[at : at + per]
             parts.append(_frozen(replay, last, step) if norm == "frozen" else replay.measure(last + step))
         drawn.append(torch.cat(parts))
-    draws = torch.stack(drawn)
-    several = draws if isinstance(source, Resampled) else None
-    return Effects(list(variants), replay.clean, draws.mean(0), sources.corrupted, several)
+    return effects_of(variants, replay, sources, drawn)
 
 
 def _written(replay: Replay, sources: Sources, node: Node, draw: int, weights: dict[int, Tensor]) -> Tensor:
@@ -297,6 +304,7 @@ def _frozen(replay: Replay, last: Tensor, step: Tensor) -> Tensor:
 
 
 @checked
+@torch.inference_mode(False)
 def first_order(
     model: nn.Module,
     inputs: Inputs,
@@ -323,7 +331,8 @@ def first_order(
     sources = Sources(replay, source, kinds)
     capture = Capture(kinds, gradients=True)
     with torch.enable_grad(), attach(replay.model, capture):
-        given = dict(replay.given_now)
+        # Nothing can be saved for a gradient of a tensor made in inference mode.
+        given = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in replay.given_now.items()}
         if "inputs_embeds" in given:
             given["inputs_embeds"] = given["inputs_embeds"].detach()
         logits = logits_of(call(replay.model, given))
@@ -355,9 +364,7 @@ def first_order(
                 total = total + ((sources.value(node, draw) - sources.clean(node)) * slope).flatten(1).sum(1)
             rows.append(replay.clean + total)
         drawn.append(torch.stack(rows))
-    draws = torch.stack(drawn).detach()
-    several = draws if isinstance(source, Resampled) else None
-    return Effects(list(variants), replay.clean, draws.mean(0), sources.corrupted, several)
+    return effects_of(variants, replay, sources, drawn)
 
 
 @checked

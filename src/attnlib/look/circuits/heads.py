@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_int, check_real, check_whole, checked, shaped
+from ...checks import check_choice, check_int, check_real, check_whole, check_within, checked, shaped
 from ...hooks import Capture, Intervention, Node, Nodes, Patch, Record, Site, attach
 from ...hooks.nodes import at_positions, check_positions, write_at
 from .replay import Inputs, call, first_tensor, named_inputs
@@ -34,6 +34,8 @@ def answer_attention(model: nn.Module, inputs: Inputs, answer: int = -1) -> Tens
     with torch.no_grad(), attach(model, record):
         call(model, given)
     found = record.results()
+    if not found:
+        raise ValueError(f"answer must be the position of a token of the prompts, got {answer}")
     return torch.stack([found[layer]["weights"][-1][:, :, 0] for layer in sorted(found)])
 
 
@@ -60,8 +62,9 @@ def head_classes(
     check_real("threshold", threshold, above=0, below=1)
     check_int("near", near, least=1)
     depth, batch, heads, tokens = attention.shape
-    if len(labels) and int(labels.max()) >= tokens:
-        raise ValueError(f"labels must be positions below {tokens}, got {int(labels.max())}")
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < tokens:
+        raise ValueError(f"labels must be positions in [0, {tokens}), got {labels.tolist()!r:.60}")
+    check_within("correct", correct, labels.shape[1], "label")
     index = labels[None, :, None].expand(depth, batch, heads, labels.shape[1])
     on_labels = attention.gather(-1, index)
     mass = on_labels.sum(-1)  # (L, B, H)
@@ -224,6 +227,8 @@ class AttendTo(Intervention):
         check_whole("targets", targets)
         if targets.dim() != 2 or not targets.shape[1]:
             raise ValueError(f"targets must be (B, n) positions, got {tuple(targets.shape)}")
+        if targets.numel() and int(targets.min()) < 0:
+            raise ValueError(f"targets must be counted from the first key, 0 and up, got {int(targets.min())}")
         if not heads:
             raise ValueError("heads is empty; name at least one")
         for node in heads:
@@ -263,7 +268,7 @@ class AttendTo(Intervention):
         targets = self.targets.to(weights.device)
         if len(targets) != len(weights):
             raise ValueError(f"targets are for {len(targets)} samples, but the call has {len(weights)}")
-        if int(targets.max()) >= weights.shape[-1]:
+        if len(targets) and int(targets.max()) >= weights.shape[-1]:
             raise ValueError(f"targets must be below the {weights.shape[-1]} keys, got {int(targets.max())}")
         wanted = torch.zeros(len(weights), weights.shape[-1], device=weights.device, dtype=weights.dtype)
         wanted = wanted.scatter(1, targets, 1.0 / targets.shape[1])

@@ -58,7 +58,10 @@ def logit_difference(correct: Tensor | Sequence[int], wrong: Tensor | Sequence[i
     >>> metric(torch.tensor([[3.0, 1.0]]), torch.tensor([0])).tolist()  # logits of its two tokens
     [2.0]
     """
-    tokens = torch.stack([_answers("correct", correct), _answers("wrong", wrong)], 1)
+    right, other = _answers("correct", correct), _answers("wrong", wrong)
+    if len(right) != len(other):
+        raise ValueError(f"correct and wrong must be of the same samples, got {len(right)} and {len(other)} tokens")
+    tokens = torch.stack([right, other], 1)
     return Metric(lambda logits, samples: logits[:, 0] - logits[:, 1], tokens)
 
 

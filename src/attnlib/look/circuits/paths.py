@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ...checks import check_choice, check_flag, checked, describe
 from ...hooks import Node
-from .effects import Effects, _capture_more, _edits, _groups, _written
+from ...hooks.nodes import at_positions
+from .effects import Effects, _capture_more, _edits, _groups, _written, effects_of
 from .metrics import Metric
 from .replay import Edit, Hold, Inputs, Replay
 from .sources import Source, Sources
@@ -70,10 +71,9 @@ def paths(
     lowest, highest = min(g.layer for g in goals), max(g.layer for g in goals)
     chosen = _senders(replay, senders, goals, lowest, highest)
     sources = Sources(replay, source, ["z"])
+    reached = _by_sum if freeze_mlps and _straight(replay, goals, freeze) else _by_passes
     drawn = []
     for draw in range(sources.draws):
-        straight = freeze_mlps and _straight(replay, goals)
-        reached = _by_sum if straight else _by_passes
         patched = torch.empty(len(chosen), replay.batch, device=replay.device, dtype=replay.clean.dtype)
         per = max(1, replay.chunk // max(1, replay.batch * replay.length))
         starts = [node.layer for node in chosen]
@@ -82,8 +82,7 @@ def paths(
             values = reached(replay, sources, some, goals, draw, freeze_mlps, freeze)
             patched[group] = _answer(replay, goals, values, len(some), lowest, depth)
         drawn.append(patched)
-    return Effects(list(chosen), replay.clean, torch.stack(drawn).mean(0), sources.corrupted,
-                   torch.stack(drawn) if sources.draws > 1 else None)  # fmt: skip
+    return effects_of(chosen, replay, sources, drawn)
 
 
 def _receivers(replay: Replay, receivers: Any) -> list[Node]:
@@ -124,14 +123,18 @@ def _ungrouped(replay: Replay, goal: Node) -> bool:
     return goal.kind in "kv" and site.heads == site.kv_heads
 
 
-def _straight(replay: Replay, goals: Sequence[Node]) -> bool:
-    """Whether pass 2 is a sum: blocks add up, and nothing reaches the patched tokens through other tokens."""
+def _straight(replay: Replay, goals: Sequence[Node], freeze: str) -> bool:
+    """Whether pass 2 is a sum: blocks add up, and nothing reaches the receivers through other tokens."""
     try:
         need_stream(replay)
     except ValueError:
         return False
-    # Several tokens see each other's change through attention only, which is held at its clean value there.
-    return True
+    # Patched tokens see each other's change through attention only, which is held at its clean value there. A receiver
+    # of kind z is what attention reads: tokens that are not held hand a change on to it.
+    if freeze == "everywhere" or all(goal.kind != "z" for goal in goals):
+        return True
+    held = torch.zeros(replay.batch, replay.length, dtype=torch.bool, device=replay.device)
+    return bool(held.scatter(1, replay.places, True).all())
 
 
 @torch.no_grad()
@@ -145,10 +148,8 @@ def _by_sum(
     found: dict[Node, Tensor] = {}
     for layer in sorted({goal.layer for goal in goals}):
         arrived = moved * (layers < layer).to(moved)[:, None, None, None]
-        stream = replay.hidden[layer].expand(len(some), *replay.hidden[layer].shape)
-        edit = Edit(
-            "residual", layer, torch.arange(len(some), device=replay.device), None, _at(replay, stream) + arrived
-        )
+        clean = at_positions(replay.hidden[layer], replay.places, 1, "the prompt")
+        edit = Edit("residual", layer, torch.arange(len(some), device=replay.device), None, clean + arrived)
         mine = [goal for goal in goals if goal.layer == layer]
         if all(goal.kind == "residual" for goal in mine):
             found.update({goal: edit.values for goal in mine})
@@ -178,21 +179,16 @@ def _by_passes(
     top = min(highest + 1, len(replay.nodes))
     starts = [node.layer for node in some]
     kept = _Keeper(replay, goals, len(some))
-    everything = torch.arange(replay.length, device=replay.device).expand(replay.batch, -1)
     with replay.writing(kinds) as writer:
         if freeze == "everywhere":
-            writer.hold_places = everything
+            writer.hold_places = torch.arange(replay.length, device=replay.device).expand(replay.batch, -1)
         assert writer.hold_places is not None
         holds = []
         for layer in range(min(starts), top):
             for kind in ("z", "mlp") if freeze_mlps else ("z",):
                 value = replay.values[kind][layer]
-                shape = [1] * value.dim()
-                shape[0], shape[-2] = writer.hold_places.shape
-                at = writer.hold_places.reshape(shape).expand(
-                    *value.shape[:-2], writer.hold_places.shape[1], value.shape[-1]
-                )
-                holds.append(Hold(kind, layer, value.gather(-2, at)))
+                held = at_positions(value, writer.hold_places, value.dim() - 2, "the prompt")
+                holds.append(Hold(kind, layer, held))
         stream = replay.climb(writer, starts, edits, holds, kept.functions, stop=top)
     kept.fill()
     for goal in goals:
@@ -201,10 +197,9 @@ def _by_passes(
     return kept.values
 
 
-def _at(replay: Replay, stream: Tensor) -> Tensor:
-    """(V, B, n, C) at the patched positions: (V, B, P, C)."""
-    index = replay.places[None, :, :, None].expand(len(stream), -1, -1, stream.shape[-1])
-    return stream.gather(2, index)
+def _at(replay: Replay, x: Tensor) -> Tensor:
+    """(V, B, ..., n, D) at the patched positions: (V, B, ..., P, D)."""
+    return at_positions(x.transpose(0, 1), replay.places, x.dim() - 2, "the prompt").transpose(0, 1)
 
 
 class _Keeper:
@@ -224,15 +219,9 @@ class _Keeper:
             """(V', B, H, n, D), or (V', B, n, C) of the stream."""
             for goal in self.goals[place]:
                 one = value if goal.head is None else value[:, :, goal.head]
-                self.values[goal] = self._padded(goal, self._places(one))
+                self.values[goal] = self._padded(goal, _at(self.replay, one))
 
         return take
-
-    def _places(self, x: Tensor) -> Tensor:
-        places = self.replay.places
-        shape = [1] * x.dim()
-        shape[1], shape[-2] = places.shape
-        return x.gather(-2, places.reshape(shape).expand(*x.shape[:-2], places.shape[1], x.shape[-1]))
 
     def _clean(self, goal: Node) -> Tensor:
         if goal.kind == "residual":
@@ -240,7 +229,7 @@ class _Keeper:
         else:
             x = self.replay.values[goal.kind][goal.layer]
             x = x if goal.head is None else x[:, goal.head]
-        return self._places(x[None])
+        return _at(self.replay, x[None])
 
     def _padded(self, goal: Node, value: Tensor) -> Tensor:
         missing = self.variants - len(value)

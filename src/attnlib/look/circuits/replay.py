@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_int, describe
-from ...hooks import Capture, Intervention, Node, Nodes, Site, attach
+from ...checks import check_int, check_within, describe
+from ...hooks import Capture, Intervention, Nodes, Site, attach
 from ...hooks.hf.frozen import frozen
 from ...hooks.hf.names import cache_in, cache_name, cache_parameter
 from ...hooks.nodes import OF_HEADS, check_positions
@@ -179,7 +179,6 @@ class Replay:
         metric: what is measured at ``answer``.
         positions: where nodes are changed: numbers, or (B, P); ``None`` for all tokens.
         answer: position of the token whose logits are measured; of models that give (B, K) it does not matter.
-        first: the first position that must be run again; the first changed one by default.
         chunk: tokens that are run at once, over all changes.
 
     Raises:
@@ -244,11 +243,12 @@ class Replay:
         self._keep(record)
         self.length = self.hidden[0].shape[1]
         whole = self.length + self.start
-        self.whole_length = whole
         self.places = (self._absolute(self.given, whole) - self.start).to(self.device)
         logits = logits_of(output)
         self.tokens_out = logits.dim() == 3
         self.read = self.answer % whole - self.start if self.tokens_out else 0
+        if self.metric.tokens is not None:
+            check_within("metric.tokens", self.metric.tokens, logits.shape[-1], "logit")
         self.clean_logits = self._picked(logits[:, self.read] if self.tokens_out else logits, self._samples(1))
         if not bool(self.clean_logits.isfinite().all()):
             raise ValueError(f"{type(self.model).__name__} gives logits that are not finite for the clean prompts")
@@ -492,13 +492,6 @@ class Replay:
         for edit in mine:
             stream[edit.rows[:, None, None], batch, self.places] = edit.values.to(stream)
         return stream
-
-    def value(self, node: Node, values: Mapping[str, Mapping[int, Tensor]] | None = None) -> Tensor:
-        """The clean value of a node at the changed positions: (B, P, D) of a head, (B, P, C) of a layer."""
-        x = (self.values if values is None else values)[node.kind][node.layer]
-        if node.head is not None:
-            x = x[:, node.head]
-        return x.gather(1, self.places[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _first(edit: Edit, active: int) -> Edit:

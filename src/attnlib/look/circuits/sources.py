@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...checks import check_choice, check_int, checked, describe
 from ...hooks import Capture, Node, attach
+from ...hooks.nodes import at_positions
 from ...hooks.tape import logits_of
 from .replay import Inputs, Replay, call, check_alike, first_tensor, named_inputs
 
@@ -112,6 +113,4 @@ class Sources:
         x = replay.values[node.kind][node.layer]
         if node.head is not None:
             x = x[:, node.head]
-        shape = [1] * x.dim()
-        shape[0], shape[-2] = replay.places.shape
-        return x.gather(-2, replay.places.reshape(shape).expand(*x.shape[:-2], replay.places.shape[1], x.shape[-1]))
+        return at_positions(x, replay.places, x.dim() - 2, str(node))
