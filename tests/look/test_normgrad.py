@@ -246,6 +246,19 @@ def test_class_sensitivity(measure):
         map_correlation(torch.ones(1, 2, 2), torch.rand(1, 2, 2), measure)
 
 
+def test_ranks_share_ties_and_take_no_table_of_pairs():
+    """A map as large as a picture: a table of all pairs of its places would not fit."""
+    a, b = (torch.randint(9, (1, 300, 300), generator=torch.Generator().manual_seed(s)).double() for s in (0, 1))
+    b = a + b
+
+    def ranks(m):
+        _, number, count = m.unique(return_inverse=True, return_counts=True)
+        return (count.cumsum(0) - count / 2)[number].flatten().double()
+
+    expected = torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1]
+    torch.testing.assert_close(map_correlation(a, b, "spearman")[0], expected)
+
+
 def test_combined_maps():
     a, b = torch.rand(2, 4, 4).double(), torch.rand(2, 2, 2).double()
 
@@ -340,6 +353,11 @@ def test_bad_input():
         saliency(model, x, modules=["7"])
     with pytest.raises(TypeError, match="Conv2d of one group"):
         own_norm_grad(model, x, modules=["1"])
+    with pytest.raises(ValueError, match="target must be a class"):
+        integrated_gradients(model, x, target=1.5)
+    for wrong in (lambda: extract_aggregate([1.0], [2.0]), lambda: map_correlation([1.0], [2.0])):
+        with pytest.raises(TypeError, match="must be a torch.Tensor"):
+            wrong()
     with pytest.raises(ValueError, match="quantized"):
         low = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(2, 2)), {nn.Linear})
         meta_saliency(saliency, low, torch.ones(1, 2), target=0, modules=["0"])

@@ -194,6 +194,10 @@ def test_modules_without_a_rule_are_named():
         relevance(Odd(), x)
     with pytest.raises(ValueError, match="training mode"):
         relevance(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()).double(), x)
+    with pytest.raises(TypeError, match="rules must be a dictionary"):
+        relevance(net(), images(), rules=["0"])
+    with pytest.raises(TypeError, match="default must be a Rule"):
+        relevance(net(), images(), default=3)
     with pytest.raises(ValueError, match="no module is called 'nine'"):
         relevance(net(), images(), rules={"nine": "0"})
     with pytest.raises(ValueError, match="choose one of"):
@@ -234,6 +238,9 @@ def test_context_by_hand():
     found = context_aware_saliency(m, scales=(1.0,), patch=3, nearest=7, rows=4)
     torch.testing.assert_close(found[0], context_by_hand(unit[0], 3, 7, 3.0))
     torch.testing.assert_close(found, context_aware_saliency(3 * m + 1, scales=(1.0,), patch=3, nearest=7))
+    # 0.78 of a patch of 5 is a side of 3.9, to which 3 is the nearest odd one.
+    smaller = context_aware_saliency(m, scales=(0.78,), patch=5, nearest=7, scaled="patch")
+    torch.testing.assert_close(smaller, found)
 
 
 @pytest.mark.parametrize("scaled", ["image", "patch"])

@@ -139,6 +139,8 @@ def test_bad_input():
         verbalize("text", [1.0] * 4)
     with pytest.raises(ValueError, match="one per word"):
         verbalize(["a"], [1.0, 2.0])
+    with pytest.raises(TypeError, match="scores must be numbers"):
+        verbalize(["a"], None)
     with pytest.raises(ValueError, match="finite"):
         verbalize(["a", "b"], [1.0, float("nan")])
     with pytest.raises(ValueError, match="length must be"):

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_choice, check_type
+from ...checks import check_choice, check_tensor, check_type
 
 #: How the entries of ``m_u`` become one number.
 AGGREGATES = ("sum", "max", "norm", "filter_norm", "max_abs")
@@ -80,6 +80,8 @@ def extract_aggregate(x: Tensor, g: Tensor, extract: str = "conv1x1", aggregate:
     """
     k, by_channel = _kernel(extract)
     check_choice("aggregate", aggregate, AGGREGATES)
+    for name, t in (("x", x), ("g", g)):
+        check_tensor(name, t)
     if x.shape != g.shape or x.dim() < 3:
         raise ValueError(f"x and g must both be (B, C, *grid), got {tuple(x.shape)} and {tuple(g.shape)}")
     if k > 1 and x.dim() != 4:

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_int, check_real, checked, describe
+from ...checks import check_choice, check_int, check_real, checked, describe, to_list
+from ...grids import coordinates
 from ...types import stats_dtype
 from .maps import unit_range
 from .relevance import relevance
@@ -43,8 +44,7 @@ def _unlike(image: Tensor, side: int, nearest: int, c: float, rows: int) -> Tens
     h, w = image.shape[1:]
     edge = side // 2
     patches = F.unfold(F.pad(image[None], [edge] * 4, mode="replicate"), side)[0].T / (side * side * len(image)) ** 0.5
-    ys, xs = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    places = torch.stack([ys.flatten(), xs.flatten()], 1).to(patches) / max(h, w)
+    places = coordinates((h, w)).to(patches) / max(h, w)
     k = min(nearest, h * w - 1)
     if k < 1:
         return image.new_zeros(h, w)
@@ -62,9 +62,7 @@ def _towards_foci(s: Tensor, threshold: float) -> Tensor:
     foci = (s > threshold).nonzero().to(s.dtype)
     if not len(foci):
         return s
-    ys, xs = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    places = torch.stack([ys.flatten(), xs.flatten()], 1).to(s)
-    distance = torch.cdist(places, foci).amin(1).view(h, w) / max(h, w)
+    distance = torch.cdist(coordinates((h, w)).to(s), foci).amin(1).view(h, w) / max(h, w)
     return s * (1 - distance.clamp(max=1))
 
 
@@ -106,8 +104,10 @@ def context_aware_saliency(
     check_int("rows", rows, least=1)
     check_int("most", most, least=2)
     check_real("c", c, least=0.0)
+    check_real("threshold", threshold)
     if patch % 2 == 0:
         raise ValueError(f"patch must be odd, got {patch}")
+    scales = to_list("scales", scales, "[1.0, 0.5]") or []
     if not scales:
         raise ValueError("scales is empty; give at least one, such as (1.0,)")
     for i, s in enumerate(scales):
@@ -131,7 +131,8 @@ def context_aware_saliency(
                 at = max(2, round(size[0] * s)), max(2, round(size[1] * s))
                 found = _unlike(_resized(small, at)[0], patch, nearest, c, rows)
             else:
-                found = _unlike(small[0], max(1, round(patch * s) // 2 * 2 + (patch * s >= 2)), nearest, c, rows)
+                side = int(patch * s) // 2 * 2 + 1  # the odd one nearest
+                found = _unlike(small[0], side, nearest, c, rows)
             parts.append(_resized(found[None, None], size)[0, 0])
         whole = unit_range(torch.stack(parts).mean(0)[None], "saliency", "zeros")[0]
         out.append(_resized(_towards_foci(whole, threshold)[None, None], (height, width))[0, 0])

@@ -93,8 +93,8 @@ def integrated_gradients(
         sample, step = rows % batch, rows // batch
         shape = (-1, *[1] * (full.dim() - 1))
         point = (start[sample] + ts[step].view(shape) * (full[sample] - start[sample])).detach().requires_grad_()
-        wanted = target if callable(target) else index[sample] if index.dim() else int(index)
-        with torch.inference_mode(False), torch.enable_grad():
+        wanted = target if callable(target) else index[sample] if index.dim() else index
+        with torch.enable_grad():
             score = score_of(place.run(point, sample, batch), wanted, position)
             grad = torch.autograd.grad(score.sum(), point, allow_unused=True)[0]
         if grad is not None:

@@ -23,7 +23,7 @@ from ...grids import Layout
 from ...hooks.tape import Entry, Tape, Target, logits_of, quantized, score_of, to_grid
 from .cells import AGGREGATES, _kernel, extract_aggregate
 
-Method = Callable[..., Tensor]
+Method = Callable[..., Any]
 
 
 def top_logit(position: int = -1) -> Callable[[Any], Tensor]:
@@ -65,18 +65,26 @@ def _maps(
     target: Target | None, layout: Layout | None, channels: str, chunk: int | None, position: int,
     named: dict[str, Any],
 ) -> dict[str, Tensor]:  # fmt: skip
-    tape = Tape(model, modules)
+    def one(entry: Entry) -> Tensor:
+        if entry.output is None or entry.output_gradient is None:
+            raise ValueError(f"module {entry.name!r} gave no floating-point tensor, so it has no map")
+        return cell(*(channels_first(t, layout, channels) for t in (entry.output, entry.output_gradient)))
+
+    return _by_call(one, Tape(model, modules), inputs, target, chunk, position, named)
+
+
+def _by_call(
+    one: Callable[[Entry], Tensor], tape: Tape, inputs: tuple[Any, ...], target: Target | None, chunk: int | None,
+    position: int, named: dict[str, Any],
+) -> dict[str, Tensor]:  # fmt: skip
+    """What becomes of each call on a tape, by the module's name."""
     seen: list[str] = []
 
     def reduce(entry: Entry) -> Tensor:
-        if entry.output is None or entry.output_gradient is None:
-            raise ValueError(f"module {entry.name!r} gave no floating-point tensor, so it has no map")
-        x, g = (channels_first(t, layout, channels) for t in (entry.output, entry.output_gradient))
         seen.append(entry.name if entry.call == 0 else f"{entry.name}:{entry.call}")
-        return cell(x, g)
+        return one(entry)
 
     score = top_logit(position) if target is None else target
-    inputs, named = tuple(map(_plain, inputs)), {k: _plain(v) for k, v in named.items()}
     taped = tape.run(*inputs, target=score, chunk=chunk, reduce=reduce, position=position, **named)
     return dict(zip(seen, taped.reduced, strict=False))  # with chunks the names come again
 
@@ -169,22 +177,17 @@ def own_norm_grad(
         if not isinstance(conv, nn.Conv2d) or conv.groups > 1 or conv.padding_mode != "zeros":
             raise TypeError(f"modules: {name!r} must be an nn.Conv2d of one group, padded by zeros, got {conv}")
         convs[name] = conv
-    seen: list[str] = []
 
-    def reduce(entry: Entry) -> Tensor:
+    def one(entry: Entry) -> Tensor:
         conv, x, g = convs[entry.name], entry.input, entry.output_gradient
         assert x is not None and g is not None
-        seen.append(entry.name if entry.call == 0 else f"{entry.name}:{entry.call}")
         ones = x.new_ones(1, 1, *conv.kernel_size)
         squares = F.conv2d(
             x.square().sum(1, keepdim=True), ones, None, conv.stride, conv.padding, conv.dilation
         )  # type: ignore[arg-type]
         return squares[:, 0].sqrt() * torch.linalg.vector_norm(g, dim=1)
 
-    score = top_logit(position) if target is None else target
-    inputs, named = tuple(map(_plain, inputs)), {k: _plain(v) for k, v in named.items()}
-    taped = tape.run(*inputs, target=score, chunk=chunk, reduce=reduce, position=position, **named)
-    return dict(zip(seen, taped.reduced, strict=False))
+    return _by_call(one, tape, inputs, target, chunk, position, named)
 
 
 def unit_range(maps: Tensor, name: str = "maps", constant: str = "raise") -> Tensor:
@@ -289,7 +292,7 @@ def _weights(weights: str | Sequence[float] | None, count: int, kept: list[int],
 
 
 def meta_saliency(
-    method: Callable[..., Any],
+    method: Method,
     model: nn.Module,
     *inputs: Any,
     target: int | Sequence[int] | Tensor,
@@ -363,6 +366,8 @@ def map_correlation(a: Tensor, b: Tensor, measure: str = "pearson") -> Tensor:
     1.0
     """
     check_choice("measure", measure, ("pearson", "spearman"))
+    for name, m in (("a", a), ("b", b)):
+        check_tensor(name, m)
     if a.shape != b.shape or a.dim() < 2:
         raise ValueError(f"a and b must be maps (B, ...) of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     rows = []
@@ -371,7 +376,8 @@ def map_correlation(a: Tensor, b: Tensor, measure: str = "pearson") -> Tensor:
         if len(flat) and bool((flat.amax(1) == flat.amin(1)).any()):
             raise ValueError(f"{name} has a map that is the same everywhere; it has no correlation with another")
         if measure == "spearman":
-            flat = (flat[:, :, None] > flat[:, None]).sum(2) + (flat[:, :, None] == flat[:, None]).sum(2) / 2
+            order = flat.sort(1).values
+            flat = (torch.searchsorted(order, flat) + torch.searchsorted(order, flat, right=True)) / 2
         rows.append(flat - flat.mean(1, keepdim=True))
     x, y = rows
     return ((x * y).sum(1) / ((x * x).sum(1) * (y * y).sum(1)).sqrt()).to(a.dtype)

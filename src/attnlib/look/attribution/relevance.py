@@ -230,7 +230,6 @@ def _rule_for(rules: Mapping[Any, Rule | str], name: str, module: nn.Module | No
 
 
 def _check_rules(rules: Mapping[Any, Any], modules: Mapping[str, nn.Module]) -> None:
-    check_type("rules", rules, Mapping, "a dictionary of rules by module path, pattern or class")
     for key, rule in rules.items():
         if not isinstance(rule, (Rule, str)):
             raise TypeError(f"rules[{key!r}] must be a Rule or one of {list(RULES)}, got {describe(rule)}")
@@ -281,6 +280,8 @@ def relevance(
         raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx: {error}") from error
     graph = fold_norms(graph)
     modules = {n: m for n, m in graph.named_modules() if n}  # of a layer alone: "0"
+    check_type("rules", rules, (Mapping, type(None)), "a dictionary of rules by module path, pattern or class")
+    check_type("default", default, (Rule, str), f"a Rule or one of {list(RULES)}")
     table: dict[Any, Rule | str] = {**(COMPAT if compat else {}), **(rules or {})}
     _check_rules(table, modules)
     base = Rule(default) if isinstance(default, str) else default

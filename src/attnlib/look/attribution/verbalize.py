@@ -116,10 +116,17 @@ def merge_pieces(
     return words, sums, [tuple(g) for g in groups]
 
 
+def _numbers(scores: Scores) -> np.ndarray:
+    try:
+        return torch.as_tensor(scores).detach().double().cpu().numpy()
+    except (RuntimeError, TypeError, ValueError):
+        raise TypeError(f"scores must be numbers, one per word, got {describe(scores)}") from None
+
+
 def _values(words: Sequence[str], scores: Scores) -> np.ndarray:
     if isinstance(words, str):
         raise TypeError(f"words must be a sequence of strings, got {describe(words)}")
-    values = torch.as_tensor(scores).detach().double().cpu().numpy()
+    values = _numbers(scores)
     if values.shape != (len(words),):
         raise ValueError(f"scores must be one per word, ({len(words)},), got {values.shape}")
     if not np.isfinite(values).all():
@@ -136,7 +143,7 @@ def coverage(scores: Scores, words: Sequence[int]) -> float:
     >>> coverage([3.0, -1.0, 1.0], [0]), coverage([3.0, -1.0, 1.0], [0, 1])
     (0.75, 0.5)
     """
-    values = torch.as_tensor(scores).detach().double().cpu().numpy()
+    values = _numbers(scores)
     whole = np.maximum(values, 0).sum()
     if whole <= 0:
         raise ValueError("no score is positive, so there is no evidence to cover")
@@ -155,7 +162,7 @@ def threshold(scores: Scores, mode: str = "mean", value: float = 0.4) -> float:
     """
     check_choice("mode", mode, ("mean", "quantile", "variance"))
     check_real("value", value, above=0.0)
-    shares = _shares(torch.as_tensor(scores).detach().double().cpu().numpy())
+    shares = _shares(_numbers(scores))
     if mode == "mean":
         return float(np.sort(shares)[::-1][: max(1, int(value * len(shares)))].mean())
     return float(value * (shares.std() if mode == "quantile" else shares.var()))
@@ -204,7 +211,7 @@ def search(
     check_choice("how", how, SEARCHES)
     check_choice("sign", sign, ("+", "-", None))
     check_int("length", length, least=1, most=12)
-    values = torch.as_tensor(scores).detach().double().cpu().numpy()
+    values = _numbers(scores)
     shares = _shares(values)
     window = min(length, len(shares)) if how != "total" else 1
     if not len(shares) or not (shares > 0).any():
@@ -279,7 +286,7 @@ def verbalize(
         for one in sorted(sets, key=lambda f: (-f.coverage, f.words))[:top]:
             union |= set(one.words) if one.coverage > 0 else set()
     shares = _shares(values)
-    spans = [Found(run, float(shares[list(run)].mean()), coverage(values, run)) for run in runs(sorted(union))]
+    spans = [Found(run, float(shares[list(run)].mean()), coverage(values, run)) for run in runs(list(union))]
     least = float(np.quantile([s.coverage for s in spans], quantile))
     spans = sorted((s for s in spans if s.coverage >= least), key=lambda s: (-s.coverage, s.words))
     sentences = []
@@ -315,7 +322,7 @@ def cited_coverage(scores: Scores, cited: Sequence[int]) -> tuple[float, float]:
     >>> cited_coverage([3.0, 1.0, 0.0], [1])
     (0.25, 0.75)
     """
-    values = torch.as_tensor(scores).detach().double().cpu().numpy()
+    values = _numbers(scores)
     count = len(set(cited))
     best = np.argsort(-values, kind="stable")[:count]
     return coverage(values.tolist(), cited), coverage(values.tolist(), best.tolist())
