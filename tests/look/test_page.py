@@ -10,7 +10,7 @@ import torch
 
 import attnlib
 from attnlib.look import Axis, LayerMaps, Page, Part, Record, Run, Statistics, difference, page, read
-from attnlib.look.viewer.packing import decode, encode, head_numbers
+from attnlib.look.viewer.packing import decode, encode, head_numbers, layer_bytes
 from attnlib.look.viewer.tokens import pieces, text_axis
 
 FLAGS = (
@@ -152,6 +152,20 @@ def test_word_pieces():
 def test_bad_input_is_told(make, error):
     with pytest.raises(ValueError, match=error):
         make()
+
+
+def test_what_cannot_be_written_is_told(tmp_path):
+    for write in (text_run().save, Page(text_run()).write):
+        with pytest.raises(FileNotFoundError, match="there is no folder .*none' to write 'x.html' into"):
+            write(tmp_path / "none" / "x.html")
+    with pytest.raises(ValueError, match="a difference is not kept"):
+        difference(text_run(), text_run()).save(tmp_path / "run.safetensors")
+    with pytest.raises(TypeError, match="b must be a Run"):
+        difference(text_run(), "kept")
+    wide = torch.rand(1, 1, (1 << 16) + 1)
+    with pytest.raises(ValueError, match="at most 65536 keys"):
+        layer_bytes(wide, False, 4)
+    assert layer_bytes(wide[..., 1:], False, 4)[1] == {"top": 4}
 
 
 def test_the_file_may_ask_for_nothing(tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...checks import check_type
 from .packing import head_numbers
 from .runs import Axis, LayerMaps, Part, Run
 
@@ -57,7 +58,8 @@ def difference(a: Run, b: Run) -> Run:
     def form(run: Run) -> list[tuple[str, str, int, int | None, str, str]]:
         return [(x.label, x.kind, len(x.weights), x.kv_heads, x.queries, x.keys) for x in run.layers]
 
-    for run in (a, b):
+    for name, run in (("a", a), ("b", b)):
+        check_type(name, run, Run, "a Run, as attnlib.look.read gives")
         if run.signed:
             raise ValueError(f"{run.name!r} is a difference itself")
     if form(a) != form(b):

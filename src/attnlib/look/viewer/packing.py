@@ -83,6 +83,8 @@ def layer_bytes(weights: Tensor, signed: bool, top: int | None) -> tuple[str, di
     if top is None or top >= weights.shape[-1]:
         codes, scale = encode(weights, signed)
         return pack(scale, codes), {"top": 0}
+    if weights.shape[-1] > 1 << 16:
+        raise ValueError(f"a page holds at most {1 << 16} keys of a row, got {weights.shape[-1]}")
     keys = weights.abs().topk(top, -1).indices.sort(-1).values
     kept = weights.gather(-1, keys)
     codes, scale = encode(kept, signed)

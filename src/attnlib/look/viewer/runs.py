@@ -89,7 +89,6 @@ class LayerMaps:
         kind: ``"self"``, ``"cross"`` or ``"joint"``.
         kv_heads: heads of keys and values; as many as there are heads by default.
         queries, keys: names of the run's axes.
-        heads: numbers of the heads, where some were chosen.
         numbers: per head, shown instead of those of ``weights``; a difference brings its own.
     """
 
@@ -197,6 +196,9 @@ class Run:
         """Keep the run, exactly, in a ``.safetensors`` file."""
         from safetensors.torch import save_file
 
+        if self.signed:
+            raise ValueError("a difference is not kept; keep the two runs that it is of")
+        path = writable(path)
         tensors = {f"layer.{i}": layer.weights.detach().cpu().contiguous() for i, layer in enumerate(self.layers)}
         tensors |= {f"overlay.{name}": v.detach().cpu().contiguous() for name, v in self.overlays.items()}
         axes = {}
@@ -209,10 +211,8 @@ class Run:
             }  # fmt: skip
         layers = [[la.label, la.kind, la.kv_heads, la.queries, la.keys] for la in self.layers]
         about = {"name": self.name, "layers": layers, "axes": axes, "overlays": list(self.overlays)}
-        if self.signed:
-            raise ValueError("a difference is not kept; keep the two runs that it is of")
         save_file(tensors, str(path), metadata={"attnlib.run": json.dumps(about)})
-        return Path(path)
+        return path
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
@@ -247,6 +247,14 @@ class Run:
             for i, (label, kind, kv, queries, keys) in enumerate(about["layers"])
         ]
         return cls(about["name"], layers, axes, {name: tensors[f"overlay.{name}"] for name in about["overlays"]})
+
+
+def writable(path: str | Path) -> Path:
+    """``path``, or ``FileNotFoundError`` where its folder does not exist."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
+    return path
 
 
 def check_runs(runs: Any) -> list[Run]:

@@ -22,7 +22,7 @@ from ...hooks.intervention import Intervention
 from ...hooks.probes import Record
 from .aligning import difference
 from .packing import head_numbers, layer_bytes, pack, thumbs
-from .runs import Axis, LayerMaps, Run, check_runs
+from .runs import Axis, LayerMaps, Run, check_runs, writable
 from .tokens import text_axis
 
 #: Keys up to which every weight is in the page, beside those of no grid in front of a picture.
@@ -232,7 +232,7 @@ class Page:
 
     def write(self, path: str | Path) -> Path:
         """Write the page, whole or not at all."""
-        path = Path(path)
+        path = writable(path)
         text = str(self)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
