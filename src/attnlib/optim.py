@@ -45,8 +45,8 @@ def _project(
     return update, 1.0
 
 
-class _Projected(Optimizer):
-    """The shared part: gather, advance the moments with foreach kernels, project, decay, step."""
+class _Checked(Optimizer):
+    """Parameters and settings are checked, those of groups that are added later too."""
 
     #: Settings that lie in [0, 1), beside those of at least 0.
     below_one: ClassVar[tuple[str, ...]] = ()
@@ -72,7 +72,7 @@ class _Projected(Optimizer):
                     raise TypeError(f"betas must be two numbers, got {describe(value)}")
                 for i, beta in enumerate(value):
                     check_real(f"betas[{i}]", beta, least=0, below=1)
-            elif name == "nesterov":
+            elif isinstance(self.defaults.get(name), bool):
                 check_flag(name, value)
             elif name in self.defaults:
                 check_real(name, value, least=0, below=1 if name in self.below_one else None)
@@ -83,6 +83,10 @@ class _Projected(Optimizer):
             if not (p.is_leaf or p.retains_grad):
                 raise ValueError(f"params must be leaves, or retain their gradient, got {describe(p)} of a graph")
         super().add_param_group(param_group)
+
+
+class _Projected(_Checked):
+    """The shared part: gather, advance the moments with foreach kernels, project, decay, step."""
 
     def _moments(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], float]:
         """Updates (new tensors) and the learning rate's share of one step; advances the state."""
@@ -257,7 +261,7 @@ class SGDP(_Projected):
             self.state[p]["momentum"].copy_(update)
 
 
-class Kar3(Optimizer):
+class Kar3(_Checked):
     """Signs of the gradient and of two of its running means (Zhang, 2024, arXiv 2401.17948; a reading).
 
     ``p <- p - lr (sign(g) + sign(m_1) + sign(m_2))``, then ``m_i <- beta_i m_i + (1 - beta_i) g``: a step reads the
@@ -283,13 +287,7 @@ class Kar3(Optimizer):
         betas: Sequence[float] = (0.5, 0.95),
         weight_decay: float = 0.0,
     ):
-        check_real("lr", lr, least=0)
-        check_real("weight_decay", weight_decay, least=0)
-        if len(betas) != 2:
-            raise ValueError(f"betas must be two numbers, got {betas!r}")
-        for beta in betas:
-            check_real("betas", beta, least=0, below=1)
-        super().__init__(params, dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay))  # type: ignore[arg-type]
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -311,7 +309,7 @@ class Kar3(Optimizer):
         return loss
 
 
-class AdamR(Optimizer):
+class AdamR(_Checked):
     """Adam with weights drawn to where they started, so that what fine-tuning changes stays small (arXiv 2410.09344).
 
     Before Adam's step, ``w <- w - lr decay / sqrt(mean(v)) (w - w_pre)``, with the mean over all weights of the squared
@@ -337,20 +335,19 @@ class AdamR(Optimizer):
         self, params: Params, reference: Sequence[Tensor] | None = None, lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-4, l1: bool = False,
     ):  # fmt: skip
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            check_real(name, value, least=0)
-        if len(betas) != 2:
-            raise ValueError(f"betas must be two numbers, got {betas!r}")
-        for beta in betas:
-            check_real("betas", beta, least=0, below=1)
-        check_flag("l1", l1)
-        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, l1=l1))
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, l1=l1))
         every: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
         given = every if reference is None else list(reference)
         if [t.shape for t in given] != [p.shape for p in every]:
             raise ValueError(f"reference must hold a tensor of each of the {len(every)} parameters' shapes, in order")
         for p, t in zip(every, given, strict=True):
             self.state[p]["reference"] = t.detach().clone().to(p)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, drawn to where they are now."""
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            self.state[p]["reference"] = p.detach().clone()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

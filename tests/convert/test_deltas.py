@@ -219,3 +219,16 @@ def test_at_its_reference_without_gradient_it_stays():
     assert torch.equal(p.detach(), before)
     p.grad = None
     assert optimizer.step(lambda: torch.tensor(2.0)) == 2.0
+
+
+def test_groups_added_later_are_drawn_to_where_they_were_added_and_are_checked():
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.full((2,), 3.0))
+    optimizer = AdamR([first], lr=0.1, weight_decay=1.0)
+    optimizer.add_param_group({"params": [second]})
+    second.grad = torch.zeros(2)
+    with torch.no_grad():
+        second.add_(1)
+    optimizer.step()
+    torch.testing.assert_close(second.detach(), torch.full((2,), 3.9))
+    with pytest.raises(ValueError, match="lr"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": -1.0})

@@ -40,6 +40,12 @@ _PUTS = {
 _FREE = {aten._unsafe_view, aten.lift_fresh, aten.detach, aten.detach_}
 
 
+def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *args: Any) -> int:
+    """As much again for each of input and weight; torch's formula counts a grouped weight as if it were dense."""
+    transposed, wanted = args[4], args[7]
+    return 2 * (x if transposed else grad).numel() * math.prod(weight.shape[1:]) * (wanted[0] + wanted[1])
+
+
 class TooLong(Exception):
     """A call has too many operators to be counted in reasonable time."""
 
@@ -89,7 +95,9 @@ class Counter(TorchDispatchMode):
                 if not view
             )
         self.written += written
-        if packet in flop_registry:
+        if packet is aten.convolution_backward:
+            self.work += _convolution_backward(*args)
+        elif packet in flop_registry:
             self.work += flop_registry[packet](*args, **kwargs, out_val=out)
         elif packet is aten._scaled_dot_product_flash_attention_for_cpu:
             self.work += sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape)

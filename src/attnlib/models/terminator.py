@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_float, check_int, check_ints, check_rank
-from ..nn.modulation.hyperzzw_terminator import HyperKernel, depthwise, place_norm, place_product
+from ..nn.layers import depthwise_by_sample
+from ..nn.modulation.hyperzzw_terminator import HyperKernel, place_norm, place_product
 from ..ops.reduced import adaptive_pool_tokens
 
 #: Sides of the four local kernels.
@@ -70,7 +71,7 @@ class LocalBranch(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, told: Tensor, x: Tensor) -> Tensor:
-        near = depthwise(x, self.slow((self.size,) * 2, adaptive_pool_tokens(told, self.size)[0]))
+        near = depthwise_by_sample(x, self.slow((self.size,) * 2, adaptive_pool_tokens(told, self.size)[0]))
         return F.gelu(place_norm(self.mixer(near), None)) + self.bias
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_divides, check_int, check_real, to_tuple
-from ..ops import _shards
+from ..ops import _shards, depthwise
 from ..positions import resized
 from ..types import stats_dtype
 
@@ -159,6 +159,21 @@ class DepthwiseConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, kernel_size={tuple(self.weight.shape[2:])}, stride={self.stride}, dilation={self.dilation}"
+
+
+def depthwise_by_sample(x: Tensor, kernels: Tensor) -> Tensor:
+    """(B, H, W, C), every channel of every sample convolved with a kernel of its own, (B, k, k, C) with odd k.
+
+    >>> depthwise_by_sample(torch.ones(2, 4, 4, 1), torch.ones(2, 3, 3, 1))[0, 1, 1].tolist()
+    [9.0]
+    """
+    batch, height, width, dim = x.shape
+    if not batch:
+        return x + kernels.sum()
+    # All samples are channels of one map, channels last, which is many times faster than samples as groups.
+    beside = x.permute(1, 2, 0, 3).reshape(1, height, width, batch * dim)
+    weight = kernels.permute(0, 3, 1, 2).reshape(batch * dim, 1, *kernels.shape[1:3]).to(x.dtype)
+    return depthwise(beside, weight).reshape(height, width, batch, dim).permute(2, 0, 1, 3)
 
 
 class CausalConv(DepthwiseConv):

@@ -41,6 +41,9 @@ COMPAT = (None, "authors")
 #: Steps within a bucket that a hash tells apart where queries are aligned with keys by the hash itself.
 FINE = 1 << 12
 
+#: Smallest block whose kernel call is worth more than what a loop over blocks costs.
+LOOPED = 8
+
 
 #: Draws are integers below this, so that no change of type rounds them.
 DRAWS = 1 << 31
@@ -274,7 +277,7 @@ def _across(q: _Side, k: _Side, v: Tensor, draws: Tensor | None, o: _Options) ->
     order, q = q.sorted()
     k_order, k = k.sorted()
     v = _rows(v, k_order)
-    if o.strict and _fused(q.x, k.x, v):
+    if o.strict and o.block >= LOOPED and _fused(q.x, k.x, v):
         part = _block_by_block(q, k, v, draws, o)
         back = order.argsort(dim=1, stable=True)
         return Partial(*(_rows(t, back) for t in part))
@@ -316,14 +319,14 @@ def _block_by_block(q: _Side, k: _Side, v: Tensor, draws: Tensor | None, o: _Opt
     many, n = q.x.shape[:2]
     block, last = _own_blocks(q, k, o)
     blocks = -(-k.x.shape[1] // o.block)
-    starts = torch.searchsorted(block, torch.arange(blocks + 1).expand(many, -1).contiguous()).tolist()
+    ends = torch.arange(blocks + 1, device=block.device).expand(many, -1).contiguous()
+    starts = torch.searchsorted(block, ends).tolist()
     out, lse = v.new_zeros(many, n, v.shape[-1]), v.new_zeros(many, n)
     den = torch.zeros_like(lse)
     sampling = o.samples > 0 and blocks > 1
     if sampling:
         index = _drawn(k, draws, o)[0].sort(1).values
-        edges = torch.arange(blocks + 1).mul(o.block).expand(many, -1).contiguous()
-        cuts = torch.searchsorted(index, edges).tolist()
+        cuts = torch.searchsorted(index, ends * o.block).tolist()
         k_drawn, v_drawn = _rows(k.x, index), _rows(v, index)
     for r, exist in enumerate(last.flatten().tolist()):
         for i in range(blocks):

@@ -16,6 +16,7 @@ from ...types import Traits, stats_dtype
 from ..base import Mechanism
 from ..layers import (
     DepthwiseConv,
+    depthwise_by_sample,
     flat_valid,
     head_dim_of,
     masked_mean,
@@ -196,14 +197,8 @@ class InLineAttention(Mechanism):
     def _convolved(self, image: Tensor, mean: Tensor) -> Tensor:
         """(B, H, W, C) under the kernels that the mean token (B, C) of each sample predicts."""
         assert self.residual is not None
-        batch, height, width, dim = image.shape
-        kernels = self.residual(mean.unsqueeze(-1)).view(batch * dim, 1, 3, 3)
-        if not batch:
-            return image + kernels.sum()
-        # All samples are channels of one map, each with its own kernel; channels last, which is many times faster.
-        beside = image.permute(1, 2, 0, 3).reshape(1, height, width, batch * dim).permute(0, 3, 1, 2)
-        out = F.conv2d(beside, kernels, padding=1, groups=batch * dim)
-        return out.permute(0, 2, 3, 1).reshape(height, width, batch, dim).permute(2, 0, 1, 3)
+        kernels = self.residual(mean.unsqueeze(-1)).view(*mean.shape, 3, 3).permute(0, 2, 3, 1)
+        return depthwise_by_sample(image, kernels)
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from ...checks import check_choice, check_int, check_rank, check_real
 from ...ops.reduced import adaptive_pool_tokens
 from ...types import Traits, stats_dtype
 from ..base import Mechanism
-from ..layers import zero_invalid
+from ..layers import depthwise_by_sample, zero_invalid
 from ..registry import register
 
 
@@ -134,18 +134,6 @@ def place_product(s: Tensor, f: Tensor) -> Tensor:
     return torch.einsum("bhkc,bkwc->bhwc", s[:, :, :common], f[:, :common])
 
 
-def depthwise(x: Tensor, kernel: Tensor) -> Tensor:
-    """(B, H, W, C), every channel of every sample convolved with its own kernel (B, k, k, C)."""
-    batch, height, width, dim = x.shape
-    if not batch:
-        return x
-    size = kernel.shape[1]
-    flat = x.permute(0, 3, 1, 2).reshape(1, batch * dim, height, width)
-    groups = kernel.permute(0, 3, 1, 2).reshape(batch * dim, 1, size, size).to(x.dtype)
-    near = F.conv2d(flat, groups, padding=size // 2, groups=batch * dim)
-    return near.reshape(batch, dim, height, width).permute(0, 2, 3, 1)
-
-
 @register("hyperzzw-terminator", "hyperzzw")
 class HyperZZW(Mechanism):
     """Global and local HyperZ.Z.W side by side, and a linear map of both.
@@ -216,6 +204,6 @@ class HyperZZW(Mechanism):
         together = self.compat is not None
         s = zero_invalid(x * self.global_kernel(height, width).to(x.dtype), valid)
         far = place_product(s, place_norm(self.fast(x), valid, together))
-        near = depthwise(x, self.local_kernel(x, valid))
+        near = depthwise_by_sample(x, self.local_kernel(x, valid))
         near = F.gelu(place_norm(self.mixer(zero_invalid(near, valid)), valid, together))
         return self.proj(torch.cat([far, near], -1))
