@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -561,3 +562,123 @@ def inverse_permutation(permutation: Tensor) -> Tensor:
         missing = int((inverse < 0).nonzero()[0, -1])
         raise ValueError(f"permutation must name every token once, but it leaves out token {missing}")
     return inverse
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Windows around a point, as an eye has them: their width grows with the distance from where it looks.
+
+
+class LogPolarWindows(NamedTuple):
+    """Smooth windows around a fixation, of :func:`log_polar_windows`; their weights sum to one in every cell.
+
+    Args:
+        weights: (K, H, W), the first being the fovea.
+        area: (K,) cells of the whole grid in which a window weighs more than half.
+        ring: (K,) int64, 0 for the fovea, then outwards.
+    """
+
+    weights: Tensor
+    area: Tensor
+    ring: Tensor
+
+
+def _bump(distance: Tensor, overlap: float) -> Tensor:
+    """One window by the distance from its centre in spacings: 1, then half a period of cos^2; neighbours sum to one."""
+    fall = ((distance.abs() - (1 - overlap) / 2) / overlap).clamp(0, 1)
+    return (fall * (math.pi / 2)).cos().square()
+
+
+def log_polar_windows(
+    grid: Sequence[int],
+    scale: float,
+    fixation: Sequence[float] | None = None,
+    fovea: float | None = None,
+    aspect: float = 2.0,
+    overlap: float = 0.5,
+    reduce: int = 1,
+) -> LogPolarWindows:
+    """Windows on a lattice of polar angle and the logarithm of eccentricity, those of Freeman and Simoncelli (2011).
+
+    Along the radius they are ``2 asinh(scale / 2)`` apart in log eccentricity, so that their width is ``scale`` times
+    the eccentricity; ``round(2 pi aspect / scale)`` stand on a ring. The fovea is what lies within the first ring, the
+    last ring reaches to the corners. A window of which the border leaves less than a quarter joins the one inside it.
+
+    Args:
+        grid: (H, W), any.
+        scale: width of a window over its eccentricity.
+        fixation: row and column that the eye looks at, in cells from 0, fractions allowed; the middle by default.
+        fovea: radius of the fovea in cells. By default whole rings fill the radius of the circle inside the grid,
+            inwards as long as windows are wider than 0.043 of it: so NeuroFovea's numbers of windows come out.
+        aspect: width along the radius over width along the ring.
+        overlap: share of the spacing over which neighbours pass into each other, above 0 and at most 1.
+        reduce: cells a side that are averaged into one, for windows on the grid of features of an image; it divides
+            the grid.
+
+    Returns:
+        Windows; those that lie outside are left out.
+
+    Raises:
+        ValueError: a fixation outside the grid, a setting out of range, or windows of fewer than two cells.
+
+    >>> windows = log_polar_windows((64, 64), 0.7)
+    >>> len(windows.weights), bool((windows.weights.sum(0) - 1).abs().max() < 1e-6)
+    (91, True)
+    """
+    height, width = grid = check_grid("grid", grid, ranks=(2,))
+    check_real("scale", scale, above=0, most=2)
+    check_real("aspect", aspect, above=0)
+    check_real("overlap", overlap, above=0, most=1)
+    check_int("reduce", reduce, least=1)
+    if height % reduce or width % reduce:
+        raise ValueError(f"reduce={reduce} does not divide the grid {grid}")
+    row, column = ((height - 1) / 2, (width - 1) / 2) if fixation is None else to_tuple("fixation", fixation, 2)
+    check_real("row of the fixation", row)
+    check_real("column of the fixation", column)
+    if not (-0.5 <= row <= height - 0.5 and -0.5 <= column <= width - 0.5):
+        raise ValueError(f"fixation={(row, column)} lies outside the grid {grid}")
+    apart = 2 * math.asinh(scale / 2)
+    around = round(2 * math.pi * aspect / scale)
+    if around < 3:
+        raise ValueError(f"scale={scale} and aspect={aspect} leave {around} windows to a ring; at least 3 are needed")
+    radius = min(grid) / 2
+    if fovea is None:
+        fovea = radius * math.exp(-apart * max(1, math.ceil(math.log(scale / 0.043) / apart)))
+    check_real("fovea", fovea, above=0)
+    reach = max(row + 0.5, height - 0.5 - row, column + 0.5, width - 0.5 - column)
+    rings = max(1, math.ceil(math.log(max(reach / fovea, 1.0)) / apart - 1e-6))
+
+    at = coordinates(grid, "cpu")
+    y, x = (at.double() - torch.tensor([row, column], dtype=torch.float64)).unbind(1)
+    out = torch.hypot(y, x).clamp_min(1e-9).div(fovea).log() / apart  # in rings from the fovea's border
+    angle = torch.atan2(y, x) * (around / (2 * math.pi))
+    bands = torch.stack([_bump(out - ring - 0.5, overlap) for ring in range(rings)])
+    bands[-1] = torch.where(out > rings - 0.5, 1.0, bands[-1])
+    inner = (1 - bands.sum(0)).clamp_min(0)
+    edges = fovea * torch.arange(rings + 1).mul(apart).exp()
+    whole = (edges[1:].square() - edges[:-1].square()) * (math.pi / around)
+    small = (height // reduce, width // reduce)
+    cell = (at[:, 0] // reduce) * small[1] + at[:, 1] // reduce
+    weights, areas, numbers = [], [], [torch.zeros(1, dtype=torch.long)]
+    for wedge in range(around):
+        turn = angle - wedge
+        turn -= around * (turn / around).round()
+        here = (turn.abs() < (1 + overlap) / 2).nonzero()[:, 0]
+        band = bands[:, here] * _bump(turn[here], overlap)
+        keep = band.sum(1) >= whole / 4
+        parts = band.new_zeros(int(keep.sum()) + 1, len(here)).index_add_(0, keep.cumsum(0), band)
+        inner[here] += parts[0]
+        numbers.append(keep.nonzero()[:, 0] + 1)
+        areas.append((parts[1:] > 0.5).sum(1))
+        empty = band.new_zeros(len(parts) - 1, math.prod(small))
+        weights.append(empty.index_add_(1, cell[here], parts[1:]))
+    areas.insert(0, (inner > 0.5).sum()[None])
+    weights.insert(0, inner.new_zeros(1, math.prod(small)).index_add_(1, cell, inner[None]))
+    total = torch.cat(weights) / reduce**2
+    least = (total > 1e-3).sum(1)
+    if int(least.min()) < 2:
+        raise ValueError(
+            f"{int((least < 2).sum())} of {len(total)} windows have fewer than two of the {small} cells for "
+            f"scale={scale} and fovea={round(fovea, 2)}; take a larger scale, fovea or grid"
+        )
+    total = (total / total.sum(0)).float().unflatten(1, small)
+    return LogPolarWindows(total, torch.cat(areas).float(), torch.cat(numbers))
