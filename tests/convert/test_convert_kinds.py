@@ -160,7 +160,10 @@ REFUSED = {
     "linear for a window": (mistral, [0], "hedgehog", {}, "window of 4 tokens only.*at most 4"),
     "a window and more": (mistral, [0], "lolcats", dict(window_size=2), "window of 4 tokens only.*at most 4"),
     "biases of positions": (
-        t5, ["decoder.block.0.layer.0.SelfAttention"], "hedgehog", {},
+        t5,
+        ["decoder.block.0.layer.0.SelfAttention"],
+        "hedgehog",
+        {},
         "bias of positions|T5ForConditionalGeneration has no attention that can be reached",  # in older releases
     ),
     "causal mixers across": (bart, CROSS["bart"][2][:1], "lolcats", {}, "cannot become 'lolcats'.*not possible"),

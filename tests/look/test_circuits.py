@@ -305,8 +305,9 @@ def test_what_a_head_reads_changes_through_tokens_that_are_not_held():
     expected = []
     for sender in senders:
         reached = Capture(("z",), positions=places)  # before what is held is written
-        with torch.no_grad(), attnlib.attach(
-            model, reached, Patch({**held, sender: other.value(sender)}, positions=places)
+        with (
+            torch.no_grad(),
+            attnlib.attach(model, reached, Patch({**held, sender: other.value(sender)}, positions=places)),
         ):
             model(**CLEAN)
         with attnlib.attach(model, Patch({goal: reached.value(goal)}, positions=places)):

@@ -149,9 +149,7 @@ def test_work_is_linear_in_block_and_sample():
     def work(n, block, sample):
         q, k, v = torch.randn(3, 1, 1, n, 8, dtype=F64)  # the kernel that serves float32 is not counted
         with FlopCounterMode(display=False) as counter:
-            hyper_attention(
-                q, k, v, noise(8, 0), draws(1, sample), block_size=block, sample_size=sample, min_seq_len=8
-            )
+            hyper_attention(q, k, v, noise(8, 0), draws(1, sample), block_size=block, sample_size=sample, min_seq_len=8)
         return counter.get_total_flops()
 
     assert work(1024, 16, 16) == 2 * work(512, 16, 16) == 4 * 1024 * (16 + 16) * 8

@@ -52,8 +52,13 @@ def agree(inputs, plan, order, leaves=(), atol=1e-9, **call):
 @pytest.mark.parametrize("order", ["queries", "keys", None])
 @pytest.mark.parametrize(
     ("heads", "n", "m", "q_block", "k_block"),
-    [((4, 2, 4), 24, 20, 4, 4), ((4, 2, 1), 23, 18, 4, 5), ((2, 2, 2), 17, 19, 1, 5), ((2, 2, 2), 10, 7, 16, 8),
-     ((4, 2, 1), 9, 11, 1, 1)],
+    [
+        ((4, 2, 4), 24, 20, 4, 4),
+        ((4, 2, 1), 23, 18, 4, 5),
+        ((2, 2, 2), 17, 19, 1, 5),
+        ((2, 2, 2), 10, 7, 16, 8),
+        ((4, 2, 1), 9, 11, 1, 1),
+    ],
 )
 def test_equals_dense_attention_under_the_mask(order, heads, n, m, q_block, k_block):
     torch.manual_seed(0)

@@ -55,7 +55,11 @@ ROWS = [
     Case("vmoba", dict(dim=8, num_heads=2, cut=(3,), rank=1, per="all", threshold=0.6), (12,), "sequence"),
     Case("vmoba", dict(dim=8, num_heads=2, cut=(2, 2), rank=2, threshold=1.0), (4, 6), "image"),
     Case("spt-sparse-finetuning", dict(dim=16, num_heads=2, coeff=4, codeword_dim=2, num_codewords=4), (12,)),
-    Case("spt-sparse-finetuning", dict(dim=16, num_heads=2, coeff=3, codeword_dim=4, num_codewords=3, clamp=2.0,
-                                       rotary=10000.0), (12,), "clamp"),
+    Case(
+        "spt-sparse-finetuning",
+        dict(dim=16, num_heads=2, coeff=3, codeword_dim=4, num_codewords=3, clamp=2.0, rotary=10000.0),
+        (12,),
+        "clamp",
+    ),
     Case("spt-sparse-finetuning", dict(dim=16, num_heads=2, codeword_dim=4, dense=True), (12,), "dense"),
 ]

@@ -251,6 +251,7 @@ def kappa(a: Sequence[Any], b: Sequence[Any]) -> float:
     chance = sum(list(a).count(label) * list(b).count(label) for label in set(a)) / len(a) ** 2
     return math.nan if chance == 1 else (agree - chance) / (1 - chance)
 
+
 def growth_exponent(sizes: Sequence[float], costs: Sequence[float], last: int = 3) -> float | None:
     """Slope of log cost against log size over the ``last`` largest sizes, or ``None`` with fewer than two sizes.
 

@@ -82,9 +82,7 @@ class Socket(HeadMixer):
     listen: Callable[[Tensor, Tensor, Tensor | None], None] | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Socket:
-        new = Socket(
-            copy.deepcopy(self.inner, memo), self.name, copy.deepcopy(self.settings), self.cross, self.window
-        )
+        new = Socket(copy.deepcopy(self.inner, memo), self.name, copy.deepcopy(self.settings), self.cross, self.window)
         new.train(self.training)
         return new
 

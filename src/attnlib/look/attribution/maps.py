@@ -182,9 +182,7 @@ def own_norm_grad(
         conv, x, g = convs[entry.name], entry.input, entry.output_gradient
         assert x is not None and g is not None
         ones = x.new_ones(1, 1, *conv.kernel_size)
-        squares = F.conv2d(
-            x.square().sum(1, keepdim=True), ones, None, conv.stride, conv.padding, conv.dilation
-        )  # type: ignore[arg-type]
+        squares = F.conv2d(x.square().sum(1, keepdim=True), ones, None, conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]
         return squares[:, 0].sqrt() * torch.linalg.vector_norm(g, dim=1)
 
     return _by_call(one, tape, inputs, target, chunk, position, named)

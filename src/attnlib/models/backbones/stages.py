@@ -28,9 +28,7 @@ class Stage(nn.Module):
         norm: of what the blocks give; ``None`` for none.
     """
 
-    def __init__(
-        self, blocks: Iterable[nn.Module], downsample: nn.Module | None = None, norm: nn.Module | None = None
-    ):
+    def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None = None, norm: nn.Module | None = None):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)

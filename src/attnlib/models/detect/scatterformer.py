@@ -4,7 +4,8 @@ Convolutions on voxels, two stages of scattered linear attention with convolutio
 of every pillar by attention: from voxels (N, C) of a scene to its map from above. "ScatterFormer: Efficient Voxel
 Transformer with Scattered Linear Attention", arXiv 2401.00912. No extension is needed; everything is sums over lists.
 
-The features of voxels that come in, and the detection head on the map, are not part of it.
+The features of voxels that come in, and the detection head on the map, are in
+:mod:`attnlib.models.detect.scatterformer_detector`.
 
 Differs from the authors' code: pillars come in the order of their places, and a pillar's query is the one of its own
 voxels, also where their pool and their list of pillars are ordered differently; voxels need no order.

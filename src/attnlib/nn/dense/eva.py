@@ -166,9 +166,7 @@ class EvaAttention(Mechanism):
         if self.relative is None and self.rotary is None:
             return self.class_traits.but(memory={"N": 1})
         if self.relative is None:
-            return self.class_traits.but(
-                grid_ranks=frozenset({2}), permutation_equivariant=False, memory={"N": 1}
-            )
+            return self.class_traits.but(grid_ranks=frozenset({2}), permutation_equivariant=False, memory={"N": 1})
         return self.class_traits.but(grid_ranks=frozenset({2}), permutation_equivariant=False)
 
     @staticmethod

@@ -35,4 +35,3 @@ def absent(package: str, x: Tensor, traced: str = "") -> str | None:
 def exact(dtype: torch.dtype) -> str | None:
     """Why kernels that multiply in TF32 are not chosen for a type by themselves; ``None`` for half precision."""
     return None if dtype in HALF else f"it multiplies {str(dtype).removeprefix('torch.')} in TF32, which rounds coarser"
-

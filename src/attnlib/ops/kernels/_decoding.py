@@ -31,9 +31,7 @@ def _split(
     begin, end = split * span, tl.minimum(length, (split + 1) * span)
     i, d, e = tl.arange(0, RW), tl.arange(0, DW), tl.arange(0, EW)
     at = plane.to(tl.int64)
-    rows = tl.load(
-        q + at * R * D + i[:, None] * D + d[None, :], mask=(i[:, None] < R) & (d[None, :] < D), other=0.0
-    )
+    rows = tl.load(q + at * R * D + i[:, None] * D + d[None, :], mask=(i[:, None] < R) & (d[None, :] < D), other=0.0)
     last = length - queries + i % queries  # key of each query, which are the last tokens
     top = tl.full([RW], float("-inf"), tl.float32)
     total = tl.zeros([RW], tl.float32)
@@ -41,12 +39,8 @@ def _split(
     for start in range(begin, end, COLUMNS):
         j = start + tl.arange(0, COLUMNS)
         place = j[:, None].to(tl.int64)
-        keys = tl.load(
-            k + at * m * D + place * D + d[None, :], mask=(j[:, None] < end) & (d[None, :] < D), other=0.0
-        )
-        values = tl.load(
-            v + at * m * E + place * E + e[None, :], mask=(j[:, None] < end) & (e[None, :] < E), other=0.0
-        )
+        keys = tl.load(k + at * m * D + place * D + d[None, :], mask=(j[:, None] < end) & (d[None, :] < D), other=0.0)
+        values = tl.load(v + at * m * E + place * E + e[None, :], mask=(j[:, None] < end) & (e[None, :] < E), other=0.0)
         s = tl.dot(rows, tl.trans(keys), input_precision=PRECISION) * scale
         meet = (j[None, :] < end) & (i[:, None] < R)
         if CAUSAL:

@@ -105,9 +105,7 @@ def _adjoint(s, a, go, values, met, ACT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _upstream(
-    grad, out, total, i, n, divisor, E: tl.constexpr, EW: tl.constexpr, L1: tl.constexpr, ROWS: tl.constexpr
-):
+def _upstream(grad, out, total, i, n, divisor, E: tl.constexpr, EW: tl.constexpr, L1: tl.constexpr, ROWS: tl.constexpr):
     # Gradient of the sum over weights that are not yet divided, and what dividing by their sum takes from it.
     go = _tile(grad, i, n, E, EW).to(tl.float32) / divisor
     met = tl.zeros([ROWS], tl.float32)

@@ -223,7 +223,8 @@ def measure(
         mine = plain if make is None else read(rounded, ids, types, make(*size)).float()
         gap = (mine - true).abs()
         return {
-            "largest": float(gap.max()), "mean": float(gap.mean()),
+            "largest": float(gap.max()),
+            "mean": float(gap.mean()),
             "same first choice": float((mine.argmax(-1) == true.argmax(-1))[types != PAD].float().mean()),
         }
 

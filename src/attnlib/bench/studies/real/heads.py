@@ -49,6 +49,7 @@ TASKS = ("text", "needle", "copying")
 #: Factors that every head is scaled by alone; 0 takes it out.
 FACTORS = (0.0, 2.0)
 
+
 @contextlib.contextmanager
 def blocks_from(model: Any, first: int) -> Iterator[None]:
     """The model without its first blocks; it then starts from ``inputs_embeds``, states before block ``first``."""
