@@ -1,5 +1,6 @@
 """Looking at attention: what is recorded through the hook protocol, in bounded memory, and drawn; circuits, what an
-answer goes through; and attribution, what of an input it depends on. A page shows all heads.
+answer goes through; attribution, what of an input it depends on; and encoding, which responses features predict. A page
+shows all heads.
 
 >>> from attnlib.look import Statistics, image_map
 """
@@ -33,6 +34,7 @@ from .circuits import (
     subspaces,
     token_scores,
 )
+from .encoding import Encoding, bootstrap, encode, features_of, noise_ceiling
 from .plots import head_grid, map_over_image, profile, sink_profile
 from .statistics import Statistics, effective_rank, image_map
 from .viewer import Axis, LayerMaps, Page, Part, Run, difference, page, read
@@ -41,6 +43,7 @@ __all__ = [
     "AttendTo",
     "Axis",
     "Effects",
+    "Encoding",
     "LogitAttribution",
     "LayerMaps",
     "LowRank",
@@ -56,12 +59,15 @@ __all__ = [
     "ablated",
     "agreement",
     "answer_attention",
+    "bootstrap",
     "choice_logit",
     "choice_loss",
     "context_aware_saliency",
     "difference",
     "direct",
     "effective_rank",
+    "encode",
+    "features_of",
     "first_order",
     "grad_cam",
     "head_classes",
@@ -71,6 +77,7 @@ __all__ = [
     "logit_attribution",
     "logit_difference",
     "map_over_image",
+    "noise_ceiling",
     "overlap",
     "page",
     "patch",
