@@ -620,9 +620,9 @@ def log_polar_windows(
     Raises:
         ValueError: a fixation outside the grid, a setting out of range, or windows of fewer than two cells.
 
-    >>> windows = log_polar_windows((64, 64), 0.7)
+    >>> windows = log_polar_windows((128, 128), 0.5)
     >>> len(windows.weights), bool((windows.weights.sum(0) - 1).abs().max() < 1e-6)
-    (91, True)
+    (126, True)
     """
     height, width = grid = check_grid("grid", grid, ranks=(2,))
     check_real("scale", scale, above=0, most=2)
