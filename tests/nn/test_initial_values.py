@@ -141,6 +141,22 @@ ROWS = {
     "gate-head": ("quantizable-transformers", dict(BIG, gate="unconditional_per_head"), {"gate.alpha": constant(0.0)}),
     "relative": ("quantizable-transformers", dict(BIG, relative="key"), {"distance_keys": normal(1.0)}),
     "rcmha": ("rcmha", BIG, {"distance": constant(0.0), "query_bias": constant(0.0)}),
+    "psa": (
+        "polarized-self-attention",
+        dict(dim=64),
+        {"up.weight": uniform(fan_in), "weight": normal((2 / 64) ** 0.5)},
+    ),
+    "ulsam": (
+        "ulsam",
+        dict(dim=128, num_splits=2),
+        {
+            "scale": uniform(1.0),
+            "shift": uniform(1.0),
+            "score": uniform(64**-0.5),
+            "bias": None,
+            "weight": constant(1.0),
+        },
+    ),
     "shvit": (
         "shvit",
         dict(dim=64, partial_dim=32),

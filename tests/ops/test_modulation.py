@@ -8,10 +8,12 @@ from attnlib.ops.modulation import (
     channel_attention,
     depthwise,
     gated_sum,
+    grid_softmax,
     mixed_depthwise,
     modulate,
     pool,
     pyramid,
+    weighted_pool,
 )
 
 F64 = torch.float64
@@ -157,3 +159,39 @@ def test_gradients_are_exact():
 def test_bad_input_is_refused(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_standard_deviations_count_valid_tokens_only_and_none_over_one_token():
+    x = torch.randn(2, 3, 4, 5, dtype=torch.double)
+    torch.testing.assert_close(pool(x, stat="std"), x.std((1, 2), keepdim=True))
+    torch.testing.assert_close(pool(x, stat="std", correction=0, keep=1), x.std(1, keepdim=True, correction=0))
+    valid = torch.zeros(2, 3, 4, dtype=torch.bool)
+    valid[:, :2, 1:] = True
+    dirty = x.masked_fill(~valid.unsqueeze(-1), float("nan")).requires_grad_()
+    out = pool(dirty, stat="std", valid=valid)
+    torch.testing.assert_close(out, x[:, :2, 1:].std((1, 2), keepdim=True))
+    (dx,) = torch.autograd.grad(out.sum(), dirty)
+    assert dx.isfinite().all() and (dx[~valid] == 0).all()
+    one = torch.randn(1, 1, 1, 3, requires_grad=True)
+    for still in (pool(one, stat="std"), pool(one.expand(1, 2, 2, 3), stat="std")):
+        (dx,) = torch.autograd.grad(still.sum(), one)
+        assert (still == 0).all() and (dx == 0).all()
+    with pytest.raises(ValueError, match="stat"):
+        pool(x, stat="max")
+
+
+@pytest.mark.parametrize("grid", [(6,), (2, 3), (1, 2, 3)])
+def test_weighted_pool_is_a_softmax_over_the_grid(grid):
+    x, scores = torch.randn(2, *grid, 4, dtype=torch.double), torch.randn(2, *grid, 3, dtype=torch.double)
+    flat, keys = x.flatten(1, -2), scores.flatten(1, -2)
+    out = torch.stack([sum(keys[:, :, h].softmax(1)[:, n, None] * flat[:, n] for n in range(6)) for h in range(3)], 1)
+    torch.testing.assert_close(weighted_pool(x, scores), out)
+    valid = (torch.arange(6).view(1, *grid) < torch.tensor([4, 0]).view(2, *[1] * len(grid))).expand(2, *grid)
+    found = weighted_pool(x.masked_fill(~valid[..., None], float("inf")), scores, valid=valid)
+    torch.testing.assert_close(found[0], weighted_pool(flat[:, :4], keys[:, :4])[0])
+    assert (found[1] == 0).all(), "a sample without tokens"
+    weights = grid_softmax(scores.bfloat16(), valid=valid)
+    assert weights.dtype == torch.float32 and (weights[~valid] == 0).all()
+    torch.testing.assert_close(weights[0].flatten(0, -2).sum(0), torch.ones(3))
+    with pytest.raises(ValueError, match="scores must be"):
+        weighted_pool(x, scores[..., :1, :])

@@ -919,10 +919,14 @@ class SqueezeExcite(nn.Module):
         self.fc1, self.act = nn.Linear(dim, hidden, bias=bias), activation()
         self.fc2, self.gate = nn.Linear(hidden, dim, bias=bias), gate()
 
+    def weights(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The gates, (B, *ones, C); the mean is that of the tokens in ``valid``."""
+        g = self.gate(self.fc2(self.act(self.fc1(masked_mean(x, valid)))))
+        return g.view(g.shape[0], *[1] * (x.dim() - 2), g.shape[-1])
+
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """The mean is that of the tokens in ``valid``."""
-        g = self.gate(self.fc2(self.act(self.fc1(masked_mean(x, valid)))))
-        return x * g.view(g.shape[0], *[1] * (x.dim() - 2), g.shape[-1])
+        return x * self.weights(x, valid)
 
 
 def computes_in(layer: nn.Module) -> torch.dtype:

@@ -22,6 +22,8 @@ ACRONYMS: Mapping[str, tuple[str, ...]] = {
     "dit": ("'dit-dynamic-token-routing', the models dynamic_token_routing_vit_*", "the diffusion transformer"),
     "eva": ("'eva', masked representation learning at scale", "efficient attention via control variates"),
     "hat": ("'hat', the hybrid attention transformer that restores images", "hierarchical attention of FasterViT"),
+    "psa": ("'polarized-self-attention'", "pyramid squeeze attention"),
+    "sam": ("'ulsam', subspace attention", "the Segment Anything model", "sharpness-aware minimization"),
     "vsa": ("'vsa-varied-size-window', varied-size window attention", "video sparse attention"),
 }
 

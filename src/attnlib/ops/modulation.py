@@ -21,6 +21,7 @@ from torch import Tensor
 from ..checks import (
     check_axes,
     check_batch,
+    check_choice,
     check_device,
     check_dtype,
     check_flag,
@@ -244,36 +245,113 @@ def mixed_depthwise(
     return torch.cat([depthwise(p, w, b) for p, w, b in zip(parts, weights, offsets, strict=True)], -1)
 
 
-def pool(x: Tensor, *, keep: int | None = None, valid: Tensor | None = None) -> Tensor:
-    """Mean over the tokens that exist: of the whole grid, or of every strip across one axis.
+def pool(
+    x: Tensor, *, keep: int | None = None, stat: str = "mean", correction: int = 1, valid: Tensor | None = None
+) -> Tensor:
+    """Mean or standard deviation over the tokens that exist: of the whole grid, or of every strip across one axis.
 
     Args:
         x: (B, *grid, C).
-        keep: the grid axis to keep (0 is the first after the batch): means over all others. ``None``: the whole grid.
+        keep: the grid axis to keep (0 is the first after the batch): pools all others. ``None``: the whole grid.
+        stat: ``"mean"``, or ``"std"``, the standard deviation.
+        correction: what ``"std"`` takes off the number of tokens it divides by; where nothing is left (one token and
+            ``correction=1``) it is zero, and so is its gradient.
         valid: (B, *grid) boolean; a strip where nothing exists gives zeros.
 
     Returns:
         (B, *ones, C), the kept axis at its size, so that it broadcasts against ``x``.
 
     Raises:
-        ValueError: when the axis does not exist.
+        ValueError: when the axis does not exist, or another ``stat``.
 
     >>> pool(torch.arange(6.0).reshape(1, 2, 3, 1), keep=0).flatten().tolist()
     [1.0, 4.0]
+    >>> pool(torch.arange(6.0).reshape(1, 2, 3, 1), keep=0, stat="std").flatten().tolist()
+    [1.0, 1.0]
     """
     rank = _check_grid(x, valid)
     check_float("x", x)
+    check_choice("stat", stat, ("mean", "std"))
+    check_int("correction", correction, least=0)
     if keep is not None:
         check_int("keep", keep, least=0, most=rank - 1, also=f"or None, for a grid of rank {rank}")
     axes = tuple(a + 1 for a in range(rank) if a != keep)
-    if not axes:
+    if not axes and stat == "mean":
         return _zero_invalid(x, valid)
     high = stats_dtype(x.dtype)
+    count: Tensor | int = math.prod([x.shape[a] for a in axes])
+    if valid is not None:
+        count = (valid.sum(axes, keepdim=True) if axes else valid.to(torch.int64)).unsqueeze(-1)
+    mean = _summed(_zero_invalid(x, valid), axes, high) / _at_least_one(count)
+    if stat == "mean":
+        return mean.to(x.dtype)
+    over = count - correction
+    spread = _summed(_zero_invalid(x - mean, valid).square(), axes, high) / _at_least_one(over)
+    seen = (spread > 0) & (over > 0)
+    # The root of zero has no derivative; what has no spread gives none back.
+    return torch.where(seen, torch.where(seen, spread, 1.0).sqrt(), 0.0).to(x.dtype)
+
+
+def _summed(x: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return x.sum(axes, keepdim=True, dtype=dtype) if axes else x.to(dtype)
+
+
+def _at_least_one(count: Tensor | int) -> Tensor | int:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
+def grid_softmax(scores: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Softmax over the whole grid, of every channel by itself.
+
+    Args:
+        scores: (B, *grid, H).
+        valid: (B, *grid) boolean; the others weigh nothing.
+
+    Returns:
+        (B, *grid, H) in the type of statistics (float32, or float64 for such scores); each channel sums to one over the
+        tokens that exist, or is zero where none does.
+
+    >>> grid_softmax(torch.zeros(1, 2, 2, 1)).flatten().tolist()
+    [0.25, 0.25, 0.25, 0.25]
+    """
+    _check_grid(scores, valid, "scores")
+    check_float("scores", scores)
+    flat = scores.flatten(1, -2).to(stats_dtype(scores.dtype))
     if valid is None:
-        size = math.prod([x.shape[a] for a in axes])
-        return (x.sum(axes, keepdim=True, dtype=high) / max(size, 1)).to(x.dtype)
-    count = valid.sum(axes, keepdim=True).clamp(min=1).unsqueeze(-1)
-    return (_zero_invalid(x, valid).sum(axes, keepdim=True, dtype=high) / count).to(x.dtype)
+        return flat.softmax(1).view(scores.shape)
+    absent = ~valid.flatten(1).unsqueeze(-1)
+    empty = absent.all(1, keepdim=True)  # such a row would be 0 / 0
+    weights = flat.masked_fill(absent & ~empty, float("-inf")).softmax(1)
+    return weights.masked_fill(absent, 0.0).view(scores.shape)
+
+
+def weighted_pool(x: Tensor, scores: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Means of tokens, each with its own weights over the grid: ``out_h = sum_n softmax_n(scores_h)_n x_n``.
+
+    A linear map of the pooled tokens is the pool of the mapped ones; mapping afterwards costs N times less.
+
+    Args:
+        x: (B, *grid, C).
+        scores: (B, *grid, H).
+        valid: (B, *grid) boolean; the others weigh nothing, and a sample without any gives zeros.
+
+    Returns:
+        (B, H, C).
+
+    Raises:
+        ValueError: scores of another grid than x.
+
+    >>> weighted_pool(torch.arange(4.0).view(1, 4, 1), torch.zeros(1, 4, 2)).flatten().tolist()
+    [1.5, 1.5]
+    """
+    _check_grid(x, valid)
+    check_float("x", x)
+    check_float("scores", scores)
+    if scores.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"scores must be (B, *grid, H) of x, {tuple(x.shape[:-1])} and H, got {tuple(scores.shape)}")
+    check_device(x=x, scores=scores)
+    weights = grid_softmax(scores, valid=valid).flatten(1, -2).transpose(1, 2)
+    return weights.to(x.dtype) @ _zero_invalid(x, valid).flatten(1, -2)
 
 
 # --------------------------------------------------------------------------------------------------------------------
