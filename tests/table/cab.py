@@ -10,6 +10,7 @@ ROWS = [
     Case("cosformer", dict(dim=16, num_heads=4, max_length=8192, causal=True, chunk=8), (12,), "causal", growth=_LONG),
     Case("cosformer", dict(dim=16, num_heads=2, max_length=8192, context_dim=8), (12,), "cross"),
     Case("cosformer", dict(dim=16, num_heads=2, compat="authors"), (12,), "authors"),
+    Case("cosformer", dict(dim=16, num_heads=3, max_length=8192, head_dim=4), (12,), "wide"),
     Case("s4d", dict(dim=8, d_state=4, num_heads=2), (12,)),
     Case("s4d", dict(dim=8, d_state=4, bidirectional=True, postact="glu"), (12,), "bidirectional"),
     Case("s4d", dict(dim=8, d_state=6, activation="silu", scaling="linear"), (12,), "linear"),

@@ -194,6 +194,81 @@ class SharedAttention(nn.Module):
         return self.options[self._active](x, *args, **call)
 
 
+class SharedWeights(nn.Module):
+    """The largest network of a space; every architecture of it works with the leading part of each of its weights.
+
+    Args:
+        space: of architectures; the largest takes the largest of every choice that is a number, the first of others.
+        build: makes the network of a gene; the weights of all genes have the same names.
+
+    >>> space = Space({"width": (2, 3)})
+    >>> shared = SharedWeights(space, lambda gene: nn.Linear(4, gene["width"]))
+    >>> shared({"width": 2}, torch.randn(1, 4)).shape, shared.inherit({"width": 3}).weight.shape
+    (torch.Size([1, 2]), torch.Size([3, 4]))
+    """
+
+    def __init__(self, space: Space, build: Callable[[Gene], nn.Module]):
+        super().__init__()
+        self.space, self.build = space, build
+        self.largest = build({n: max(many) if _counts(many) else many[0] for n, many in space.choices.items()})
+        self._built: dict[tuple[int, ...], nn.Module] = {}
+
+    def _empty(self, gene: Gene) -> nn.Module:
+        """The architecture without memory; the last ones asked for are kept."""
+        key = self.space.key(self.space.check(gene))
+        module = self._built.pop(key, None)
+        if module is None:
+            with torch.device("meta"):
+                module = self.build(gene)
+        self._built[key] = module
+        if len(self._built) > 64:
+            self._built.pop(next(iter(self._built)))
+        return module.train(self.training)
+
+    def _part(self, module: nn.Module) -> dict[str, Tensor]:
+        held = {**dict(self.largest.named_parameters()), **dict(self.largest.named_buffers())}
+        part = {}
+        for name, own in (*module.named_parameters(), *module.named_buffers()):
+            if name not in held or held[name].dim() != own.dim() or any(map(int.__gt__, own.shape, held[name].shape)):
+                raise ValueError(f"{name} {tuple(own.shape)} of this architecture is no part of the largest one's")
+            part[name] = held[name][tuple(slice(n) for n in own.shape)]
+        return part
+
+    def forward(self, gene: Gene, *args: Any, **call: Any) -> Any:
+        """What the architecture gives for ``args``; gradients reach the shared weights."""
+        module = self._empty(gene)
+        return torch.func.functional_call(module, self._part(module), args, call)
+
+    @torch.no_grad()
+    def inherit(self, gene: Gene) -> nn.Module:
+        """The architecture on its own, with a copy of its weights."""
+        module = self.build(self.space.check(gene))
+        for name, value in self._part(module).items():
+            own = module.get_parameter(name) if name in dict(module.named_parameters()) else module.get_buffer(name)
+            own.copy_(value)
+        return module.train(self.training)
+
+
+def _counts(many: Sequence[Any]) -> bool:
+    return all(isinstance(value, (int, float)) for value in many)
+
+
+def network_cost(build: Callable[[], nn.Module], *inputs: Sequence[int]) -> dict[str, int]:
+    """Counted operations and parameters of a network that is built without memory.
+
+    Args:
+        build: makes it.
+        inputs: shapes of the whole numbers it is called with.
+
+    >>> network_cost(lambda: nn.Embedding(5, 4), (1, 3))
+    {'flops': 0, 'params': 20}
+    """
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module = build().eval()
+        module(*(torch.empty(*shape, dtype=torch.long) for shape in inputs))
+    return {"flops": counter.get_total_flops(), "params": sum(p.numel() for p in module.parameters())}
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Ranking and evolution
 

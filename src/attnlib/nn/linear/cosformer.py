@@ -12,7 +12,7 @@ from ...ops import _shards
 from ...ops._guard import readable
 from ...ops.feature_maps import feature_map
 from ...ops.linear import linear_partial
-from ...types import Output, State, Traits, check_choice, stats_dtype
+from ...types import Output, State, Traits, check_choice, check_int, stats_dtype
 from ..base import Mechanism
 from ..frame import reading
 from ..layers import head_dim_of, merge_heads, split_heads, through
@@ -49,6 +49,7 @@ class Cosformer(Mechanism):
         eps: the least denominator.
         chunk: tokens per chunk of the causal form; changes speed, not the result.
         compat: ``"authors"``, see above; ``max_length`` is not used then.
+        head_dim: width of a head; ``dim / num_heads`` by default.
 
     Reference: Qin et al., 2022, arXiv 2202.08791.
 
@@ -79,6 +80,7 @@ class Cosformer(Mechanism):
         eps: float = 1e-6,
         chunk: int = 128,
         compat: str | None = None,
+        head_dim: int | None = None,
     ):
         super().__init__(dim, context_dim)
         check_choice("activation", activation, ("relu", "elu1"))
@@ -87,14 +89,18 @@ class Cosformer(Mechanism):
             raise ValueError(f"max_length must be at least 1, got {max_length}")
         if compat is not None and causal:
             raise ValueError("causal=True is not possible with compat='authors': weights would change with the length")
-        self.num_heads, self.head_dim = num_heads, head_dim_of(dim, num_heads)
+        self.num_heads = num_heads
+        self.head_dim = head_dim_of(dim, num_heads) if head_dim is None else check_int("head_dim", head_dim, least=1)
+        inner = num_heads * self.head_dim
+        if not out_proj and inner != dim:
+            raise ValueError(f"out_proj=False needs num_heads * head_dim={inner} to be dim={dim}")
         self.max_length, self.activation, self.causal, self.eps = max_length, activation, causal, eps
         self.chunk, self.compat = chunk, compat
         self.reads_length = compat is not None
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.k = nn.Linear(self.context_dim, dim, bias=qkv_bias)
-        self.v = nn.Linear(self.context_dim, dim, bias=qkv_bias)
-        self.proj: nn.Module = nn.Linear(dim, dim, bias=proj_bias) if out_proj else nn.Identity()
+        self.q = nn.Linear(dim, inner, bias=qkv_bias)
+        self.k = nn.Linear(self.context_dim, inner, bias=qkv_bias)
+        self.v = nn.Linear(self.context_dim, inner, bias=qkv_bias)
+        self.proj: nn.Module = nn.Linear(inner, dim, bias=proj_bias) if out_proj else nn.Identity()
 
     @property
     def traits(self) -> Traits:
