@@ -19,6 +19,7 @@ from .maps import (
     unit_range,
 )
 from .relevance import COMPAT, RULES, Rule, relevance
+from .transformer import transformer_relevance
 from .verbalize import cited_coverage, coverage, instruction, merge_pieces, search, verbalize
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "saliency",
     "search",
     "sr_map",
+    "transformer_relevance",
     "unit_range",
     "verbalize",
 ]

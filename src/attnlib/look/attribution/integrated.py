@@ -9,6 +9,7 @@ Reference: Sundararajan, Taly and Yan, 2017, "Axiomatic Attribution for Deep Net
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_int
-from ...hooks.tape import Target, _first_tensor, _with_first, logits_of, quantized, score_of
+from ...hooks.tape import Target, _cut, _first_tensor, _with_first, logits_of, quantized, score_of
 
 
 @torch.inference_mode(False)
@@ -57,29 +58,14 @@ def integrated_gradients(
     check_int("steps", steps, least=1)
     if (where := quantized(model)) is not None:
         raise ValueError(f"{where} is quantized, and no gradient passes through it; load floating-point weights")
-    batch = next((len(t) for t in (*inputs, *named.values()) if isinstance(t, Tensor) and t.dim()), None)
-    if batch is None:
-        raise TypeError("the model must be given at least one tensor with the batch first")
-    if module not in dict(model.named_modules()):
-        raise ValueError(f"module: {type(model).__name__} has no {module!r}")
-    place = _Place(model, module, inputs, named)
-    full = place.value()
-    if not full.is_floating_point():
-        raise TypeError(
-            f"what is varied must be floating-point, got {full.dtype}; name the module that embeds it, module=..."
-        )
+    place = Place(model, module, inputs, named)
+    full, wanted = place.floating(), place.target(target, position)
+    batch = place.batch
     start = torch.as_tensor(baseline, dtype=full.dtype, device=full.device)
     try:
         start = start.expand_as(full)
     except RuntimeError:
         raise ValueError(f"baseline must fit {tuple(full.shape)}, got {tuple(start.shape)}") from None
-    index: Any = None if target is None or callable(target) else torch.as_tensor(target, device=full.device)
-    if index is not None and index.dim() == 1 and len(index) != batch:
-        raise ValueError(f"target names {len(index)} samples, but the batch has {batch}")
-    if target is None:  # the class that is most likely, at every point
-        with torch.no_grad():
-            logits = logits_of(model(*inputs, **named))
-        index = (logits[:, position] if logits.dim() == 3 else logits).argmax(-1)
     size = max(batch, 1) if chunk is None else check_int("chunk", chunk, least=1)
     if rule == "legendre":
         at, weight = np.polynomial.legendre.leggauss(steps)
@@ -93,20 +79,63 @@ def integrated_gradients(
         sample, step = rows % batch, rows // batch
         shape = (-1, *[1] * (full.dim() - 1))
         point = (start[sample] + ts[step].view(shape) * (full[sample] - start[sample])).detach().requires_grad_()
-        wanted = target if callable(target) else index[sample] if index.dim() else index
         with torch.enable_grad():
-            score = score_of(place.run(point, sample, batch), wanted, position)
+            score = score_of(place.run(point, sample), wanted(sample), position)
             grad = torch.autograd.grad(score.sum(), point, allow_unused=True)[0]
         if grad is not None:
             total.index_add_(0, sample, ws[step].view(shape) * grad)
     return total * (full - start)
 
 
-class _Place:
-    """The tensor that is varied, and the model run with another in its place."""
+class Place:
+    """The tensor that is varied, and the model run with another in its place.
+
+    Args:
+        model: any module.
+        module: whose output is varied; ``""`` for the first input.
+        inputs, named: of the model.
+
+    Raises:
+        TypeError: no tensor with the batch first.
+        ValueError: no such module.
+    """
 
     def __init__(self, model: nn.Module, module: str, inputs: tuple[Any, ...], named: dict[str, Any]):
-        self.model, self.module, self.inputs, self.named = model, module, inputs, named
+        if module not in dict(model.named_modules()):
+            raise ValueError(f"module: {type(model).__name__} has no {module!r}")
+        found = next((len(t) for t in (*inputs, *named.values()) if isinstance(t, Tensor) and t.dim()), None)
+        if found is None:
+            raise TypeError("the model must be given at least one tensor with the batch first")
+        self.model, self.module, self.batch = model, module, found
+        self.inputs = tuple(_cut(a, slice(None), found) for a in inputs)  # safe from inference mode
+        self.named = {k: _cut(v, slice(None), found) for k, v in named.items()}
+
+    def floating(self) -> Tensor:
+        """What is varied.
+
+        Raises:
+            TypeError: it holds whole numbers.
+        """
+        full = self.value()
+        if not full.is_floating_point():
+            raise TypeError(
+                f"what is varied must be floating-point, got {full.dtype}; name the module that embeds it, module=..."
+            )
+        return full
+
+    def target(self, target: Target | None, position: int) -> Callable[[Tensor], Target]:
+        """The target of some samples; the most likely one as the model stands where none is given."""
+        if callable(target):
+            score: Target = target
+            return lambda sample: score
+        if target is None:
+            with torch.no_grad():
+                logits = logits_of(self.model(*self.inputs, **self.named))
+            target = (logits[:, position] if logits.dim() == 3 else logits).argmax(-1)
+        index = torch.as_tensor(target)
+        if index.dim() == 1 and len(index) != self.batch:
+            raise ValueError(f"target names {len(index)} samples, but the batch has {self.batch}")
+        return lambda sample: index[sample.to(index.device)] if index.dim() else index
 
     def value(self) -> Tensor:
         if not self.module:
@@ -130,9 +159,11 @@ class _Place:
             raise ValueError(f"module {self.module!r} was called {len(kept)} times; one that is called once is needed")
         return kept[0]
 
-    def run(self, point: Tensor, sample: Tensor, batch: int) -> Any:
+    def run(self, point: Tensor, sample: Tensor) -> Any:
+        """What the model gives for some samples with ``point`` in place of what is varied."""
+
         def cut(v: Any) -> Any:
-            return v[sample] if isinstance(v, Tensor) and v.dim() and len(v) == batch else v
+            return v[sample] if isinstance(v, Tensor) and v.dim() and len(v) == self.batch else v
 
         args, named = tuple(cut(a) for a in self.inputs), {k: cut(v) for k, v in self.named.items()}
         if not self.module:

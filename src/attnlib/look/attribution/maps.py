@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...checks import check_choice, check_ints, check_real, check_tensor, checked, describe
 from ...grids import Layout
-from ...hooks.tape import Entry, Tape, Target, logits_of, quantized, score_of, to_grid
+from ...hooks.tape import Entry, Tape, Target, _cut, logits_of, quantized, score_of, to_grid
 from .cells import AGGREGATES, _kernel, extract_aggregate
 
 Method = Callable[..., Any]
@@ -34,14 +34,6 @@ def top_logit(position: int = -1) -> Callable[[Any], Tensor]:
         return (logits[:, position] if logits.dim() == 3 else logits).amax(-1)
 
     return score
-
-
-def _plain(value: Any) -> Any:
-    """A tensor made in inference mode as one that gradients may pass through."""
-    if isinstance(value, Tensor) and value.is_inference():
-        with torch.inference_mode(False):
-            return value.clone()
-    return value
 
 
 def channels_first(x: Tensor, layout: Layout | None = None, channels: str = "first") -> Tensor:
@@ -325,7 +317,7 @@ def meta_saliency(
         for p in needed:
             p.requires_grad_(True)
         with torch.inference_mode(False), torch.enable_grad():
-            logits = logits_of(model(*map(_plain, inputs)))
+            logits = logits_of(model(*(_cut(a, slice(None), -1) for a in inputs)))
             if logits.dim() == 3:
                 logits = logits[:, position]
             elif logits.dim() > 3:  # classes at places: their sums

@@ -102,7 +102,9 @@ def _over(relevance: Tensor, by: Tensor, rule: Rule) -> Tensor:
     return relevance / (by + rule.epsilon)
 
 
-def _linear(run: Callable[..., Tensor], x: Tensor, w: Tensor, b: Tensor | None, r: Tensor, rule: Rule) -> Tensor:
+def linear_relevance(
+    run: Callable[..., Tensor], x: Tensor, w: Tensor, b: Tensor | None, r: Tensor, rule: Rule
+) -> Tensor:
     """Relevance of ``x`` from ``r`` of ``y = run(x, w, b)``, which is linear in ``x`` and ``w``."""
     biased = rule.name in ("0", "epsilon") if rule.biases is None else rule.biases
 
@@ -139,7 +141,7 @@ def _linear(run: Callable[..., Tensor], x: Tensor, w: Tensor, b: Tensor | None, 
 _CONVOLVE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
-def _runner(module: nn.Module) -> Callable[..., Tensor]:
+def runner(module: nn.Module) -> Callable[..., Tensor]:
     if isinstance(module, nn.Linear):
         return F.linear
     kind = next(k for k in _CONVOLVE if isinstance(module, k))
@@ -217,7 +219,7 @@ _PASS_FUNCTIONS = {F.relu, torch.relu, F.relu_, torch.relu_, F.gelu, F.silu, F.d
 _PASS_METHODS = {"relu", "relu_", "tanh", "sigmoid"}
 
 
-def _rule_for(rules: Mapping[Any, Rule | str], name: str, module: nn.Module | None, default: Rule) -> Rule:
+def rule_for(rules: Mapping[Any, Rule | str], name: str, module: nn.Module | None, default: Rule) -> Rule:
     """By name first, exact before pattern, then by class, the nearest one."""
     found: Rule | str | None = rules.get(name)
     if found is None:
@@ -229,7 +231,7 @@ def _rule_for(rules: Mapping[Any, Rule | str], name: str, module: nn.Module | No
     return Rule(found) if isinstance(found, str) else found
 
 
-def _check_rules(rules: Mapping[Any, Any], modules: Mapping[str, nn.Module]) -> None:
+def check_rules(rules: Mapping[Any, Any], modules: Mapping[str, nn.Module]) -> None:
     for key, rule in rules.items():
         if not isinstance(rule, (Rule, str)):
             raise TypeError(f"rules[{key!r}] must be a Rule or one of {list(RULES)}, got {describe(rule)}")
@@ -277,13 +279,15 @@ def relevance(
         whole = copy.deepcopy(model)
         graph = fx.symbolic_trace(whole if next(whole.children(), None) is not None else nn.Sequential(whole))
     except Exception as error:
-        raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx: {error}") from error
+        raise ValueError(
+            f"{type(model).__name__} cannot be traced by torch.fx: {error}; transformer_relevance() needs no trace"
+        ) from error
     graph = fold_norms(graph)
     modules = {n: m for n, m in graph.named_modules() if n}  # of a layer alone: "0"
     check_type("rules", rules, (Mapping, type(None)), "a dictionary of rules by module path, pattern or class")
     check_type("default", default, (Rule, str), f"a Rule or one of {list(RULES)}")
     table: dict[Any, Rule | str] = {**(COMPAT if compat else {}), **(rules or {})}
-    _check_rules(table, modules)
+    check_rules(table, modules)
     base = Rule(default) if isinstance(default, str) else default
     keep = _Keep(graph)
     logits = keep.run(x.clone())  # a plain tensor, also where the caller is in inference mode
@@ -323,10 +327,10 @@ def _back(
     name = str(node.target)
     if node.op == "call_module":
         module = modules[name]
-        x, rule = given[source], _rule_for(table, name, module, base)
+        x, rule = given[source], rule_for(table, name, module, base)
         if isinstance(module, LINEAR):
             weights = module.weight, module.bias
-            return give(source, _linear(_runner(module), x, *weights, r, rule))  # type: ignore[arg-type]
+            return give(source, linear_relevance(runner(module), x, *weights, r, rule))  # type: ignore[arg-type]
         if isinstance(module, PASSES):
             return give(source, r)
         if isinstance(module, MAXIMA):
