@@ -5,23 +5,45 @@
 
 from .encode import ALPHAS, Encoding, Resampled, bootstrap, encode, features_of, project
 from .folds import Fold, folds, resamples
+from .readout import (
+    AttentionReadout,
+    LinearReadout,
+    Read,
+    SpatialReadout,
+    blend,
+    detr_positions,
+    fit_readout,
+    readout_loss,
+    readout_state,
+    with_rest,
+)
 from .ridge import Ridge, ridge, ridge_path
 from .scores import noise_ceiling, pearson
 
 __all__ = [
     "ALPHAS",
+    "AttentionReadout",
     "Encoding",
     "Fold",
+    "LinearReadout",
+    "Read",
     "Resampled",
     "Ridge",
+    "SpatialReadout",
+    "blend",
     "bootstrap",
+    "detr_positions",
     "encode",
     "features_of",
+    "fit_readout",
     "folds",
     "noise_ceiling",
     "pearson",
     "project",
+    "readout_loss",
+    "readout_state",
     "resamples",
     "ridge",
     "ridge_path",
+    "with_rest",
 ]
