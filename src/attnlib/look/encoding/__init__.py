@@ -5,6 +5,7 @@
 
 from .encode import ALPHAS, Encoding, Resampled, bootstrap, encode, features_of, project
 from .folds import Fold, folds, resamples
+from .integration import Better, Integration, better, false_discoveries, in_all, integration
 from .readout import (
     AttentionReadout,
     LinearReadout,
@@ -23,20 +24,26 @@ from .scores import noise_ceiling, pearson
 __all__ = [
     "ALPHAS",
     "AttentionReadout",
+    "Better",
     "Encoding",
     "Fold",
+    "Integration",
     "LinearReadout",
     "Read",
     "Resampled",
     "Ridge",
     "SpatialReadout",
+    "better",
     "blend",
     "bootstrap",
     "detr_positions",
     "encode",
+    "false_discoveries",
     "features_of",
     "fit_readout",
     "folds",
+    "in_all",
+    "integration",
     "noise_ceiling",
     "pearson",
     "project",
