@@ -101,6 +101,21 @@ def exp_(s: Tensor) -> Tensor:
     return s.mul_(LOG2_E).exp2_()
 
 
+def peaked(largest: float) -> bool:
+    """Whether scores of at most this size may lie so far apart that weights leave the normal numbers.
+
+    Processors calculate ten to a hundred times slower with what is smaller than these.
+    """
+    return not largest <= 30
+
+
+def drop_negligible_(scores: Tensor) -> Tensor:
+    """Scores less the largest of their row, ``-inf`` where a weight is below 2^-100 of its: nothing is left of it."""
+    least = -100 / LOG2_E if scores.dtype != torch.float64 else -990 / LOG2_E
+    top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+    return torch.nn.functional.threshold_(scores.sub_(top), least, -math.inf)
+
+
 def softmax_rows(scores: Tensor) -> Tensor:
     """Softmax over the last axis in which a row of ``-inf`` gives zeros with zero gradients."""
     top = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.detach().sum(-1, keepdim=True)

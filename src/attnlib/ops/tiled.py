@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..masks import raise_mask
-from ..normalizers import Normalizer
+from ..normalizers import Normalizer, Softmax, drop_negligible_, peaked
 from ..positions import Bias
 from ..types import Partial, exactly, stats_dtype
 from . import _tiles, eager
@@ -40,6 +40,8 @@ CPU_BUFFER, OTHER_BUFFER = 4 << 20, 128 << 20
 #: Normalizers without statistics of the row need no whole rows: tiles of theirs may be taller and are cut into squarer
 #: pieces of about this many bytes per head.
 TALL, PIECE, PIECE_WIDTH = 1024, 1 << 20, 256
+#: From this many rows on it pays to look at the lengths of queries and keys first.
+MANY_ROWS = 16
 #: From this many pairs per map on, samples and heads with masks of their own get tile lists of their own.
 PLANE_PAIRS = 1 << 18
 #: Gradients of gathered keys are added run by run while runs are at least this long on average.
@@ -105,6 +107,19 @@ class _Chunk:
 _Forbidden = list[tuple[int, int, Tensor]]
 
 
+def _largest(x: Tensor) -> float:
+    """The absolute value of the largest entry; not finite where one is not."""
+    if not x.numel():
+        return 0.0
+    low, high = x.aminmax()
+    return float(torch.maximum(-low, high))
+
+
+def _longest(x: Tensor) -> float:
+    """The length of the longest row."""
+    return _largest(torch.linalg.vector_norm(x, dim=-1, dtype=stats_dtype(x.dtype)))
+
+
 class _Problem:
     """One problem brought to the statistics dtype, with its tiles."""
 
@@ -117,9 +132,14 @@ class _Problem:
         self.v = v.to(self.dtype).reshape(self.batch * self.v_heads, self.m, self.v_dim)
         self.normalizer = low.raise_normalizer()
         self.bias = low.raise_bias()
+        added = sum(_largest(t) for t in low.bias_tensors if t.is_floating_point())
         # A bias may hold -inf, so that rows which the mask leaves open see nothing after all.
-        self.careful = self.bias is not None and not all(
-            bool(torch.isfinite(t).all()) for t in low.bias_tensors if t.is_floating_point()
+        self.careful = not math.isfinite(added)
+        self.peaked = (
+            self.device.type == "cpu"
+            and type(self.normalizer) is Softmax
+            and self.n >= MANY_ROWS
+            and peaked(abs(self.scale) * _longest(q) * _longest(k) + added)
         )
         self.threads = min(torch.get_num_threads(), 16) if self.device.type == "cpu" else 1
         self.buffer_bytes = CPU_BUFFER * self.threads if self.device.type == "cpu" else OTHER_BUFFER
@@ -338,6 +358,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, 
                         s = p.scores(memory, chunk, piece, qs, p.keys(p.k, chunk.k, piece), bad)
                         if partial:
                             lse[chunk.b, chunk.h, rows] = torch.logsumexp(s, -1)
+                        if p.peaked:
+                            drop_negligible_(s)
                         if p.deferred:
                             weights = p.normalizer.raw_(s)
                             lse[chunk.b, chunk.h, rows] += weights.sum(-1)
@@ -404,6 +426,8 @@ def _backward(
                         s = p.scores(memory, chunk, piece, qs, ks, bad)
                         dw = grad_buffer(go.shape[0], go.shape[1], piece.width)
                         torch.bmm(go, vs.transpose(1, 2), out=dw)
+                        if p.peaked:
+                            drop_negligible_(s)
                         if p.deferred:
                             weights, ds = p.normalizer.raw_adjoint_(
                                 s, dw.view(s.shape), met.view(*s.shape[:3], 1), room_buffer(*s.shape)
