@@ -212,6 +212,7 @@ class Models(Fixture):
             x = self.tensors[f"{case}/x"]
             with torch.no_grad():
                 single = self.build_model(case)(x, **self.under(f"{case}/with"))
+                single = torch.cat(single, 1) if isinstance(single, tuple) else single
             self._close(single, self.tensors[f"{case}/y"], 2 * atol, "y in float32")
             return
         try:
@@ -225,6 +226,7 @@ class Models(Fixture):
         x = self.tensors[f"{case}/x"].to(dtype, copy=True).requires_grad_()
         beside = self.under(f"{case}/with")
         y = module(x, **beside)
+        y = torch.cat(y, 1) if isinstance(y, tuple) else y  # two classifiers in training
         self._close(y.detach(), self.tensors[f"{case}/y"], atol, "y")
         (y * self.tensors[f"{case}/g"]).sum().backward()
         self._close(x.grad, self.tensors[f"{case}/dx"], atol, "dx")

@@ -258,6 +258,17 @@ ROWS = {
     "focalnet": ("focalnet", dict(dim=64), {}),
     "davit": ("davit", dict(BIG), {}),
     "mambaout": ("mambaout", dict(dim=64), {}),
+    "contmix": (
+        "overlock-contmix",
+        dict(dim=64),
+        {
+            "rpb": truncated(0.02),
+            "norm.weight": constant(1.0),
+            "norm.bias": constant(0.0),
+            "pre.weight": constant(1.0),
+            "pre.bias": constant(0.0),
+        },
+    ),  # fmt: skip
     "dynamicvis": (
         "dynamicvis",
         dict(dim=64, reduction=2),

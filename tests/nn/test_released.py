@@ -91,6 +91,10 @@ def rows():
         "deformable-attention", entries("deformable-attention", "sd."),
         lambda: create("msda", dim=8, num_heads=2, num_levels=2, num_points=3, context_layout=levels),
     )  # fmt: skip
+    plain(
+        "overlock-contmix", entries("overlock-contmix", "window/sd/"),
+        lambda: create("overlock-contmix", dim=16, num_heads=2, kernel_size=5),
+    )  # fmt: skip
     plain("focalnet", entries("focalnet", "a.sd."), lambda: create("focalnet", dim=6, focal_window=3, focal_level=2))
     spt = create("spt-sparse-finetuning", dim=16, num_heads=2)
     theirs = {k.replace("codebook.", "quantizer."): v for k, v in spt.state_dict().items()}

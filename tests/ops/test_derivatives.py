@@ -89,6 +89,11 @@ CASES = {
         ((2, 3, 4, 2), (2, 1, 3, 3), (2,)),
         lambda x, w, b: ops.depthwise(x, w, b, dilation=2).square(),
     ),
+    "given weights": (
+        "neighborhood_av",
+        ((1, 2, 4, 5, 9), (1, 2, 4, 5, 3)),
+        lambda w, v: ops.neighborhood_av(w, v, 3).square(),
+    ),
     "linear": ("linear_attention", QKV, lambda q, k, v: ops.linear_attention(q, k, v, valid=VALID, chunk=4)),
     "linear, sum": (
         "linear_attention",

@@ -496,7 +496,7 @@ class Subject:
             with torch.no_grad():
                 for n, b in m.named_buffers():
                     if n in buffers and not torch.equal(b, buffers[n]):
-                        b.copy_(buffers[n])
+                        b.data.copy_(buffers[n])  # unseen by graphs: a BatchNorm in training holds what it never reads
             torch.manual_seed(0)
             return self.y(m, x, context, scene, **kw)
 

@@ -296,14 +296,33 @@ class DropPath(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """``gamma * x`` with one learned number per channel, ``init`` at the start."""
+    """``gamma * x`` with one learned number per channel, ``init`` at the start; with ``bias``, ``gamma * x + beta``."""
 
-    def __init__(self, dim: int, init: float = 1e-5):
+    def __init__(self, dim: int, init: float = 1e-5, bias: bool = False):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), float(init)))
+        self.beta = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
+        return x * self.gamma if self.beta is None else torch.addcmul(self.beta, x, self.gamma)
+
+
+class GlobalResponseNorm(nn.Module):
+    """``(1 + gamma n) x + beta`` with ``n_c = g_c / mean(g)`` and ``g_c`` the length of channel c over the grid (GRN).
+
+    Woo et al., 2023, "ConvNeXt V2", arXiv 2301.00808. It starts as the identity.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.gamma, self.beta, self.eps = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim)), eps
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B, *grid, dim) -> the same; lengths are those of the tokens that exist."""
+        axes = tuple(range(1, x.dim() - 1))
+        g = torch.linalg.vector_norm(zero_invalid(x, valid), dim=axes, keepdim=True, dtype=stats_dtype(x.dtype))
+        scale = (g / (g.mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return torch.addcmul(self.beta, x, 1 + self.gamma * scale)
 
 
 class PositionalConv(nn.Module):
@@ -539,6 +558,83 @@ class ConvNorm(nn.Module):
             out.conv.weight = nn.Parameter(weight.detach().contiguous(memory_format=torch.channels_last))
             out.conv.bias = nn.Parameter(bias.detach().clone())
             out.norm = out.pre = None
+        return out
+
+
+class RepBranches(nn.Module):
+    """Parallel depthwise convolutions of several kernels and dilations, each with a norm, as one kernel in evaluation.
+
+    ``y = norm(sum_i norm_i(conv_i(x)) [+ norm_0(x)])`` on (B, H, W, dim). In training every branch is its own; in
+    evaluation all are merged into one kernel of the largest reach; :meth:`deployed` keeps only that.
+
+    Args:
+        dim: channels.
+        branches: ``(kernel_size, dilation)`` of every branch, odd kernels; the first reaches as far as any.
+        identity: a norm of ``x`` itself as one more branch.
+        norm: a norm of the sum.
+        merged: built as one convolution with a bias, for weights that were merged when they were saved.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        branches: Sequence[tuple[int, int]],
+        identity: bool = False,
+        norm: bool = False,
+        merged: bool = False,
+    ):
+        super().__init__()
+        (reach, step), *rest = branches
+        reach = step * (reach - 1) + 1
+        if any(k % 2 == 0 or d * (k - 1) >= reach for k, d in branches):
+            raise ValueError(f"branches={tuple(branches)} must have odd kernels, none reaching further than the first")
+        self.kernel_size = reach
+        self.large = ConvNorm(dim, dim, branches[0][0], dilation=step, groups=dim, bias=merged, norm=not merged)
+        self.branches = nn.ModuleDict(
+            {} if merged else {f"k{k}_d{d}": ConvNorm(dim, dim, k, dilation=d, groups=dim) for k, d in rest}
+        )
+        self.identity = MapNorm(dim) if identity and not merged else None
+        self.norm = MapNorm(dim) if norm else None
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B, H, W, dim) -> the same; tokens outside ``valid`` are zeros to the convolutions."""
+        x = zero_invalid(x, valid)
+        if not self.training:
+            return depthwise(x, *self._merged())
+        y = self.large(x, valid)
+        for branch in self.branches.values():
+            y = y + branch(x, valid)
+        y = y if self.identity is None else y + self.identity(x, valid)
+        return y if self.norm is None else self.norm(y, valid)
+
+    def _merged(self) -> tuple[Tensor, Tensor]:
+        """Kernel (dim, 1, K, K) and bias of all that is here."""
+        size = self.kernel_size
+        weight, bias = torch.zeros(()), torch.zeros(())
+        for i, branch in enumerate((self.large, *self.branches.values())):
+            w, b = branch._folded()  # type: ignore[operator, union-attr]
+            step = branch.conv.dilation[0]  # type: ignore[union-attr]
+            if step > 1:
+                w = F.conv_transpose2d(w, w.new_ones(1, 1, 1, 1), stride=step)
+            if w.shape[-1] < size:
+                w = F.pad(w, [(size - w.shape[-1]) // 2] * 4)
+            weight, bias = (weight + w, bias + b) if i else (w, b)
+        if self.identity is not None:
+            scale, shift = batch_norm_affine(self.identity.norm)
+            weight, bias = weight + F.pad(scale[:, None, None, None], [size // 2] * 4), bias + shift
+        if self.norm is not None:
+            scale, shift = batch_norm_affine(self.norm.norm)
+            weight, bias = weight * scale[:, None, None, None], shift + bias * scale
+        return weight, bias
+
+    @torch.no_grad()
+    def deployed(self) -> RepBranches:
+        """The same as one convolution."""
+        if not self.branches and self.norm is None and self.identity is None and self.large.norm is None:
+            return self
+        weight, bias = self._merged()
+        out = RepBranches(len(bias), ((self.kernel_size, 1),), merged=True).eval()
+        out.large.conv.weight, out.large.conv.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
         return out
 
 

@@ -15,6 +15,7 @@ from .sampled import deformable_attention, deformable_attention_3d
 from .scan import ScanOutput, selective_scan
 from .split_decoding import split_decoding, split_partial
 from .toeplitz import toeplitz_attention
+from .window_weights import neighborhood_av, window_keys
 
 __all__ = [
     "BACKENDS",
@@ -38,6 +39,7 @@ __all__ = [
     "linear_partial",
     "naive",
     "neighborhood_attention",
+    "neighborhood_av",
     "neighborhood_partial",
     "newton_inverse",
     "nystrom_attention",
@@ -50,4 +52,5 @@ __all__ = [
     "toeplitz_attention",
     "use_backend",
     "window_attention",
+    "window_keys",
 ]

@@ -75,7 +75,8 @@ def depthwise(
         bias: (C,).
         dilation: distance between taps.
         valid: (B, *grid) boolean; the others are zero, as if they lay beyond the border.
-        backend: ``"convolution"``, also by default; ``"eager"``, a sum of shifted grids (the specification).
+        backend: ``"phases"`` by default on the CPU with a dilation: the tokens of every residue class apart, each an
+            undilated convolution; ``"convolution"``; ``"eager"``, a sum of shifted grids (the specification).
 
     Returns:
         (B, *grid, C).
@@ -115,6 +116,34 @@ def _convolution(call: _Depthwise) -> Tensor:
         groups=weight.shape[0],
     ).movedim(1, -1)  # fmt: skip
     return out.squeeze(1) if rank == 1 else out
+
+
+def _phases(call: _Depthwise) -> Tensor:
+    """Dilated by d, d^rank grids that do not meet: an undilated convolution of all of them as a batch.
+
+    Dilated depthwise convolutions have no fast kernel on the CPU, in no order of memory.
+    """
+    if not call.x.numel():
+        return _convolution(call)
+    x, d = call.x, call.dilation
+    grid, rank = x.shape[1:-1], x.dim() - 2
+    x = F.pad(x, (0, 0, *(width for n in reversed(grid) for width in (0, -n % d))))
+    for axis in range(rank):  # (B, n1, d, n2, d, C)
+        x = x.unflatten(1 + 2 * axis, (-1, d))
+    inner, outer = range(1, 2 * rank, 2), range(2, 2 * rank + 1, 2)
+    out = _convolution(call._replace(x=x.permute(0, *outer, *inner, 2 * rank + 1).flatten(0, rank), dilation=1))
+    out = out.unflatten(0, (call.x.shape[0], *[d] * rank))
+    back = [a for i in range(rank) for a in (1 + rank + i, 1 + i)]
+    out = out.permute(0, *back, 2 * rank + 1)
+    for axis in range(rank):
+        out = out.flatten(1 + axis, 2 + axis).narrow(1 + axis, 0, grid[axis])
+    return out
+
+
+def _undilated(call: _Depthwise) -> str | None:
+    if not call.x.is_cpu:
+        return "it is for the CPU, where dilated convolutions have no fast kernel"
+    return "there is one phase" if call.dilation == 1 else None
 
 
 def _shifts(call: _Depthwise) -> Tensor:
@@ -157,6 +186,7 @@ def _prepare_depthwise(
 
 
 _DEPTHWISE = Operator("depthwise", _prepare_depthwise)
+_DEPTHWISE.register("phases", _phases, prefers=_undilated)
 _DEPTHWISE.register("convolution", _convolution)
 _DEPTHWISE.register("eager", _shifts)
 

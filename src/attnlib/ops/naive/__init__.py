@@ -42,6 +42,7 @@ from ..scan import selective_scan as _selective_scan
 from ..split_decoding import split_decoding as _split_decoding
 from ..split_decoding import split_partial as _split_partial
 from ..toeplitz import toeplitz_attention as _toeplitz_attention
+from ..window_weights import neighborhood_av as _neighborhood_av
 
 
 def _double(leaf: Any) -> Any:
@@ -79,6 +80,7 @@ halo_attention = _oracle(_halo_attention)
 linear_attention = _oracle(_linear_attention, "form")
 linear_partial = _oracle(_linear_partial, "form")
 neighborhood_attention = _oracle(_neighborhood_attention)
+neighborhood_av = _oracle(_neighborhood_av)
 neighborhood_partial = _oracle(_neighborhood_partial)
 partition_attention = _oracle(_partition_attention)
 reduced_attention = _oracle(_reduced_attention)
