@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...checks import check_choice, check_float, check_rank, check_real, check_whole
+from ...models.perception.foveation import similarity
 
 # --------------------------------------------------------------------------------------------------------------------
 # Text
@@ -98,20 +99,8 @@ def psnr(guess: Tensor, truth: Tensor) -> float:
 
 def ssim(guess: Tensor, truth: Tensor) -> float:
     """Structural similarity of images (B, H, W, C) in [0, 1]: Gaussian windows of 11, deviation 1.5, inside only."""
-    a, b = (t.movedim(-1, 1) for t in _images(guess, truth))
-    if min(a.shape[2:]) < 11:
-        raise ValueError(f"guess is {tuple(a.shape[2:])} wide, less than the window of 11")
-    line = torch.exp(-(torch.arange(11, dtype=a.dtype, device=a.device) - 5).square() / (2 * 1.5**2))
-    line = line / line.sum()
-    window = (line[:, None] * line).expand(a.shape[1], 1, 11, 11)
-
-    def mean(t: Tensor) -> Tensor:
-        return F.conv2d(t, window, groups=t.shape[1])
-
-    at, bt = mean(a), mean(b)
-    va, vb, both = mean(a * a) - at**2, mean(b * b) - bt**2, mean(a * b) - at * bt
-    one, two = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return float(((2 * at * bt + one) * (2 * both + two) / ((at**2 + bt**2 + one) * (va + vb + two))).mean())
+    a, b = (t.movedim(-1, 1) / 255 for t in _images(guess, truth))
+    return float(similarity(a, b).mean())
 
 
 # --------------------------------------------------------------------------------------------------------------------
