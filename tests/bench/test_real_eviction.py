@@ -10,7 +10,7 @@ import torch
 
 from attnlib.bench.studies.real import _prefill as prefill
 from attnlib.bench.studies.real import _prompts as prompts
-from attnlib.bench.studies.real import eviction
+from attnlib.bench.studies.real import eviction, eviction_long
 from tests.bench.test_real_prefill import llama
 
 transformers = pytest.importorskip("transformers")
@@ -93,6 +93,17 @@ def test_the_study_runs_goes_on_and_draws(tiny, tmp_path):
     keep.write_text("\n".join(lines[:3]) + "\n")
     again = eviction.measure(progress=said.append, **call)  # the last text only
     assert len(said) == 5 and again["runs"] == found["runs"]
+
+
+def test_longer_texts_are_asked_for_the_needle_alone(tiny, tmp_path):
+    call = dict(keep=tmp_path / "kept.jsonl", pictures=tmp_path, plan={900: {"asked": {"needle": (0.5,)}}},
+                items={900: 1}, depths=(0.5,), presses=False, text=TEXT)  # fmt: skip
+    found = eviction_long.measure(**call)
+    assert {(r["mode"], r["task"], r["n"]) for r in found["runs"]} == {("asked", "needle", 1)}
+    assert found["dtype"] == "float32" and found["what"] == eviction_long.QUESTION
+    drawn = (tmp_path / "real-eviction-long-cpu.svg").read_text()
+    assert "900 tokens" in drawn and not (tmp_path / "real-eviction-cpu.svg").exists()
+    assert eviction_long.measure(progress=pytest.fail, **call)["runs"] == found["runs"]
 
 
 def test_lengths_that_the_model_cannot_read_and_absent_models(tiny, monkeypatch, tmp_path):

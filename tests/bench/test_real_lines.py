@@ -12,7 +12,8 @@ transformers = pytest.importorskip("transformers")
 import attnlib  # noqa: E402
 from attnlib.bench import models  # noqa: E402
 from attnlib.bench.data import files  # noqa: E402
-from attnlib.bench.studies.real import _facts, exactness, heads, sinks, steering  # noqa: E402
+from attnlib.bench.exams.words import CONNECTIONS  # noqa: E402
+from attnlib.bench.studies.real import _facts, exactness, heads, remedies, sinks, steering, walls  # noqa: E402
 from attnlib.bench.studies.real._items import Items, needle_items, row_losses, states  # noqa: E402
 from attnlib.bench.studies.real._kept import Kept  # noqa: E402
 from attnlib.steer import HeadScale  # noqa: E402
@@ -48,7 +49,7 @@ def unchanged(loaded):
 
 
 def test_every_line_says_what_it_asks_and_which_models_it_loads():
-    for line in (heads, sinks, steering, exactness):
+    for line in (heads, sinks, steering, exactness, remedies, walls):
         assert line.QUESTION.endswith("?") and set(line.MODELS) <= set(models.MODELS)
 
 
@@ -225,6 +226,80 @@ def test_the_line_of_exactness(loaded, unchanged, tmp_path):
         exactness.ACTING
     )
     assert found["rounding"]["largest"] > 0
+
+
+def test_remedies_change_weights_and_outputs_as_their_equations_say(loaded):
+    model, _ = loaded
+    ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(5))
+
+    def told(*what):
+        record = attnlib.hooks.Record(layers=[1], rows="all")
+        with torch.no_grad(), attnlib.attach(model, *what, record) as session:
+            logits = model(ids).logits
+            return logits, session.results["record"][1]["weights"][0]
+
+    logits, plain = told()
+    clipped = told(remedies.Clipped(-0.2))[1]
+    before = told(remedies.Clipped(-1e-9))[1]
+    torch.testing.assert_close(before, plain)
+    assert bool(((clipped == 0) & (plain > 0)).any()) and bool((clipped.triu(1) == 0).all())
+    # The layer before changes what this one reads, so its equation is held to on the first.
+    for gate_at in (0.5, 0.2):
+        gated = remedies.Gated(16, HEADS, LAYERS, gate_at)
+        for gate in gated.gates:
+            torch.nn.init.zeros_(gate.w2)
+        torch.testing.assert_close(told(gated)[0], logits, atol=1e-5, rtol=1e-4)  # open at first
+    for gate in gated.gates:
+        torch.nn.init.constant_(gate.b2, -40.0)  # shut: attention adds nothing
+    with torch.no_grad():
+        states = model.get_input_embeddings()(ids)
+        for layer in model.model.layers:
+            states = states + layer.mlp(layer.post_attention_layernorm(states))
+        without = model.lm_head(model.model.norm(states))
+    torch.testing.assert_close(told(gated)[0], without, atol=1e-5, rtol=1e-4)
+
+
+def test_the_line_of_remedies(loaded, unchanged, tmp_path):
+    settings = dict(loaded=loaded, steps=8, batch=2, length=24, held=2, lr=2e-2, seeds=(0, 1))
+    found = remedies.measure(keep=tmp_path / "kept.jsonl", pictures=tmp_path, **settings)
+    json.dumps(found)
+    rows = {row["name"]: row for row in found["rows"]}
+    for row in rows.values():
+        assert row["loss"]["mean"] < row["loss, before"]["mean"], row["name"]  # it learns
+    plain, gated = (rows[name]["loss, before"]["mean"] for name in (remedies.PLAIN, remedies.GATED))
+    assert gated == pytest.approx(plain, abs=0.02) and rows[remedies.CLIPPED]["loss, before"]["mean"] != plain
+    assert rows[remedies.PLAIN]["against"]["mean"] == 0 and 0 < rows[remedies.PLAIN]["first token"]["mean"] < 1
+    assert (tmp_path / "real-remedies-cpu.svg").exists()
+    again = remedies.measure(progress=pytest.fail, keep=tmp_path / "kept.jsonl", **settings)
+    assert again["rows"] == found["rows"]
+
+
+def test_the_line_of_walls(loaded, tmp_path):
+    model, tokenizer = loaded
+    for encode in walls.encoders(lambda name: (model, tokenizer)).values():
+        vectors = encode(["Mercury", "Iron"])
+        assert set(vectors) == {"Mercury", "Iron"} and vectors["Iron"].shape == (16,)
+        assert float(vectors["Iron"].norm()) == pytest.approx(1, abs=1e-5)
+        assert not torch.allclose(vectors["Iron"], vectors["Mercury"])
+
+    def member(clues):
+        """What a clue may be connected by: all that can be known without the other clues."""
+        return {c: torch.tensor([float(c in clued) for clued in CONNECTIONS.values()]) for c in clues}
+
+    told = []
+    settings = dict(seeds=(0, 1), count=5, shuffles=1, embeddings={"member": member})
+    found = walls.measure(told.append, tmp_path / "kept.jsonl", tmp_path, **settings)
+    json.dumps(found)
+    groups = {row["name"]: row["correct groups"]["mean"] for row in found["rows"]}
+    assert set(groups) == {f"{how}: {kind}" for how in ("member", "chance") for kind in walls.KINDS}
+    assert groups["member: randomised walls"] > groups["member: own walls"] > groups["chance: own walls"]
+    number = found["herrings"]
+    assert number["own walls"]["mean"] >= 4 > number["randomised walls"]["mean"]
+    gap = found["red herrings"][0]["own less randomised"]["mean"]
+    assert gap == pytest.approx(groups["member: own walls"] - groups["member: randomised walls"])
+    assert len(told) == 8 and (tmp_path / "real-walls-cpu.svg").exists()
+    again = walls.measure(pytest.fail, tmp_path / "kept.jsonl", **{**settings, "embeddings": {"member": pytest.fail}})
+    assert again["rows"] == found["rows"]
 
 
 @pytest.mark.slow

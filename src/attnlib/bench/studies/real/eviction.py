@@ -91,11 +91,7 @@ FULL: Mapping[str, Mapping[str, Sequence[float]]] = {
     "unseen": {"needle": (0.5, 0.75)},
     "second": {"several": (0.5, 0.75)},
 }
-LONG: Mapping[str, Mapping[str, Sequence[float]]] = {
-    "asked": {"needle": (0.25, 0.5, 0.75, 0.9), "lookup": (0.75,)},
-    "second": {"several": (0.75,)},
-}
-PLAN: Mapping[int, Mapping[str, Mapping[str, Sequence[float]]]] = {1024: FULL, 2048: FULL, 4096: LONG}
+PLAN: Mapping[int, Mapping[str, Mapping[str, Sequence[float]]]] = {1024: FULL}
 
 #: Scorers whose cost grows with the square of the length: up to this length, for the needle, on so many texts a depth.
 QUADRATIC, QUADRATIC_LENGTH, QUADRATIC_TEXTS = ("observed attention (H2O)",), 1024, 3
@@ -113,8 +109,9 @@ def judged(logits: Tensor, answer: Tensor) -> list[list[float]]:
 class Bench:
     """A model, its tokenizer and the techniques, all of which choose from one pass over each text."""
 
-    def __init__(self, model: Any, tokenizer: Any, presses: bool = True):
+    def __init__(self, model: Any, tokenizer: Any, presses: bool = True, compared: bool = True):
         self.reader, self.tokenizer = Reader(model), tokenizer
+        self.settings = SETTINGS if compared else {}
         self.presses = {}
         if presses and kvpress_folder() is not None:
             self.presses = {name: Press(*target) for name, target in PRESSES.items()}
@@ -179,8 +176,11 @@ class Bench:
                     needle[ratio] = kept
                 rows[str(ratio)] = self._judge(read, kept, nothing, answer, read.last)
             if task == "needle":
-                kept = {n: read.kept(KVCompression(make(), Ratio(SETTINGS_RATIO))) for n, make in SETTINGS.items()}
-                found["settings"] = {task: {str(SETTINGS_RATIO): self._judge(read, kept, nothing, answer, read.last)}}
+                if self.settings:
+                    share = Ratio(SETTINGS_RATIO)
+                    kept = {n: read.kept(KVCompression(make(), share)) for n, make in self.settings.items()}
+                    told = self._judge(read, kept, nothing, answer, read.last)
+                    found["settings"] = {task: {str(SETTINGS_RATIO): told}}
                 for other, ratios_of in plan.get("second", {}).items():
                     asked, more = prompts.next_turn_ids(self.tokenizer, item, other, answer[0].tolist())
                     rows_of = found["second"].setdefault(other, {})
@@ -254,6 +254,7 @@ def measure(
     model: str = "smollm2-135m",
     dtype: torch.dtype = torch.bfloat16,
     presses: bool = True,
+    compared: bool = True,
     text: str | None = None,
 ) -> dict[str, Any]:
     """Ask every question of every item, from the caches that every technique leaves.
@@ -264,10 +265,11 @@ def measure(
         pictures: folder for ``real-eviction-cpu.svg``.
         plan: by length of the text in tokens, what is measured: ``{mode: {task: ratios}}``.
         depths: of the needle.
-        items: by length, texts at each depth; 8, 5 and 3 by default.
+        items: by length, texts at each depth; 3 by default.
         model: of :mod:`attnlib.bench.models`, or a folder or name of a causal language model.
         dtype: of its weights.
         presses: let kvpress take part where it is installed.
+        compared: compare settings of SnapKV.
         text: to sow into; the documentation of Python by default.
 
     Returns:
@@ -278,15 +280,15 @@ def measure(
     """
     from ...converting import open_model
 
-    counts = {n: {1024: 8, 2048: 5, 4096: 3}.get(n, 3) for n in plan} | dict(items or {})
+    counts = dict.fromkeys(plan, 3) | dict(items or {})
     theirs = sorted(PRESSES) if presses and kvpress_folder() is not None else []
-    key = (model, str(dtype), {str(k): v for k, v in plan.items()}, theirs, list(SETTINGS))
+    key = (model, str(dtype), {str(k): v for k, v in plan.items()}, theirs, list(SETTINGS) if compared else [])
     kept = Pieces(keep, key, progress)
     benches: list[Bench] = []
 
     def ask(length: int, depth: float, seed: int) -> dict[str, Any]:
         if not benches:  # nothing is loaded where everything is kept
-            benches.append(Bench(*open_model(model, dtype), presses))
+            benches.append(Bench(*open_model(model, dtype), presses, compared))
             limit, longest = benches[0].reader.limit, max(plan)
             if longest + 128 > limit:
                 raise ValueError(f"length={longest} and a question are more than the {limit} tokens that it can read")

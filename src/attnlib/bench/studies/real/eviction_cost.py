@@ -2,14 +2,14 @@
 
 ``attnlib bench --suite real-eviction-cost --out benchmarks/results``. Decoding reads every kept key of every layer
 for each token, and the rest of the model besides, so less than the share of evicted keys can be gained. A scorer works
-once, after the prompt: its price is a share of reading the prompt. Times are medians of interleaved rounds of processor
-time, which other programs disturb least; ratios are taken round by round.
+once, after the prompt: its price is a share of reading the prompt. It is timed by itself, on the queries, keys and
+values that one pass over the prompt left, since whole passes differ by more than most scorers take. Times are medians
+of interleaved rounds of processor time, which other programs disturb least; ratios are taken round by round.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 
 from ....cache import KVCompression, Ratio
-from ....hooks import attach
 from ... import models
-from ...clock import interleave, machine, peak_bytes, ratio
+from ...clock import interleave, machine, now, peak_bytes
 from ...converting import open_model, tokens_of
 from ...data import files
 from ...small import Progress, picture
-from ...speed.cache import Contender, _kvpress
+from ...speed.cache import Contender
 from ._kept import Kept
-from ._prefill import kvpress_folder, kvpress_version
+from ._prefill import Press, Reader, kvpress_folder, kvpress_version
 from .eviction import ALL, PRESSES, QUADRATIC, QUADRATIC_LENGTH, SCORERS
 
 QUESTION = "What do a smaller cache and its scorer cost and save, in time and memory?"
@@ -39,12 +38,19 @@ PLAIN = ALL
 def decoding(
     model: Any, prompt: Tensor, more: Tensor, ratios: Sequence[float], rounds: int, press: Any
 ) -> list[dict[str, Any]]:
-    """Time of a token and bytes of the cache for the whole cache, SnapKV's, and kvpress's SnapKVPress's."""
-    made = [Contender(PLAIN, 0.0, model, prompt)]
+    """Time of a token, bytes of the cache and most bytes while the prompt is read: for the whole cache, SnapKV's, and
+    kvpress's SnapKVPress's."""
+    made: list[Contender] = []
+    peaks: list[int] = []
+
+    def read(*given: Any, **settings: Any) -> None:
+        peaks.append(peak_bytes(lambda: made.append(Contender(*given, **settings))))
+
+    read(PLAIN, 0.0, model, prompt)
     for share in ratios:
-        made.append(Contender("SnapKV", share, model, prompt, ours=True))
+        read("SnapKV", share, model, prompt, ours=True)
         if press is not None:
-            made.append(Contender("kvpress SnapKVPress", share, model, prompt, press))
+            read("kvpress SnapKVPress", share, model, prompt, press)
     times: list[list[float]] = [[] for _ in made]
     for done in range(rounds + 1):  # the first round warms up
         for c, own in zip(made, times, strict=True):
@@ -52,52 +58,51 @@ def decoding(
             if done:
                 own.append(seconds)
     rows = []
-    for c, own in zip(made, times, strict=True):
+    for c, own, peak in zip(made, times, peaks, strict=True):
         if c.session is not None:
             c.session.detach()
         rows.append({
             "name": c.name, "ratio": c.ratio, "keys": max(c.keys), "token_s": statistics.median(own),
             "against": statistics.median(a / b for a, b in zip(own, times[0], strict=True)),
-            "cache_bytes": c.bytes, "cache": c.bytes / made[0].bytes,
+            "cache_bytes": c.bytes, "cache": c.bytes / made[0].bytes, "peak_bytes": peak, "peak": peak / peaks[0],
         })  # fmt: skip
     return rows
 
 
-def prefill(
-    model: Any, prompt: Tensor, evicted: float, rounds: int, presses: Mapping[str, Any]
+def choosing(
+    model: Any, prompt: Tensor, evicted: float, rounds: int, presses: Mapping[str, Press]
 ) -> list[dict[str, Any]]:
-    """Time of reading a prompt with every scorer beside reading it alone, and the most memory that it takes."""
-    from transformers import DynamicCache
-
-    slots = torch.arange(prompt.shape[1])
-
-    def read(**given: Any) -> None:
-        cache = DynamicCache(config=model.config)
-        model(prompt, past_key_values=cache, position_ids=slots[None], logits_to_keep=1, **given)
+    """Time in which every scorer chooses what stays of a prompt, beside that of reading it, and the memory it takes."""
+    reader, reads = Reader(model), []
+    for _ in range(2):
+        start = now("cpu")
+        read = reader.read(prompt)
+        reads.append(now("cpu") - start)
+    seconds = min(reads)
 
     def ours(name: str) -> Callable[[], None]:
         def run() -> None:
-            with attach(model, KVCompression(SCORERS[name](0), Ratio(evicted))):
-                read()
+            read.kept(KVCompression(SCORERS[name](0), Ratio(evicted)))
 
         return run
 
-    def theirs(press: Any) -> Callable[[], None]:
+    def theirs(press: Press) -> Callable[[], None]:
         def run() -> None:
-            with press(compression_ratio=evicted)(model):
-                read(cache_position=slots)  # it looks for an argument that newer releases do not pass by themselves
+            press.forget()
+            press.kept(read, evicted)
 
         return run
 
-    runs: dict[str, Callable[[], None]] = {PLAIN: read}
-    runs |= {name: ours(name) for name in SCORERS if name not in QUADRATIC or prompt.shape[1] <= QUADRATIC_LENGTH}
+    runs = {name: ours(name) for name in SCORERS if name not in QUADRATIC or prompt.shape[1] <= QUADRATIC_LENGTH}
     runs |= {name: theirs(press) for name, press in presses.items()}
     peaks = {name: peak_bytes(run) for name, run in runs.items()}
     times = interleave(runs, rounds, "cpu")
+    whole = sum(layer.k.nbytes + layer.v.nbytes for layer in read.layers)
     return [
-        {"name": name, "seconds": times[name].median, "against": ratio(times[name], times[PLAIN])["ratio"],
-         "peak_bytes": peaks[name], "peak": peaks[name] / peaks[PLAIN]}
-        for name in runs
+        {"name": PLAIN, "seconds": 0.0, "prompt_s": seconds, "against": 1.0, "peak_bytes": 0, "cache_bytes": whole},
+        *({"name": name, "seconds": times[name].median, "prompt_s": seconds,
+           "against": 1 + times[name].median / seconds, "peak_bytes": peaks[name], "cache_bytes": whole}
+          for name in runs),
     ]  # fmt: skip
 
 
@@ -110,9 +115,9 @@ def measure(
     ratios: Sequence[float] = (0.5, 0.75, 0.9),
     evicted: float = 0.75,
     tokens: int = 8,
-    rounds: int = 5,
+    rounds: int = 3,
     model: str = "smollm2-135m",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.float32,
     presses: bool = False,
     text: str | None = None,
 ) -> dict[str, Any]:
@@ -140,11 +145,12 @@ def measure(
         ValueError: more tokens than the model, or the text, has.
     """
     folder = kvpress_folder() if presses else None
-    theirs: dict[str, Any] = {}
+    theirs: dict[str, Press] = {}
     if folder is not None:
-        _kvpress(folder)
-        theirs = {n: getattr(importlib.import_module(f"kvpress.presses.{m}"), c) for n, (m, c) in PRESSES.items()}
-    kept = Kept(keep, (model, str(dtype), list(ratios), evicted, tokens, rounds, sorted(theirs)), progress)
+        theirs = {name: Press(*target) for name, target in PRESSES.items()}
+    kept = Kept(
+        keep, ("choosing alone", model, str(dtype), list(ratios), evicted, tokens, rounds, sorted(theirs)), progress
+    )
     opened: list[tuple[Any, Tensor]] = []
 
     def at(length: int) -> dict[str, Any]:
@@ -159,10 +165,10 @@ def measure(
             opened.append((loaded, ids))
         loaded, ids = opened[0]
         prompt, more = ids[None, :length], ids[None, length : length + tokens]
-        press = theirs.get("kvpress SnapKVPress")
+        press = type(theirs["kvpress SnapKVPress"].press) if theirs else None
         return {
             "decoding": decoding(loaded, prompt, more, ratios, rounds, press),
-            "prompt": prefill(loaded, prompt, evicted, rounds, theirs),
+            "prompt": choosing(loaded, prompt, evicted, rounds, theirs),
         }
 
     done = {n: kept(f"{n} tokens", functools.partial(at, n)) for n in lengths}
