@@ -202,6 +202,7 @@ def attaches(value: Any, name: str) -> list[str]:
     from attnlib.hooks import Intervention
     from attnlib.hooks.intervention import STAGES
     from attnlib.nn.base import Fusion, Mechanism
+    from attnlib.nn.pools import Pool
 
     short = name.rpartition(".")[2]
     if isinstance(value, type) and issubclass(value, Intervention):
@@ -212,6 +213,8 @@ def attaches(value: Any, name: str) -> list[str]:
         return [f"`{short}` is attached to a model that exists: `attnlib.attach(model, {short}(...))`. {place}{acts}"]
     if isinstance(value, type) and issubclass(value, Fusion):
         return [f'`attnlib.create("{name}", ...)` takes several streams and gives as many.']
+    if isinstance(value, type) and issubclass(value, Pool) and "." not in name:
+        return [f'`attnlib.create("{name}", ...)` turns the tokens of any encoder, (B, N, C), into one vector.']
     if isinstance(value, type) and issubclass(value, Mechanism) and "." not in name:
         traits, (decodes, sees) = value.class_traits, fits(name)
         out = [f'`attnlib.create("{name}", ...)`, a module of its own.']
@@ -501,13 +504,17 @@ def mechanisms_index(entries: list[Paper]) -> str:
         said = text.summary(inspect.getdoc(cls) or "")
         rows.append([f"[`{name}`]({name}.md)", cell(said), cell(patterns), ranks, cell(told(traits.work)),
                      "yes" if traits.streaming else ""])  # fmt: skip
-    fusions = [
-        [f"[`{name}`]({name}.md)", cell(text.summary(inspect.getdoc(find(name)) or ""))]
-        for name in list_mechanisms("fusion")
-    ]
+    fusions, pools = (
+        [
+            [f"[`{name}`]({name}.md)", cell(text.summary(inspect.getdoc(find(name)) or ""))]
+            for name in list_mechanisms(k)
+        ]
+        for k in ("fusion", "pool")
+    )
     return "\n".join([
         "# Mechanisms\n",
         "Every name that `attnlib.create` builds, with the upper bounds of its claims; each page has them all.\n",
         table(["name", "", "patterns", "grid ranks", "work", "streams"], rows),
         "## Fusions of several streams\n", table(["name", ""], fusions),
+        "## Pools of tokens\n", table(["name", ""], pools),
     ])  # fmt: skip

@@ -135,7 +135,7 @@ def write(
         code = snippets.snippet(entry, cases)
         site[f"papers/{entry.slug}.md"] = pages.paper_page(entry, code, found, sizes)
     site["papers/index.md"] = pages.papers_index(entries)
-    for name in [*list_mechanisms(), *list_mechanisms("fusion")]:
+    for name in [*list_mechanisms(), *list_mechanisms("fusion"), *list_mechanisms("pool")]:
         site[f"mechanisms/{name}.md"] = pages.mechanism_page(name, entries)
     site["mechanisms/index.md"] = pages.mechanisms_index(entries)
     site |= pages.packages(entries)

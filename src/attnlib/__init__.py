@@ -18,6 +18,7 @@ _LAZY = {
     "deploy": "attnlib.nn.base",
     "Mechanism": "attnlib.nn.base",
     "Fusion": "attnlib.nn.base",
+    "Pool": "attnlib.nn.pools.base",
     "attention": "attnlib.ops",
     "attention_partial": "attnlib.ops",
     "explain": "attnlib.ops",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .grids import Layout
     from .models.build import create_model, list_models
     from .nn.base import Fusion, Mechanism, deploy
+    from .nn.pools.base import Pool
     from .nn.registry import convert_state_dict, create, list_mechanisms, register
     from .ops.attention import attention, attention_partial, explain, use_backend
     from .types import Output, Partial, Plan, State, Traits

@@ -103,9 +103,16 @@ def list_(
             # Patterns are what some setting serves; everything else is what an instance by default claims.
             traits = {**default_traits(name).to_dict(), "patterns": most.to_dict()["patterns"]}
             rows.append({"name": name, "summary": summary, **traits})
-    fusions = [{"name": n, "summary": (find(n).__doc__ or "").splitlines()[0]} for n in list_mechanisms("fusion")]
+    others = {
+        kind: [
+            {"name": n, "summary": (find(n).__doc__ or "").splitlines()[0]}
+            for n in list_mechanisms(kind)
+            if text.lower() in n
+        ]
+        for kind in ("fusion", "pool")
+    }
     if as_json:
-        _print_json({"mechanisms": rows, "fusions": fusions})
+        _print_json({"mechanisms": rows, "fusions": others["fusion"], "pools": others["pool"]})
         return
     table = _table("name", "patterns", "grids", "work", "")
     for row in rows:
@@ -115,6 +122,9 @@ def list_(
             _cost(row["work"]), flags,
         )  # fmt: skip
     console.print(table)
+    for kind, found in others.items():
+        if found and pattern is None:
+            console.print(f"{kind}s: {', '.join(row['name'] for row in found)}")
     console.print("[dim]NS noncausal self, CS causal self, NC noncausal cross, CC causal cross, with some settings;[/]")
     console.print("[dim]the rest by default: ranks of grids, growth of work, S decodes step by step, M takes a mask[/]")
 

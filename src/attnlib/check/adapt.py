@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.base import Fusion
-from ..types import Traits
+from ..types import Output, Traits
 from .verdict import Refuted
 
 KINDS = ("mechanism", "fusion", "pool")
@@ -69,12 +69,13 @@ class Pool(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, x: Tensor, **call: Any) -> Tensor:
-        y = self.inner(x, **call)
+    def forward(self, x: Tensor, **call: Any) -> Any:
+        answer = self.inner(x, **call)
+        y = answer.y if isinstance(answer, Output) else answer
         if not isinstance(y, Tensor) or y.dim() != 2 or y.shape[0] != x.shape[0]:
             found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise Refuted(f"a pool gives (B, D); for x of shape {tuple(x.shape)} it gave {found}")
-        return y.unsqueeze(1)
+        return answer._replace(y=y.unsqueeze(1)) if isinstance(answer, Output) else y.unsqueeze(1)
 
 
 def stream_shapes(config: Any, fusion: Any) -> tuple[tuple[int, ...], ...]:

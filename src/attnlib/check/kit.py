@@ -12,6 +12,7 @@ import torch
 
 from ..checks import check_choice
 from ..nn.base import Fusion
+from ..nn.pools.base import Pool as PoolBase
 from ..types import Traits
 from . import (  # noqa: F401
     causality,
@@ -158,7 +159,8 @@ def subject_makers(
             return build
 
         return [stream(i) for i in range(len(shapes))]
-    if kind == "pool" or (kind is None and plain.claims is SILENT and _pools(plain)):
+    pools = isinstance(plain.base, PoolBase) or (plain.claims is SILENT and _pools(plain))
+    if kind == "pool" or (kind is None and pools):
         return [lambda claims: make(claims, wrap=Pool)]
     return [make]
 

@@ -24,7 +24,9 @@ def _shared(s: Subject, m: nn.Module, scene: Scene) -> None:
         tries.append((f" on grid {s.long}", s.x(grid=s.long), {}))
     if s.claims.valid:
         full = torch.ones(tries[0][1].shape[:-1], dtype=torch.bool)
-        tries += [(" with valid all True", s.x(), {"valid": full}), (" with valid all False", s.x(), {"valid": ~full})]
+        tries.append((" with valid all True", s.x(), {"valid": full}))
+        if not s.pool:  # which may refuse that
+            tries.append((" with valid all False", s.x(), {"valid": ~full}))
     for where, x, kw in tries:
         context = s.context(scene, x.shape[0])
         given = {"x": x, "context": context, **kw}

@@ -222,7 +222,8 @@ def _others(s: Subject, scene: Scene) -> float:
         n, shape = first.numel(), first.shape
         answers = []
         for most in (0, 1, n // 2, n):
-            valid = torch.stack([first, *((torch.arange(n) < max(0, most - i)).view(shape) for i in range(3))])
+            least = 1 if s.pool else 0  # which may refuse a sample without any
+            valid = torch.stack([first, *((torch.arange(n) < max(least, most - i)).view(shape) for i in range(3))])
             with torch.no_grad():
                 answers.append(s.y(m, x, context, scene, **{argument: valid})[0])
         why = f"{scene.name}: the answer for sample 0 changes with {argument} of the other samples"
@@ -231,11 +232,12 @@ def _others(s: Subject, scene: Scene) -> float:
 
 
 def _map(s: Subject, m: nn.Module, x: Tensor, context: Tensor | None, scene: Scene, **kw: Any) -> tuple[Tensor, Tensor]:
-    """(y, weights) of shapes (B, N, C) and (B, H, N, M)."""
+    """(y, weights) of shapes (B, N, C) and (B, H, N, M); of a pool, with one row for its one vector."""
     out = s.run(m, x, context, scene, returns=("weights",), **kw)
     weights = out.weights
     require(isinstance(weights, Tensor), f"weights are {type(weights).__name__}, not a tensor (B, H, N, M)")
     n, k = math.prod(x.shape[1:-1]), math.prod((x if context is None else context).shape[1:-1])
+    n = 1 if s.pool else n
     found, want = tuple(weights.shape), f"(B, H, N, M) with N={n}, M={k}"
     require(weights.dim() == 4 and weights.shape[2:] == (n, k), f"weights have shape {found}, not {want}")
     return out.y.flatten(1, -2), weights
@@ -245,7 +247,7 @@ def _vanish(s: Subject, scene: Scene) -> None:
     """Weights are zero where nothing may be read."""
     m, x, context = s.fresh(), s.x(), s.context(scene)
     source = x if context is None else context
-    n, k = math.prod(x.shape[1:-1]), math.prod(source.shape[1:-1])
+    n, k = 1 if s.pool else math.prod(x.shape[1:-1]), math.prod(source.shape[1:-1])
     tries: list[tuple[str, dict[str, Any], Tensor]] = []
     if s.claims.valid:
         name = "valid" if context is None else "context_valid"
@@ -294,7 +296,7 @@ def _explain(s: Subject, scene: Scene) -> None:
         generator = torch.Generator().manual_seed(16)
         samples, rows = torch.randperm(batch, generator=generator), torch.randperm(n, generator=generator)
         own = rest(weights)
-        other = min(rest(weights[samples]), rest(weights[:, :, rows]))
+        other = min([rest(weights[samples]), *([rest(weights[:, :, rows])] if n > 1 else [])])
     why = (
         f"{scene.name}: the weights do not explain y: a fit by them leaves {own:.3f} of it, by those of other samples "
         f"and rows {other:.3f}; they are not the weights that were used"

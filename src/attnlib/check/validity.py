@@ -151,6 +151,26 @@ def _each(name: str, alike: bool) -> Callable[[Tensor], Tensor]:
     return gap
 
 
+def _nobody(
+    s: Subject, m: Any, scene: Scene, argument: str, held: Tensor, x: Tensor, context: Tensor | None
+) -> None:  # fmt: skip
+    """A sample without valid tokens gives finite numbers; zeros where it is ``x``. A pool may refuse it, clearly."""
+    nobody = torch.ones(held.shape[:-1], dtype=torch.bool)
+    nobody[0] = False
+    leaf = held.clone().requires_grad_()
+    pair = (leaf, context) if argument == "valid" else (x, leaf)
+    try:
+        out = s.y(m, *pair, scene, **{argument: nobody})
+    except ValueError as error:
+        require(s.pool and "valid" in str(error), f"{scene.name}: a sample without valid tokens is refused: {error}")
+        return
+    finite(out, f"{scene.name}: y of a sample without valid tokens")
+    (grad,) = torch.autograd.grad(out.square().sum(), leaf)
+    finite(grad, f"{scene.name}: the gradient of a sample without valid tokens")
+    if argument == "valid" and not s.pool:
+        require(not out[0].any(), f"{scene.name}: y of a sample without valid tokens is not zero")
+
+
 @claim("validity", unless=trait("valid"))
 def validity(s: Subject) -> Evidence:
     """Invalid tokens change nothing, whatever they hold and however many there are; their ``y`` is zero.
@@ -182,17 +202,7 @@ def validity(s: Subject) -> Evidence:
             worst = max(
                 worst, same(s.y(m, x, context, scene, **{argument: everything}), s.y(m, x, context, scene), why)
             )
-            nobody = everything.clone()
-            nobody[0] = False
-            leaf = held.clone().requires_grad_()
-            pair = (leaf, context) if argument == "valid" else (x, leaf)
-            out = finite(
-                s.y(m, *pair, scene, **{argument: nobody}), f"{scene.name}: y of a sample without valid tokens"
-            )
-            (grad,) = torch.autograd.grad(out.square().sum(), leaf)
-            finite(grad, f"{scene.name}: the gradient of a sample without valid tokens")
-            if argument == "valid" and not s.pool:
-                require(not out[0].any(), f"{scene.name}: y of a sample without valid tokens is not zero")
+            _nobody(s, m, scene, argument, held, x, context)
             base = Setting("", s.grid)
             each = {name: _each(name, alike=True) for name in ("left", "middle", "right")}
             worst = max(worst, _absent(s, scene, base, argument, each))

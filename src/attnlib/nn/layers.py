@@ -424,7 +424,8 @@ def masked_batch_norm(norm: nn.BatchNorm2d, x: Tensor, valid: Tensor | None) -> 
             norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
             if norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.add_(1)
-    return ((x - mean) * torch.rsqrt(var + norm.eps)).to(x.dtype) * norm.weight + norm.bias
+    y = ((x - mean) * torch.rsqrt(var + norm.eps)).to(x.dtype)
+    return y if norm.weight is None else y * norm.weight + norm.bias
 
 
 class MapNorm(nn.Module):

@@ -27,7 +27,7 @@ ACRONYMS: Mapping[str, tuple[str, ...]] = {
     "vsa": ("'vsa-varied-size-window', varied-size window attention", "video sparse attention"),
 }
 
-_ENTRIES: dict[str, dict[str, type]] = {"mechanism": {}, "fusion": {}}
+_ENTRIES: dict[str, dict[str, type]] = {"mechanism": {}, "fusion": {}, "pool": {}}
 _ALIASES: dict[str, list[str]] = {}
 _discovered = False
 
@@ -93,7 +93,7 @@ def find(name: str) -> type:
         raise ValueError(f"{name!r} is ambiguous; it may mean one of {sorted(owners)}")
     if owners:
         return find(owners[0])
-    known = [*list_mechanisms(), *list_mechanisms("fusion"), *_ALIASES]
+    known = [*(name for kind in _ENTRIES for name in list_mechanisms(kind)), *_ALIASES]
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else "`attnlib list` shows all"
     raise ValueError(f"unknown mechanism {name!r}; {hint}")

@@ -54,6 +54,26 @@ def cluttered_digits(
     Returns:
         Images (count, 1, side, side) in [0, 1] and labels (count,).
     """
+    return placed_digits(count, side, part, pieces, generator, digit)[:2]
+
+
+def placed_digits(
+    count: int,
+    side: int = 32,
+    part: str = "train",
+    pieces: int = 8,
+    generator: torch.Generator | None = None,
+    digit: int = 14,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`cluttered_digits`, and where the digit is.
+
+    Args:
+        count, side, part, pieces, generator, digit: as there.
+
+    Returns:
+        Images (count, 1, side, side), labels (count,), and the row and column (count, 2) of the digit's upper left
+        pixel.
+    """
     check_choice("part", part, PARTS)
     check_int("side", side, least=20)
     check_int("digit", digit, least=4, most=side)
@@ -74,7 +94,7 @@ def cluttered_digits(
             patch = images[i, top : top + half, left : left + half]
             torch.maximum(patch, glyphs[which[j], a : a + half, b : b + half], out=patch)
         images[i, rows[i] : rows[i] + digit, columns[i] : columns[i] + digit] = glyphs[chosen[i]]
-    return images.unsqueeze(1), labels[chosen]
+    return images.unsqueeze(1), labels[chosen], torch.tensor([rows, columns]).T
 
 
 @functools.lru_cache(maxsize=1)
