@@ -110,13 +110,14 @@ class RankAugmentedLinearAttention(Mechanism):
 
     def mix(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
         height, width = x.shape[1:3]
-        q, k, v = self.qkv(x).chunk(3, -1)
+        qk, v = self.qkv(x).split([2 * self.dim, self.dim], -1)
         angles = None
         if self.rotary is not None:
             angles = grid_angles(height, width, self.head_dim, self.rotary, x.device)
         mixed = self._linear if self.attention == "linear" else self._softmax
-        qh, kh, vh = (split_heads(t, self.num_heads) for t in (q, k, v))
-        out = merge_heads(mixed(qh, kh, vh, angles, flat_valid(valid)), (height, width))
+        # Queries and keys are mapped and turned alike: as heads of one.
+        heads, vh = split_heads(qk, 2 * self.num_heads), split_heads(v, self.num_heads)
+        out = merge_heads(mixed(heads, vh, angles, flat_valid(valid)), (height, width))
         if self.lepe is not None:
             out = out + self.lepe(zero_invalid(v, valid))
         if self.gate is not None:
@@ -126,14 +127,16 @@ class RankAugmentedLinearAttention(Mechanism):
     def _turned(self, x: Tensor, angles: Tensor | None) -> Tensor:
         return x if angles is None else rotate(x, angles, interleaved=True)
 
-    def _softmax(self, q: Tensor, k: Tensor, v: Tensor, angles: Tensor | None, valid: Tensor | None) -> Tensor:
-        return attention(self._turned(q, angles), self._turned(k, angles), v, valid=valid, scale=self.scale)
+    def _softmax(self, qk: Tensor, v: Tensor, angles: Tensor | None, valid: Tensor | None) -> Tensor:
+        q, k = self._turned(qk, angles).chunk(2, 1)
+        return attention(q, k, v, valid=valid, scale=self.scale)
 
-    def _linear(self, q: Tensor, k: Tensor, v: Tensor, angles: Tensor | None, valid: Tensor | None) -> Tensor:
-        q, k = elu1(q), elu1(k)
+    def _linear(self, qk: Tensor, v: Tensor, angles: Tensor | None, valid: Tensor | None) -> Tensor:
+        qk = elu1(qk)
+        q, k = qk.chunk(2, 1)
         return linear_attention(
-            self._turned(q, angles), self._turned(k, angles), v, causal=False, valid=valid, normalizer="sum",
-            denominator=(q, k), eps=self.eps, key_weights=self.key_weights(q, k, valid),
+            *self._turned(qk, angles).chunk(2, 1), v, causal=False, valid=valid, normalizer="sum", denominator=(q, k),
+            eps=self.eps, key_weights=self.key_weights(q, k, valid),
         )  # fmt: skip
 
     def key_weights(self, q: Tensor, k: Tensor, valid: Tensor | None = None) -> Tensor:
