@@ -258,6 +258,7 @@ ROWS = {
     "focalnet": ("focalnet", dict(dim=64), {}),
     "davit": ("davit", dict(BIG), {}),
     "mambaout": ("mambaout", dict(dim=64), {}),
+    "van": ("van-large-kernel-attention", dict(dim=64), {}),
     "contmix": (
         "overlock-contmix",
         dict(dim=64),

@@ -91,6 +91,7 @@ def rows():
         "deformable-attention", entries("deformable-attention", "sd."),
         lambda: create("msda", dim=8, num_heads=2, num_levels=2, num_points=3, context_layout=levels),
     )  # fmt: skip
+    plain("van-large-kernel-attention", entries("van-large-kernel-attention", "a/sd/"), lambda: create("lka", dim=6))
     plain(
         "overlock-contmix", entries("overlock-contmix", "window/sd/"),
         lambda: create("overlock-contmix", dim=16, num_heads=2, kernel_size=5),

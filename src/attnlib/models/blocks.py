@@ -21,6 +21,7 @@ from ..nn.layers import (
     PositionalConv,
     SqueezeExcite,
     cell_means,
+    normed,
     strided_valid,
     zero_invalid,
 )
@@ -193,14 +194,14 @@ class Residual(nn.Module):
         layout: Layout | None = None,
     ) -> tuple[Tensor, Any]:
         """(B, *grid, C) -> the same and the carry; losses of the mechanism are added into ``losses``."""
-        y = x if self.post_norm else self.norm(x)
+        y = x if self.post_norm else normed(self.norm, x, valid)
         if isinstance(self.inner, Mechanism):
             y, carry, own = mix(self.inner, y, None, carry, valid, layout)
             add_losses(losses, own)
         else:
             y = self.inner(y, valid)
         if self.post_norm:
-            y = self.norm(y)
+            y = normed(self.norm, y, valid)
         return x + self.drop_path(self.scale(y)), carry
 
 

@@ -150,6 +150,8 @@ class DepthwiseConv(nn.Module):
             nn.init.uniform_(self.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.dilation > 1 and self.stride == 1:
+            return depthwise(x, self.weight, self.bias, dilation=self.dilation)
         conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[self.rank - 1]
         out = conv(
             x.movedim(-1, 1), self.weight, self.bias, stride=self.stride, padding=self.padding, dilation=self.dilation,
