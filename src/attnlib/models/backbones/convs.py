@@ -115,6 +115,7 @@ class ResidualBlock(nn.Module):
         groups: of the 3 x 3 convolution of a bottleneck.
         squeeze: width inside a squeeze-and-excitation before the last convolution; 0 for none.
         squeeze_activation: makes its activation.
+        squeeze_last: it stands behind the last convolution and its norm instead.
         mixer: takes the place of the 3 x 3 convolution of a bottleneck, as of :class:`Mixing`.
         mixed: width that it gives; ``hidden`` by default.
         average: the shortcut takes means of cells instead of every ``stride``-th token.
@@ -133,6 +134,7 @@ class ResidualBlock(nn.Module):
         groups: int = 1,
         squeeze: int = 0,
         squeeze_activation: Activation = Relu,
+        squeeze_last: bool = False,
         mixer: nn.Module | None = None,
         mixed: int | None = None,
         average: bool = False,
@@ -150,7 +152,8 @@ class ResidualBlock(nn.Module):
             self.conv2 = Mixing(mixer, hidden, stride, activation)
         elif not basic:
             self.conv2 = ConvNorm(hidden, hidden, 3, stride, groups=groups, activation=activation)
-        self.squeeze = SqueezeExcite(hidden, squeeze, squeeze_activation) if squeeze else None
+        self.squeeze_last, squeezed = squeeze_last, out_dim if squeeze_last else hidden
+        self.squeeze = SqueezeExcite(squeezed, squeeze, squeeze_activation) if squeeze else None
         self.conv3 = ConvNorm(hidden, out_dim, 3 if basic else 1, gain=gain)
         self.act = activation()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
@@ -166,9 +169,12 @@ class ResidualBlock(nn.Module):
             x, carry = self.conv2(x, valid, carry, losses)
         elif self.conv2 is not None:
             x = self.conv2(x, valid)
-        if self.squeeze is not None:
+        if self.squeeze is not None and not self.squeeze_last:
             x = self.squeeze(x, strided)
-        return self.act(short + self.drop_path(self.conv3(x, strided))), strided, carry
+        x = self.conv3(x, strided)
+        if self.squeeze is not None and self.squeeze_last:
+            x = self.squeeze(x, strided)
+        return self.act(short + self.drop_path(x)), strided, carry
 
 
 class InvertedResidual(nn.Module):

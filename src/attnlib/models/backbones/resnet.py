@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_flag
+from ...checks import check_choice, check_flag, check_real
 from ...nn.layers import ConvNorm
 from ...nn.released import Released
 from ..blocks import ConvStem, Make, places
@@ -55,6 +55,8 @@ def resnet(
     stem: str = "7x7",
     stem_dim: int = 64,
     average: bool = False,
+    pool: str = "max",
+    squeeze: float = 0.0,
     num_heads: Sequence[int] | None = None,
     mechanism: Make | None = None,
     num_classes: int = 1000,
@@ -73,6 +75,8 @@ def resnet(
         stem: ``"7x7"``, ``"deep"`` or ``"tiered"``, as of :func:`stem_convs`.
         stem_dim: width of the stem.
         average: shortcuts take means of cells.
+        pool: what halves the map behind the stem: a ``"max"``, or a ``"conv"`` of 3 x 3 with norm and activation.
+        squeeze: width inside a squeeze-and-excitation at the end of every branch, over the branch's; 0 for none.
         num_heads: heads per stage of a ``mechanism``; ``width / 32`` by default.
         mechanism: takes the place of the 3 x 3 convolution of bottlenecks, as in :func:`attnlib.create_model`.
         num_classes, in_chans, img_size, drop_path_rate, drop_rate, global_pool: as in :func:`attnlib.create_model`.
@@ -82,6 +86,8 @@ def resnet(
     """
     if check_flag("basic", basic) and mechanism is not None:
         raise ValueError("mechanism needs bottlenecks to stand in, got basic=True")
+    check_choice("pool", pool, ("max", "conv"))
+    check_real("squeeze", squeeze, least=0)
     outs = [width * (1 if basic else 4) for width in embed_dims]
     reductions = [4 * 2**i for i in range(len(embed_dims))]
     dim, stages = stem_dim, []
@@ -93,11 +99,13 @@ def resnet(
             blocks.append(
                 ResidualBlock(
                     dim, out, place.dim, stride, basic, mixer=None if mechanism is None else mechanism(place),
-                    average=average, drop_path=place.drop_path,
+                    average=average, drop_path=place.drop_path, squeeze_last=True,
+                    squeeze=max(8, int(squeeze * out + 4) // 8 * 8) if squeeze else 0,
                 )
             )  # fmt: skip
             dim = out
-        stages.append(ConvStage(blocks, None if row[0].stage else MaxPool()))
+        first = MaxPool() if pool == "max" else ConvStem(ConvNorm(stem_dim, stem_dim, 3, 2, activation=Relu))
+        stages.append(ConvStage(blocks, None if row[0].stage else first))
     convs = ConvStem(*stem_convs(stem, in_chans, stem_dim))
     head = Head(dim, num_classes, global_pool, drop=drop_rate)
     model = Backbone(
@@ -115,10 +123,13 @@ def convert(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     names = {"fc": "head.fc", **conv_names("", f"stem.{last}", f"conv1.{3 * last}" if last else "conv1", "bn1")}
     for i in range(last):
         names |= conv_names("conv1.", f"stem.{i}", f"{3 * i}", f"{3 * i + 1}")
+    names |= conv_names("maxpool.", "stages.0.downsample.0", "0", "1")
     for i, j, block in blocks_of(model):
         parts = ["conv1", "conv2", "conv3"] if isinstance(block.conv2, nn.Module) else ["conv1", "conv3"]
         for number, part in enumerate(parts, 1):
             names |= conv_names(f"layer{i + 1}.{j}.", f"stages.{i}.blocks.{j}.{part}", f"conv{number}", f"bn{number}")
+        for part in ("fc1", "fc2"):
+            names[f"layer{i + 1}.{j}.se.{part}"] = f"stages.{i}.blocks.{j}.squeeze.{part}"
         if block.shortcut is not None:  # timm counts the means, also where there are none to take
             first = int(f"layer{i + 1}.{j}.downsample.2.weight" in theirs)
             ours = f"stages.{i}.blocks.{j}.shortcut.conv"
