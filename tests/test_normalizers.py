@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -12,6 +14,9 @@ KINDS = [
     Z.ClippedSoftmax(0.0, 1.0),
     Z.Relu(),
     Z.Relu(7.0),
+    Z.Step(),
+    Z.Thresholded(),
+    Z.Thresholded(1.0),
     Z.SoftplusL1(),
     Z.Uniform(),
     Z.Uniform(0.3),
@@ -111,6 +116,8 @@ def test_formulas():
         (Z.Sigmoid(-1.5), 1 / (1 + torch.exp(1.5 - s))),
         (Z.ClippedSoftmax(-0.1, 1.2), (1.3 * soft - 0.1).clamp(0, 1)),
         (Z.Relu(4.0), s.clamp(min=0) / 4),
+        (Z.Step(), (s > 0).to(s.dtype)),
+        (Z.Thresholded(0.3), (s >= s.amax(-1, keepdim=True) + math.log(0.3)).to(s.dtype)),
         (Z.SoftplusL1(), torch.log1p(s.exp()) / torch.log1p(s.exp()).sum(-1, keepdim=True)),
         (Z.Uniform(0.25), 0.75 * soft + 0.25 * seen.to(s.dtype) / seen.sum(-1, keepdim=True)),
     ]:
@@ -142,6 +149,8 @@ def test_names():
     "make,words",
     [
         (lambda: Z.as_normalizer("sofmax"), "normalizer='sofmax'"),
+        (lambda: Z.Thresholded(0.0), "share"),
+        (lambda: Z.Thresholded(1.5), "share"),
         (lambda: Z.ClippedSoftmax(0.1), "gamma"),
         (lambda: Z.ClippedSoftmax(zeta=0.5), "zeta"),
         (lambda: Z.Uniform(1.5), "u must"),

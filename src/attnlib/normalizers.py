@@ -256,6 +256,57 @@ class Relu(Normalizer):
 
 
 @dataclass(frozen=True)
+class Step(Normalizer):
+    """1 where a score is above 0, else 0. Gradients pass where ``|s| < 1``, in place of a derivative of zero."""
+
+    name: ClassVar[str] = "step"
+    activation: ClassVar[str] = "step"
+
+    def weights(self, scores: Tensor) -> Tensor:
+        hard = (scores > 0).to(scores.dtype)
+        if not scores.requires_grad:
+            return hard
+        near = torch.where(scores.abs() < 1, scores, 0)
+        return hard + (near - near.detach())
+
+    def backward(self, scores: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+        return grad * (scores.abs() < 1)
+
+
+@dataclass(frozen=True)
+class Thresholded(Normalizer):
+    """1 where softmax reaches a share of the largest weight of its row, else 0; gradients are those of softmax.
+
+    That is where ``s >= max s + ln share``. Rows are not divided by their sum.
+    """
+
+    share: float = 0.25
+    name: ClassVar[str] = "thresholded"
+    stats: ClassVar[tuple[str, ...]] = ("max",)
+    passes: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        check_real("share", self.share, above=0, most=1)
+
+    def _hard(self, soft: Tensor) -> Tensor:
+        if not soft.shape[-1]:
+            return soft
+        return ((soft >= self.share * soft.amax(-1, keepdim=True)) & (soft > 0)).to(soft.dtype)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        soft = softmax_rows(scores)
+        hard = self._hard(soft.detach())
+        return hard + (soft - soft.detach()) if soft.requires_grad else hard
+
+    def backward(self, scores: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+        return _softmax_backward(softmax_rows(scores), grad)
+
+    def adjoint_(self, scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        soft = _softmax_(scores)
+        return self._hard(soft), _softmax_backward_(soft, grad)
+
+
+@dataclass(frozen=True)
 class SoftplusL1(Normalizer):
     """``softplus(s) / sum softplus(s)``."""
 

@@ -24,6 +24,7 @@ RECORDED = {
     "attention-sink-empirical": HEADS,
     "biformer": {},
     "bimamba": {},
+    "bivit": {},
     "dinat": {},
     "gaussian-adaptive-attention": {},
     "hedgehog": {},

@@ -19,7 +19,9 @@ from attnlib.types import Partial
 N = 132  # not a multiple of any tile
 MASKS = mask_cases(N)
 BIASES = bias_cases(N, N)
-NORMALIZERS = ["softmax", Sigmoid(-1.0), ClippedSoftmax(-0.01, 1.02), "relu", "softplus_l1", "uniform"]
+NORMALIZERS = [
+    "softmax", Sigmoid(-1.0), ClippedSoftmax(-0.01, 1.02), "relu", "step", "thresholded", "softplus_l1", "uniform"
+]  # fmt: skip
 FAMILY = [Activated(phi, l1) for phi in ("exp", "softplus", "sigmoid", "relu", "elu1") for l1 in (False, True)]
 GROUPS = [(4, 4, 4), (4, 2, 2), (4, 1, 1), (4, 2, 4), (4, 1, 2)]
 

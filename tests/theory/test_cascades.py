@@ -4,7 +4,18 @@ import pytest
 import torch
 
 import attnlib
-from attnlib.normalizers import Activated, ClippedSoftmax, Relu, Sigmoid, Softmax, SoftplusL1, Uniform, normalizer_names
+from attnlib.normalizers import (
+    Activated,
+    ClippedSoftmax,
+    Relu,
+    Sigmoid,
+    Softmax,
+    SoftplusL1,
+    Step,
+    Thresholded,
+    Uniform,
+    normalizer_names,
+)
 from attnlib.ops import block_sparse, linear, neighborhood, nystrom, partition, reduced, sampled, split_decoding
 from attnlib.ops.modulation import channel_attention, depthwise, gated_sum, modulate, pool
 from attnlib.ops.toeplitz import toeplitz_attention
@@ -144,6 +155,9 @@ NORMALIZERS = [
     ClippedSoftmax(),
     ClippedSoftmax(gamma=-0.2, zeta=1.3),
     Relu(divisor=3.0),
+    Step(),
+    Thresholded(),
+    Thresholded(0.6),
     SoftplusL1(),
     Uniform(u=0.3),
     Uniform(),

@@ -162,6 +162,10 @@ def attention_cascade(normalizer: str | Normalizer = "softmax", bias: bool = Tru
         text += f"{a} = sigmoid({s} + {values['bias']!r})\n{mixed}"
     elif norm.name == "relu":
         text += f"{a} = relu({s}) / {values['divisor']!r}\n{mixed}"
+    elif norm.name == "step":
+        text += f"{a} = 1 - less({s}, 0)\n{mixed}"
+    elif norm.name == "thresholded":
+        text += statistics + f"{a} = less({values['share']!r}, expsub({s}, GM[~p])) * finite({s})\n{mixed}"
     elif norm.name == "clipped_softmax":
         gamma, zeta = values["gamma"], values["zeta"]
         # a pair that may not meet stays 0, whatever the stretch would make of it
