@@ -552,7 +552,11 @@ def look(
         list[str] | None, typer.Option("--with", help="A technique that acts; repeatable.", metavar="NAME,key=value")
     ] = None,
     attribute: Annotated[
-        list[str] | None, typer.Option(help="logits, gradient, or with --corrupted patch or first-order; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="logits, gradient, saliency, grad-cam, relevance, integrated-gradients, or with --corrupted patch or "
+            "first-order; repeatable."
+        ),
     ] = None,
     corrupted: Annotated[str | None, typer.Option(help="Another text, as long, for patching.")] = None,
     diff: Annotated[

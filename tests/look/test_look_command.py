@@ -49,6 +49,16 @@ def test_look_writes_a_page_and_a_run(tmp_path, monkeypatch):
     step[0, 2] = 1e-2 * rows[0, 2]
     up, down = (model(inputs_embeds=rows + s).logits[0, -1, best].item() for s in (step, -step))
     assert float(run.overlays["gradient"][2]) == pytest.approx((up - down) / 2e-2, abs=2e-3)
+    tokenwise = [m for m in looking.TOKENWISE if m != "gradient"]
+    result = invoke(*ask, "--save", kept, *(a for m in tokenwise for a in ("--attribute", m)), "--layers", "0")
+    assert result.exit_code == 0, result.exception
+    run = Run.load(kept)
+    assert set(run.overlays) == set(tokenwise) and all(v.shape == (6,) for v in run.overlays.values())
+    assert all(torch.isfinite(v).all() and v.any() for v in run.overlays.values())
+    held = looking._by_token(model, {"input_ids": ids}, "relevance", best)
+    torch.testing.assert_close(held, run.overlays["relevance"])
+    torch.testing.assert_close(held.sum(), model(ids).logits[0, -1, best].detach(), rtol=1e-3, atol=1e-4)
+    assert invoke(*ask, "--save", kept).exit_code == 0
     result = invoke(*ask, "--with", "SinkCalibration,beta=0.4", "--diff", "plain", "--layers", "1")
     assert result.exit_code == 0, result.exception
     assert invoke("look", "smollm2", "--text", "abcdeh", "--diff", kept, "--out", out).exit_code == 0
@@ -63,3 +73,21 @@ def test_look_writes_a_page_and_a_run(tmp_path, monkeypatch):
         (["--text", "ab", "--diff", str(tmp_path / "none")], "there is no run"),
     ):
         assert error in str(invoke("look", "smollm2", *wrong, "--out", out).exception)
+
+
+@pytest.mark.parametrize("method", looking.TOKENWISE)
+def test_maps_of_a_picture(method):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=16, patch_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = ViTForImageClassification(config).eval()
+    pixels = torch.rand(1, 3, 16, 16)
+    found = looking._by_token(model, {"pixel_values": pixels}, method, 1)
+    assert found.shape == ((5,) if method in ("saliency", "grad-cam") else (16, 16)) and torch.isfinite(found).all()
+    if method == "gradient":
+        x = pixels.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(pixel_values=x).logits[0, 1], x)
+        torch.testing.assert_close(found, (slope * x)[0].sum(0).detach())

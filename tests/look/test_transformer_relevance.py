@@ -66,6 +66,11 @@ def test_gradient_is_gradient_times_input_and_causal_masks_hold():
     (grad,) = torch.autograd.grad(model(x)[:, 1].sum(), x)
     found = transformer_relevance(model, ROWS, target=1, attention="gradient")
     torch.testing.assert_close(found, (x * grad).detach())
+    plain = {"attention": "gradient", "norm": "gradient", "activation": "gradient"}
+    for norm in ("layer", "rms", "hand"):  # gates, norms and activations too, where nothing is asked of them
+        block, y = Block(norm), ROWS.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(block(y)[:, 2].sum(), y)
+        torch.testing.assert_close(transformer_relevance(block, ROWS, target=2, **plain), (y * grad).detach())
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
     loose = Attention("matmul")
     loose.forward = lambda x: loose.head(

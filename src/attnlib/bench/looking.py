@@ -12,15 +12,34 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_within
 from ..extras import need
-from ..hooks import Tape
-from ..look import Axis, Part, Run, first_order, logit_attribution, logit_difference, patch, read
+from ..look import (
+    Axis,
+    Part,
+    Run,
+    first_order,
+    grad_cam,
+    integrated_gradients,
+    logit_attribution,
+    logit_difference,
+    patch,
+    read,
+    saliency,
+    transformer_relevance,
+)
 from ..look import page as write_page
 from . import models
 from .beside import Technique, technique
 from .converting import open_model
 
-#: What ``attribute`` names: the logit of the predicted token by head, or by token; patching from another text.
-METHODS = ("logits", "gradient", "patch", "first-order")
+#: What ``attribute`` names, of the predicted logit: its share by head; by token or pixel, gradient times input,
+#: NormGrad of the embedding (of a picture: of the middle block), Grad-CAM of the middle block, relevance with attention
+#: held constant, integrated gradients from the mean embedding (of a picture: from grey); and patching of heads from
+#: another text. Each is a forward and a backward or two, integrated gradients ``STEPS`` of them, one by one; patching
+#: is one climb of all heads together.
+TOKENWISE = ("gradient", "saliency", "grad-cam", "relevance", "integrated-gradients")
+PATCHING = ("patch", "first-order")
+METHODS = ("logits", *TOKENWISE, *PATCHING)
+STEPS = 16
 
 PLAIN = "plain"
 
@@ -62,7 +81,7 @@ def look_at(
         raise ValueError(f"give one of --text, --image and --ids, got {given or 'none'}")
     for method in attribute:
         check_choice("attribute", method, METHODS)
-        if method in ("patch", "first-order") and corrupted is None:
+        if method in PATCHING and corrupted is None:
             raise ValueError(f"attribute: {method!r} takes values from another text; give --corrupted")
     acting = [technique(one) for one in techniques]
     if diff == PLAIN and not acting:
@@ -145,45 +164,70 @@ def _read(
         made = [one.make() for one in acting if one.make is not None]
         run = read(model, inputs, tokens, name=name, layers=layers, interventions=made)
     if attribute:  # of the untouched model: what acts and what is measured cannot both be attached
-        overlays = {method: _attributed(model, inputs, method, corrupted, reader) for method in attribute}
+        best = _answer(model, inputs)
+        overlays = {method: _attributed(model, inputs, method, best, corrupted, reader) for method in attribute}
         if layers is not None:
-            overlays = {n: v[list(layers)] if n != "gradient" else v for n, v in overlays.items()}
+            overlays = {n: v if n in TOKENWISE else v[list(layers)] for n, v in overlays.items()}
         run = Run(run.name, run.layers, run.axes, overlays)
     return run
 
 
-def _attributed(model: Any, inputs: dict[str, Tensor], method: str, corrupted: str | None, reader: Any) -> Tensor:
+def _answer(model: Any, inputs: dict[str, Tensor]) -> int:
+    """What the model predicts: a class, or the next token."""
     with torch.no_grad():
         logits = getattr(model(**inputs), "logits", None)
     if logits is None:
         raise ValueError(f"attribute: {type(model).__name__} gives no logits, so nothing can be said to make one")
-    best = logits[0, -1] if logits.dim() == 3 else logits[0]
-    if method == "gradient":
-        return _gradient(model, inputs, int(best.argmax()))
+    return int((logits[0, -1] if logits.dim() == 3 else logits[0]).argmax())
+
+
+def _attributed(
+    model: Any, inputs: dict[str, Tensor], method: str, best: int, corrupted: str | None, reader: Any
+) -> Tensor:
+    if method in TOKENWISE:
+        return _by_token(model, inputs, method, best)
     if method == "logits":
-        return logit_attribution(model, inputs, [int(best.argmax())]).grid()
+        return logit_attribution(model, inputs, [best]).grid()
     other = _words(model, reader, corrupted, None)
     if other["input_ids"].shape != inputs["input_ids"].shape:
         raise ValueError(
             f"--corrupted has {other['input_ids'].shape[1]} tokens and the text {inputs['input_ids'].shape[1]}; "
             "patching needs as many"
         )
-    with torch.no_grad():
-        wrong = int(model(**other).logits[0, -1].argmax())
-    if wrong == int(best.argmax()):
+    wrong = _answer(model, other)
+    if wrong == best:
         raise ValueError("--corrupted gets the same answer as the text, so there is no difference to explain")
-    metric = logit_difference([int(best.argmax())], [wrong])
+    metric = logit_difference([best], [wrong])
     return (patch if method == "patch" else first_order)(model, inputs, other, metric).grid("share")
 
 
-def _gradient(model: Any, inputs: dict[str, Tensor], target: int) -> Tensor:
-    """Gradient × input of a logit: by token (tokens,), or by pixel (H, W)."""
-    if "pixel_values" in inputs:
-        pixels = inputs["pixel_values"].clone().requires_grad_()
-        (slope,) = torch.autograd.grad(model(pixel_values=pixels).logits[0, target], pixels)
-        return (slope * pixels).detach()[0].sum(0)
-    embedding = model.get_input_embeddings()
-    name = next(n for n, module in model.named_modules() if module is embedding)
-    entry = Tape(model, [name]).run(inputs["input_ids"], target=torch.tensor([target]))[name]
-    assert entry.output is not None and entry.output_gradient is not None
-    return (entry.output * entry.output_gradient).detach()[0].sum(-1)
+def _by_token(model: Any, inputs: dict[str, Tensor], method: str, target: int) -> Tensor:
+    """A map over tokens (tokens,), or over pixels (H, W)."""
+    sees = "pixel_values" in inputs
+    embedding = "" if sees else _name_of(model, model.get_input_embeddings())
+    if method == "grad-cam" or (method == "saliency" and sees):
+        at = _middle_block(model)
+        return (grad_cam if method == "grad-cam" else saliency)(model, **inputs, modules=[at], target=target)[at][0]
+    if method == "saliency":
+        return saliency(model, **inputs, modules=[embedding], target=target)[embedding][0]
+    settings: dict[str, Any] = {"module": embedding, "target": target, **inputs}
+    if method == "integrated-gradients":
+        start = 0.0 if sees else model.get_input_embeddings().weight.detach().mean(0)  # zeros have no direction to norm
+        found = integrated_gradients(model, steps=STEPS, baseline=start, **settings)
+    else:  # gradient times input is relevance that follows no rule
+        plain = {"attention": "gradient", "norm": "gradient", "activation": "gradient"}
+        found = transformer_relevance(model, **settings, **({} if method == "relevance" else plain))
+    return found[0].sum(0 if sees else -1)
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, one in model.named_modules() if one is module)
+
+
+def _middle_block(model: nn.Module) -> str:
+    """The block half-way through the longest row of blocks."""
+    rows = [(name, one) for name, one in model.named_modules() if isinstance(one, nn.ModuleList)]
+    if not rows:
+        raise ValueError(f"attribute: {type(model).__name__} has no row of blocks to take a map of")
+    name, blocks = max(rows, key=lambda row: len(row[1]))
+    return f"{name}.{len(blocks) // 2}"

@@ -13,13 +13,15 @@ licence must go with every copy, and those packages carry none that could be sho
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,17 +211,30 @@ def load(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> tupl
     transformers: Any = need("transformers", f"the model {name}")
     if entry.weights.endswith(".onnx"):
         return load_dinov2(place / entry.weights, dtype, **settings)
-    if entry.weights.endswith(".gguf"):
-        need("gguf", f"the model {name}")
-        settings["gguf_file"] = entry.weights
-    known = {"gguf_file": entry.weights} if "gguf_file" in settings else {}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True, **known)
-    architecture = getattr(transformers, entry.architecture)
-    model = architecture.from_pretrained(place, local_files_only=True, dtype=dtype, **settings).eval()
+    known = {"gguf_file": entry.weights} if entry.weights.endswith(".gguf") else {}
+    with _parsed_once(name) if known else nullcontext():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True, **known)
+        architecture = getattr(transformers, entry.architecture)
+        model = architecture.from_pretrained(place, local_files_only=True, dtype=dtype, **known, **settings).eval()
     if known:  # the weights are plain numbers now, and are saved as such
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer = None
     return model, tokenizer
+
+
+@contextmanager
+def _parsed_once(name: str) -> Iterator[None]:
+    """Within it a GGUF file is parsed once, for tokenizer, settings and weights, and its table of names is made once;
+    transformers does the first three times, the second once per module."""
+    gguf: Any = need("gguf", f"the model {name}")
+    held = {asked: getattr(gguf, asked) for asked in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for asked, make in held.items():
+            setattr(gguf, asked, functools.cache(make))
+        yield
+    finally:
+        for asked, make in held.items():
+            setattr(gguf, asked, make)
 
 
 def main(argv: list[str] | None = None) -> None:

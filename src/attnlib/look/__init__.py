@@ -6,7 +6,15 @@ shows all heads.
 """
 
 from ..hooks.probes import Record, sink_rate
-from .attribution import context_aware_saliency, grad_cam, integrated_gradients, relevance, saliency, verbalize
+from .attribution import (
+    context_aware_saliency,
+    grad_cam,
+    integrated_gradients,
+    relevance,
+    saliency,
+    transformer_relevance,
+    verbalize,
+)
 from .circuits import (
     AttendTo,
     Effects,
@@ -92,5 +100,6 @@ __all__ = [
     "subspace",
     "subspaces",
     "token_scores",
+    "transformer_relevance",
     "verbalize",
 ]

@@ -15,9 +15,9 @@ backward whatever the depth. Of a layer that computes ``y = f(x)``:
                ``"gradient"``      as it is
 =============  ==================  =============================================================================
 
-A product of two branches, such as a gated feed-forward's, gives half to either. Linear layers follow a rule of
-:mod:`attnlib.look.attribution.relevance`, ``"0"`` unless said otherwise. What biases bring is theirs: without biases,
-and with ``attention="constant"``, ``sum(R) = logit``.
+A product of two branches, such as a gated feed-forward's, gives half to either where ``activation="identity"``. Linear
+layers follow a rule of :mod:`attnlib.look.attribution.relevance`, ``"0"`` unless said otherwise. What biases bring is
+theirs: without biases, and with ``attention="constant"``, ``sum(R) = logit``.
 
 Nothing has to be traceable: functions of torch are met as they are called, in any model, and one without a rule is
 refused by its name.
@@ -49,15 +49,17 @@ ACTIVATION = ("identity", "gradient")
 
 #: What is linear, moves or picks numbers: its derivative is its rule.
 _PLAIN = frozenset(
-    "linear conv1d conv2d conv3d batch_norm add radd iadd sub rsub isub neg cat concat stack sum mean nanmean reshape "
-    "view view_as reshape_as transpose permute flatten unflatten unsqueeze squeeze expand expand_as repeat "
-    "repeat_interleave contiguous clone to float double half bfloat16 type type_as getitem setitem select index_select "
-    "gather take_along_dim narrow chunk split split_with_sizes tensor_split unbind movedim moveaxis swapaxes swapdims "
-    "roll flip pad masked_fill where dropout dropout1d dropout2d interpolate avg_pool1d avg_pool2d adaptive_avg_pool1d "
-    "adaptive_avg_pool2d max_pool2d amax max t adjoint broadcast_to unfold fold cumsum tril triu diagonal index_add "
-    "scatter scatter_add pixel_shuffle pixel_unshuffle checkpoint requires_grad copy get atleast_2d lerp".split()
+    "linear conv1d conv2d conv3d batch_norm add radd iadd sub rsub isub neg cat concat stack sum mean nanmean "
+    "reshape view view_as reshape_as transpose permute flatten unflatten unsqueeze squeeze expand expand_as "
+    "repeat repeat_interleave contiguous clone to float double half bfloat16 type type_as getitem setitem select "
+    "index_select gather take_along_dim narrow chunk split split_with_sizes tensor_split unbind movedim moveaxis "
+    "swapaxes swapdims roll flip pad masked_fill masked_scatter where dropout dropout1d dropout2d interpolate "
+    "avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d max_pool2d amax max t adjoint broadcast_to "
+    "unfold fold cumsum tril triu diagonal index_add scatter scatter_add pixel_shuffle pixel_unshuffle checkpoint "
+    "requires_grad copy get atleast_2d lerp".split()
 )
-_PRODUCTS = frozenset("mul rmul imul multiply matmul rmatmul bmm mm mv einsum".split())
+_GATES = frozenset("mul rmul imul multiply".split())
+_PRODUCTS = frozenset("matmul rmatmul bmm mm mv einsum".split())
 _AFFINE = frozenset(("addmm", "baddbmm", "addbmm"))
 _QUOTIENTS = frozenset("div truediv true_divide rtruediv rdiv itruediv divide".split())
 _SCALES = frozenset("rsqrt sqrt var std norm vector_norm reciprocal".split())
@@ -108,9 +110,10 @@ class _Rules(TorchFunctionMode):
             return rule(*args, **kwargs)
         if name in _PLAIN:
             return func(*args, **kwargs)
-        if name in _PRODUCTS:
+        if name in _GATES or name in _PRODUCTS:
             out = func(*args, **kwargs)
-            return _weaker(out, 0.5) if self._both(args, kwargs) else out
+            halves = self.activation == "identity" if name in _GATES else self.attention != "gradient"
+            return _weaker(out, 0.5) if halves and self._both(args, kwargs) else out
         if name in _AFFINE:
             if sum(_live(a) for a in (*args, *kwargs.values())) > 1:
                 raise self._refused(func, "more than one of its arguments depends on what is varied")
@@ -157,7 +160,9 @@ class _Rules(TorchFunctionMode):
             raise self._refused(torch.pow, "its exponent is a tensor")
         e = float(exponent)
         y = torch.pow(x, exponent)
-        return self._constant(y) if e < 1 else _weaker(y, 1 / e)
+        if e < 1:
+            return self._constant(y)
+        return _weaker(y, 1 / e) if self.norm == "constant" and self.activation == "identity" else y
 
     _ipow = _pow
 
