@@ -34,11 +34,13 @@ REAL = tuple(
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
 ENGINES = (
     "linear", "segments", "local", "halo", "hyper", "circular", "scan", "sparse", "super-token", "cache", "hooks",
-    "transfer", "look", "gpu", *STUDIES, *REAL,
+    "transfer", "look", "saliency", "gpu", *STUDIES, *REAL,
 )  # fmt: skip
 
 #: Those that run models of transformers.
-NEEDS_HF = ("multimodal", "cache", "hooks", "conversion", "spans", "finetuning", "look", "choices", *REAL)
+NEEDS_HF = (
+    "multimodal", "cache", "hooks", "conversion", "spans", "finetuning", "look", "choices", "attribution", *REAL,
+)  # fmt: skip
 
 #: Those that load models which ``make models`` fetches, and which.
 NEEDS_MODELS = {"look": ("smollm2-135m",), "conversion": ("smollm2", "minilm"), "spans": ("smollm2",)}
@@ -74,8 +76,8 @@ def _engine(name: str, out: Path | None, progress: Any) -> dict[str, Any]:
     if out is not None:
         path = out / ("gpu.json" if name == "gpu" else f"{name}-cpu.json")
         held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        for beside in ("mechanisms", "kvpress"):  # recorded against others' code, which is not at hand here
-            if beside in held:
+        for beside in ("mechanisms", "kvpress", "captum"):  # recorded against others' code, which is not at hand here
+            if beside in held and beside not in result:
                 result[beside] = held[beside]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from ...checks import check_real, check_type, describe
 from ...hooks.tape import quantized, score_of
@@ -97,7 +98,8 @@ COMPAT: dict[Any, Rule] = {
 def _over(relevance: Tensor, by: Tensor, rule: Rule) -> Tensor:
     """``relevance / by``, stabilised; where nothing was brought, nothing is handed on."""
     if rule.signed:
-        by = by + rule.epsilon * torch.where(by < 0, -1.0, 1.0)
+        if rule.epsilon > 0:
+            return relevance / torch.where(by < 0, by - rule.epsilon, by + rule.epsilon)
         return torch.where(by == 0, 0, relevance / torch.where(by == 0, 1, by))
     return relevance / (by + rule.epsilon)
 
@@ -152,6 +154,20 @@ def runner(module: nn.Module) -> Callable[..., Tensor]:
         return _CONVOLVE[kind](x, w, b, module.stride, module.padding, module.dilation, module.groups)  # type: ignore
 
     return run
+
+
+def _input_gradient(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """From a gradient of what a linear layer gives to one of what it read; ``None`` where that needs another run."""
+    runner(module)  # refuses padding without a rule
+    w: Any = module.weight
+    if isinstance(module, nn.Linear):
+        return lambda s: s @ w
+    settings: Any = module.stride, module.padding, module.dilation, module.groups
+    if isinstance(module.padding, str):
+        return None
+    back = {nn.Conv1d: conv1d_input, nn.Conv2d: conv2d_input, nn.Conv3d: conv3d_input}
+    kind = next(k for k in back if isinstance(module, k))
+    return lambda s: back[kind](x.shape, w, s, *settings)
 
 
 def _moved(function: Callable[[Tensor], Tensor], x: Tensor, r: Tensor) -> Tensor:
@@ -330,6 +346,9 @@ def _back(
         x, rule = given[source], rule_for(table, name, module, base)
         if isinstance(module, LINEAR):
             weights = module.weight, module.bias
+            back = _input_gradient(module, x) if rule.name in ("0", "epsilon") and rule.biases is not False else None
+            if back is not None:  # what the layer gave is at hand, so it need not run again
+                return give(source, x * back(_over(r, given[node], rule)))
             return give(source, linear_relevance(runner(module), x, *weights, r, rule))  # type: ignore[arg-type]
         if isinstance(module, PASSES):
             return give(source, r)
