@@ -99,3 +99,28 @@ def test_how_it_starts():
 def test_bad_input(call, says):
     with pytest.raises((TypeError, ValueError), match=says):
         call()
+
+
+def test_more_keys_are_read_by_all_and_refused_in_causal_order():
+    """A learned key and one of zeros stand behind the others: as two more tokens whose keys and values are these."""
+    m, x = made(add_bias_kv=True, add_zero_attn=True), noise(2, 6, 16)
+    plain = made()
+    plain.load_state_dict({k: v for k, v in m.state_dict().items() if not k.startswith("bias")})
+    k, v = (torch.cat([part(x), bias.expand(2, 1, 16), torch.zeros(2, 1, 16)], 1) for part, bias in
+            ((m.k, m.bias_k), (m.v, m.bias_v)))  # fmt: skip
+    q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in (m.q(x), k, v))
+    out, _, _ = plain.mix_heads(q, k, v, None, False, None, False)
+    torch.testing.assert_close(m(x), m.proj(out.transpose(1, 2).flatten(2)))
+    valid = torch.arange(6) < 4
+    torch.testing.assert_close(m(x, valid=valid.expand(2, -1))[:, :4], m(x[:, :4]))
+    with pytest.raises(ValueError, match="needs a context"):
+        made(causal=True, add_zero_attn=True)(x)
+    assert made(causal=True, add_bias_kv=True)(x, noise(2, 3, 16)).shape == (2, 6, 16)
+
+
+def test_learned_keys_of_a_mechanism_that_has_none_are_refused_by_name():
+    theirs = {"bias_k": torch.zeros(1, 1, 16), "q_proj.weight": torch.zeros(16, 16)}
+    for slug in ("lara", "nystromformer"):
+        with pytest.raises(ValueError, match="bias_k"):
+            attnlib.convert_state_dict(slug, theirs)
+    assert attnlib.convert_state_dict("abc", theirs)["bias_k"].shape == (1, 16)

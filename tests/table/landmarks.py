@@ -25,6 +25,13 @@ ROWS = [
     Case("abc", dict(dim=16, num_heads=2, num_landmarks=4, context_dim=12), (12,), "cross", growth=_LONG),
     Case(
         "abc",
+        dict(dim=16, num_heads=2, num_landmarks=3, add_bias_kv=True, add_zero_attn=True),
+        (12,),
+        "more keys",
+        growth=_LONG,
+    ),
+    Case(
+        "abc",
         dict(dim=16, num_heads=2, num_landmarks=3, causal=True, compat="authors"),
         (12,),
         "authors",

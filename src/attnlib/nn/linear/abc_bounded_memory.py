@@ -39,7 +39,8 @@ class BoundedMemoryAttention(Projected):
     """Softmax attention to m slots that hold weighted means of all tokens, or of all so far.
 
     Args:
-        dim, num_heads, context_dim, qkv_bias, proj_bias: as of :class:`attnlib.nn.linear.projected.Projected`.
+        dim, num_heads, context_dim, qkv_bias, proj_bias, add_bias_kv, add_zero_attn: as of
+            :class:`attnlib.nn.linear.projected.Projected`; a causal one with more keys only reads a context.
         num_landmarks: m, slots; all heads share the control vectors.
         causal: every token reads a memory of itself and earlier ones. With a context: reads one of all of it.
         chunk: tokens per chunk in causal order; changes speed, not the result.
@@ -71,8 +72,10 @@ class BoundedMemoryAttention(Projected):
         qkv_bias: bool = True,
         proj_bias: bool = True,
         compat: str | None = None,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
     ):
-        super().__init__(dim, num_heads, context_dim, qkv_bias, proj_bias)
+        super().__init__(dim, num_heads, context_dim, qkv_bias, proj_bias, add_bias_kv, add_zero_attn)
         check_choice("compat", compat, (None, "authors"))
         self.num_landmarks = check_int("num_landmarks", num_landmarks, least=1)
         self.causal, self.compat = check_flag("causal", causal), compat
@@ -201,7 +204,7 @@ class BoundedMemoryAttention(Projected):
 
     @classmethod
     def _more_rules(cls) -> dict[str, Any]:
-        return {r"compress_k": "key_control", r"compress_v": "value_control"}
+        return {r"compress_k": "key_control", r"compress_v": "value_control", **cls._more_keys()}
 
 
 def _held(name: str, state: State, shape: tuple[int, ...]) -> Tensor:

@@ -40,7 +40,8 @@ class PerformerAttention(Projected):
     """Linear attention on positive random features.
 
     Args:
-        dim, num_heads, context_dim, qkv_bias, proj_bias: as of :class:`attnlib.nn.linear.projected.Projected`.
+        dim, num_heads, context_dim, qkv_bias, proj_bias, add_bias_kv, add_zero_attn: as of
+            :class:`attnlib.nn.linear.projected.Projected`; a causal one with more keys only reads a context.
         num_features: m, random directions per head.
         orthogonal: directions at right angles, in blocks of D.
         resample: draw new directions, not at right angles, in every call in training.
@@ -82,8 +83,10 @@ class PerformerAttention(Projected):
         qkv_bias: bool = True,
         proj_bias: bool = True,
         compat: str | None = None,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
     ):
-        super().__init__(dim, num_heads, context_dim, qkv_bias, proj_bias)
+        super().__init__(dim, num_heads, context_dim, qkv_bias, proj_bias, add_bias_kv, add_zero_attn)
         check_choice("compat", compat, (None, "authors"))
         self.num_features = check_int("num_features", num_features, least=1)
         self.orthogonal, self.resample = check_flag("orthogonal", orthogonal), check_flag("resample", resample)
@@ -167,4 +170,4 @@ class PerformerAttention(Projected):
 
     @classmethod
     def _more_rules(cls) -> dict[str, Any]:
-        return {r"directions|eval_proj": "directions"}
+        return {r"directions|eval_proj": "directions", **cls._more_keys()}

@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...types import Output, State
+from ...types import Output, State, check_flag
 from ..base import Mechanism
 from ..frame import reading
 from ..layers import head_dim_of, merge_heads, split_heads
@@ -24,6 +26,8 @@ class Projected(Mechanism):
         context_dim: width of ``context``; ``dim`` by default.
         qkv_bias: biases of the query, key and value projections.
         proj_bias: bias of the output projection.
+        add_bias_kv: one more key and value that are learned, which everybody reads.
+        add_zero_attn: one more of zeros, behind it.
     """
 
     source = "the authors' attention"
@@ -36,8 +40,11 @@ class Projected(Mechanism):
         context_dim: int | None = None,
         qkv_bias: bool = True,
         proj_bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
     ):
         super().__init__(dim, context_dim)
+        self.add_zero_attn = check_flag("add_zero_attn", add_zero_attn)
         self.num_heads, self.head_dim = num_heads, head_dim_of(dim, num_heads)
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.k, self.v = (nn.Linear(self.context_dim, dim, bias=qkv_bias) for _ in range(2))
@@ -47,12 +54,19 @@ class Projected(Mechanism):
             nn.init.xavier_uniform_(layer.weight, gain=1 / math.sqrt(2) if same and layer is not self.proj else 1.0)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+        self.bias_k: nn.Parameter | None = None
+        self.bias_v: nn.Parameter | None = None
+        if check_flag("add_bias_kv", add_bias_kv):
+            self.bias_k, self.bias_v = (nn.Parameter(nn.init.xavier_normal_(torch.empty(1, dim))) for _ in range(2))
 
     def _patterns(self) -> frozenset[str]:
-        """Of those of the class, what this instance serves: causal or not, with or without a context."""
+        """Of those of the class, what this instance serves: causal or not, with or without a context.
+
+        A key that everybody reads has no place in the order of a causal sequence.
+        """
         kind = "causal" if self.causal else "noncausal"
         found = {p for p in self.class_traits.patterns if p.partition("-")[0] == kind}
-        if self.context_dim != self.dim:
+        if self.context_dim != self.dim or (self.causal and (self.bias_k is not None or self.add_zero_attn)):
             found = {p for p in found if p.endswith("cross")}
         return frozenset(found)
 
@@ -86,8 +100,22 @@ class Projected(Mechanism):
         source = x if context is None else context
         q, k, v = (split_heads(m(t), self.num_heads) for m, t in ((self.q, x), (self.k, source), (self.v, source)))
         read = reading(x, context, valid, context_valid, self.causal, state, "state" in returns)
-        out, weights, kept = self.mix_heads(q, k, v, read.exists, read.ordered, state, "weights" in returns)
+        exists = read.exists
+        if self.bias_k is not None or self.add_zero_attn:
+            k, v, more = self._with_more(k, v)
+            exists = None if exists is None else F.pad(exists, (0, more), value=True)
+        out, weights, kept = self.mix_heads(q, k, v, exists, read.ordered, state, "weights" in returns)
         return Output(self.proj(merge_heads(out, x.shape[1:-1])), state=read.stream.next(**kept), weights=weights)
+
+    def _with_more(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Keys and values (B, H, M, D) with those behind them that everybody reads, and how many these are."""
+        made = []
+        for own, bias in ((k, self.bias_k), (v, self.bias_v)):
+            rows = [own.new_zeros(1, self.num_heads, 1, self.head_dim)] if self.add_zero_attn else []
+            if bias is not None:
+                rows.insert(0, bias.to(own.dtype).view(1, self.num_heads, 1, self.head_dim))
+            made.append(torch.cat([own, *(row.expand(own.shape[0], -1, -1, -1) for row in rows)], 2))
+        return made[0], made[1], made[0].shape[2] - k.shape[2]
 
     @classmethod
     def convert_state_dict(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,6 +127,11 @@ class Projected(Mechanism):
             **cls._more_rules(),
         }
         return theirs.close(theirs.renamed(rules))
+
+    @staticmethod
+    def _more_keys() -> dict[str, Any]:
+        """Rules of the learned key and value, for those that have them."""
+        return {r"bias_([kv])": lambda match, value: {match.string: value.flatten(0, 1)}}
 
     @classmethod
     def _more_rules(cls) -> dict[str, Any]:
