@@ -46,7 +46,7 @@ def measure(
         Plain values, for JSON.
     """
     counts = {2048: 3, 4096: 2} if items is None else items
-    given = {"dtype": torch.float32, "compared": False} | settings
+    given: dict[str, Any] = {"dtype": torch.float32, "compared": False} | settings
     result = eviction.measure(progress, keep, None, plan=plan, items=counts, **given) | {"what": QUESTION}
     if pictures is not None:
         eviction.draw(result, Path(pictures) / "real-eviction-long-cpu.svg")
