@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from attnlib.look.encoding import (
-    Resampled,
+    Bootstrapped,
     better,
     bootstrap,
     false_discoveries,
@@ -20,7 +20,7 @@ def scores(means, resamples=199, sites=8, bins=12, noise=0.02, seed=0):
     g = torch.Generator().manual_seed(seed)
     base = torch.as_tensor(means, dtype=torch.float64)[:, None].expand(sites, bins).flatten()
     val, test = (base + noise * torch.randn(resamples, sites * bins, generator=g, dtype=torch.float64) for _ in "ab")
-    return Resampled(val, test)
+    return Bootstrapped(val, test)
 
 
 def six():
@@ -58,9 +58,9 @@ def test_the_best_model_of_a_site_is_chosen_before_it_is_compared():
     made = {**six(), "a": a, "b": b}
     found = integration(made, 12, multimodal=["a", "b"], unimodal=["vision"])
     assert found.best == ["b", "a"] * 4
-    swapped = {**made, "b": Resampled(1 - b.val, b.test)}
+    swapped = {**made, "b": Bootstrapped(1 - b.val, b.test)}
     assert integration(swapped, 12, multimodal=["a", "b"], unimodal=["vision"]).best[0] == "b"
-    swapped = {**made, "b": Resampled(0 * b.val, b.test)}
+    swapped = {**made, "b": Bootstrapped(0 * b.val, b.test)}
     assert integration(swapped, 12, multimodal=["a", "b"], unimodal=["vision"]).best == ["a"] * 8
     assert integration(swapped, 12, multimodal=["a", "b"], unimodal=["vision"], choose="test").best == ["b", "a"] * 4
 
@@ -141,7 +141,8 @@ def test_bad_input_is_refused():
         (lambda: integration(made, 12, multimodal=["both"], unimodal=["vision"], untrained={}), "no twin of"),
         (lambda: integration({**made, "both": scores([0.0] * 8, 9)}, 12, multimodal=["both"], unimodal=["vision"]),
          "of the same resamples"),
-        (lambda: integration({"a": 1, "b": made["both"]}, 12, multimodal=["a"], unimodal=["b"]), "must be Resampled"),
+        (lambda: integration({"a": 1, "b": made["both"]}, 12, multimodal=["a"], unimodal=["b"]),
+         "must be Bootstrapped"),
         (lambda: better(torch.zeros(2, 3), torch.zeros(2, 3)), r"a must have shape \(R, E, B\)"),
         (lambda: better(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)), "the same resamples"),
         (lambda: in_all([]), "found is empty"),

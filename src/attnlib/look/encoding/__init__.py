@@ -3,7 +3,7 @@
 >>> from attnlib.look.encoding import encode, noise_ceiling
 """
 
-from .encode import ALPHAS, Encoding, Resampled, bootstrap, encode, features_of, project
+from .encode import ALPHAS, Bootstrapped, Encoding, bootstrap, encode, features_of, project
 from .folds import Fold, folds, resamples
 from .integration import Better, Integration, better, false_discoveries, in_all, integration
 from .readout import (
@@ -25,12 +25,12 @@ __all__ = [
     "ALPHAS",
     "AttentionReadout",
     "Better",
+    "Bootstrapped",
     "Encoding",
     "Fold",
     "Integration",
     "LinearReadout",
     "Read",
-    "Resampled",
     "Ridge",
     "SpatialReadout",
     "better",

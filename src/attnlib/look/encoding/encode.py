@@ -100,7 +100,7 @@ def encode(
 
 
 @dataclass(frozen=True)
-class Resampled:
+class Bootstrapped:
     """Scores of models fitted to events drawn again.
 
     Args:
@@ -133,7 +133,7 @@ def bootstrap(
     side: Side | None = None,
     standardize: bool = True,
     constant: Literal["refuse", "nan"] = "refuse",
-) -> Resampled:
+) -> Bootstrapped:
     """:func:`encode` again and again on events that are drawn with replacement, after they were split into folds.
 
     Args:
@@ -153,7 +153,7 @@ def bootstrap(
     done = [
         _encode(x[row], y[row], penalties, parts, choose, intercept, side, standardize) for row in rows.to(x.device)
     ]
-    return Resampled(torch.stack([e.val for e in done]), torch.stack([e.test for e in done]))
+    return Bootstrapped(torch.stack([e.val for e in done]), torch.stack([e.test for e in done]))
 
 
 @shaped(features="float (N, P)", responses="float (N, T) | (R, N, T)")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ...checks import check_choice, check_int, check_rank, check_real, check_type
 from ...extras import need
-from .encode import Resampled
+from .encode import Bootstrapped
 
 #: What is counted to tell two models apart: resamples, or time bins.
 TESTS = ("resamples", "bins")
@@ -136,7 +136,7 @@ class Integration:
 
 
 def integration(
-    scores: Mapping[str, Resampled],
+    scores: Mapping[str, Bootstrapped],
     bins: int,
     *,
     multimodal: Sequence[str],
@@ -176,7 +176,7 @@ def integration(
         raise ValueError(f"untrained names no twin of {alone}")
     shapes = set()
     for name in asked:
-        check_type(f"scores[{name!r}]", scores[name], Resampled)
+        check_type(f"scores[{name!r}]", scores[name], Bootstrapped)
         shapes.add(tuple(scores[name].test.shape))
     if len(shapes) != 1:
         raise ValueError(f"scores must be of the same resamples and responses, got {sorted(shapes)}")

@@ -13,7 +13,8 @@ them, so that what there is to find is known.
   scene, features of the caption and whether the two agree; the others to the two alone, with the same variance. A small
   network that read scenes and captions to tell whether they agree, its twin with random weights and its twin that
   learned the colours without captions stand beside both kinds of features alone and side by side. Told is which sites
-  pass which controls.
+  pass which controls; and at how many sites one of two models is called better that are equally good, the scene's
+  features with different noise added.
 - *Ceilings.* The estimate from 2, 4 and 8 repeats, less the r that the true signal reaches.
 
 Whether brains do any of this is not shown: recordings are in no package.
@@ -35,6 +36,7 @@ from ....look.encoding import (
     AttentionReadout,
     Fold,
     SpatialReadout,
+    better,
     bootstrap,
     encode,
     fit_readout,
@@ -290,6 +292,9 @@ def find_sites(train: Events, held: Events, seed: int, rows: int, steps: int) ->
         with torch.no_grad():
             words = 0 * held.words if how == "colours" else held.words
             features[name] = model.features(held.seen.patches, words)
+    g = torch.Generator().manual_seed(seed)
+    for twin in ("one", "other"):  # in truth equally good
+        features[twin] = vision + 0.5 * vision.std() * torch.randn(vision.shape, generator=g)
     split = folds(len(y), 5, gap=1)
     drawn = resamples(split, len(y), rows, seed)
     scores = {
@@ -304,6 +309,9 @@ def find_sites(train: Events, held: Events, seed: int, rows: int, steps: int) ->
         for label, passed in (("all", found.sites), *((c, b.holds) for c, b in found.controls.items())):
             told[f"{test}, {label}: planted"] = float(passed[:SITES].float().mean())
             told[f"{test}, {label}: absent"] = float(passed[SITES:].float().mean())
+        one, other = (scores[n].test.unflatten(1, (-1, BINS)) for n in ("one", "other"))
+        found_twice = [better(a, b, test=test).holds for a, b in ((one, other), (other, one))]
+        told[f"{test}, equal models"] = float(torch.stack(found_twice).any(0).float().mean())
     return told
 
 
