@@ -125,7 +125,7 @@ def _ours(steps: int) -> dict[str, Method]:
             transformer_relevance(model, pixel_values=asked.pixels, attention=attention, **more, **given(asked))
         )
 
-    at_tower = {"modules": [TOWER], "layout": TOKENS}
+    at_tower: dict[str, Any] = {"modules": [TOWER], "layout": TOKENS}
     return {
         "random": lambda model, asked, seed: torch.rand(
             len(asked.ids), SIDE, SIDE, generator=torch.Generator().manual_seed(seed)),
@@ -185,8 +185,8 @@ def measure(
     keep: str | Path | None = None,
     pictures: str | Path | None = None,
     seeds: Sequence[int] = (0, 1, 2),
-    count: int = 64,
-    steps: int = 16,
+    count: int = 48,
+    steps: int = 8,
     patches: int = 4,
     names: Sequence[str] | None = None,
     folder: Path | str | None = None,
@@ -214,7 +214,9 @@ def measure(
 
     @functools.cache
     def drawn(seed: int) -> tuple[list[Asked], list[Tensor], int, Any]:
-        groups, clean, total = [], [], 0
+        groups: list[Asked] = []
+        clean: list[Tensor] = []
+        total = 0
         for asked in questions(tokenizer, seed, count):
             with torch.no_grad():
                 logs = Answers(model)(asked.pixels, asked.ids).log_softmax(-1)
@@ -225,7 +227,9 @@ def measure(
         return groups, clean, total, shuffled(model, seed)
 
     def run(name: str, seed: int) -> dict[str, float]:
-        hits, falls, alike = [], [], []
+        hits: list[bool] = []
+        falls: list[float] = []
+        alike: list[float] = []
         groups, clean, total, twin = drawn(seed)
         for asked, before in zip(groups, clean, strict=True):
             if not len(asked.ids):
