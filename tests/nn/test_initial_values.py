@@ -258,6 +258,16 @@ ROWS = {
     "focalnet": ("focalnet", dict(dim=64), {}),
     "davit": ("davit", dict(BIG), {}),
     "mambaout": ("mambaout", dict(dim=64), {}),
+    "cga": (
+        "cga",
+        dict(dim=64),
+        {
+            "attention_bias": constant(0.0),
+            "proj.norm.weight": constant(0.0),
+            "norm.weight": constant(1.0),
+            "norm.bias": constant(0.0),
+        },
+    ),  # fmt: skip
     "van": ("van-large-kernel-attention", dict(dim=64), {}),
     "contmix": (
         "overlock-contmix",

@@ -92,6 +92,10 @@ def rows():
         "deformable-attention", entries("deformable-attention", "sd."),
         lambda: create("msda", dim=8, num_heads=2, num_levels=2, num_points=3, context_layout=levels),
     )  # fmt: skip
+    plain(
+        "efficientvit-cascaded-group-attention", entries("efficientvit-cascaded-group-attention", "a/sd/"),
+        lambda: create("cga", dim=12, num_heads=2, key_dim=4, window_size=3, kernel_sizes=(5, 3)),
+    )  # fmt: skip
     plain("van-large-kernel-attention", entries("van-large-kernel-attention", "a/sd/"), lambda: create("lka", dim=6))
     plain(
         "overlock-contmix", entries("overlock-contmix", "window/sd/"),
@@ -152,6 +156,8 @@ ROWS = rows()
 SETTINGS_OF_THEIRS = {"attn_bias", "attn_temp"}
 SETTINGS_OF_THEIRS |= {"unfold.weights", "fold.weights", "relative_position_index"}  # constants
 SETTINGS_OF_THEIRS |= {f"rel_pos_bias.relative_position_{axis}_index" for axis in ("high", "width")}
+
+SETTINGS_OF_THEIRS |= {"attn.attention_bias_idxs"}
 
 
 def constant(key):

@@ -10,6 +10,7 @@ ROWS = [
     Case("mambaout", dict(dim=4, expansion=2.0, conv_ratio=2.0, kernel_size=3, grid_rank=3), (3, 4, 4), "video"),
     Case("davit", dict(dim=16, num_heads=2), (4, 6)),
     Case("davit", dict(dim=12, num_heads=1, scale="tokens", qkv_bias=False), (12,), "tokens"),
+    Case("efficientvit-cascaded-group-attention", dict(dim=8, num_heads=2, key_dim=4, window_size=3), (5, 6)),
     Case("van-large-kernel-attention", dict(dim=6), (6, 7)),
     Case("van-large-kernel-attention", dict(dim=4, kernel_size=7, dilation=2, grid_rank=1), (12,), "sequence"),
     Case("overlock-contmix", dict(dim=8, num_heads=1, kernel_size=5, regions=3), (6, 7)),

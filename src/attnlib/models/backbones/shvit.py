@@ -149,7 +149,7 @@ def shvit(
 
 _NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 #: What stands between stages, in the order of timm's numbers.
-_BETWEEN = {
+BETWEEN = {
     "0.m": "before.conv", "1.m.pw1": "mlp_before.inner.fc1", "1.m.pw2": "mlp_before.inner.fc2", "2.conv1": "expand",
     "2.conv2": "depthwise", "2.conv3": "project", "3.m": "after.conv", "4.m.pw1": "mlp_after.inner.fc1",
     "4.m.pw2": "mlp_after.inner.fc2",
@@ -157,7 +157,7 @@ _BETWEEN = {
 _INSIDE = {"conv.m": "position.conv", "ffn.m.pw1": "mlp.inner.fc1", "ffn.m.pw2": "mlp.inner.fc2"}
 
 
-def _as_timm(name: str) -> str:
+def as_timm(name: str) -> str:
     """timm's name for the authors', who put what lies between stages at the front of the later one's blocks."""
     match = re.fullmatch(r"blocks([123])\.(\d+)\.(.+)", name)
     if match is None:
@@ -176,7 +176,7 @@ def _as_timm(name: str) -> str:
 def convert(state_dict: dict[str, Tensor], model: Any = None) -> dict[str, Tensor]:
     """From the authors' ``SHViT`` and timm's."""
     theirs = Released(state_dict, "SHViT")
-    theirs = Released({_as_timm(name): theirs.peek(name) for name in theirs}, "SHViT")
+    theirs = Released({as_timm(name): theirs.peek(name) for name in theirs}, "SHViT")
     block, between = r"stages\.(\d+)\.blocks\.(\d+)", r"stages\.(\d+)\.downsample"
     mixer = r"stages.\1.blocks.\2.mixer.inner"
     out = theirs.parts(block + r"\.mixer\.m\.(.+)", mixer, SingleHeadAttention.convert_state_dict)
@@ -188,7 +188,7 @@ def convert(state_dict: dict[str, Tensor], model: Any = None) -> dict[str, Tenso
 
     for part, ours in _INSIDE.items():
         conv(rf"{block}\.{re.escape(part)}", rf"stages.\1.blocks.\2.{ours}", 2)
-    for part, ours in _BETWEEN.items():
+    for part, ours in BETWEEN.items():
         conv(rf"{between}\.{re.escape(part)}", rf"stages.\1.downsample.{ours}", 1)
     for i in range(4):
         conv(rf"patch_embed\.{2 * i}", f"stem.{i}", 0)
