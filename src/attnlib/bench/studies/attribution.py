@@ -120,7 +120,7 @@ def _ours(steps: int) -> dict[str, Method]:
         return {"target": asked.target, "input_ids": asked.ids, "attention_mask": torch.ones_like(asked.ids)}
 
     def relevance(attention: str, rest: str = "") -> Method:
-        more = {"norm": rest, "activation": rest} if rest else {}
+        more: dict[str, Any] = {"norm": rest, "activation": rest} if rest else {}
         return lambda model, asked, seed: _pooled(
             transformer_relevance(model, pixel_values=asked.pixels, attention=attention, **more, **given(asked))
         )
