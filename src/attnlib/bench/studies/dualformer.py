@@ -1,9 +1,10 @@
 """Fast, slow and auto on small mazes, against a model of the same size that learns solutions only.
 
-``attnlib bench --suite dualformer --out benchmarks/results`` measures again what ``dualformer-cpu.json`` holds and
-draws it. Both see the same mazes in the same order, for the same number of steps; Dualformer's responses hold traces of
+``attnlib bench --suite dualformer --out benchmarks/results`` measures and draws it, and goes on where it was stopped.
+Both see the same mazes in the same order, for the same number of steps; Dualformer's responses hold traces of
 A* that are thinned out anew every time, up to none in one of twenty. Greedy answers to mazes that none has seen.
-Mazes of 4 x 4 by default: in the minutes that this takes nobody learns to solve 6 x 6 (``measure(side=6, steps=...)``).
+Mazes of 4 x 4 by default: in 800 steps the model of solutions solved 1 of 100 mazes of 6 x 6 (``measure(side=6,
+steps=...)`` takes more).
 """
 
 from __future__ import annotations
@@ -63,12 +64,12 @@ def measure(
     keep: str | Path | None = None,
     pictures: str | Path | None = None,
     side: int = 4,
-    steps: int = 400,
+    steps: int = 800,
     batch: int = 16,
     lr: float = 2e-3,
     dim: int = 64,
-    depth: int = 1,
-    count: int = 4000,
+    depth: int = 2,
+    count: int = 6000,
     tested: int = 100,
     seeds: Sequence[int] = (0, 1, 2),
     names: Sequence[str] = NAMES,
