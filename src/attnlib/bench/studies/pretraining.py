@@ -50,7 +50,7 @@ def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.pad(images, (1, 1, 1, 1))[:, :, down : down + SIDE, right : right + SIDE]
 
 
-def _train(model: Any, images: Tensor, labels: Tensor, steps: int, batch: int, seed: int) -> None:
+def train_on(model: Any, images: Tensor, labels: Tensor, steps: int, batch: int, seed: int) -> None:
     def draw(g: torch.Generator) -> tuple[Tensor, Tensor]:
         at = torch.randint(len(images), (batch,), generator=g)
         return _moved(images[at], g), labels[at]
@@ -142,7 +142,7 @@ def measure(
                 del made[other]
             if name == "teacher":
                 made[name, seed] = build(100 + seed)
-                _train(made[name, seed], *train, steps, batch, seed)
+                train_on(made[name, seed], *train, steps, batch, seed)
             else:
                 teacher = build(200 + seed) if name == "untrained" else model_of("teacher", seed)
                 made[name, seed], cosine = pretrained(teacher, train[0], steps, batch, seed)
@@ -171,7 +171,7 @@ def measure(
                 student = model_of("student", seed)
                 known = {k: v for k, v in student.student.state_dict().items() if not k.startswith("head")}
                 model.load_state_dict(known, strict=False)
-            _train(model, *few, steps, batch, seed)
+            train_on(model, *few, steps, batch, seed)
             return {"accuracy": _right(model, test)}
 
         runs[count] = run
