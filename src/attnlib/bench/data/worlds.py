@@ -156,6 +156,36 @@ def texture_crops(
     return (out / (out.std((1, 2), keepdim=True) + 1e-4)).unsqueeze(1), labels
 
 
+def tiled_digits(
+    count: int, side: int = 64, digit: int = 16, part: str = "train", generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Digits of one class all over a photograph, in three rows of three: what they are can be read anywhere.
+
+    Args:
+        count: images.
+        side: pixels per side, at most 96.
+        digit: pixels per side of a digit, each somewhere in its ninth.
+        part: ``"train"`` or ``"test"``, of digits and of photographs.
+        generator: of what is drawn.
+
+    Returns:
+        Images (count, 3, side, side) in [0, 1] and labels (count,).
+    """
+    check_int("digit", digit, least=4, most=side // 3)
+    images = photo_crops(count, side, part, generator) * 0.6
+    glyphs, labels = _glyphs(part, digit)
+    classes = torch.randint(10, (count,), generator=generator)
+    members = [(labels == c).nonzero()[:, 0].tolist() for c in range(10)]
+    cell = side // 3
+    draws = torch.rand(count, 9, 3, generator=generator).tolist()
+    for image, wanted, places in zip(images, classes.tolist(), draws, strict=True):
+        for i, (which, down, along) in enumerate(places):
+            top, left = i // 3 * cell + int(down * (cell - digit)), i % 3 * cell + int(along * (cell - digit))
+            patch = image[:, top : top + digit, left : left + digit]
+            torch.maximum(patch, glyphs[members[wanted][int(which * len(members[wanted]))]], out=patch)
+    return images, classes
+
+
 def moving_digits(
     count: int, frames: int = 8, side: int = 32, part: str = "train", generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:

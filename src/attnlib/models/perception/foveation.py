@@ -61,14 +61,19 @@ def uniform_blur(images: Tensor, sigma: float) -> Tensor:
     check_real("sigma", sigma, least=0)
     if sigma == 0:
         return images
+    down, along = (_blurring(n, sigma, images) for n in images.shape[2:])
+    return down @ images @ along.mT
+
+
+def _blurring(n: int, sigma: float, like: Tensor) -> Tensor:
+    """(n, n) matrix of a Gaussian along an axis; a border entry stands for all that lie beyond it."""
     reach = math.ceil(2 * sigma)
-    line = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
-    line = torch.exp(-line.square() / (2 * sigma**2))
-    line = line / line.sum()
-    x = images.flatten(0, 1).unsqueeze(1)
-    x = F.conv2d(F.pad(x, (0, 0, reach, reach), mode="replicate"), line.view(1, 1, -1, 1))
-    x = F.conv2d(F.pad(x, (reach, reach, 0, 0), mode="replicate"), line.view(1, 1, 1, -1))
-    return x.view_as(images)
+    steps = torch.arange(-reach, reach + 1, device=like.device)
+    line = torch.exp(-steps.to(like.dtype).square() / (2 * sigma**2))
+    at = (torch.arange(n, device=like.device)[:, None] + steps).clamp(0, n - 1)
+    return torch.zeros(n, n, dtype=like.dtype, device=like.device).scatter_add_(
+        1, at, (line / line.sum()).expand(n, -1)
+    )
 
 
 def foveated_blur(images: Tensor, windows: LogPolarWindows, strength: float) -> Tensor:

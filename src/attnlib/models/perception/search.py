@@ -137,6 +137,7 @@ class EccNet(nn.Module):
         ecc_depth: how many of the five pools depend on eccentricity; 0 is IVSN.
         kind: of all pools.
         slopes, degrees: per pool.
+        quant: degrees after which the next ring begins.
 
     >>> net = EccNet(width=2).eval()
     >>> [tuple(t.shape) for t in net(torch.zeros(1, 3, 64, 64))], net(torch.zeros(1, 3, 28, 28), target=True)[0].shape
@@ -146,7 +147,7 @@ class EccNet(nn.Module):
     @checked
     def __init__(
         self, width: int = 64, ecc_depth: int = 5, kind: str = "avg", slopes: Sequence[float] = SLOPES,
-        degrees: Sequence[int] = DEGREES,
+        degrees: Sequence[int] = DEGREES, quant: float = 1.0,
     ):  # fmt: skip
         super().__init__()
         check_int("width", width, least=1)
@@ -163,7 +164,8 @@ class EccNet(nn.Module):
             blocks.append(nn.Sequential(*layers))
         self.blocks, self.kind, self.ecc_depth = nn.ModuleList(blocks), kind, ecc_depth
         self.pools = nn.ModuleList(
-            EccentricityPool(s, d, kind=kind) for s, d in zip(slopes[:ecc_depth], degrees[:ecc_depth], strict=True)
+            EccentricityPool(s, d, quant=quant, kind=kind)
+            for s, d in zip(slopes[:ecc_depth], degrees[:ecc_depth], strict=True)
         )
 
     def forward(self, images: Tensor, target: bool = False) -> tuple[Tensor, Tensor, Tensor]:
