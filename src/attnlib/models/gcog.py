@@ -149,8 +149,8 @@ class GcogModel(nn.Module):
         if dim % 2:
             raise ValueError(f"dim={dim} must be even: positions are pairs of sine and cosine")
         self.dim, self.num_heads, self.rule_dim, self.grid_dim = dim, num_heads, rule_dim, grid_dim
-        self.block = dict(num_heads=num_heads, pos_drop=pos_drop)
-        self.of_rule = dict(where=positions, max_len=max_len)
+        self.block: dict[str, Any] = dict(num_heads=num_heads, pos_drop=pos_drop)
+        self.of_rule: dict[str, Any] = dict(where=positions, max_len=max_len)
         self.head = nn.Linear(dim, classes)
 
     def forward(self, rule: Tensor, grid: Tensor, rule_valid: Tensor | None = None) -> Tensor:
@@ -181,8 +181,8 @@ class _TwoBlocks(GcogModel):
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
-        self.grid_block = GcogBlock(self.dim, in_dim=self.grid_dim, **self.block)  # type: ignore[arg-type]
-        self.rule_block = GcogBlock(self.dim, in_dim=self.rule_dim, **self.block, **self.of_rule)  # type: ignore[arg-type]
+        self.grid_block = GcogBlock(self.dim, in_dim=self.grid_dim, **self.block)
+        self.rule_block = GcogBlock(self.dim, in_dim=self.rule_dim, **self.block, **self.of_rule)
 
     def read(self, rule: Tensor, grid: Tensor, rule_valid: Tensor | None) -> Tensor:
         return self.meet(self.rule_block(rule, rule_valid), self.grid_block(grid), rule_valid)
@@ -284,11 +284,10 @@ class SingleStream(_OneSequence):
     def __init__(self, *args: Any, depth: int = 1, cells: int = 101, **settings: Any):
         super().__init__(*args, **settings)
         check_int("depth", depth, least=1)
-        long = {**self.of_rule, "max_len": int(self.of_rule["max_len"]) + cells}  # type: ignore[call-overload]
+        long = {**self.of_rule, "max_len": self.of_rule["max_len"] + cells}
         self.embed = nn.Linear(self.rule_dim + self.grid_dim, self.dim)
         self.blocks = nn.ModuleList(
-            GcogBlock(self.dim, ratio=4, activation=nn.GELU, **self.block, **long)
-            for _ in range(depth)  # type: ignore[arg-type]
+            GcogBlock(self.dim, ratio=4, activation=nn.GELU, **self.block, **long) for _ in range(depth)
         )
 
     def read(self, rule: Tensor, grid: Tensor, rule_valid: Tensor | None) -> Tensor:
@@ -310,11 +309,10 @@ class Multimodal(_OneSequence):
     def __init__(self, *args: Any, depth: int = 1, cells: int = 101, **settings: Any):
         super().__init__(*args, **settings)
         check_int("depth", depth, least=1)
-        long = {**self.of_rule, "max_len": int(self.of_rule["max_len"]) + cells}  # type: ignore[call-overload]
+        long = {**self.of_rule, "max_len": self.of_rule["max_len"] + cells}
         width = self.rule_dim + self.grid_dim
         self.blocks = nn.ModuleList(
-            GcogBlock(self.dim, in_dim=None if i else width, **self.block, **long)
-            for i in range(depth)  # type: ignore[arg-type]
+            GcogBlock(self.dim, in_dim=None if i else width, **self.block, **long) for i in range(depth)
         )
         self.mlp = _layers(self.dim, self.dim, 2 * self.dim, self.dim)
         self.norm = nn.LayerNorm(self.dim)

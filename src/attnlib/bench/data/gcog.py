@@ -313,7 +313,9 @@ def trials(
     every = [(s, c) for s in range(world.features) for c in range(world.features)]
 
     def one() -> Trial:
-        kinds, roots, leaves = every, YES_NO, QUESTIONS
+        kinds = every
+        roots: Sequence[str] = YES_NO
+        leaves: Sequence[str] = QUESTIONS
         if split == "systematic":
             side = rng.randrange(2)
             leaves = (_FIRST, _SECOND)[side]
