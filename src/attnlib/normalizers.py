@@ -113,7 +113,7 @@ def drop_negligible_(scores: Tensor) -> Tensor:
     """Scores less the largest of their row, ``-inf`` where a weight is below 2^-100 of its: nothing is left of it."""
     least = -100 / LOG2_E if scores.dtype != torch.float64 else -990 / LOG2_E
     top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
-    return torch.nn.functional.threshold_(scores.sub_(top), least, -math.inf)
+    return torch.nn.functional.threshold_(scores.sub_(top), least, -math.inf)  # type: ignore[attr-defined]
 
 
 def softmax_rows(scores: Tensor) -> Tensor:
