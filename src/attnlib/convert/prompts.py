@@ -235,7 +235,7 @@ class PromptCam(Prompted):
 
     def prompts(self, layer: int, tokens: Tensor) -> Tensor | None:
         if self.where == "all":
-            own = self.class_prompts[layer]
+            own: Tensor | None = self.class_prompts[layer]
         elif self.where == "shallow":
             own = self.class_prompts[0] if layer == 0 else None
         else:

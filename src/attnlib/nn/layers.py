@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -614,9 +615,10 @@ class RepBranches(nn.Module):
         """Kernel (dim, 1, K, K) and bias of all that is here."""
         size = self.kernel_size
         weight, bias = torch.zeros(()), torch.zeros(())
-        for i, branch in enumerate((self.large, *self.branches.values())):
-            w, b = branch._folded()  # type: ignore[operator, union-attr]
-            step = branch.conv.dilation[0]  # type: ignore[union-attr]
+        branches: list[Any] = [self.large, *self.branches.values()]
+        for i, branch in enumerate(branches):
+            w, b = branch._folded()
+            step = branch.conv.dilation[0]
             if step > 1:
                 w = F.conv_transpose2d(w, w.new_ones(1, 1, 1, 1), stride=step)
             if w.shape[-1] < size:

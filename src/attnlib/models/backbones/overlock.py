@@ -345,7 +345,8 @@ def overlock(
                 nn.init.zeros_(module.bias)
         elif isinstance(module, PositionalConv):
             nn.init.trunc_normal_(module.conv.weight, std=0.02)
-            nn.init.zeros_(module.conv.bias)
+            if module.conv.bias is not None:
+                nn.init.zeros_(module.conv.bias)
     return model
 
 

@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -193,8 +194,9 @@ class EccNet(nn.Module):
     def _keras_names(self) -> dict[str, str]:
         """Keras's name of every weight, by ours."""
         names = {}
+        block: Any
         for b, block in enumerate(self.blocks):
-            convs = [i for i, layer in enumerate(block) if isinstance(layer, nn.Conv2d)]  # type: ignore[arg-type]
+            convs = [i for i, layer in enumerate(block) if isinstance(layer, nn.Conv2d)]
             for number, i in enumerate(convs, 1):
                 for ours, theirs in (("weight", "kernel"), ("bias", "bias")):
                     names[f"blocks.{b}.{i}.{ours}"] = f"block{b + 1}_conv{number}/{theirs}"
@@ -290,18 +292,19 @@ def attention_map(
         maps.append((found - low) / (high - low) if high > low else torch.zeros_like(found))
     if sum(weights) == 0:
         raise ValueError(f"no block answers: weights {weights} sum to zero, so that the search map is zero everywhere")
-    out = sum(m * (w / sum(weights)) for m, w in zip(maps, weights, strict=True))
+    out = torch.stack([m * (w / sum(weights)) for m, w in zip(maps, weights, strict=True)]).sum(0)
     (small, narrow), (large, wide) = dog
     for _ in range(3):
         out = out + smooth(out, int(small), narrow) - smooth(out, int(large), wide)
-    return out  # type: ignore[return-value]
+    return out
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Searching.
 
 
-class Found(NamedTuple):
+@dataclass(frozen=True)
+class Found:
     """A search: (T, 2) fixations from the start on, row and column of the display, and whether it found the target."""
 
     fixations: Tensor

@@ -134,8 +134,9 @@ class RankAugmentedLinearAttention(Mechanism):
     def _linear(self, qk: Tensor, v: Tensor, angles: Tensor | None, valid: Tensor | None) -> Tensor:
         qk = elu1(qk)
         q, k = qk.chunk(2, 1)
+        turned_q, turned_k = self._turned(qk, angles).chunk(2, 1)
         return linear_attention(
-            *self._turned(qk, angles).chunk(2, 1), v, causal=False, valid=valid, normalizer="sum", denominator=(q, k),
+            turned_q, turned_k, v, causal=False, valid=valid, normalizer="sum", denominator=(q, k),
             eps=self.eps, key_weights=self.key_weights(q, k, valid),
         )  # fmt: skip
 

@@ -229,7 +229,7 @@ class ContMix(Mechanism):
         ]
         y = torch.cat(parts, 1).permute(0, 2, 3, 1, 4).flatten(3)
         if size != grid:
-            y = F.adaptive_avg_pool2d(y.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
+            y = F.adaptive_avg_pool2d(y.permute(0, 3, 1, 2), (grid[0], grid[1])).permute(0, 2, 3, 1)
         y = self.squeeze(self.fusion(y, valid) + lepe, valid)
         return self.proj(gate * y, valid)
 
