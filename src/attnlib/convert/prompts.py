@@ -234,6 +234,7 @@ class PromptCam(Prompted):
         return self.num_classes
 
     def prompts(self, layer: int, tokens: Tensor) -> Tensor | None:
+        own: Tensor | None
         if self.where == "all":
             own: Tensor | None = self.class_prompts[layer]
         elif self.where == "shallow":
