@@ -206,3 +206,32 @@ def test_inputs_made_in_inference_mode():
         tape = Tape(model, ["first"]).run(images, target=LABELS)
     expected = Tape(model, ["first"]).run(IMAGES, target=LABELS)
     torch.testing.assert_close(tape["first"].output_gradient, expected["first"].output_gradient)
+
+
+def test_layers_whose_states_the_model_records_itself():
+    """A tower's layer is read through a hook of transformers, which was there before the tape."""
+    from hooks.llava import llava, llava_inputs
+
+    model = llava()
+    given = llava_inputs(model)
+    name = next(n for n, _ in model.named_modules() if n.endswith("encoder.layers.0"))
+    model(**given)  # transformers puts its hooks at the first call
+    model.requires_grad_(False)
+    taped = Tape(model, [name]).run(**given, target=5)
+    gradient = taped[name].output_gradient
+    eps, step = 1e-3, torch.randn_like(taped[name].output)
+    scores = []
+
+    def moved(sign):
+        handle = model.get_submodule(name).register_forward_hook(
+            lambda m, a, y: y + sign * eps * step if torch.is_tensor(y) else (y[0] + sign * eps * step, *y[1:]),
+            prepend=True,
+        )
+        with torch.no_grad():
+            scores.append(model(**given).logits[:, -1, 5].double().sum())
+        handle.remove()
+
+    moved(1), moved(-1)
+    measured = float((scores[0] - scores[1]) / (2 * eps))
+    assert abs(measured) > 1e-4
+    assert abs(float((gradient * step).sum()) - measured) < 0.02 * abs(measured) + 1e-4

@@ -372,7 +372,8 @@ class Tape:
 
         return [
             module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after),
+            # First of all: others that record what a layer gives must record the copy that the model goes on with.
+            module.register_forward_hook(after, prepend=True),
         ]
 
     def _differentiate(self, score: Tensor, entries: list[Entry]) -> None:
