@@ -201,7 +201,7 @@ def _attributed(
     return (patch if method == "patch" else first_order)(model, inputs, other, metric).grid("share")
 
 
-def _by_token(model: Any, inputs: dict[str, Tensor], method: str, target: int) -> Tensor:
+def _by_token(model: Any, inputs: dict[str, Any], method: str, target: int) -> Tensor:
     """A map over tokens (tokens,), or over pixels (H, W)."""
     sees = "pixel_values" in inputs
     embedding = "" if sees else _name_of(model, model.get_input_embeddings())
@@ -215,7 +215,7 @@ def _by_token(model: Any, inputs: dict[str, Tensor], method: str, target: int) -
         start = 0.0 if sees else model.get_input_embeddings().weight.detach().mean(0)  # zeros have no direction to norm
         found = integrated_gradients(model, steps=STEPS, baseline=start, **settings)
     else:  # gradient times input is relevance that follows no rule
-        plain = {"attention": "gradient", "norm": "gradient", "activation": "gradient"}
+        plain: dict[str, Any] = {"attention": "gradient", "norm": "gradient", "activation": "gradient"}
         found = transformer_relevance(model, **settings, **({} if method == "relevance" else plain))
     return found[0].sum(0 if sees else -1)
 

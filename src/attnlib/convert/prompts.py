@@ -236,7 +236,7 @@ class PromptCam(Prompted):
     def prompts(self, layer: int, tokens: Tensor) -> Tensor | None:
         own: Tensor | None
         if self.where == "all":
-            own: Tensor | None = self.class_prompts[layer]
+            own = self.class_prompts[layer]
         elif self.where == "shallow":
             own = self.class_prompts[0] if layer == 0 else None
         else:
