@@ -15,7 +15,6 @@ takes.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +44,7 @@ from ...models.perception.metamers import (
     statistic_loss,
     texture_share,
 )
-from ..clock import machine
+from ..clock import machine, now
 from ..data.worlds import photo_crops, tiled_digits
 from ..small import Progress, fit, picture, study
 
@@ -160,16 +159,16 @@ def metamers(eyes: Eye, way: str, seed: int, count: int, steps: int) -> dict[str
     transfer, windows = eyes.transfer, eyes.coarse
     reference = transfer.reference(x)
     transfer(x, windows, eyes.share, noise=z)  # warm
-    began = time.perf_counter()
+    began = now()
     made = transfer(x, windows, eyes.share, noise=z)
-    once = seconds = time.perf_counter() - began
+    once = seconds = now() - began
     goal = float(statistic_loss(transfer.encoder, made, reference, windows))
     passes = 1.0
     reached = 1.0
     if way == "descent":
-        began = time.perf_counter()
+        began = now()
         made, losses = descend(transfer.encoder, reference, windows, coral(z, x).clamp(0, 1), steps, 0.02)
-        seconds, passes = time.perf_counter() - began, float(len(losses))
+        seconds, passes = now() - began, float(len(losses))
         reached = float(next((i for i, loss in enumerate(losses) if loss <= goal), len(losses)))
     elif way == "uniform blur":
         made = eyes.stages["uniform blur"](x)
