@@ -364,8 +364,9 @@ def explain(
         return tuple(int(part) for part in sizes)
 
     find(op)
-    if op == "depthwise":
-        raise ValueError("the arguments of depthwise are x and weight, not q, k, v: ask attnlib.explain in Python")
+    other = {"depthwise": "x and weight", "neighborhood_av": "weights, v and kernel_size"}
+    if op in other:
+        raise ValueError(f"the arguments of {op} are {other[op]}, not q, k, v: ask attnlib.explain in Python")
     check_choice("dtype", dtype, ["float64", "float32", "bfloat16", "float16"])
     made: dict[str, Any] = dict(requires_grad=grad, dtype=getattr(torch, dtype))
     q = torch.empty(parse("--shape", shape), **made)

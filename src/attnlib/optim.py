@@ -72,7 +72,7 @@ class _Checked(Optimizer):
                     raise TypeError(f"betas must be two numbers, got {describe(value)}")
                 for i, beta in enumerate(value):
                     check_real(f"betas[{i}]", beta, least=0, below=1)
-            elif isinstance(self.defaults.get(name), bool):
+            elif name in ("nesterov", "l1"):
                 check_flag(name, value)
             elif name in self.defaults:
                 check_real(name, value, least=0, below=1 if name in self.below_one else None)
