@@ -365,6 +365,22 @@ class VisionTransformer(Backbone):
         }
 
 
+def beside_patches(mixer: nn.Module) -> nn.Module:
+    """The mechanism, where it can mix tokens that stand beside the patches.
+
+    Raises:
+        ValueError: it takes neither sequences nor layouts.
+    """
+    traits: Any = getattr(mixer, "traits", None)
+    if traits is not None and not traits.layout and 1 not in traits.grid_ranks:
+        raise ValueError(
+            f"mechanism={type(mixer).__name__} takes grids of rank {sorted(traits.grid_ranks)} and no layout, so "
+            "that no token can stand beside the patches: in a plain ViT class_token=False, reg_tokens=0, "
+            "global_pool='avg' builds a model of it"
+        )
+    return mixer
+
+
 def vit(
     patch_size: int = 16,
     embed_dim: int = 768,
@@ -453,14 +469,7 @@ def vit(
     (row,) = places([embed_dim], [depth], [num_heads], [patch_size], drop_path_rate)
     blocks = []
     for place in row:
-        mixer = make(place)
-        traits: Any = getattr(mixer, "traits", None)
-        if prefix and traits is not None and not traits.layout and 1 not in traits.grid_ranks:
-            raise ValueError(
-                f"mechanism={type(mixer).__name__} takes grids of rank {sorted(traits.grid_ranks)} and no layout, so "
-                "that no token can stand beside the patches: class_token=False, reg_tokens=0, global_pool='avg' builds "
-                "a model of it"
-            )
+        mixer = beside_patches(make(place)) if prefix else make(place)
         mlp = Mlp(
             embed_dim, hidden=hidden, gated=swiglu, activation=nn.SiLU if swiglu else nn.GELU, drop=proj_drop_rate,
             drop_hidden=True, norm=norm if mlp_norm else None,
