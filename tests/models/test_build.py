@@ -227,6 +227,7 @@ def test_a_mechanism_of_the_users_own_choice():
 SETTINGS = {
     "gaussian-adaptive-attention": {"axis": "tokens"},
     "s4d": {"bidirectional": True},
+    "spectformer": {"resample": True},
 }
 
 

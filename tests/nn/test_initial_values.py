@@ -269,6 +269,7 @@ ROWS = {
         },
     ),  # fmt: skip
     "van": ("van-large-kernel-attention", dict(dim=64), {}),
+    "spectformer": ("spectformer", dict(dim=64), {"filter": normal(0.02)}),
     "contmix": (
         "overlock-contmix",
         dict(dim=64),

@@ -97,6 +97,7 @@ def rows():
         lambda: create("cga", dim=12, num_heads=2, key_dim=4, window_size=3, kernel_sizes=(5, 3)),
     )  # fmt: skip
     plain("van-large-kernel-attention", entries("van-large-kernel-attention", "a/sd/"), lambda: create("lka", dim=6))
+    plain("spectformer", entries("spectformer", "a/sd/"), lambda: create("spectformer", dim=6, grid=(5, 7)))
     plain(
         "overlock-contmix", entries("overlock-contmix", "window/sd/"),
         lambda: create("overlock-contmix", dim=16, num_heads=2, kernel_size=5),

@@ -13,6 +13,10 @@ ROWS = [
     Case("efficientvit-cascaded-group-attention", dict(dim=8, num_heads=2, key_dim=4, window_size=3), (5, 6)),
     Case("van-large-kernel-attention", dict(dim=6), (6, 7)),
     Case("van-large-kernel-attention", dict(dim=4, kernel_size=7, dilation=2, grid_rank=1), (12,), "sequence"),
+    Case("spectformer", dict(dim=8, grid=(4, 6)), (4, 6)),
+    Case("spectformer", dict(dim=8, grid=(5, 7), resample=True), (4, 6), "resampled"),
+    Case("spectformer", dict(dim=6, grid=(12,), resample=True), (12,), "sequence"),
+    Case("spectformer", dict(dim=4, grid=(3, 4, 5)), (3, 4, 5), "video"),
     Case("overlock-contmix", dict(dim=8, num_heads=1, kernel_size=5, regions=3), (6, 7)),
     Case("overlock-contmix", dict(dim=8, num_heads=2, kernel_size=7, regions=2, value=False), (4, 5), "enlarged"),
 ]

@@ -34,6 +34,7 @@ from ..checks import (
     to_list,
 )
 from ..normalizers import Normalizer
+from ..positions import resized
 from ..types import stats_dtype
 from ._call import AttentionCall, check_scale, prepare
 from ._dispatch import Operator
@@ -386,6 +387,56 @@ def weighted_pool(x: Tensor, scores: Tensor, *, valid: Tensor | None = None) -> 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Gate and multiply
+
+
+def spectral_gate(x: Tensor, weight: Tensor, *, resample: bool = False, valid: Tensor | None = None) -> Tensor:
+    """A gate per frequency and channel: ``ifft(weight * fft(x))``, a circular depthwise kernel as large as the grid.
+
+    Transforms are orthonormal and run in float32 (float64 for such an input), whatever the type of ``x``. Frequencies
+    of the last axis are those of a real signal, n // 2 + 1; imaginary parts of the constant one, and of the highest of
+    an even side, have no say.
+
+    Args:
+        x: (B, *grid, C).
+        weight: (2, C, *frequencies), real and imaginary parts, for a grid (n_1, .., n_r): (n_1, .., n_r // 2 + 1)
+            frequencies. All ones and zeros change nothing.
+        resample: interpolate real and imaginary parts (bilinear) where they are for another grid, of rank 1 or 2.
+        valid: (B, *grid) boolean; the others are zeros.
+
+    Returns:
+        (B, *grid, C).
+
+    Raises:
+        ValueError: a weight of other channels or of another grid.
+
+    >>> one = torch.stack([torch.ones(3, 2), torch.zeros(3, 2)])
+    >>> spectral_gate(torch.arange(1.0, 10).view(1, 3, 3), one).round().flatten().tolist()
+    [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
+    """
+    rank = _check_grid(x, valid)
+    check_float("weight", weight)
+    check_flag("resample", resample)
+    grid = tuple(x.shape[1:-1])
+    if weight.dim() != rank + 2 or tuple(weight.shape[:2]) != (2, x.shape[-1]):
+        raise ValueError(
+            f"weight must have shape (2, C, *frequencies) with C={x.shape[-1]} and {rank} axes of frequencies, got "
+            f"{tuple(weight.shape)}"
+        )
+    check_device(x=x, weight=weight)
+    wanted = (*grid[:-1], grid[-1] // 2 + 1)
+    if tuple(weight.shape[2:]) != wanted:
+        if not resample or rank > 2:
+            raise ValueError(
+                f"weight has {tuple(weight.shape[2:])} frequencies, but a grid {grid} has {wanted}; "
+                + ("a grid of rank 3 must fit" if resample else "resample=True interpolates them")
+            )
+        weight = resized(weight, wanted, "bilinear")
+    if not x.numel():
+        return x * 1
+    dtype, axes = stats_dtype(x.dtype), tuple(range(1, rank + 1))
+    spectrum = torch.fft.rfftn(_zero_invalid(x, valid).to(dtype), dim=axes, norm="ortho")
+    both = weight.to(dtype).movedim(1, -1)  # (2, *frequencies, C)
+    return torch.fft.irfftn(spectrum * torch.complex(both[0], both[1]), s=grid, dim=axes, norm="ortho").to(x.dtype)
 
 
 def _check_broadcast(name: str, x: Tensor, shape: Sequence[int], what: str) -> None:
