@@ -6,15 +6,21 @@
 from ..nn.linear.heads import HeadMixer
 from .agreement import Report
 from .conversion import Conversion, linearize, load
+from .distill import Distillation, FeatureLoss, LogitLoss, MapLoss, distill
 from .swap import Swap, convertible, is_causal, swap
 from .targets import target
 
 __all__ = [
     "Conversion",
+    "Distillation",
+    "FeatureLoss",
     "HeadMixer",
+    "LogitLoss",
+    "MapLoss",
     "Report",
     "Swap",
     "convertible",
+    "distill",
     "is_causal",
     "linearize",
     "load",

@@ -44,7 +44,14 @@ from .circuits import (
 )
 from .encoding import Encoding, bootstrap, encode, features_of, noise_ceiling
 from .plots import head_grid, map_over_image, profile, sink_profile
-from .statistics import Statistics, effective_rank, image_map
+from .statistics import (
+    Statistics,
+    effective_rank,
+    hybrid_layer,
+    image_map,
+    information_by_layer,
+    mutual_information,
+)
 from .viewer import Axis, LayerMaps, Page, Part, Run, difference, page, read
 
 __all__ = [
@@ -80,11 +87,14 @@ __all__ = [
     "grad_cam",
     "head_classes",
     "head_grid",
+    "hybrid_layer",
     "image_map",
+    "information_by_layer",
     "integrated_gradients",
     "logit_attribution",
     "logit_difference",
     "map_over_image",
+    "mutual_information",
     "noise_ceiling",
     "overlap",
     "page",

@@ -15,14 +15,16 @@ For a head with weights ``A`` (a row per query, rows that may read nothing left 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..checks import check_int, check_ints, shaped
+from ..checks import check_int, check_ints, check_real, shaped
 from ..grids import Layout, coordinates
+from ..hooks.attach import attach
 from ..hooks.probes import Record, _Layer, counted, sink_rate
 from ..hooks.site import Site
 from ..hooks.tokens import IMAGE, NAMES, PAD
@@ -48,6 +50,84 @@ def effective_rank(a: Tensor) -> Tensor:
     3.0
     """
     return _rank_of_values(torch.linalg.svdvals(a.double())).to(a.dtype)
+
+
+@shaped(a="float (..., N, M)")
+def mutual_information(a: Tensor) -> Tensor:
+    """Normalised mutual information of queries and keys: 1 where each query reads a key of its own, 0 where all read
+    alike.
+
+    With queries equally likely, ``p(q, k) = A_qk / N`` and ``p(k) = mean_q A_qk``:
+    ``NMI = I(q; k) / sqrt(H(q) H(k))``, ``I = H(k) - mean_q H(A_q)``, ``H(q) = ln N``. One query, or one key that has
+    all weight, tells nothing: 0.
+
+    Args:
+        a: (..., N, M) weights whose rows sum to 1.
+
+    Returns:
+        (...) in [0, 1].
+
+    Reference: Park et al., 2023, arXiv 2305.00729; Zhang et al., 2025, "UNIP", arXiv 2502.02257.
+
+    >>> mutual_information(torch.eye(3)).item(), mutual_information(torch.full((2, 3), 1 / 3)).item()
+    (1.0, 0.0)
+    """
+    wide = a.to(torch.float64)
+    return _information(wide.mean(-2), torch.special.entr(wide).sum(-1).mean(-1), a.shape[-2]).to(a.dtype)
+
+
+def _information(key: Tensor, conditional: Tensor, queries: int) -> Tensor:
+    """Of the keys' distribution (..., M) and the mean entropy of a row (...)."""
+    entropy = torch.special.entr(key).sum(-1)
+    norm = (entropy * math.log(max(queries, 1))).clamp_min(0).sqrt()
+    told = (entropy - conditional) / torch.where(norm > 1e-12, norm, torch.ones_like(norm))
+    return torch.where(norm > 1e-12, told.clamp(0, 1), torch.zeros_like(told))
+
+
+def information_by_layer(model: nn.Module, batches: Iterable[Tensor]) -> dict[int | str, float]:
+    """:func:`mutual_information` of every layer's maps, all tokens counted, averaged over heads and samples.
+
+    Maps are not kept: rows are read in blocks beside the model's kernel.
+
+    Args:
+        model: any that :func:`attnlib.hooks.attach` knows; called as it is.
+        batches: what it is called with, each the same number of tokens throughout the model.
+
+    Raises:
+        ValueError: no batch.
+    """
+    record = Record(rows="all", what=("entropy", "received"))
+    sums: dict[int | str, float] = {}
+    count = 0
+    with attach(model, record), torch.no_grad():
+        for batch in batches:
+            record.reset()
+            model(batch)
+            count += len(batch)
+            for layer, held in record.results().items():
+                entropies = torch.cat(held["entropy"], 0).double()
+                queries = entropies.shape[-1]
+                found = _information(held["received"].double() / queries, entropies.mean(-1), queries)
+                sums[layer] = sums.get(layer, 0.0) + float(found.mean(1).sum())
+    if not count:
+        raise ValueError("batches holds none; information needs at least one")
+    return {layer: total / count for layer, total in sums.items()}
+
+
+def hybrid_layer(information: Mapping[int | str, float], target: float) -> int | str:
+    """The layer whose normalised mutual information is nearest to a target: neither local nor global (UNIP).
+
+    Args:
+        information: as :func:`information_by_layer` gives it.
+        target: in [0, 1]; the authors' code chooses layers by hand, and no value of theirs could be verified.
+
+    >>> hybrid_layer({0: 0.4, 1: 0.15, 2: 0.02}, target=0.1)
+    1
+    """
+    check_real("target", target, least=0, most=1)
+    if not information:
+        raise ValueError("information is empty; information_by_layer() gives it")
+    return min(information, key=lambda layer: abs(information[layer] - target))
 
 
 def _rank_of_values(values: Tensor) -> Tensor:

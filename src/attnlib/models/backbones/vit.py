@@ -19,6 +19,7 @@ the positions of the class and register tokens.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -404,6 +405,7 @@ def vit(
     pos_drop_rate: float = 0.0,
     proj_drop_rate: float = 0.0,
     attn_drop_rate: float = 0.0,
+    last_heads: int | None = None,
     mechanism: Make | None = None,
     num_classes: int = 1000,
     in_chans: int = 3,
@@ -435,6 +437,8 @@ def vit(
         pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout in training: of tokens with their positions, of outputs
             of attention and both layers of MLPs, of attention weights; the second and third with the model's own
             attention alone.
+        last_heads: heads of the last block, where they are not ``num_heads``: a student whose last map is taught by a
+            teacher's (UNIP).
         mechanism: as in :func:`attnlib.create_model`. One of maps, which takes neither sequences nor layouts, needs
             ``class_token=False, reg_tokens=0, global_pool="avg"``.
         num_classes, in_chans, img_size, drop_path_rate, drop_rate: as in :func:`attnlib.create_model`.
@@ -467,6 +471,8 @@ def vit(
 
     make = mechanism or own
     (row,) = places([embed_dim], [depth], [num_heads], [patch_size], drop_path_rate)
+    if last_heads is not None:
+        row[-1] = dataclasses.replace(row[-1], num_heads=check_int("last_heads", last_heads, least=1))
     blocks = []
     for place in row:
         mixer = beside_patches(make(place)) if prefix else make(place)
