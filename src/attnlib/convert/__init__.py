@@ -7,6 +7,7 @@ from ..nn.linear.heads import HeadMixer
 from .agreement import Report
 from .conversion import Conversion, linearize, load
 from .distill import Distillation, FeatureLoss, LogitLoss, MapLoss, distill
+from .scalekd import ScaleKD
 from .swap import Swap, convertible, is_causal, swap
 from .targets import target
 
@@ -18,6 +19,7 @@ __all__ = [
     "LogitLoss",
     "MapLoss",
     "Report",
+    "ScaleKD",
     "Swap",
     "convertible",
     "distill",
