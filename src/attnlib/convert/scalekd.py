@@ -89,7 +89,7 @@ class CrossAttentionProjector(nn.Module):
         """(B, h, w, C) -> (B * windows, tokens, C)."""
         (h, w), (down, along) = self.grid, self.windows
         x = x.unflatten(2, (along, w // along)).unflatten(1, (down, h // down))
-        return x.transpose(2, 3).flatten(3, 4).flatten(0, 2).flatten(1, 2)
+        return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
     def _join(self, x: Tensor) -> Tensor:
         (h, w), (down, along) = self.grid, self.windows
@@ -101,9 +101,7 @@ class CrossAttentionProjector(nn.Module):
     def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
         """(B, h, w, student_dim), queries (B, h, w, teacher_dim) in place of the learned -> (B, h, w, teacher_dim)."""
         if tuple(x.shape[1:3]) != self.grid:
-            raise ValueError(
-                f"the student's map has a grid of {tuple(x.shape[1:3])}, the projector one of {self.grid}"
-            )
+            raise ValueError(f"the student's map has a grid of {tuple(x.shape[1:3])}, the projector one of {self.grid}")
         if query is None and self.query is None:
             raise ValueError("query must be given to a projector with own_query=False")
         own = self.query if query is None else query
