@@ -65,6 +65,8 @@ MAKE = {
     "Patch": None,
     "AttendTo": None,
     "LowRank": None,
+    # Of whole maps of encoders, whose tokens stay the same: tests/convert/test_dual_cross_attention.py.
+    "Rollout": None,
     "MaskByType": lambda model: MaskByType(modality_mutual()),
     "Record": lambda model: Record(rows="all", what=("weights", "entropy", "received", "sink")),
     "KVCompression": lambda model: cache.KVCompression(cache.KeyNorm(), cache.Cap(7)),

@@ -7,6 +7,7 @@ from ..nn.linear.heads import HeadMixer
 from .agreement import Report
 from .conversion import Conversion, linearize, load
 from .distill import Distillation, FeatureLoss, LogitLoss, MapLoss, distill
+from .dual_cross_attention import DualCrossAttention
 from .scalekd import ScaleKD
 from .swap import Swap, convertible, is_causal, swap
 from .targets import target
@@ -14,6 +15,7 @@ from .targets import target
 __all__ = [
     "Conversion",
     "Distillation",
+    "DualCrossAttention",
     "FeatureLoss",
     "HeadMixer",
     "LogitLoss",

@@ -44,6 +44,7 @@ from .circuits import (
 )
 from .encoding import Encoding, bootstrap, encode, features_of, noise_ceiling
 from .plots import head_grid, map_over_image, profile, sink_profile
+from .rollout import Rollout
 from .statistics import (
     Statistics,
     effective_rank,
@@ -69,6 +70,7 @@ __all__ = [
     "Part",
     "Record",
     "Resampled",
+    "Rollout",
     "Run",
     "Statistics",
     "ablated",
