@@ -26,7 +26,8 @@ def swin(seed=0):
 
 def resnet(seed=1, **more):
     torch.manual_seed(seed)
-    return attnlib.create_model("resnet18", **{**SMALL, **more})
+    given = dict(embed_dims=(6, 8, 12, 16), stem_dim=6, **SMALL)
+    return attnlib.create_model("resnet18", **{**given, **more})
 
 
 def images(n=2, side=64):
