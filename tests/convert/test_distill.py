@@ -87,7 +87,7 @@ def test_map_divergence_is_zero_for_equal_maps_alone_and_over_keys():
     hidden = t.masked_fill(torch.arange(7) > 3, float("-inf")).requires_grad_()
     loss = map_divergence(hidden, hidden.detach())
     loss.backward()
-    assert float(loss) == 0 and torch.isfinite(hidden.grad).all()
+    assert loss.item() == 0 and torch.isfinite(hidden.grad).all()
 
 
 def test_nothing_behind_the_last_wanted_map_runs():
@@ -102,19 +102,19 @@ def test_nothing_behind_the_last_wanted_map_runs():
 
 
 def test_student_maps_converge_to_the_teachers():
-    teacher, student = vit(1, depth=2, num_heads=2), vit(2, num_heads=3, last_heads=2)
+    teacher, student = vit(1, num_heads=2), vit(2, embed_dim=24, num_heads=3, last_heads=2)
     with torch.no_grad():
         for block in teacher.stages:
-            block.mixer.inner.q.weight.mul_(20)
-            block.mixer.inner.k.weight.mul_(20)
+            block.mixer.inner.q.weight.mul_(10)
+            block.mixer.inner.k.weight.mul_(10)
     lesson = distill(student, teacher, MapLoss())
-    optimizer = torch.optim.Adam(lesson.parameters(), 3e-3)
-    first = float(lesson(images(8))["total"])
-    for step in range(150):
+    optimizer = torch.optim.Adam(lesson.parameters(), 5e-3)
+    first = lesson(images(8))["total"].item()
+    for step in range(80):
         optimizer.zero_grad()
         lesson(images(16, seed=step))["total"].backward()
         optimizer.step()
-    last = float(lesson(images(8, seed=999))["total"])
+    last = lesson(images(8, seed=999))["total"].item()
     assert first > 0.05 and last < 1e-2, (first, last)
 
 

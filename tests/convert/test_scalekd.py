@@ -156,9 +156,10 @@ def test_losses_fall():
         found = made(x, labels)
         found["total"].backward()
         optimizer.step()
-        kept.append({k: float(v) for k, v in found.items()})
+        kept.append({k: v.item() for k, v in found.items()})
     assert kept[-1]["total"] < 0.8 * kept[0]["total"]
-    assert all(kept[-1][k] < kept[0][k] for k in kept[0])
+    # Labels pull the logits away from those of a teacher that knows nothing.
+    assert all(kept[-1][k] < kept[0][k] for k in kept[0] if k != "logits")
 
 
 def test_a_vision_transformer_teaches_too():
