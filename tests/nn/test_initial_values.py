@@ -270,6 +270,23 @@ ROWS = {
     ),  # fmt: skip
     "van": ("van-large-kernel-attention", dict(dim=64), {}),
     "spectformer": ("spectformer", dict(dim=64), {"filter": normal(0.02)}),
+    "smt": (
+        "smt-scale-aware-modulation",
+        dict(dim=64),
+        {
+            "norm.weight": constant(1.0),
+            "local.0.weight": normal(math.sqrt(2 / 9)),
+            "local.1.weight": normal(math.sqrt(2 / 25)),
+            "local.2.weight": normal(math.sqrt(2 / 49)),
+            "local.3.weight": normal(math.sqrt(2 / 81)),
+            "within.conv.weight": normal(math.sqrt(2 / 8)),
+            "across.conv.weight": normal(math.sqrt(2 / 64)),
+            "bias": constant(0.0),
+            "v.weight": truncated(0.02),
+            "s.weight": truncated(0.02),
+            "proj.weight": truncated(0.02),
+        },
+    ),
     "contmix": (
         "overlock-contmix",
         dict(dim=64),

@@ -96,6 +96,10 @@ def rows():
         "efficientvit-cascaded-group-attention", entries("efficientvit-cascaded-group-attention", "a/sd/"),
         lambda: create("cga", dim=12, num_heads=2, key_dim=4, window_size=3, kernel_sizes=(5, 3)),
     )  # fmt: skip
+    plain(
+        "smt-scale-aware-modulation", entries("smt-scale-aware-modulation", "a/sd/"),
+        lambda: create("scale-aware-modulation", dim=8),
+    )  # fmt: skip
     plain("van-large-kernel-attention", entries("van-large-kernel-attention", "a/sd/"), lambda: create("lka", dim=6))
     plain("spectformer", entries("spectformer", "a/sd/"), lambda: create("spectformer", dim=6, grid=(5, 7)))
     plain(

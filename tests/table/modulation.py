@@ -11,6 +11,8 @@ ROWS = [
     Case("davit", dict(dim=16, num_heads=2), (4, 6)),
     Case("davit", dict(dim=12, num_heads=1, scale="tokens", qkv_bias=False), (12,), "tokens"),
     Case("efficientvit-cascaded-group-attention", dict(dim=8, num_heads=2, key_dim=4, window_size=3), (5, 6)),
+    Case("smt-scale-aware-modulation", dict(dim=8), (5, 6)),
+    Case("smt-scale-aware-modulation", dict(dim=6, num_heads=2, expand_ratio=3, bias=False), (4, 4), "narrow"),
     Case("van-large-kernel-attention", dict(dim=6), (6, 7)),
     Case("van-large-kernel-attention", dict(dim=4, kernel_size=7, dilation=2, grid_rank=1), (12,), "sequence"),
     Case("spectformer", dict(dim=8, grid=(4, 6)), (4, 6)),

@@ -23,9 +23,12 @@ ACRONYMS: Mapping[str, tuple[str, ...]] = {
     "eva": ("'eva', masked representation learning at scale", "efficient attention via control variates"),
     "hat": ("'hat', the hybrid attention transformer that restores images", "hierarchical attention of FasterViT"),
     "psa": ("'polarized-self-attention'", "pyramid squeeze attention"),
-    "sam": ("'ulsam', subspace attention", "the Segment Anything model", "sharpness-aware minimization"),
+    "sam": (
+        "'ulsam', subspace attention", "'smt-scale-aware-modulation'", "the Segment Anything model",
+        "sharpness-aware minimization",
+    ),
     "vsa": ("'vsa-varied-size-window', varied-size window attention", "video sparse attention"),
-}
+}  # fmt: skip
 
 _ENTRIES: dict[str, dict[str, type]] = {"mechanism": {}, "fusion": {}, "pool": {}}
 _ALIASES: dict[str, list[str]] = {}

@@ -489,6 +489,8 @@ OPERATORS: dict[str, Described] = {
     "toeplitz": Described(("toeplitz_attention",), _toeplitz, "keys"),
     "deformable": Described(("deformable_attention",), _sampled, "samples"),
     "deformable_3d": Described(("deformable_attention_3d",), _sampled_3d, "samples"),
-    "modulation": Described(("depthwise", "pyramid", "pool", "gated_sum", "modulate"), _modulation, "tokens"),
+    "modulation": Described(
+        ("depthwise", "mixed_depthwise", "pyramid", "pool", "gated_sum", "modulate"), _modulation, "tokens"
+    ),
     "channel_attention": Described(("channel_attention",), _channels, "tokens"),
 }  # fmt: skip

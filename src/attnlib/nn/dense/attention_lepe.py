@@ -20,7 +20,7 @@ from ...types import Traits, check_choice
 from ..base import Mechanism
 from ..layers import DepthwiseConv, flat_valid, head_dim_of, merge_heads, split_heads, zero_invalid
 from ..registry import register
-from ..released import Released, Rule
+from ..released import Released, Rule, join
 
 
 @register("attention-lepe", "lepe-attention")
@@ -88,11 +88,14 @@ class AttentionLePE(Mechanism):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From the authors' ``AttentionLePE``, ``nchwAttentionLePE`` (1x1 convolutions) or plain ``Attention``."""
+        """From the authors' ``AttentionLePE``, ``nchwAttentionLePE`` (1x1 convolutions) or plain ``Attention``; from
+        the ``Attention`` of SMT with ``ca_attention=0``, which is this with a kernel of 3.
+        """
         theirs = Released(state_dict, "the authors' AttentionLePE or nchwAttentionLePE")
+        out = join(theirs, "qkv", ("q", "kv"))
         rules: dict[str, Rule] = {
             r"(qkv|proj)\.weight": lambda match, value: {match[0]: value.flatten(1)},
             r"(qkv|proj)\.bias": r"\1.bias",
-            r"lepe\.(weight|bias)": r"lepe.\1",
+            r"(?:lepe|local_conv)\.(weight|bias)": r"lepe.\1",
         }
-        return theirs.close(theirs.renamed(rules))
+        return theirs.close(out | theirs.renamed(rules))
