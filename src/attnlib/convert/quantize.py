@@ -138,7 +138,7 @@ class Moments:
 
     >>> m = Moments(2)
     >>> m.add(torch.eye(2)[None])
-    >>> m.value.tolist()
+    >>> m.value.round(decimals=3).tolist()
     [[2.0, 0.0], [0.0, 2.0]]
     """
 
