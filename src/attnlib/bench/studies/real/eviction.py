@@ -265,7 +265,7 @@ def measure(
         pictures: folder for ``real-eviction-cpu.svg``.
         plan: by length of the text in tokens, what is measured: ``{mode: {task: ratios}}``.
         depths: of the needle.
-        items: by length, texts at each depth; 3 by default.
+        items: by length, texts at each depth; 3 by default, 0 leaves a length out.
         model: of :mod:`attnlib.bench.models`, or a folder or name of a causal language model.
         dtype: of its weights.
         presses: let kvpress take part where it is installed.
@@ -303,8 +303,8 @@ def measure(
     names = [ALL, *SCORERS]
     maps = {
         str(length): {name: by_depth(records, name, length) for name in names if _there(rows, length, name)}
-        for length in plan
-    }
+        for length in plan if counts[length]
+    }  # fmt: skip
     result = {
         "what": QUESTION, "machine": machine(), "model": models.title(model),
         "dtype": str(dtype).removeprefix("torch."),

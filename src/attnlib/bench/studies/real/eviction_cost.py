@@ -27,7 +27,7 @@ from ...small import Progress, picture
 from ...speed.cache import Contender
 from ._kept import Kept
 from ._prefill import Press, Reader, kvpress_folder, kvpress_version
-from .eviction import ALL, PRESSES, QUADRATIC, QUADRATIC_LENGTH, SCORERS
+from .eviction import ALL, PRESSES, QUADRATIC, QUADRATIC_LENGTH, SCORERS, SNAPKV
 
 QUESTION = "What do a smaller cache and its scorer cost and save, in time and memory?"
 MODELS = ("smollm2-135m",)
@@ -48,7 +48,7 @@ def decoding(
 
     read(PLAIN, 0.0, model, prompt)
     for share in ratios:
-        read("SnapKV", share, model, prompt, ours=True)
+        read(SNAPKV, share, model, prompt, ours=True)
         if press is not None:
             read("kvpress SnapKVPress", share, model, prompt, press)
     times: list[list[float]] = [[] for _ in made]
@@ -179,17 +179,16 @@ def measure(
         "lengths": {str(n): done[n] for n in lengths},
     }  # fmt: skip
     if pictures is not None:
-        labels = {(0.0, PLAIN): PLAIN} | {(r, "SnapKV"): f"SnapKV, {r:.0%} evicted" for r in ratios}
-        curves = {
-            label: [
-                (n, row["token_s"] * 1e3, None) for n in lengths for row in done[n]["decoding"]
-                if (row["ratio"], row["name"]) == place
+        curves: dict[str, list[tuple[Any, float, float | None]]] = {
+            f"{n:,} tokens": [
+                (100 * row["ratio"], row["token_s"] * 1e3, None) for row in done[n]["decoding"]
+                if row["name"] in (PLAIN, SNAPKV)
             ]
-            for place, label in labels.items()
+            for n in lengths
         }  # fmt: skip
         picture(
-            Path(pictures) / "real-eviction-cost-cpu.svg", curves, "tokens of the prompt",
+            Path(pictures) / "real-eviction-cost-cpu.svg", curves, "keys evicted (%), chosen by SnapKV",
             "ms of processor time per token",
-            f"{models.title(model).partition(',')[0]}: decoding on a compressed cache", log=("x",), dashed=(PLAIN,),
+            f"{models.title(model).partition(',')[0]}: decoding on a compressed cache",
         )  # fmt: skip
     return result
