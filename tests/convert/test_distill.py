@@ -154,7 +154,7 @@ def test_information_of_layers_streams_and_equals_that_of_the_maps():
     wanted = Wanted(scores=frozenset({0, 1, 2}))
     for layer in range(3):
         maps = torch.cat([read(model, x, wanted).scores[layer].softmax(-1) for x in batches])
-        assert abs(found[layer] - float(mutual_information(maps).mean())) < 1e-5
+        assert abs(found[layer] - mutual_information(maps).mean().item()) < 1e-5
     assert hybrid_layer(found, found[1]) == 1
     with pytest.raises(ValueError, match="batches holds none"):
         information_by_layer(model, [])

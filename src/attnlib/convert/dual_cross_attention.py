@@ -135,8 +135,11 @@ class DualCrossAttention(nn.Module):
         check_choice("read", read, ("token", "selected"))
         self.read, self.bound, self.criterion = read, bound, criterion
         self.model: Any = model
+        parts: Any = model
         made = [copy.deepcopy(last) for _ in range(check_int("num_blocks", num_blocks, least=1))]
-        self.blocks, self.norm, self.head = nn.ModuleList(made), copy.deepcopy(model.norm), copy.deepcopy(model.head)
+        self.blocks = nn.ModuleList(made)
+        self.norm: nn.Module = copy.deepcopy(parts.norm)
+        self.head: nn.Module = copy.deepcopy(parts.head)
         for module in (*self.blocks.modules(), *self.norm.modules(), *self.head.modules()):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

@@ -228,7 +228,8 @@ class ScaleKD(DistillationLoss):
         self.projectors = nn.ModuleDict()
         rows = zip("34", self.stages, (before, -1), heads, strict=True)
         for name, ours, theirs, count in rows:
-            mine, its = (m.feature_info[i] for m, i in ((student, ours), (teacher, theirs)))  # type: ignore[index]
+            levels: Any = student.feature_info, teacher.feature_info
+            mine, its = levels[0][ours], levels[1][theirs]
             grids = [tuple(-(-side // level["reduction"]) for side in sides) for level in (mine, its)]
             if grids[0] != grids[1]:
                 raise ValueError(
