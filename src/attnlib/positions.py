@@ -373,6 +373,38 @@ def dense_window_bias(table: Tensor, window: Sequence[int], key_window: Sequence
     return table.flatten(1).index_select(1, at.flatten()).unflatten(1, (at.shape[0], at.shape[1]))
 
 
+def euclidean_buckets(
+    window: Sequence[int], alpha: float, beta: float, gamma: float, device: torch.device | str | None = None
+) -> Tensor:
+    """Buckets of the distances between tokens of a window, by displacement: what iRPE calls Euclidean and piecewise.
+
+    A distance is rounded; above ``alpha`` it is ``alpha + (beta - alpha) log(d / alpha) / log(gamma / alpha)``, rounded
+    and at most ``beta``. Wu et al., 2021, arXiv 2107.14222, eq. 18.
+
+    Args:
+        window: sides of the window.
+        alpha, beta, gamma: up to where distances are exact, the last bucket, and the distance that reaches it.
+        device: of the buckets.
+
+    Returns:
+        Whole numbers from 0 to ``beta``, (*(2 window - 1)), displacements as in :func:`window_bias`.
+
+    Raises:
+        ValueError: unless ``0 < alpha < beta`` and ``alpha < gamma``.
+
+    >>> euclidean_buckets((1, 6), 2, 4, 16).tolist()
+    [[3, 3, 2, 2, 1, 0, 1, 2, 2, 3, 3]]
+    """
+    window = check_ints("window", window, least=1)
+    for name, value, above in (("alpha", alpha, 0.0), ("beta", beta, alpha), ("gamma", gamma, alpha)):
+        check_real(name, value, above=above)
+    sides = [torch.arange(1 - w, w, device=device) for w in window]
+    at = torch.stack(torch.meshgrid(*sides, indexing="ij"), -1)
+    distance = at.square().sum(-1).float().sqrt().round()
+    far = alpha + torch.log(distance.clamp(min=alpha) / alpha) / math.log(gamma / alpha) * (beta - alpha)
+    return torch.where(distance <= alpha, distance, far.round().clamp(max=beta)).long()
+
+
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
     """(H,) slopes ``2 ** (-8 (h + 1) / H)``, with the authors' interpolation when H is no power of two.
 

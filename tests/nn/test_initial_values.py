@@ -270,6 +270,16 @@ ROWS = {
     ),  # fmt: skip
     "van": ("van-large-kernel-attention", dict(dim=64), {}),
     "spectformer": ("spectformer", dict(dim=64), {"filter": normal(0.02)}),
+    "patnet-partial": (
+        "patnet-partial-attention",
+        dict(dim=64),
+        {"norm.weight": constant(1.0), "bias": constant(0.0), "conv.weight": truncated(0.02)},
+    ),
+    "patnet-self": (
+        "patnet-self-attention",
+        dict(dim=64),
+        {"norm.weight": constant(1.0), "bias": constant(0.0), "weight": truncated(0.02)},
+    ),
     "smt": (
         "smt-scale-aware-modulation",
         dict(dim=64),

@@ -96,6 +96,9 @@ def rows():
         "efficientvit-cascaded-group-attention", entries("efficientvit-cascaded-group-attention", "a/sd/"),
         lambda: create("cga", dim=12, num_heads=2, key_dim=4, window_size=3, kernel_sizes=(5, 3)),
     )  # fmt: skip
+    for part in ("partial", "self"):
+        slug = f"patnet-{part}-attention"
+        plain(slug, entries(slug, "a/sd/"), functools.partial(create, slug, dim=16))
     plain(
         "smt-scale-aware-modulation", entries("smt-scale-aware-modulation", "a/sd/"),
         lambda: create("scale-aware-modulation", dim=8),

@@ -79,6 +79,7 @@ SITES: dict[str, Sites] = {
     "halonet": Sites((("halo.v", 0.0),), "proj"),
     "vmoba": Sites((("qkv", "dim"),), "proj"),
     "shvit": Sites((("qkv", "partial_dim"),), "relu_"),
+    "patnet-self-attention": Sites((("qkv", 2 / 3),), "proj"),
     "sg-former": Sites((("kv1", 0.5), ("kv2", 0.5)), "proj"),
 }
 
@@ -118,6 +119,7 @@ NOT_LINEAR: dict[str, str] = {
     "mambaout": "gates multiply what it convolves, and its output map reads channels that were not mixed as well",
     "maxvit": "it is two attentions with a residual and a norm between them, each of which has its own matrix",
     "vwformer": "its values are those of keys folded from neighbouring tokens, behind a ReLU, not of tokens",
+    "patnet-partial-attention": "it convolves some channels, and gates others by their own means and deviations",
     "p-adapter": "behind its output projection an adapter reads the values again, through distances between them",
     "moh-vit-aggregated-attention": "it mixes the values of tokens and those of pooled cells, with a matrix for each",
     "tic-msa-conv": "what it mixes goes into a convolution and a ReLU together with its tokens, and into no output map",

@@ -66,6 +66,7 @@ class Head(nn.Module):
         hidden: width of a layer before the last, with ``activation``; 0 for none.
         activation: of that layer.
         classifier: makes the last map from two widths.
+        hidden_bias: bias of the hidden layer.
     """
 
     #: What ``pool`` can be.
@@ -81,12 +82,13 @@ class Head(nn.Module):
         hidden: int = 0,
         activation: Callable[[], nn.Module] = nn.Tanh,
         classifier: Callable[[int, int], nn.Module] = nn.Linear,
+        hidden_bias: bool = True,
     ):
         super().__init__()
         check_choice("global_pool", pool, self.pools)
         self.pool, self.dim, self.hidden, self.classifier = pool, dim, hidden, classifier
         self.norm = nn.Identity() if norm is None else norm(dim)
-        self.pre = nn.Linear(dim, hidden) if hidden else None
+        self.pre = nn.Linear(dim, hidden, bias=hidden_bias) if hidden else None
         self.act = activation() if hidden else None
         self.drop = nn.Dropout(check_real("drop_rate", drop, least=0, below=1))
         self.fc: nn.Module = nn.Identity()

@@ -10,6 +10,7 @@ Differs from the authors' code: tokens outside ``valid`` are zero before every c
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -64,8 +65,8 @@ class ScaleAwareModulation(Mechanism):
 
     def scales(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """(B, H, W, dim) through the convolutions of several sizes, the channels interleaved."""
-        weights, biases = [conv.weight for conv in self.local], [conv.bias for conv in self.local]
-        s = mixed_depthwise(self.s(x), weights, biases=biases, valid=valid)
+        convs: list[Any] = list(self.local)
+        s = mixed_depthwise(self.s(x), [c.weight for c in convs], biases=[c.bias for c in convs], valid=valid)
         return s.unflatten(-1, (self.num_heads, -1)).transpose(-1, -2).flatten(-2)
 
     def gate(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
