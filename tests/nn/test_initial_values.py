@@ -297,6 +297,7 @@ ROWS = {
             "proj.weight": truncated(0.02),
         },
     ),
+    "uniformer": ("uniformer", dict(dim=64), {}),
     "contmix": (
         "overlock-contmix",
         dict(dim=64),

@@ -103,6 +103,7 @@ def rows():
         "smt-scale-aware-modulation", entries("smt-scale-aware-modulation", "a/sd/"),
         lambda: create("scale-aware-modulation", dim=8),
     )  # fmt: skip
+    plain("uniformer", entries("uniformer", "image/sd/"), lambda: create("uniformer", dim=6))
     plain("van-large-kernel-attention", entries("van-large-kernel-attention", "a/sd/"), lambda: create("lka", dim=6))
     plain("spectformer", entries("spectformer", "a/sd/"), lambda: create("spectformer", dim=6, grid=(5, 7)))
     plain(

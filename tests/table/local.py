@@ -20,4 +20,6 @@ ROWS = [
     Case("dinat", dict(dim=16, num_heads=2, kernel_size=3, dilation=2), (7, 8), growth=IMAGES,
          layout=Layout.image(6, 6, cls=1)),
     Case("dinat", dict(dim=16, num_heads=2, kernel_size=5, causal=True), (16,), "causal", growth=SEQUENCES),
+    Case("uniformer", dict(dim=6), (6, 7)),
+    Case("uniformer", dict(dim=4, kernel_size=3, grid_rank=3), (3, 4, 4), "video"),
 ]  # fmt: skip

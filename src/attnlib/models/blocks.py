@@ -220,6 +220,7 @@ class Block(nn.Module):
         position: side of the depthwise convolution before the mixer (0: none).
         mlp_position: the same before the MLP.
         activation: of the plain MLP.
+        rank: axes of the grid, for these convolutions.
     """
 
     def __init__(
@@ -235,11 +236,12 @@ class Block(nn.Module):
         position: int = 0,
         mlp_position: int = 0,
         activation: Callable[[], nn.Module] = nn.GELU,
+        rank: int = 2,
     ):
         super().__init__()
-        self.position = PositionalConv(dim, position) if position else None
+        self.position = PositionalConv(dim, position, rank) if position else None
         self.mixer = Residual(dim, mixer, norm, drop_path, layer_scale, post_norm)
-        self.mlp_position = PositionalConv(dim, mlp_position) if mlp_position else None
+        self.mlp_position = PositionalConv(dim, mlp_position, rank) if mlp_position else None
         if mlp is None and mlp_ratio:
             mlp = Mlp(dim, mlp_ratio, activation)
         self.mlp = None if mlp is None else Residual(dim, mlp, norm, drop_path, layer_scale, post_norm)

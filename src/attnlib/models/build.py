@@ -47,7 +47,7 @@ class ModelEntry:
         weights: ``(repository, file)`` on the Hugging Face hub; empty when the weights lie elsewhere.
         convert: from the released state dict to ours: ``convert(state_dict, model)``.
         img_size: side of the images it was trained on.
-        task: ``"classify"``, ``"restore"``, ``"detect"`` or ``"segment"``.
+        task: ``"classify"``, ``"clips"`` (to classify), ``"restore"``, ``"detect"`` or ``"segment"``.
         data: how images come to it where that differs from ImageNet's ``mean`` and ``std``, a ``crop_pct`` of 0.9 and
             bicubic ``interpolation``.
     """
@@ -421,7 +421,7 @@ def _adapt_channels(weight: Tensor, channels: int) -> Tensor:
     if channels == 1:
         return weight.sum(1, keepdim=True)
     repeats = -(-channels // count)
-    return weight.repeat(1, repeats, 1, 1)[:, :channels] * (count / channels)
+    return weight.repeat(1, repeats, *[1] * (weight.dim() - 2))[:, :channels] * (count / channels)
 
 
 def _table_axes(model: nn.Module, key: str) -> int:

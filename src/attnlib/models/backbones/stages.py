@@ -156,6 +156,8 @@ class Backbone(nn.Module):
     head_names: Sequence[str] = ("head.fc.",)
     #: First convolution, which depends on the number of channels.
     input_name: str | None = "stem.proj.weight"
+    #: Axes of the grid: 3 for clips (B, in_chans, T, H, W).
+    rank: ClassVar[int] = 2
     #: Convolutions beside the first that read the image as well.
     more_inputs: Sequence[str] = ()
     output_fmt = "NHWC"
@@ -193,8 +195,10 @@ class Backbone(nn.Module):
     # ---- the call
 
     def _check_images(self, x: Tensor, valid: Tensor | None) -> None:
-        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != self.in_chans or not x.is_floating_point():
-            raise ValueError(f"x must be images (B, {self.in_chans}, H, W) of floating point, got {describe(x)}")
+        wrong = not isinstance(x, Tensor) or x.dim() != self.rank + 2 or x.shape[1] != self.in_chans
+        if wrong or not x.is_floating_point():
+            what = f"images (B, {self.in_chans}, H, W)" if self.rank == 2 else f"clips (B, {self.in_chans}, T, H, W)"
+            raise ValueError(f"x must be {what} of floating point, got {describe(x)}")
         if min(x.shape[2:]) < 1:
             raise ValueError(f"x must hold at least one pixel, got shape {tuple(x.shape)}")
         if valid is not None:
@@ -205,7 +209,7 @@ class Backbone(nn.Module):
     ) -> Iterable[tuple[Tensor, Tensor | None]]:
         self._check_images(x, valid)
         # Convolutions give their output the order of their input; in channels-last order all that follows is faster.
-        x, valid = self.stem(x.permute(0, 2, 3, 1).contiguous(), valid)
+        x, valid = self.stem(x.movedim(1, -1).contiguous(), valid)
         if self.before:
             yield x, valid
         for stage in self.stages[: None if last is None else last + 1 - self.before]:  # type: ignore[union-attr]
@@ -270,7 +274,7 @@ class Backbone(nn.Module):
         for i, (y, _) in enumerate(self._maps(x, None, last=last)):
             if i in chosen:
                 made = self.norm(y) if norm and i == count - 1 else y
-                maps.append(made.permute(0, 3, 1, 2) if output_fmt == "NCHW" else made)
+                maps.append(made.movedim(-1, 1) if output_fmt == "NCHW" else made)
         if intermediates_only:
             return maps
         return (self.norm(y) if last == count - 1 else y), maps
@@ -377,7 +381,7 @@ class Features(nn.Module):
     def forward(self, x: Tensor, valid: Tensor | None = None) -> list[Tensor]:
         """Maps of (B, in_chans, H, W) images, in order of their stages."""
         maps = [y for y, _ in self.model._maps(x, valid)]
-        return [maps[i].permute(0, 3, 1, 2) for i in self.out_indices]
+        return [maps[i].movedim(-1, 1) for i in self.out_indices]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As of the backbone."""
