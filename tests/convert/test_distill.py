@@ -293,3 +293,24 @@ def test_a_mix_of_folders_takes_so_many_of_each(tmp_path):
         FolderMix([tmp_path / "empty"])
     with pytest.raises(ValueError, match="share"):
         FolderMix([tmp_path / "infrared"], share=0.0)
+
+
+def test_a_model_of_transformers_teaches_maps_and_logits():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=4,
+        num_labels=5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    teacher = transformers.ViTForImageClassification(config)
+    student, x = vit(), images()
+    found = distill(student, teacher, MapLoss(teacher=0), LogitLoss())(x)
+    with torch.no_grad():
+        maps = transformers.ViTForImageClassification._from_config(config, attn_implementation="eager").eval()
+        maps.load_state_dict(teacher.state_dict())
+        weights = maps(x, output_attentions=True).attentions[0]
+        scores = read(student, x, Wanted(scores=frozenset({-1}))).scores[-1]
+        wanted = F.kl_div(scores.log_softmax(-1), weights, reduction="sum") / (2 * 2 * 17)
+    torch.testing.assert_close(found["maps"].detach(), wanted, rtol=1e-3, atol=1e-7)
+    found["total"].backward()
+    assert student.stages[1].mixer.inner.q.weight.grad.any() and all(p.grad is None for p in teacher.parameters())
