@@ -112,6 +112,7 @@ NOT_LINEAR: dict[str, str] = {
     "mamba": "its steps, inputs and outputs are computed from the values it scans, which a SiLU bends first",
     "s4d": "an activation bends what its systems read before the output map, and its input is its values",
     "long-short": "its values pass a norm over all heads, which divides them by their own size",
+    "bivit": "its values are signs of what makes them, and its output map reads signs of what was mixed",
     "causal-long-short": "its values pass a norm over all heads, which divides them by their own size",
     "mamba2": "its steps, keys and queries come from one map with the values, and a SiLU bends all of them",
     "mambamixer": "its steps, inputs and outputs are computed from the values it scans, along channels as well",
@@ -124,6 +125,15 @@ NOT_LINEAR: dict[str, str] = {
     "moh-vit-aggregated-attention": "it mixes the values of tokens and those of pooled cells, with a matrix for each",
     "tic-msa-conv": "what it mixes goes into a convolution and a ReLU together with its tokens, and into no output map",
     "stvit-super-token": "what its output map reads are super tokens, which tokens read by a matrix of their own",
+    "squeeze-excite": "a gate computed from its values multiplies them; no token reads another's",
+    "eca": "a gate computed from its values multiplies them; no token reads another's",
+    "polarized-self-attention": "a gate computed from its values multiplies them; no token reads another's",
+    "ela-efficient-local-attention": "a gate computed from its values multiplies them; no token reads another's",
+    "ulsam": "a gate computed from its values multiplies them; no token reads another's",
+    "van-large-kernel-attention": "what its large kernel makes of the values multiplies these same values",
+    "efficientvit-cascaded-group-attention": "every head's values are made from what the head before it has mixed",
+    "overlock-contmix": "windows of two sizes and a convolution meet in normed maps, and a gate multiplies them",
+    "spectformer": "its filter mixes the input itself; no map makes values of it, and none reads what was mixed",
     "activator-geglu": "it has a gate for every token and no mixing; values pass a LayerNorm first",
 }
 
