@@ -176,7 +176,7 @@ def constant(key):
 
 #: Buffers that the authors' class makes in its first call, or draws beside its state dict, which may lack them.
 MADE_BY_THE_FIRST_CALL = {(f"selective-self-attention-sparse_{how}", "beta") for how in ("power", "count")}
-MADE_BY_THE_FIRST_CALL |= {(f"performer/{case}", "directions") for case in ("self", "cross")}
+MADE_BY_THE_FIRST_CALL |= {(f"performer/{case}", "directions") for case in ("self", "cross", "learned and zero keys")}
 
 
 def refused(convert, theirs, build):
