@@ -62,7 +62,7 @@ class Weighting:
         reverse: count backwards; by default ``"actdiff"`` and ``"tokenfreq"`` do.
         of: ``"input"`` or ``"output"`` of the layer, for ``"actnorm"`` and ``"tokensim"``.
         quantile: spread between this quantile and its opposite, cut off beyond; for ``"attncon"``.
-        keep_least: only this share of the tokens, the least important ones, weigh nothing, all others 1.
+        mask_least: this share of the tokens, the least important ones, weighs nothing, all others 1.
         drop_least: this share weighs nothing, the others keep their weights; for ``"attncon"`` and ``"actnorm"``.
         bins: equally full classes of one weight each.
         spread: ``False`` leaves numbers as they are, without ``low`` and ``high``.
@@ -77,7 +77,7 @@ class Weighting:
     reverse: bool | None = None
     of: str = "input"
     quantile: float | None = None
-    keep_least: float | None = None
+    mask_least: float | None = None
     drop_least: float | None = None
     bins: int | None = None
     spread: bool = True
@@ -91,13 +91,13 @@ class Weighting:
         check_real("low", self.low, least=0)
         check_real("high", self.high, least=self.low, above=0)
         check_flag("spread", self.spread)
-        for name in ("quantile", "keep_least", "drop_least"):
+        for name in ("quantile", "mask_least", "drop_least"):
             if getattr(self, name) is not None:
                 check_real(name, getattr(self, name), least=0, most=1)
         if self.bins is not None:
             check_int("bins", self.bins, least=2)
-        if sum(x is not None for x in (self.keep_least, self.drop_least, self.bins)) > 1:
-            raise ValueError("keep_least, drop_least and bins exclude each other")
+        if sum(x is not None for x in (self.mask_least, self.drop_least, self.bins)) > 1:
+            raise ValueError("mask_least, drop_least and bins exclude each other")
         parts, total = self.chunks
         check_int("chunks", total, least=1)
         if not parts or any(not 0 <= part < total for part in parts):
@@ -128,8 +128,8 @@ class Weighting:
             raw = raw / (readers if self.per_reader == "linear" else readers.sqrt())
         weights = self._spread(raw) if self.spread else raw
         least = lambda share: weights.topk(int(len(weights) * share), largest=False).indices  # noqa: E731
-        if self.keep_least is not None:
-            return torch.ones_like(weights).index_fill_(0, least(self.keep_least), 0)
+        if self.mask_least is not None:
+            return torch.ones_like(weights).index_fill_(0, least(self.mask_least), 0)
         if self.drop_least is not None:
             return weights.index_fill(0, least(self.drop_least), 0)
         return weights if self.bins is None else self._binned(weights, self.bins)

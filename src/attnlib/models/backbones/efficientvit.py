@@ -9,7 +9,6 @@ filled up with zeros that are not attended to, unless ``compat="authors"``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +17,9 @@ from torch import Tensor, nn
 from ...checks import check_choice, check_flag, check_int, check_ints
 from ...nn.layers import BatchNormLinear, ConvMlp, ConvNorm, ResidualConv
 from ...nn.partition.efficientvit import CascadedGroupAttention
-from ...nn.released import Released, Rule
 from ..blocks import ConvStem, Make, Place, Residual, check_stages, places
 from ..build import register_models
-from .shvit import BETWEEN, DistilledClassifier, Relu, SHViTMerging, as_timm
+from .shvit import DistilledClassifier, Relu, SHViTMerging, converted
 from .stages import Backbone, Head, Stage
 
 
@@ -108,7 +106,6 @@ def efficientvit(
     return model
 
 
-_NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 _INSIDE = {
     "dw0.m": "before.conv", "ffn0.m.pw1": "mlp_before.inner.fc1", "ffn0.m.pw2": "mlp_before.inner.fc2",
     "dw1.m": "after.conv", "ffn1.m.pw1": "mlp_after.inner.fc1", "ffn1.m.pw2": "mlp_after.inner.fc2",
@@ -117,37 +114,10 @@ _INSIDE = {
 
 def convert(state_dict: dict[str, Tensor], model: Any = None) -> dict[str, Tensor]:
     """From the authors' ``EfficientViT``."""
-    theirs = Released(state_dict, "the authors' EfficientViT")
-    theirs = Released({as_timm(name): theirs.peek(name) for name in theirs}, "the authors' EfficientViT")
-    block, between = r"stages\.(\d+)\.blocks\.(\d+)", r"stages\.(\d+)\.downsample"
-    mixer = r"stages.\1.blocks.\2.mixer.inner"
-    out = theirs.parts(block + r"\.mixer\.m\.(.+)", mixer, CascadedGroupAttention.convert_state_dict)
-    rules: dict[str, Rule] = {}
-
-    def conv(where: str, ours: str, groups: int) -> None:
-        rules[rf"{where}\.c\.(weight)"] = rf"{ours}.conv.\{groups + 1}"
-        rules[rf"{where}\.bn\.{_NORM}"] = rf"{ours}.norm.\{groups + 1}"
-
-    for part, ours in _INSIDE.items():
-        conv(rf"{block}\.{re.escape(part)}", rf"stages.\1.blocks.\2.{ours}", 2)
-    for part, ours in BETWEEN.items():
-        conv(rf"{between}\.{re.escape(part)}", rf"stages.\1.downsample.{ours}", 1)
-    for i in range(4):
-        conv(rf"patch_embed\.{2 * i}", f"stem.{i}", 0)
-    rules[rf"{between}\.2\.se\.(fc1|fc2|conv_reduce|conv_expand)\.(weight|bias)"] = lambda match, value: {
-        f"stages.{match[1]}.downsample.squeeze.{_FC.get(match[2], match[2])}.{match[3]}": (
-            value.flatten(1) if value.dim() == 4 else value
-        )
-    }
-    two = any(name.startswith("head_dist.") for name in theirs)
-    for head, ours in (("head", "head.fc.labels" if two else "head.fc"), ("head_dist", "head.fc.teacher")):
-        rules[rf"{head}\.bn\.{_NORM}"] = rf"{ours}.norm.\1"
-        rules[rf"{head}\.l\.(weight|bias)"] = rf"{ours}.linear.\1"
-    return theirs.close(out | theirs.renamed(rules))
+    mixer = CascadedGroupAttention.convert_state_dict
+    return converted(state_dict, "the authors' EfficientViT", mixer, _INSIDE)
 
 
-#: What older timm calls the layers of a squeeze-and-excitation.
-_FC = {"conv_reduce": "fc1", "conv_expand": "fc2"}
 _MIXED = (7, 5, 3, 3)
 _SIZES: dict[str, dict[str, Any]] = {
     "efficientvit_m0": dict(),

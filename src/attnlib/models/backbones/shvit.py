@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -173,27 +173,38 @@ def as_timm(name: str) -> str:
     return f"stages.{stage}.downsample.{int(which) + (3 if block else 0) if which in '01' else which}.{rest}"
 
 
-def convert(state_dict: dict[str, Tensor], model: Any = None) -> dict[str, Tensor]:
-    """From the authors' ``SHViT`` and timm's."""
-    theirs = Released(state_dict, "SHViT")
-    theirs = Released({as_timm(name): theirs.peek(name) for name in theirs}, "SHViT")
+def converted(
+    state_dict: dict[str, Tensor], source: str, mixer: Callable[[dict[str, Tensor]], Mapping[str, Tensor]],
+    inside: Mapping[str, str],
+) -> dict[str, Tensor]:  # fmt: skip
+    """From a released network of this shape: its stem, merging and distilled head, and blocks of its own.
+
+    Args:
+        state_dict: theirs, in the authors' or in timm's names.
+        source: whose it is, for errors.
+        mixer: from the state dict of their mixer to ours.
+        inside: by their name of a convolution with its norm within a block, ours.
+    """
+    theirs = Released(state_dict, source)
+    theirs = Released({as_timm(name): theirs.peek(name) for name in theirs}, source)
     block, between = r"stages\.(\d+)\.blocks\.(\d+)", r"stages\.(\d+)\.downsample"
-    mixer = r"stages.\1.blocks.\2.mixer.inner"
-    out = theirs.parts(block + r"\.mixer\.m\.(.+)", mixer, SingleHeadAttention.convert_state_dict)
+    out = theirs.parts(block + r"\.mixer\.m\.(.+)", r"stages.\1.blocks.\2.mixer.inner", mixer)
     rules: dict[str, Rule] = {}
 
     def conv(where: str, ours: str, groups: int) -> None:
         rules[rf"{where}\.c\.(weight)"] = rf"{ours}.conv.\{groups + 1}"
         rules[rf"{where}\.bn\.{_NORM}"] = rf"{ours}.norm.\{groups + 1}"
 
-    for part, ours in _INSIDE.items():
+    for part, ours in inside.items():
         conv(rf"{block}\.{re.escape(part)}", rf"stages.\1.blocks.\2.{ours}", 2)
     for part, ours in BETWEEN.items():
         conv(rf"{between}\.{re.escape(part)}", rf"stages.\1.downsample.{ours}", 1)
     for i in range(4):
         conv(rf"patch_embed\.{2 * i}", f"stem.{i}", 0)
-    rules[rf"{between}\.2\.se\.(fc[12]\.(?:weight|bias))"] = lambda match, value: {
-        f"stages.{match[1]}.downsample.squeeze.{match[2]}": value.flatten(1) if value.dim() == 4 else value
+    rules[rf"{between}\.2\.se\.(fc1|fc2|conv_reduce|conv_expand)\.(weight|bias)"] = lambda match, value: {
+        f"stages.{match[1]}.downsample.squeeze.{_FC.get(match[2], match[2])}.{match[3]}": (
+            value.flatten(1) if value.dim() == 4 else value
+        )
     }
     two = any(name.startswith("head_dist.") for name in theirs)
     for head, ours in (("head", "head.fc.labels" if two else "head.fc"), ("head_dist", "head.fc.teacher")):
@@ -202,6 +213,13 @@ def convert(state_dict: dict[str, Tensor], model: Any = None) -> dict[str, Tenso
     return theirs.close(out | theirs.renamed(rules))
 
 
+def convert(state_dict: dict[str, Tensor], model: Any = None) -> dict[str, Tensor]:
+    """From the authors' ``SHViT`` and timm's."""
+    return converted(state_dict, "SHViT", SingleHeadAttention.convert_state_dict, _INSIDE)
+
+
+#: What older timm calls the layers of a squeeze-and-excitation.
+_FC = {"conv_reduce": "fc1", "conv_expand": "fc2"}
 _SIZES: dict[str, dict[str, Any]] = {
     "shvit_s1": dict(embed_dims=(128, 224, 320), depths=(2, 4, 5), partial_dims=(32, 48, 68)),
     "shvit_s2": dict(embed_dims=(128, 308, 448), depths=(2, 4, 5), partial_dims=(32, 66, 96)),
