@@ -178,6 +178,8 @@ def test_bad_input():
         prune(nn.Sequential(nn.Linear(2, 2)), 0.5)
     with pytest.raises(ValueError, match="no linear"):
         prune(net(), 0.5, kinds={"blocks": "mlp"})
+    with pytest.raises(TypeError, match="weights"):
+        importance([torch.ones(2)])
     with pytest.raises(TypeError, match="model"):
         prune(torch.ones(3), 0.5)
     tied = nn.ModuleDict({"fc1": nn.Linear(4, 4), "fc2": nn.Linear(4, 4)})

@@ -270,6 +270,10 @@ def test_bad_input():
         rotate(model("gemma"))
     with pytest.raises(ValueError, match="symmetric"):
         Grid(values="normal", symmetric=False)
+    with pytest.raises(TypeError, match="chunks must be"):
+        Weighting("chunks", chunks=3)
+    with pytest.raises(TypeError, match="grid"):
+        gptq(torch.ones(2, 2), torch.eye(2), 3)
     with pytest.raises(ValueError, match="exclude"):
         Weighting(bins=2, mask_least=0.5)
     with pytest.raises(ValueError, match="needs received"):

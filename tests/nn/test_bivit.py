@@ -144,5 +144,7 @@ def test_bad_input():
     ):  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=message):
             attnlib.create("bivit", **{"dim": 12, "num_heads": 3, **settings})
+    with pytest.raises(TypeError, match="x must be"):
+        binary_sign([1.0])
     with pytest.raises(TypeError, match="linear"):
         BinaryLinear.of(nn.Conv1d(2, 2, 1))

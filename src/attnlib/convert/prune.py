@@ -62,6 +62,7 @@ def importance(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     >>> importance({"w": torch.tensor([1.0, -2.0, 2.0])})["w"].tolist()
     [0.1111111111111111, 0.5, 1.0]
     """
+    check_type("weights", weights, Mapping, "tensors by name")
     for name, weight in weights.items():
         check_float(f"weights[{name!r}]", weight)
     if not weights:

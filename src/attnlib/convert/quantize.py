@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_axes, check_choice, check_flag, check_float, check_int, check_rank, check_real
+from ..checks import check_axes, check_choice, check_flag, check_float, check_int, check_rank, check_real, check_type
 from ..types import stats_dtype
 
 
@@ -206,6 +206,7 @@ def gptq(
     Raises:
         ValueError: shapes that do not fit, moments that are not positive.
     """
+    check_type("grid", grid, Grid)
     check_float("weight", weight)
     check_rank("weight", weight, 2, "(rows, columns)")
     check_axes("moments", moments, columns=weight.shape[1], rows=weight.shape[1])

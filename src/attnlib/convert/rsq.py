@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_flag, check_int, check_rank, check_real, check_whole
+from ..checks import check_choice, check_flag, check_int, check_rank, check_real, check_whole, to_list
 from ..hooks import Intervention, attach
 from ..hooks.site import Site
 from .quantize import Grid, Moments, gptq
@@ -98,7 +98,9 @@ class Weighting:
             check_int("bins", self.bins, least=2)
         if sum(x is not None for x in (self.mask_least, self.drop_least, self.bins)) > 1:
             raise ValueError("mask_least, drop_least and bins exclude each other")
-        parts, total = self.chunks
+        if not isinstance(self.chunks, tuple) or len(self.chunks) != 2:
+            raise TypeError(f"chunks must be (parts, of), such as ((0,), 8), got {self.chunks!r}")
+        parts, total = to_list("chunks[0]", self.chunks[0]) or [], self.chunks[1]
         check_int("chunks", total, least=1)
         if not parts or any(not 0 <= part < total for part in parts):
             raise ValueError(f"chunks={self.chunks}: parts must be among the {total}")

@@ -25,6 +25,7 @@ def binary_sign(x: Tensor, compat: str | None = None) -> Tensor:
     >>> binary_sign(torch.tensor([-0.3, 0.0, 2.0])).tolist()
     [-1.0, 1.0, 1.0]
     """
+    check_float("x", x)
     hard = torch.where(x.detach() < 0, -1.0, 1.0).to(x.dtype) if compat is None else x.detach().sign()
     near = torch.where(x.abs() < 1, x, 0)
     return hard + (near - near.detach())
