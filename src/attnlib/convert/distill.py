@@ -1,8 +1,8 @@
 """Distillation: a student learns from what a frozen teacher makes of the same images, at any depth.
 
-Both models are read through the hook protocol and ``forward_intermediates``, so that attnlib's models, and others that
 Both models are read through the hook protocol and ``forward_intermediates``, so that attnlib's models serve, and others
 that have timm's method: features behind stages, attention scores of layers, logits. A loss says what it reads and gives
+named numbers; what it learns itself (projectors) lives in the loss and is let go with it. The teacher is no part of the
 state dict, stays in evaluation and gets no gradient, though gradients may pass through it (:class:`ScaleKD`).
 
 - :class:`MapLoss`: attention maps (UNIP: Zhang et al., 2025, arXiv 2502.02257).
