@@ -82,6 +82,7 @@ MAKE = {
     "SoftImageGuidance": lambda model: steer.SoftImageGuidance(torch.zeros(TOKENS, 32), 1.5),
     "SoftPAG": None,  # guides denoisers: an identity map has as many queries as keys
     "UniformMaps": None,  # acts on cross-attention, which this model has not
+    "Maps": None,  # of denoisers: tests/hooks/test_maps.py
     "BlockSparse": None,  # acts on videos
     "Clear": None,  # acts on images beside text, in denoisers
     "LinFusion": None,  # stands in denoisers

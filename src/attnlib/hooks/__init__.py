@@ -4,9 +4,12 @@
 """
 
 from .attach import attach
+from .denoiser import MODULE_KINDS, CallSite, rows_of, with_gradient
 from .intervention import STAGES, Intervention, Probe
+from .maps import Maps
 from .nodes import Capture, Node, Nodes, Patch
 from .notes import Notes
+from .pipelines import Sampling
 from .probes import Record
 from .session import Session
 from .site import KINDS, PairMask, Site
@@ -18,14 +21,17 @@ __all__ = [
     "GENERATED",
     "IMAGE",
     "KINDS",
+    "MODULE_KINDS",
     "PAD",
     "QUESTION",
     "STAGES",
     "SYSTEM",
     "TEXT",
+    "CallSite",
     "Capture",
     "Entry",
     "Intervention",
+    "Maps",
     "MaskByType",
     "Node",
     "Nodes",
@@ -34,6 +40,7 @@ __all__ = [
     "Patch",
     "Probe",
     "Record",
+    "Sampling",
     "Session",
     "Site",
     "Tape",
@@ -45,6 +52,8 @@ __all__ = [
     "causal_frames",
     "composite",
     "modality_mutual",
+    "rows_of",
     "to_grid",
     "to_tokens",
+    "with_gradient",
 ]

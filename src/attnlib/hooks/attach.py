@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..checks import check_choice
 from .eager import forget_compiled
 from .intervention import MODEL_STAGES, STAGES, Intervention, Probe, Stages, check_layers, implements
+from .pipelines import Sampling, denoiser_of, is_pipeline
 from .session import Adapter, Session, _row_names, _sessions
 from .site import KINDS, Site
 from .tokens import TypeTracker
@@ -31,7 +32,7 @@ def _unwrapped(model: Any) -> Any:
 def _adapter(model: Any) -> Adapter:
     families = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
     if not isinstance(model, nn.Module):
-        hint = "; attach to the denoiser itself, pipe.unet or pipe.transformer" if "diffusers" in families else ""
+        hint = "; attach to a pipeline, or to its pipe.unet or pipe.transformer" if "diffusers" in families else ""
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hint}")
     from .modules.adapter import ModuleAdapter, attention_modules
 
@@ -89,6 +90,14 @@ def _check_pair(site: Site | None, a: Intervention, b: Intervention) -> None:
         reason = "both evict from the same cache; combine their scores in one"
     if reason is None and a.replaces_mask and b.replaces_mask:
         reason = "both say which query reads which key; combine their masks in one"
+    if reason is None and a.moves_latents and b.moves_latents:
+        reason = "both move the latents of a step; combine their losses in one"
+    for one, other in ((a, b), (b, a)):
+        if reason is None and one.differentiates and other.reuses_features:
+            reason = (
+                f"{type(one).__name__} needs gradients of the whole model, and {type(other).__name__} puts in what was "
+                "computed at another step"
+            )
     if reason:
         where = "this model" if site is None else f"layer {site.layer} ({site.name})"
         raise ValueError(f"{type(a).__name__} and {type(b).__name__} cannot both act on {where}: {reason}")
@@ -135,14 +144,16 @@ def attach(
         session.results["record"][3]["weights"]
 
     Args:
-        model: a transformers or diffusers model, or any module with mechanisms of attnlib,
+        model: a transformers or diffusers model, a diffusers pipeline, whose denoiser is attached to and whose calls
+            then say step, timestep and rows, or any module with mechanisms of attnlib,
             ``torch.nn.MultiheadAttention`` or timm's attention in it. Of a model with adapters of PEFT, or in
             ``DistributedDataParallel``, it is the model inside that is attached to; the whole may be called.
         interventions: what to do, in order: inputs pass through the first one first.
         rows: name of each row of the batch, for example ``("uncond", "cond")``.
         token_types: (B, N) integer types of the prompt's tokens, or a rule from token ids to types such as
             :class:`attnlib.hooks.TokenTypes`; extended while decoding.
-        part: dotted path of the submodule to act on; by default the text decoder of a transformers model.
+        part: dotted path of the submodule to act on; by default the text decoder of a transformers model. In a pipeline
+            with several denoisers it begins with the name of one.
 
     What ``torch.compile`` made before is traced again when a session begins or ends; stages are never traced.
 
@@ -164,9 +175,13 @@ def attach(
             raise TypeError(f"{i!r} is not an intervention{hint}")
         if i._owner is not None:
             raise ValueError(f"this {type(i).__name__} is attached already, to {type(i._owner.model).__name__}")
+    interventions = tuple(one for i in interventions for one in (i, *([] if i.identity else i.companions)))
     if len({id(i) for i in interventions}) != len(interventions):
         raise ValueError("the same intervention object is given twice")
     _row_names(rows)
+    pipe = model if is_pipeline(model) else None
+    if pipe is not None:
+        model, part = denoiser_of(pipe, part)
     model = _unwrapped(model)
     adapter = _adapter(model)
     mine = set(model.modules())
@@ -210,7 +225,8 @@ def attach(
     able = [i for i in interventions if not i.identity]
     for number, a_ in enumerate(able):
         for b_ in able[number + 1 :]:
-            if _only_model_stages(a_) or _only_model_stages(b_):
+            alone = _only_model_stages(a_) or _only_model_stages(b_)
+            if alone or (implements(a_, "around_denoiser") and implements(b_, "around_denoiser")):
                 _check_pair(None, a_, b_)
     for i in interventions:
         i.reset()
@@ -226,6 +242,9 @@ def attach(
             session.attached = [sites[n] for n in sorted(plan)]
             forget_compiled()
             session.watch()
+            if pipe is not None:
+                session.sampling = Sampling(session, pipe)
+                session.sampling.install()
             adapter.install(session, [(sites[n], Stages(plan[n])) for n in sorted(plan)])
     except BaseException:
         session.detach()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -85,9 +86,9 @@ def row_blocks(rows: Tensor, per_row: int, whole: bool = False) -> Iterator[Tens
 
 
 def _edited(edit: Intervention, stage: str, site: Site, before: Tensor, rows: Tensor) -> Tensor:
-    version = before._version
+    version = None if before.is_inference() else before._version
     after = getattr(edit, stage)(site, before, rows)
-    if before._version != version:
+    if version is not None and before._version != version:
         raise ValueError(f"{type(edit).__name__}.{stage} wrote into its input; return a new tensor instead")
     if after.shape != before.shape:
         raise ValueError(
@@ -166,10 +167,10 @@ def _apply_edits(
 
 
 def _run_probes(site: Site, q: Tensor, k: Tensor, pair: PairMask, stages: Stages) -> None:
-    with torch.no_grad():
-        for i, probe in enumerate(stages.all):
-            if not isinstance(probe, Probe):
-                continue
+    for i, probe in enumerate(stages.all):
+        if not isinstance(probe, Probe):
+            continue
+        with nullcontext() if probe.differentiable else torch.no_grad():
             wanted = probe.probe(site)
             if wanted is None:
                 continue

@@ -6,10 +6,11 @@ where the stages act. This serves every processor that ends in that function, wi
 embedding and order of streams; a kernel that bypasses it is noticed and refused. Unattached modules keep their
 processor.
 
-Steps and passes come from the pipeline's own ``cache_context`` or from ``session.at(...)``; rows of a
-classifier-free-guidance batch come from the user. Layouts come from the shapes the denoiser was called with: an image
-grid for images, one of rank three (frames, height, width) for videos, both under the name ``"image"``; ``"text"``
-beside it in joint attention, in the order in which the processor lays the two streams out.
+Steps, passes and rows of a classifier-free-guidance batch come from the pipeline, where it was attached to
+(:mod:`attnlib.hooks.pipelines`), from ``cache_context``, or from the user (``session.at(...)``, ``attach(rows=...)``).
+Layouts come from the shapes the denoiser was called with: an image grid for images, one of rank three (frames, height,
+width) for videos, both under the name ``"image"``; ``"text"`` beside it in joint attention, in the order in which the
+processor lays the two streams out.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from ..grids import Layout
 from .blocks import around, block_of, swap_sources
+from .denoiser import DenoiserRuntime, install_modules, parameter_names
 from .eager import eagerly
 from .intercept import Intercept, staged
 from .intervention import Stages
@@ -336,7 +338,7 @@ class DiffusersAdapter(Adapter):
     name = "diffusers"
     stages: ClassVar[frozenset[str]] = frozenset(
         "on_block_input around_sublayer on_context on_qkv on_kv_read around_attention on_scores on_weights on_output "
-        "on_step".split()
+        "on_step around_denoiser around_module".split()
     )
 
     def sites(self, model: nn.Module, part: str | None) -> list[Site]:
@@ -385,7 +387,19 @@ class DiffusersAdapter(Adapter):
         return "cross" if last.endswith("attn2") or "cross" in last else "self"
 
     def install(self, session: Session, plan: list[tuple[Site, Stages]]) -> None:
-        session.hook(session.model.register_forward_pre_hook(self._look_at_inputs(session), with_kwargs=True))
+        look, names = self._look_at_inputs(session), parameter_names(session.model)
+
+        def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            main = given.get(names[0])
+            if session.sampling is not None and isinstance(main, Tensor):
+                session.sampling.tell(len(main))
+            look(given)
+
+        session.hook(session.model.register_forward_pre_hook(before, with_kwargs=True))
+        if whole := session.acting("around_denoiser"):
+            DenoiserRuntime(session, whole, look).install()
+        install_modules(session, session.sites)
         if hasattr(session.model, "cache_context"):
             session.set_attribute(session.model, "cache_context", self._follow_context(session))
         runtimes: list[ModuleRuntime] = []
@@ -436,13 +450,12 @@ class DiffusersAdapter(Adapter):
         return lambda source: session.described(site, source.shape[0], n_keys=source.shape[1])
 
     @staticmethod
-    def _look_at_inputs(session: Session) -> Callable[..., None]:
-        names = list(inspect.signature(inspect.unwrap(type(session.model).forward)).parameters)[1:]
-
-        def look(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            frame = session.frame
+    def _look_at_inputs(session: Session) -> Callable[[dict[str, Any]], None]:
+        def look(given: dict[str, Any]) -> None:
+            model, frame, now = session.model, session.frame, session._now
             frame.clear()
+            now.run += 1
+            now.timestep = given.get("timestep")
             text = given.get("encoder_hidden_states")
             if isinstance(text, Tensor) and text.dim() == 3:
                 frame["text"] = text.shape[1]

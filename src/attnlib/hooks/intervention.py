@@ -14,6 +14,8 @@ from .site import KINDS, Site
 
 #: Every stage of the protocol. An adapter says which of them it serves; ``attach`` refuses the rest by name.
 STAGES = (
+    "around_denoiser",
+    "around_module",
     "on_block_input",
     "on_tokens",
     "around_sublayer",
@@ -31,7 +33,7 @@ STAGES = (
 )
 
 #: Stages of the whole model; they belong to no layer, and a layer is not touched for them.
-MODEL_STAGES = ("on_logits", "on_step")
+MODEL_STAGES = ("on_logits", "on_step", "around_denoiser", "around_module")
 
 #: Stages inside one attention call. A layer without them keeps its own attention function.
 ATTENTION_STAGES = (
@@ -78,6 +80,14 @@ class Intervention:
         one or several times, and gives its output (B, N, C) before the residual is added. Returns (B, N, C). The cache
         keeps the keys of the first call; later calls read the tokens before them, and theirs are forgotten. Without
         any call the module still runs where it has a cache, so that its keys are there for later tokens.
+    ``around_denoiser(site, inputs, call)``
+        one call of a whole denoiser: ``inputs`` are its named arguments, ``inputs[site.main]`` the (B, ...) that it
+        denoises; ``call(inputs)`` runs the model zero, one or several times, with or without gradient
+        (:func:`attnlib.hooks.with_gradient`), and gives its prediction. Returns a prediction. ``site`` is a
+        :class:`attnlib.hooks.CallSite`.
+    ``around_module(site, inputs, call)``
+        one call of a module that ``modules`` names: its named arguments, and ``call(inputs)`` that runs it zero, one or
+        several times and gives what it gives, a tensor or, with several streams, a tuple. Returns the same.
     ``on_block_input(site, hidden)``
         (B, N, C) residual stream entering the block of this attention; return ``None`` to leave it.
     ``on_tokens(site, hidden)``
@@ -108,6 +118,11 @@ class Intervention:
         splits_softmax: it calls the rest several times on parts of the keys, so that nobody inside sees one map.
         reads_weights: it computes attention weights beside the kernel, other than through scores, weights and probes.
         while_decoding: ``on_cache`` is asked after every call of the model, not only after prefill.
+        modules: what ``around_module`` acts on: kinds (:data:`attnlib.hooks.MODULE_KINDS`) or name patterns.
+        companions: interventions that it brings along; they are attached with it, behind it.
+        moves_latents: it changes what a pipeline denoises, other than through the prediction; one may, at a time.
+        differentiates: it runs the model with gradient.
+        reuses_features: it keeps what the model computed at one step for another, so that no gradient passes there.
         uses: the stages that this instance uses, of those that its class overrides; ``None`` for all.
         follows_sequence: it keeps something from call to call outside the cache and ``session.notes``, so that a branch
             must finish one sequence before it goes on with an older one.
@@ -126,6 +141,10 @@ class Intervention:
     follows_sequence: ClassVar[bool] = True
     reads_weights: bool = False
     while_decoding: bool = False
+    moves_latents: bool = False
+    differentiates: bool = False
+    reuses_features: bool = False
+    modules: Sequence[str] = ()
     uses: Collection[str] | None = None
     layers: Sequence[int | str] | None = None
     _owner: Any = None
@@ -134,6 +153,11 @@ class Intervention:
         super().__init_subclass__(**settings)
         if "__init__" in cls.__dict__ and cls.__module__.startswith("attnlib."):
             cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+
+    @property
+    def companions(self) -> Sequence[Intervention]:
+        """Interventions that are attached with this one, behind it."""
+        return ()
 
     @property
     def identity(self) -> bool:
@@ -178,6 +202,12 @@ class Intervention:
         return self._owner
 
     # ---- stages
+
+    def around_denoiser(self, site: Any, inputs: dict[str, Any], call: Callable[[dict[str, Any]], Tensor]) -> Tensor:
+        return call(inputs)
+
+    def around_module(self, site: Any, inputs: dict[str, Any], call: Callable[[dict[str, Any]], Any]) -> Any:
+        return call(inputs)
 
     def around_attention(self, site: Site, q: Tensor, k: Tensor, v: Tensor, call: Callable[..., Tensor]) -> Tensor:
         return call(q, k, v)
@@ -226,9 +256,13 @@ class Probe(Intervention):
     """Looks without changing anything: a few rows are computed beside the fast kernel, which stays.
 
     It sees the weights as edited by interventions listed before it.
+
+    Attributes:
+        differentiable: what it observes carries gradient, where the model runs with it.
     """
 
     name = "probe"
+    differentiable: bool = False
 
     def probe(self, site: Site) -> tuple[Tensor, Sequence[int] | None] | None:
         """``(query rows (r,), heads or None for all)`` to look at in this call; ``None`` to skip it."""

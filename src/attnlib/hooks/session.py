@@ -79,6 +79,11 @@ class _Now:
     pass_name: str | None = None
     branch: str | None = None
     step: int | None = None
+    steps: int | None = None
+    timestep: Any = None
+    told: tuple[str, ...] | None = None
+    prompts: tuple[int, ...] | None = None
+    run: int = 0
     announced: int | None = None
     in_logits: bool = False
     trackers: dict[str | None, TypeTracker] = field(default_factory=dict)
@@ -124,6 +129,8 @@ class Session(Shared):
         self._owners: dict[int, nn.Module] = {}
         #: Where something attached does not act although it was not told to leave the layer out: {name: {layer: why}}.
         self.report: dict[str, dict[int, str]] = {}
+        #: Of a diffusers pipeline that was attached to: what is known of its running call.
+        self.sampling: Any = None
         self._changes: list[Change] = []
         self._touched: dict[nn.Module, list[Change]] = {}
         self._found: list[tuple[dict[Any, Any], Any, Any, str, nn.Module]] = []
@@ -501,7 +508,10 @@ class Session(Shared):
                 f"rows names {len(now.rows)} rows of the batch ({list(now.rows)}), but layer {fields['layer']} "
                 f"({fields['name']}) got a batch of {batch}; give one name per row"
             )
-        fields["rows"], fields["pass_name"], fields["branch"] = now.rows, now.pass_name, now.branch
+        fields["rows"] = now.rows if now.told is None or now.rows is not None else _folded(now.told, batch)
+        fields["prompts"] = None if now.prompts is None else _folded(now.prompts, batch)
+        fields["pass_name"], fields["branch"] = now.pass_name, now.branch
+        fields["steps"], fields["timestep"] = now.steps, now.timestep
         if given is None or "step" not in given:
             fields["step"] = now.step
         if given is None or "training" not in given:
@@ -510,6 +520,17 @@ class Session(Shared):
         # Sites are made in every layer of every decoding step; setting thirty fields one by one is what would cost.
         object.__setattr__(new, "__dict__", fields)
         return new
+
+    @contextmanager
+    def some_rows(self, index: Sequence[int]) -> Iterator[None]:
+        """For interventions that run the model on some rows of the batch only: these are they."""
+        now = self._now
+        before: tuple[Any, ...] = (now.rows, now.told, now.prompts)
+        now.rows, now.told, now.prompts = (None if b is None else tuple(b[i] for i in index) for b in before)
+        try:
+            yield
+        finally:
+            now.rows, now.told, now.prompts = before
 
     # ---- for the user
 
@@ -624,6 +645,16 @@ def _runs(thread: int, model: nn.Module) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _folded(values: tuple[Any, ...], batch: int) -> tuple[Any, ...] | None:
+    """What was said of rows, where a layer folds an axis of theirs (frames, places) into the batch; ``None`` where it
+    is not told how."""
+    if len(values) == batch:
+        return values
+    if not values or batch % len(values):
+        return None
+    return tuple(value for value in values for _ in range(batch // len(values)))
 
 
 def _row_names(rows: Sequence[str] | None) -> tuple[str, ...] | None:

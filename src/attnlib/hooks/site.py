@@ -151,12 +151,16 @@ class Site:
         k_types: (B, M), or (B, kv_heads, M) in an evicted cache.
         q_layout: what the queries are.
         k_layout: what the keys are.
-        rows: name of each row of the batch ("cond", "uncond", "source", ...), as the user gave them.
+        rows: name of each row of the batch ("cond", "uncond", "source", ...), as the user gave them or the attached
+            pipeline says.
         pass_name: name of this forward pass of the model, as the user or the pipeline gave it.
         branch: name of the decoding branch, as the user gave it.
         phase: ``"prefill"`` when no token was cached before this call, ``"decode"`` afterwards, ``None`` without a
             cache protocol.
         step: denoising step, as the user or the pipeline gave it.
+        steps: how many denoising steps the pipeline takes.
+        timestep: as the denoiser was given it: a number, or a tensor of one, or of one per row.
+        prompts: number of the prompt that each row of the batch belongs to, as the pipeline says.
         offset: tokens of the sequence before the first query, counted by the cache.
         rotary: whether q and k carry rotary positions already; ``None`` when the model has none or it is not known.
         training: the model is in training mode.
@@ -189,6 +193,9 @@ class Site:
     branch: str | None = None
     phase: str | None = None
     step: int | None = None
+    steps: int | None = None
+    timestep: Tensor | float | None = None
+    prompts: tuple[int, ...] | None = None
     offset: int = 0
     rotary: bool | None = None
     training: bool = False

@@ -1,0 +1,171 @@
+"""Tiny random pipelines of diffusers, tokenizers included, for tests of what is attached to them."""
+
+import functools
+import json
+
+import torch
+
+WORDS = (
+    "a an and the of on in photo red blue green circle square cat dog frog crown wearing glass apple bench two".split()
+)
+
+
+@functools.cache
+def clip_tokenizer(folder, length=77):
+    """A CLIP tokenizer that knows some words as one piece and all else by letters."""
+    import pathlib
+
+    from transformers import CLIPTokenizer
+
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + [",", "."]
+    vocab, merges = {}, ["#version: 0.2"]
+    for letter in letters:
+        vocab[letter] = len(vocab)
+    for letter in letters:
+        vocab[letter + "</w>"] = len(vocab)
+    done = set()
+    for word in WORDS:
+        for end in range(2, len(word) + 1):
+            left, right = word[: end - 1], word[end - 1] + ("</w>" if end == len(word) else "")
+            if (left, right) not in done:
+                done.add((left, right))
+                merges.append(f"{left} {right}")
+            if left + right not in vocab:
+                vocab[left + right] = len(vocab)
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[special] = len(vocab)
+    folder = pathlib.Path(folder)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n")
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length, pad_token="<|endoftext|>"
+    )
+
+
+def unet(size=16, seed=0, cross=16, **changes):
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    settings = dict(
+        sample_size=size, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=cross,
+        attention_head_dim=(2, 4), norm_num_groups=4,
+    )  # fmt: skip
+    model = UNet2DConditionModel(**{**settings, **changes}).eval()
+    with torch.no_grad():  # maps that are not flat, so that losses of them have slopes
+        for name, p in model.named_parameters():
+            if "attn2.to_q" in name or "attn2.to_k" in name:
+                p.mul_(6)
+    return model
+
+
+def vae(seed=1):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+        latent_channels=4, norm_num_groups=4, sample_size=16,
+    ).eval()  # fmt: skip
+
+
+def text_encoder(vocab, width=16, seed=2, projected=False):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=vocab, hidden_size=width, intermediate_size=width, num_hidden_layers=1, num_attention_heads=2,
+        projection_dim=width, eos_token_id=vocab - 1, bos_token_id=vocab - 2, pad_token_id=vocab - 1,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+
+
+def scheduler(name="DDIMScheduler", **settings):
+    import diffusers
+
+    return getattr(diffusers, name)(
+        **{"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", **settings}
+    )
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def stable_diffusion(folder, cls="StableDiffusionPipeline", model=None, plan=None, **extra):
+    """A tiny ``StableDiffusionPipeline``, or another class of the same parts."""
+    import diffusers
+
+    tokens = clip_tokenizer(folder)
+    plan = plan or scheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return quiet(
+        getattr(diffusers, cls)(
+            vae=vae(), text_encoder=text_encoder(len(tokens)), tokenizer=tokens, unet=model or unet(),
+            scheduler=plan, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **extra,
+        )
+    )  # fmt: skip
+
+
+def sample(pipe, prompt="a red circle and a blue square", steps=4, seed=3, **given):
+    """Latents of a call of a pipeline, from a seeded start."""
+    settings = dict(num_inference_steps=steps, output_type="latent", generator=torch.Generator().manual_seed(seed))
+    out = pipe(prompt=prompt, **{**settings, **given})
+    return out.images if hasattr(out, "images") else out.frames
+
+
+def sd3(seed=0):
+    """A tiny ``StableDiffusion3Pipeline`` without text encoders, and the embeddings to call it with."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(seed)
+    model = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=8, out_channels=4,
+        pos_embed_max_size=16,
+    ).eval()  # fmt: skip
+    none = dict.fromkeys(
+        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    )
+    pipe = quiet(
+        StableDiffusion3Pipeline(
+            transformer=model, vae=vae(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **none
+        )
+    )
+    given = {
+        "prompt_embeds": torch.randn(1, 5, 12), "negative_prompt_embeds": torch.randn(1, 5, 12),
+        "pooled_prompt_embeds": torch.randn(1, 8), "negative_pooled_prompt_embeds": torch.randn(1, 8),
+        "height": 8, "width": 8,
+    }  # fmt: skip
+    return pipe, given
+
+
+def flux(seed=0):
+    """A tiny ``FluxPipeline`` without text encoders, and the embeddings to call it with."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(seed)
+    model = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
+    ).eval()  # fmt: skip
+    none = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = quiet(FluxPipeline(transformer=model, vae=vae(), scheduler=FlowMatchEulerDiscreteScheduler(), **none))
+    given = {
+        "prompt_embeds": torch.randn(1, 5, 12), "negative_prompt_embeds": torch.randn(1, 5, 12),
+        "pooled_prompt_embeds": torch.randn(1, 8), "negative_pooled_prompt_embeds": torch.randn(1, 8),
+        "height": 8, "width": 8, "true_cfg_scale": 2.0,
+    }  # fmt: skip
+    return pipe, given
+
+
+def dit(seed=0):
+    from diffusers import DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(seed)
+    model = DiTTransformer2DModel(
+        sample_size=8, in_channels=4, out_channels=8, num_layers=2, num_attention_heads=2, attention_head_dim=8,
+        patch_size=2, num_embeds_ada_norm=1000,
+    ).eval()  # fmt: skip
+    return quiet(DiTPipeline(transformer=model, vae=vae(), scheduler=scheduler()))
