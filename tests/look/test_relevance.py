@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 
-from attnlib.look.attribution import Rule, context_aware_saliency, relevance, sr_map
+from attnlib.look.attribution import Rule, context_aware_saliency, relevance, sr_map, transformer_relevance
 
-RULES = ["0", "epsilon", "z+", "alphabeta", Rule("zB", low=-4.0, high=4.0), "flat"]
+RULES = ["0", "epsilon", "z+", "alphabeta", "gamma", Rule("zB", low=-4.0, high=4.0), "flat"]
 
 
 def images(rows=2, side=12):
@@ -40,6 +40,12 @@ def by_hand(x, w, b, r, rule):
     if rule.name == "flat":
         return (r.sum(1, keepdim=True) / w.shape[1]).expand_as(x)
     plus, minus = z.clamp(min=0), z.clamp(max=0)
+    if rule.name == "gamma":
+        b = torch.zeros(w.shape[0], dtype=w.dtype) if b is None else b
+        up = ((z.sum(2) + b) > 0)[..., None]
+        z = z + rule.gamma * torch.where(up, plus, minus)
+        total = z.sum(2) + b + rule.gamma * torch.where(up[..., 0], b.clamp(min=0), b.clamp(max=0))
+        return (z * (r / total)[..., None]).sum(1)
 
     def share(part):
         total = part.sum(2)
@@ -63,7 +69,35 @@ def test_rules_of_one_layer_by_hand(rule, bias):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("rule", ["0", "epsilon"])
+def test_gamma_equals_zennit_and_lies_between_its_ends():
+    path = Path(__file__).parents[1] / "fixtures" / "salient-relevance-map-gamma.safetensors"
+    with safe_open(path, "pt") as file:
+        held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, stride=2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(12, 5),
+    ).double().eval()  # fmt: skip
+    model.load_state_dict({k.removeprefix("weights."): v for k, v in held.items() if k.startswith("weights.")})
+    x, target = held["x"], torch.tensor([0, 3, 4])
+    for gamma in (0.25, 2.0):
+        rule = Rule("gamma", gamma=gamma, epsilon=1e-12)
+        theirs = held[f"relevance.{gamma}"]
+        torch.testing.assert_close(relevance(model, x, target, default=rule), theirs, rtol=1e-9, atol=1e-12)
+        by_derivative = transformer_relevance(model, x, target=target, default=rule)
+        torch.testing.assert_close(by_derivative, theirs, rtol=1e-9, atol=1e-12)
+    plain, positive = net(), images()
+    none = relevance(plain, positive, 1, default=Rule("gamma", gamma=0.0))
+    torch.testing.assert_close(none, relevance(plain, positive, 1, default="0"), rtol=1e-6, atol=1e-9)
+    layer, y = nn.Linear(6, 3, bias=False).double(), torch.randn(5, 6).double()
+    top = layer(y).argmax(1)  # where an output is positive, much of gamma is z+
+    much = relevance(layer, y, top, default=Rule("gamma", gamma=1e9))
+    above = layer(y).amax(1) > 0
+    torch.testing.assert_close(much[above], relevance(layer, y, top, default="z+")[above], rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="gamma"):
+        Rule("gamma", gamma=-1)
+
+
+@pytest.mark.parametrize("rule", ["0", "epsilon", "gamma"])
 def test_relevance_of_a_network_without_biases_is_its_logit(rule):
     x = images()
     for pool in (nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2)):

@@ -122,7 +122,126 @@ def test_norms_gates_and_activations_hand_on_what_they_got(norm):
     torch.testing.assert_close(found, expected.detach(), rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["epsilon", "z+", "alphabeta"])
+class Multihead(nn.Module):
+    """``nn.MultiheadAttention`` (B, N, C) to classes, or the same written out."""
+
+    def __init__(self, written=False, masks=None, **settings):
+        super().__init__()
+        torch.manual_seed(4)
+        self.mha = nn.MultiheadAttention(8, 2, **{"bias": False, "batch_first": True, **settings})
+        self.head = nn.Linear(8, 8, bias=False)
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8, bias=bool(settings.get("bias"))) for _ in range(4))
+        with torch.no_grad():
+            for p in self.mha.parameters():
+                nn.init.normal_(p, std=0.4)
+            for layer, w in zip((self.q, self.k, self.v), self.mha.in_proj_weight.chunk(3), strict=True):
+                layer.weight.copy_(w)
+            self.out.weight.copy_(self.mha.out_proj.weight)
+            if settings.get("bias"):
+                for layer, b in zip((self.q, self.k, self.v), self.mha.in_proj_bias.chunk(3), strict=True):
+                    layer.bias.copy_(b)
+                self.out.bias.copy_(self.mha.out_proj.bias)
+        self.written, self.masks = written, masks or {}
+        self.double().eval()
+
+    def forward(self, x):
+        if not self.written:
+            return self.head(self.mha(x, x, x, **self.masks)[0][:, -1])
+        heads = [
+            torch.softmax(q @ k.transpose(-1, -2) / 2 + self.masks.get("added", 0), -1) @ v
+            for q, k, v in zip(*(part(x).split(4, -1) for part in (self.q, self.k, self.v)), strict=True)
+        ]
+        return self.head(self.out(torch.cat(heads, -1))[:, -1])
+
+
+CAUSAL = torch.ones(5, 5, dtype=torch.bool).triu(1)
+PADDED = torch.tensor([[False, False, True, False, False], [False, False, False, True, False]])
+HIDDEN = torch.zeros(2, 5, 5).double().masked_fill(CAUSAL | PADDED[:, None], -torch.inf)
+
+
+@pytest.mark.parametrize("rule", ["constant", "attnlrp", "gradient"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_multihead_attention_of_torch_as_written_out(rule, masked):
+    given = {"attn_mask": CAUSAL, "key_padding_mask": PADDED, "is_causal": True} if masked else {"need_weights": False}
+    ours, written = Multihead(masks=given), Multihead(True, {"added": HIDDEN} if masked else {})
+    torch.testing.assert_close(ours(ROWS), written(ROWS), rtol=1e-9, atol=1e-11)
+    found = transformer_relevance(ours, ROWS, target=3, attention=rule)
+    expected = transformer_relevance(written, ROWS, target=3, attention=rule)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    if rule == "constant":
+        torch.testing.assert_close(found.sum((1, 2)), ours(ROWS)[:, 3].detach(), rtol=1e-9, atol=1e-11)
+        assert not masked or float(found[0, 2].abs().max()) == 0  # what is hidden brings nothing
+
+
+def test_multihead_attention_with_one_head_by_hand():
+    one = nn.MultiheadAttention(8, 1, bias=False, batch_first=True).double().eval()
+    plain = Attention()
+    with torch.no_grad():
+        one.in_proj_weight.copy_(torch.cat([plain.q.weight, plain.k.weight, plain.v.weight]))
+        one.out_proj.weight.copy_(plain.head.weight)
+    model = Multihead()
+    model.forward = lambda x: one(x, x, x)[0][:, -1]
+    for rule in ("constant", "attnlrp"):
+        found = transformer_relevance(model, ROWS, target=3, attention=rule)
+        torch.testing.assert_close(found, by_hand(plain, ROWS, 3, rule).detach(), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["epsilon", "gamma", "z+"])
+def test_projections_of_multihead_attention_by_their_rules(name):
+    ours, written = Multihead(bias=True), Multihead(True, bias=True)
+    found, expected = (transformer_relevance(m, ROWS, target=1, default=name) for m in (ours, written))
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    found = transformer_relevance(ours, ROWS, target=1, rules={nn.MultiheadAttention: name, "mha.out_proj": "0"})
+    expected = transformer_relevance(written, ROWS, target=1, rules={"[qkv]": name})
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    plain = transformer_relevance(ours, ROWS, target=1)
+    assert (found - plain).abs().max() > 1e-9 or name == "epsilon"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"batch_first": False}, {"kdim": 8, "vdim": 6}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"bias": True}],
+    ids=lambda s: next(iter(s)),
+)
+def test_kinds_of_multihead_attention(settings):
+    torch.manual_seed(2)
+    mha = nn.MultiheadAttention(8, 2, **{"batch_first": True, **settings}).double().eval()
+    kept = []
+
+    class Read(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mha = mha
+
+        def forward(self, x):
+            y, weights = self.mha(x, x, x[..., : mha.vdim], average_attn_weights=False)
+            kept.append((y.detach(), weights.detach()))
+            return y[:, -1]
+
+    x = ROWS[:, :2] if settings.get("batch_first") is False else ROWS
+    found = transformer_relevance(Read(), x, target=1, attention="gradient", norm="gradient", activation="gradient")
+    z = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(Read()(z)[:, 1].sum(), z)
+    torch.testing.assert_close(found, (z * grad).detach(), rtol=1e-8, atol=1e-10)
+    for a, b in zip(kept[0], kept[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_encoders_of_torch_hand_on_what_they_got():
+    torch.manual_seed(3)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, activation="gelu", batch_first=True, norm_first=True, bias=False)
+    model = (
+        nn.Sequential(
+            nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten(), nn.Linear(40, 3, bias=False)
+        )
+        .double()
+        .eval()
+    )
+    found = transformer_relevance(model, ROWS, target=2)
+    torch.testing.assert_close(found.sum((1, 2)), model(ROWS)[:, 2].detach(), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["epsilon", "z+", "alphabeta", "gamma"])
 def test_linear_layers_by_rule_as_the_traced_ones(name):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 3)).double().eval()
@@ -199,12 +318,15 @@ def test_our_models_and_what_is_refused():
 
     with pytest.raises(ValueError, match="exp cannot hand relevance down: it has no rule"):
         transformer_relevance(Odd(), ROWS, target=0)
-    mha = nn.MultiheadAttention(8, 2, batch_first=True).double().eval()
-    mha_ = nn.Module()
-    mha_.a = mha
-    mha_.forward = lambda x: mha(x, x, x)[0][:, 0]
-    with pytest.raises(ValueError, match="multi_head_attention_forward"):
-        transformer_relevance(mha_, ROWS, target=0)
+    fixed = Multihead()
+    fixed.forward = lambda x: F.multi_head_attention_forward(
+        *[x.transpose(0, 1)] * 3, 8, 2, fixed.mha.in_proj_weight, None, None, None, False, 0.0,
+        fixed.mha.out_proj.weight, None, static_k=torch.zeros(4, 5, 4).double(),
+    )[0][0]  # fmt: skip
+    with pytest.raises(ValueError, match="multi_head_attention_forward cannot hand relevance down: static_k"):
+        transformer_relevance(fixed, ROWS, target=0)
+    with pytest.raises(ValueError, match="training mode"):
+        transformer_relevance(nn.MultiheadAttention(8, 2, dropout=0.1), ROWS, target=0)
     with pytest.raises(ValueError, match="rule 'flat'"):
         transformer_relevance(Attention(), ROWS, target=0, default="flat")
     with pytest.raises(ValueError, match="attention"):

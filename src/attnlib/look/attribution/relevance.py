@@ -8,6 +8,7 @@ input brought, ``R_i = x_i sum_j w_ij R_j / y_j``. Rules differ in which product
 ``"epsilon"``   all, with ``epsilon sign(y_j)`` added to ``y_j``, which takes relevance away
 ``"z+"``        the positive products
 ``"alphabeta"`` ``alpha`` times the positive ones minus ``beta = alpha - 1`` times the negative ones
+``"gamma"``     all, those of the output's sign weighing ``1 + gamma``: between rule 0 and ``"z+"``
 ``"zB"``        ``x w - l max(w, 0) - h min(w, 0)`` for inputs within ``l .. h``: pixels
 ``"flat"``      every input that is reached alike
 ==============  ======================================================================================
@@ -17,7 +18,8 @@ of branches in proportion to its terms. A bias takes its share of relevance, and
 less (rule 0): without biases, and where nothing is stabilised, ``sum(R) = logit``. Batch norms are folded into the
 layer before them.
 
-Reference: Bach et al., 2015 (layer-wise relevance propagation); Montavon et al., 2017 (z^B); Li, Tian, Mueller and
+Reference: Bach et al., 2015 (layer-wise relevance propagation); Montavon et al., 2017 (z^B) and 2019 (gamma; for inputs
+and outputs of any sign as zennit 0.5 has it, https://github.com/chr5tphr/zennit); Li, Tian, Mueller and
 Chen, 2019, "Beyond saliency: understanding convolutional neural networks from saliency prediction on layer-wise
 relevance propagation" (https://arxiv.org/abs/1712.08268).
 """
@@ -50,7 +52,7 @@ PASSES = (
 )  # fmt: skip
 #: Layers that only move numbers.
 SHAPES = (nn.Flatten, nn.Unflatten)
-RULES = ("0", "epsilon", "z+", "alphabeta", "zB", "flat")
+RULES = ("0", "epsilon", "z+", "alphabeta", "gamma", "zB", "flat")
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,12 @@ class Rule:
         name: one of ``RULES``.
         epsilon: added to denominators, with their sign; 0 is +.
         alpha: weight of the positive products in ``"alphabeta"``, at least 1.
+        gamma: additional weight, in ``"gamma"``, of the products that have their output's sign.
         low, high: of the inputs in ``"zB"``: numbers, or tensors of the shape of one input (or (C, 1, 1)).
         signed: add ``epsilon`` with the sign of the denominator; the release does not.
         inputs: ``"z+"`` counts positive products (``"products"``), or inputs times positive weights whatever the
             input's sign (``"weights"``), as the release does.
-        biases: whether they are in the denominator. ``None``: for rules 0 and epsilon only.
+        biases: whether they are in the denominator. ``None``: for rules 0, epsilon and gamma only.
     """
 
     name: str = "epsilon"
@@ -76,12 +79,14 @@ class Rule:
     signed: bool = True
     inputs: str = "products"
     biases: bool | None = None
+    gamma: float = 0.25
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
             raise ValueError(f"rule {self.name!r} is not possible; choose one of {list(RULES)}")
         check_real("epsilon", self.epsilon, least=0.0)
         check_real("alpha", self.alpha, least=1.0)
+        check_real("gamma", self.gamma, least=0.0)
         if self.inputs not in ("products", "weights"):
             raise ValueError(f"inputs={self.inputs!r} is not possible; choose one of ['products', 'weights']")
         if self.name == "zB" and (self.low is None or self.high is None):
@@ -108,7 +113,7 @@ def linear_relevance(
     run: Callable[..., Tensor], x: Tensor, w: Tensor, b: Tensor | None, r: Tensor, rule: Rule
 ) -> Tensor:
     """Relevance of ``x`` from ``r`` of ``y = run(x, w, b)``, which is linear in ``x`` and ``w``."""
-    biased = rule.name in ("0", "epsilon") if rule.biases is None else rule.biases
+    biased = rule.name in ("0", "epsilon", "gamma") if rule.biases is None else rule.biases
 
     def hand_down(parts: list[tuple[Tensor, Tensor]], bias: Tensor | None, r: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -133,11 +138,22 @@ def linear_relevance(
     if rule.name == "z+":
         parts = [(x, plus)] if rule.inputs == "weights" else [(up, plus), (down, minus)]
         return hand_down(parts, None if bias is None else bias.clamp(min=0), r)
+    if rule.name == "gamma":
+        y = run(x, w, bias)
+        more, less = w + rule.gamma * plus, w + rule.gamma * minus
+        biases = [None if bias is None else bias + rule.gamma * part for part in _signs(bias)]
+        risen = hand_down([(up, more), (down, less)], biases[0], torch.where(y > 0, r, 0))
+        return risen + hand_down([(up, less), (down, more)], biases[1], torch.where(y < 0, r, 0))
     first = hand_down([(up, plus), (down, minus)], None if bias is None else bias.clamp(min=0), r * rule.alpha)
     if rule.alpha == 1:
         return first
     last = hand_down([(up, minus), (down, plus)], None if bias is None else bias.clamp(max=0), r * (1 - rule.alpha))
     return first + last
+
+
+def _signs(b: Tensor | None) -> tuple[Any, Any]:
+    """What is positive and what is negative."""
+    return (None, None) if b is None else (b.clamp(min=0), b.clamp(max=0))
 
 
 _CONVOLVE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -362,7 +378,8 @@ def _back(
             return give(source, r.reshape(x.shape))
         raise ValueError(
             f"module {name!r} ({type(module).__name__}) has no rule; there are rules for linear layers, convolutions, "
-            "batch norms right behind them, activations, pools and Flatten"
+            "batch norms right behind them, activations, pools and Flatten; transformer_relevance() has others, for "
+            "attention and for layer norms"
         )
     rest, kwargs = _values(node.args[1:], given), _values(node.kwargs, given)
     if node.op == "call_function":

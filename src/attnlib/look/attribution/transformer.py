@@ -16,8 +16,10 @@ backward whatever the depth. Of a layer that computes ``y = f(x)``:
 =============  ==================  =============================================================================
 
 A product of two branches, such as a gated feed-forward's, gives half to either where ``activation="identity"``. Linear
-layers follow a rule of :mod:`attnlib.look.attribution.relevance`, ``"0"`` unless said otherwise. What biases bring is
-theirs: without biases, and with ``attention="constant"``, ``sum(R) = logit``.
+layers follow a rule of :mod:`attnlib.look.attribution.relevance`, ``"0"`` unless said otherwise, and so do the
+projections of ``torch.nn.MultiheadAttention``: those of queries, keys and values by the module's name or class, the
+last by that of its ``out_proj``. What biases bring is theirs: without biases, and with ``attention="constant"``,
+``sum(R) = logit``.
 
 Nothing has to be traceable: functions of torch are met as they are called, in any model, and one without a rule is
 refused by its name.
@@ -35,6 +37,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -99,6 +102,8 @@ class _Rules(TorchFunctionMode):
     def __init__(self, attention: str, norm: str, activation: str):
         super().__init__()
         self.attention, self.norm, self.activation = attention, norm, activation
+        #: Rules of linear maps that no module of theirs runs, by the identity of the weight.
+        self.by_weight: dict[int, Rule] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -192,14 +197,61 @@ class _Rules(TorchFunctionMode):
     ) -> Tensor:  # fmt: skip
         if enable_gqa:
             key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+        return self._attended(query, key, value, attn_mask, is_causal, scale)[0]
+
+    def _attended(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """What heads give, and their weights; rows that read nothing are zeros."""
         scores = self._product(query, key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
-        mask = attn_mask
         if is_causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
         weights = self._softmax(scores, -1)
-        return self._product(weights.masked_fill(weights.isnan(), 0) if mask is not None else weights, value)
+        if mask is not None:
+            weights = weights.masked_fill(weights.isnan(), 0)
+        return self._product(weights, value), weights
+
+    def _multi_head_attention_forward(
+        self, query: Tensor, key: Tensor, value: Tensor, embed_dim_to_check: int, num_heads: int,
+        in_proj_weight: Tensor | None, in_proj_bias: Tensor | None, bias_k: Tensor | None, bias_v: Tensor | None,
+        add_zero_attn: bool, dropout_p: float, out_proj_weight: Tensor, out_proj_bias: Tensor | None,
+        training: bool = True, key_padding_mask: Tensor | None = None, need_weights: bool = True,
+        attn_mask: Tensor | None = None, use_separate_proj_weight: bool = False,
+        q_proj_weight: Tensor | None = None, k_proj_weight: Tensor | None = None,
+        v_proj_weight: Tensor | None = None, static_k: Tensor | None = None, static_v: Tensor | None = None,
+        average_attn_weights: bool = True, is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """``torch.nn.MultiheadAttention``: its linear maps by their rules, its heads as attention everywhere else."""
+        if static_k is not None or static_v is not None:
+            raise self._refused(F.multi_head_attention_forward, "static_k and static_v replace keys and values")
+        single = query.dim() == 2
+        rows = [t[:, None] if single else t for t in (query, key, value)]  # (N, B, C)
+        biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+        if use_separate_proj_weight:
+            each: Any = (q_proj_weight, k_proj_weight, v_proj_weight)
+            rules = [self.by_weight.get(id(w)) for w in each]
+        else:
+            assert in_proj_weight is not None
+            each, rules = in_proj_weight.chunk(3), [self.by_weight.get(id(in_proj_weight))] * 3
+        q, k, v = (_by_rule(x, w, b, r) for x, w, b, r in zip(rows, each, biases, rules, strict=True))
+        batch = q.shape[1]
+        if bias_k is not None and bias_v is not None:
+            k, v = (torch.cat([t, extra.expand(1, batch, -1)]) for t, extra in ((k, bias_k), (v, bias_v)))
+        if add_zero_attn:
+            k, v = (torch.cat([t, t.new_zeros(1, batch, t.shape[-1])]) for t in (k, v))
+        q, k, v = (t.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for t in (q, k, v))
+        mask = _hidden(attn_mask, key_padding_mask, batch, num_heads, key.shape[0], k.shape[2] - key.shape[0], q)
+        y, weights = self._attended(q, k, v, mask, False, None)
+        out = _by_rule(
+            y.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias, self.by_weight.get(id(out_proj_weight))
+        )
+        given: Tensor | None = None
+        if need_weights:
+            given = weights.mean(1) if average_attn_weights else weights
+            given = given[0] if single else given
+        return (out[:, 0] if single else out), given
 
     def _layer_norm(
         self, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
@@ -245,6 +297,37 @@ class _ByRule(torch.autograd.Function):
         return torch.where(x == 0, 0, r / torch.where(x == 0, 1, x)), None, None, None, None, None
 
 
+def _by_rule(x: Tensor, w: Tensor, b: Tensor | None, rule: Rule | None) -> Tensor:
+    """A linear map with the derivative that its rule asks for; rule 0 is its own."""
+    if rule is None or not x.requires_grad:
+        return F.linear(x, w, b)
+    with torch.no_grad():
+        y = F.linear(x, w, b)
+    return _ByRule.apply(x, y, F.linear, w.detach(), b, rule)  # type: ignore[no-any-return]
+
+
+def _hidden(
+    mask: Tensor | None, padding: Tensor | None, batch: int, heads: int, keys: int, more: int, like: Tensor
+) -> Tensor | None:
+    """One additive mask (B, H, N, M + more) of ``MultiheadAttention``'s two, in which ``True`` means hidden; ``None``
+    where neither is given."""
+    if mask is None and padding is None:
+        return None
+
+    def added(m: Tensor) -> Tensor:
+        if m.dtype == torch.bool:
+            return torch.zeros(m.shape, dtype=like.dtype, device=m.device).masked_fill(m, -math.inf)
+        return m.to(like.dtype)
+
+    out = like.new_zeros(batch, 1, 1, keys)
+    if mask is not None:
+        m = added(mask)
+        out = out + (m.unflatten(0, (batch, heads)) if m.dim() == 3 else m)
+    if padding is not None:
+        out = out + added(padding).view(batch, 1, 1, keys)
+    return F.pad(out, (0, more))
+
+
 def _layer(module: nn.Module) -> tuple[Callable[..., Tensor], Tensor, Tensor | None] | None:
     """How a linear layer runs, its weight and bias; GPT-2's layer holds its weight the other way round."""
     if isinstance(module, LINEAR):
@@ -252,6 +335,11 @@ def _layer(module: nn.Module) -> tuple[Callable[..., Tensor], Tensor, Tensor | N
     if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), Tensor):
         return torch.nn.functional.linear, module.weight.T, module.bias  # type: ignore[union-attr,return-value]
     return None
+
+
+def _changes(rule: Rule) -> bool:
+    """Whether a rule is another derivative than the map's own."""
+    return rule.name != "0" or rule.biases is False
 
 
 @contextmanager
@@ -276,9 +364,14 @@ def _ruled(model: nn.Module, table: Mapping[Any, Rule | str], base: Rule, mode: 
             p.requires_grad_(False)
         for name, module in model.named_modules():
             found = _layer(module)
+            if isinstance(module, nn.MultiheadAttention):
+                rule = rule_for(table, name, module, base)
+                joint = (module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+                mode.by_weight |= {id(w): rule for w in joint if w is not None and _changes(rule)}
             if found is not None:
                 rule = rule_for(table, name, module, base)
-                if rule.name != "0" or rule.biases is False:
+                if _changes(rule):
+                    mode.by_weight[id(module.weight)] = rule  # where another module runs it, without its hooks
                     handles.append(module.register_forward_hook(linear(rule, found)))
             elif mode.activation == "identity" and type(module).__module__ == "transformers.activations":
                 handles.append(module.register_forward_hook(act))
@@ -315,7 +408,7 @@ def transformer_relevance(
         target: class or token, one or one per sample, or ``f(output) -> (B,)``; the most likely one by default.
         attention, norm, activation: rules, see above.
         rules: of linear layers, by path, pattern of paths, or class; a :class:`Rule`, or its name: ``"0"``,
-            ``"epsilon"``, ``"z+"`` or ``"alphabeta"``.
+            ``"epsilon"``, ``"z+"``, ``"alphabeta"`` or ``"gamma"``.
         default: the rule of linear layers without one in ``rules``.
         chunk: samples at a time, which bounds memory.
         position: of the token whose logits count.
@@ -337,7 +430,11 @@ def transformer_relevance(
         check_choice(name, value, choices)
     if (where := quantized(model)) is not None:
         raise ValueError(f"{where} is quantized, and no gradient passes through it; load floating-point weights")
-    if any(m.training and m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):
+    if any(
+        m.training and (m.p if isinstance(m, nn.Dropout) else m.dropout) > 0
+        for m in model.modules()
+        if isinstance(m, (nn.Dropout, nn.MultiheadAttention))
+    ):
         raise ValueError("the model is in training mode, where dropout is at random; call eval()")
     check_type("rules", rules, (Mapping, type(None)), "a dictionary of rules by module path, pattern or class")
     check_type("default", default, (Rule, str), f"a Rule or one of {list(RULES)}")
