@@ -28,6 +28,8 @@ class Small:
         self.model = attnlib.create_model(config["model"], **{**config["settings"], **settings}).eval()
         self.x = self.recorded.tensors[f"{FIRST[slug]}/x"].float()
         self.beside = self.recorded.under(f"{FIRST[slug]}/with")
+        #: Channels last in memory, of images or of clips.
+        self.last = torch.channels_last if self.x.dim() == 4 else torch.channels_last_3d
 
     def __call__(self, model=None, x=None):
         return (self.model if model is None else model)(self.x if x is None else x, **self.beside)
@@ -48,8 +50,8 @@ def test_copies_and_layouts_of_memory_change_nothing(slug):
     assert torch.equal(numbers, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in small.model.state_dict().items())
     close(small(pickle.loads(pickle.dumps(small.model))), y, 1e-6)
-    close(small(copy.deepcopy(small.model).to(memory_format=torch.channels_last)), y)
-    close(small(x=small.x.to(memory_format=torch.channels_last)), y)
+    close(small(copy.deepcopy(small.model).to(memory_format=small.last)), y)
+    close(small(x=small.x.to(memory_format=small.last)), y)
     close(small(x=small.x.transpose(2, 3).contiguous().transpose(2, 3)), y)
     close(small(attnlib.deploy(small.model)), y)
 
@@ -72,7 +74,7 @@ def test_maps_have_the_sides_and_widths_they_say(slug):
     small = Small(slug, features_only=True)
     maps, info = small(), small.model.feature_info
     assert [m.shape[1] for m in maps] == info.channels()
-    assert [m.shape[2] for m in maps] == [-(-small.x.shape[2] // r) for r in info.reduction()]
+    assert [m.shape[-1] for m in maps] == [-(-small.x.shape[-1] // r) for r in info.reduction()]
     close(small(Small(slug, features_only=True, out_indices=(-1,)).model)[0], maps[-1], 1e-6)
 
 
@@ -126,7 +128,7 @@ def test_images_are_independent_of_their_neighbours_and_may_be_none(slug):
 @torch.no_grad()
 def test_odd_sides(slug):
     small = Small(slug)
-    y = small(x=torch.randn(1, small.x.shape[1], 37, 53))
+    y = small(x=torch.randn(1, *small.x.shape[1:-2], 37, 53))
     assert y.isfinite().all()
 
 

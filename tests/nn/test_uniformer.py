@@ -52,6 +52,15 @@ def test_an_impulse_reaches_exactly_five_tokens_per_axis():
     assert torch.equal(reached, expected)
 
 
+def test_a_kernel_of_one_axis_reads_that_axis_alone():
+    m, x = make(kernel_size=(3, 1, 1), hidden=2), torch.zeros(1, 5, 3, 3, 3, dtype=F64)
+    x[0, 2, 1, 1] = 1
+    reached = (m(x) - m(torch.zeros_like(x))).abs().amax(-1)[0] > 1e-12
+    expected = torch.zeros(5, 3, 3, dtype=torch.bool)
+    expected[1:4, 1, 1] = True
+    assert torch.equal(reached, expected) and m.conv.dim == 2
+
+
 def test_absent_tokens_are_as_if_beyond_the_border():
     m, x = make(grid_rank=2), tokens(1, 6, 8, 3)
     valid = torch.zeros(1, 6, 8, dtype=torch.bool)
@@ -62,6 +71,7 @@ def test_absent_tokens_are_as_if_beyond_the_border():
 
 def test_bad_settings():
     for settings, message in ((dict(kernel_size=4), "must be odd"), (dict(kernel_size=0), "kernel_size"),
-                              (dict(grid_rank=4), "grid_rank")):  # fmt: skip
+                              (dict(grid_rank=4), "grid_rank"), (dict(kernel_size=(3, 3)), "names 2 axes"),
+                              (dict(kernel_size=(3, 2, 1)), "must be odd"), (dict(hidden=0), "hidden")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             make(**settings)

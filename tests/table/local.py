@@ -22,4 +22,5 @@ ROWS = [
     Case("dinat", dict(dim=16, num_heads=2, kernel_size=5, causal=True), (16,), "causal", growth=SEQUENCES),
     Case("uniformer", dict(dim=6), (6, 7)),
     Case("uniformer", dict(dim=4, kernel_size=3, grid_rank=3), (3, 4, 4), "video"),
+    Case("uniformer", dict(dim=6, kernel_size=(3, 1, 1), grid_rank=3, hidden=4), (4, 3, 3), "time"),
 ]  # fmt: skip

@@ -216,6 +216,13 @@ def init_like_pvt(module: nn.Module) -> None:
             init_fan_out(m)
 
 
+class QuickGELU(nn.Module):
+    """``x * sigmoid(1.702 x)``: the approximation of GELU in CLIP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
 class Mlp(nn.Module):
     """``Linear -> activation -> Linear`` on the last axis, with a gate or a depthwise convolution in the middle.
 

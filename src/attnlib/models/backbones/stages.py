@@ -160,6 +160,8 @@ class Backbone(nn.Module):
     rank: ClassVar[int] = 2
     #: Convolutions beside the first that read the image as well.
     more_inputs: Sequence[str] = ()
+    #: Names of the parts that stand behind the maps.
+    behind_maps: ClassVar[Sequence[str]] = ("norm", "head")
     output_fmt = "NHWC"
 
     def __init__(
@@ -374,7 +376,8 @@ class Features(nn.Module):
         super().__init__()
         self.out_indices = stage_indices("out_indices", out_indices, len(model.feature_info))
         model.stages = model.stages[: max(self.out_indices) + 1 - model.before]  # type: ignore[assignment]
-        model.norm, model.head = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+        for name in model.behind_maps:
+            setattr(model, name, nn.Identity())
         self.model = model
         self.feature_info = FeatureInfo({**model.feature_info[i], "index": i} for i in self.out_indices)
 

@@ -43,13 +43,15 @@ class ClipPatchify(nn.Module):
         out_dim: channels out.
         side: of patches.
         frames: 1; or 3 around every second frame, zeros beyond the ends.
+        norm: LayerNorm behind the convolution.
+        bias: of the convolution.
     """
 
-    def __init__(self, dim: int, out_dim: int, side: int, frames: int = 1):
+    def __init__(self, dim: int, out_dim: int, side: int, frames: int = 1, norm: bool = True, bias: bool = True):
         super().__init__()
         self.steps = (1 if frames == 1 else 2, side, side)
-        self.proj = nn.Conv3d(dim, out_dim, (frames, side, side), self.steps, (frames // 2, 0, 0))
-        self.norm = nn.LayerNorm(out_dim)
+        self.proj = nn.Conv3d(dim, out_dim, (frames, side, side), self.steps, (frames // 2, 0, 0), bias=bias)
+        self.norm = nn.LayerNorm(out_dim) if norm else nn.Identity()
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(B, T, H, W, dim) -> (B, T', ceil(H / side), ceil(W / side), out_dim), and which of these exist."""

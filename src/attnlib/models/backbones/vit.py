@@ -193,7 +193,7 @@ class VisionTransformer(Backbone):
 
     def _check_images(self, x: Tensor, valid: Tensor | None) -> None:
         super()._check_images(x, valid)
-        if min(x.shape[2:]) < self.patch_size:
+        if min(x.shape[-2:]) < self.patch_size:
             raise ValueError(
                 f"x must hold at least one patch of {self.patch_size} x {self.patch_size} pixels, got {describe(x)}"
             )
@@ -238,8 +238,8 @@ class VisionTransformer(Backbone):
             yield x, valid, grid
 
     def _map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens -> (B, h, w, C), the patches alone."""
-        return x[:, self.num_prefix_tokens :].unflatten(1, grid) if self.num_prefix_tokens else x
+        """Tokens -> (B, h, w, C), the patches alone; of clips (B, T, h, w, C)."""
+        return x[..., self.num_prefix_tokens :, :].unflatten(-2, grid) if self.num_prefix_tokens else x
 
     def _maps(
         self, x: Tensor, valid: Tensor | None, losses: dict[str, Tensor] | None = None, last: int | None = None
@@ -298,10 +298,10 @@ class VisionTransformer(Backbone):
             made = self.norm(y) if norm else y
             patches = self._map(made, grid)
             if output_fmt == "NCHW":
-                patches = patches.permute(0, 3, 1, 2)
+                patches = patches.movedim(-1, 1)
             elif output_fmt == "NLC":
-                patches = patches.flatten(1, 2)
-            found.append((patches, made[:, : self.num_prefix_tokens]) if return_prefix_tokens else patches)
+                patches = patches.flatten(1, -2)
+            found.append((patches, made[..., : self.num_prefix_tokens, :]) if return_prefix_tokens else patches)
         if intermediates_only:
             return found
         y = self.norm(y) if last == count - 1 else y

@@ -10,11 +10,11 @@ convolution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_int
+from ...checks import check_choice, check_int, check_ints, to_tuple
 from ...types import Traits
 from ..base import Mechanism
 from ..layers import DepthwiseConv, zero_invalid
@@ -31,8 +31,9 @@ class LocalRelation(Mechanism):
 
     Args:
         dim: width.
-        kernel_size: tokens of the window per axis, odd.
+        kernel_size: tokens of the window, odd: one number, or one per axis; (3, 1, 1) looks along time alone.
         grid_rank: axes of the grid.
+        hidden: channels of the convolution; ``dim`` by default.
 
     Raises:
         ValueError: an even kernel.
@@ -48,14 +49,16 @@ class LocalRelation(Mechanism):
         patterns=frozenset({"noncausal-self"}), grid_ranks=frozenset({1, 2, 3}), work={"N": 1}, memory={"N": 1}
     )
 
-    def __init__(self, dim: int, kernel_size: int = 5, grid_rank: int = 2):
+    def __init__(self, dim: int, kernel_size: int | Sequence[int] = 5, grid_rank: int = 2, hidden: int | None = None):
         super().__init__(dim)
         check_choice("grid_rank", grid_rank, (1, 2, 3))
-        if check_int("kernel_size", kernel_size, least=1) % 2 == 0:
+        sides = check_ints("kernel_size", to_tuple("kernel_size", kernel_size, grid_rank), least=1)
+        if not all(side % 2 for side in sides):
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         self.grid_rank = grid_rank
-        self.value, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.conv = DepthwiseConv(dim, kernel_size, grid_rank)
+        hidden = dim if hidden is None else check_int("hidden", hidden, least=1)
+        self.value, self.proj = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.conv = DepthwiseConv(hidden, sides, grid_rank)
 
     @property
     def traits(self) -> Traits:

@@ -15,7 +15,7 @@ from ...ops import attention
 from ...positions import rotary_angles, rotate
 from ...types import Output, Traits, check_choice, check_rank, check_width
 from ..base import Mechanism
-from ..layers import flat_valid, head_dim_of, merge_heads, plain, split_heads, zero_invalid
+from ..layers import QuickGELU, flat_valid, head_dim_of, merge_heads, plain, split_heads, zero_invalid
 from ..registry import register
 from ..released import Released, Rule
 
@@ -171,7 +171,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 ROUTER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "swish": F.silu, "relu": F.relu, "relu2": lambda x: F.relu(x).square(), "relu6": F.relu6,
     "leaky_relu": F.leaky_relu, "gelu": F.gelu, "gelu_new": _gelu_tanh, "gelu_pytorch_tanh": _gelu_tanh,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "mish": F.mish, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
+    "quick_gelu": QuickGELU(), "mish": F.mish, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
     "linear": lambda x: x,
 }  # fmt: skip
 
