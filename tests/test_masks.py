@@ -64,6 +64,8 @@ def _kinds() -> dict[str, M.Mask]:
         "and": M.causal() & M.strided(3, local=2),
         "or": M.sliding_window(3) | M.documents(ids),
         "not": ~M.terraced(5),
+        "transposed": M.Transposed(M.causal() & M.strided(3, local=2)),
+        "transposed_batch": M.Transposed(M.explicit(torch.rand(2, N, N, generator=g) > 0.5)),
         "deep": ~(M.causal() & ~M.sliding_window(5)) | M.prefix_lm(3),
     }
 

@@ -416,6 +416,8 @@ def _check_dense(mask: Mask, n: int, m: int, name: str) -> None:
         if shape[-2:] != (n, m):
             hint = "; which keys of a sample exist is valid, (B, M)" if len(shape) == 2 and shape[1] == m else ""
             raise ValueError(f"{name} must be (..., {n}, {m}) for N={n} queries and M={m} keys, got {shape}{hint}")
+    elif isinstance(mask, Transposed):
+        _check_dense(mask.inner, m, n, name)
     elif not isinstance(mask, (Within, Padded)):
         for part in mask._args():
             if isinstance(part, Mask):
@@ -819,6 +821,33 @@ class Padded(Mask):
     def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         (q, q_inside), (k, k_inside) = self._in_grid(q), self._in_grid(k)
         return self.inner.pair(b, h, q, k) & q_inside & k_inside
+
+
+class Transposed(Mask):
+    """A mask with its two sides exchanged: ``q`` meets ``k`` where the other mask lets query ``k`` meet key ``q``."""
+
+    name, fields = "transposed", ("inner",)
+
+    def __init__(self, inner: Mask):
+        self.inner = inner
+
+    def anywhere(self) -> bool:
+        return self.inner.anywhere()
+
+    def extent(self) -> tuple[int | None, int | None]:
+        return self.inner.extent()[::-1]
+
+    def q_tile(self) -> int | None:
+        return None
+
+    def pair(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.inner.pair(b, h, k, q)
+
+    def tile(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Classes:
+        return self.inner.tile(k_lo, k_hi, q_lo, q_hi)
+
+    def _block(self, rows: tuple[int, int], cols: tuple[int, int], device: torch.device | None) -> Tensor:
+        return self.inner._block(cols, rows, device).mT
 
 
 class Everything(Mask):

@@ -83,6 +83,13 @@ CASES = {
         QKV,
         lambda q, k, v: ops.reduced_attention(q, k, v, 2, valid=VALID, mask=M.causal()),
     ),
+    "reversed": (
+        "reversed_attention",
+        ((2, 2, 6, 3), (2, 2, 6, 3), (2, 2, 6, 2), (2, 2, 6)),
+        lambda q, k, v, m: ops.reversed_attention(
+            q, k, v, log_message=m, mask=M.causal(), valid=VALID, receiver_valid=VALID.flip(1)
+        ),
+    ),
     "channels": ("channel_attention", GRID, lambda q, k, v: ops.channel_attention(q, k, v, l2=True)),
     "depthwise": (
         "depthwise",

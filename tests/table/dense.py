@@ -67,3 +67,17 @@ ROWS += [
         layout=Layout.image(3, 3, cls=1),
     ),
 ]
+
+ROWS += [
+    Case("dependency-vit", dict(dim=12, num_heads=3), (12,), layout=Layout.image(3, 3, cls=1)),
+    Case("dependency-vit", dict(dim=8, num_heads=2, keep_rate=0.7), (3, 4), "pruned"),
+    Case("dependency-vit", dict(dim=8, num_heads=2, keep_rate=0.5, prune_by="message"), (12,), "by-message"),
+    Case(
+        "dependency-vit",
+        dict(dim=8, num_heads=2, context_dim=6, temperature=1.0, selector_bias=True, controller_bias=True),
+        (2, 3, 2),
+        "cross",
+        context_grid=(7,),
+    ),
+    Case("dependency-vit", dict(dim=8, num_heads=1, selector=False, controller=False), (3, 4), "reversed"),
+]

@@ -295,6 +295,13 @@ def check_agent():
     return given, {}, {"AV": reduced.agent_attention(q, a, k, v)}
 
 
+def check_reversed():
+    q, k, v, message = rand(1, 2, 7, 3), rand(1, 2, 12, 3), rand(1, 2, 7, 4), rand(1, 2, 7)
+    given = {"Q": q, "K": k, "V": v, "MSG": message.exp(), "SCALE": 3**-0.5}
+    out = attnlib.ops.reversed_attention(q, k, v, log_message=message, backend="passes")
+    return given, {}, {"AV": out}
+
+
 def features(n=12, m=12):
     return torch.rand(1, 2, n, 3, dtype=DOUBLE), torch.rand(1, 2, m, 3, dtype=DOUBLE), rand(1, 2, m, 4)
 
@@ -397,7 +404,7 @@ def check_channel_attention():
 CHECKS = {
     "attention": check_attention, "attention_partial": check_partial, "merge": check_merge, "split": check_split,
     "block_sparse": check_block_sparse, "neighborhood": check_neighborhood, "partition": check_partition,
-    "reduced": check_reduced, "agent": check_agent, "nystrom": check_nystrom,
+    "reduced": check_reduced, "agent": check_agent, "reversed": check_reversed, "nystrom": check_nystrom,
     "linear_recurrent": check_linear_recurrent,
     "linear_chunkwise": check_linear_chunkwise, "linear_parallel": check_linear_parallel,
     "linear_bidirectional": check_linear_bidirectional, "toeplitz": check_toeplitz, "deformable": check_deformable,
@@ -426,7 +433,8 @@ def test_passes_and_footprints_of_the_operators():
         "attention": (1, "E + F + 2"), "attention_partial": (1, "E + F + 2"), "merge": (1, "F + 2"),
         "split": (1, "F S + 3 S"),
         "block_sparse": (1, "E + F + 2"), "neighborhood": (1, "E + F + 2"), "partition": (1, "E + F + 2"),
-        "reduced": (1, "E + F + 2"), "agent": (1, "A E + A F + 2 A"), "linear_recurrent": (1, "D F + D"),
+        "reduced": (1, "E + F + 2"), "agent": (1, "A E + A F + 2 A"), "reversed": (3, "P M + F M + 2 M"),
+        "linear_recurrent": (1, "D F + D"),
         "linear_chunkwise": (1, "D F"), "linear_parallel": (1, "D + F + 1"), "linear_bidirectional": (1, "D F + D"),
         "toeplitz": (1, "D + F + 1"), "deformable": (1, "F"), "deformable_3d": (1, "F"),
         "selective_scan": (1, "S"), "nystrom": (2, "P A + A C"),

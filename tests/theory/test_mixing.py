@@ -59,6 +59,7 @@ BESIDE = {"bam-soft-moa-upcycling", "window-attention-upsample"}
 WEIGHTS = {
     "softmax-attention", "sigmoid-attention", "softplus-attention-lssar", "key-driven-gqa", "diffqkv-sigma",
     "nprf-rpe-fft-attention", "fused-neighborhood-attention", "dinat", "s2-attention-dkernel", "pointer-networks",
+    "dependency-vit",
 }  # fmt: skip
 
 

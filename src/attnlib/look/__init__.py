@@ -53,6 +53,7 @@ from .statistics import (
     information_by_layer,
     mutual_information,
 )
+from .trees import Tree, dependency_tree
 from .viewer import Axis, LayerMaps, Page, Part, Run, difference, page, read
 
 __all__ = [
@@ -73,6 +74,7 @@ __all__ = [
     "Rollout",
     "Run",
     "Statistics",
+    "Tree",
     "ablated",
     "agreement",
     "answer_attention",
@@ -81,6 +83,7 @@ __all__ = [
     "choice_loss",
     "context_aware_saliency",
     "difference",
+    "dependency_tree",
     "direct",
     "effective_rank",
     "encode",

@@ -265,6 +265,25 @@ class Block(nn.Module):
         return x, carry
 
 
+def at_slots(
+    sublayer: nn.Module, x: Tensor, slots: Tensor, valid: Tensor | None = None, rest: Tensor | None = None
+) -> Tensor:
+    """A residual sublayer for some tokens alone.
+
+    Args:
+        sublayer: called as ``sublayer(tokens, valid) -> (tokens, carry)``.
+        x: (B, *grid, C).
+        slots: (B, K) of the tokens.
+        valid: (B, *grid) boolean, which tokens exist.
+        rest: (B, *grid, C) what the others become; they stay as they are by default.
+    """
+    flat = x.flatten(1, -2)
+    at = slots[..., None].expand(-1, -1, flat.shape[2])
+    exists = None if valid is None else valid.flatten(1).gather(1, slots)
+    made, _ = sublayer(flat.gather(1, at), exists)
+    return (flat if rest is None else rest.flatten(1, -2)).scatter(1, at, made).view(x.shape)
+
+
 class MBConv(nn.Module):
     """Inverted residual: BatchNorm, 1 x 1 to more channels, depthwise, squeeze-and-excitation, 1 x 1 back; a shortcut.
 

@@ -11,6 +11,7 @@ from .neighborhood import neighborhood_attention, neighborhood_partial
 from .nystrom import gaussian_kernel, newton_inverse, nystrom_attention
 from .partition import partition_attention, window_attention
 from .reduced import agent_attention, reduced_attention
+from .reversed import reversed_attention
 from .sampled import deformable_attention, deformable_attention_3d
 from .scan import ScanOutput, selective_scan
 from .split_decoding import split_decoding, split_partial
@@ -46,6 +47,7 @@ __all__ = [
     "operators",
     "partition_attention",
     "reduced_attention",
+    "reversed_attention",
     "selective_scan",
     "split_decoding",
     "split_partial",

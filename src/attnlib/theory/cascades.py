@@ -325,6 +325,19 @@ def _agent() -> Cascade:
     return Cascade(text, inputs, ["AV"], ("m1", "m0"), per=("b", "h"), name="agent attention")
 
 
+def _reversed() -> Cascade:
+    text = """
+    KQ[~m,p] += Q[~m,e] * K[~p,e]
+    GM[~m] max= KQ[~m,p]
+    SN[~m,p] = expsub(KQ[~m,p] * SCALE, GM[~m] * SCALE)
+    SD[~m] += SN[~m,p]
+    A[~m,p] = SN[~m,p] * MSG[~m] / SD[~m]
+    AV[~p,f] += A[~m,p] * V[~m,f]
+    """
+    inputs = {"Q": "b h m e", "K": "b h p e", "V": "b h m f", "MSG": "b h m", "SCALE": ""}
+    return Cascade(_dedent(text), inputs, ["AV"], ("p",), per=("b", "h"), name="reversed attention")
+
+
 def _recurrent() -> Cascade:
     text = """
     ST[~d,f,0] = 0
@@ -480,6 +493,7 @@ OPERATORS: dict[str, Described] = {
     "partition": Described(("partition_attention", "grouped_attention"), _partition, "keys of the group"),
     "reduced": Described(("reduced_attention",), _reduced, "keys"),
     "agent": Described(("agent_attention",), _agent, "keys"),
+    "reversed": Described(("reversed_attention",), _reversed, "receivers"),
     "nystrom": Described(("nystrom_attention",), _nystrom, "tokens"),
     "linear_recurrent": Described(("linear_attention", "linear_partial"), _recurrent, "tokens"),
     "linear_chunkwise": Described(("linear_attention", "linear_partial"), _chunkwise, "tokens"),

@@ -381,6 +381,7 @@ FORMS: dict[str, str] = {
     "block_sparse_partial": "normalised scores of chosen blocks, merged with other keys",
     "reduced_attention": "normalised scores of summaries: low rank in the tokens",
     "agent_attention": "product of two normalised maps through few agents: low rank",
+    "reversed_attention": "scores normalised over the readers of a token: full, columns of a given sum",
     "linear_attention": "products of features, times decay: low rank below the diagonal",
     "linear_partial": "products of features, times decay, merged with other keys",
     "selective_scan": "products of entries and readers, times decay: one matrix per channel",

@@ -24,7 +24,7 @@ from ...checks import check_int, check_type
 from ...grids import Layout
 from ...nn.layers import Mlp, Patchify, normed
 from ...nn.sparse.sparsifiner import Sparsifiner
-from ..blocks import Block, Make, places
+from ..blocks import Block, Make, at_slots, places
 from ..build import register_models
 from . import vit
 from .stages import stage_indices
@@ -50,9 +50,7 @@ class DroppingBlock(Block):
         assert self.mlp is not None
         if not isinstance(carry, Tensor) or carry.shape[1] == x.shape[1]:
             return self.mlp(x, valid)[0], carry
-        at = carry[..., None].expand(-1, -1, x.shape[2])
-        left, _ = self.mlp(x.gather(1, at), None if valid is None else valid.gather(1, carry))
-        return torch.zeros_like(x).scatter(1, at, left), carry
+        return at_slots(self.mlp, x, carry, valid, torch.zeros_like(x)), carry
 
 
 def sparsifiner(

@@ -216,6 +216,13 @@ class VisionTransformer(Backbone):
         self, x: Tensor, valid: Tensor | None, losses: dict[str, Tensor] | None = None, last: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor | None, tuple[int, int]]]:
         """Tokens behind every block, which patches exist, and their grid."""
+        for y, exists, grid, _ in self._handed_on(x, valid, losses, last):
+            yield y, exists, grid
+
+    def _handed_on(
+        self, x: Tensor, valid: Tensor | None, losses: dict[str, Tensor] | None = None, last: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor | None, tuple[int, int], Any]]:
+        """The same, and what the block hands on to the next."""
         self._check_images(x, valid)
         # What follows is copied into one sequence anyway, so that images need not be put channels last before.
         x, valid = self.stem(x.permute(0, 2, 3, 1), valid)
@@ -235,7 +242,7 @@ class VisionTransformer(Backbone):
         for block in self.stages[: None if last is None else last + 1]:  # type: ignore[union-attr]
             again = getattr(block, "checkpointing", False) and losses is None
             x, carry = checkpointed(block, x, exists, carry, losses, layout, when=again)
-            yield x, valid, grid
+            yield x, valid, grid, carry
 
     def _map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens -> (B, h, w, C), the patches alone; of clips (B, T, h, w, C)."""

@@ -36,6 +36,7 @@ from ..partition import partition_attention as _partition_attention
 from ..partition import window_attention as _window_attention
 from ..reduced import agent_attention as _agent_attention
 from ..reduced import reduced_attention as _reduced_attention
+from ..reversed import reversed_attention as _reversed_attention
 from ..sampled import deformable_attention as _deformable_attention
 from ..sampled import deformable_attention_3d as _deformable_attention_3d
 from ..scan import selective_scan as _selective_scan
@@ -84,6 +85,7 @@ neighborhood_av = _oracle(_neighborhood_av)
 neighborhood_partial = _oracle(_neighborhood_partial)
 partition_attention = _oracle(_partition_attention)
 reduced_attention = _oracle(_reduced_attention)
+reversed_attention = _oracle(_reversed_attention)
 selective_scan = _oracle(_selective_scan)
 split_decoding = _oracle(_split_decoding)
 split_partial = _oracle(_split_partial)
