@@ -54,6 +54,17 @@ def test_any_size(size):
         assert t.shape[2:] == (-(-size[0] // stride), -(-size[1] // stride)) and t.isfinite().all()
 
 
+def test_a_stage_taken_alone_has_its_own_channels():
+    """The overview is beside the tokens of the last stage alone, also where stages behind are let go."""
+    x = images(1, 3, 64, 64)
+    want = tiny().forward_intermediates(x, intermediates_only=True)
+    for i in range(4):
+        f = tiny(features_only=True, out_indices=(i,))
+        (got,) = f(x)
+        assert f.feature_info.channels() == [got.shape[1]]
+        torch.testing.assert_close(got, want[i])
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_pixels_that_do_not_exist_change_nothing(train):
     x = images(2, 3, 96, 96)

@@ -222,7 +222,7 @@ class OverLoCK(Backbone):
             for block in stage.blocks:
                 x, carry = checkpointed(block, x, valid, carry, losses, when=stage.checkpointing and losses is None)
             context = carry[0]
-            yield (x if stage is not self.stages[-1] else torch.cat([x, context], -1)), valid
+            yield (x if stage.overview is not None else torch.cat([x, context], -1)), valid
 
     def forward(self, x: Tensor, valid: Tensor | None = None, returns: Sequence[str] = ()) -> Any:
         """(B, in_chans, H, W) -> (B, num_classes); in training with ``auxiliary`` a pair of these.
