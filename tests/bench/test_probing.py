@@ -78,6 +78,20 @@ def test_gates_stand_in_networks_of_equal_parameters():
     assert peak.flatten().argmax() == 17 and peak.max() == 1
 
 
+def test_a_heat_map_is_right_in_the_exact_cell_alone():
+    labels = torch.tensor([17, 30, 100])
+    right, aside = gates.heat(labels), gates.heat(labels + 1)
+    assert gates.score(nn.Identity(), right, labels) == {"right": 100.0, "cells_off": 0.0}
+    assert gates.score(nn.Identity(), aside, labels) == {"right": 0.0, "cells_off": 1.0}
+
+
+def test_a_small_run_of_the_gates(monkeypatch, tmp_path):
+    monkeypatch.setattr(gates, "GATES", {n: gates.GATES[n] for n in (gates.BASELINE, "ELA")})
+    found = gates.measure(pictures=tmp_path, steps=1, batch=2, seeds=(0,), tested=20)
+    assert list(found["tasks"]) == list(gates.TASKS) and (tmp_path / "gates-cpu.svg").exists()
+    json.dumps(found)
+
+
 def test_the_studies_are_suites():
     assert {"probing", "gates"} <= set(suites())
 
