@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_choice, check_int
+from ...checks import check_choice, check_int, check_ints
 from .files import _TEST_PHOTOS, _TRAIN_PHOTOS, _packaged, _read_photo, digits
 
 PARTS = ("train", "test")
@@ -95,6 +95,59 @@ def placed_digits(
             torch.maximum(patch, glyphs[which[j], a : a + half, b : b + half], out=patch)
         images[i, rows[i] : rows[i] + digit, columns[i] : columns[i] + digit] = glyphs[chosen[i]]
     return images.unsqueeze(1), labels[chosen], torch.tensor([rows, columns]).T
+
+
+def digit_pairs(
+    count: int,
+    size: tuple[int, int] = (32, 128),
+    digit: int = 24,
+    apart: tuple[int, int] = (26, 104),
+    classes: int = 4,
+    part: str = "train",
+    noise: float = 0.1,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two handwritten digits side by side, of one class or of two, each as often.
+
+    Args:
+        count: images.
+        size: height and width in pixels.
+        digit: pixels per side of a digit, even.
+        apart: least and most columns from the left edge of one to that of the other.
+        classes: digits 0 to ``classes - 1`` appear.
+        part: ``"train"`` or ``"test"``, as of :func:`cluttered_digits`.
+        noise: standard deviation of the noise.
+        generator: of what is drawn.
+
+    Returns:
+        Images (count, 1, H, W), classes (count, 2) from left to right, and row and column (count, 2, 2) of the upper
+        left pixel of each.
+    """
+    check_choice("part", part, PARTS)
+    height, width = check_ints("size", size, least=4)
+    check_int("digit", digit, least=4, most=height)
+    check_int("classes", classes, least=2, most=10)
+    low, high = check_ints("apart", apart, least=digit)
+    if not low <= high <= width - digit:
+        raise ValueError(f"apart={apart} must rise, and be at most {width - digit} in images {width} wide")
+    glyphs, labels = _glyphs(part, digit)
+    members = [(labels == c).nonzero()[:, 0] for c in range(classes)]
+    first = torch.randint(classes, (count,), generator=generator)
+    other = torch.randint(1, classes, (count,), generator=generator)
+    same = torch.randint(2, (count,), generator=generator) == 1
+    shown = torch.stack([first, torch.where(same, first, (first + other) % classes)], 1)
+    drawn = torch.rand(count, 6, generator=generator)
+    gap = low + (drawn[:, 0] * (high - low + 1)).long()
+    left = (drawn[:, 1] * (width - digit - gap + 1)).long()
+    rows = (drawn[:, 2:4] * (height - digit + 1)).long()
+    corners = torch.stack([rows, torch.stack([left, left + gap], 1)], -1)
+    images = torch.zeros(count, height, width)
+    for i in range(count):
+        for j, (row, column) in enumerate(corners[i].tolist()):
+            own = members[int(shown[i, j])]
+            glyph = glyphs[own[int(drawn[i, 4 + j] * len(own))]]
+            images[i, row : row + digit, column : column + digit] = glyph
+    return (images + noise * torch.randn(images.shape, generator=generator)).unsqueeze(1), shown, corners
 
 
 @functools.lru_cache(maxsize=1)

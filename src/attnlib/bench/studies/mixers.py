@@ -25,6 +25,7 @@ from ...nn.partition.crossformer import LongShortAttention
 from ...nn.partition.maxvit import PartitionAttention
 from ..clock import interleave, machine, peak_bytes
 from ..data.worlds import TEXTURES, cluttered_digits, texture_crops
+from ..fields import mean_distance, squared_gradients
 from ..small import Progress, fit, picture, study
 
 SIDE, PATCH, DIM, HEADS, DEPTH, RATIO = 24, 2, 48, 4, 2, 3.0
@@ -137,12 +138,7 @@ def receptive_field(model: Backbone, images: Tensor) -> float:
     x = images.clone().requires_grad_()
     y = normed(model.norm, model.forward_features(x), None)
     at = y.shape[1] // 2
-    (grad,) = torch.autograd.grad(y[:, at, at].mean(-1).sum() + (y[:, at, at] ** 2).sum(), x)
-    mass = grad.square().sum((0, 1))
-    centre = (at + 0.5) * PATCH - 0.5
-    rows, columns = (torch.arange(n).float() - centre for n in mass.shape)
-    distance = (rows[:, None] ** 2 + columns[None] ** 2).sqrt()
-    return float((mass * distance).sum() / mass.sum())
+    return mean_distance(squared_gradients(y[:, at, at], x), ((at + 0.5) * PATCH - 0.5,) * 2)
 
 
 @torch.no_grad()
