@@ -39,7 +39,8 @@ ENGINES = (
 
 #: Those that run models of transformers.
 NEEDS_HF = (
-    "multimodal", "cache", "hooks", "conversion", "spans", "finetuning", "look", "choices", "attribution", *REAL,
+    "multimodal", "cache", "hooks", "conversion", "spans", "finetuning", "look", "choices", "attribution", "rounding",
+    *REAL,
 )  # fmt: skip
 
 #: Those that load models which ``make models`` fetches, and which.

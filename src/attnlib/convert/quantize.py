@@ -21,6 +21,9 @@ from torch import Tensor
 from ..checks import check_axes, check_choice, check_flag, check_float, check_int, check_rank, check_real, check_type
 from ..types import stats_dtype
 
+#: Weights that are compared at a time.
+_CLOSE = 2**15
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -86,19 +89,28 @@ class Grid:
             none = (low == 0) & (high == 0)
             ends = (torch.where(none, -1.0, low), torch.where(none, 1.0, high))
         found = self._scale(*ends, first=True)
-        if self.clip:
-            best = torch.full_like(high, math.inf)
-            for i in range(80):
-                share = 1 - i / 100
-                tried = self._scale(share * ends[0], share * ends[1])
-                error = (self.round(rows, tried) - rows).abs().pow(self.norm).sum(1)
-                better = error < best
-                best = torch.where(better, error, best)
-                found = Scale(*(torch.where(better[:, None], t, f) for t, f in
-                                ((tried.step, found.step), (tried.zero, found.zero))))  # fmt: skip
+        if self.clip:  # rows by themselves: so many at a time as stay close to the processor
+            many = max(1, _CLOSE // max(1, rows.shape[1]))
+            held = (rows, *ends, found.step, found.zero)
+            steps, zeros = zip(
+                *(self._clipped(*part) for part in zip(*(t.split(many) for t in held), strict=True)), strict=True
+            )
+            found = Scale(torch.cat(steps), torch.cat(zeros))
         if self.per_row:
             return found
         return Scale(found.step.expand(len(weight), 1), found.zero.expand(len(weight), 1))
+
+    def _clipped(self, rows: Tensor, low: Tensor, high: Tensor, step: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """Step and zero of the share of a range whose error is least."""
+        best = torch.full_like(high, math.inf)
+        for i in range(80):
+            share = 1 - i / 100
+            tried = self._scale(share * low, share * high)
+            error = (self.round(rows, tried) - rows).abs().pow(self.norm).sum(1)
+            better = error < best
+            best = torch.where(better, error, best)
+            step, zero = (torch.where(better[:, None], t, f) for t, f in ((tried.step, step), (tried.zero, zero)))
+        return step, zero
 
     def _scale(self, low: Tensor, high: Tensor, first: bool = False) -> Scale:
         step = (high - low) / self.most
