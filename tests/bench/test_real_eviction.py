@@ -70,23 +70,28 @@ def tiny(monkeypatch):
 def test_the_study_runs_goes_on_and_draws(tiny, tmp_path):
     keep, said = tmp_path / "kept.jsonl", []
     call = dict(keep=keep, pictures=tmp_path, plan=PLAN, depths=(0.0, 1.0), items={900: 2}, dtype=torch.float32,
-                presses=False, text=TEXT)  # fmt: skip
+                presses=False, quadratic={900: 1}, text=TEXT)  # fmt: skip
     found = eviction.measure(progress=said.append, **call)
     assert len(said) == 4 and found["kvpress"] is None and json.dumps(found)
     rows = {(r["mode"], r["task"], r["ratio"], r["name"]): r for r in found["runs"]}
     assert {key[0] for key in rows} == {"asked", "unseen", "second", "settings"}
     for key, row in rows.items():
-        assert row["n"] == 4 and 0 <= row["low"] <= row["right"] <= row["high"] <= 1, key
+        h2o = key[3] in eviction.QUADRATIC  # on one text a depth
+        assert row["n"] == (2 if h2o else 4) and 0 <= row["low"] <= row["right"] <= row["high"] <= 1, key
         if key[3] == eviction.ALL:
             assert row["more bits"]["mean"] == 0
     for name in (eviction.SNAPKV, "random"):
         assert rows["asked", "needle", 0.75, name]["more bits"]["mean"] != 0
-    assert ("asked", "needle", 0.25, "observed attention (H2O)") in rows
+    assert {key[:3] for key in rows if key[3] in eviction.QUADRATIC} >= {("asked", "needle", 0.25)}
+    snapkv, beside = (rows["asked", "needle", 0.75, n] for n in (eviction.SNAPKV, eviction.BESIDE))
+    paired = snapkv[f"more bits than {eviction.BESIDE}"]["mean"]
+    assert paired == pytest.approx(snapkv["more bits"]["mean"] - beside["more bits"]["mean"], abs=1e-6)
     table = found["tables"]["900 tokens, asked, needle"]["rows"]
     assert [r["name"] for r in table][:2] == [eviction.ALL, eviction.SNAPKV]
     shown, row = table[1]["right, 75% evicted"], rows["asked", "needle", 0.75, eviction.SNAPKV]
     assert shown == {"mean": row["right"], "half": (row["high"] - row["low"]) / 2, "n": 4}
     grid = found["needle by depth"]["900"][eviction.SNAPKV]
+    assert found["needle by depth"]["900"]["observed attention (H2O)"]["n"] == 1
     assert grid["n"] == 2 and len(grid["right"]) == 2 and len(grid["right"][0]) == 2
     assert (tmp_path / "real-eviction-cpu.svg").read_text().startswith("<?xml")
     lines = keep.read_text().splitlines()

@@ -50,8 +50,9 @@ def test_bits_of_text_that_goes_on(tmp_path):
         eviction_text.measure(**call | {"windows": 200})
 
 
-def test_time_and_memory(tmp_path):
-    call = dict(keep=tmp_path / "kept.jsonl", pictures=tmp_path, lengths=(96, 192), ratios=(0.25,), tokens=1, rounds=1,
+def test_time_and_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(eviction_cost, "ONCE", 100)
+    call = dict(keep=tmp_path / "kept.jsonl", pictures=tmp_path, lengths=(96, 192), ratios=(0.25,), tokens=1, rounds=2,
                 evicted=0.25, dtype=torch.float32, presses=False, text=TEXT)  # fmt: skip
     said = []
     found = eviction_cost.measure(progress=said.append, **call)
@@ -65,6 +66,10 @@ def test_time_and_memory(tmp_path):
         plain = prompts.pop(eviction_cost.PLAIN)
         assert plain["against"] == 1 and plain["cache_bytes"] == 2 * 2 * int(length) * 2 * 8 * 4
         assert set(eviction_cost.SCORERS) == set(prompts) and all(row["against"] > 1 for row in prompts.values())
+        assert {n for n, row in prompts.items() if row["rounds"] != 2} == (
+            set(eviction_cost.QUADRATIC) if int(length) > 100 else set()
+        )
+        assert "load" in parts
         assert prompts["expected attention"]["peak_bytes"] > prompts["last only"]["peak_bytes"] > 0
     eviction_cost.measure(progress=said.append, **call)
     assert len(said) == 2 and (tmp_path / "real-eviction-cost-cpu.svg").exists()

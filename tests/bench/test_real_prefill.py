@@ -102,6 +102,21 @@ def test_scores_are_computed_once_for_several_ratios(monkeypatch):
     assert len(calls) == 4
 
 
+def test_choices_of_the_same_keys_are_read_once():
+    model = llama()
+    prompt, more = torch.randint(3, 64, (1, 40)), torch.randint(3, 64, (1, 5))
+    read = prefill.Reader(model).read(prompt)
+    one, other = (read.kept(KVCompression(scorer, Ratio(0.5))) for scorer in (KeyNorm(), Recency()))
+    twin = [layer.flip(-1) for layer in one]
+    rows, seen = [], read._cache
+    read._cache = lambda choices: (rows.append(len(choices)), seen(choices))[1]
+    found = read.follow([None, one, other, twin, None], more)
+    assert sorted(rows) == [1, 2]
+    apart = torch.cat([read.follow([choice], more) for choice in (None, one, other, twin, None)])
+    torch.testing.assert_close(found, apart, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found[1], found[3]) and not torch.equal(found[1], found[2])
+
+
 def test_what_cannot_be_read_or_kept_is_refused():
     reader = prefill.Reader(llama())
     with pytest.raises(ValueError, match="97 tokens, more than the 96"):

@@ -7,6 +7,7 @@ keys and values of all layers are recorded, each technique chooses from them as 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -241,12 +242,18 @@ class Prompt:
     def follow(self, choices: Sequence[Kept | None], ids: Tensor, most: int = 16) -> Tensor:
         """(len(choices), L, V) logits of tokens (1, L) read after the prompt, from each of several kept caches.
 
-        ``None`` is the whole cache. ``most`` caches that are equally long are read at a time.
+        ``None`` is the whole cache. ``most`` caches that are equally long are read at a time, and those of the same
+        keys once, in whatever order these were named.
         """
         self.reader.check(len(self) + ids.shape[1])
         where = torch.arange(len(self), len(self) + ids.shape[1])[None]
         groups: dict[tuple[int, ...], list[int]] = {}
+        first: dict[Any, int] = {}
+        same: list[int] = []
         for i, choice in enumerate(choices):
+            same.append(first.setdefault(self._keys(choice), i))
+            if same[i] < i:
+                continue
             sizes = tuple(len(self) if c is None else c.shape[-1] for c in choice or [None] * len(self.layers))
             groups.setdefault(sizes, []).append(i)
         rows: dict[int, Tensor] = {}
@@ -260,4 +267,16 @@ class Prompt:
                     position_ids=where.expand(len(part), -1),
                 )  # fmt: skip
                 rows |= dict(zip(part, out.logits, strict=True))
-        return torch.stack([rows[i] for i in range(len(choices))])
+        return torch.stack([rows[i] for i in same])
+
+    def _keys(self, choice: Kept | None) -> Any:
+        """What tells a choice from every other one."""
+        if choice is None:
+            return None
+        digest = hashlib.sha256()
+        for layer, index in zip(self.layers, choice, strict=True):
+            if index is not None:
+                whole = index.expand(*layer.k.shape[:2], -1).sort(-1).values
+                digest.update(f"{tuple(whole.shape)}".encode() + whole.to("cpu", torch.int64).numpy().tobytes())
+            digest.update(b";")
+        return digest.hexdigest()

@@ -93,8 +93,11 @@ FULL: Mapping[str, Mapping[str, Sequence[float]]] = {
 }
 PLAN: Mapping[int, Mapping[str, Mapping[str, Sequence[float]]]] = {1024: FULL}
 
-#: Scorers whose cost grows with the square of the length: up to this length, for the needle, on so many texts a depth.
-QUADRATIC, QUADRATIC_LENGTH, QUADRATIC_TEXTS = ("observed attention (H2O)",), 1024, 3
+#: Scorers whose cost grows with the square of the length: for the needle, on so many texts a depth by length.
+QUADRATIC, QUADRATIC_TEXTS = ("observed attention (H2O)",), {1024: 3}
+
+#: What the bits of a digit are also held against, text by text.
+BESIDE = "last query (TOVA)"
 
 
 def judged(logits: Tensor, answer: Tensor) -> list[list[float]]:
@@ -109,8 +112,11 @@ def judged(logits: Tensor, answer: Tensor) -> list[list[float]]:
 class Bench:
     """A model, its tokenizer and the techniques, all of which choose from one pass over each text."""
 
-    def __init__(self, model: Any, tokenizer: Any, presses: bool = True, compared: bool = True):
-        self.reader, self.tokenizer = Reader(model), tokenizer
+    def __init__(
+        self, model: Any, tokenizer: Any, presses: bool = True, compared: bool = True,
+        quadratic: Mapping[int, int] = QUADRATIC_TEXTS,
+    ):  # fmt: skip
+        self.reader, self.tokenizer, self.quadratic = Reader(model), tokenizer, quadratic
         self.settings = SETTINGS if compared else {}
         self.presses = {}
         if presses and kvpress_folder() is not None:
@@ -119,7 +125,7 @@ class Bench:
     def scorers(self, seed: int, length: int, quadratic: bool) -> dict[str, OnceScored]:
         return {
             name: OnceScored(make(seed)) for name, make in SCORERS.items()
-            if name not in QUADRATIC or (quadratic and length <= QUADRATIC_LENGTH and seed < QUADRATIC_TEXTS)
+            if name not in QUADRATIC or (quadratic and seed < self.quadratic.get(length, 0))
         }  # fmt: skip
 
     def choices(self, read: Prompt, scorers: Mapping[str, OnceScored], ratio: float, presses: bool) -> dict[str, Kept]:
@@ -129,15 +135,21 @@ class Bench:
         return found
 
     def _judge(
-        self, read: Prompt, kept: Mapping[str, Kept], asked: Tensor, answer: Tensor, known: Tensor | None
-    ) -> dict[str, list[float]]:
-        """``asked`` and the answer are read from every cache; ``known`` are logits of its first digit, where given."""
-        choices: list[Kept | None] = [None, *kept.values()]
+        self, read: Prompt, kept: Mapping[float, Mapping[str, Kept]], asked: Tensor, answer: Tensor,
+        known: Tensor | None,
+    ) -> dict[str, dict[str, list[float]]]:  # fmt: skip
+        """By ratio, ``asked`` and the answer read from every cache; ``known`` are logits of its first digit, if given.
+
+        The whole cache is read once for all ratios.
+        """
+        choices: list[Kept | None] = [None, *(choice for some in kept.values() for choice in some.values())]
         logits = read.follow(choices, torch.cat([asked, answer[:, :-1]], 1))
         said = logits[:, asked.shape[1] - 1 :] if asked.shape[1] else logits
         if known is not None:
             said = torch.cat([known[:, None].expand(len(choices), 1, -1), said], 1)
-        return dict(zip([ALL, *kept], judged(said, answer), strict=True))
+        whole, *rest = judged(said, answer)
+        told = iter(rest)
+        return {str(ratio): {ALL: whole} | {name: next(told) for name in some} for ratio, some in kept.items()}
 
     def item(
         self, length: int, depth: float, seed: int, plan: Mapping[str, Mapping[str, Sequence[float]]],
@@ -158,48 +170,48 @@ class Bench:
                 scorers, known = self.scorers(seed, length, False), {}
                 new_prompt()
             asked, answer = prompts.question_ids(self.tokenizer, item, task)
-            rows = found["unseen"].setdefault(task, {})
             for ratio in ratios:
                 if ratio not in known:
                     known[ratio] = self.choices(context, scorers, ratio, False)
-                rows[str(ratio)] = self._judge(context, known[ratio], asked, answer, None)
+            found["unseen"][task] = self._judge(context, {r: known[r] for r in ratios}, asked, answer, None)
         needle: dict[float, dict[str, Kept]] = {}
         for task, ratios in plan.get("asked", {}).items():
             asked, answer = prompts.question_ids(self.tokenizer, item, task)
             read = context.extended(asked)
             new_prompt()
             scorers = self.scorers(seed, length, task == "needle")
-            rows = found["asked"].setdefault(task, {})
-            for ratio in ratios:
-                kept = self.choices(read, scorers, ratio, task == "needle")
-                if task == "needle":
-                    needle[ratio] = kept
-                rows[str(ratio)] = self._judge(read, kept, nothing, answer, read.last)
+            kept = {ratio: self.choices(read, scorers, ratio, task == "needle") for ratio in ratios}
+            found["asked"][task] = self._judge(read, kept, nothing, answer, read.last)
             if task == "needle":
+                needle = kept
                 if self.settings:
                     share = Ratio(SETTINGS_RATIO)
-                    kept = {n: read.kept(KVCompression(make(), share)) for n, make in self.settings.items()}
-                    told = self._judge(read, kept, nothing, answer, read.last)
-                    found["settings"] = {task: {str(SETTINGS_RATIO): told}}
+                    made = {n: read.kept(KVCompression(make(), share)) for n, make in self.settings.items()}
+                    found["settings"] = {
+                        task: self._judge(read, {SETTINGS_RATIO: made}, nothing, answer, read.last)
+                    }  # fmt: skip
                 for other, ratios_of in plan.get("second", {}).items():
                     asked, more = prompts.next_turn_ids(self.tokenizer, item, other, answer[0].tolist())
-                    rows_of = found["second"].setdefault(other, {})
-                    for ratio in ratios_of:
-                        ours = {name: kept for name, kept in needle[ratio].items() if name not in self.presses}
-                        rows_of[str(ratio)] = self._judge(read, ours, asked, more, None)
+                    ours = {
+                        ratio: {name: made for name, made in needle[ratio].items() if name not in self.presses}
+                        for ratio in ratios_of
+                    }  # fmt: skip
+                    found["second"][other] = self._judge(read, ours, asked, more, None)
         return found
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row per length, mode, task, ratio and technique: share of right answers, and bits beside those of all keys."""
-    cells: dict[tuple[Any, ...], list[tuple[float, float, float]]] = {}
+    """A row per length, mode, task, ratio and technique: share of right answers, and bits beside those of all keys and,
+    where it took part, of :data:`BESIDE`, text by text."""
+    cells: dict[tuple[Any, ...], list[tuple[float, float, float, float | None]]] = {}
     for record in records:
         for mode, tasks in record["found"].items():
             for task, ratios in tasks.items():
                 for ratio, rows in ratios.items():
                     for name, (right, bits) in rows.items():
                         cell = cells.setdefault((record["length"], mode, task, float(ratio), name), [])
-                        cell.append((right, bits, bits - rows[ALL][1]))
+                        beside = bits - rows[BESIDE][1] if BESIDE in rows else None
+                        cell.append((right, bits, bits - rows[ALL][1], beside))
     found = []
     for (length, mode, task, ratio, name), values in sorted(cells.items(), key=lambda c: c[0][:4]):
         right = sum(v[0] for v in values)
@@ -210,6 +222,9 @@ def summary(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "bits": interval(mean_interval([v[1] for v in values])),
             "more bits": interval(mean_interval([v[2] for v in values])),
         })  # fmt: skip
+        paired = [v[3] for v in values if v[3] is not None]
+        if paired and name != BESIDE:
+            found[-1][f"more bits than {BESIDE}"] = interval(mean_interval(paired))
     return found
 
 
@@ -230,7 +245,9 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def by_depth(records: Sequence[Mapping[str, Any]], name: str, length: int, task: str = "needle") -> dict[str, Any]:
     """``{"depths", "ratios", "right", "n"}``: shares of right answers by depth and ratio, of ``n`` items a cell."""
-    mine = [r for r in records if r["length"] == length]
+    mine = [
+        r for r in records if r["length"] == length and all(name in a for a in r["found"]["asked"][task].values())
+    ]  # fmt: skip
     depths = sorted({r["depth"] for r in mine})
     ratios = sorted({float(ratio) for r in mine for ratio in r["found"]["asked"].get(task, {})})
     grid, n = [], 0
@@ -238,8 +255,7 @@ def by_depth(records: Sequence[Mapping[str, Any]], name: str, length: int, task:
         at = [r["found"]["asked"][task] for r in mine if r["depth"] == depth]
         n = max(n, len(at))
         grid.append([
-            sum(a[str(ratio)][name][0] for a in at) / len(at) if all(name in a[str(ratio)] for a in at) else None
-            for ratio in ratios
+            sum(a[str(ratio)][name][0] for a in at) / len(at) for ratio in ratios
         ])  # fmt: skip
     return {"depths": depths, "ratios": ratios, "right": grid, "n": n}
 
@@ -255,6 +271,7 @@ def measure(
     dtype: torch.dtype = torch.bfloat16,
     presses: bool = True,
     compared: bool = True,
+    quadratic: Mapping[int, int] = QUADRATIC_TEXTS,
     text: str | None = None,
 ) -> dict[str, Any]:
     """Ask every question of every item, from the caches that every technique leaves.
@@ -270,6 +287,7 @@ def measure(
         dtype: of its weights.
         presses: let kvpress take part where it is installed.
         compared: compare settings of SnapKV.
+        quadratic: by length, texts at each depth on which scorers take part whose cost grows with its square.
         text: to sow into; the documentation of Python by default.
 
     Returns:
@@ -282,13 +300,14 @@ def measure(
 
     counts = dict.fromkeys(plan, 3) | dict(items or {})
     theirs = sorted(PRESSES) if presses and kvpress_folder() is not None else []
-    key = (model, str(dtype), {str(k): v for k, v in plan.items()}, theirs, list(SETTINGS) if compared else [])
+    key = (model, str(dtype), {str(k): v for k, v in plan.items()}, theirs, list(SETTINGS) if compared else [],
+           {str(k): v for k, v in quadratic.items()})  # fmt: skip
     kept = Pieces(keep, key, progress)
     benches: list[Bench] = []
 
     def ask(length: int, depth: float, seed: int) -> dict[str, Any]:
         if not benches:  # nothing is loaded where everything is kept
-            benches.append(Bench(*open_model(model, dtype), presses, compared))
+            benches.append(Bench(*open_model(model, dtype), presses, compared, quadratic))
             limit, longest = benches[0].reader.limit, max(plan)
             if longest + 128 > limit:
                 raise ValueError(f"length={longest} and a question are more than the {limit} tokens that it can read")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,25 @@ from torch import Tensor
 
 from ....cache import KVCompression, Ratio
 from ... import models
-from ...clock import interleave, machine, now, peak_bytes
+from ...clock import interleave, load, machine, now, peak_bytes
 from ...converting import open_model, tokens_of
 from ...data import files
 from ...small import Progress, picture
 from ...speed.cache import Contender
 from ._kept import Kept
 from ._prefill import Press, Reader, kvpress_folder, kvpress_version
-from .eviction import ALL, PRESSES, QUADRATIC, QUADRATIC_LENGTH, SCORERS, SNAPKV
+from .eviction import ALL, PRESSES, QUADRATIC, SCORERS, SNAPKV
 
 QUESTION = "What do a smaller cache and its scorer cost and save, in time and memory?"
 MODELS = ("smollm2-135m",)
 
 PLAIN = ALL
+
+#: Releases of transformers from here on pass no argument in which kvpress 0.5.5 could find the cache.
+UNHOOKED = (5, 3)
+
+#: Prompts longer than this are scored once by what reads all scores, whose time and memory are taken in that run.
+ONCE = 2048
 
 
 def decoding(
@@ -93,17 +100,27 @@ def choosing(
 
         return run
 
-    runs = {name: ours(name) for name in SCORERS if name not in QUADRATIC or prompt.shape[1] <= QUADRATIC_LENGTH}
-    runs |= {name: theirs(press) for name, press in presses.items()}
-    peaks = {name: peak_bytes(run) for name, run in runs.items()}
-    times = interleave(runs, rounds, "cpu")
+    runs = {name: ours(name) for name in SCORERS} | {name: theirs(press) for name, press in presses.items()}
+    once, peaks = {}, {}
+    for name, run in runs.items():
+        start = now("cpu")
+        peaks[name] = peak_bytes(run)
+        if name in QUADRATIC and prompt.shape[1] > ONCE:
+            once[name] = now("cpu") - start
+    timed = interleave({name: run for name, run in runs.items() if name not in once}, rounds, "cpu")
+    times = {name: timing.median for name, timing in timed.items()} | once
     whole = sum(layer.k.nbytes + layer.v.nbytes for layer in read.layers)
     return [
         {"name": PLAIN, "seconds": 0.0, "prompt_s": seconds, "against": 1.0, "peak_bytes": 0, "cache_bytes": whole},
-        *({"name": name, "seconds": times[name].median, "prompt_s": seconds,
-           "against": 1 + times[name].median / seconds, "peak_bytes": peaks[name], "cache_bytes": whole}
+        *({"name": name, "seconds": times[name], "rounds": 1 if name in once else rounds, "prompt_s": seconds,
+           "against": 1 + times[name] / seconds, "peak_bytes": peaks[name], "cache_bytes": whole}
           for name in runs),
     ]  # fmt: skip
+
+
+def _hooked() -> bool:
+    """Whether kvpress's hooks find the cache in this release of transformers."""
+    return tuple(int(part) for part in metadata.version("transformers").split(".")[:2]) < UNHOOKED
 
 
 @torch.no_grad()
@@ -118,7 +135,7 @@ def measure(
     rounds: int = 3,
     model: str = "smollm2-135m",
     dtype: torch.dtype = torch.float32,
-    presses: bool = False,
+    presses: bool = True,
     text: str | None = None,
 ) -> dict[str, Any]:
     """Time and memory of decoding by length and ratio, and of reading the prompt by length and scorer.
@@ -134,8 +151,8 @@ def measure(
         rounds: that count.
         model: of :mod:`attnlib.bench.models`, or a folder or name of a causal language model.
         dtype: of its weights.
-        presses: let kvpress take part, where it is installed and serves this release of transformers; 0.5.5 wants one
-            before 5.3, and fails with later ones.
+        presses: let kvpress take part where it is installed; in decoding only with transformers before 5.3, since its
+            hooks fail with later ones (0.5.5).
         text: to read.
 
     Returns:
@@ -148,9 +165,8 @@ def measure(
     theirs: dict[str, Press] = {}
     if folder is not None:
         theirs = {name: Press(*target) for name, target in PRESSES.items()}
-    kept = Kept(
-        keep, ("choosing alone", model, str(dtype), list(ratios), evicted, tokens, rounds, sorted(theirs)), progress
-    )
+    key = ("choosing alone, all scorers", model, str(dtype), list(ratios), evicted, tokens, rounds, sorted(theirs))
+    kept = Kept(keep, key, progress)
     opened: list[tuple[Any, Tensor]] = []
 
     def at(length: int) -> dict[str, Any]:
@@ -165,8 +181,9 @@ def measure(
             opened.append((loaded, ids))
         loaded, ids = opened[0]
         prompt, more = ids[None, :length], ids[None, length : length + tokens]
-        press = type(theirs["kvpress SnapKVPress"].press) if theirs else None
+        press = type(theirs["kvpress SnapKVPress"].press) if theirs and _hooked() else None
         return {
+            "load": load(),
             "decoding": decoding(loaded, prompt, more, ratios, rounds, press),
             "prompt": choosing(loaded, prompt, evicted, rounds, theirs),
         }
