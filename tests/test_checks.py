@@ -283,3 +283,13 @@ def test_functions_of_techniques_refuse_what_is_no_tensor_by_name(name):
             given[other] = t.bool() if kind == "bool" else t.long() if kind == "whole" else t
         with pytest.raises(TypeError, match=argument):
             function(**given)
+
+
+def test_a_misspelt_name_of_a_long_list_is_guessed():
+    names = ["SnapKV", "KeyNorm", "Recency", "LastQuery", "ValueNorm"]
+    for given, near in (("snapkv", "; did you mean 'SnapKV'?"), ("KeyNrom", "; did you mean 'KeyNorm'?"), ("zzz", "")):
+        with pytest.raises(ValueError) as told:
+            C.check_choice("with", given, names)
+        assert str(told.value) == f"with={given!r} is not possible; choose one of {names}{near}"
+    with pytest.raises(ValueError, match=r"choose one of \['ab', 'b'\]$"):  # a short list says it by itself
+        C.check_choice("with", "aB", ["ab", "b"])

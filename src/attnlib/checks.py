@@ -145,7 +145,19 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
     options = list(choices)
     if isinstance(value, Tensor) or value not in options:
-        raise ValueError(f"{name}={describe(value)} is not possible; choose one of {options}")
+        near = _nearest(value, options)
+        raise ValueError(f"{name}={describe(value)} is not possible; choose one of {options}{near}")
+
+
+def _nearest(value: Any, options: Iterable[Any]) -> str:
+    """What a misspelt name was likely meant to be, to say it behind a list of several."""
+    import difflib  # only for an error
+
+    names = {o.casefold(): o for o in options if isinstance(o, str)}
+    if not isinstance(value, str) or len(names) < 5:
+        return ""
+    found = difflib.get_close_matches(value.casefold(), list(names), n=1, cutoff=0.75)
+    return f"; did you mean {names[found[0]]!r}?" if found else ""
 
 
 def check_type(name: str, value: Any, kind: type | tuple[type, ...], what: str = "") -> None:

@@ -449,6 +449,9 @@ def bench(
     from .bench import run_against, run_bench, run_techniques
 
     if model is not None or techniques:
+        other = [*(names or []), *(["--suite"] if suite != "all" else []), *(["--against"] if against else [])]
+        if other:
+            raise ValueError(f"--model measures techniques (--with) and nothing else, got {', '.join(other)} too")
         results = run_techniques(model, techniques or [], length, out, console, as_json)
     elif against is not None:
         results = run_against(against, rows, out, console, as_json)

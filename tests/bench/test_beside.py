@@ -103,3 +103,6 @@ def test_command(tiny, monkeypatch, tmp_path):
     assert "KeyNorm" in shown.output and (tmp_path / "report.html").exists()
     refused = run(app, ["bench", "--with", "KeyNorm,ratio=0.5"])
     assert isinstance(refused.exception, ValueError) and "--model" in str(refused.exception)
+    for more in (["softmax-attention"], ["--suite", "real-heads"], ["--against", "HEAD"]):
+        refused = run(app, [*call, *more])
+        assert isinstance(refused.exception, ValueError) and f"got {more[0]} too" in str(refused.exception)

@@ -65,6 +65,19 @@ def test_bits_per_byte_of_an_even_guess():
     assert converting.bits_per_byte(Even(), tokenizer, batches) == pytest.approx(8.0)
 
 
+def test_a_name_that_nobody_knows_is_told_with_those_known(monkeypatch, tmp_path):
+    transformers = pytest.importorskip("transformers")
+
+    def absent(name, **_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", absent)
+    with pytest.raises(FileNotFoundError, match="model='smollm3' is none of .*'smollm2-135m'.*no network"):
+        converting.open_model("smollm3")
+    with pytest.raises(OSError, match="^no network$"):  # a folder is there: what it lacks is said alone
+        converting.open_model(str(tmp_path))
+
+
 def test_bad_input(folder, tmp_path):
     with pytest.raises(DataError, match="fewer than one window"):
         converting.batches_of(torch.arange(4), 8)

@@ -31,8 +31,9 @@ def test_look_writes_a_page_and_a_run(tmp_path, monkeypatch):
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-    )
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64,
+    )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     monkeypatch.setattr(looking, "_open", lambda name, sees: (model, SimpleNamespace() if sees else Tokenizer()))
     out, kept = str(tmp_path / "page.html"), str(tmp_path / "run.safetensors")
@@ -71,8 +72,18 @@ def test_look_writes_a_page_and_a_run(tmp_path, monkeypatch):
         (["--text", "ab", "--attribute", "patch", "--corrupted", "abc"], "needs as many"),
         (["--text", "ab", "--attribute", "mine"], "attribute"),
         (["--text", "ab", "--diff", str(tmp_path / "none")], "there is no run"),
+        (["--text", "ab" * 33], "the text has 66 tokens, more than the 64 of smollm2"),
+        (["--text", "ab", "--save", str(tmp_path)], "is a folder"),
+        (["--text", "ab", "--with", "snapKv,ratio=0.5"], "did you mean 'SnapKV'?"),
+        (["--text", "ab", "--attribute", "logit"], "did you mean 'logits'?"),
     ):
         assert error in str(invoke("look", "smollm2", *wrong, "--out", out).exception)
+    assert "there is no folder" in str(invoke(*ask[:-1], str(tmp_path / "none" / "page.html")).exception)
+    monkeypatch.setattr(looking, "MOST", 600)  # two layers of two heads take 576 bytes for six tokens
+    assert invoke(*ask).exit_code == 0
+    told = str(invoke("look", "smollm2", "--text", "abcdefg", "--out", out).exception)
+    assert "the maps of 7 tokens in 4 heads take" in told and "some of the 2 --layers" in told
+    assert invoke("look", "smollm2", "--text", "abcdefg", "--out", out, "--layers", "1").exit_code == 0
 
 
 @pytest.mark.parametrize("method", looking.TOKENWISE)

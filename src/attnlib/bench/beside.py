@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..checks import check_choice, check_int
 from ..hooks import Intervention, attach
+from ..hooks.hf.names import cache_argument, cache_out
 from . import models, plots, report
 from .clock import machine, now, peak_bytes
 from .converting import needs_head, open_model, tokens_of
@@ -136,7 +137,7 @@ def _prompted(model: Any, prompt: Tensor) -> Any:
 
 def _steps(model: Any, cache: Any, more: Tensor) -> None:
     for t in range(more.shape[1]):
-        model(more[:, t : t + 1], past_key_values=cache)
+        model(more[:, t : t + 1], **cache_argument(model, cache))
 
 
 @torch.no_grad()
@@ -213,7 +214,7 @@ def measure(
         for c in contestants:
             with c.act(loaded):
                 start = now()
-                cache = _prompted(loaded, rows[:1, :length]).past_key_values
+                cache = cache_out(_prompted(loaded, rows[:1, :length]))
                 read = now()
                 _steps(loaded, cache, rows[:1, length:])
                 if done:
@@ -259,7 +260,8 @@ def _quality(model: Any, tokenizer: Any, rows: Tensor, length: int) -> tuple[lis
     for row in rows:
         prompt, rest = row[None, :length], row[None, length:]
         out = _prompted(model, prompt)
-        logits = torch.cat([out.logits, model(rest[:, :-1], past_key_values=out.past_key_values).logits], 1).float()
+        more = model(rest[:, :-1], **cache_argument(model, cache_out(out))).logits
+        logits = torch.cat([out.logits, more], 1).float()
         loss = torch.nn.functional.cross_entropy(logits[0], rest[0], reduction="sum")
         bits.append(float(loss) / math.log(2) / max(len(tokenizer.decode(rest[0]).encode()), 1))
         first.append(logits[0].argmax(-1))
@@ -271,7 +273,7 @@ def _memory(model: Any, prompt: Tensor, more: Tensor) -> tuple[int, int]:
     held = []
 
     def work() -> None:
-        cache = _prompted(model, prompt).past_key_values
+        cache = cache_out(_prompted(model, prompt))
         _steps(model, cache, more)
         held.append(held_bytes(cache))
 

@@ -101,8 +101,16 @@ def open_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
         raise FileNotFoundError(f"model={name!r}: there is no such folder; possible are also {sorted(models.MODELS)}")
     transformers: Any = need("transformers", "attnlib convert")
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
-    return model, transformers.AutoTokenizer.from_pretrained(name)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+        return model, transformers.AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        if Path(name).expanduser().is_dir():
+            raise
+        known = sorted([*models.MODELS, *models.ALIASES])
+        raise FileNotFoundError(
+            f"model={name!r} is none of {known}, no folder, and transformers cannot fetch it: {error}"
+        ) from error
 
 
 def needs_head(model: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_within
 from ..extras import need
+from ..hooks import Record, attach
 from ..look import (
     Axis,
     Part,
@@ -27,6 +28,7 @@ from ..look import (
     transformer_relevance,
 )
 from ..look import page as write_page
+from ..look.viewer.runs import writable
 from . import models
 from .beside import Technique, technique
 from .converting import open_model
@@ -40,6 +42,9 @@ TOKENWISE = ("gradient", "saliency", "grad-cam", "relevance", "integrated-gradie
 PATCHING = ("patch", "first-order")
 METHODS = ("logits", *TOKENWISE, *PATCHING)
 STEPS = 16
+
+#: Bytes up to which maps are kept: all weights of all heads, before a page keeps the largest of them.
+MOST = 4 * 2**30
 
 PLAIN = "plain"
 
@@ -73,9 +78,12 @@ def look_at(
 
     Raises:
         ValueError: nothing to read or several things, an unknown technique or method, a difference of unlike models,
-            a model without logits asked for what made them.
-        FileNotFoundError: no such model, picture or run.
+            a model without logits asked for what made them, more tokens than the model reads or maps can be kept of.
+        FileNotFoundError: no such model, picture or run, no folder for the page.
     """
+    for name, path in (("out", out), ("save", save)):
+        if path is not None and writable(path).is_dir():
+            raise ValueError(f"--{name} {str(path)!r} is a folder; name a file in it")
     given = [name for name, value in (("text", text), ("image", image), ("ids", ids)) if value is not None]
     if len(given) != 1:
         raise ValueError(f"give one of --text, --image and --ids, got {given or 'none'}")
@@ -92,6 +100,10 @@ def look_at(
         inputs, tokens = _picture(loaded, reader, Path(image))
     else:
         inputs, tokens = _words(loaded, reader, text, ids), reader
+        limit = getattr(loaded.config, "max_position_embeddings", None)
+        if limit is not None and inputs["input_ids"].shape[1] > limit:
+            raise ValueError(f"the text has {inputs['input_ids'].shape[1]} tokens, more than the {limit} of {model}")
+    _can_be_kept(loaded, len(tokens) if isinstance(tokens, Axis) else inputs["input_ids"].shape[1], layers)
     name = models.title(model)
     changed = ", ".join(t.label for t in acting)
     runs = []
@@ -104,6 +116,17 @@ def look_at(
     if save is not None:
         runs[-1].save(save)
     return write_page(runs, out)
+
+
+def _can_be_kept(model: Any, tokens: int, layers: Sequence[int] | None) -> None:
+    with attach(model, Record(layers=layers, rows="all")) as session:
+        heads = [site.heads for site in session.sites if layers is None or site.layer in layers]
+    size = 4 * tokens**2 * sum(heads)
+    if size > MOST:
+        raise ValueError(
+            f"the maps of {tokens} tokens in {sum(heads)} heads take {size / 2**30:.1f} GiB, more than the "
+            f"{MOST / 2**30:g} that are kept; give less to read, or name some of the {len(heads)} --layers"
+        )
 
 
 def _open(name: str, sees: bool) -> tuple[Any, Any]:

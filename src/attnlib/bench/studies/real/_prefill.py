@@ -23,7 +23,7 @@ from torch import Tensor
 from ....cache import KVCompression
 from ....cache.scorers import CacheView, Scorer
 from ....hooks import Intervention, PairMask, Site, attach
-from ....hooks.hf.names import rotary_of
+from ....hooks.hf.names import cache_argument, rotary_of
 from ...converting import needs_head
 
 #: What a technique keeps of each layer: (1, Hk, K) indices, ``None`` for everything.
@@ -151,7 +151,7 @@ class Reader:
                 handles.append(site.module.register_forward_pre_hook(look(site.layer), with_kwargs=True))
             try:
                 where = torch.arange(start, start + ids.shape[1])[None]
-                out = self.model(ids, past_key_values=cache, position_ids=where, logits_to_keep=last)
+                out = self.model(ids, **cache_argument(self.model, cache), position_ids=where, logits_to_keep=last)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -262,10 +262,9 @@ class Prompt:
                 raise ValueError(f"layers keep different numbers of keys, {sizes}: masks are made for one number")
             for start in range(0, len(members), most):
                 part = members[start : start + most]
-                out = self.reader.model(
-                    ids.expand(len(part), -1), past_key_values=self._cache([choices[i] for i in part]),
-                    position_ids=where.expand(len(part), -1),
-                )  # fmt: skip
+                model, cache = self.reader.model, self._cache([choices[i] for i in part])
+                places = where.expand(len(part), -1)
+                out = model(ids.expand(len(part), -1), **cache_argument(model, cache), position_ids=places)
                 rows |= dict(zip(part, out.logits, strict=True))
         return torch.stack([rows[i] for i in same])
 
