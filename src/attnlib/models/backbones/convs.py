@@ -243,6 +243,7 @@ class Inverted:
         ratio: hidden width over channels in; 0 for none, and no first convolution; -1 for a 1 x 1 convolution alone.
         squeeze: a squeeze-and-excitation.
         relu: ReLU instead of the model's activation.
+        hidden: hidden width itself, where it is not ``ratio`` times the channels in.
     """
 
     out_dim: int
@@ -251,6 +252,7 @@ class Inverted:
     ratio: float = 6
     squeeze: bool = True
     relu: bool = False
+    hidden: int | None = None
 
 
 def inverted_stages(

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_real
+from ...checks import check_choice, check_flag, check_int, check_real
 from ...nn.layers import ConvNorm
 from ...nn.released import Released
 from ..blocks import ConvStem
@@ -67,6 +67,8 @@ def mobilenetv3(
     size: str = "large",
     width: float = 1.0,
     head_hidden: int | None = None,
+    stem_dim: int | None = None,
+    scale_hidden: bool = False,
     padding: str | None = None,
     eps: float = 1e-5,
     momentum: float = 0.1,
@@ -83,6 +85,9 @@ def mobilenetv3(
         size: ``"small"`` or ``"large"``.
         width: of stacks over those of the paper; the stem keeps its own below 0.75.
         head_hidden: width of the layer before the logits; 1024 and 1280 by default.
+        stem_dim: width of the stem; 16 below a ``width`` of 0.75, and 16 times it otherwise, by default.
+        scale_hidden: hidden widths are those of the paper's model times ``width``, as torchvision has them, instead of
+            the paper's ratios to scaled widths.
         padding: ``"same"`` for zeros as TensorFlow has them, as of :class:`attnlib.nn.layers.ConvNorm`.
         eps: of norms.
         momentum: of norms.
@@ -91,20 +96,24 @@ def mobilenetv3(
     check_choice("size", size, tuple(STACKS))
     check_real("width", width, above=0)
     conv: dict[str, Any] = dict(eps=eps, momentum=momentum)
-    stem_dim = 16 if width < 0.75 else divisible(16 * width)
-    stacks = [
-        [
-            Inverted(divisible(out * width), kernel, stride, ratio, squeeze, relu)
-            for kernel, stride, ratio, out, squeeze, relu in stack
-        ]
-        for stack in STACKS[size]
-    ]
+    check_flag("scale_hidden", scale_hidden)
+    if stem_dim is None:
+        stem_dim = 16 if width < 0.75 else divisible(16 * width)
+    check_int("stem_dim", stem_dim, least=1)
+    stacks: list[list[Inverted]] = []
+    own = 16  # channels in, at the paper's width
+    for rows in STACKS[size]:
+        stacks.append([])
+        for kernel, stride, ratio, out, squeeze, relu in rows:
+            hidden = divisible(divisible(own * ratio) * width) if scale_hidden and ratio > 0 else None
+            stacks[-1].append(Inverted(divisible(out * width), kernel, stride, ratio, squeeze, relu, hidden))
+            own = out
 
     def make(dim: int, row: Inverted, drop_path: float) -> nn.Module:
         act: Callable[[], nn.Module] = Relu if row.relu else HardSwish
         if row.ratio < 0:
             return ConvBlock(ConvNorm(dim, row.out_dim, activation=act, **conv))
-        hidden = divisible(dim * row.ratio) if row.ratio else None
+        hidden = (row.hidden or divisible(dim * row.ratio)) if row.ratio else None
         squeeze = divisible((hidden or dim) * 0.25) if row.squeeze else 0
         return InvertedResidual(
             dim, row.out_dim, hidden, row.kernel_size, row.stride, squeeze, act, Relu, nn.Hardsigmoid, drop_path,
