@@ -65,8 +65,12 @@ MAKE = {
     "Patch": None,
     "AttendTo": None,
     "LowRank": None,
+    "UniformHeads": None,
     # Of whole maps of encoders, whose tokens stay the same: tests/convert/test_dual_cross_attention.py.
     "Rollout": None,
+    # Of the maps between the patches of an image: tests/look/test_patterns.py.
+    "CollectMaps": None,
+    "DistanceProfile": None,
     "MaskByType": lambda model: MaskByType(modality_mutual()),
     "Record": lambda model: Record(rows="all", what=("weights", "entropy", "received", "sink")),
     "KVCompression": lambda model: cache.KVCompression(cache.KeyNorm(), cache.Cap(7)),

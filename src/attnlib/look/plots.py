@@ -164,3 +164,83 @@ def sink_profile(results: Mapping[Any, Mapping[str, Any]]) -> Any:
     figure = profile(results, "sink_score", "weight that the first token gets")
     figure.axes[0].set_ylim(-0.02, 1.02)
     return figure
+
+
+@shaped(table="number (L, K)")
+def layer_table(
+    table: Tensor, columns: str = "head", label: str = "", diverging: bool = False, numbers: bool = False
+) -> Any:
+    """A table with a row per layer as a picture: importance of heads, strength by distance, shares of patterns.
+
+    Args:
+        table: (L, K); nan is left white.
+        columns: what they are.
+        label: what the colours mean.
+        diverging: colours around zero, which is white.
+        numbers: write them into the cells.
+
+    Returns:
+        A matplotlib ``Figure``.
+
+    Raises:
+        ValueError: an empty table.
+        ImportError: matplotlib is not installed.
+    """
+    check_values("table", table)
+    if not table.numel():
+        raise ValueError(f"table must hold numbers, got {tuple(table.shape)}")
+    layers, count = table.shape
+    figure, axes = _figure(0.42 * count + 1.8, 0.34 * layers + 1.0)
+    axis, shown = axes[0][0], _array(table)
+    most = float(table.nan_to_num(0.0).abs().max()) or 1.0
+    limits: dict[str, Any] = dict(cmap="PuOr_r", vmin=-most, vmax=most) if diverging else dict(cmap="viridis", vmin=0)
+    picture = axis.imshow(shown, aspect="auto", interpolation="nearest", **limits)
+    figure.colorbar(picture, ax=axis, label=label)
+    axis.set_xlabel(columns)
+    axis.set_ylabel("layer")
+    axis.set_xticks(range(count))
+    axis.set_yticks(range(layers))
+    if numbers:
+        for i in range(layers):
+            for j in range(count):
+                axis.text(j, i, f"{shown[i, j]:.2g}", ha="center", va="center", fontsize=6, color="#e8590c")
+    return figure
+
+
+@shaped(points="number (n, 2)", clusters="whole (n)", prototypes="number (K, Q, Q)")
+def pattern_atlas(points: Tensor, clusters: Tensor, prototypes: Tensor) -> Any:
+    """Maps in the plane, a colour per pattern, and the decoded pattern of every colour beside it.
+
+    Args:
+        points: (n, 2) of an :class:`attnlib.look.Atlas`.
+        clusters: (n,).
+        prototypes: (K, Q, Q), rows are queries.
+
+    Returns:
+        A matplotlib ``Figure``.
+
+    Raises:
+        ValueError: no points, clusters without a prototype.
+        ImportError: matplotlib is not installed.
+    """
+    for name, t in (("points", points), ("clusters", clusters), ("prototypes", prototypes)):
+        check_values(name, t)
+    count = len(prototypes)
+    if not len(points):
+        raise ValueError("points must be those of one map at least, got none")
+    if not 0 <= int(clusters.min()) <= int(clusters.max()) < count:
+        raise ValueError(f"clusters must lie between 0 and {count - 1}, got {int(clusters.min())} to "
+                         f"{int(clusters.max())}")  # fmt: skip
+    figure, axes = _figure(2.0 * (count + 1), 2.2, 1, count + 1)
+    colours = need("matplotlib", "a plot").colormaps["tab10"]
+    first = axes[0][0]
+    for number in range(count):
+        mine = clusters == number
+        at = _array(points[mine])
+        first.scatter(at[:, 0], at[:, 1], s=6, color=colours(number % 10), linewidths=0, alpha=0.7)
+        axis = axes[0][number + 1]
+        axis.imshow(_array(prototypes[number]), cmap="inferno", interpolation="nearest", vmin=0)
+        axis.set_title(f"{int(mine.sum())} maps", fontsize=8, color=colours(number % 10))
+        _bare(axis)
+    _bare(first)
+    return figure

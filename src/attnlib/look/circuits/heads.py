@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...checks import check_choice, check_int, check_real, check_whole, check_within, checked, shaped
 from ...hooks import Capture, Intervention, Node, Nodes, Patch, Record, Site, attach
 from ...hooks.nodes import at_positions, check_positions, write_at
-from .replay import Inputs, call, first_tensor, named_inputs
+from .replay import Inputs, call, named_inputs
 
 #: What a head may be for an answer among labels.
 CLASSES = ("correct", "single", "uniform", "amplification", "other")
@@ -283,37 +283,89 @@ class AttendTo(Intervention):
         return new
 
 
+class UniformHeads(Intervention):
+    """Heads read all keys that they may read alike: ``A_ij = 1 / |keys of i|``, whatever their scores and biases.
+
+    Args:
+        heads: of kind ``"z"``.
+
+    Raises:
+        ValueError: nodes that are no heads, or do not exist.
+    """
+
+    name: ClassVar[str] = "uniform-heads"
+    follows_sequence: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = ("self",)
+
+    def __init__(self, heads: Sequence[Node]):
+        if not heads:
+            raise ValueError("heads is empty; name at least one")
+        for node in heads:
+            if not isinstance(node, Node) or node.kind != "z" or node.head is None:
+                raise ValueError(f"heads must be Node('z', layer, head), got {node!r}")
+        self.heads = list(heads)
+        self._numbers: dict[str, list[int]] = {}
+
+    def prepare(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        nodes = Nodes(model)
+        for node in self.heads:
+            nodes.check(node)
+        self._numbers = {
+            layer.site.name: [n.head for n in self.heads if n.layer == number and n.head is not None]
+            for number, layer in enumerate(nodes.layers)
+        }
+
+    def edit_rows(self, site: Site) -> Tensor | None:
+        return None if self._numbers.get(site.name) else torch.zeros(0, dtype=torch.long)
+
+    def on_weights(self, site: Site, weights: Tensor, rows: Tensor) -> Tensor:
+        heads = self._numbers.get(site.name)
+        if not heads:
+            return weights
+        allowed, _ = (None, None) if site.mask is None else site.mask.rows(rows)
+        even = torch.ones_like(weights) if allowed is None else allowed.to(weights).expand_as(weights)
+        new = weights.clone()
+        new[:, heads] = (even / even.sum(-1, keepdim=True).clamp_min(1))[:, heads]
+        return new
+
+
 @checked
-def ablated(model: nn.Module, nodes: Sequence[Node], inputs: Inputs | None = None, how: str = "mean") -> Patch:
+def ablated(model: nn.Module, nodes: Sequence[Node], inputs: Inputs | None = None, how: str = "mean") -> Intervention:
     """An intervention that silences nodes at every token, to be attached for as long as one likes.
 
     Args:
         model: whose nodes they are.
         nodes: heads or feed-forwards.
-        inputs: prompts over whose samples and tokens a mean is taken; padding, as ``attention_mask`` says, left out.
-        how: ``"mean"`` or ``"zero"``.
+        inputs: prompts or images over whose samples and tokens a mean is taken; padding, as ``attention_mask`` says,
+            left out.
+        how: ``"mean"``, ``"zero"``, or ``"uniform"``, with which heads read all their keys alike.
 
     Raises:
-        ValueError: a mean without prompts, nodes that do not exist.
+        ValueError: a mean without prompts, nodes that do not exist, a feed-forward that is to read.
     """
-    check_choice("how", how, ("mean", "zero"))
+    check_choice("how", how, ("mean", "zero", "uniform"))
     if not nodes:
         raise ValueError("nodes is empty; name at least one")
     whole = Nodes(model)
     kinds = sorted({whole.check(node).kind for node in nodes})
+    if how == "uniform":
+        made = UniformHeads(nodes)
+        made.layers = sorted({whole.layers[node.layer].site.name for node in nodes})
+        return made
     if inputs is None:
         raise ValueError("inputs must be prompts to take means over (for how='zero', to learn shapes from)")
     given = named_inputs("inputs", inputs, model)
     capture = Capture(kinds)
     with torch.no_grad(), attach(model, capture):
         call(model, given)
-    first, mask = first_tensor(given), given.get("attention_mask")
-    exists = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones(first.shape[:2]).bool()
+    mask = given.get("attention_mask")
+    exists = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
     values = {}
     for node in nodes:
         value = capture.value(node)
         x = value.transpose(1, 2) if value.dim() == 4 else value  # (B, N, H, D) or (B, N, D)
-        mean = x[exists.to(x.device)].mean(0) if how == "mean" else torch.zeros_like(x[0, 0])
+        tokens = x.flatten(0, 1) if exists is None else x[exists.to(x.device)]
+        mean = tokens.mean(0) if how == "mean" else torch.zeros_like(x[0, 0])
         values[node] = mean[None, :, None] if value.dim() == 4 else mean[None, None]
     return Patch(values)
 
