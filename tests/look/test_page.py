@@ -240,6 +240,15 @@ def open_page(browser, tmp_path):
     assert asked and all(url.startswith("blob:") or "page.html" in url for url in asked)
 
 
+def until(tab, expression, seconds=20.0):
+    """Ask again until it holds; the browser may not ask by itself, since the page's policy forbids evaluated text."""
+    for _ in range(int(seconds / 0.02)):
+        if tab.evaluate(expression):
+            return
+        tab.wait_for_timeout(20)
+    pytest.fail(f"not within {seconds} s: {expression}")
+
+
 def hover(tab, i, j, click=False):
     cross, place = tab.locator("#cross"), tab.evaluate(f"attnlibLook.box({i}, {j})")
     cross.click(position=place) if click else cross.hover(position=place)
@@ -248,7 +257,7 @@ def hover(tab, i, j, click=False):
 
 def choose_head(tab, layer, head):
     tab.locator("#heads").click(position=tab.evaluate(f"attnlibLook.cell({layer}, {head})"))
-    tab.wait_for_function(f"document.getElementById('name').textContent.startsWith('Layer {layer}, head {head}')")
+    until(tab, f"document.getElementById('name').textContent.startsWith('Layer {layer}, head {head}')")
 
 
 def test_shown_values_are_the_tensors_and_clicks_hold(open_page):
@@ -273,7 +282,7 @@ def test_shown_values_are_the_tensors_and_clicks_hold(open_page):
     # Query heads stand beside those that share their key/value head.
     assert tab.locator("#family button").all_inner_texts() == ["head 2", "head 3"]
     tab.keyboard.press("ArrowRight")
-    tab.wait_for_function("attnlibLook.state().h === 3")
+    until(tab, "attnlibLook.state().h === 3")
 
 
 def test_heads_are_sorted_and_filtered(open_page):
@@ -283,11 +292,11 @@ def test_heads_are_sorted_and_filtered(open_page):
         (i, h): float(v) for i, la in enumerate(run.layers) for h, v in enumerate(head_numbers(la.weights)["sink"])
     }
     tab.select_option("#sort", "sink")
-    tab.wait_for_function("attnlibLook.state().sort === 'sink'")
+    until(tab, "attnlibLook.state().sort === 'sink'")
     order = [tuple(c) for c in tab.evaluate("attnlibLook.order()")]
     assert order == sorted(sinks, key=lambda c: -sinks[c])
     tab.locator("#min").fill("60")
-    tab.wait_for_function("attnlibLook.order().length < 12")
+    until(tab, "attnlibLook.order().length < 12")
     least = min(sinks.values()) + 0.6 * (max(sinks.values()) - min(sinks.values()))
     assert {tuple(c) for c in tab.evaluate("attnlibLook.order()")} == {c for c, v in sinks.items() if v >= least}
 
@@ -296,17 +305,17 @@ def test_words_are_merged_the_first_token_hidden_and_the_address_keeps_it(open_p
     run = text_run()
     tab = open_page(run)
     tab.click("#merge")
-    tab.wait_for_function("document.querySelectorAll('.strip bdi').length === 7")
+    until(tab, "document.querySelectorAll('.strip bdi').length === 7")
     value, text = hover(tab, 5, 1)  # rows of " end", keys of " to" + "ken"
     exact = run.layers[0].weights[0]
     assert "token" in text and "[1–2]" in text
     assert float(value) == pytest.approx(float(exact[6, 1:3].sum()), abs=0.01)
     tab.click("#first")
-    tab.wait_for_function("attnlibLook.state().first === 1")
+    until(tab, "attnlibLook.state().first === 1")
     hover(tab, 5, 1, click=True)
     assert "The" not in tab.locator("#list bdi").all_inner_texts()
     tab.keyboard.press("d")
-    tab.wait_for_function("document.documentElement.classList.contains('dark')")
+    until(tab, "document.documentElement.classList.contains('dark')")
     dark = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     address = tab.evaluate("location.hash")
     again = open_page(run, address)
@@ -337,7 +346,7 @@ def test_search_exports_and_the_other_direction(open_page):
         tab.click("#png")
     assert kept.value.path().read_bytes().startswith(b"\x89PNG")
     tab.click("#side")
-    tab.wait_for_function("attnlibLook.state().side === 1")
+    until(tab, "attnlibLook.state().side === 1")
     tab.keyboard.press("Escape")
     tab.locator(".strip bdi").nth(1).hover()
     assert "Who reads" in tab.inner_text("#readout")
@@ -356,12 +365,12 @@ def test_pictures_overlays_cross_and_differences(open_page):
     assert tab.locator("#list .i").first.inner_text() == str(int(exact.argmax()))
     before = canvas.evaluate("c => c.toDataURL()")
     tab.select_option("#over", "relevance")
-    tab.wait_for_function("attnlibLook.state().over === 'relevance'")
+    until(tab, "attnlibLook.state().over === 'relevance'")
     assert tab.locator(".picture canvas").evaluate("c => c.toDataURL()") != before
 
     tab = open_page(cross_run())
     tab.select_option("#kind", "cross")
-    tab.wait_for_function("document.getElementById('name').textContent.includes('cross')")
+    until(tab, "document.getElementById('name').textContent.includes('cross')")
     assert tab.locator(".strip").count() == 2
     weights = cross_run().layers[1].weights[0]
     assert float(hover(tab, 2, 4)[0]) == pytest.approx(float(weights[2, 4]), abs=0.01)
@@ -370,9 +379,7 @@ def test_pictures_overlays_cross_and_differences(open_page):
     tab = open_page([first, second])
     assert tab.locator("#view option").count() == 3
     tab.select_option("#view", "2")
-    tab.wait_for_function(
-        "attnlibLook.state().v === 2 && document.getElementById('numbers').textContent.includes('change')"
-    )
+    until(tab, "attnlibLook.state().v === 2 && document.getElementById('numbers').textContent.includes('change')")
     apart = second.layers[0].weights[0] - first.layers[0].weights[0]
     assert float(hover(tab, 6, 2)[0]) == pytest.approx(float(apart[6, 2]), abs=0.012)
 

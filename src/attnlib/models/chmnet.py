@@ -83,7 +83,7 @@ def _groups(kind: str) -> tuple[Tensor, list[int]]:
 
     found: dict[tuple[int, ...], int] = {}
     numbers = [found.setdefault(key(*at), len(found)) for at in product(range(SIDE), repeat=4)]
-    return torch.tensor(numbers), [numbers.count(i) for i in range(len(found))]
+    return torch.tensor(numbers, device="cpu"), [numbers.count(i) for i in range(len(found))]
 
 
 class HoughKernel(nn.Module):
@@ -105,23 +105,28 @@ class HoughKernel(nn.Module):
             self.weight = nn.Parameter(torch.empty(self.shape).uniform_(-bound, bound).abs() * (1e-3 if sizes else 1))
             if not sizes:
                 nn.init.zeros_(self.bias)
-            self.where = self.share = None
+            self.where: Tensor | None = None
+            self.share: Tensor | None = None
             return
         places, counts = _groups(kind)
         # Pairs of sizes, numbered in rows: the same size twice, neighbours, ends; "psi" sets the middle one apart.
         pairs = [1, 3, 2, 3, 0, 3, 2, 3, 1] if kind == "psi" else [0, 2, 1, 2, 0, 2, 1, 2, 0]
         pairs = pairs if sizes else [0]
         weight = torch.randn(max(pairs) + 1, len(counts))
-        many = torch.tensor([[pairs.count(i)] for i in range(len(weight))]) * torch.tensor(counts)
-        self.weight = nn.Parameter(weight.abs() * 1e-3 * (many if sizes else 1))  # 4-D ones are not multiplied
-        self.register_buffer("where", torch.tensor(pairs)[:, None] * len(counts) + places, persistent=False)
-        self.register_buffer("share", 1.0 / many, persistent=False)
+        many = torch.tensor([[pairs.count(i) * count for count in counts] for i in range(len(weight))], device="cpu")
+        self.weight = nn.Parameter(
+            weight.abs() * 1e-3 * (many.to(weight) if sizes else 1)
+        )  # 4-D ones are not multiplied
+        # Told by the arguments alone, so that they are no buffers: neither saved nor rounded, and filled on "meta" too.
+        self.where = torch.tensor(pairs, device="cpu")[:, None] * len(counts) + places
+        self.share = 1.0 / many
 
     def forward(self) -> Tensor:
         if self.where is None:
             return self.weight
-        shared = self.weight * self.share.to(self.weight.dtype)  # type: ignore[union-attr]
-        return shared.flatten()[self.where].view(self.shape)
+        assert self.share is not None
+        shared = self.weight * self.share.to(self.weight)
+        return shared.flatten()[self.where.to(self.weight.device)].view(self.shape)
 
 
 def _resized(x: Tensor, size: Sequence[int]) -> Tensor:

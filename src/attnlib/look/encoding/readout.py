@@ -80,14 +80,13 @@ def detr_positions(height: int, width: int, dim: int) -> Tensor:
 class _Readout(nn.Module):
     """Queries of areas, units or groups, and how their tokens become responses."""
 
-    areas: list[Tensor]
-
     def __init__(self, areas: Sequence[Tensor], resolution: str, width: int):
         super().__init__()
         check_choice("resolution", resolution, RESOLUTIONS)
         if isinstance(areas, Tensor) or not len(areas):
             raise TypeError("areas must be a sequence of (R, V) masks, one per group such as a hemisphere")
         self.resolution = resolution
+        self.masks: list[Tensor] = []  # as given: no buffers, since they are told and not learned
         for i, mask in enumerate(areas):
             check_rank(f"areas[{i}]", mask, 2, "(R, V)")
             if not mask.numel():
@@ -98,7 +97,7 @@ class _Readout(nn.Module):
                     f"areas[{i}]: units {free[:10]} are in no area, so that nothing predicts them; leave them out, or "
                     "give them one with with_rest(areas)"
                 )
-            self.register_buffer(f"areas_{i}", mask.bool(), persistent=False)
+            self.masks.append(mask.bool())
         self.units = [int(mask.shape[1]) for mask in areas]
         per = {"area": lambda m: m.shape[0], "unit": lambda m: m.shape[1], "group": lambda m: 1}[resolution]
         self.queries = [int(per(mask)) for mask in areas]
@@ -106,14 +105,14 @@ class _Readout(nn.Module):
 
     def _responses(self, tokens: Tensor) -> tuple[Tensor, ...]:
         out = []
-        for i, (own, read) in enumerate(zip(tokens.split(self.queries, 1), self.read, strict=True)):
+        for own, read, mask in zip(tokens.split(self.queries, 1), self.read, self.masks, strict=True):
             assert isinstance(read, nn.Linear)
             if self.resolution == "unit":
                 out.append((own * read.weight).sum(-1) + read.bias)
             elif self.resolution == "group":
                 out.append(read(own[:, 0]))
             else:
-                out.append((read(own) * self.get_buffer(f"areas_{i}")).sum(1))
+                out.append((read(own) * mask.to(own.device)).sum(1))
         return tuple(out)
 
 

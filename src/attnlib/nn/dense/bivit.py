@@ -25,7 +25,7 @@ from torch import Tensor
 from ...checks import check_choice
 from ...normalizers import Normalizer, Step, Thresholded
 from ...types import Traits
-from ..binary import BinaryLinear, binary_sign, started
+from ..binary import SCALES, BinaryLinear, binary_sign, started
 from ..frame import HeadFrame, Notes
 from ..registry import register
 from ..released import Released, Rule, split_rule
@@ -66,6 +66,7 @@ class BinaryAttention(HeadFrame[Notes]):
         **settings: Any,
     ):
         check_choice("normalizer", normalizer, ("thresholded", "step"))
+        check_choice("weight_scale", weight_scale, SCALES)
         made: Normalizer = Thresholded(share) if normalizer == "thresholded" else Step()
         super().__init__(dim, num_heads, normalizer=made, **settings)
         self.compat = compat
