@@ -10,7 +10,8 @@ ROWS = [
         "mambamixer", dict(dim=8, d_state=2, causal=True, per_block=2, group=4, chunk=8), (9,), "causal", growth=_LONG
     ),
     Case(
-        "mambamixer", dict(dim=8, d_state=2, token="ss2d", averaging="softmax", residual=True, group=4), (3, 4), "map"
+        "mambamixer", dict(dim=8, d_state=2, token="ss2d", averaging="softmax", residual=True, group=4), (3, 4), "map",
+        growth=((8, 8), (16, 16), (32, 32)),
     ),
     Case("mambamixer", dict(dim=8, d_state=2, channel=False, blocks=2), (9,), "tokens", growth=_LONG),
 ]  # fmt: skip

@@ -1,4 +1,8 @@
-"""Growth of arithmetic and memory, counted on tensors without data, never by the clock."""
+"""Growth of arithmetic and memory, counted operator by operator, never by the clock.
+
+Small calls are counted as they run, large ones on tensors without data, which cost a hundred times as much per operator
+and nothing per element.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,9 @@ LOOSE = 0.3
 #: millisecond on tensors without data.
 OPERATORS = 1500
 #: No call of more than this is counted at all.
-MOST = 8000
+MOST = 20000
+#: A call that would write more elements than this, or compute more, is not run but counted on tensors without data.
+ELEMENTS, ARITHMETIC = 2e7, 5e8
 
 aten = torch.ops.aten
 # These read or write the elements they name, not the whole of what they point into.
@@ -158,14 +164,21 @@ def count(f: Callable[..., Any], *inputs: Tensor) -> tuple[float, float, bool]:
 
 
 def _count(
-    f: Callable[..., Any], inputs: tuple[Tensor, ...], most: float = math.inf, trained: Sequence[Tensor] | None = None
+    f: Callable[..., Any],
+    inputs: tuple[Tensor, ...],
+    most: float = math.inf,
+    trained: Sequence[Tensor] | None = None,
+    run: bool = False,
 ) -> Count:
-    """The cost of ``f(*inputs)``, and of its backward pass to inputs and ``trained`` when these are given."""
+    """The cost of ``f(*inputs)``, and of its backward pass to inputs and ``trained`` when these are given.
+
+    ``run``: on real tensors at once.
+    """
     grad = trained is not None
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one opaque operator for a whole layer cannot be counted
     try:
-        for fake in (True, False):
+        for fake in (False,) if run else (True, False):
             counter = Counter(most)
             try:
                 with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext() as mode:
@@ -194,7 +207,12 @@ def exponent(points: list[tuple[float, float]]) -> float:
 
 
 def _at(
-    s: Subject, grid: tuple[int, ...], overrides: Mapping[str, Any], grad: bool = False, most: float = math.inf
+    s: Subject,
+    grid: tuple[int, ...],
+    overrides: Mapping[str, Any],
+    grad: bool = False,
+    most: float = math.inf,
+    run: bool = False,
 ) -> Count:
     m = s.fresh(torch.float32, **overrides)
     scene = s.scene
@@ -205,7 +223,7 @@ def _at(
         other = grid if fixed is None or len(fixed) == len(grid) else fixed
         inputs.append(torch.randn(1, *other, s.context_width))
     trained = [p for p in m.parameters() if p.requires_grad] if grad else None
-    return _count(lambda x, context=None: s.y(m, x, context, scene), tuple(inputs), most, trained)
+    return _count(lambda x, context=None: s.y(m, x, context, scene), tuple(inputs), most, trained, run)
 
 
 def _doubled(s: Subject, least: int, most: int) -> list[tuple[int, ...]]:
@@ -237,23 +255,41 @@ def _over_n(s: Subject) -> dict[str, tuple[Points, Points]]:
     if claimed and not s.claims.resolution_free and s.case.grid_setting is None:
         raise NotClaimed("the size is fixed, and the case names no grid_setting to build another one")
 
-    def at(grid: tuple[int, ...], grad: bool = False, most: float = MOST) -> Count:
+    def at(grid: tuple[int, ...], grad: bool = False, most: float = MOST, run: bool = False) -> Count:
         overrides: dict[str, Any] = {}
         if not s.claims.resolution_free and s.case.grid_setting is not None:
             overrides = {s.case.grid_setting: grid if len(grid) > 1 else grid[0]}
-        return _at(s, grid, overrides, grad, most)
+        return _at(s, grid, overrides, grad, most, run)
+
+    def cheap(found: Count, n: int, more: int) -> bool:
+        """Whether a call on ``more`` tokens may run, if it grows as is claimed, or as their square if nothing is."""
+        written, work = (
+            c * (more / n) ** power.get("N", 2)
+            for c, power in ((found.written, s.claims.memory), (found.work, s.claims.work))
+        )
+        return written <= ELEMENTS and work <= ARITHMETIC
 
     if s.case.growth is not None:
-        return {"": _points([(math.prod(grid), at(grid)) for grid in s.case.growth])}
+        n = [math.prod(grid) for grid in s.case.growth]
+        try:
+            least = at(s.case.growth[0], run=True)
+            rest = [at(grid, run=cheap(least, n[0], k)) for k, grid in zip(n[1:], s.case.growth[1:], strict=True)]
+        except TooLong as error:
+            raise NotClaimed(f"{error} for {n[-1]} tokens, too many to be counted") from error
+        return {"": _points(list(zip(n, [least, *rest], strict=True)))}
     first, *_ = _doubled(s, 256, 256)
+    run = False
     try:
-        found = at(first, most=OPERATORS)
-        # Values that are looked at are counted on real tensors, of moderate size.
-        pair = _doubled(s, 256, 4096 if found.fake else 1024)[-2:]
+        found = at(first, most=OPERATORS, run=True)
+        pair = _doubled(s, 256, 4096)[-2:]
+        run = cheap(found, math.prod(first), math.prod(pair[1]))
+        if not run and not at(first, most=OPERATORS).fake:
+            # Values that are looked at are counted on real tensors, of moderate size.
+            pair, run = _doubled(s, 256, 1024)[-2:], True
     except TooLong:
-        pair = _doubled(s, 24, 48)[:2]
+        pair, run = _doubled(s, 24, 48)[:2], True
     try:
-        counts = [(math.prod(grid), at(grid)) for grid in pair]
+        counts = [(math.prod(grid), at(grid, run=run)) for grid in pair]
     except TooLong as error:
         raise NotClaimed(f"{error} for {math.prod(pair[1])} tokens, too many to be counted") from error
     out = {"": _points(counts)}
@@ -265,7 +301,7 @@ def _over_n(s: Subject) -> dict[str, tuple[Points, Points]]:
     # Both of a pair are odd: another path may cost a constant factor more.
     for name, grad in ((" at odd sizes", False), (" forward and backward, at odd sizes", True)):
         try:
-            out[name] = _points([(k, at(grid, grad)) for k, grid in zip(n, odd, strict=True)])
+            out[name] = _points([(k, at(grid, grad, run=run)) for k, grid in zip(n, odd, strict=True)])
         except TooLong:
             continue
     return out
@@ -277,8 +313,14 @@ def _points(counts: Sequence[tuple[float, Count]]) -> tuple[Points, Points]:
 
 def _growth(s: Subject, kind: str) -> Evidence:
     claimed: Mapping[str, float] = getattr(s.claims, kind)
+    if isinstance(s._growth, NotClaimed):
+        raise s._growth
     if s._growth is None:
-        s._growth = {"N": _over_n(s)} if "N" in claimed or not claimed else {}
+        try:
+            s._growth = {"N": _over_n(s)} if "N" in claimed or not claimed else {}
+        except NotClaimed as reason:
+            s._growth = reason
+            raise
         for symbol, settings in s.case.symbols.items():
             s._growth[symbol] = {"": _points([(value, _at(s, s.grid, overrides)) for value, overrides in settings])}
     said, loose, worst = [], False, None

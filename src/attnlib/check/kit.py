@@ -81,6 +81,7 @@ def check(
     select: Iterable[str] | None = None,
     infer: bool = False,
     kind: str | None = None,
+    brief: bool = False,
     **config: Any,
 ) -> Report:
     """Test everything that a mechanism, a fusion or a pool claims.
@@ -98,6 +99,7 @@ def check(
             to hold.
         kind: ``"mechanism"``, ``"fusion"`` or ``"pool"`` ((B, N, C) to (B, D)); by default what the target turns out
             to be.
+        brief: export at one size only; with a free one, tracing takes three to ten times as long.
         config: settings for building it.
 
     Returns:
@@ -125,6 +127,8 @@ def check(
                 claims = infer_claims(makers[0])
                 note = f"It claims nothing. What seems to hold: {spelled(claims)}"
             subjects = [make(claims) for make in makers]
+            for s in subjects:
+                s.brief = brief
             found = [[_examine(CLAIMS[n], s, infer) for n in names] for s in subjects]
     finally:
         torch.set_num_threads(threads)

@@ -270,6 +270,7 @@ class Subject:
         self.is_mechanism = isinstance(self.base, Mechanism)
         self._claims = claims
         self._growth: Any = None
+        self.brief = False
         self.pool = isinstance(self.base, Pool)
         self.claims = self.claims_of(self.base)
         if not case.grid:

@@ -88,7 +88,7 @@ def export(s: Subject) -> Evidence:
     inputs = _inputs(s)
     m = _Called(s, s.fresh(torch.float32), tuple(inputs))
     auto = torch.export.Dim.AUTO
-    free = s.claims.resolution_free
+    free = s.claims.resolution_free and not s.brief
     # Free are the batch and the first axis of the grid: one axis shows whether N can stay symbolic, all take twice as
     # long to trace.
     shape = {"x": {0: auto, 1: auto}, "context": {0: auto}, "valid": {0: auto, 1: auto}}
