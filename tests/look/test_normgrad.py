@@ -21,6 +21,7 @@ from attnlib.look.attribution import (
     meta_saliency,
     own_norm_grad,
     saliency,
+    transformer_relevance,
 )
 
 EXTRACT = ("bias", "scaling", "conv1x1", "conv3x3", "conv3x3_depthwise")
@@ -304,6 +305,43 @@ def test_tokens_of_a_grid_and_of_a_text():
     assert wide.shape == (2, 3, 4)
     with pytest.raises(ValueError, match="a grid of two axes"):
         saliency(vit, x, modules=["embed"], target=1, extract="conv3x3")
+
+
+def test_images_run_channels_last_unless_the_model_views_them():
+    torch.manual_seed(0)
+    seen = []
+
+    class Views(nn.Module):
+        def __init__(self, view):
+            super().__init__()
+            self.first, self.view = nn.Conv2d(3, 4, 3), view
+            self.last = nn.Linear(4 * 16, 5)
+
+        def forward(self, x):
+            seen.append(x.is_contiguous())
+            y = self.first(x).relu()
+            return self.last(y.view(len(y), -1) if self.view else y.flatten(1))
+
+    free, fixed = Views(False).double().eval(), Views(True).double().eval()
+    fixed.load_state_dict(free.state_dict())
+    x = torch.randn(4, 3, 6, 6).double()
+    for way in (
+        lambda m: integrated_gradients(m, x, target=1, steps=4),
+        lambda m: transformer_relevance(m, x, target=1, attention="gradient", norm="gradient", activation="gradient"),
+        lambda m: transformer_relevance(m, x, target=1, default="gamma"),
+    ):
+        seen.clear()
+        found = way(free)
+        assert not any(seen) and found.is_contiguous()
+        torch.testing.assert_close(way(fixed), found, rtol=1e-9, atol=1e-11)
+        assert seen[-1]
+
+    class Broken(Views):
+        def forward(self, x):
+            return super().forward(x)[:, :, :, None] @ x
+
+    with pytest.raises((RuntimeError, IndexError), match=r"too many indices|dimension"):
+        integrated_gradients(Broken(False).double().eval(), x, target=1, steps=4)
 
 
 def test_integrated_gradients():

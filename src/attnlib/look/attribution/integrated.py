@@ -10,7 +10,7 @@ Reference: Sundararajan, Taly and Yan, 2017, "Axiomatic Attribution for Deep Net
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ...checks import check_choice, check_int
 from ...hooks.tape import Target, _cut, _first_tensor, _with_first, logits_of, quantized, score_of
+
+T = TypeVar("T")
 
 
 @torch.inference_mode(False)
@@ -78,13 +80,31 @@ def integrated_gradients(
         rows = torch.arange(first, min(first + size, batch * steps), device=full.device)
         sample, step = rows % batch, rows // batch
         shape = (-1, *[1] * (full.dim() - 1))
-        point = (start[sample] + ts[step].view(shape) * (full[sample] - start[sample])).detach().requires_grad_()
-        with torch.enable_grad():
-            score = score_of(place.run(point, sample), wanted(sample), position)
-            grad = torch.autograd.grad(score.sum(), point, allow_unused=True)[0]
+        point = torch.addcmul(start[sample], ts[step].view(shape), full[sample] - start[sample])
+
+        def gradient(point: Tensor, sample: Tensor = sample) -> Tensor | None:
+            with torch.enable_grad():
+                point = point.detach().requires_grad_()
+                score = score_of(place.run(point, sample), wanted(sample), position)
+                return torch.autograd.grad(score.sum(), point, allow_unused=True)[0]
+
+        grad = place.laid_out(gradient, point)
         if grad is not None:
             total.index_add_(0, sample, ws[step].view(shape) * grad)
     return total * (full - start)
+
+
+def laid_out(step: Callable[[Tensor], T], point: Tensor, channels_last: bool = True) -> tuple[T, bool]:
+    """``step(point)``, images being channels-last, in which a CPU convolves and pools faster, unless the model views
+    them in a way that needs channels first; and whether that may be tried again."""
+    if channels_last and point.dim() == 4 and point.is_floating_point() and point.device.type == "cpu":
+        try:
+            return step(point.contiguous(memory_format=torch.channels_last)), True
+        except RuntimeError as error:
+            if "view size is not compatible" not in str(error):
+                raise
+            channels_last = False
+    return step(point), channels_last
 
 
 class Place:
@@ -106,7 +126,7 @@ class Place:
         found = next((len(t) for t in (*inputs, *named.values()) if isinstance(t, Tensor) and t.dim()), None)
         if found is None:
             raise TypeError("the model must be given at least one tensor with the batch first")
-        self.model, self.module, self.batch = model, module, found
+        self.model, self.module, self.batch, self.channels_last = model, module, found, True
         self.inputs = tuple(_cut(a, slice(None), found) for a in inputs)  # safe from inference mode
         self.named = {k: _cut(v, slice(None), found) for k, v in named.items()}
 
@@ -136,6 +156,11 @@ class Place:
         if index.dim() == 1 and len(index) != self.batch:
             raise ValueError(f"target names {len(index)} samples, but the batch has {self.batch}")
         return lambda sample: index[sample.to(index.device)] if index.dim() else index
+
+    def laid_out(self, step: Callable[[Tensor], T], point: Tensor) -> T:
+        """:func:`laid_out`, tried until it fails once."""
+        found, self.channels_last = laid_out(step, point, self.channels_last)
+        return found
 
     def value(self) -> Tensor:
         if not self.module:

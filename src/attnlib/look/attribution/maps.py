@@ -22,6 +22,7 @@ from ...checks import check_choice, check_ints, check_real, check_tensor, checke
 from ...grids import Layout
 from ...hooks.tape import Entry, Tape, Target, _cut, logits_of, quantized, score_of, to_grid
 from .cells import AGGREGATES, _kernel, extract_aggregate
+from .integrated import laid_out
 
 Method = Callable[..., Any]
 
@@ -77,8 +78,15 @@ def _by_call(
         return one(entry)
 
     score = top_logit(position) if target is None else target
-    taped = tape.run(*inputs, target=score, chunk=chunk, reduce=reduce, position=position, **named)
-    return dict(zip(seen, taped.reduced, strict=False))  # with chunks the names come again
+
+    def run(*given: Any) -> dict[str, Tensor]:
+        seen.clear()
+        taped = tape.run(*given, target=score, chunk=chunk, reduce=reduce, position=position, **named)
+        return dict(zip(seen, taped.reduced, strict=False))  # with chunks the names come again
+
+    if inputs and isinstance(inputs[0], Tensor):
+        return laid_out(lambda x: run(x, *inputs[1:]), inputs[0])[0]
+    return run(*inputs)
 
 
 def saliency(

@@ -40,6 +40,7 @@ from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from ...checks import check_real, check_type, describe
 from ...hooks.tape import quantized, score_of
+from .integrated import laid_out
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
@@ -104,7 +105,8 @@ def _over(relevance: Tensor, by: Tensor, rule: Rule) -> Tensor:
     """``relevance / by``, stabilised; where nothing was brought, nothing is handed on."""
     if rule.signed:
         if rule.epsilon > 0:
-            return relevance / torch.where(by < 0, by - rule.epsilon, by + rule.epsilon)
+            away = torch.copysign(by.new_tensor(rule.epsilon), by + 0.0)  # -0.0 counts as 0, whose sign is +
+            return relevance / away.add_(by)
         return torch.where(by == 0, 0, relevance / torch.where(by == 0, 1, by))
     return relevance / (by + rule.epsilon)
 
@@ -321,24 +323,28 @@ def relevance(
     table: dict[Any, Rule | str] = {**(COMPAT if compat else {}), **(rules or {})}
     check_rules(table, modules)
     base = Rule(default) if isinstance(default, str) else default
-    keep = _Keep(graph)
-    logits = keep.run(x.clone())  # a plain tensor, also where the caller is in inference mode
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ValueError(f"the model must give classes (B, K), got {describe(logits)}")
-    seed = _seed(logits, target)
-    flow: dict[fx.Node, Tensor] = {}
 
-    def give(node: Any, r: Tensor) -> None:
-        flow[node] = flow[node] + r if node in flow else r
+    def handed_down(x: Tensor) -> Tensor:
+        keep = _Keep(graph)
+        logits = keep.run(x.clone())  # a plain tensor, also where the caller is in inference mode
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            raise ValueError(f"the model must give classes (B, K), got {describe(logits)}")
+        seed = _seed(logits, target)
+        flow: dict[fx.Node, Tensor] = {}
 
-    for node in reversed(list(graph.graph.nodes)):
-        if node.op == "output":
-            give(node.args[0], seed)
-        elif node.op == "placeholder":
-            return flow.get(node, torch.zeros_like(x))
-        elif node in flow:
-            _back(node, flow.pop(node), keep.given, modules, table, base, compat, give)
-    raise ValueError("the model has no input that the logits depend on")
+        def give(node: Any, r: Tensor) -> None:
+            flow[node] = flow[node] + r if node in flow else r
+
+        for node in reversed(list(graph.graph.nodes)):
+            if node.op == "output":
+                give(node.args[0], seed)
+            elif node.op == "placeholder":
+                return flow.get(node, torch.zeros_like(x))
+            elif node in flow:
+                _back(node, flow.pop(node), keep.given, modules, table, base, compat, give)
+        raise ValueError("the model has no input that the logits depend on")
+
+    return laid_out(handed_down, x)[0].contiguous()
 
 
 def _seed(logits: Tensor, target: int | Sequence[int] | Tensor | None) -> Tensor:

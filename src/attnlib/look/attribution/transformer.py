@@ -22,7 +22,7 @@ last by that of its ``out_proj``. What biases bring is theirs: without biases, a
 ``sum(R) = logit``.
 
 Nothing has to be traceable: functions of torch are met as they are called, in any model, and one without a rule is
-refused by its name.
+refused by its name; where everything is ``"gradient"`` and linear layers follow rule 0, no function needs one.
 
 Reference: Ali et al., 2022, "XAI for Transformers: Better Explanations through Conservative Propagation"
 (https://arxiv.org/abs/2202.07304); Achtibat et al., 2024, "AttnLRP: Attention-Aware Layer-Wise Relevance Propagation
@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -104,6 +104,11 @@ class _Rules(TorchFunctionMode):
         self.attention, self.norm, self.activation = attention, norm, activation
         #: Rules of linear maps that no module of theirs runs, by the identity of the weight.
         self.by_weight: dict[int, Rule] = {}
+
+    @property
+    def plain(self) -> bool:
+        """Whether every derivative is left as it is, so that no function has to be met."""
+        return self.attention == self.norm == self.activation == "gradient"
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -375,7 +380,7 @@ def _ruled(model: nn.Module, table: Mapping[Any, Rule | str], base: Rule, mode: 
                     handles.append(module.register_forward_hook(linear(rule, found)))
             elif mode.activation == "identity" and type(module).__module__ == "transformers.activations":
                 handles.append(module.register_forward_hook(act))
-        with mode:
+        with nullcontext() if mode.plain and not handles and not mode.by_weight else mode:
             yield
     finally:
         for handle in handles:
@@ -451,16 +456,19 @@ def transformer_relevance(
     mode = _Rules(attention, norm, activation)
     for first in range(0, batch, size):
         rows = torch.arange(first, min(first + size, batch), device=full.device)
-        point = full[rows].detach().requires_grad_()
-        with torch.enable_grad():
-            with _ruled(model, table, base, mode):
-                output = place.run(point, rows)
-            score = score_of(output, wanted(rows), position)
-            if not score.requires_grad:
-                raise ValueError(
-                    f"the score does not depend on {module or 'the input'!r} but through what counts as a constant "
-                    f"(attention={attention!r}, norm={norm!r})"
-                )
-            (grad,) = torch.autograd.grad(score.sum(), point)
-        out[rows] = point.detach() * grad
+
+        def gradient(point: Tensor, rows: Tensor = rows) -> Tensor:
+            point = point.detach().requires_grad_()
+            with torch.enable_grad():
+                with _ruled(model, table, base, mode):
+                    output = place.run(point, rows)
+                score = score_of(output, wanted(rows), position)
+                if not score.requires_grad:
+                    raise ValueError(
+                        f"the score does not depend on {module or 'the input'!r} but through what counts as a constant "
+                        f"(attention={attention!r}, norm={norm!r})"
+                    )
+                return torch.autograd.grad(score.sum(), point)[0]
+
+        out[rows] = full[rows] * place.laid_out(gradient, full[rows])
     return out
