@@ -428,19 +428,24 @@ class ExpectedAttention(Scorer):
         layer, q = view.site.layer, view.q.to(stats_dtype(view.q.dtype))
         turn = self._rotary[layer][1]
         ago = view.q_slots[:, -1:] - view.q_slots
-        q, _ = turn(q, q, *self._angles(layer, ago, q))
+        q, _ = turn(q, q[:, :1], *self._angles(layer, ago, q))  # it turns keys too, of which there are none to turn
         ahead = torch.arange(1, self.future + 1, device=q.device).unsqueeze(0)
         cos, sin = (t.mean(1, keepdim=True) for t in self._angles(layer, ahead, q))
+
+        def turned(rows: Tensor) -> Tensor:
+            return turn(rows, rows[:, :1], cos, sin)[0]
+
         counted = (view.q_order >= self.sinks)[:, None]
         number = counted.to(q.dtype).sum(-1, keepdim=True).clamp(min=1.0)
         skipped = ~counted.unsqueeze(-1)  # padding may hold anything
         mean = q.masked_fill(skipped, 0.0).sum(2) / number
         if not self.covariance:
-            return turn(mean.unsqueeze(2), mean.unsqueeze(2), cos, sin)[0].squeeze(2), None
-        # The mean rotation is linear: turning queries and then taking moments is turning the moments.
-        q, mean = (turn(t, t, cos, sin)[0] for t in (q, mean.unsqueeze(2)))
-        centred = (q - mean).masked_fill(skipped, 0.0)
-        return mean.squeeze(2), centred.transpose(-2, -1) @ centred / number.unsqueeze(-1)
+            return turned(mean.unsqueeze(2)).squeeze(2), None
+        centred = (q - mean.unsqueeze(2)).masked_fill_(skipped, 0.0)
+        spread = centred.transpose(-2, -1) @ centred / number.unsqueeze(-1)
+        # The mean rotation is linear: instead of every query, their moments are turned.
+        spread = turned(turned(spread).transpose(-2, -1))
+        return turned(mean.unsqueeze(2)).squeeze(2), spread
 
     def score(self, view: CacheView) -> Tensor:
         weighting, mask = view.site.weighting, view.site.mask
