@@ -42,3 +42,14 @@ ROWS = [
         context_grid=(12, 9),
     ),
 ]
+
+ROWS += [
+    Case("dual-token-vit", dict(dim=8, num_heads=2, grid=3), (5, 6)),
+    Case(
+        "dual-token-vit",
+        dict(dim=8, num_heads=2, grid=2, steps=1, token_mlp="mix", fusion="concat", resize="bilinear"),
+        (6, 8),
+        "steps",
+    ),
+    Case("dual-token-vit", dict(dim=8, num_heads=1, grid=3, alpha=0.0, learn_alpha=False), (4, 4), "pooled"),
+]

@@ -130,6 +130,7 @@ NOT_LINEAR: dict[str, str] = {
     "polarized-self-attention": "a gate computed from its values multiplies them; no token reads another's",
     "ela-efficient-local-attention": "a gate computed from its values multiplies them; no token reads another's",
     "ulsam": "a gate computed from its values multiplies them; no token reads another's",
+    "dual-token-vit": "its local branch is an MLP, and what global tokens read of it is pooled and normed",
     "van-large-kernel-attention": "what its large kernel makes of the values multiplies these same values",
     "efficientvit-cascaded-group-attention": "every head's values are made from what the head before it has mixed",
     "overlock-contmix": "windows of two sizes and a convolution meet in normed maps, and a gate multiplies them",

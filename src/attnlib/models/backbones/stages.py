@@ -39,13 +39,19 @@ class Stage(nn.Module):
         self, x: Tensor, valid: Tensor | None = None, losses: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, C) -> (B, H', W', C'), and which of its tokens exist."""
+        x, valid, _ = self.carried(x, valid, losses)
+        return x, valid
+
+    def carried(
+        self, x: Tensor, valid: Tensor | None = None, losses: dict[str, Tensor] | None = None, carry: Any = None
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        """The same for a carry that comes from the stage before and goes on to the next."""
         if self.downsample is not None:
             x, valid = self.downsample(x, valid)
-        carry: Any = None
         for block in self.blocks:
             made = checkpointed(block, x, valid, carry, losses, when=self.checkpointing and losses is None)
             x, valid, carry = self._after(made, valid)
-        return (x if self.norm is None else normed(self.norm, x, valid)), valid
+        return (x if self.norm is None else normed(self.norm, x, valid)), valid, carry
 
     @staticmethod
     def _after(made: Any, valid: Tensor | None) -> tuple[Tensor, Tensor | None, Any]:
