@@ -103,6 +103,9 @@ def test_command(tiny, monkeypatch, tmp_path):
     assert "KeyNorm" in shown.output and (tmp_path / "report.html").exists()
     refused = run(app, ["bench", "--with", "KeyNorm,ratio=0.5"])
     assert isinstance(refused.exception, ValueError) and "--model" in str(refused.exception)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(beside, "open_model", lambda *_: pytest.fail("a model was opened"))
+    assert isinstance(run(app, [*call[:-1], str(tmp_path / "file")]).exception, FileExistsError)
     for more in (["softmax-attention"], ["--suite", "real-heads"], ["--against", "HEAD"]):
         refused = run(app, [*call, *more])
         assert isinstance(refused.exception, ValueError) and f"got {more[0]} too" in str(refused.exception)

@@ -74,6 +74,9 @@ def test_look_writes_a_page_and_a_run(tmp_path, monkeypatch):
         (["--text", "ab", "--diff", str(tmp_path / "none")], "there is no run"),
         (["--text", "ab" * 33], "the text has 66 tokens, more than the 64 of smollm2"),
         (["--text", "ab", "--save", str(tmp_path)], "is a folder"),
+        (["--text", "ab", "--with", "SnapKV"], "either ratio or cap"),
+        (["--text", "ab", "--with", "SnapKV,ratio"], "with: 'SnapKV,ratio' has the setting 'ratio'"),
+        (["--text", "abcd", "--with", "KeyNorm,ratio=0.5", "--diff", "plain"], "no map changes; what evicts keys"),
         (["--text", "ab", "--with", "snapKv,ratio=0.5"], "did you mean 'SnapKV'?"),
         (["--text", "ab", "--attribute", "logit"], "did you mean 'logits'?"),
     ):

@@ -84,10 +84,10 @@ def technique(given: str | Spec) -> Technique:
     from ..cache import KVCompression, Ratio, Scorer
     from ..convert import linearize
 
-    spec = Spec.parse(given)
+    spec = Spec.parse(given, "with")
     settings = dict(spec.config)
     if ":" in spec.name:
-        target: Any = spec.find()
+        target: Any = spec.find("with")
         if not (inspect.isclass(target) and issubclass(target, (Intervention, Scorer))):
             raise ValueError(f"with: {spec.name!r} is neither an Intervention nor a Scorer")
     else:
@@ -184,6 +184,8 @@ def measure(
     if len(set(labels)) < len(labels):
         raise ValueError(f"with: every technique once, got {labels[1:]}")
     _leaves_keys(techniques, length)
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)  # before minutes of work that could not be kept
     data = files.text(None if text is None else Path(text))
     loaded, tokenizer = open_model(model, dtype)
     needs_head(loaded)
@@ -241,10 +243,8 @@ def measure(
         "windows": len(rows), "rounds": rounds, "rows": found,
     }  # fmt: skip
     if out is not None:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "techniques.json", result)
-        write_text(folder / "report.html", render(result))
+        write_json(Path(out) / "techniques.json", result)
+        write_text(Path(out) / "report.html", render(result))
     return result
 
 

@@ -77,8 +77,9 @@ def look_at(
         layers: only these.
 
     Raises:
-        ValueError: nothing to read or several things, an unknown technique or method, a difference of unlike models,
-            a model without logits asked for what made them, more tokens than the model reads or maps can be kept of.
+        ValueError: nothing to read or several things, an unknown technique or method, a difference of unlike models or
+            of a technique that changes no map, a model without logits asked for what made them, more tokens than the
+            model reads or maps can be kept of.
         FileNotFoundError: no such model, picture or run, no folder for the page.
     """
     for name, path in (("out", out), ("save", save)):
@@ -113,6 +114,8 @@ def look_at(
         runs.append(other)
     title = f"{name} with {changed}" if changed else name
     runs.append(_read(loaded, inputs, tokens, title, acting, layers, attribute, corrupted, reader))
+    if diff == PLAIN and _same(runs[0], runs[1]):
+        raise ValueError(f"--diff plain: with {changed} no map changes; what evicts keys acts on what is read after it")
     if save is not None:
         runs[-1].save(save)
     return write_page(runs, out)
@@ -127,6 +130,11 @@ def _can_be_kept(model: Any, tokens: int, layers: Sequence[int] | None) -> None:
             f"the maps of {tokens} tokens in {sum(heads)} heads take {size / 2**30:.1f} GiB, more than the "
             f"{MOST / 2**30:g} that are kept; give less to read, or name some of the {len(heads)} --layers"
         )
+
+
+def _same(one: Run, other: Run) -> bool:
+    pairs = zip(one.layers, other.layers, strict=False)
+    return len(one.layers) == len(other.layers) and all(torch.equal(a.weights, b.weights) for a, b in pairs)
 
 
 def _open(name: str, sees: bool) -> tuple[Any, Any]:

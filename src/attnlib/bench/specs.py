@@ -49,8 +49,8 @@ class Spec:
     alias: str | None = field(default=None, compare=False)
 
     @classmethod
-    def parse(cls, given: str | Spec | tuple[str, Mapping[str, Any]]) -> Spec:
-        """Read ``"name"``, ``"name,key=value,key=value"`` or ``("name", {...})``.
+    def parse(cls, given: str | Spec | tuple[str, Mapping[str, Any]], what: str = "mechanisms") -> Spec:
+        """Read ``"name"``, ``"name,key=value,key=value"`` or ``("name", {...})``; errors call it ``what``.
 
         Raises:
             ValueError: when a setting is not ``key=value``.
@@ -65,7 +65,7 @@ class Spec:
         for pair in pairs:
             key, equals, value = pair.partition("=")
             if not equals or not key.strip().isidentifier():
-                raise ValueError(f"mechanisms: {given!r} has the setting {pair!r}; write NAME,key=value,key=value")
+                raise ValueError(f"{what}: {given!r} has the setting {pair!r}; write NAME,key=value,key=value")
             try:
                 config[key.strip()] = ast.literal_eval(value.strip())
             except (ValueError, SyntaxError):
@@ -92,7 +92,7 @@ class Spec:
         """What the report calls it."""
         return self.alias or self.full
 
-    def find(self) -> type:
+    def find(self, what: str = "mechanisms") -> type:
         """The class; raises ``ValueError`` for a name that does not exist (the nearest is suggested)."""
         if self.name == CONTROL:
             return Nothing
@@ -101,7 +101,7 @@ class Spec:
             try:
                 return getattr(importlib.import_module(module), attribute)
             except (ImportError, AttributeError) as error:
-                raise ValueError(f"mechanisms: {self.name!r} cannot be imported ({error})") from error
+                raise ValueError(f"{what}: {self.name!r} cannot be imported ({error})") from error
         from attnlib.nn.registry import find
 
         return find(self.name)
