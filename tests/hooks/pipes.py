@@ -169,3 +169,20 @@ def dit(seed=0):
         patch_size=2, num_embeds_ada_norm=1000,
     ).eval()  # fmt: skip
     return quiet(DiTPipeline(transformer=model, vae=vae(), scheduler=scheduler()))
+
+
+def sdxl(folder):
+    """A tiny ``StableDiffusionXLPipeline``."""
+    from diffusers import StableDiffusionXLPipeline
+
+    tokens = clip_tokenizer(folder)
+    model = unet(
+        cross=32, addition_embed_type="text_time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=4 * 6 + 16,
+    )  # fmt: skip
+    return quiet(
+        StableDiffusionXLPipeline(
+            vae=vae(), text_encoder=text_encoder(len(tokens)), text_encoder_2=text_encoder(len(tokens), 16, 4, True),
+            tokenizer=tokens, tokenizer_2=tokens, unet=model, scheduler=scheduler(), add_watermarker=False,
+        )
+    )  # fmt: skip

@@ -41,7 +41,7 @@ class Modules(Intervention):
     name = "modules"
 
     def __init__(self, modules, change=None):
-        self.modules, self.change, self.sites = modules, change, []
+        self.acts_on, self.change, self.sites = modules, change, []
 
     def around_module(self, site, inputs, call):
         self.sites.append(site)
@@ -462,7 +462,7 @@ def test_bad_input_of_pipelines(pipe, folder):
         attnlib.attach(diffusers.DDPMPipeline(unet=None, scheduler=None), Whole())
     with pytest.raises(ValueError, match="has no module 'router'; its modules are of kinds"):
         attnlib.attach(pipe, Modules(["router"]))
-    with pytest.raises(TypeError, match="modules must be a sequence"):
+    with pytest.raises(TypeError, match="acts_on must be a sequence"):
         attnlib.attach(pipe, Modules("resnet"))
     with (
         attnlib.attach(pipe, Whole(lambda site, inputs, call: None)),
@@ -492,3 +492,13 @@ def test_bad_input_of_pipelines(pipe, folder):
         attnlib.attach(both, Whole())
     with attnlib.attach(both, Whole(), part="transformer_2") as session:
         assert session.model is both.transformer_2
+
+
+def test_interventions_that_are_modules_keep_what_modules_have():
+    from attnlib.steer import Clear, LinFusion
+
+    for cls in (Clear, LinFusion):
+        for name in dir(torch.nn.Module):
+            if name.startswith("_") or name not in Intervention.__dict__:
+                continue
+            raise AssertionError(f"{cls.__name__} loses {name} of torch.nn.Module")

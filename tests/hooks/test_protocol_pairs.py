@@ -87,6 +87,9 @@ MAKE = {
     "SoftPAG": None,  # guides denoisers: an identity map has as many queries as keys
     "UniformMaps": None,  # acts on cross-attention, which this model has not
     "Maps": None,  # of denoisers: tests/hooks/test_maps.py
+    # Of pipelines that denoise: tests/hooks/test_pairs_of_denoisers.py.
+    "AStar": None,
+    "AttendExcite": None,
     "BlockSparse": None,  # acts on videos
     "Clear": None,  # acts on images beside text, in denoisers
     "LinFusion": None,  # stands in denoisers
@@ -110,7 +113,7 @@ MAKE = {
 }
 
 #: Exported, but nothing to attach by themselves: bases to derive from.
-BASES = {"Intervention", "Probe", "Reduction"}
+BASES = {"Intervention", "LatentUpdate", "Probe", "Reduction"}
 
 #: Those that take image tokens away: where one has been, another may find nothing left to do.
 REDUCES = {"ATP", "VMTC", "VTCCLS", "DyVTE", "DyVTEByAttention", "Reduce", "ReduceByAttention", "ScheduledPruning"}

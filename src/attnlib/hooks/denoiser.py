@@ -323,9 +323,9 @@ def install_modules(session: Session, sites: Sequence[Site]) -> None:
     chosen: dict[nn.Module, tuple[CallSite, list[Intervention]]] = {}
     for i in acting:
         name = type(i).__name__
-        if isinstance(i.modules, str) or not i.modules:
-            raise TypeError(f"{name}: modules must be a sequence of kinds or name patterns, got {i.modules!r}")
-        for wanted in i.modules:
+        if isinstance(i.acts_on, str) or not i.acts_on:
+            raise TypeError(f"{name}: acts_on must be a sequence of kinds or name patterns, got {i.acts_on!r}")
+        for wanted in i.acts_on:
             fitting = [
                 s for s in known
                 if (s.kind == wanted if wanted in MODULE_KINDS else fnmatch.fnmatchcase(s.name, wanted))

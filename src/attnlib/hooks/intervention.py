@@ -86,7 +86,7 @@ class Intervention:
         (:func:`attnlib.hooks.with_gradient`), and gives its prediction. Returns a prediction. ``site`` is a
         :class:`attnlib.hooks.CallSite`.
     ``around_module(site, inputs, call)``
-        one call of a module that ``modules`` names: its named arguments, and ``call(inputs)`` that runs it zero, one or
+        one call of a module that ``acts_on`` names: its named arguments, and ``call(inputs)`` that runs it zero, one or
         several times and gives what it gives, a tensor or, with several streams, a tuple. Returns the same.
     ``on_block_input(site, hidden)``
         (B, N, C) residual stream entering the block of this attention; return ``None`` to leave it.
@@ -118,7 +118,7 @@ class Intervention:
         splits_softmax: it calls the rest several times on parts of the keys, so that nobody inside sees one map.
         reads_weights: it computes attention weights beside the kernel, other than through scores, weights and probes.
         while_decoding: ``on_cache`` is asked after every call of the model, not only after prefill.
-        modules: what ``around_module`` acts on: kinds (:data:`attnlib.hooks.MODULE_KINDS`) or name patterns.
+        acts_on: what ``around_module`` acts on: kinds (:data:`attnlib.hooks.MODULE_KINDS`) or name patterns.
         companions: interventions that it brings along; they are attached with it, behind it.
         moves_latents: it changes what a pipeline denoises, other than through the prediction; one may, at a time.
         differentiates: it runs the model with gradient.
@@ -144,7 +144,7 @@ class Intervention:
     moves_latents: bool = False
     differentiates: bool = False
     reuses_features: bool = False
-    modules: Sequence[str] = ()
+    acts_on: Sequence[str] = ()
     uses: Collection[str] | None = None
     layers: Sequence[int | str] | None = None
     _owner: Any = None

@@ -4,8 +4,10 @@ from ..hooks.branches import Branch, ImageTokens, NoImage, NullTokens, OtherPixe
 from .agla import AGLA, BlipRelevance, grad_cam, mask_pixels, relevance_mask, spread_relevance
 from .contrastive import ContrastiveDecoding, contrast
 from .damro import DAMRO, select_outliers
+from .diffusion.a_star import AStar, AttendExcite
 from .diffusion.clear import Clear
 from .diffusion.linfusion import LinFusion, distillation_losses
+from .diffusion.losses import LatentUpdate
 from .diffusion.softpag import SoftPAG, adaptive_weight, guide, hunt_heads
 from .diffusion.uniform_maps import UniformMaps
 from .diffusion.video import PARO, AdaSpa, BlockSparse, FrameTiles, MixtureOfBlocks, TileSearch
@@ -21,7 +23,9 @@ from .wings import VisualWings, Wings
 
 __all__ = [
     "AGLA",
+    "AStar",
     "AdaSpa",
+    "AttendExcite",
     "BlockSparse",
     "DAMRO",
     "PARO",
@@ -36,6 +40,7 @@ __all__ = [
     "HeadScale",
     "HeadSearch",
     "ImageTokens",
+    "LatentUpdate",
     "LinFusion",
     "MixtureOfBlocks",
     "NoImage",

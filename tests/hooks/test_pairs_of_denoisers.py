@@ -1,0 +1,72 @@
+"""Any pair of techniques for denoisers composes, in both orders, or refuses with a reason: on one whole pipeline."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+import attnlib  # noqa: E402
+from attnlib import steer  # noqa: E402
+from attnlib.hooks import Maps, Record  # noqa: E402
+from hooks import pipes  # noqa: E402
+
+WORDS = ("circle", "square")
+
+#: Every technique for pipelines with cross-attention, at settings that do something to a tiny one.
+MAKE = {
+    "AStar": lambda: steer.AStar(WORDS, step_size=60.0, targets=None, resolution=8),
+    "AttendExcite": lambda: steer.AttendExcite(WORDS, step_size=60.0, targets=None, resolution=8),
+    "Maps": lambda: Maps(8),
+    "Record": lambda: Record(what=("entropy",), rows="all"),
+    "SoftPAG": lambda: steer.SoftPAG(0.5, rows=("cond",), layers=["mid_block*"]),
+    "UniformMaps": lambda: steer.UniformMaps(rows=("uncond",), steps=[0]),
+}
+
+LOOKS = {"Maps", "Record"}
+
+#: What cannot meet, and why.
+REFUSED = {("AStar", "AStar"), ("AStar", "AttendExcite"), ("AttendExcite", "AttendExcite")}
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    return pipes.stable_diffusion(str(tmp_path_factory.mktemp("tokenizer")))
+
+
+def draw(pipe):
+    return pipes.sample(pipe, steps=2)
+
+
+@pytest.fixture(scope="module")
+def alone(pipe):
+    found = {}
+    for name, make in MAKE.items():
+        with attnlib.attach(pipe, make()):
+            found[name] = draw(pipe)
+    return found
+
+
+def test_each_does_something_alone(pipe, alone):
+    plain = draw(pipe)
+    assert {name for name in MAKE if torch.equal(alone[name], plain)} == LOOKS
+
+
+@pytest.mark.parametrize("first", MAKE)
+def test_pairs(first, pipe, alone):
+    names = list(MAKE)
+    for second in names[names.index(first) :]:
+        for order in ((first, second), (second, first)):
+            pair = [MAKE[name]() for name in order]
+            if (first, second) in REFUSED:
+                with pytest.raises(ValueError, match="cannot both act on this model: "):
+                    attnlib.attach(pipe, *pair)
+                continue
+            with attnlib.attach(pipe, *pair):
+                got = draw(pipe)
+            assert got.isfinite().all()
+            for one, other in ((first, second), (second, first)):
+                if one in LOOKS:
+                    assert torch.equal(got, alone[other]), f"{one} changed what {other} does"
+                elif first != second:
+                    assert not torch.equal(got, alone[other]), f"{one} did nothing beside {other}"
