@@ -20,6 +20,7 @@ MAKE = {
     "Maps": lambda: Maps(8),
     "Record": lambda: Record(what=("entropy",), rows="all"),
     "SoftPAG": lambda: steer.SoftPAG(0.5, rows=("cond",), layers=["mid_block*"]),
+    "StructuredGuidance": lambda: steer.StructuredGuidance(["a red circle", "a blue square"]),
     "UniformMaps": lambda: steer.UniformMaps(rows=("uncond",), steps=[0]),
 }
 

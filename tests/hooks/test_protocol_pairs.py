@@ -90,6 +90,7 @@ MAKE = {
     # Of pipelines that denoise: tests/hooks/test_pairs_of_denoisers.py.
     "AStar": None,
     "AttendExcite": None,
+    "StructuredGuidance": None,
     "BlockSparse": None,  # acts on videos
     "Clear": None,  # acts on images beside text, in denoisers
     "LinFusion": None,  # stands in denoisers

@@ -162,7 +162,7 @@ class _Runtime(Shared):
     def run(self, given: _Arguments) -> Any:
         raise NotImplementedError
 
-    def site(self, batch: int, **fields: Any) -> CallSite:
+    def site(self, **fields: Any) -> CallSite:
         now = self.session._now
         rows = now.rows if now.rows is not None or now.told is None else now.told
         return CallSite(
@@ -171,19 +171,27 @@ class _Runtime(Shared):
             sampling=self.session.sampling, **fields,
         )  # fmt: skip
 
-    def chain(self, site: CallSite, inner: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
+    def chain(
+        self, site: Callable[[], CallSite], inner: Callable[[dict[str, Any]], Any]
+    ) -> Callable[[dict[str, Any]], Any]:
+        """All interventions around ``inner``; each call has a site of its own, since an outer one may run some rows."""
         for i in reversed(self.interventions):
-            inner = functools.partial(getattr(i, self.stage), site, call=_checked(self.stage, inner))
+            inner = functools.partial(self._through, getattr(i, self.stage), site, self._checked(inner))
         return inner
 
+    @staticmethod
+    def _through(stage: Callable[..., Any], site: Callable[[], CallSite], call: Any, inputs: dict[str, Any]) -> Any:
+        return stage(site(), inputs, call)
 
-def _checked(stage: str, inner: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
-    def call(inputs: dict[str, Any]) -> Any:
-        if not isinstance(inputs, dict):
-            raise TypeError(f"call(inputs) of {stage} takes the named arguments as a dict, got {type(inputs).__name__}")
-        return inner(inputs)
+    def _checked(self, inner: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
+        def call(inputs: dict[str, Any]) -> Any:
+            if not isinstance(inputs, dict):
+                raise TypeError(
+                    f"call(inputs) of {self.stage} takes the named arguments as a dict, got {type(inputs).__name__}"
+                )
+            return inner(inputs)
 
-    return call
+        return call
 
 
 class DenoiserRuntime(_Runtime):
@@ -224,7 +232,7 @@ class DenoiserRuntime(_Runtime):
             output[:] = [out, found]
             return found
 
-        result = self.chain(self.site(len(main)), innermost)(given.inputs)
+        result = self.chain(self.site, innermost)(given.inputs)
         if not isinstance(result, Tensor):
             raise TypeError(
                 f"around_denoiser of {', '.join(type(i).__name__ for i in self.interventions)} must return the "
@@ -263,10 +271,8 @@ class ModuleCalls(_Runtime):
         self.template = site
 
     def run(self, given: _Arguments) -> Any:
-        main = given.inputs.get(self.names[0])
-        batch = len(main) if isinstance(main, Tensor) and main.dim() else 0
         where = self.template
-        site = self.site(batch, name=where.name, kind=where.kind, number=where.number)
+        site = functools.partial(self.site, name=where.name, kind=where.kind, number=where.number)
         result = self.chain(site, lambda inputs: given.call(self.plain, inputs))(given.inputs)
         if not isinstance(result, (Tensor, tuple, list)):
             raise TypeError(

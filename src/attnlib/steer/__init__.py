@@ -9,6 +9,7 @@ from .diffusion.clear import Clear
 from .diffusion.linfusion import LinFusion, distillation_losses
 from .diffusion.losses import LatentUpdate
 from .diffusion.softpag import SoftPAG, adaptive_weight, guide, hunt_heads
+from .diffusion.structured_guidance import StructuredGuidance
 from .diffusion.uniform_maps import UniformMaps
 from .diffusion.video import PARO, AdaSpa, BlockSparse, FrameTiles, MixtureOfBlocks, TileSearch
 from .head_reinforcement import HeadDivergence, HeadReinforcement, head_divergence, sensitive_heads, token_divergence
@@ -51,6 +52,7 @@ __all__ = [
     "SinkCalibration",
     "SoftImageGuidance",
     "SoftPAG",
+    "StructuredGuidance",
     "TileSearch",
     "UniformMaps",
     "VisualBoost",

@@ -163,10 +163,10 @@ def per_prompt(words: Sequence[Any], prompts: int) -> list[list[Word]]:
 
     >>> per_prompt(["cat", [3, 4]], 2)
     [['cat', [3, 4]], ['cat', [3, 4]]]
-    >>> per_prompt([["cat"], ["dog", "hat"]], 2)
-    [['cat'], ['dog', 'hat']]
+    >>> per_prompt([["cat"], []], 2)
+    [['cat'], []]
     """
-    nested = [not isinstance(w, str) and any(not isinstance(t, int) for t in w) for w in words]
+    nested = [not isinstance(w, str) and (not len(w) or any(not isinstance(t, int) for t in w)) for w in words]
     if not any(nested):
         return [list(words)] * prompts
     if not all(nested) or len(words) != prompts:
