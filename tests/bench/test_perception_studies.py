@@ -38,6 +38,9 @@ def test_search(tmp_path, monkeypatch):
     )  # fmt: skip
     told = found["pairs"]["L and T"]
     assert {r["name"] for r in told["rows"]} == {searching.TRAINED, "template", "chance"}
+    for row in told["runs"]:
+        each = [value for key, value in row.items() if key.startswith("moves, ")]
+        assert len(each) == 4 and row["moves"] == pytest.approx(sum(each) / 4)
     assert told["people"]["asymmetry"] == pytest.approx((33 - 14) / (33 + 14))
     assert (tmp_path / "searching-cpu.svg").exists() and set(searching.NETS).isdisjoint(PAIRS)
 
