@@ -1,6 +1,6 @@
 """The study of fast, slow and auto, as small as it goes."""
 
-from attnlib.bench.data.mazes import random_maze
+from attnlib.bench.data.mazes import random_maze, score
 from attnlib.bench.studies import dualformer
 
 
@@ -11,6 +11,7 @@ def test_the_study_runs(tmp_path, monkeypatch):
     )
     assert [r["name"] for r in found["rows"]] == list(dualformer.NAMES)
     assert (tmp_path / "dualformer-cpu.svg").exists()
+    assert 0 <= found["solved without looking at walls"] <= 100
     assert {"slow, solved", "auto, words of trace"} < set(found["rows"][1]) and found["rows"][1]["against"]["n"] == 2
 
 
@@ -19,3 +20,16 @@ def test_responses_are_thinned_anew():
     assert dualformer.response(maze, 0, 4)[1] == "plan"
     lengths = {len(dualformer.response(maze, seed, None)) for seed in range(20)}
     assert len(lengths) > 4 and max(lengths) <= dualformer.longest(6) + 1
+
+
+def test_a_plan_that_looks_at_no_wall():
+    mazes = [random_maze(4, 4, seed) for seed in range(60)]
+    for maze in mazes:
+        (x, y), (gx, gy) = maze.start, maze.goal
+        at, plan = [x, y], ["plan", str(x), str(y)]
+        for axis, aim in ((0, gx), (1, gy)):
+            while at[axis] != aim:
+                at[axis] += 1 if aim > at[axis] else -1
+                plan += ["plan", str(at[0]), str(at[1])]
+        assert dualformer.blind(maze) == score(maze, [*plan, "eos"])["solved"]
+    assert 0 < sum(map(dualformer.blind, mazes)) < 60

@@ -156,13 +156,13 @@ def measure(
     pictures: str | Path | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     tasks: Sequence[str] = ("choices", "names"),
-    steps: int = 1000,
+    steps: int = 700,
     batch: int = 64,
-    width: int = 96,
+    width: int = 64,
     layers: int = 2,
-    heads: int = 6,
-    size: int = 3,
-    ranks: Sequence[int] = (0, 1, 2, 3, 4, 8),
+    heads: int = 4,
+    size: int = 2,
+    ranks: Sequence[int] = (0, 1, 2, 4, 8),
     count: int = 64,
 ) -> dict[str, Any]:
     """Train, patch and compress, with every seed.
