@@ -150,6 +150,42 @@ def digit_pairs(
     return (images + noise * torch.randn(images.shape, generator=generator)).unsqueeze(1), shown, corners
 
 
+def two_digits(
+    count: int, side: int = 32, part: str = "train", generator: torch.Generator | None = None, digit: int = 12,
+    step: int = 4,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Two handwritten digits of different classes beside each other on noise: two objects that look alike.
+
+    Args:
+        count: images.
+        side: pixels per side, at least twice the digit's.
+        part: ``"train"`` or ``"test"``, as of :func:`cluttered_digits`.
+        generator: of what is drawn.
+        digit: pixels per side of a digit; their squares do not overlap.
+        step: corners of digits lie on every so many pixels.
+
+    Returns:
+        Images (count, 1, side, side), labels (count, 2), and the ink (count, 2, side, side) of either digit in [0, 1].
+    """
+    check_choice("part", part, PARTS)
+    check_int("digit", digit, least=4)
+    check_int("side", side, least=2 * digit)
+    glyphs, labels = _glyphs(part, digit)
+    ink = torch.zeros(count, 2, side, side)
+    found = torch.zeros(count, 2, dtype=torch.long)
+    images = 0.15 * torch.randn(count, 1, side, side, generator=generator)
+    for i in range(count):
+        while True:
+            first, second = _draws(2, 0, len(glyphs), generator)
+            top, left, down, right = (step * n for n in _draws(4, 0, (side - digit) // step + 1, generator))
+            if labels[first] != labels[second] and max(abs(top - down), abs(left - right)) >= digit:
+                break
+        for n, (which, row, column) in enumerate(((first, top, left), (second, down, right))):
+            ink[i, n, row : row + digit, column : column + digit] = glyphs[which]
+            found[i, n] = labels[which]
+    return images + ink.sum(1, keepdim=True), found, ink
+
+
 @functools.lru_cache(maxsize=1)
 def _photographs() -> tuple[Tensor, ...]:
     return tuple(
