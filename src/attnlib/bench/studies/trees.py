@@ -1,11 +1,11 @@
 """Trees of reversed attention in images of two objects: whether they are the objects, and what pruning leaves costs.
 
 ``attnlib bench --suite trees --out benchmarks/results`` measures again what ``trees-cpu.json`` holds and draws it. A
-small DependencyViT and a vision transformer of equal width and depth learn which two handwritten digits an image shows. Then the
-patches of the digits are told apart: by cutting the tree of a dependency mask in two, and by clustering what the plain
-model has: its attention, its features; or no model at all: the places of patches. Which block is read is chosen on
-images of the training part. Pruning lets tokens go by what they receive, by chance, or by what they receive the other
-way round, from the same weights.
+small DependencyViT and a vision transformer of equal width and depth learn which two handwritten digits an image shows.
+Then the patches of the digits are told apart: by cutting the tree of a dependency mask in two, and by clustering what
+the plain model has: its attention, its features; or no model at all: the places of patches. Which block is read is
+chosen on images of the training part. Pruning lets tokens go by what they receive, by chance, or by what they receive
+the other way round, from the same weights.
 """
 
 from __future__ import annotations
