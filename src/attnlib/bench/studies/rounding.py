@@ -141,9 +141,11 @@ def bits_left(
     result = {}
     for number in bits:
         by = {(r["name"], r["seed"]): {k: v for k, v in r.items() if k not in ("name", "seed")} for r in parts[number]}
-        result[str(number)] = study(
-            list(contestants), lambda name, seed, by=by: by[name, seed], "bits", BASELINE, seeds
-        )
+
+        def measured(name: str, seed: int, by: Any = by) -> dict[str, float]:
+            return by[name, seed]
+
+        result[str(number)] = study(list(contestants), measured, "bits", BASELINE, seeds)
     return result
 
 

@@ -90,7 +90,8 @@ def pruned(model: nn.Module, name: str, level: float, seed: int) -> tuple[nn.Mod
             if isinstance(layer, nn.Linear) and kind_of(place) is not None:
                 cut = torch_prune.random_unstructured if name == "random" else torch_prune.l1_unstructured
                 cut(layer, "weight", level)
-                gone, whole = gone + int((layer.weight_mask == 0).sum()), whole + layer.weight.numel()
+                mask: Any = layer.weight_mask
+                gone, whole = gone + int((mask == 0).sum()), whole + layer.weight.numel()
     return made, gone / whole
 
 
