@@ -111,7 +111,7 @@ def dependency_tree(
 
     Reference: Ding et al., 2023, arXiv 2304.03282 (who leave open how they parse); Edmonds, 1967, "Optimum branchings".
 
-    >>> mask = torch.tensor([[0.8, 0.7, 0.1], [0.1, 0.2, 0.1], [0.1, 0.1, 0.8]])
+    >>> mask = torch.tensor([[0.8, 0.7, 0.2], [0.1, 0.2, 0.1], [0.1, 0.1, 0.7]])
     >>> dependency_tree(mask).parents.tolist()
     [-1, 0, -1]
     >>> dependency_tree(mask, roots="one").parents.tolist()
