@@ -418,6 +418,21 @@ def test_two_streams_of_a_block():
     assert len(attention.sites) == 2 and attention.sites[0].main == "hidden_states"
 
 
+def test_those_behind_see_the_rows_that_are_run(pipe):
+    def some(site, inputs, call):
+        index = [i for i, row in enumerate(site.rows) if row == "cond"]
+        with site.sampling.session.some_rows(index):
+            call(rows_of(inputs, index, len(site.rows)))
+        return call(inputs)
+
+    outer, inner, blocks = Whole(some), Whole(), Modules(["mid_block"])
+    with attnlib.attach(pipe, outer, inner, blocks):
+        pipes.sample(pipe, ["a dog", "a cat"], steps=1)
+    rows = [("cond",) * 2, ("uncond",) * 2 + ("cond",) * 2]
+    assert [s.rows for s in inner.sites] == [s.rows for s in blocks.sites] == rows
+    assert [s.prompts for s in inner.sites] == [(0, 1), (0, 1, 0, 1)] and [s.rows for s in outer.sites] == rows[1:]
+
+
 # ---- companions, and what is refused
 
 

@@ -117,8 +117,8 @@ def text_streams(pipe: Any, longest: int | None = None) -> list[tuple[Any, int, 
         first, third = getattr(pipe, "tokenizer_2", None), None
         streams: list[tuple[Any, int, int | None]] = [(first, 0, longest)]
     elif third is not None and first is not None:
-        own = _limit(first) or 77
-        streams = [(first, 0, own), (third, own, longest or 256)]
+        width = _limit(first) or 77
+        streams = [(first, 0, width), (third, width, longest or 256)]
     else:
         own = None if first is None else _limit(first)
         streams = [(first, 0, own if longest is None or own is not None and own < longest else longest)]
