@@ -40,13 +40,13 @@ def measure(
         keep: a file that takes every item as soon as it is done, and from which a later call goes on.
         pictures: folder for ``real-eviction-long-cpu.svg``.
         plan: by length of the text in tokens, what is measured: ``{mode: {task: ratios}}``.
-        items: by length, texts at each depth; 3 of 2,048 and 2 of 4,096 tokens by default.
+        items: by length, texts at each depth; 3 of each by default.
         **settings: of the other line.
 
     Returns:
         Plain values, for JSON.
     """
-    counts = {2048: 3, 4096: 2} if items is None else items
+    counts = {2048: 3, 4096: 3} if items is None else items
     given: dict[str, Any] = {"dtype": torch.float32, "compared": False, "quadratic": {2048: 1}} | settings
     result = eviction.measure(progress, keep, None, plan=plan, items=counts, **given) | {"what": QUESTION}
     if pictures is not None:

@@ -240,7 +240,7 @@ def measure(
     keep: str | Path | None = None,
     pictures: str | Path | None = None,
     name: str = "smollm2-135m",
-    rows: Sequence[int] = (4, 4, 4),
+    rows: Sequence[int] = (8, 4, 4),
     doubled: int = 1,
     lengths: Sequence[int] = (128, 96, 64),
     removed: Sequence[int] = (0, 27, 54, 108),
@@ -263,7 +263,7 @@ def measure(
     Returns:
         Plain values, for JSON.
     """
-    model, tokenizer = models.load(name, dtype=torch.bfloat16) if loaded is None else loaded
+    model, tokenizer = models.load(name) if loaded is None else loaded
     data = files.text()
     held, other = tokens_of(tokenizer, data.test), tokens_of(tokenizer, data.train[:60_000])
     vocabulary = (model.config.vocab_size // 48, model.config.vocab_size * 4 // 5)  # neither markers nor rare pieces
@@ -351,7 +351,8 @@ def measure(
             )
     result: dict[str, Any] = {
         "what": "every head of a pretrained decoder taken out and doubled alone; scores that foresee it; heads removed",
-        "model": models.MODELS[name].title if loaded is None else "given", "machine": machine(), "dtype": "bfloat16",
+        "model": models.MODELS[name].title if loaded is None else "given", "machine": machine(),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "text": data.source, "rows": dict(zip(TASKS, rows, strict=True)),
         "lengths": dict(zip(TASKS, lengths, strict=True)),
         "untouched": {t: {k: round(float(np.mean(v)), 4) for k, v in base[t].items()} for t in TASKS},
