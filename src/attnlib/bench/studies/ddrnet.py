@@ -42,7 +42,9 @@ def dilated(encoder: Features, dilations: dict[int, int]) -> Features:
         dilations: by stage; its first convolution keeps what the stage before has, as usual.
     """
     before = 1
-    for number, stage in enumerate(encoder.model.stages):
+    stages = encoder.model.stages
+    assert isinstance(stages, nn.ModuleList)
+    for number, stage in enumerate(stages):
         for block in stage.blocks:
             if number not in dilations or not isinstance(block, ResidualBlock):
                 continue
