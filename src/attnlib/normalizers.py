@@ -25,6 +25,7 @@ class Normalizer:
     """Base of all normalizers.
 
     ``scores`` (..., N, M) are already scaled, biased and in the statistics dtype; pairs that may not meet are ``-inf``.
+    A subclass with a ``name`` is known to ``as_normalizer`` by it, unless it is declared with ``register=False``.
     """
 
     name: ClassVar[str] = ""
@@ -34,9 +35,9 @@ class Normalizer:
     axis: ClassVar[str] = "keys"
     empty: ClassVar[float] = 0.0
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, register: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__dict__.get("name"):
+        if register and cls.__dict__.get("name"):
             _KINDS[cls.name] = cls
 
     def weights(self, scores: Tensor) -> Tensor:

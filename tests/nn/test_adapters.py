@@ -16,7 +16,10 @@ from attnlib.nn.layers import ConvNorm, DepthwiseConv
 CASES = [pytest.param(row, id=row.id) for row in rows()]
 
 #: Parts that a setting has switched off: a cached metric is not deduced again.
-UNUSED = {"pldr-llm-plga-cached": "learner.", "sparsifiner-dense": "cheap_"}
+UNUSED = {
+    "pldr-llm-plga-cached": "learner.", "sparsifiner-dense": "cheap_",
+    "dual-token-vit": "token_mlp.", "dual-token-vit-steps": "token_mlp.",  # read what a block before hands on
+}  # fmt: skip
 #: What chooses keys, without a gradient; a loss of its own trains it.
 CHOOSING = {"sparsifiner": "cheap_"}
 

@@ -30,7 +30,7 @@ from .pretraining import build, train_on
 
 
 @dataclass(frozen=True)
-class AboveMean(Thresholded):
+class AboveMean(Thresholded, register=False):
     """1 where softmax reaches the mean of its row."""
 
     name = "above-mean"
