@@ -73,7 +73,8 @@ class Segmenter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, H, W, classes)."""
-        (last,) = self.body.forward_intermediates(x, [-1], norm=True, intermediates_only=True)
+        body: Any = self.body
+        (last,) = body.forward_intermediates(x, [-1], norm=True, intermediates_only=True)
         return resize_map(self.head(last.permute(0, 2, 3, 1)), x.shape[2:])
 
 

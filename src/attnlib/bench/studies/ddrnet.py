@@ -42,8 +42,7 @@ def dilated(encoder: Features, dilations: dict[int, int]) -> Features:
         dilations: by stage; its first convolution keeps what the stage before has, as usual.
     """
     before = 1
-    stages = encoder.model.stages
-    assert isinstance(stages, nn.ModuleList)
+    stages: Any = encoder.model.stages
     for number, stage in enumerate(stages):
         for block in stage.blocks:
             if number not in dilations or not isinstance(block, ResidualBlock):
