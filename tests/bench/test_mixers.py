@@ -3,14 +3,15 @@
 import pytest
 import torch
 
+from attnlib.bench import small
 from attnlib.bench.studies import mixers
 
 
 @pytest.mark.parametrize("name", mixers.CONTESTANTS)
 def test_contestants_have_equal_parameters(name):
     with torch.device("meta"):
-        goal = mixers.parameters(mixers.build(mixers.BASELINE, 10))
-        own = mixers.parameters(mixers.build(name, 10, mixers.width_for(name, goal, 10)))
+        goal = small.parameters(mixers.build(mixers.BASELINE, 10))
+        own = small.parameters(mixers.build(name, 10, mixers.width_for(name, goal, 10)))
     assert abs(own - goal) <= 0.01 * goal
 
 

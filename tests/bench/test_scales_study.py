@@ -15,13 +15,13 @@ def test_contestants_read_the_tiles_they_are_named_by():
     one, three, alone, wide = (
         scales.features(n, model, images) for n in (scales.ONE, scales.THREE, scales.ALONE, scales.ENLARGED)
     )
-    torch.testing.assert_close(three[:, : scales.DIM], one)
-    torch.testing.assert_close(three[:, -scales.DIM :], alone)
-    assert three.shape == wide.shape == (2, 3 * scales.DIM) and not torch.allclose(three, wide, atol=1e-3)
+    torch.testing.assert_close(three[:, : one.shape[1]], one)
+    torch.testing.assert_close(three[:, -one.shape[1] :], alone)
+    assert three.shape == wide.shape == (2, 3 * one.shape[1]) and not torch.allclose(three, wide, atol=1e-3)
     shrunk = torch.nn.functional.interpolate(images, size=(scales.OWN, scales.OWN), mode="bicubic")
     expected = scales.last_map(model, shrunk).mean((1, 2))
     torch.testing.assert_close(one, expected)
-    torch.testing.assert_close(wide[:, : scales.DIM], expected)
+    torch.testing.assert_close(wide[:, : one.shape[1]], expected)
 
 
 def test_a_small_run_of_scales(tmp_path):

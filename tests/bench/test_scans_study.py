@@ -3,14 +3,15 @@
 import pytest
 import torch
 
+from attnlib.bench import small
 from attnlib.bench.studies import mixers, scans
 
 
 @pytest.mark.parametrize("name", scans.CONTESTANTS)
 def test_contestants_have_equal_parameters(name):
     with torch.device("meta"):
-        goal = mixers.parameters(scans.build(scans.BASELINE, 10))
-        own = mixers.parameters(scans.build(name, 10, scans.width_for(name, goal, 10)))
+        goal = small.parameters(scans.build(scans.BASELINE, 10))
+        own = small.parameters(scans.build(name, 10, scans.width_for(name, goal, 10)))
     assert abs(own - goal) <= 0.01 * goal
 
 

@@ -301,7 +301,8 @@ def test_other_pipelines(folder):
 
 def test_nothing_to_do_is_the_pipeline_bit_for_bit(pipe):
     plain = pipes.sample(pipe)
-    for same in (astar(step_size=0.0), astar(segregation=0.0, retention=0.0), astar(steps=0), AttendExcite(WORDS, 0.0)):
+    idle = AttendExcite(WORDS, step_size=0.0)
+    for same in (astar(step_size=0.0), astar(segregation=0.0, retention=0.0), astar(steps=0), idle):
         with attnlib.attach(pipe, same) as session:
             assert not session.attached and torch.equal(pipes.sample(pipe), plain)
     with attnlib.attach(pipe, astar(steps=[9])) as session:  # no such step

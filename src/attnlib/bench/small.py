@@ -16,9 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..checks import check_int, check_real
+from ..models.build import create_model
+from ..ops import use_backend
 from .plots import _FAINT, PALETTE, _figure
 from .stats import Interval, mean_interval, paired_interval
 from .store import identity, plain, write_text
@@ -97,6 +101,64 @@ def started_small(model: nn.Module, seed: int, positions: float = 0.2) -> nn.Mod
             if name.rpartition(".")[2] == "pos_embed":
                 nn.init.normal_(table, std=positions)
     return model
+
+
+def small_vit(
+    seed: int, side: int, patch: int = 4, classes: int = 10, depth: int = 3, dim: int = 48, **settings: Any
+) -> Any:
+    """A vision transformer of four heads for grey images, started as small models are.
+
+    Args:
+        seed: of its weights.
+        side, patch: pixels per side of an image and of a patch.
+        classes: of its head.
+        depth: blocks.
+        dim: channels.
+        settings: of :func:`attnlib.models.backbones.vit.vit`.
+    """
+    torch.manual_seed(seed)
+    model = create_model(
+        "vit_tiny_patch16_224", patch_size=patch, img_size=side, in_chans=1, embed_dim=dim, depth=depth, num_heads=4,
+        mlp_ratio=2.0, num_classes=classes, **settings,
+    )  # fmt: skip
+    return started_small(model, seed)
+
+
+def parameters(model: nn.Module) -> int:
+    """How many numbers a model has.
+
+    >>> parameters(nn.Linear(3, 2))
+    8
+    """
+    return sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def operations(call: Callable[[], Any]) -> int:
+    """Multiplications and additions of convolutions and products in a call, each by itself, without gradients.
+
+    Attention runs on the eager backend for it: of fused attention nothing would be counted.
+
+    >>> operations(lambda: torch.ones(2, 3) @ torch.ones(3, 5))
+    60
+    """
+    with FlopCounterMode(display=False) as counter, use_backend("eager"):
+        call()
+    return int(counter.get_total_flops())
+
+
+@torch.no_grad()
+def scored(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """``accuracy``, in percent, and ``loss``, the cross-entropy, of a classifier, which is put into evaluation mode."""
+    model.eval()
+    logits = torch.cat([model(part) for part in images.split(128)])
+    right = (logits.argmax(-1) == labels).float().mean()
+    return {"accuracy": 100 * float(right), "loss": float(F.cross_entropy(logits, labels))}
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Percent of images that a classifier gets right; it is put into evaluation mode."""
+    return scored(model, images, labels)["accuracy"]
 
 
 def study(

@@ -26,7 +26,7 @@ from ..checks import check_choice, checked, describe, shaped
 from ..extras import need
 from ..hooks import Capture, Node, Nodes, Patch, attach
 from ..hooks.tape import logits_of
-from .circuits.heads import UniformHeads
+from .circuits.heads import ablated
 from .circuits.replay import call, named_inputs
 
 #: How a head is silenced.
@@ -144,10 +144,8 @@ def head_importance(model: nn.Module, batches: Iterable[Any], how: str = "zero")
         hit = before.argmax(-1) == truth
         right, images = right + float(hit.sum()), images + len(before)
         for node in heads:
-            silenced: Any
             if how == "uniform":
-                silenced = UniformHeads([node])
-                silenced.layers = [nodes.layers[node.layer].site.name]
+                silenced = ablated(model, [node], how="uniform")
             else:
                 zero = torch.zeros(1, 1, widths[node.layer], device=before.device)
                 silenced = Patch({node: means.get(node, zero)})

@@ -23,7 +23,7 @@ TEXTURES = tuple(name.rpartition("/")[2].partition(".")[0] for _, name in (*_TRA
 
 
 @functools.lru_cache(maxsize=4)
-def _glyphs(part: str, side: int) -> tuple[Tensor, Tensor]:
+def digit_glyphs(part: str, side: int) -> tuple[Tensor, Tensor]:
     images, labels = digits().train if part == "train" else digits().test
     large = F.interpolate(images.movedim(-1, 1), size=(side, side), mode="bilinear", align_corners=False)
     return large[:, 0].clamp(0, 1), labels
@@ -79,7 +79,7 @@ def placed_digits(
     check_int("digit", digit, least=4, most=side)
     if digit % 2:
         raise ValueError(f"digit={digit} must be even: its quarters are pieces")
-    glyphs, labels = _glyphs(part, digit)
+    glyphs, labels = digit_glyphs(part, digit)
     half, room = digit // 2, side - digit + 1
     images = torch.zeros(count, side, side)
     chosen = _draws(count, 0, len(glyphs), generator)
@@ -130,7 +130,7 @@ def digit_pairs(
     low, high = check_ints("apart", apart, least=digit)
     if not low <= high <= width - digit:
         raise ValueError(f"apart={apart} must rise, and be at most {width - digit} in images {width} wide")
-    glyphs, labels = _glyphs(part, digit)
+    glyphs, labels = digit_glyphs(part, digit)
     members = [(labels == c).nonzero()[:, 0] for c in range(classes)]
     first = torch.randint(classes, (count,), generator=generator)
     other = torch.randint(1, classes, (count,), generator=generator)
@@ -170,7 +170,7 @@ def two_digits(
     check_choice("part", part, PARTS)
     check_int("digit", digit, least=4)
     check_int("side", side, least=2 * digit)
-    glyphs, labels = _glyphs(part, digit)
+    glyphs, labels = digit_glyphs(part, digit)
     ink = torch.zeros(count, 2, side, side)
     found = torch.zeros(count, 2, dtype=torch.long)
     images = 0.15 * torch.randn(count, 1, side, side, generator=generator)
@@ -262,7 +262,7 @@ def tiled_digits(
     """
     check_int("digit", digit, least=4, most=side // 3)
     images = photo_crops(count, side, part, generator) * 0.6
-    glyphs, labels = _glyphs(part, digit)
+    glyphs, labels = digit_glyphs(part, digit)
     classes = torch.randint(10, (count,), generator=generator)
     members = [(labels == c).nonzero()[:, 0].tolist() for c in range(10)]
     cell = side // 3
@@ -293,7 +293,7 @@ def moving_digits(
     check_choice("part", part, PARTS)
     check_int("side", side, least=16)
     check_int("frames", frames, least=1)
-    glyphs, labels = _glyphs(part, 14)
+    glyphs, labels = digit_glyphs(part, 14)
     room = side - 14
     chosen = _draws(count, 0, len(glyphs), generator)
     start = torch.rand(count, 2, generator=generator) * room
@@ -350,7 +350,7 @@ def directed_digits(
     middle = (side - digit) // 2
     if reach > middle:
         raise ValueError(f"step={step} takes a digit {reach} pixels off the middle, where {middle} are possible")
-    glyphs, _ = _glyphs(part, digit)
+    glyphs, _ = digit_glyphs(part, digit)
     canvas = F.pad(glyphs[_draws(count, 0, len(glyphs), generator)], (0, side - digit, 0, side - digit))
     labels = torch.randint(len(DIRECTIONS), (count,), generator=generator)
     centre = middle + torch.randint(-jitter, jitter + 1, (count, 2), generator=generator)

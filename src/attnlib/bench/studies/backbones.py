@@ -28,8 +28,7 @@ from ...models.backbones.uniformer import uniformer
 from ...models.backbones.van import van
 from ..clock import interleave, machine, peak_bytes
 from ..data.worlds import TEXTURES, texture_crops
-from ..small import Progress, fit, picture, started_small, study
-from .mixers import accuracy, parameters
+from ..small import Progress, accuracy, fit, parameters, picture, started_small, study
 
 SIDE, BASELINE = 48, "residual network"
 _GIVEN: dict[str, Any] = dict(num_classes=len(TEXTURES), in_chans=1, img_size=SIDE)

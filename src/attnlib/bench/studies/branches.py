@@ -17,15 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...models.backbones.crossvit import CrossViT, crossvit
 from ...nn.dense.crossvit import _between
-from ...ops import use_backend
 from ..clock import machine
 from ..data.worlds import TEXTURES, texture_crops
-from ..small import Progress, fit, picture, started_small, study
-from .mixers import accuracy, parameters
+from ..small import Progress, accuracy, fit, operations, parameters, picture, started_small, study
 
 SIDE = 48
 DIMS, HEADS, DEPTHS, RATIO = (32, 48), (2, 3), ((1, 1), (1, 1)), 2.0
@@ -93,14 +90,6 @@ def ratio_for(name: str) -> float:
 
 
 @torch.no_grad()
-def operations(model: nn.Module) -> int:
-    """Multiplications and additions of one image, as pairs: convolutions and products."""
-    with FlopCounterMode(display=False) as counter, use_backend("eager"):
-        model.eval()(torch.zeros(1, 1, SIDE, SIDE))
-    return counter.get_total_flops() // 2
-
-
-@torch.no_grad()
 def _alone(model: Any, x: Tensor, labels: Tensor) -> list[float]:
     """Percent right of each branch's own logits."""
     read = [torch.cat(parts)[:, 0] for parts in zip(*(model.forward_features(p) for p in x.split(128)), strict=True)]
@@ -116,7 +105,7 @@ def measure(
     seeds: tuple[int, ...] = (0, 1, 2),
     tested: int = 1024,
 ) -> dict[str, Any]:
-    """Train every contestant on both tasks.
+    """Train every contestant on every task.
 
     Args:
         progress: told of every run.
@@ -144,7 +133,8 @@ def measure(
             losses = fit(model, lambda g: draw(batch, SIDE, generator=g), loss, steps, lr=3e-3, seed=seed)
             found = {
                 "accuracy": accuracy(model, *test), "last_loss": sum(losses[-20:]) / len(losses[-20:]),
-                "parameters": parameters(model), "multiply-adds, M": operations(model) / 1e6,
+                "parameters": parameters(model),
+                "multiply-adds, M": operations(lambda: model.eval()(test[0][:1])) / 2e6,
             }  # fmt: skip
             found["small patches alone"], found["large patches alone"] = _alone(model, *test)
             if name == OURS:  # what is left where class tokens come back without having read

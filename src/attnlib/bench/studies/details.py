@@ -17,16 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...convert.dual_cross_attention import DualCrossAttention
-from ...models.build import create_model
-from ...ops import use_backend
 from ..clock import machine
-from ..data.worlds import _glyphs
-from ..small import Progress, fit, picture, started_small, study
+from ..data.worlds import digit_glyphs
+from ..small import Progress, accuracy, fit, operations, picture, small_vit, started_small, study
 
-SIDE, FRAME, GAP, PATCH, DIM, CLASSES = 20, 16, 4, 4, 48, 8
+SIDE, FRAME, GAP, PATCH, CLASSES = 20, 16, 4, 4, 8
 #: Standard deviation of the noise, and pixels between places where a frame may stand.
 NOISE, STEP = 0.25, 2
 PLAIN, LONGER, OURS = "plain", "plain, equal work", "DCAL"
@@ -37,7 +34,7 @@ GAPS = ((0, 0), (0, 6), (0, 12), (6, 12), (12, 12), (12, 6), (12, 0), (6, 0))
 
 def glyphs(count: int, part: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Images (count, 1, side, side), and which gap each frame has."""
-    digits, _ = _glyphs(part, 10)
+    digits, _ = digit_glyphs(part, 10)
     labels = torch.randint(CLASSES, (count,), generator=generator)
     which = torch.randint(len(digits), (count,), generator=generator).tolist()
     corners = (STEP * torch.randint((SIDE - FRAME) // STEP + 1, (count, 2), generator=generator)).tolist()
@@ -55,12 +52,7 @@ def glyphs(count: int, part: str, generator: torch.Generator) -> tuple[Tensor, T
 
 def build(seed: int) -> Any:
     """A vision transformer of three blocks with a class token."""
-    torch.manual_seed(seed)
-    model = create_model(
-        "vit_tiny_patch16_224", patch_size=PATCH, img_size=SIDE, in_chans=1, embed_dim=DIM, depth=3, num_heads=4,
-        mlp_ratio=2.0, num_classes=CLASSES,
-    )  # fmt: skip
-    return started_small(model, seed)
+    return small_vit(seed, SIDE, PATCH, CLASSES)
 
 
 def companion(model: nn.Module, seed: int) -> DualCrossAttention:
@@ -85,17 +77,7 @@ def work(name: str, batch: int = 8) -> float:
     model = build(0)
     what = companion(model, 0) if name == OURS else model
     given = glyphs(batch, "train", torch.Generator().manual_seed(0))
-    # Of fused attention nothing would be counted.
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), use_backend("eager"):
-        loss_of(what, given)
-    return counter.get_total_flops() / 1e6 / batch
-
-
-@torch.no_grad()
-def right(model: nn.Module, test: tuple[Tensor, Tensor]) -> float:
-    """Percent of the test's images whose gap is told."""
-    found = torch.cat([model.eval()(part).argmax(-1) for part in test[0].split(100)])
-    return 100 * float((found == test[1]).float().mean())
+    return operations(lambda: loss_of(what, given)) / 1e6 / batch
 
 
 def measure(
@@ -129,7 +111,7 @@ def measure(
         what = companion(model, seed) if name == OURS else model
         count = longer if name == LONGER else steps
         fit(what, lambda g: glyphs(batch, "train", g), loss_of, count, lr=3e-3, seed=seed)
-        return {"accuracy": right(what, test), "alone": right(model, test)}
+        return {"accuracy": accuracy(what, *test), "alone": accuracy(model, *test)}
 
     result: dict[str, Any] = {
         "what": "glyphs that are nearly alike", "machine": machine(), "steps": steps, "batch": batch,

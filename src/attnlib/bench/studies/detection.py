@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...models.detect.boxes import overlaps
 from ...models.detect.plain_detr import Detections, PlainDETR
 from ..clock import machine
-from ..data.worlds import _draws, _glyphs
+from ..data.worlds import _draws, digit_glyphs
 from ..small import Progress, fit, picture, study
 
 SIDE, DIGIT, MOST = 48, 14, 3
@@ -29,7 +29,7 @@ def pictures_of_digits(
     count: int, part: str, generator: torch.Generator | None = None
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Pictures (count, 1, 48, 48) and per picture ``boxes`` (K, 4) and ``labels`` (K,), all 0."""
-    glyphs, _ = _glyphs(part, DIGIT)
+    glyphs, _ = digit_glyphs(part, DIGIT)
     images = torch.zeros(count, SIDE, SIDE)
     targets = []
     for image in images:

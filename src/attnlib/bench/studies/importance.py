@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from ...hooks import Node, Nodes, Patch, attach
 from ...look.importance import head_importance
-from ...models.build import create_model
 from ..clock import machine
 from ..data.worlds import cluttered_digits
-from ..small import Progress, fit, picture, started_small, study
+from ..small import Progress, accuracy, fit, picture, small_vit, study
 
 SIDE, PATCH, DIM, HEADS, DEPTH = 24, 4, 48, 4, 3
 BASELINE = "random order"
@@ -46,12 +45,7 @@ def images(count: int, part: str, generator: torch.Generator | None) -> tuple[Te
 
 def build(seed: int = 0) -> Any:
     """The transformer."""
-    torch.manual_seed(seed)
-    model = create_model(
-        "vit_tiny_patch16_224", patch_size=PATCH, img_size=SIDE, in_chans=1, embed_dim=DIM, depth=DEPTH,
-        num_heads=HEADS, mlp_ratio=2.0, num_classes=10,
-    )  # fmt: skip
-    return started_small(model, seed)
+    return small_vit(seed, SIDE, PATCH, depth=DEPTH, dim=DIM)
 
 
 def trained(seed: int, steps: int, batch: int) -> Any:
@@ -76,18 +70,12 @@ def sizes(model: Any) -> dict[Node, float]:
     return found
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, test: tuple[Tensor, Tensor], silent: Sequence[Node] = ()) -> float:
+def silenced(model: nn.Module, test: tuple[Tensor, Tensor], silent: Sequence[Node] = ()) -> float:
     """Percent right with some heads silent."""
-
-    def right() -> float:
-        said = torch.cat([model(part).argmax(-1) for part in test[0].split(128)])
-        return 100 * float((said == test[1]).float().mean())
-
     if not silent:
-        return right()
+        return accuracy(model, *test)
     with attach(model, Patch({node: torch.zeros(1, 1, DIM // HEADS) for node in silent})):
-        return right()
+        return accuracy(model, *test)
 
 
 def measure(
@@ -140,12 +128,12 @@ def measure(
             models[seed] = trained(seed, steps, batch)
         model = models[seed]
         curves = [
-            [accuracy(model, test, order[:silent]) for silent in range(1, count)]
+            [silenced(model, test, order[:silent]) for silent in range(1, count)]
             for order in ascending(name, seed, model)
         ]
         mean = torch.tensor(curves).mean(0).tolist()
         said = {f"{silent} silent": value for silent, value in enumerate(mean, 1)}
-        return {"mean accuracy": sum(mean) / len(mean), "intact": accuracy(model, test), **said}
+        return {"mean accuracy": sum(mean) / len(mean), "intact": silenced(model, test), **said}
 
     key = (steps, batch, fitting, tested, draws)
     found = study(orders, run, "mean accuracy", BASELINE, seeds, progress, keep, key)

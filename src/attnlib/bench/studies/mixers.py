@@ -26,7 +26,7 @@ from ...nn.partition.maxvit import PartitionAttention
 from ..clock import interleave, machine, peak_bytes
 from ..data.worlds import TEXTURES, cluttered_digits, texture_crops
 from ..fields import mean_distance, squared_gradients
-from ..small import Progress, fit, picture, study
+from ..small import Progress, accuracy, fit, parameters, picture, study
 
 SIDE, PATCH, DIM, HEADS, DEPTH, RATIO = 24, 2, 48, 4, 2, 3.0
 
@@ -118,11 +118,6 @@ def backbone(
     return Backbone(stem, [Stage(blocks)], (DIM,), (PATCH,), nn.LayerNorm(DIM), head, classes, 1, side)
 
 
-def parameters(model: nn.Module) -> int:
-    """How many numbers are learned."""
-    return sum(p.numel() for p in model.parameters())
-
-
 def width_for(name: str, goal: int, classes: int) -> int:
     """The hidden width with which a contestant has the wanted number of parameters, as nearly as whole widths can."""
     with torch.device("meta"):
@@ -139,13 +134,6 @@ def receptive_field(model: Backbone, images: Tensor) -> float:
     y = normed(model.norm, model.forward_features(x), None)
     at = y.shape[1] // 2
     return mean_distance(squared_gradients(y[:, at, at], x), ((at + 0.5) * PATCH - 0.5,) * 2)
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Percent."""
-    model.eval()
-    return 100 * float((torch.cat([model(part) for part in images.split(128)]).argmax(-1) == labels).float().mean())
 
 
 def costs(goal: int, side: int = 64, batch: int = 4, repeats: int = 5) -> dict[str, dict[str, float]]:

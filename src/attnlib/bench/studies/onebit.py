@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn.binary import BinaryLinear
@@ -25,7 +23,7 @@ from ...nn.dense.bivit import BinaryAttention
 from ...normalizers import Normalizer, Step, Thresholded, as_normalizer
 from ..clock import machine
 from ..data.files import digits
-from ..small import Progress, picture, study
+from ..small import Progress, picture, scored, study
 from .pretraining import build, train_on
 
 
@@ -58,15 +56,6 @@ def binary(model: nn.Module, normalizer: Normalizer) -> nn.Module:
             setattr(new, name, BinaryLinear.of(getattr(old, name)))
         block.mixer.inner = new
     return made
-
-
-@torch.no_grad()
-def score(model: nn.Module, test: tuple[Tensor, Tensor]) -> dict[str, float]:
-    scores = model.eval()(test[0])
-    return {
-        "accuracy": 100 * float((scores.argmax(-1) == test[1]).float().mean()),
-        "loss": float(F.cross_entropy(scores, test[1])),
-    }
 
 
 def measure(
@@ -103,9 +92,9 @@ def measure(
             train_on(held[seed], *train, steps, batch, seed)
         normalizer = CONTESTANTS[name]
         model = copy.deepcopy(held[seed]) if normalizer is None else binary(held[seed], normalizer)
-        before = score(model, test)
+        before = scored(model, *test)
         train_on(model, *train, more, batch, 100 + seed)
-        return {**score(model, test), **{f"{what} before": value for what, value in before.items()}}
+        return {**scored(model, *test), **{f"{what} before": value for what, value in before.items()}}
 
     result: dict[str, Any] = {
         "what": "attention of one bit, by its threshold", "data": data.source, "split": data.split,

@@ -16,13 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...models.build import create_model
-from ...ops import use_backend
 from ..clock import machine
 from ..data.worlds import TEXTURES, texture_crops
-from ..small import Progress, fit, interval, picture, started_small, study
+from ..small import Progress, fit, interval, operations, picture, scored, started_small, study
 from ..stats import fit_power_law, mean_interval, paired_interval
 
 SIDE, DIM = 32, 32
@@ -44,21 +42,7 @@ def build(mixer: str, patch: int, seed: int = 0) -> Any:
 
 def flops(model: nn.Module) -> float:
     """Of one image, forward, in millions."""
-    # Of fused attention nothing would be counted.
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), use_backend("eager"):
-        model(torch.zeros(1, 1, SIDE, SIDE))
-    return counter.get_total_flops() / 1e6
-
-
-@torch.no_grad()
-def tested(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Cross entropy in nats and percent right."""
-    model.eval()
-    scores = torch.cat([model(part) for part in images.split(64)])
-    return {
-        "loss": float(F.cross_entropy(scores, labels)),
-        "accuracy": 100 * float((scores.argmax(-1) == labels).float().mean()),
-    }
+    return operations(lambda: model(torch.zeros(1, 1, SIDE, SIDE))) / 1e6
 
 
 def measure(
@@ -106,7 +90,7 @@ def measure(
                 return F.cross_entropy(m(given[0]), given[1])
 
             losses = fit(model, lambda g: texture_crops(batch, generator=g), loss, steps, lr=3e-3, seed=seed)
-            return {**tested(model, *test), "train_loss": sum(losses[-40:]) / len(losses[-40:])}
+            return {**scored(model, *test), "train_loss": sum(losses[-40:]) / len(losses[-40:])}
 
         found = study(names, run, "loss", names[0], seeds, progress, keep, (mixer, steps, batch, crops))
         by_patch = {

@@ -44,8 +44,8 @@ from ...models.blocks import Block
 from ...nn.dense.mpcvit import MPCAttention, choose_heads, clamp_shares
 from ..clock import machine
 from ..data.worlds import TEXTURES, texture_crops
-from ..small import Progress, fit, picture, started_small, study
-from .mixers import PATCH, Positions, accuracy
+from ..small import Progress, accuracy, fit, picture, started_small, study
+from .mixers import PATCH, Positions
 
 SIDE, DIM, HEADS, DEPTH = 16, 48, 4, 4
 TOKENS = (SIDE // PATCH) ** 2

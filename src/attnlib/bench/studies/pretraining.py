@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...models.build import create_model
 from ...models.pretrain import MaskedPretraining, block_mask, last_map
 from ..clock import machine
 from ..data.files import digits
-from ..small import Progress, fit, picture, started_small, study
+from ..small import Progress, fit, picture, small_vit, study
 
 SIDE, PATCH, DIM = 8, 2, 48
 
@@ -36,26 +35,23 @@ CONTESTANTS = (
 
 def build(seed: int) -> Any:
     """A vision transformer of three blocks, 16 patches and the mean of them."""
-    torch.manual_seed(seed)
-    model = create_model(
-        "vit_tiny_patch16_224", patch_size=PATCH, img_size=SIDE, in_chans=1, embed_dim=DIM, depth=3, num_heads=4,
-        mlp_ratio=2.0, num_classes=10, class_token=False, global_pool="avg",
-    )  # fmt: skip
-    return started_small(model, seed)
+    return small_vit(seed, SIDE, PATCH, dim=DIM, class_token=False, global_pool="avg")
 
 
-def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
+def moved(images: Tensor, generator: torch.Generator) -> Tensor:
     """Images moved by at most a pixel, so that few of them are never the same twice."""
     down, right = torch.randint(3, (2,), generator=generator).tolist()
     return F.pad(images, (1, 1, 1, 1))[:, :, down : down + SIDE, right : right + SIDE]
 
 
-def train_on(model: Any, images: Tensor, labels: Tensor, steps: int, batch: int, seed: int) -> None:
+def train_on(model: Any, images: Tensor, labels: Tensor, steps: int, batch: int, seed: int, lr: float = 2e-3) -> None:
+    """Train to name images, moved by at most a pixel each time."""
+
     def draw(g: torch.Generator) -> tuple[Tensor, Tensor]:
         at = torch.randint(len(images), (batch,), generator=g)
-        return _moved(images[at], g), labels[at]
+        return moved(images[at], g), labels[at]
 
-    fit(model, draw, lambda m, given: F.cross_entropy(m(given[0]), given[1]), steps, lr=2e-3, seed=seed)
+    fit(model, draw, lambda m, given: F.cross_entropy(m(given[0]), given[1]), steps, lr=lr, seed=seed)
     model.eval()
 
 
@@ -66,7 +62,7 @@ def pretrained(teacher: Any, images: Tensor, steps: int, batch: int, seed: int) 
     def draw(g: torch.Generator) -> tuple[Tensor, Tensor]:
         at = torch.randint(len(images), (batch,), generator=g)
         grid = (SIDE // PATCH, SIDE // PATCH)
-        return _moved(images[at], g), block_mask(grid, ratio=0.4, batch=batch, least=2, generator=g)
+        return moved(images[at], g), block_mask(grid, ratio=0.4, batch=batch, least=2, generator=g)
 
     losses = fit(step, draw, lambda m, given: m(*given).loss, steps, lr=2e-3, seed=seed)
     return step.eval(), -sum(losses[-20:]) / len(losses[-20:])

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from ...convert.prompts import PromptCam
 from ...hooks import Intervention, attach
 from ...hooks.site import Site
-from ...models.build import create_model
 from ..clock import machine
-from ..small import Progress, fit, picture, started_small, study
+from ..small import Progress, fit, picture, small_vit, study
 
 CELLS, PATCH, DIM, DEPTH, KNOWN, CLASSES = 5, 4, 48, 3, 16, 8
 SIDE = CELLS * PATCH
@@ -71,12 +70,7 @@ def scenes(
 
 def build(seed: int, classes: int = KNOWN) -> Any:
     """A vision transformer with a class token."""
-    torch.manual_seed(seed)
-    model = create_model(
-        "vit_tiny_patch16_224", patch_size=PATCH, img_size=SIDE, in_chans=1, embed_dim=DIM, depth=DEPTH, num_heads=4,
-        mlp_ratio=2.0, num_classes=classes,
-    )  # fmt: skip
-    return started_small(model, seed)
+    return small_vit(seed, SIDE, PATCH, classes, DEPTH, DIM)
 
 
 class _Cells(nn.Module):

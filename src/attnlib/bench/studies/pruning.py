@@ -27,8 +27,7 @@ from ...models.blocks import ConvStem
 from ...nn.layers import ConvNorm
 from ..clock import machine
 from ..data.worlds import cluttered_digits
-from ..small import Progress, fit, picture, study
-from .mixers import accuracy, parameters
+from ..small import Progress, accuracy, fit, parameters, picture, study
 
 SIDE, DIGIT, PIECES, PATCH, DIM, DEPTH = 24, 20, 2, 3, 48, 3
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)

@@ -25,8 +25,8 @@ from ...ops.block_policies import block_affinity, topk_blocks
 from ...ops.block_sparse import BlockPlan, block_recall
 from ..clock import machine
 from ..data.worlds import TEXTURES, texture_crops
-from ..small import Progress, fit, picture, study
-from .mixers import BASELINE, DIM, HEADS, PATCH, accuracy, build
+from ..small import Progress, accuracy, fit, picture, study
+from .mixers import BASELINE, DIM, HEADS, PATCH, build
 
 #: Pixels a side, tokens a side, and a side of a region.
 SIDE, TOKENS, REGION = 16 * PATCH, 16, 4

@@ -19,15 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...models.build import create_model
 from ...models.multiscale import MultiScale
 from ...models.pretrain import last_map
 from ..clock import machine
-from ..data.worlds import _glyphs
+from ..data.worlds import digit_glyphs
 from ..probing import cached_tokens, linear
-from ..small import Progress, fit, picture, started_small, study
+from ..small import Progress, accuracy, fit, picture, small_vit, study
 
-OWN, TIMES, PATCH, DIM, LARGE, SMALL, NOISE = 16, 3, 4, 48, 42, 12, 0.1
+OWN, TIMES, PATCH, LARGE, SMALL, NOISE = 16, 3, 4, 42, 12, 0.1
 SIDE = OWN * TIMES
 ONE, TWO, THREE = "1", "1, 2", "1, 2, 3"
 ALONE, ENLARGED = "3 alone", "1, 2, 3, no new detail"
@@ -43,7 +42,7 @@ def known(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     labels = torch.empty(count, dtype=torch.long)
     for i, size in enumerate(torch.randint(len(SIZES), (count,), generator=generator).tolist()):
         side = SIZES[size]
-        digits, classes = _glyphs("train", side)
+        digits, classes = digit_glyphs("train", side)
         which = int(torch.randint(len(digits), (), generator=generator))
         top, left = torch.randint(OWN - side + 1, (2,), generator=generator).tolist()
         images[i, top : top + side, left : left + side] += digits[which]
@@ -54,7 +53,7 @@ def known(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def pairs(count: int, part: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Images (count, 1, SIDE, SIDE) of a large digit and a small one inside a tile, and which they are (count, 2)."""
     images = NOISE * torch.randn(count, SIDE, SIDE, generator=generator)
-    (large, classes), (small, _) = _glyphs(part, LARGE), _glyphs(part, SMALL)
+    (large, classes), (small, _) = digit_glyphs(part, LARGE), digit_glyphs(part, SMALL)
     which = torch.randint(len(classes), (count, 2), generator=generator)
     corners = torch.randint(SIDE - LARGE + 1, (count, 2), generator=generator).tolist()
     tiles = torch.randint(TIMES, (count, 2), generator=generator)
@@ -69,12 +68,7 @@ def pairs(count: int, part: str, generator: torch.Generator) -> tuple[Tensor, Te
 
 def tower(steps: int, batch: int, seed: int) -> Any:
     """A vision transformer that was trained to tell digits at its own size."""
-    torch.manual_seed(seed)
-    model = create_model(
-        "vit_tiny_patch16_224", patch_size=PATCH, img_size=OWN, in_chans=1, embed_dim=DIM, depth=3,
-        num_heads=4, mlp_ratio=2.0, num_classes=10, class_token=False, global_pool="avg",
-    )  # fmt: skip
-    started_small(model, seed)
+    model = small_vit(seed, OWN, PATCH, class_token=False, global_pool="avg")
     fit(model, lambda g: known(batch, g), lambda m, x: F.cross_entropy(m(x[0]), x[1]), steps, lr=3e-3, seed=seed)
     return model.eval()
 
@@ -87,13 +81,6 @@ def features(name: str, model: Any, images: Tensor) -> Tensor:
         functools.partial(last_map, model), OF[name], layout="channels_last", max_split_size=OWN, multiple=PATCH
     )
     return cached_tokens(scaled, images, batch=100).mean(1)
-
-
-@torch.no_grad()
-def right(model: Any, count: int) -> float:
-    """Percent of digits that a tower tells at its own size."""
-    images, labels = known(count, torch.Generator().manual_seed(4321))
-    return 100 * float((model(images).argmax(-1) == labels).float().mean())
 
 
 def measure(
@@ -132,7 +119,7 @@ def measure(
         large, small = (linear((read, train[1][:, i]), (asked, test[1][:, i]), 0.1) for i in range(2))
         return {
             "accuracy": (large + small) / 2, "large": large, "small": small, "channels": read.shape[1],
-            "tower": right(model, tested // 2),
+            "tower": accuracy(model, *known(tested // 2, torch.Generator().manual_seed(4321))),
         }  # fmt: skip
 
     result: dict[str, Any] = {

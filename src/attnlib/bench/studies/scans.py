@@ -21,8 +21,8 @@ from ...models.backbones.stages import Backbone
 from ...models.blocks import Place, fitted
 from ...nn.scan.mhs_vm import FAMILIES
 from ..clock import interleave, machine
-from ..small import Progress
-from .mixers import SIDE, backbone, draw_tasks, on_tasks, parameters
+from ..small import Progress, parameters
+from .mixers import SIDE, backbone, draw_tasks, on_tasks
 
 BASELINE = "four routes (VMamba)"
 

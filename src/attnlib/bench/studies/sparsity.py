@@ -24,8 +24,9 @@ from ...convert.prune import kind_of, prune
 from ...models.build import create_model
 from ..clock import machine
 from ..data.files import digits
-from ..small import Progress, fit, picture, started_small, study
+from ..small import Progress, picture, scored, started_small, study
 from .pretraining import build as plain
+from .pretraining import train_on
 
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 BASELINE, OURS = "magnitude, all layers", "DIMAP"
@@ -66,15 +67,9 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {"vision transformer": plain, "S
 
 def trained(name: str, images: Tensor, labels: Tensor, steps: int, batch: int, seed: int) -> nn.Module:
     """A model that knows the digits, moved by at most a pixel in training."""
-    model, side = MODELS[name](seed), images.shape[-1]
-
-    def draw(g: torch.Generator) -> tuple[Tensor, Tensor]:
-        at = torch.randint(len(images), (batch,), generator=g)
-        down, right = torch.randint(3, (2,), generator=g).tolist()
-        return F.pad(images[at], (1, 1, 1, 1))[:, :, down : down + side, right : right + side], labels[at]
-
-    fit(model, draw, lambda m, given: F.cross_entropy(m(given[0]), given[1]), steps, lr=3e-3, seed=seed)
-    return model.eval()
+    model = MODELS[name](seed)
+    train_on(model, images, labels, steps, batch, seed, lr=3e-3)
+    return model
 
 
 def pruned(model: nn.Module, name: str, level: float, seed: int) -> tuple[nn.Module, float]:
@@ -126,14 +121,6 @@ def measure(
         "machine": machine(), "steps": steps, "batch": batch, "chance": 10.0, "models": {},
     }  # fmt: skip
 
-    @torch.no_grad()
-    def right(model: nn.Module) -> dict[str, float]:
-        scores = model(test[0])
-        return {
-            "accuracy": 100 * float((scores.argmax(-1) == test[1]).float().mean()),
-            "loss": float(F.cross_entropy(scores, test[1])),
-        }
-
     for kind in models:
         held: dict[int, nn.Module] = {}
 
@@ -141,11 +128,11 @@ def measure(
             if seed not in held:
                 held.clear()
                 held[seed] = trained(kind, *train, steps, batch, seed)
-            found = {f"whole {k}": v for k, v in right(held[seed]).items()}
+            found = {f"whole {k}": v for k, v in scored(held[seed], *test).items()}
             for level in levels:
                 made, share = pruned(held[seed], name, level, seed)
                 assert abs(share - level) < 0.002, (name, level, share)
-                found |= {f"{k} at {100 * level:g} %": v for k, v in right(made).items()}
+                found |= {f"{k} at {100 * level:g} %": v for k, v in scored(made, *test).items()}
             return found
 
         first = f"accuracy at {100 * levels[0]:g} %"

@@ -24,7 +24,8 @@ from ...convert.scalekd import ScaleKD
 from ...models.build import create_model
 from ..clock import machine
 from ..data.files import digits
-from ..small import Progress, fit, picture, study
+from ..small import Progress, accuracy, fit, parameters, picture, study
+from .pretraining import moved
 from .sparsity import trained
 
 SIDE, WIDTHS = 32, (12, 24)
@@ -53,7 +54,7 @@ def taught(
     name: str, teacher: Any, images: Tensor, labels: Tensor, steps: int, batch: int, seed: int
 ) -> tuple[nn.Module, dict[str, float]]:
     """A student, and the parts of its loss at the end."""
-    student, side = student_of(seed), images.shape[-1]
+    student = student_of(seed)
     lesson: Any = None
     if name != LABELS:
         torch.manual_seed(1000 + seed)  # projectors
@@ -62,9 +63,7 @@ def taught(
 
     def draw(g: torch.Generator) -> tuple[Tensor, Tensor]:
         at = torch.randint(len(images), (batch,), generator=g)
-        down, right = torch.randint(3, (2,), generator=g).tolist()
-        moved = F.pad(images[at], (1, 1, 1, 1))[:, :, down : down + side, right : right + side]
-        return F.interpolate(moved, size=(SIDE, SIDE), mode="nearest"), labels[at]
+        return F.interpolate(moved(images[at], g), size=(SIDE, SIDE), mode="nearest"), labels[at]
 
     def loss(model: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
         if lesson is None:
@@ -106,14 +105,10 @@ def measure(
     large = F.interpolate(test[0], size=(SIDE, SIDE), mode="nearest")
     held: dict[int, Any] = {}
 
-    @torch.no_grad()
-    def right(model: nn.Module) -> float:
-        return 100 * float((model(large).argmax(-1) == test[1]).float().mean())
-
     result: dict[str, Any] = {
         "what": "a student taught by labels, logits, features or ScaleKD", "data": data.source, "split": data.split,
         "machine": machine(), "teaching": teaching, "steps": steps, "batch": batch, "chance": 10.0,
-        "parameters": sum(p.numel() for p in student_of(0).parameters()), "labelled": {},
+        "parameters": parameters(student_of(0)), "labelled": {},
     }  # fmt: skip
     rows: dict[int, list[dict[str, Any]]] = {count: [] for count in labelled}
     for seed in seeds:
@@ -126,7 +121,8 @@ def measure(
                     held[seed] = whole.model.eval()
                 few = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))[:count]
                 student, parts = taught(name, held[seed], train[0][few], train[1][few], steps, batch, seed)
-                return {"accuracy": right(student), "teacher": right(held[seed]), **parts}
+                told = {"accuracy": student, "teacher": held[seed]}
+                return {what: accuracy(model, large, test[1]) for what, model in told.items()} | parts
 
             found = study(
                 (LABELS, LOGITS, FEATURES, OURS), run, "accuracy", BASELINE, (seed,), progress, keep,

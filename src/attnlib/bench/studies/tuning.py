@@ -87,7 +87,7 @@ def tune(name: str, given: Any, steps: int, batch: int, seed: int) -> Any:
 def right(model: Any, images: tuple[Tensor, Tensor]) -> float:
     """Percent of images whose pattern is told."""
     answers = model(images[0])
-    answers = answers[0] if isinstance(answers, tuple) else answers
+    answers = answers[0] if isinstance(answers, tuple) else answers  # logits, and a distance beside those of prompts
     return 100 * float((answers.argmax(-1) == images[1]).float().mean())
 
 

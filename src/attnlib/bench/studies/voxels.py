@@ -23,9 +23,8 @@ from ...models.detect.scatterformer import ResidualVoxels, ScatterStage, Voxels
 from ...nn.layers import merge_heads, split_heads
 from ...ops.voxels import conv_sites, window_segments
 from ..clock import interleave, machine
-from ..small import Progress, fit, study
+from ..small import Progress, fit, parameters, study
 from .clouds import SURFACES, surfaces
-from .mixers import parameters
 
 SHAPE, WINDOW, DIM, HEADS, DEPTH = (12, 32, 32), 8, 32, 4, 2
 KINDS = tuple(SURFACES.index(name) for name in ("box", "torus", "helix"))

@@ -199,7 +199,32 @@ def overlap(
     return Overlap(found, _measure(found, len(first), len(second), how), expected, p)
 
 
-class AttendTo(Intervention):
+class _OfHeads(Intervention):
+    """What interventions on chosen heads share: which heads of which layer they are."""
+
+    follows_sequence: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = ("self",)
+
+    def __init__(self, heads: Sequence[Node]):
+        if not heads:
+            raise ValueError("heads is empty; name at least one")
+        for node in heads:
+            if not isinstance(node, Node) or node.kind != "z" or node.head is None:
+                raise ValueError(f"heads must be Node('z', layer, head), got {node!r}")
+        self.heads = list(heads)
+        self._numbers: dict[str, list[int]] = {}
+
+    def prepare(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        nodes = Nodes(model)
+        for node in self.heads:
+            nodes.check(node)
+        self._numbers = {
+            layer.site.name: [n.head for n in self.heads if n.layer == number and n.head is not None]
+            for number, layer in enumerate(nodes.layers)
+        }
+
+
+class AttendTo(_OfHeads):
     """Heads look from chosen queries at chosen keys, with all their weight or with some of it.
 
     ``A'_ij = (1 - w) A_ij + w / |T|`` for keys ``j`` in the targets ``T`` of row ``i``, ``(1 - w) A_ij`` elsewhere.
@@ -218,8 +243,6 @@ class AttendTo(Intervention):
     """
 
     name: ClassVar[str] = "attend-to"
-    follows_sequence: ClassVar[bool] = False
-    kinds: ClassVar[tuple[str, ...]] = ("self",)
 
     def __init__(
         self, heads: Sequence[Node], targets: Tensor, positions: Sequence[int] | int = -1, weight: float = 1.0
@@ -229,29 +252,15 @@ class AttendTo(Intervention):
             raise ValueError(f"targets must be (B, n) positions, got {tuple(targets.shape)}")
         if targets.numel() and int(targets.min()) < 0:
             raise ValueError(f"targets must be counted from the first key, 0 and up, got {int(targets.min())}")
-        if not heads:
-            raise ValueError("heads is empty; name at least one")
-        for node in heads:
-            if not isinstance(node, Node) or node.kind != "z" or node.head is None:
-                raise ValueError(f"heads must be Node('z', layer, head), got {node!r}")
-        self.heads, self.targets, self.positions = list(heads), targets, check_positions(positions)
+        super().__init__(heads)
+        self.targets, self.positions = targets, check_positions(positions)
         if isinstance(self.positions, Tensor) and self.positions.dim() > 1:
             raise ValueError("positions of queries must be the same in all samples")
         self.weight = check_real("weight", weight, least=0, most=1)
-        self._numbers: dict[str, list[int]] = {}
 
     @property
     def identity(self) -> bool:
         return self.weight == 0
-
-    def prepare(self, model: nn.Module, sites: Sequence[Site]) -> None:
-        nodes = Nodes(model)
-        for node in self.heads:
-            nodes.check(node)
-        self._numbers = {
-            layer.site.name: [n.head for n in self.heads if n.layer == number and n.head is not None]
-            for number, layer in enumerate(nodes.layers)
-        }
 
     def edit_rows(self, site: Site) -> Tensor | None:
         if not self._numbers.get(site.name):
@@ -283,7 +292,7 @@ class AttendTo(Intervention):
         return new
 
 
-class UniformHeads(Intervention):
+class UniformHeads(_OfHeads):
     """Heads read all keys that they may read alike: ``A_ij = 1 / |keys of i|``, whatever their scores and biases.
 
     Args:
@@ -294,26 +303,6 @@ class UniformHeads(Intervention):
     """
 
     name: ClassVar[str] = "uniform-heads"
-    follows_sequence: ClassVar[bool] = False
-    kinds: ClassVar[tuple[str, ...]] = ("self",)
-
-    def __init__(self, heads: Sequence[Node]):
-        if not heads:
-            raise ValueError("heads is empty; name at least one")
-        for node in heads:
-            if not isinstance(node, Node) or node.kind != "z" or node.head is None:
-                raise ValueError(f"heads must be Node('z', layer, head), got {node!r}")
-        self.heads = list(heads)
-        self._numbers: dict[str, list[int]] = {}
-
-    def prepare(self, model: nn.Module, sites: Sequence[Site]) -> None:
-        nodes = Nodes(model)
-        for node in self.heads:
-            nodes.check(node)
-        self._numbers = {
-            layer.site.name: [n.head for n in self.heads if n.layer == number and n.head is not None]
-            for number, layer in enumerate(nodes.layers)
-        }
 
     def edit_rows(self, site: Site) -> Tensor | None:
         return None if self._numbers.get(site.name) else torch.zeros(0, dtype=torch.long)

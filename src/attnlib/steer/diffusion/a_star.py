@@ -18,14 +18,14 @@ from Attend-and-Excite.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ...checks import check_choice, check_real, shaped
+from ...checks import check_choice, check_flag, check_real, shaped
 from .losses import LatentUpdate
 from .maps import normalize, of_spans, over_words, overlap, smooth
 
@@ -80,10 +80,28 @@ def excitation(maps: Tensor) -> Tensor:
 
 
 class _OfWords(LatentUpdate):
-    """What both losses do to maps first."""
+    """What both losses do to maps first.
 
-    sharpness: float | None
-    sigma: float | None
+    Args:
+        words: subjects.
+        targets: see :class:`LatentUpdate`.
+        sharpness: of the softmax over words; ``None`` for weights as they are.
+        sigma: of the blur; ``None`` for none.
+        update: other settings of :class:`LatentUpdate`.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[Any],
+        *,
+        targets: Mapping[int, float] | None = TARGETS,
+        sharpness: float | None = 100.0,
+        sigma: float | None = SIGMA,
+        **update: Any,
+    ):
+        super().__init__(words, targets=targets, **update)
+        self.sharpness = None if sharpness is None else check_real("sharpness", sharpness, above=0)
+        self.sigma = None if sigma is None else check_real("sigma", sigma, above=0)
 
     def subjects(self, maps: dict[str, Tensor], spans: list[list[int]]) -> Tensor:
         """(M, h, w) maps of the subjects."""
@@ -91,22 +109,16 @@ class _OfWords(LatentUpdate):
         some = of_spans(text, spans)
         return some if self.sigma is None else smooth(some, self.sigma)
 
-    def _set(self, sharpness: float | None, sigma: float | None) -> None:
-        self.sharpness = None if sharpness is None else check_real("sharpness", sharpness, above=0)
-        self.sigma = None if sigma is None else check_real("sigma", sigma, above=0)
-
 
 class AttendExcite(_OfWords):
     """Attend-and-Excite: the least seen subject is made to be seen.
 
     Args:
         words: subjects, as words of the prompt or numbers of their tokens; a list for each prompt where they differ.
-        step_size, step_range, steps, targets, inner: see :class:`attnlib.steer.diffusion.losses.LatentUpdate`.
-        resolution: of the maps.
-        layers: numbers or name patterns; ``None`` for all of that resolution.
-        sharpness: of the softmax over words; ``None`` for weights as they are.
-        sigma: of the blur; ``None`` for none.
-        loss_scale: for half precision.
+        sharpness: of the softmax over words, 100 by default; ``None`` for weights as they are.
+        sigma: of the blur, :data:`SIGMA` by default; ``None`` for none.
+        settings: ``step_size``, ``step_range``, ``steps``, ``targets`` (:data:`TARGETS` by default), ``inner``,
+            ``resolution``, ``layers`` and ``loss_scale`` of :class:`attnlib.steer.diffusion.losses.LatentUpdate`.
 
     Words of several tokens have the mean of their maps; the authors take one token each.
 
@@ -117,23 +129,6 @@ class AttendExcite(_OfWords):
     """
 
     name: ClassVar[str] = "attend-and-excite"
-
-    def __init__(
-        self,
-        words: Sequence[Any],
-        step_size: float = 20.0,
-        step_range: Sequence[float] = (1.0, 0.5),
-        steps: int | Collection[int] | None = 25,
-        targets: Mapping[int, float] | None = TARGETS,
-        inner: int = 20,
-        resolution: int | Sequence[int] = 16,
-        layers: Sequence[int | str] | None = None,
-        sharpness: float | None = 100.0,
-        sigma: float | None = SIGMA,
-        loss_scale: float = 1.0,
-    ):
-        super().__init__(words, step_size, step_range, steps, targets, inner, resolution, layers, loss_scale)
-        self._set(sharpness, sigma)
 
     def loss(self, maps: dict[str, Tensor], spans: list[list[int]], memory: dict[str, Any], step: int) -> Tensor:
         return excitation(self.subjects(maps, spans))
@@ -156,14 +151,8 @@ class AStar(_OfWords):
         normalizer: ``"sum"``, the paper's, or ``"dice"``; see :func:`retention`.
         kept: regions are those of the maps ``"before"`` the last move of a step, or ``"after"`` it, as the step is
             taken.
-        step_size, step_range, steps, inner: see :class:`attnlib.steer.diffusion.losses.LatentUpdate`.
-        targets: ``{step: share}`` at which latents are moved until the loss is at most so much of its range, from the
-            least to the most that it can be.
-        resolution: of the maps.
-        layers: numbers or name patterns; ``None`` for all of that resolution.
-        sharpness: of the softmax over words; ``None`` for weights as they are.
-        sigma: of the blur; ``None`` for none.
-        loss_scale: for half precision.
+        settings: those of :class:`AttendExcite`; ``targets`` are shares of the range of the loss, from the least to the
+            most that it can be.
 
     There is no released code. Ours: step sizes, steps with repeated moves and what maps go through first, from
     Attend-and-Excite; the threshold and that it is relative; ``kept``.
@@ -185,22 +174,13 @@ class AStar(_OfWords):
         relative: bool = True,
         normalizer: str = "sum",
         kept: str = "before",
-        step_size: float = 20.0,
-        step_range: Sequence[float] = (1.0, 0.5),
-        steps: int | Collection[int] | None = 25,
-        targets: Mapping[int, float] | None = TARGETS,
-        inner: int = 20,
-        resolution: int | Sequence[int] = 16,
-        layers: Sequence[int | str] | None = None,
-        sharpness: float | None = 100.0,
-        sigma: float | None = SIGMA,
-        loss_scale: float = 1.0,
+        **settings: Any,
     ):
-        super().__init__(words, step_size, step_range, steps, targets, inner, resolution, layers, loss_scale)
-        self._set(sharpness, sigma)
+        super().__init__(words, **settings)
         self.segregation = check_real("segregation", segregation, least=0)
         self.retention = check_real("retention", retention, least=0)
-        self.threshold, self.relative = check_real("threshold", threshold, least=0, below=1), relative
+        self.threshold = check_real("threshold", threshold, least=0, below=1)
+        self.relative = check_flag("relative", relative)
         check_choice("normalizer", normalizer, NORMALIZERS)
         check_choice("kept", kept, KEPT)
         self.normalizer, self.looks_after = normalizer, kept == "after"
