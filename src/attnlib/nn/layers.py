@@ -205,6 +205,17 @@ def init_fan_out(conv: nn.Conv2d | DepthwiseConv) -> None:
         nn.init.zeros_(conv.bias)
 
 
+def init_like_torch(dim: int, *maps: nn.Linear) -> None:
+    """Maps of queries, keys and values start as those of ``torch.nn.MultiheadAttention``: Xavier's, of the three as one
+    matrix of ``dim``, with zero biases.
+    """
+    bound = math.sqrt(6 / (4 * dim))
+    for part in maps:
+        nn.init.uniform_(part.weight, -bound, bound)
+        if part.bias is not None:
+            nn.init.zeros_(part.bias)
+
+
 def init_like_pvt(module: nn.Module) -> None:
     """Linear maps start narrow, with zero biases, convolutions as by :func:`init_fan_out`."""
     for m in module.modules():

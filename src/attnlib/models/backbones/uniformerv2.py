@@ -35,7 +35,17 @@ from torch import Tensor, nn
 from ...checks import check_choice, check_flag, check_int, check_ints, check_real, describe
 from ...grids import Layout
 from ...nn.dense.softmax_attention import SoftmaxAttention
-from ...nn.layers import DropPath, MapNorm, Mlp, PositionalConv, QuickGELU, masked_mean, normed, zero_invalid
+from ...nn.layers import (
+    DropPath,
+    MapNorm,
+    Mlp,
+    PositionalConv,
+    QuickGELU,
+    init_like_torch,
+    masked_mean,
+    normed,
+    zero_invalid,
+)
 from ...nn.local.uniformer import LocalRelation
 from ...nn.recompute import checkpointed
 from ...nn.released import Released, Rule
@@ -124,11 +134,7 @@ class Reader(nn.Module):
         self.position = PositionalConv(dim, 3, 3)
         nn.init.zeros_(self.position.conv.bias)  # type: ignore[arg-type]
         self.norm, self.context_norm = norm(dim), norm(dim)
-        self.attention = SoftmaxAttention(dim, num_heads)
-        for layer in (self.attention.q, self.attention.k, self.attention.v):
-            bound = (6 / (4 * dim)) ** 0.5  # Xavier's, of the three as one matrix
-            nn.init.uniform_(layer.weight, -bound, bound)
-            nn.init.zeros_(layer.bias)
+        self.attention = _attention(dim, num_heads)
         self.mlp = Residual(dim, mlp, norm, drop_path)
         nn.init.xavier_uniform_(mlp.fc1.weight)
         for last in (self.attention.proj, mlp.fc2):
@@ -383,10 +389,7 @@ def uniformerv2(
 def _attention(dim: int, num_heads: int) -> SoftmaxAttention:
     """Attention that starts as torch's: queries, keys and values as one matrix, zero biases."""
     made = SoftmaxAttention(dim, num_heads)
-    for layer in (made.q, made.k, made.v):
-        bound = (6 / (4 * dim)) ** 0.5
-        nn.init.uniform_(layer.weight, -bound, bound)
-        nn.init.zeros_(layer.bias)
+    init_like_torch(dim, made.q, made.k, made.v)
     nn.init.zeros_(made.proj.bias)
     return made
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import check_divides, check_float, check_int, check_ints, check_rank, checked
-from ...nn.layers import merge_heads, split_heads
+from ...nn.layers import init_like_torch, merge_heads, split_heads
 from ...nn.linear.scatterformer import ScatteredLinearAttention
 from ...nn.released import PLAIN, Released, Rule
 from ...ops import attention
@@ -178,11 +178,8 @@ class PillarPool(nn.Module):
         self.num_heads = num_heads
         self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
         self.norm = nn.LayerNorm(dim)
-        bound = math.sqrt(6 / (4 * dim))  # as torch's own attention starts
-        for part in (self.q, self.k, self.v, self.proj):
-            if part is not self.proj:
-                nn.init.uniform_(part.weight, -bound, bound)
-            nn.init.zeros_(part.bias)
+        init_like_torch(dim, self.q, self.k, self.v)
+        nn.init.zeros_(self.proj.bias)
 
     def forward(self, voxels: Voxels) -> Voxels:
         """(P, C) pillars and their places (P, 3) of sample, row and column, in row-major order."""

@@ -38,7 +38,7 @@ from ...grids import Windows
 from ...ops.partition import grouped_attention
 from ...types import Traits
 from ..base import Mechanism
-from ..layers import ConvNorm, head_dim_of, zero_invalid
+from ..layers import ConvNorm, head_dim_of, init_like_torch, zero_invalid
 from ..registry import register
 from ..released import Released, Rule
 
@@ -171,9 +171,7 @@ class VaryingWindowAttention(Mechanism):
             nn.init.normal_(self.kv.weight, std=math.sqrt(2 / self.dim))
             nn.init.kaiming_normal_(self.proj.conv.weight, mode="fan_out", nonlinearity="relu")
         else:
-            bound = math.sqrt(6 / (4 * self.dim))
-            nn.init.uniform_(self.q.weight, -bound, bound)
-            nn.init.uniform_(self.kv.weight, -bound, bound)
+            init_like_torch(self.dim, self.q, self.kv)
             assert self.proj.conv.bias is not None
             nn.init.zeros_(self.proj.conv.bias)
 
