@@ -14,6 +14,7 @@ from torch import Tensor
 
 import attnlib
 from attnlib import checks as C
+from attnlib.steer.diffusion.a_star import AStar
 
 T = torch.zeros(2, 3)
 INF, NAN = float("inf"), float("nan")
@@ -247,6 +248,16 @@ def test_what_belongs_together_passes(given):
 def test_what_does_not_belong_together_is_refused_by_name(given, error, words):
     with pytest.raises(error, match=words):
         mean(**given)
+
+
+def test_a_misspelt_setting_is_told_what_the_class_and_its_bases_take():
+    for build, own, inherited in (
+        (lambda: AStar(("a", "b"), treshold=0.2), "threshold", "step_size"),
+        (lambda: attnlib.create("sigmoid-attention", dim=8, biass=True), "attn_bias", "num_kv_heads"),
+    ):
+        with pytest.raises(TypeError, match="unexpected keyword argument") as raised:
+            build()
+        assert f"'{own}'" in str(raised.value) and f"'{inherited}'" in str(raised.value)
 
 
 def shaped_functions():

@@ -501,7 +501,8 @@ def checked(function: F) -> F:
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
-            raise TypeError(f"{error}; possible are the arguments {names}") from None
+            possible = _settings(type(args[0])) if args and function.__name__ == "__init__" else names
+            raise TypeError(f"{error}; possible are the arguments {possible}") from None
         hints = _hints(function)
         asked: list[tuple[str, Any, Any]] = []
         for name, value in given.items():
@@ -553,6 +554,19 @@ def _inherited(cls: type, name: str, value: Any) -> Any:
         if function and name in found:
             return Any if inspect.signature(function).parameters[name].default is value else found[name]
     return Any
+
+
+def _settings(cls: type) -> list[str]:
+    """What a constructor takes, together with the bases to which it hands what it does not name itself."""
+    names: dict[str, None] = {}
+    for base in cls.__mro__:
+        if "__init__" not in base.__dict__ or base is object:
+            continue
+        parameters = list(inspect.signature(base.__dict__["__init__"]).parameters.values())[1:]
+        names |= dict.fromkeys(p.name for p in parameters if p.kind not in (_ANY_ARGS, _ANY_KEYWORDS))
+        if not any(p.kind is _ANY_KEYWORDS for p in parameters):
+            break
+    return list(names)
 
 
 _ANY_ARGS, _ANY_KEYWORDS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.backbones.crossvit import CrossViT, crossvit
-from ...nn.dense.crossvit import _between
+from ...nn.dense.crossvit import narrowed
 from ..clock import machine
 from ..data.worlds import TEXTURES, texture_crops
 from ..small import Progress, accuracy, fit, operations, parameters, picture, started_small, study
@@ -52,8 +52,8 @@ class AddedClassTokens(nn.Module):
     def __init__(self, dims: Sequence[int]):
         super().__init__()
         pairs = list(zip(dims, dims[::-1], strict=True))
-        self.there = nn.ModuleList(_between(a, b) for a, b in pairs)
-        self.back = nn.ModuleList(_between(b, a) for a, b in pairs)
+        self.there = nn.ModuleList(narrowed(a, b) for a, b in pairs)
+        self.back = nn.ModuleList(narrowed(b, a) for a, b in pairs)
 
     def forward(self, *streams: Tensor, valid: Sequence[Tensor | None] | None = None) -> tuple[Tensor, ...]:
         out = []

@@ -55,10 +55,10 @@ class ClassTokenExchange(Fusion):
         if len(self.dims) != 2 or len(heads) != 2:
             raise ValueError(f"dims={self.dims} and num_heads={heads} must have one number for each of two streams")
         own, other = self.dims, self.dims[::-1]
-        self.there = nn.ModuleList(_between(a, b) for a, b in zip(own, other, strict=True))
+        self.there = nn.ModuleList(narrowed(a, b) for a, b in zip(own, other, strict=True))
         self.norm = nn.ModuleList(Norm(b) for b in other)
         self.attn = nn.ModuleList(SoftmaxAttention(b, h) for b, h in zip(other, heads[::-1], strict=True))
-        self.back = nn.ModuleList(_between(b, a) for a, b in zip(own, other, strict=True))
+        self.back = nn.ModuleList(narrowed(b, a) for a, b in zip(own, other, strict=True))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, *streams: Tensor, valid: Sequence[Tensor | None] | None = None) -> tuple[Tensor, ...]:
@@ -99,5 +99,6 @@ class ClassTokenExchange(Fusion):
         )
 
 
-def _between(dim: int, out_dim: int) -> nn.Sequential:
+def narrowed(dim: int, out_dim: int) -> nn.Sequential:
+    """From the width of one branch to that of the other: norm, GELU, linear map."""
     return nn.Sequential(Norm(dim), nn.GELU(), nn.Linear(dim, out_dim))
