@@ -517,3 +517,39 @@ def test_interventions_that_are_modules_keep_what_modules_have():
             if name.startswith("_") or name not in Intervention.__dict__:
                 continue
             raise AssertionError(f"{cls.__name__} loses {name} of torch.nn.Module")
+
+
+@pytest.mark.parametrize("name", ["DDIM", "EulerDiscrete", "DPMSolverMultistep"])
+def test_a_step_of_the_scheduler_may_be_amended(folder, name):
+    """Each step's latents as the functions say, one after the other; the same as by a callback of the pipeline."""
+    pipe = pipes.stable_diffusion(folder, plan=pipes.scheduler(name + "Scheduler"))
+    seen = []
+
+    def change(site, inputs, call):
+        sampling = site.sampling
+        sampling.amend(lambda s: (seen.append((site.step, s)), s.after * 0.9)[1])
+        sampling.amend(lambda s: s.after + 0.1)
+        return call(inputs)
+
+    with attnlib.attach(pipe, Whole(change)) as session:
+        got = pipes.sample(pipe, steps=3)
+        with pytest.raises(RuntimeError, match="while a pipeline runs only"):
+            session.sampling.amend(lambda s: s.after)
+
+    def callback(pipe, step, timestep, values):
+        return {"latents": values["latents"] * 0.9 + 0.1}
+
+    assert torch.equal(got, pipes.sample(pipe, steps=3, callback_on_step_end=callback))
+    assert [step for step, _ in seen] == [0, 1, 2] and seen[1][1].before.shape == got.shape
+    assert all(s.scheduler is pipe.scheduler and s.output.shape == got.shape for _, s in seen)
+    torch.testing.assert_close(seen[2][1].before, seen[1][1].after * 0.9 + 0.1)
+    plain = pipes.sample(pipe, steps=2)
+
+    def amended(function):
+        return Whole(lambda site, inputs, call: (site.sampling.amend(function), call(inputs))[1])
+
+    with attnlib.attach(pipe, amended(lambda s: s.after)):
+        assert torch.equal(pipes.sample(pipe, steps=2), plain)
+    with attnlib.attach(pipe, amended(lambda s: None)), pytest.raises(ValueError, match="must return latents"):
+        pipes.sample(pipe, steps=2)
+    assert torch.equal(pipes.sample(pipe, steps=2), plain)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,6 +80,43 @@ def variant(cls: Any, **methods: Any) -> Any:
     return type(cls.__name__, (cls,), {**names, "__doc__": cls.__doc__})
 
 
+@dataclass(frozen=True, eq=False)
+class Stepped:
+    """What a scheduler did at a step.
+
+    Args:
+        after: (n, ...) the latents that it gave.
+        before: (n, ...) those that it was given, moved as they were.
+        output: what the denoiser said of them, guidance done.
+        timestep: of the step.
+        scheduler: the scheduler, which has gone on already.
+    """
+
+    after: Tensor
+    before: Tensor
+    output: Tensor
+    timestep: Any
+    scheduler: Any
+
+
+def _amended(result: Any, amendments: list[Callable[[Stepped], Tensor]], scheduler: Any, given: dict[str, Any]) -> Any:
+    """What ``scheduler.step`` gave, with other latents in it."""
+    latents = before = result[0] if isinstance(result, tuple) else result.prev_sample
+    for function in amendments:
+        stepped = Stepped(latents, given["sample"], given["model_output"], given["timestep"], scheduler)
+        latents = function(stepped)
+        if not isinstance(latents, Tensor) or latents.shape != before.shape:
+            got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"an amendment of a step must return latents {tuple(before.shape)}, got {got}")
+    if latents is before:
+        return result
+    latents = latents.to(before)
+    if isinstance(result, tuple):
+        return (latents, *result[1:])
+    result.prev_sample = latents
+    return result
+
+
 class Sampling(Shared):
     """A call of an attached pipeline, as far as it is known from the pipeline's own calls.
 
@@ -99,6 +137,7 @@ class Sampling(Shared):
         self.scale: float | Tensor = 1.0
         self.shifted: Tensor | None = None
         self.scheduler: Any = None
+        self._amendments: list[Callable[[Stepped], Tensor]] = []
 
     # ---- what is known
 
@@ -184,6 +223,20 @@ class Sampling(Shared):
             raise RuntimeError("latents can be moved while a pipeline runs only: attach(pipe, ...), and call pipe(...)")
         self.shifted = delta if self.shifted is None else self.shifted + delta
 
+    def amend(self, function: Callable[[Stepped], Tensor]) -> None:
+        """Have what the scheduler makes of the latents at this step changed.
+
+        Args:
+            function: from a :class:`Stepped` to the latents that the pipeline goes on with; several follow one another,
+                each on what the one before gave.
+
+        Raises:
+            RuntimeError: no step runs.
+        """
+        if not self.running:
+            raise RuntimeError("steps can be changed while a pipeline runs only: attach(pipe, ...), and call pipe(...)")
+        self._amendments.append(function)
+
     def moved(self, main: Tensor) -> Tensor:
         """What the denoiser is about to read, with the latents moved as they were earlier in this step."""
         if self.shifted is None:
@@ -228,6 +281,7 @@ class Sampling(Shared):
         cls = type(self.scheduler)
         _unset_class(self.scheduler, cls, cls.__mro__[1])
         self.arguments, self.scheduler, self.step, self.shifted, self.scale = {}, None, None, None, 1.0
+        self._amendments = []
         now = self.session._now
         now.step = now.steps = now.told = now.prompts = None
 
@@ -246,7 +300,11 @@ class Sampling(Shared):
                     kwargs["sample"] = new
                 else:
                     args = (*args[:2], new, *args[3:])
+            amendments, sampling._amendments = sampling._amendments, []
             result = cls.step(own, *args, **kwargs)
+            if amendments:
+                given = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs
+                result = _amended(result, amendments, own, given)
             sampling.step += 1
             sampling.shifted, sampling.scale = None, 1.0
             return result
