@@ -509,6 +509,29 @@ def test_bad_input_of_pipelines(pipe, folder):
         assert session.model is both.transformer_2
 
 
+def test_what_denoises_must_be_what_was_attached_to(folder):
+    import diffusers
+
+    from attnlib.steer.diffusion.a_star import AttendExcite
+
+    pipe = pipes.stable_diffusion(folder)
+    shares = pipes.quiet(diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe))
+    image = torch.rand(1, 3, 16, 16)
+    with attnlib.attach(pipe, AttendExcite(("circle", "square"))):
+        with pytest.raises(RuntimeError, match="acts at steps.* something else than the StableDiffusionP"):
+            pipes.sample(shares, image=image, strength=0.5)
+        whole = pipe.unet
+        pipe.unet = torch.compile(whole, backend="eager")  # still the model that was attached to
+        pipes.sample(pipe, steps=1)
+        pipe.unet = pipes.unet(seed=7)
+        with pytest.raises(RuntimeError, match=r"pipe\.unet was replaced meanwhile"):
+            pipes.sample(pipe, steps=1)
+        pipe.unet = whole
+        pipes.sample(pipe, steps=1)
+    with attnlib.attach(pipe, Whole()):  # what needs no step goes on
+        pipes.sample(shares, image=image, strength=0.5)
+
+
 def test_interventions_that_are_modules_keep_what_modules_have():
     from attnlib.steer import Clear, LinFusion
 

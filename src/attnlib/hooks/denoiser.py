@@ -72,6 +72,22 @@ class CallSite:
         return f"CallSite({self.kind}, {self.name!r}, step={self.step}/{self.steps}, rows={self.rows})"
 
 
+def step_of(site: CallSite, owner: Intervention) -> int:
+    """The denoising step of a call, for what cannot act without it.
+
+    Raises:
+        RuntimeError: the denoiser runs outside a call of the pipeline that was attached to.
+    """
+    if site.step is None:
+        name, model = type(owner).__name__, type(site.module).__name__
+        raise RuntimeError(
+            f"{name} acts at steps of a pipeline, and {model} was run outside of one"
+            + ("" if site.sampling is None else f", by something else than the {type(site.sampling.pipe).__name__}")
+            + "; attach to the pipeline that is called: attach(pipe, ...)"
+        )
+    return site.step
+
+
 @contextmanager
 def with_gradient() -> Iterator[None]:
     """Inside, gradients are computed, whatever a pipeline around it says (``no_grad``, ``inference_mode``).

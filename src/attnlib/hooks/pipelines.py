@@ -270,6 +270,13 @@ class Sampling(Shared):
         )
 
     def _begin(self, bound: inspect.BoundArguments) -> None:
+        own = self.session.model
+        parts = {name: part for name in DENOISERS if isinstance(part := getattr(self.pipe, name, None), nn.Module)}
+        if not any(own is module for part in parts.values() for module in part.modules()):
+            raise RuntimeError(
+                f"{type(self.pipe).__name__} denoises with another model than the {type(own).__name__} that was "
+                f"attached to ({', '.join('pipe.' + name for name in parts)} was replaced meanwhile); attach again"
+            )
         bound.apply_defaults()
         self.arguments = {name: value for name, value in list(bound.arguments.items())[1:] if name != "kwargs"}
         self.call, self.step = self.call + 1, 0

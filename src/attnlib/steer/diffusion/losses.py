@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_int, check_real
-from ...hooks.denoiser import CallSite, rows_of, with_gradient
+from ...hooks.denoiser import CallSite, rows_of, step_of, with_gradient
 from ...hooks.intervention import Intervention
 from ...hooks.maps import Maps
 from .prompts import context_spans, per_prompt
@@ -132,8 +132,8 @@ class LatentUpdate(Intervention):
     def around_denoiser(
         self, site: CallSite, inputs: dict[str, Any], call: Callable[[dict[str, Any]], Tensor]
     ) -> Tensor:
-        step, sampling = site.step, site.sampling
-        if step is None or not (self._moves(step) or step in self.targets):
+        step, sampling = step_of(site, self), site.sampling
+        if not (self._moves(step) or step in self.targets):
             return call(inputs)
         notes = self.session.notes
         rows = site.rows
