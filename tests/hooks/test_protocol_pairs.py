@@ -91,6 +91,7 @@ MAKE = {
     "AStar": None,
     "AttendExcite": None,
     "StructuredGuidance": None,
+    "VariableSizeScale": None,
     "BlockSparse": None,  # acts on videos
     "Clear": None,  # acts on images beside text, in denoisers
     "LinFusion": None,  # stands in denoisers

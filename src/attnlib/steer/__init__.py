@@ -11,6 +11,7 @@ from .diffusion.losses import LatentUpdate
 from .diffusion.softpag import SoftPAG, adaptive_weight, guide, hunt_heads
 from .diffusion.structured_guidance import StructuredGuidance
 from .diffusion.uniform_maps import UniformMaps
+from .diffusion.variable_size import VariableSizeScale
 from .diffusion.video import PARO, AdaSpa, BlockSparse, FrameTiles, MixtureOfBlocks, TileSearch
 from .head_reinforcement import HeadDivergence, HeadReinforcement, head_divergence, sensitive_heads, token_divergence
 from .head_scaling import HeadScale
@@ -55,6 +56,7 @@ __all__ = [
     "StructuredGuidance",
     "TileSearch",
     "UniformMaps",
+    "VariableSizeScale",
     "VisualBoost",
     "VisualRedistribution",
     "VisualWings",
