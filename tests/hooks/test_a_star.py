@@ -388,6 +388,24 @@ def test_bad_words_and_models(pipe, folder):
     assert "forward" not in pipe.unet.__dict__
 
 
+def test_rows_that_cannot_run_alone_and_videos_are_refused(folder):
+    import diffusers
+
+    pag = pipes.stable_diffusion(folder, cls="StableDiffusionPAGPipeline")
+    with attnlib.attach(pag, AStar(("circle", "square"))):
+        pipes.sample(pag, steps=1, pag_scale=0)
+        with pytest.raises(ValueError, match="pag_scale=0"):
+            pipes.sample(pag, steps=1)
+    motion = diffusers.MotionAdapter(
+        block_out_channels=(16, 32), motion_layers_per_block=1, motion_num_attention_heads=2,
+        motion_norm_num_groups=4, motion_max_seq_length=8, use_motion_mid_block=False,
+    )  # fmt: skip
+    parts = {n: getattr(pag, n) for n in ("vae", "text_encoder", "tokenizer", "scheduler")}
+    video = pipes.quiet(diffusers.AnimateDiffPipeline(**parts, unet=pipes.unet(), motion_adapter=motion))
+    with attnlib.attach(video, AStar(("circle", "square"))), pytest.raises(ValueError, match="denoises videos"):
+        pipes.sample(video, steps=1, num_frames=2, height=16, width=16)
+
+
 def test_updates_that_are_not_finite_are_refused(pipe):
     class Bad(LatentUpdate):
         def __init__(self, kind):

@@ -142,6 +142,16 @@ class LatentUpdate(Intervention):
                 f"{type(self).__name__} moves the latents of conditional rows, and which these are is not known in "
                 f"{type(sampling.pipe).__name__}; say it: attach(pipe, ..., rows=('uncond', 'cond'))"
             )
+        if "perturbed" in rows:
+            raise ValueError(
+                f"{type(self).__name__} runs conditional rows by themselves, and the processors of perturbed-attention "
+                f"guidance cut every batch by three; call the pipeline with pag_scale=0"
+            )
+        if inputs[site.main].dim() > 4:
+            raise ValueError(
+                f"{type(self).__name__} reads maps of images, and {type(site.module).__name__} denoises videos: "
+                f"{site.main} has shape {tuple(inputs[site.main].shape)}, possible are (B, C, h, w) and (B, N, C)"
+            )
         index = [i for i, row in enumerate(rows) if row == "cond"]
         key = (self, "moved")
         if not index or notes.get(key) == step:
