@@ -350,20 +350,34 @@ def test_what_a_denoiser_gives_keeps_its_form(pipe):
 
 
 def test_modules_are_known_by_kind_and_name(pipe):
-    every = Modules(["attention", "feed-forward", "resnet", "downsampler", "upsampler", "block", "stage"])
+    every = Modules(
+        ["attention", "feed-forward", "resnet", "downsampler", "upsampler", "block", "transformer", "stage"]
+    )
     with attnlib.attach(pipe, every):
         pipes.sample(pipe, steps=1)
     names = {kind: [s.name for s in every.sites if s.kind == kind] for kind in {s.kind for s in every.sites}}
     assert len(names["attention"]) == 14 and len(names["feed-forward"]) == len(names["block"]) == 7
     assert len(names["resnet"]) == 8 and names["downsampler"] == ["down_blocks.0.downsamplers.0"]
     assert names["stage"] == ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
-    assert names["upsampler"] == ["up_blocks.0.upsamplers.0"]
+    assert names["upsampler"] == ["up_blocks.0.upsamplers.0"] and len(names["transformer"]) == 7
+    assert names["transformer"][0] == "down_blocks.0.attentions.0"
     assert {(s.step, s.rows) for s in every.sites} == {(0, ("uncond", "cond"))}
     one = Modules(["up_blocks.*.resnets.1"])
     with attnlib.attach(pipe, one):
         pipes.sample(pipe, steps=1)
     assert [s.name for s in one.sites] == ["up_blocks.0.resnets.1", "up_blocks.1.resnets.1"]
     assert [s.number for s in one.sites] == [3, 5]
+
+
+def test_what_an_intervention_acts_on_may_be_the_models_to_say(pipe):
+    class Last(Modules):
+        def meet(self, model):
+            self.acts_on = [f"up_blocks.{len(model.up_blocks) - 1}"]
+
+    it = Last([])
+    with attnlib.attach(pipe, it):
+        pipes.sample(pipe, steps=1)
+    assert {s.name for s in it.sites} == {"up_blocks.1"}
 
 
 def test_a_module_may_be_skipped_or_changed(pipe):

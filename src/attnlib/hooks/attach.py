@@ -196,6 +196,7 @@ def attach(
     plan: dict[int, list[Intervention]] = {}
     skipped: dict[str, dict[int, str]] = {}
     for i in interventions:
+        i.meet(model)
         for kind in i.kinds:
             check_choice("kinds", kind, KINDS)
         served = [stage for stage in STAGES if implements(i, stage) and stage not in adapter.stages]

@@ -26,8 +26,9 @@ from .recompute import Shared
 from .session import Session
 from .site import Site
 
-#: Kinds of modules that ``around_module`` knows in denoisers. A stage is a resolution of a U-Net, with all its blocks.
-MODULE_KINDS = ("attention", "feed-forward", "resnet", "downsampler", "upsampler", "block", "stage")
+#: Kinds of modules that ``around_module`` knows in denoisers. A transformer is what a U-Net puts behind a resnet, with
+#: its blocks, (B, C, h, w) to (B, C, h, w); a stage is a resolution of a U-Net, with all of these.
+MODULE_KINDS = ("attention", "feed-forward", "resnet", "downsampler", "upsampler", "block", "transformer", "stage")
 
 #: Arguments of denoisers that hold no batch in their first axis, whatever its length.
 NOT_BATCHED = ("img_ids", "txt_ids", "image_rotary_emb", "id", "return_dict")
@@ -314,13 +315,16 @@ def modules_of(model: nn.Module, sites: Sequence[Site]) -> list[CallSite]:
             continue
         if block not in found["block"]:
             found["block"].append(block)
-    lists = {"resnets": "resnet", "downsamplers": "downsampler", "upsamplers": "upsampler"}
+    lists = {
+        "resnets": "resnet", "downsamplers": "downsampler", "upsamplers": "upsampler", "attentions": "transformer",
+    }  # fmt: skip
+    before = {module for some in found.values() for module in some}
     for module, name in names.items():
         parent, _, last = name.rpartition(".")
         kind = lists.get(parent.rpartition(".")[2])
         if parent in ("down_blocks", "up_blocks") or name == "mid_block":
             found["stage"].append(module)
-        elif kind is not None and last.isdigit():
+        elif kind is not None and last.isdigit() and module not in before:
             found[kind].append(module)
         elif any(word in type(module).__name__ for word in ("FeedForward", "GLUMBConv")):
             found["feed-forward"].append(module)

@@ -172,6 +172,9 @@ class Intervention:
         """Why this cannot act at the same layer as ``other``; ``None`` when they compose."""
         return None
 
+    def meet(self, model: nn.Module) -> None:
+        """Called first, before layers are chosen: ``layers``, ``acts_on`` and ``uses`` may be set for this model."""
+
     def prepare(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Called once before anything is attached, with the sites this intervention will act on."""
 
