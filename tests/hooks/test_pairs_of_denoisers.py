@@ -7,7 +7,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import attnlib  # noqa: E402
-from attnlib import steer  # noqa: E402
+from attnlib import cache, steer  # noqa: E402
 from attnlib.hooks import Maps, Record  # noqa: E402
 from hooks import pipes  # noqa: E402
 
@@ -20,6 +20,7 @@ MAKE = {
     "Maps": lambda: Maps(8),
     "Record": lambda: Record(what=("entropy",), rows="all"),
     "SoftPAG": lambda: steer.SoftPAG(0.5, rows=("cond",), layers=["mid_block*"]),
+    "StepCache": lambda: cache.StepCache(cache.steps.every(2)),
     "StructuredGuidance": lambda: steer.StructuredGuidance(["a red circle", "a blue square"]),
     "UniformMaps": lambda: steer.UniformMaps(rows=("uncond",), steps=[0]),
     "VariableSizeScale": lambda: steer.VariableSizeScale(trained_size=4),
@@ -32,6 +33,9 @@ REFUSED = {
     ("AStar", "AStar"),
     ("AStar", "AttendExcite"),
     ("AttendExcite", "AttendExcite"),
+    ("AStar", "StepCache"),
+    ("AttendExcite", "StepCache"),
+    ("StepCache", "StepCache"),
     ("VariableSizeScale", "VariableSizeScale"),
 }
 

@@ -1,4 +1,5 @@
-"""KV-cache compression: a scorer, a budget and a selector, attached with :func:`attnlib.attach`."""
+"""Caches, attached with :func:`attnlib.attach`: keys and values of language models that are dropped (a scorer, a budget
+and a selector), and what denoisers computed at one step, used again at others."""
 
 from .base import KVCompression
 from .budgets import AcrossHeads, AcrossLayers, Budget, Cap, PerLayer, Pyramid, Ratio
@@ -17,6 +18,7 @@ from .scorers import (
 )
 from .selectors import TopK
 from .snapkv import SnapKV, SnapKVByHead
+from .steps import DiffusersCache, StepCache
 from .votes import snapkv_votes
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Budget",
     "CacheView",
     "Cap",
+    "DiffusersCache",
     "ExpectedAttention",
     "KVCompression",
     "KeyNorm",
@@ -40,6 +43,7 @@ __all__ = [
     "SnapKV",
     "SnapKVByHead",
     "SnapKVVotes",
+    "StepCache",
     "TopK",
     "ValueNorm",
     "snapkv_votes",

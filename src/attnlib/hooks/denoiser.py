@@ -336,6 +336,33 @@ def modules_of(model: nn.Module, sites: Sequence[Site]) -> list[CallSite]:
     ]
 
 
+def named_modules(intervention: Intervention, model: nn.Module, known: Sequence[CallSite]) -> list[CallSite]:
+    """Of the modules of a denoiser, those that an intervention ``acts_on``, in the order in which it names them.
+
+    Raises:
+        TypeError: ``acts_on`` is no sequence of names.
+        ValueError: nothing of the model fits a name.
+    """
+    name, acts_on = type(intervention).__name__, intervention.acts_on
+    if isinstance(acts_on, str) or not acts_on:
+        raise TypeError(f"{name}: acts_on must be a sequence of kinds or name patterns, got {acts_on!r}")
+    chosen: dict[nn.Module, CallSite] = {}
+    for wanted in acts_on:
+        fitting = [
+            s for s in known
+            if (s.kind == wanted if wanted in MODULE_KINDS else fnmatch.fnmatchcase(s.name, wanted))
+        ]  # fmt: skip
+        if not fitting:
+            kinds = sorted({s.kind for s in known})
+            raise ValueError(
+                f"{name}: {type(model).__name__} has no module {wanted!r}; its modules are of kinds {kinds}, for "
+                f"example {[s.name for s in known[:4]]}"
+            )
+        for s in fitting:
+            chosen.setdefault(s.module, s)
+    return list(chosen.values())
+
+
 def install_modules(session: Session, sites: Sequence[Site]) -> None:
     """Put ``around_module`` of everything in a session around the modules that it names.
 
@@ -348,23 +375,7 @@ def install_modules(session: Session, sites: Sequence[Site]) -> None:
     known = modules_of(session.model, sites)
     chosen: dict[nn.Module, tuple[CallSite, list[Intervention]]] = {}
     for i in acting:
-        name = type(i).__name__
-        if isinstance(i.acts_on, str) or not i.acts_on:
-            raise TypeError(f"{name}: acts_on must be a sequence of kinds or name patterns, got {i.acts_on!r}")
-        for wanted in i.acts_on:
-            fitting = [
-                s for s in known
-                if (s.kind == wanted if wanted in MODULE_KINDS else fnmatch.fnmatchcase(s.name, wanted))
-            ]  # fmt: skip
-            if not fitting:
-                kinds = sorted({s.kind for s in known})
-                raise ValueError(
-                    f"{name}: {type(session.model).__name__} has no module {wanted!r}; its modules are of kinds "
-                    f"{kinds}, for example {[s.name for s in known[:4]]}"
-                )
-            for s in fitting:
-                members = chosen.setdefault(s.module, (s, []))[1]
-                if i not in members:
-                    members.append(i)
+        for site in named_modules(i, session.model, known):
+            chosen.setdefault(site.module, (site, []))[1].append(i)
     for site, members in chosen.values():
-        ModuleCalls(session, site, [i for i in acting if i in members]).install()
+        ModuleCalls(session, site, members).install()
