@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_float, check_type
+from ..checks import check_choice, check_flag, check_float, check_type
 from .released import Released, Rule
 
 SCALES = ("learned", "mean")
@@ -40,6 +40,7 @@ class BinaryLinear(nn.Linear):
             0.015; or ``"mean"``: always that, without gradient.
         binary_input: whether inputs are signs too.
         binary_weight: whether weights are.
+        binary_output: whether outputs are, bias and all.
         compat: of the signs of zeros, see :func:`binary_sign`.
 
     >>> BinaryLinear(8, 4)(torch.randn(2, 8)).shape
@@ -48,12 +49,13 @@ class BinaryLinear(nn.Linear):
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, scale: str = "learned",
-        binary_input: bool = True, binary_weight: bool = True, compat: str | None = None,
+        binary_input: bool = True, binary_weight: bool = True, compat: str | None = None, binary_output: bool = False,
     ):  # fmt: skip
         super().__init__(in_features, out_features, bias=bias)
         check_choice("scale", scale, SCALES)
         check_choice("compat", compat, COMPAT)
         self.binary_input, self.binary_weight, self.compat = binary_input, binary_weight, compat
+        self.binary_output = check_flag("binary_output", binary_output)
         self.scale: nn.Parameter | None = None
         if scale == "learned" or not binary_weight:
             nn.init.uniform_(self.weight, -0.015, 0.015)
@@ -76,6 +78,12 @@ class BinaryLinear(nn.Linear):
         """(out, 1) mean of ``|W|`` in every row, without gradient."""
         return self.weight.detach().abs().mean(1, keepdim=True)
 
+    @property
+    def settings(self) -> dict[str, object]:
+        """What it was made with, beside widths and bias."""
+        named = {n: getattr(self, n) for n in ("binary_input", "binary_weight", "compat", "binary_output")}
+        return {"scale": "mean" if self.scale is None else "learned", **named}
+
     @torch.no_grad()
     def reset_scale(self) -> None:
         """Learned scales become the mean size of the weights as they are; after these were loaded."""
@@ -88,7 +96,10 @@ class BinaryLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        x = binary_sign(x, self.compat) if self.binary_input else x
+        y = self._mapped(binary_sign(x, self.compat) if self.binary_input else x)
+        return binary_sign(y, self.compat) if self.binary_output else y
+
+    def _mapped(self, x: Tensor) -> Tensor:
         if not self.binary_weight:
             return F.linear(x, self.weight, self.bias)
         # Signs are multiplied first: their sums are whole numbers, exact, so that a sum of 0 is one.
@@ -97,7 +108,8 @@ class BinaryLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         kind = "mean" if self.scale is None else "learned"
-        return f"{super().extra_repr()}, scale={kind}, binary_input={self.binary_input}"
+        bits = f"binary_input={self.binary_input}, binary_output={self.binary_output}"
+        return f"{super().extra_repr()}, scale={kind}, {bits}"
 
 
 class BinaryMlp(nn.Module):

@@ -31,6 +31,7 @@ from ..checks import (
 )
 from ..grids import Partition, Windows, check_windows
 from ..masks import Mask, as_mask, documents
+from ..normalizers import Normalizer, as_normalizer
 from ..types import Partial
 from ._call import check_qkv
 from ._dispatch import AUTO, Operator
@@ -110,7 +111,8 @@ def grouped_attention(
         valid: boolean (B, G, Sk), which keys exist.
         bias: float (B or 1, G or 1, H or 1, Sq, Sk), added to the scaled scores.
         partial: return a :class:`attnlib.types.Partial` instead of the output.
-        options: ``scale``, ``dropout_p`` and ``backend`` of :func:`attnlib.ops.attention`.
+        options: ``scale``, ``normalizer``, ``dropout_p`` and ``backend`` of :func:`attnlib.ops.attention`; no
+            normalizer and no dropout beside ``partial``.
 
     Returns:
         (B, G, H, Sq, Dv), or a Partial of the same leading shape.
@@ -179,6 +181,7 @@ def partition_attention(
     mask: Mask | Tensor | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
+    normalizer: str | Normalizer = "softmax",
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
@@ -195,6 +198,7 @@ def partition_attention(
         bias: (..., Sq, Sk) added inside every group, (..., G, Sq, Sk) per group, with heads and samples before:
             (H, Sq, Sk) is per head; for one per group write (1 or B, H or 1, G, Sq, Sk).
         scale: defaults to ``D ** -0.5``.
+        normalizer: as of :func:`attnlib.attention`.
         dropout_p: dropout of weights.
         backend: ``"groups"``, also by default; a backend of :func:`attnlib.attention` for what runs inside the groups;
             or ``"eager"``, which builds the whole (N, M) map (the specification).
@@ -210,7 +214,9 @@ def partition_attention(
     >>> partition_attention(x, x, x, window_partition((4, 4), 2)).shape
     torch.Size([1, 2, 16, 8])
     """
-    call = _prepare(q, k, v, partition, valid=valid, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p)
+    call = _prepare(
+        q, k, v, partition, valid=valid, mask=mask, bias=bias, scale=scale, normalizer=normalizer, dropout_p=dropout_p
+    )
     return _PARTITION.run(call, backend)
 
 
@@ -243,7 +249,8 @@ def _checked_mask(
 
 def _prepare(
     q: Tensor, k: Tensor, v: Tensor, partition: Partition, *, valid: Tensor | None = None,
-    mask: Mask | Tensor | None = None, bias: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0,
+    mask: Mask | Tensor | None = None, bias: Tensor | None = None, scale: float | None = None,
+    normalizer: str | Normalizer = "softmax", dropout_p: float = 0.0,
 ) -> _Groups:  # fmt: skip
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_rank(name, t, 4, "(B, H, N, D)")
@@ -268,7 +275,8 @@ def _prepare(
             ("samples", "heads", "groups"), bias.shape, (batch, heads, q_index.shape[2]), strict=False
         ):
             check_serves("bias", given, size, what)
-    return _Groups(q, k, v, q_index, k_index, valid, mask, bias, dict(scale=scale, dropout_p=dropout_p))
+    options = dict(scale=scale, normalizer=as_normalizer(normalizer), dropout_p=dropout_p)
+    return _Groups(q, k, v, q_index, k_index, valid, mask, bias, options)
 
 
 def _in_groups(call: _Groups, inner: str = AUTO) -> Tensor:
@@ -347,6 +355,7 @@ def window_attention(
     mask: Mask | Tensor | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
+    normalizer: str | Normalizer = "softmax",
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
@@ -369,6 +378,7 @@ def window_attention(
         mask: which pairs may meet besides, on token numbers.
         bias: (S, S) or (H, S, S), the same in every window of S tokens.
         scale: defaults to ``D ** -0.5``.
+        normalizer: as of :func:`attnlib.attention`.
         dropout_p: dropout of weights.
         backend: ``"windows"``, also by default; a backend of :func:`attnlib.attention` for what runs inside the
             windows; or ``"eager"``, which builds the whole (N, N) map (the specification).
@@ -385,7 +395,7 @@ def window_attention(
     """
     call = _prepare_windows(
         q, k, v, grid, window_size, kind, shift=shift, interval=interval, cut=cut, valid=valid, mask=mask, bias=bias,
-        scale=scale, dropout_p=dropout_p,
+        scale=scale, normalizer=normalizer, dropout_p=dropout_p,
     )  # fmt: skip
     return _WINDOWS.run(call, backend)
 
@@ -423,7 +433,8 @@ class _Windows:
 def _prepare_windows(
     q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int], window_size: int | Sequence[int], kind: str = "block", *,
     shift: int | Sequence[int] = 0, interval: int | Sequence[int] = 1, cut: bool = False, valid: Tensor | None = None,
-    mask: Mask | Tensor | None = None, bias: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0,
+    mask: Mask | Tensor | None = None, bias: Tensor | None = None, scale: float | None = None,
+    normalizer: str | Normalizer = "softmax", dropout_p: float = 0.0,
 ) -> _Windows:  # fmt: skip
     check_flag("cut", cut)
     for name, t in (("q", q), ("k", k), ("v", v)):
@@ -457,7 +468,8 @@ def _prepare_windows(
         check_device(q=q, bias=bias)
     if bias is not None and (bias.dim() not in (2, 3, 4, 5) or tuple(bias.shape[-2:]) != (size, size)):
         raise ValueError(f"bias must end in (S, S) = {(size, size)} for windows of S tokens, got {tuple(bias.shape)}")
-    return _Windows(q, k, v, windows, cut, valid, mask, bias, dict(scale=scale, dropout_p=dropout_p))
+    options = dict(scale=scale, normalizer=as_normalizer(normalizer), dropout_p=dropout_p)
+    return _Windows(q, k, v, windows, cut, valid, mask, bias, options)
 
 
 def _in_windows(call: _Windows, inner: str = AUTO) -> Tensor:

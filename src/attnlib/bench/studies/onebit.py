@@ -18,8 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...nn.binary import BinaryLinear
-from ...nn.dense.bivit import BinaryAttention
+from ...convert.binarize import binarize
 from ...normalizers import Normalizer, Step, Thresholded, as_normalizer
 from ..clock import machine
 from ..data.files import digits
@@ -48,13 +47,9 @@ CONTESTANTS: dict[str, Normalizer | None] = {
 def binary(model: nn.Module, normalizer: Normalizer) -> nn.Module:
     """A copy whose attention is of one bit, with the model's weights."""
     made: Any = copy.deepcopy(model)
+    binarize(made, "attention")
     for block in made.stages:
-        old = block.mixer.inner
-        new = BinaryAttention(old.dim, old.num_heads)
-        new.normalizer = normalizer
-        for name in ("q", "k", "v", "proj"):
-            setattr(new, name, BinaryLinear.of(getattr(old, name)))
-        block.mixer.inner = new
+        block.mixer.inner.normalizer = normalizer
     return made
 
 

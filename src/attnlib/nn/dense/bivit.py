@@ -25,7 +25,7 @@ from torch import Tensor
 from ...checks import check_choice
 from ...normalizers import Normalizer, Step, Thresholded
 from ...types import Traits
-from ..binary import SCALES, BinaryLinear, binary_sign, started
+from ..binary import SCALES, BinaryLinear, started
 from ..frame import HeadFrame, Notes
 from ..registry import register
 from ..released import Released, Rule, split_rule
@@ -73,17 +73,14 @@ class BinaryAttention(HeadFrame[Notes]):
         for name in ("q", "k", "v", "proj"):
             plain = getattr(self, name)
             layer = BinaryLinear(
-                plain.in_features, plain.out_features, plain.bias is not None, weight_scale, compat=compat
+                plain.in_features, plain.out_features, plain.bias is not None, weight_scale, compat=compat,
+                binary_output=name != "proj",
             )  # fmt: skip
             setattr(self, name, layer)
 
     @property
     def traits(self) -> Traits:
         return super().traits.but(gradient="surrogate")
-
-    def _parts(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super()._parts(x, source)
-        return binary_sign(q, self.compat), binary_sign(k, self.compat), binary_sign(v, self.compat)
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ...checks import check_flag, check_grid, check_int, check_ints
 from ...grids import Windows, check_windows
 from ...masks import Mask
+from ...normalizers import Normalizer
 from ...ops.partition import KINDS, window_attention
 from ...positions import dense_window_bias
 from ...types import Traits, check_choice, check_divides, to_tuple
@@ -57,7 +58,7 @@ def attend_in_windows(
     """Attention of a mechanism's ``qkv`` and ``proj`` inside windows, both applied behind the cut: (B, *grid, C).
 
     Args:
-        m: has ``qkv``, ``proj``, ``proj_drop``, ``attn_drop``, ``num_heads`` and ``head_dim``.
+        m: has ``qkv``, ``proj``, ``proj_drop``, ``attn_drop``, ``num_heads``, ``head_dim``, and perhaps ``normalizer``.
         x: (B, *grid, C), on a grid that the windows divide.
         windows: which.
         bias: (H, S, S) inside a window.
@@ -69,7 +70,7 @@ def attend_in_windows(
     out = window_attention(
         q, k, v, windows.grid, windows.size, windows.kind, shift=windows.shift or 0, interval=windows.interval or 1,
         cut=True, valid=flat_valid(valid), mask=mask, bias=bias, scale=scale,
-        dropout_p=m.attn_drop if m.training else 0.0,
+        normalizer=getattr(m, "normalizer", "softmax"), dropout_p=m.attn_drop if m.training else 0.0,
     )  # fmt: skip
     return windows.join(through(m.proj_drop, m.proj(out.transpose(2, 3).flatten(3))))
 
@@ -113,6 +114,8 @@ class PartitionAttention(Mechanism):
     )
 
     bias: Tensor | None
+    #: How scores become weights; see :mod:`attnlib.normalizers`.
+    normalizer: str | Normalizer = "softmax"
 
     def __init__(
         self,

@@ -147,7 +147,7 @@ class CosineWindowAttention(PartitionAttention):
         out = window_attention(
             q, k, v, windows.grid, windows.size, windows.kind, shift=windows.shift or 0, cut=True,
             valid=flat_valid(valid), mask=mask, bias=self._bias_of(size), scale=1.0,
-            dropout_p=self.attn_drop if self.training else 0.0,
+            normalizer=self.normalizer, dropout_p=self.attn_drop if self.training else 0.0,
         )  # fmt: skip
         return windows.join(through(self.proj_drop, self.proj(out.transpose(2, 3).flatten(3))))
 
