@@ -1,0 +1,1 @@
+"""Small worlds for generators: pictures whose truth is known, who judges them, and small models trained on them."""
