@@ -4,7 +4,8 @@ import pytest
 
 from attnlib import bench
 from attnlib.bench import models, run_bench, suites
-from attnlib.bench.studies import real
+from attnlib.bench.studies import diffusion, real
+from attnlib.bench.worlds.models import PARTS, missing_parts
 
 
 def test_mechanisms_against_softmax(tmp_path):
@@ -35,3 +36,13 @@ def test_lines_on_real_models_are_suites_and_an_absent_model_is_named(monkeypatc
         if bench.REAL or suite != "real":
             with pytest.raises(FileNotFoundError, match=f"the suite {suite} needs the models .*: make models"):
                 run_bench([], suite=suite, quiet=True)
+
+
+def test_lines_on_trained_generators_are_suites(monkeypatch, tmp_path):
+    monkeypatch.setenv("ATTNLIB_DIFFUSION_WEIGHTS", str(tmp_path))
+    assert "diffusion" in suites() and set(bench.DIFFUSION) <= set(suites())
+    assert bench.DIFFUSION == tuple(f"diffusion-{name.replace('_', '-')}" for name in diffusion.LINES)
+    for name in diffusion.LINES:
+        line = diffusion.line(name)
+        assert line.QUESTION and missing_parts(line.PARTS) == list(line.PARTS)
+        assert set(line.PARTS) <= {*PARTS, "judge"}

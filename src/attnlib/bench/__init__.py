@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..types import check_choice
 from .models import is_here
+from .worlds.models import missing_parts
 
 #: Suites that stand in :mod:`attnlib.bench.studies`: every module of it, but for those that are run by hand.
 STUDIES = tuple(
@@ -31,16 +32,23 @@ REAL = tuple(
     if not m.name.startswith("_")
 )
 
+#: Suites of :mod:`attnlib.bench.studies.diffusion`, ``diffusion-<line>``; the suite ``diffusion`` is all of them.
+DIFFUSION = tuple(
+    f"diffusion-{m.name.replace('_', '-')}"
+    for m in pkgutil.iter_modules([str(Path(__file__).parent / "studies" / "diffusion")])
+    if not m.name.startswith("_")
+)
+
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
 ENGINES = (
     "linear", "segments", "local", "halo", "hyper", "circular", "scan", "sparse", "super-token", "cache", "hooks",
-    "transfer", "look", "saliency", "gpu", *STUDIES, *REAL,
+    "transfer", "look", "saliency", "gpu", *STUDIES, *REAL, *DIFFUSION,
 )  # fmt: skip
 
 #: Those that run models of transformers.
 NEEDS_HF = (
     "multimodal", "cache", "hooks", "conversion", "spans", "finetuning", "look", "choices", "attribution", "rounding",
-    *REAL,
+    *REAL, *DIFFUSION,
 )  # fmt: skip
 
 #: Those that load models which ``make models`` fetches, and which.
@@ -53,7 +61,7 @@ def suites() -> list[str]:
     """Names that :func:`run_bench` takes as ``suite``, besides ``"all"``."""
     from .speed.operators import SUITES
 
-    return [*SUITES, *ENGINES, "real"]
+    return [*SUITES, *ENGINES, "real", "diffusion"]
 
 
 def needed_models(name: str) -> tuple[str, ...]:
@@ -62,8 +70,10 @@ def needed_models(name: str) -> tuple[str, ...]:
 
 
 def _module(name: str) -> Any:
-    room = "studies.real" if name in REAL else "studies" if name in STUDIES else "speed"
-    own = name.removeprefix("real-") if name in REAL else name
+    room, own = "studies" if name in STUDIES else "speed", name
+    for family, lines in (("real", REAL), ("diffusion", DIFFUSION)):
+        if name in lines:
+            room, own = f"studies.{family}", name.removeprefix(f"{family}-")
     return importlib.import_module(f".{room}.{own.replace('-', '_')}", __name__)
 
 
@@ -152,7 +162,8 @@ def run_bench(
         return results
     check_choice("suite", suite, [*suites(), "all"])
     apart: list[str] = []
-    several = {"all": [name for name in suites() if name != "real"], "real": list(REAL)}
+    families = {"real": list(REAL), "diffusion": list(DIFFUSION)}
+    several = {"all": [name for name in suites() if name not in families], **families}
     chosen = several.get(suite, [suite])
     if suite != "all":
         lacking = sorted({m for name in chosen for m in needed_models(name) if not is_here(m)})
@@ -163,6 +174,8 @@ def run_bench(
             progress(f"{name}: left out, it needs transformers; pip install 'attnlib[hf]'")
         elif suite == "all" and (lacking := [m for m in needed_models(name) if not is_here(m)]):
             progress(f"{name}: left out, it needs the models {', '.join(lacking)}; make models")
+        elif name in DIFFUSION and suite == "all" and (parts := missing_parts(_module(name).PARTS)):
+            progress(f"{name}: left out, it needs the trained {', '.join(parts)}; examples/diffusion/train.py")
         elif name == "gpu" and (reason := _module("gpu").why_not()):
             results["gpu"] = {"skipped": reason}
             progress(f"gpu: skipped, {reason}")
