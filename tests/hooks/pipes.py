@@ -186,3 +186,43 @@ def sdxl(folder):
             tokenizer=tokens, tokenizer_2=tokens, unet=model, scheduler=scheduler(), add_watermarker=False,
         )
     )  # fmt: skip
+
+
+def ip_state(model, width=6, tokens=4, seed=7):
+    """Random weights of an IP-Adapter for a U-Net, as released ones are laid out."""
+    torch.manual_seed(seed)
+    cross = model.config.cross_attention_dim
+    state = {
+        "image_proj": {
+            "proj.weight": torch.randn(tokens * cross, width), "proj.bias": torch.randn(tokens * cross),
+            "norm.weight": torch.ones(cross), "norm.bias": torch.zeros(cross),
+        },
+        "ip_adapter": {},
+    }  # fmt: skip
+    for number, (name, _) in enumerate(model.attn_processors.items()):
+        if "attn2" in name:
+            hidden = model.get_submodule(name.rpartition(".")[0]).to_q.out_features
+            for what in ("to_k_ip", "to_v_ip"):
+                state["ip_adapter"][f"{number}.{what}.weight"] = torch.randn(hidden, cross) / 4
+    return state
+
+
+def deepfloyd(seed=0):
+    """A tiny ``IFPipeline`` without a text encoder, and the embeddings to call it with."""
+    from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    model = UNet2DConditionModel(
+        sample_size=8, in_channels=3, out_channels=6, layers_per_block=1, block_out_channels=(8, 16),
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), cross_attention_dim=12,
+        encoder_hid_dim=10, encoder_hid_dim_type="text_proj", attention_head_dim=4, norm_num_groups=4,
+        resnet_time_scale_shift="scale_shift",
+    ).eval()  # fmt: skip
+    pipe = IFPipeline(
+        tokenizer=None, text_encoder=None, unet=model, safety_checker=None, feature_extractor=None, watermarker=None,
+        scheduler=DDPMScheduler(variance_type="learned_range"), requires_safety_checker=False,
+    )  # fmt: skip
+    given = {"prompt_embeds": torch.randn(1, 5, 10), "negative_prompt_embeds": torch.randn(1, 5, 10)}
+    return quiet(pipe), given

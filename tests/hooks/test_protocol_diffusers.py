@@ -350,9 +350,28 @@ def test_greedy_hunt_finds_the_best_heads_without_repeats():
 
 def test_processors_that_cannot_be_intercepted_are_refused():
     x = torch.randn(1, 4, 16)
-    attn = processors.Attention(query_dim=16, heads=2, dim_head=8, processor=processors.AttnProcessor())
-    with attnlib.attach(attn, Watch()), pytest.raises(ValueError, match="AttnProcessor did not call"):
+    attn = processors.Attention(query_dim=16, heads=2, dim_head=8)
+
+    class ByHand(processors.AttnProcessor2_0):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+            return (attn.to_q(hidden_states) @ attn.to_k(hidden_states).mT).softmax(-1) @ attn.to_v(hidden_states)
+
+    attn.set_processor(ByHand())
+    with attnlib.attach(attn, Watch()), pytest.raises(ValueError, match="ByHand did not call"):
         attn(x)
+
+    class Sharpened(processors.AttnProcessor):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+            q, k, v = (attn.head_to_batch_dim(f(hidden_states)) for f in (attn.to_q, attn.to_k, attn.to_v))
+            return torch.bmm(attn.get_attention_scores(q, k) ** 2, v)
+
+    attn.set_processor(Sharpened())
+    with attnlib.attach(attn, Watch()), pytest.raises(ValueError, match="does something to its weights"):
+        attn(x)
+    attn.set_processor(processors.SlicedAttnProcessor(slice_size=1))
+    with attnlib.attach(attn, Watch()), pytest.raises(ValueError, match="of 1 heads of its batch at a time, not of 2"):
+        attn(x)
+    assert "get_attention_scores" not in attn.__dict__
 
     class Twice(processors.AttnProcessor2_0):
         def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):

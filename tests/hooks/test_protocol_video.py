@@ -229,26 +229,24 @@ def test_steps_passes_and_softpag(case):
 def test_sublayers_and_block_inputs(case):
     model, inputs, sites = case
     before = predict(model, inputs)
-    kinds = {kind for kind, _, _ in sites}
     same = stage("around_sublayer", lambda site, h, call: call(h))
-    if "joint" in kinds:
-        with pytest.raises(ValueError, match="joint attention reads and gives two streams"):
-            attnlib.attach(model, same)
-    else:
-        with attnlib.attach(model, same):
-            assert torch.equal(predict(model, inputs), before)
-        layer = model.get_submodule(attnlib.attach(model, same).attached[1].name)
-        _detach(model)
-        with attnlib.attach(model, stage("around_sublayer", lambda site, h, call: call(h) * 0, [1])):
-            silent = predict(model, inputs)
-        held = [p.clone() for p in layer.to_out[0].parameters()]
-        with torch.no_grad():
-            for p in layer.to_out[0].parameters():
-                p.zero_()
-            want = predict(model, inputs)
-            for p, q in zip(layer.to_out[0].parameters(), held, strict=True):
-                p.copy_(q)
-        torch.testing.assert_close(silent, want, atol=1e-6, rtol=1e-5)
+    with attnlib.attach(model, same):
+        assert torch.equal(predict(model, inputs), before)
+    layer = model.get_submodule(attnlib.attach(model, same).attached[1].name)
+    _detach(model)
+    with attnlib.attach(model, stage("around_sublayer", lambda site, h, call: call(h) * 0, [1])):
+        silent = predict(model, inputs)
+    last = [*layer.to_out[0].parameters()]
+    if getattr(layer, "to_add_out", None) is not None:
+        last += layer.to_add_out.parameters()
+    held = [p.clone() for p in last]
+    with torch.no_grad():
+        for p in last:
+            p.zero_()
+        want = predict(model, inputs)
+        for p, q in zip(last, held, strict=True):
+            p.copy_(q)
+    torch.testing.assert_close(silent, want, atol=1e-6, rtol=1e-5)
     seen = {}
 
     def look(site, hidden):

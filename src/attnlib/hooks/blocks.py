@@ -28,9 +28,18 @@ def around(intervention: Intervention, site: Site, inner: Callable[[Tensor], Ten
 
 
 def swap_sources(
-    session: Session, stages: Stages, site: Callable[[Tensor], Site], to_k: nn.Module, to_v: nn.Module
+    session: Session,
+    stages: Stages,
+    site: Callable[[Tensor], Site],
+    to_k: nn.Module,
+    to_v: nn.Module,
+    same_length: bool = False,
 ) -> None:
-    """Let ``on_context`` choose what the two projections read; whichever is called first asks."""
+    """Let ``on_context`` choose what the two projections read; whichever is called first asks.
+
+    Args:
+        same_length: as many tokens must come back.
+    """
     waiting: dict[nn.Module, Tensor] = {}
 
     def before(projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -44,6 +53,11 @@ def swap_sources(
             if new.shape[0] != source.shape[0] or new.shape[-1] != source.shape[-1]:
                 raise ValueError(
                     f"on_context returned {name} of shape {tuple(new.shape)}, the model reads {tuple(source.shape)}"
+                )
+            if same_length and new.shape != source.shape:
+                raise ValueError(
+                    f"on_context returned {name} with {new.shape[1]} tokens; a stream of joint attention keeps its "
+                    f"{source.shape[1]}, since they are queries too"
                 )
         waiting.clear()
         mine, other, partner = (k_source, v_source, to_v) if projection is to_k else (v_source, k_source, to_k)

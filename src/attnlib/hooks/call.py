@@ -281,6 +281,7 @@ def run_attention(
     masked: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None,
     random: bool = False,
     maps: list[WholeMap] | None = None,
+    resizes: bool = False,
 ) -> Tensor:
     """One attention call through the stages of a layer.
 
@@ -299,6 +300,7 @@ def run_attention(
             of its own or ``None``; computed from its weights by default.
         random: attention dropout is active, so that the kernel's output cannot be compared.
         maps: gets an entry for each time the rest is called; see :func:`only_map`.
+        resizes: ``kernel`` takes any number of keys and queries where the model lets every pair meet.
 
     Returns:
         (B, H, N, Dv) before the output projection.
@@ -315,7 +317,7 @@ def run_attention(
         q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
         n, m = q.shape[2], k.shape[2]
-        if m != v.shape[2] or (mask is None and m != given.n_keys):
+        if m != v.shape[2] or (mask is None and m != given.n_keys and not (given.free and resizes)):
             raise ValueError(
                 f"layer {site.layer} ({site.name}): keys and values have lengths {m} and {v.shape[2]}, the "
                 f"model's mask is for {given.n_keys}; give call(q, k, v, mask=...) when you change their number"
@@ -323,13 +325,14 @@ def run_attention(
         pair = given
         if mask is None and bias is None:
             out = kernel(q, k, v)
+            if resizes and given.free and (n, m) != (given.n_queries, given.n_keys):
+                pair = PairMask(n, m)
             if stages.reads_map and not stages.verified and not random:
-                stages.verified = verify(site, q, k, v, given, out)
+                stages.verified = verify(site, q, k, v, pair, out)
         else:
             pair = _replaced(site, n, m, mask, bias)
             if masked is not None:
-                assert pair.allowed is not None
-                out = masked(q, k, v, pair.allowed, bias)
+                out = masked(q, k, v, pair.dense(q.device), bias)
             else:
                 if not stages.verified and not random:
                     with torch.no_grad():  # nothing is saved that a second run, of checkpointing, would not save
@@ -397,7 +400,10 @@ def _replaced(site: Site, n: int, m: int, mask: Mask | Tensor | None, bias: Tens
     given = site.mask
     assert given is not None
     same = (n, m) == (given.n_queries, given.n_keys)
-    if mask is None:
+    allowed: Tensor | None = None
+    if mask is None and given.free:  # a bias alone makes no mask
+        pass
+    elif mask is None:
         allowed = given.dense(None if site.k_pos is None else site.k_pos.device)
     else:
         allowed = realise_mask(site, mask)
@@ -415,7 +421,7 @@ def _replaced(site: Site, n: int, m: int, mask: Mask | Tensor | None, bias: Tens
                 f"{tuple(bias.shape)}"
             )
         bias = _full(bias, n, m)
-    return PairMask(n, m, _full(allowed, n, m), bias)
+    return PairMask(n, m, None if allowed is None else _full(allowed, n, m), bias)
 
 
 def _wrap(intervention: Intervention, site: Site, inner: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -30,6 +30,9 @@ from .site import Site
 #: its blocks, (B, C, h, w) to (B, C, h, w); a stage is a resolution of a U-Net, with all of these.
 MODULE_KINDS = ("attention", "feed-forward", "resnet", "downsampler", "upsampler", "block", "transformer", "stage")
 
+#: First and last module of the feed-forward of single-stream blocks, which have no module for the whole of it.
+SPLIT_FEED_FORWARD = ("proj_mlp", "act_mlp")
+
 #: Arguments of denoisers that hold no batch in their first axis, whatever its length.
 NOT_BATCHED = ("img_ids", "txt_ids", "image_rotary_emb", "id", "return_dict")
 
@@ -281,16 +284,44 @@ def _like(output: Any, prediction: Tensor, model: nn.Module, inputs: Mapping[str
 
 
 class ModuleCalls(_Runtime):
-    """``around_module`` of one module."""
+    """``around_module`` of one module, or of two that follow each other: the feed-forward of a block that projects its
+    attention and its feed-forward together ends behind ``act_mlp``."""
 
     def __init__(self, session: Session, site: CallSite, interventions: Sequence[Intervention]):
         super().__init__(session, site.module, "around_module", interventions)
         self.template = site
+        first, _, last = site.name.rpartition(".")
+        self.follower: Any = None
+        if last == SPLIT_FEED_FORWARD[0] and site.kind == "feed-forward":
+            self.follower = session.model.get_submodule(f"{first}.{SPLIT_FEED_FORWARD[1]}")
+            self.follower_plain = self.follower.forward
+            self.given_on: Any = None
+
+    def install(self) -> None:
+        super().install()
+        if self.follower is None:
+            return
+        session, plain = self.session, self.follower_plain
+
+        @functools.wraps(plain)
+        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            given, self.given_on = self.given_on, None
+            # What comes from our own call has passed it already.
+            return hidden if given is hidden and session.active else plain(hidden, *args, **kwargs)
+
+        session.set_attribute(self.follower, "forward", eagerly(forward))
 
     def run(self, given: _Arguments) -> Any:
         where = self.template
         site = functools.partial(self.site, name=where.name, kind=where.kind, number=where.number)
-        result = self.chain(site, lambda inputs: given.call(self.plain, inputs))(given.inputs)
+
+        def innermost(inputs: dict[str, Any]) -> Any:
+            out = given.call(self.plain, inputs)
+            return out if self.follower is None else self.follower_plain(out)
+
+        result = self.chain(site, innermost)(given.inputs)
+        if self.follower is not None:
+            self.given_on = result
         if not isinstance(result, (Tensor, tuple, list)):
             raise TypeError(
                 f"{where.kind} {where.number} ({where.name}): around_module must return what the module gives, a "
@@ -327,6 +358,8 @@ def modules_of(model: nn.Module, sites: Sequence[Site]) -> list[CallSite]:
         elif kind is not None and last.isdigit() and module not in before:
             found[kind].append(module)
         elif any(word in type(module).__name__ for word in ("FeedForward", "GLUMBConv")):
+            found["feed-forward"].append(module)
+        elif last == SPLIT_FEED_FORWARD[0] and f"{parent}.{SPLIT_FEED_FORWARD[1]}" in names.values():
             found["feed-forward"].append(module)
     return [
         CallSite(module, names[module], kind, number, main=parameter_names(module)[0])

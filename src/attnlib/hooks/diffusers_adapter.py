@@ -2,9 +2,10 @@
 
 An attached attention module gets, in place of its processor, an object of a subclass of that processor's class that
 shares its state and runs it inside a ``TorchFunctionMode``: the one call of ``scaled_dot_product_attention`` in it is
-where the stages act. This serves every processor that ends in that function, with its own projections, norms, rotary
-embedding and order of streams; a kernel that bypasses it is noticed and refused. Unattached modules keep their
-processor.
+where the stages act, or that of ``get_attention_scores`` with the product behind it. This serves every processor that
+ends in one of them, with its own projections, norms, rotary embedding and order of streams; a kernel that bypasses them
+is noticed and refused. Processors of IP-Adapters attend once more for each image prompt: those branches are acted on by
+who asks for them (``references``), under ``site.reference``. Unattached modules keep their processor.
 
 Steps, passes and rows of a classifier-free-guidance batch come from the pipeline, where it was attached to
 (:mod:`attnlib.hooks.pipelines`), from ``cache_context``, or from the user (``session.at(...)``, ``attach(rows=...)``).
@@ -24,6 +25,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..grids import Layout
@@ -42,12 +44,14 @@ JOINT_ORDER = {
     "CogVideoXAttnProcessor2_0": ("text", "image"),
     "CogView4AttnProcessor": ("text", "image"),
     "FluxAttnProcessor": ("text", "image"),
+    "FluxIPAdapterAttnProcessor": ("text", "image"),
     "FusedCogVideoXAttnProcessor2_0": ("text", "image"),
     "FusedFluxAttnProcessor2_0": ("text", "image"),
     "FusedJointAttnProcessor2_0": ("image", "text"),
     "HunyuanVideoAttnProcessor2_0": ("image", "text"),
     "JointAttnProcessor2_0": ("image", "text"),
     "QwenDoubleStreamAttnProcessor2_0": ("text", "image"),
+    "SD3IPAdapterJointAttnProcessor2_0": ("image", "text"),
 }
 
 #: Processors that join the streams without projections of their own for text.
@@ -61,6 +65,13 @@ JOINT_WITHOUT_PROJECTIONS = (
 
 #: Processors that attend several times per call when there are image conditions: what the keys of each call are.
 BRANCHES = {"WanAttnProcessor": ("image", "text")}
+
+#: Processors of U-Nets that lay keys of text before those of the image itself.
+ADDED_KV = ("AttnAddedKVProcessor", "AttnAddedKVProcessor2_0")
+
+#: Processors that attend once more for each image prompt.
+IMAGE_PROMPTS = ("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "FluxIPAdapterAttnProcessor",
+                 "SD3IPAdapterJointAttnProcessor2_0")  # fmt: skip
 
 #: Words in the names of modules that attend along something else than the image.
 FOLDED = {"motion_modules": "frames", "temp_attentions": "frames", "temporal": "frames", "transformer_in": "frames",
@@ -115,6 +126,11 @@ def _plain_class(cls: Any) -> Any:
     return cls.__dict__.get("plain", cls)
 
 
+def _name_of(processor: Any) -> str:
+    """The name of a processor's own class."""
+    return str(_plain_class(type(processor)).__name__)
+
+
 #: Where a model puts its default processors back, if it knows the classes of all that are there.
 SET_DEFAULT = "set_default_attn_processor"
 
@@ -141,6 +157,8 @@ class ModuleRuntime(Shared):
         self.intercept: Any = None
         self.original: Any = None
         self.attached: Any = None
+        self.processor = _name_of(self.module.processor)
+        self._referring: Stages | None = None
 
     @property
     def where(self) -> str:
@@ -161,7 +179,7 @@ class ModuleRuntime(Shared):
         self.original = original
         cls = _plain_class(type(original))
         self.processor, self.names = cls.__name__, list(inspect.signature(cls.__call__).parameters)[2:]
-        if self._has_image_keys() and stages.in_attention and self.processor not in BRANCHES:
+        if self._has_image_keys() and stages.in_attention and self.processor not in (*BRANCHES, *ADDED_KV):
             raise ValueError(
                 f"{self.where}: {self.processor} concatenates text keys to its own; a description of that is missing"
             )
@@ -200,6 +218,14 @@ class ModuleRuntime(Shared):
     def before_module(self, module: nn.Module, args: Any) -> None:
         self.follow()
 
+    def with_streams(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], **streams: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the processor with other streams in them."""
+        named = dict(zip(self.names, args, strict=False))
+        positional = tuple(streams.get(name, value) for name, value in named.items()) + args[len(named) :]
+        return positional, {**kwargs, **{name: new for name, new in streams.items() if name not in named}}
+
     def around(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The processor's call under the stages."""
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -209,19 +235,25 @@ class ModuleRuntime(Shared):
         if hidden.dim() != 3:
             raise ValueError(f"{self.where}: its input has rank {hidden.dim()}, not (B, N, C)")
         context = given.get("encoder_hidden_states")
+        if self.site.kind == "joint" and isinstance(context, Tensor):
+            return self.around_streams(call, args, kwargs, given)
+        if isinstance(context, tuple):  # text, and the image prompts beside it
+            context = context[0]
         m = hidden.shape[1] if context is None else context.shape[1]
+
+        def innermost(x: Tensor) -> Tensor:
+            new_args, new_kwargs = self.with_streams(args, kwargs, hidden_states=x)
+            return self.attend(call, new_args, new_kwargs, {**given, "hidden_states": x})
+
+        return self.through_sublayer(hidden, m, given, innermost)
+
+    def through_sublayer(self, hidden: Tensor, m: int, given: dict[str, Any], chain: Callable[[Tensor], Any]) -> Any:
+        """``chain(hidden)`` under ``around_sublayer``."""
         q_layout, k_layout = self.layouts(hidden.shape[1], m, given)
         site = self.session.described(
             self.site, hidden.shape[0], n_queries=hidden.shape[1], n_keys=m, q_layout=q_layout, k_layout=k_layout,
             q_pos=torch.arange(hidden.shape[1], device=hidden.device), k_pos=torch.arange(m, device=hidden.device),
         )  # fmt: skip
-
-        def innermost(x: Tensor) -> Tensor:
-            if args:
-                return self.attend(call, (x, *args[1:]), kwargs, {**given, "hidden_states": x})
-            return self.attend(call, args, {**kwargs, "hidden_states": x}, {**given, "hidden_states": x})
-
-        chain: Callable[[Tensor], Tensor] = innermost
         for i in reversed(self.stages["around_sublayer"]):
             chain = functools.partial(around, i, site, chain)
         result = chain(hidden)
@@ -229,6 +261,52 @@ class ModuleRuntime(Shared):
             got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise ValueError(f"{self.where}: around_sublayer must return (B, N, C)={tuple(hidden.shape)}, got {got}")
         return result
+
+    def around_streams(
+        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]
+    ) -> Any:
+        """``around_sublayer`` of joint attention: its two streams side by side, in the order of its keys."""
+        image, text = given["hidden_states"], given["encoder_hidden_states"]
+        order = JOINT_ORDER.get(self.processor)
+        if order is None or image.shape[-1] != text.shape[-1]:
+            why = (
+                f"how {self.processor} orders its streams is not known" if order is None
+                else f"its streams have widths {image.shape[-1]} and {text.shape[-1]}"
+            )  # fmt: skip
+            raise ValueError(f"{self.where}: {why}, so around_sublayer is missing there")
+        sizes = [(image if name == "image" else text).shape[1] for name in order]
+
+        def join(image: Tensor, text: Tensor) -> Tensor:
+            return torch.cat([image if name == "image" else text for name in order], 1)
+
+        def split(both: Tensor) -> tuple[Tensor, Tensor]:
+            parts = dict(zip(order, (part.contiguous() for part in both.split(sizes, 1)), strict=True))
+            return parts["image"], parts["text"]
+
+        joined = join(image, text)
+        last: list[Any] = []  # what the module gave, and the same side by side
+
+        def innermost(both: Tensor) -> Tensor:
+            if both.shape != joined.shape:
+                raise ValueError(
+                    f"{self.where}: call of around_sublayer takes both streams {tuple(joined.shape)}, got "
+                    f"{tuple(both.shape)}"
+                )
+            new, beside = (image, text) if both is joined else split(both)
+            new_args, new_kwargs = self.with_streams(args, kwargs, hidden_states=new, encoder_hidden_states=beside)
+            out = self.attend(
+                call, new_args, new_kwargs, {**given, "hidden_states": new, "encoder_hidden_states": beside}
+            )
+            last[:] = [out, join(out[0], out[1])]
+            return last[1]
+
+        result = self.through_sublayer(joined, joined.shape[1], given, innermost)
+        if last and last[1] is result:
+            return last[0]
+        rest = tuple(last[0][2:]) if last else ()
+        if not last and self.processor == "FluxIPAdapterAttnProcessor":
+            rest = (torch.zeros_like(image),)  # of no image prompt
+        return (*split(result), *rest)
 
     def attend(
         self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]
@@ -238,15 +316,89 @@ class ModuleRuntime(Shared):
             return call(*args, **kwargs)
         before, self.given = self.given, given
         branches = BRANCHES.get(self.processor, ()) if self._has_image_keys() else ()
+        prompted = self.processor in IMAGE_PROMPTS
         attend = staged(self.where, self.processor, self.stages, self.describe)
-        self.intercept = Intercept(attend, self.where, self.processor, max(1, len(branches)))
+        run = self._by_branch(attend, F.scaled_dot_product_attention) if prompted else attend
+        self.intercept = Intercept(run, self.where, self.processor, None if prompted else max(1, len(branches)))
         try:
-            return self.intercept.around(
-                lambda: call(*args, **kwargs),
-                "; use a processor that does (AttnProcessor2_0) and the native attention backend",
-            )
+            with self._own_scores(prompted):
+                return self.intercept.around(
+                    lambda: call(*args, **kwargs),
+                    "; use a processor that does (AttnProcessor2_0) and the native attention backend",
+                )
         finally:
             self.given = before
+
+    @contextmanager
+    def _own_scores(self, prompted: bool) -> Iterator[None]:
+        """Inside, a processor that computes weights by ``get_attention_scores`` is seen, too."""
+        module, intercept = self.module, self.intercept
+        scores = getattr(module, "get_attention_scores", None)
+        if scores is None or "get_attention_scores" in module.__dict__:
+            yield
+            return
+        heads = self.site.heads
+
+        def flat(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+            mask = None if attn_mask is None else attn_mask.flatten(0, 1)
+            return torch.bmm(scores(q.flatten(0, 1), k.flatten(0, 1), mask), v.flatten(0, 1)).unflatten(0, (-1, heads))
+
+        attend = staged(self.where, self.processor, self.stages, self.describe, own=flat)
+        run = self._by_branch(attend, flat) if prompted else attend
+
+        def by_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            if len(q) % heads:
+                raise ValueError(
+                    f"{self.where}: {self.processor} computes attention of {len(q)} heads of its batch at a time, not "
+                    f"of {heads}; use a processor that attends once (AttnProcessor2_0)"
+                )
+            q, k, v = (t.unflatten(0, (-1, heads)) for t in (q, k, v))
+            if mask is not None:
+                mask = mask.unflatten(0, (-1, heads))
+            return run(q, k, v, mask, scale=module.scale).flatten(0, 1)
+
+        intercept.by_product = by_heads
+        module.__dict__["get_attention_scores"] = intercept.scores
+        try:
+            yield
+        finally:
+            del module.__dict__["get_attention_scores"]
+
+    def _by_branch(self, attend: Callable[..., Tensor], own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The model's own attention through all stages, then one call per image prompt for who asked for them."""
+        if self._referring is None:
+            self._referring = Stages([i for i in self.stages.all if i.references])
+        referring = staged(self.where, self.processor, self._referring, self.describe, own=own)
+
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            assert self._referring is not None
+            if self.intercept.count == 1:
+                return attend(*args, **kwargs)
+            return (referring if self._referring.in_attention else own)(*args, **kwargs)
+
+        return run
+
+    def image_prompts(self) -> list[tuple[tuple[int, int | None], int]]:
+        """``((adapter, image), images)`` of each call behind the first, in the order in which the processor makes them:
+        image ``None`` where the images of an adapter stand side by side."""
+        given, processor = self.given, self.attached
+        if self.processor == "SD3IPAdapterJointAttnProcessor2_0":
+            return [((0, None), 1)]
+        if self.processor == "FluxIPAdapterAttnProcessor":
+            return [((n, None), 1) for n in range(len(processor.scale))]
+        context, masks = given["encoder_hidden_states"], given.get("ip_adapter_masks")
+        counts = [c.shape[1] for c in context[1]] if isinstance(context, tuple) else [1]
+        if isinstance(masks, Tensor):
+            masks = list(masks.unsqueeze(1))
+        found: list[tuple[tuple[int, int | None], int]] = []
+        for number, (scale, images) in enumerate(zip(processor.scale, counts, strict=False)):
+            if all(s == 0 for s in scale) if isinstance(scale, list) else scale == 0:
+                continue
+            if masks is None or masks[number] is None:
+                found.append(((number, None), images))
+            else:
+                found += [((number, image), 1) for image in range(images)]
+        return found
 
     def before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``on_block_input``: the stream of image tokens."""
@@ -271,8 +423,10 @@ class ModuleRuntime(Shared):
     def describe(self, q: Tensor, k: Tensor, pair: PairMask, **fields: Any) -> Site:
         """The site of an attention call of the processor."""
         n, m = q.shape[2], k.shape[2]
+        if self.processor in IMAGE_PROMPTS and self.intercept.count > 1:
+            return self.describe_reference(q, k, pair, **fields)
         q_layout, k_layout = self.layouts(n, m, self.given)
-        if self._has_image_keys():
+        if self._has_image_keys() and self.processor in BRANCHES:
             branches = BRANCHES[self.processor]
             k_layout = Layout(((branches[self.intercept.count - 1], m),))
         rotary = any(self.given.get(name) is not None for name in ("image_rotary_emb", "rotary_emb"))
@@ -280,6 +434,26 @@ class ModuleRuntime(Shared):
             self.site, q.shape[0], n_queries=n, n_keys=m, mask=pair, q_pos=torch.arange(n, device=q.device),
             k_pos=torch.arange(m, device=q.device), q_layout=q_layout, k_layout=k_layout, rotary=rotary or None,
             **fields,
+        )  # fmt: skip
+
+    def describe_reference(self, q: Tensor, k: Tensor, pair: PairMask, **fields: Any) -> Site:
+        """The site of a call whose keys come from an image prompt."""
+        n, m = q.shape[2], k.shape[2]
+        prompts, number = self.image_prompts(), self.intercept.count - 2
+        if number >= len(prompts):
+            raise ValueError(
+                f"{self.where}: {self.processor} computes attention {self.intercept.count} times, but "
+                f"{len(prompts)} branches of image prompts are known"
+            )
+        reference, images = prompts[number]
+        grid = (("image", self.grid(n)),)
+        beside = grid if self.processor == "SD3IPAdapterJointAttnProcessor2_0" else ()
+        tokens = m - n if beside else m
+        side_by_side = (images, tokens // images) if images > 1 else tokens
+        return self.session.described(
+            self.site, q.shape[0], n_queries=n, n_keys=m, mask=pair, kind="cross", reference=reference,
+            q_pos=torch.arange(n, device=q.device), k_pos=torch.arange(m, device=q.device), q_layout=Layout(grid),
+            k_layout=Layout((*beside, ("reference", side_by_side))), **fields,
         )  # fmt: skip
 
     def layouts(self, n: int, m: int, given: dict[str, Any]) -> tuple[Layout | None, Layout | None]:
@@ -298,6 +472,8 @@ class ModuleRuntime(Shared):
             own = Layout(((folded, n),))
             return (own, own) if self.site.kind == "self" else (own, Layout((("text", m),)))
         image = Layout((("image", self.grid(n)),))
+        if self.processor in ADDED_KV and not self.module.only_cross_attention:
+            return image, Layout((("text", max(0, m - n)), ("image", self.grid(n))))
         return (image, image) if self.site.kind == "self" else (image, Layout((("text", m),)))
 
     def grid(self, tokens: int) -> int | tuple[int, ...]:
@@ -375,12 +551,14 @@ class DiffusersAdapter(Adapter):
 
     @staticmethod
     def _kind(name: str, module: Any) -> str:
-        processor = _plain_class(type(module.processor)).__name__
+        processor = _name_of(module.processor)
         if getattr(module, "add_q_proj", None) is not None or processor in JOINT_WITHOUT_PROJECTIONS:
             return "joint"
         # Hunyuan's single blocks join the streams without projections, its text refiner has none to join.
         if processor == "HunyuanVideoAttnProcessor2_0" and "refiner" not in name:
             return "joint"
+        if processor in ADDED_KV:
+            return "cross"
         if hasattr(module, "is_cross_attention"):
             return "cross" if module.is_cross_attention else "self"
         last = name.rpartition(".")[2]
@@ -408,12 +586,7 @@ class DiffusersAdapter(Adapter):
         for site, stages in plan:
             module: Any = site.module
             if stages["around_sublayer"]:
-                if site.kind == "joint":
-                    raise ValueError(
-                        f"layer {site.layer} ({site.name}): joint attention reads and gives two streams; "
-                        "around_sublayer is missing there"
-                    )
-                if getattr(module, "residual_connection", False):
+                if getattr(module, "residual_connection", False) or _name_of(module.processor) in ADDED_KV:
                     raise ValueError(
                         f"layer {site.layer} ({site.name}): it adds its residual by itself; around_sublayer is missing "
                         "there"
@@ -427,7 +600,7 @@ class DiffusersAdapter(Adapter):
                 if stages["on_context"]:
                     runtime.take_over()
                     session.followed_by(runtime.follow)
-                    self._swap(session, stages, site, module)
+                    self._swap(runtime)
                 continue
             _runtimes[module] = runtime
             session.undo(functools.partial(_forget, module), functools.partial(_runtimes.__setitem__, module, runtime))
@@ -435,19 +608,34 @@ class DiffusersAdapter(Adapter):
             # A decoder of latents is called past the forward of its model, so each attention looks for itself.
             session.hook(module.register_forward_pre_hook(runtime.before_module))
             if stages["on_context"]:
-                self._swap(session, stages, site, module)
-
-    @classmethod
-    def _swap(cls, session: Session, stages: Stages, site: Site, module: Any) -> None:
-        if site.kind == "joint":
-            raise ValueError(
-                f"layer {site.layer} ({site.name}): joint attention reads two sources; on_context is missing there"
-            )
-        swap_sources(session, stages, cls._source_site(session, site), module.to_k, module.to_v)
+                self._swap(runtime)
 
     @staticmethod
-    def _source_site(session: Session, site: Site) -> Callable[[Tensor], Site]:
-        return lambda source: session.described(site, source.shape[0], n_keys=source.shape[1])
+    def _swap(runtime: ModuleRuntime) -> None:
+        """``on_context``: for the text that cross attention reads, for each stream of joint attention."""
+        session, site, module = runtime.session, runtime.site, runtime.module
+        added = getattr(module, "add_k_proj", None) is not None
+
+        def described(source: Tensor, what: str | None) -> Site:
+            m = source.shape[1]
+            if what is None:
+                layout = runtime.layouts(m, m, {})[1] if site.kind == "joint" else None
+            else:
+                layout = Layout(((what, runtime.grid(m) if what == "image" else m),))
+            return session.described(site, source.shape[0], n_keys=m, k_layout=layout)
+
+        def swap(to_k: nn.Module, to_v: nn.Module, what: str | None) -> None:
+            swap_sources(
+                session, runtime.stages, functools.partial(described, what=what), to_k, to_v, site.kind == "joint"
+            )
+
+        if _name_of(module.processor) in ADDED_KV:
+            swap(module.add_k_proj, module.add_v_proj, "text")
+        elif site.kind == "joint" and added:
+            swap(module.to_k, module.to_v, "image")
+            swap(module.add_k_proj, module.add_v_proj, "text")
+        else:
+            swap(module.to_k, module.to_v, "text" if site.kind == "cross" else None)
 
     @staticmethod
     def _look_at_inputs(session: Session) -> Callable[[dict[str, Any]], None]:

@@ -54,14 +54,17 @@ class Intervention:
         returns (B, H, N, Dv); ``call(q, k, v, mask=None, bias=None)`` is the rest, to be called zero, one or several
         times, with ``mask`` (an :class:`attnlib.masks.Mask` on ``site.q_pos``/``site.k_pos``, or a boolean tensor)
         replacing the model's, and ``bias`` (broadcastable to (B, H, N, M)) replacing what it adds to scores; what is
-        not replaced stays. The first intervention of ``attach`` is the outermost.
+        not replaced stays. A bias alone stays on the fused kernel and makes no mask. In denoisers that mask nothing
+        (``site.mask.free``) ``call`` takes any number of queries and keys without ``mask``. The first intervention of
+        ``attach`` is the outermost.
     ``on_qkv(site, q, k, v)``
         new tokens before they are cached, (B, H, N, D) and twice (B, Hk, N, D); ``site.rotary`` says whether rotary
         positions are applied. Returns the three.
     ``on_kv_read(site, k, v)``
         all keys and values as read, same length out.
     ``on_context(site, k_source, v_source)``
-        what keys and values are projected from, (B, M, C) each.
+        what keys and values are projected from, (B, M, C) each. Joint attention of two streams asks once for each,
+        and ``site.k_layout`` names it; their lengths stay.
     ``on_scores(site, scores, rows)``, ``on_weights(site, weights, rows)``
         (B, H, r, M) scores (scaled, ``-inf`` where a pair may not meet) or weights of the query rows ``rows`` (r,), in
         the statistics dtype. Return a new tensor or the same one, untouched. ``edit_rows(site)`` may name the rows
@@ -79,7 +82,8 @@ class Intervention:
         ``hidden`` (B, N, C) is what the attention module reads, after the norm; ``call(hidden)`` runs the module, zero,
         one or several times, and gives its output (B, N, C) before the residual is added. Returns (B, N, C). The cache
         keeps the keys of the first call; later calls read the tokens before them, and theirs are forgotten. Without
-        any call the module still runs where it has a cache, so that its keys are there for later tokens.
+        any call the module still runs where it has a cache, so that its keys are there for later tokens. Joint
+        attention of two streams has them side by side, as ``site.q_layout`` says, in and out.
     ``around_denoiser(site, inputs, call)``
         one call of a whole denoiser: ``inputs`` are its named arguments, ``inputs[site.main]`` the (B, ...) that it
         denoises; ``call(inputs)`` runs the model zero, one or several times, with or without gradient
@@ -118,6 +122,8 @@ class Intervention:
         splits_softmax: it calls the rest several times on parts of the keys, so that nobody inside sees one map.
         reads_weights: it computes attention weights beside the kernel, other than through scores, weights and probes.
         while_decoding: ``on_cache`` is asked after every call of the model, not only after prefill.
+        references: its stages inside attention also act on the branches of image prompts (IP-Adapter), one call each,
+            whose ``site.reference`` says which; without it they see the model's own attention only.
         acts_on: what ``around_module`` acts on: kinds (:data:`attnlib.hooks.MODULE_KINDS`) or name patterns.
         companions: interventions that it brings along; they are attached with it, behind it.
         moves_latents: it changes what a pipeline denoises, other than through the prediction; one may, at a time.
@@ -144,6 +150,7 @@ class Intervention:
     moves_latents: bool = False
     differentiates: bool = False
     reuses_features: bool = False
+    references: bool = False
     acts_on: Sequence[str] = ()
     uses: Collection[str] | None = None
     layers: Sequence[int | str] | None = None

@@ -56,6 +56,11 @@ class PairMask:
     causal: bool = False
     opaque: str | None = None
 
+    @property
+    def free(self) -> bool:
+        """Every query may read every key, and nothing is added to scores."""
+        return self.allowed is None and self.bias is None and not self.causal and self.opaque is None
+
     def rows(self, index: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """``(allowed, bias)`` of the query rows ``index`` (r,), each ``None`` or broadcastable to (B, H, r, M)."""
         if self.opaque:
@@ -168,6 +173,8 @@ class Site:
             reordered, repeated and selected with it, and cropped along a third axis, of tokens. Kept only in a layer
             that lost keys or is evicted while decoding, where later calls find it, to be read.
         evicted_at: tokens seen when keys of this cache layer were last chosen; ``None`` when they never were.
+        reference: ``(adapter, image)`` of the image prompt that the keys of this call come from (IP-Adapter), image
+            ``None`` for all of an adapter side by side; ``None`` for the model's own attention.
     """
 
     layer: int
@@ -201,6 +208,7 @@ class Site:
     training: bool = False
     memory: dict[str, Tensor] | None = None
     evicted_at: int | None = None
+    reference: tuple[int, int | None] | None = None
 
     def but(self, **changes: Any) -> Site:
         """A copy with some fields changed."""
