@@ -92,6 +92,7 @@ MAKE = {
     "StepCache": None,
     "DiffusersCache": None,
     "AttendExcite": None,
+    "FlowAttention": None,
     "StructuredGuidance": None,
     "VariableSizeScale": None,
     "BlockSparse": None,  # acts on videos

@@ -6,6 +6,7 @@ from .contrastive import ContrastiveDecoding, contrast
 from .damro import DAMRO, select_outliers
 from .diffusion.a_star import AStar, AttendExcite
 from .diffusion.clear import Clear
+from .diffusion.float_clothing import FlowAttention
 from .diffusion.linfusion import LinFusion, distillation_losses
 from .diffusion.losses import LatentUpdate
 from .diffusion.softpag import SoftPAG, adaptive_weight, guide, hunt_heads
@@ -36,6 +37,7 @@ __all__ = [
     "Clear",
     "ContrastiveDecoding",
     "DualAttention",
+    "FlowAttention",
     "FrameTiles",
     "HeadDivergence",
     "HeadReinforcement",
