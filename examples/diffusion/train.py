@@ -31,7 +31,7 @@ OMIT = 1 / 3  # of training captions leave out an attribute
 DROP = 0.1  # of captions are left out, for guidance
 #: Steps, batch, learning rate.
 PLANS = {
-    "clip": (1300, 128, 2e-3), "vae": (3000, 8, 2e-3), "unet": (5000, 32, 1.5e-3), "dit": (4000, 32, 1e-3),
+    "clip": (1300, 128, 2e-3), "vae": (3000, 8, 2e-3), "unet": (3600, 32, 1.2e-3), "dit": (4000, 32, 1e-3),
     "sd3": (4000, 32, 1e-3), "pixel": (4000, 32, 1.5e-3),
 }  # fmt: skip
 
@@ -280,7 +280,7 @@ def unet_loss(pictures: Pictures, held: Tensor, text: Any) -> Callable[..., Tens
 def pixel_loss(pictures: Pictures, text: Any) -> Callable[..., Tensor]:
     def loss(model: Any, rows: Tensor, epoch: int, g: torch.Generator, share: float) -> Tensor:
         with torch.no_grad():
-            states = text(models.token_numbers(pictures.texts(rows, epoch, DROP, g)))[0]
+            states = text(models.token_numbers(pictures.texts(rows, epoch, DROP, g), models.POSITIONS))[0]
         images = F.avg_pool2d(pictures.read(rows)[0], 2)
         x, t, wanted, weight = noised(images, g, "pixel")
         out = model(x.contiguous(memory_format=torch.channels_last), t, states).sample

@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
 
 def test_every_word_of_a_caption_is_one_token():
     tokens = models.tokenizer()
-    assert tokens.model_max_length == 77 and tokens.decode(tokens("a red thing")["input_ids"][1:-1]) == "a red thing"
+    assert tokens.model_max_length == 32 and tokens.decode(tokens("a red thing")["input_ids"][1:-1]) == "a red thing"
     assert all(len(tokens(w)["input_ids"]) == 3 for w in painter.WORDS)
     assert len(tokens("zebra")["input_ids"]) > 4
     assert models.token_numbers(["a red star", ""], 9).shape == (2, 9)

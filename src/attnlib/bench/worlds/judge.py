@@ -406,10 +406,10 @@ def loss(judge: Judge, given: tuple[Tensor, Scenes, Tensor, Tensor]) -> Tensor:
 
 def _without(scenes: Scenes, part: str) -> tuple[Tensor, list[Prompt]]:
     """The last thing is not painted."""
-    return painter.paint(scenes.change(count=scenes.count - 1), part).images, _said(scenes)
+    return painter.paint(scenes.change(count=scenes.count - 1), part).images, said(scenes)
 
 
-def _said(scenes: Scenes) -> list[Prompt]:
+def said(scenes: Scenes) -> list[Prompt]:
     """Prompts that say all of every scene but places."""
     names = list(COLOURS)
     return [
@@ -429,7 +429,7 @@ def _said(scenes: Scenes) -> list[Prompt]:
 def _swapped(scenes: Scenes, part: str) -> tuple[Tensor, list[Prompt]]:
     colour, rgb = scenes.colour.clone(), scenes.rgb.clone()
     colour[:, :2], rgb[:, :2] = colour[:, [1, 0]], rgb[:, [1, 0]]
-    return painter.paint(scenes.change(colour=colour, rgb=rgb), part).images, _said(scenes)
+    return painter.paint(scenes.change(colour=colour, rgb=rgb), part).images, said(scenes)
 
 
 def _doubled(scenes: Scenes, part: str) -> tuple[Tensor, list[Prompt]]:
@@ -439,8 +439,7 @@ def _doubled(scenes: Scenes, part: str) -> tuple[Tensor, list[Prompt]]:
         value = getattr(scenes, name).clone()
         value[:, 2] = value[:, 1]
         twin[name] = value
-    said = _said(scenes.change(**twin))
-    few = [painter.write(p.wants[:2]) for p in said]
+    few = [painter.write(p.wants[:2]) for p in said(scenes.change(**twin))]
     return painter.paint(scenes.change(**twin), part).images, few
 
 
@@ -453,7 +452,7 @@ def _smeared(scenes: Scenes, part: str) -> tuple[Tensor, list[Prompt]]:
     line = torch.arange(SIDE) + 0.5
     reach = scenes.radius[:, :1] + 3
     near = ((line - scenes.x[:, :1]).abs() < reach)[:, None, :] & ((line - scenes.y[:, :1]).abs() < reach)[:, :, None]
-    return torch.where(near[:, None], smeared, images), _said(scenes)
+    return torch.where(near[:, None], smeared, images), said(scenes)
 
 
 def _enough(want: Callable[[Scenes], Tensor], count: int, part: str) -> Scenes:
@@ -499,7 +498,7 @@ def examine(judge: Judge, count: int = 1000, part: str = "test") -> dict[str, An
                 facts["texture"] = TEXTURES[int(scenes.texture[i, j])]
             for name, fact in facts.items():
                 seen[name].append(float(known and getattr(here[best], name) == fact))
-    seen["right"] = [float(compare(f, p).right) for f, p in zip(found, _said(scenes), strict=True)]
+    seen["right"] = [float(compare(f, p).right) for f, p in zip(found, said(scenes), strict=True)]
     held = range(painter.TRAIN_SUBJECTS, painter.SUBJECTS)
     gallery = judge.embeddings(painter.portraits(held, range(len(held)), part).images)
     asked = [n for n in held for _ in range(max(1, count // len(held)))]

@@ -22,8 +22,8 @@ from ...checks import check_choice
 from ...extras import need
 from . import painter
 
-#: Longest text, start and end included, as in CLIP.
-TOKENS = 77
+#: Longest text, start and end included, and places that the text tower has, as CLIP's; ``IFPipeline`` reads as many.
+TOKENS, POSITIONS = 32, 77
 WIDTH = 96
 #: Of noise, for the U-Nets and the DiT; velocities are predicted.
 NOISE: dict[str, Any] = dict(
@@ -104,7 +104,7 @@ def build(name: str, **changes: Any) -> nn.Module:
         tower = dict(hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_attention_heads=4, projection_dim=WIDTH)
         tower |= changes
         text = dict(
-            vocab_size=len(tokens), max_position_embeddings=TOKENS, num_hidden_layers=3,
+            vocab_size=len(tokens), max_position_embeddings=POSITIONS, num_hidden_layers=3,
             bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id,
         )  # fmt: skip
         vision = dict(image_size=painter.SIDE, patch_size=8, num_hidden_layers=4)
@@ -120,8 +120,8 @@ def build(name: str, **changes: Any) -> nn.Module:
         ),
         "unet": dict(
             sample_size=16, block_out_channels=(48, 96), layers_per_block=1, cross_attention_dim=WIDTH,
-            down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-            attention_head_dim=4, norm_num_groups=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D",) * 2,
+            attention_head_dim=(2, 4), norm_num_groups=8,
         ),
         "dit": dict(
             sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=6, num_attention_heads=4,

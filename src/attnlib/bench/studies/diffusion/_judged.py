@@ -1,0 +1,146 @@
+"""What lines share: contestants draw the same prompts from the same seeds, a judge says what is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...clock import now
+from ...small import Progress, interval
+from ...stats import mean_interval, paired_interval
+from ...store import identity
+from ...worlds.judge import Judge, load
+from ...worlds.painter import Prompt
+
+#: What of a :class:`attnlib.bench.worlds.judge.Verdict` is told.
+METRICS = ("right", "bound", "present", "counted", "placed", "recognisable", "things")
+
+Draw = Callable[[Sequence[Prompt], Sequence[int]], Tensor]
+
+
+def judged(
+    contestants: Mapping[str, Draw],
+    prompts: Sequence[Prompt],
+    baseline: str | None = None,
+    judge: Judge | None = None,
+    batch: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+    keep: str | Path | None = None,
+    key: Any = None,
+) -> dict[str, Any]:
+    """Let every contestant draw every prompt, prompt i from seed ``seed + i``, and say what came of it.
+
+    Args:
+        contestants: by name, from prompts and seeds to pictures (B, 3, h, w) in [0, 1].
+        prompts: what is asked for.
+        baseline: whom the others are held against, prompt by prompt.
+        judge: the trained one by default.
+        batch: prompts given at a time.
+        seed: of the first prompt.
+        progress: told of every batch.
+        keep: a file that takes every batch as soon as it is judged, and from which a later call goes on.
+        key: what pictures depend on beside name, prompt and seed, such as settings.
+
+    Returns:
+        ``rows``: per contestant ``name``, each of :data:`METRICS` and ``seconds`` per picture as
+        ``{"mean", "half", "n"}`` over prompts, and ``against``: the same of paired differences from the baseline.
+    """
+    if baseline is not None and baseline not in contestants:
+        raise ValueError(f"baseline={baseline!r} is not among the contestants {list(contestants)}")
+    if not contestants or not prompts:
+        raise ValueError("contestants and prompts must hold at least one each")
+    judge = load() if judge is None else judge
+    mark = identity([key, [p.text for p in prompts], seed, batch])
+    file = None if keep is None else Path(keep)
+    held: list[dict[str, Any]] = []
+    if file is not None and file.exists():
+        held = [r for r in map(json.loads, file.read_text(encoding="utf-8").splitlines()) if r.get("key") == mark]
+    for start in range(0, len(prompts), batch):
+        for name, draw in contestants.items():
+            if any(r["name"] == name and r["start"] == start for r in held):
+                continue
+            asked = prompts[start : start + batch]
+            began = now()
+            images = draw(asked, [seed + start + i for i in range(len(asked))])
+            seconds = (now() - began) / len(asked)
+            verdicts = [asdict(v) for v in judge.judge(images.float().clamp(0, 1), asked)]
+            rows = [{**{m: float(v[m]) for m in METRICS}, "seconds": seconds} for v in verdicts]
+            held.append({"name": name, "start": start, "key": mark, "rows": rows})
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps(held[-1]) + "\n")
+            if progress is not None:
+                right = sum(r["right"] for r in rows) / len(rows)
+                progress(
+                    f"{name}, prompts {start} to {start + len(asked) - 1}: right {right:.2f}, {seconds:.2f} s each"
+                )
+    by_name: dict[str, dict[int, dict[str, float]]] = {name: {} for name in contestants}
+    for record in held:
+        if record["name"] in by_name:
+            by_name[record["name"]] |= {record["start"] + i: r for i, r in enumerate(record["rows"])}
+    rows = []
+    for name, own in by_name.items():
+        row: dict[str, Any] = {"name": name}
+        row |= {m: interval(mean_interval([r[m] for r in own.values()])) for m in (*METRICS, "seconds")}
+        if baseline is not None and name != baseline:
+            row["against"] = {}
+            for m in (*METRICS, "seconds"):
+                gap = paired_interval(
+                    {i: r[m] for i, r in own.items()}, {i: r[m] for i, r in by_name[baseline].items()}
+                )
+                row["against"][m] = None if gap is None else interval(gap)
+        rows.append(row)
+    return {"prompts": len(prompts), "seed": seed, "baseline": baseline, "rows": rows}
+
+
+def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
+    """Pictures (B, 3, h, w) side by side as one (3, H, W), white between."""
+    b, _, h, w = images.shape
+    lines = -(-b // columns)
+    out = torch.ones(3, lines * (h + gap) - gap, columns * (w + gap) - gap)
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        out[:, y : y + h, x : x + w] = image
+    return out
+
+
+def sheet(
+    path: str | Path, rows: Mapping[str, Tensor], titles: Sequence[str] = (), zoom: float = 1.0, wrap: int = 18
+) -> None:
+    """Write a PNG of pictures: a row of them per contestant, prompts above.
+
+    Args:
+        path: of the file.
+        rows: by name, pictures (n, 3, h, w) in [0, 1].
+        titles: n prompts, broken into lines.
+        zoom: size of everything.
+        wrap: letters per line of a prompt.
+    """
+    import textwrap
+
+    from matplotlib.figure import Figure
+
+    count = max(len(v) for v in rows.values())
+    figure = Figure(figsize=(zoom * (0.9 * count + 0.9), zoom * (0.95 * len(rows) + 0.6)), layout="constrained")
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for i, axis in enumerate(line):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for side in axis.spines.values():
+                side.set_visible(False)
+            if i < len(images):
+                axis.imshow(images[i].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+        line[0].set_ylabel("\n".join(textwrap.wrap(name, 14)), fontsize=7)
+    for axis, title in zip(axes[0], titles, strict=False):
+        axis.set_title("\n".join(textwrap.wrap(title, wrap)), fontsize=5.5)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
