@@ -8,7 +8,8 @@ the radial part of the update wherever gradient and weight are almost orthogonal
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -377,3 +378,24 @@ class AdamR(_Checked):
             denom = (state["exp_avg_sq"] / (1 - two ** state["step"])).sqrt_().add_(group["eps"])
             p.addcdiv_(state["exp_avg"], denom, value=-group["lr"] / (1 - one ** state["step"]))
         return loss
+
+
+@contextmanager
+def shown(progress: bool | Callable[[int, float], None], steps: int) -> Iterator[Callable[[int, float], None]]:
+    """Progress of a training: a function of how many steps are done and of the loss.
+
+    Args:
+        progress: draw a bar; or what is called with both.
+        steps: how many there are.
+    """
+    if callable(progress):
+        yield progress
+        return
+    if not check_flag("progress", progress):
+        yield lambda step, loss: None
+        return
+    from rich.progress import Progress
+
+    with Progress() as bar:
+        task = bar.add_task("training", total=steps)
+        yield lambda step, loss: bar.update(task, completed=step, description=f"loss {loss:.4f}")

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_flag, check_int, check_real, check_type
+from ..checks import check_choice, check_int, check_real, check_type
+from ..optim import shown
 from . import agreement as agree
 from .agreement import LAYERWISE, Batch, Report
 from .saved import inject, load_weights, plan_of, put_plan, read_entry, save_transformers
@@ -206,7 +207,7 @@ class Conversion:
         signature = {"to": self.to, "loss": weights, "train": what, "lr": lr, "blocks": blocks, "steps": steps}
         history = self._resume(checkpoint, signature, parameters, optimizer, scheduler)
         stream = itertools.islice(_again(batches), len(history) * accumulate, None)
-        with self._training(parameters, what), _shown(progress, steps) as tell:
+        with self._training(parameters, what), shown(progress, steps) as tell:
             for step in range(len(history), steps):
                 optimizer.zero_grad(set_to_none=True)
                 total = 0.0
@@ -504,18 +505,3 @@ def _again(batches: Iterable[Batch]) -> Iterator[Batch]:
             yield batch
         if not found:
             raise ValueError("batches ran out, or hold none; give a list, or fewer steps")
-
-
-@contextmanager
-def _shown(progress: bool | Callable[[int, float], None], steps: int) -> Iterator[Callable[[int, float], None]]:
-    if callable(progress):
-        yield progress
-        return
-    if not check_flag("progress", progress):
-        yield lambda step, loss: None
-        return
-    from rich.progress import Progress
-
-    with Progress() as bar:
-        task = bar.add_task("training", total=steps)
-        yield lambda step, loss: bar.update(task, completed=step, description=f"loss {loss:.4f}")
