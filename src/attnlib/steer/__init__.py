@@ -9,6 +9,7 @@ from .diffusion.clear import Clear
 from .diffusion.float_clothing import FlowAttention
 from .diffusion.linfusion import LinFusion, distillation_losses
 from .diffusion.losses import LatentUpdate
+from .diffusion.personalize import Personalize, load_personalized
 from .diffusion.softpag import SoftPAG, adaptive_weight, guide, hunt_heads
 from .diffusion.structured_guidance import StructuredGuidance
 from .diffusion.uniform_maps import UniformMaps
@@ -52,6 +53,7 @@ __all__ = [
     "NullTokens",
     "OtherPixels",
     "PLaplacian",
+    "Personalize",
     "SinkCalibration",
     "SoftImageGuidance",
     "SoftPAG",
@@ -76,6 +78,7 @@ __all__ = [
     "hunt_heads",
     "image_guidance",
     "label_accuracy",
+    "load_personalized",
     "mask_pixels",
     "redistribute",
     "relevance_mask",
