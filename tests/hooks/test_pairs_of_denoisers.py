@@ -18,6 +18,7 @@ MAKE = {
     "AStar": lambda: steer.AStar(WORDS, step_size=60.0, targets=None, resolution=8),
     "AttendExcite": lambda: steer.AttendExcite(WORDS, step_size=60.0, targets=None, resolution=8),
     "FlowAttention": lambda: steer.FlowAttention(torch.full((1, 2, 8, 8), 2.0), weight=0.2),
+    "IRDiffusion": lambda: steer.IRDiffusion(masks=[[(0, 0, 0.5, 1), (0.5, 0, 1, 1)]], references=()),
     "Maps": lambda: Maps(8),
     "Record": lambda: Record(what=("entropy",), rows="all"),
     "SoftPAG": lambda: steer.SoftPAG(0.5, rows=("cond",), layers=["mid_block*"]),
@@ -33,6 +34,9 @@ LOOKS = {"Maps", "Record"}
 REFUSED = {
     ("AStar", "AStar"),
     ("AStar", "AttendExcite"),
+    ("AStar", "IRDiffusion"),
+    ("AttendExcite", "IRDiffusion"),
+    ("IRDiffusion", "IRDiffusion"),
     ("AttendExcite", "AttendExcite"),
     ("AStar", "StepCache"),
     ("AttendExcite", "StepCache"),

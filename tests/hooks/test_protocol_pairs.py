@@ -93,6 +93,7 @@ MAKE = {
     "DiffusersCache": None,
     "AttendExcite": None,
     "FlowAttention": None,
+    "IRDiffusion": None,
     "StructuredGuidance": None,
     "VariableSizeScale": None,
     "BlockSparse": None,  # acts on videos

@@ -7,6 +7,7 @@ from .damro import DAMRO, select_outliers
 from .diffusion.a_star import AStar, AttendExcite
 from .diffusion.clear import Clear
 from .diffusion.float_clothing import FlowAttention
+from .diffusion.ir_diffusion import IRDiffusion
 from .diffusion.linfusion import LinFusion, distillation_losses
 from .diffusion.losses import LatentUpdate
 from .diffusion.personalize import Personalize, load_personalized
@@ -44,6 +45,7 @@ __all__ = [
     "HeadReinforcement",
     "HeadScale",
     "HeadSearch",
+    "IRDiffusion",
     "ImageTokens",
     "LatentUpdate",
     "LinFusion",
