@@ -176,7 +176,7 @@ def test_whole_models_take_few_values(kind, tmp_path):
     y = m(TOKENS).logits
     rotate(m)
     done = []
-    told = quantize(m, TOKENS, 4, kind, progress=lambda i, of: done.append((i, of)))
+    told = quantize(m, TOKENS, 4, Weighting(kind, clusters=4), progress=lambda i, of: done.append((i, of)))
     assert done == [(1, 2), (2, 2)] and len(told.errors) == 14 and all(0 < e < 0.2 for e in told.errors.values())
     for layer in m.model.layers:
         for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):

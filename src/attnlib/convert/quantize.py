@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -180,21 +181,28 @@ class Moments:
         self.value += flat.mT @ flat
 
 
-def _factor(moments: Tensor, damp: float, retries: int) -> Tensor:
-    """Upper Cholesky factor of the inverse, with a share of the mean diagonal added, again and again if need be."""
+def damped(moments: Tensor, damp: float, retries: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Moments with a share of their mean diagonal added, once and more often, and their lower Cholesky factor."""
     h = moments.clone()
     more = damp * h.diagonal().mean()
     for _ in range(1 + retries):
         h.diagonal().add_(more)
         root, failed = torch.linalg.cholesky_ex(h)
         if not failed:
-            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
-            if not failed:
-                return inverse
+            yield h, root
     raise ValueError(
         f"moments are not positive definite with damp={damp} added {1 + retries} times; a larger damp, more retries or "
         "more calibration tokens help"
     )
+
+
+def _factor(moments: Tensor, damp: float, retries: int) -> Tensor:
+    """Upper Cholesky factor of the inverse of damped moments."""
+    tried = damped(moments, damp, retries)
+    while True:
+        inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(next(tried)[1]), upper=True)
+        if not failed:
+            return inverse
 
 
 @torch.no_grad()

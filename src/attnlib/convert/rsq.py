@@ -31,14 +31,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_flag, check_int, check_rank, check_real, check_whole, to_list
+from ..checks import check_choice, check_flag, check_int, check_rank, check_real, check_type, check_whole, to_list
 from ..hooks import Intervention, attach
 from ..hooks.site import Site
+from .lattice import E8P, ldlq
 from .quantize import Grid, Moments, gptq
 from .rotation import llama_layers
 
 #: What a token's weight is made of.
-WEIGHTINGS = ("attncon", "actnorm", "actdiff", "tokenfreq", "tokensim", "chunks", "uniform")
+WEIGHTINGS = ("attncon", "actnorm", "actdiff", "tokenfreq", "tokensim", "cluster", "dot", "chunks", "uniform")
 #: Raw numbers of these count backwards, as released.
 _REVERSED = ("actdiff", "tokenfreq")
 #: Maps that share inputs, in the order in which they are quantized.
@@ -53,19 +54,22 @@ class Weighting:
     Args:
         kind: ``"attncon"``: attention received, summed over heads and queries; ``"actnorm"``: norm of the layer's
             input; ``"actdiff"``: how far the layer moves it; ``"tokenfreq"``: how often the token occurs in the
-            calibration data; ``"tokensim"``: mean squared distance to the other inputs; ``"chunks"``: 1 in some
-            parts of the sequence and 0 elsewhere; ``"uniform"``: GPTQ.
+            calibration data; ``"tokensim"``: mean squared distance to the other inputs; ``"cluster"``: squared
+            distance to the nearest of ``clusters`` centres; ``"dot"``: product with the sum of all inputs;
+            ``"chunks"``: 1 in some parts of the sequence and 0 elsewhere; ``"uniform"``: GPTQ.
         low, high: least and largest weight, between which numbers are spread evenly. The release searches ``low``
             among 0.1, 0.05, 0.02, 0.01 and 0.005 per model.
         per_reader: first divide by how many tokens can read each: ``"linear"``, by the root of that: ``"sqrt"``.
         scale: ``"square"`` or ``"sqrt"`` of the raw numbers.
         reverse: count backwards; by default ``"actdiff"`` and ``"tokenfreq"`` do.
-        of: ``"input"`` or ``"output"`` of the layer, for ``"actnorm"`` and ``"tokensim"``.
+        of: ``"input"`` or ``"output"`` of the layer, for ``"actnorm"``, ``"tokensim"``, ``"cluster"`` and ``"dot"``.
         quantile: spread between this quantile and its opposite, cut off beyond; for ``"attncon"``.
         mask_least: this share of the tokens, the least important ones, weighs nothing, all others 1.
-        drop_least: this share weighs nothing, the others keep their weights; for ``"attncon"`` and ``"actnorm"``.
+        drop_least: this share weighs nothing, the others keep their weights; for ``"attncon"``, ``"actnorm"`` and
+            ``"cluster"``.
         bins: equally full classes of one weight each.
         spread: ``False`` leaves numbers as they are, without ``low`` and ``high``.
+        clusters: of a sequence, at most its tokens: 30 rounds of Lloyd's algorithm, which starts from the first ones.
         chunks: ``(parts, of)`` for ``"chunks"``, such as ``((0,), 8)``: the first eighth.
     """
 
@@ -81,6 +85,7 @@ class Weighting:
     drop_least: float | None = None
     bins: int | None = None
     spread: bool = True
+    clusters: int = 100
     chunks: tuple[tuple[int, ...], int] = ((0,), 8)
 
     def __post_init__(self) -> None:
@@ -96,6 +101,7 @@ class Weighting:
                 check_real(name, getattr(self, name), least=0, most=1)
         if self.bins is not None:
             check_int("bins", self.bins, least=2)
+        check_int("clusters", self.clusters, least=1)
         if sum(x is not None for x in (self.mask_least, self.drop_least, self.bins)) > 1:
             raise ValueError("mask_least, drop_least and bins exclude each other")
         if not isinstance(self.chunks, tuple) or len(self.chunks) != 2:
@@ -146,6 +152,10 @@ class Weighting:
         x = (_given(before, "before") if self.of == "input" else _given(after, "after")).float()
         if self.kind == "actnorm":
             return x.norm(dim=-1)
+        if self.kind == "dot":
+            return x @ x.sum(0)
+        if self.kind == "cluster":
+            return _to_centres(x, self.clusters)
         square = x.square().sum(-1)  # the mean of |x_j - x_i|^2 over i, without the table of pairs
         return square - 2 * (x @ x.mean(0)) + square.mean()
 
@@ -172,6 +182,23 @@ class Weighting:
         for part in parts:
             weights[part * each : (part + 1) * each] = 1
         return weights
+
+
+def _to_centres(x: Tensor, count: int) -> Tensor:
+    """(N,) squared distance of (N, D) points to the nearest centre; a centre that no point has falls to zero."""
+    if count > len(x):
+        raise ValueError(f"clusters={count}: a sequence of {len(x)} tokens has fewer")
+    square = x.square().sum(-1)
+    centres = x[:count]
+
+    def distances() -> Tensor:
+        return torch.addmm(centres.square().sum(-1) + square[:, None], x, centres.mT, alpha=-2)
+
+    for _ in range(30):
+        which = distances().argmin(1)
+        sizes = torch.bincount(which, minlength=count).to(x)
+        centres = torch.zeros_like(centres).index_add_(0, which, x) / (sizes[:, None] + 1e-8)
+    return distances().amin(1)
 
 
 def _given(value: Tensor | None, name: str) -> Tensor:
@@ -295,7 +322,7 @@ def quantize(
     bits: int = 3,
     weighting: Weighting | str = "attncon",
     *,
-    grid: Grid | None = None,
+    grid: Grid | E8P | None = None,
     power: float = 0.5,
     method: str = "gptq",
     damp: float = 0.01,
@@ -311,7 +338,8 @@ def quantize(
         tokens: (S, N) calibration sequences, at least one of two tokens; :func:`expand` makes more of them.
         bits: of a weight, from 2.
         weighting: of tokens, or the name of its kind.
-        grid: other settings than ``Grid(bits, clip=True)``, which has a step per row, clipped.
+        grid: other settings than ``Grid(bits, clip=True)``, which has a step per row, clipped; or
+            :class:`attnlib.convert.lattice.E8P`, of 2 bits, whose columns in eights make up for each other.
         power: of a weight on the inputs, see :class:`attnlib.convert.quantize.Moments`.
         method: ``"gptq"``, or ``"nearest"``: each weight by itself, without the data.
         damp, group, order: of :func:`attnlib.convert.quantize.gptq`.
@@ -324,7 +352,15 @@ def quantize(
     layers = llama_layers(model)
     check_choice("method", method, ("gptq", "nearest"))
     weighting = Weighting(weighting) if isinstance(weighting, str) else weighting
-    grid = Grid(check_int("bits", bits, least=2, most=8), clip=True) if grid is None else grid
+    check_int("bits", bits, least=2, most=8)
+    grid = Grid(bits, clip=True) if grid is None else grid
+    check_type("grid", grid, (Grid, E8P))
+    if isinstance(grid, E8P):
+        if group is not None or order != "given":
+            raise ValueError(f"grid=E8P() has no group and no order, got group={group} and order={order!r}")
+        for i, layer in enumerate(layers):
+            for name in (n for names in _ORDER for n in names):
+                grid.check(layer.get_submodule(name).weight, f"layer {i}'s {name}")
     check_rank("tokens", tokens, 2, "(S, N)")
     check_whole("tokens", tokens)
     if not len(tokens) or tokens.shape[1] < 2:
@@ -357,6 +393,8 @@ def quantize(
                         weight, h = layer.get_submodule(name).weight, moments[name].value
                         if method == "nearest":
                             rounded = grid(weight.float()).to(weight.dtype)
+                        elif isinstance(grid, E8P):
+                            rounded = ldlq(weight, h, grid, damp=damp)
                         else:
                             rounded = gptq(weight, h, grid, damp=damp, group=group, order=order)
                         errors[f"model.layers.{i}.{name}"] = _relative(weight, rounded, h)
