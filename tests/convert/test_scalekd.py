@@ -11,8 +11,8 @@ from parity import HERE, synthetic
 from safetensors import safe_open
 
 import attnlib
-from attnlib.convert import LogitLoss, ScaleKD, distill
-from attnlib.convert.distill import Wanted, read
+from attnlib.convert import FeatureLoss, LogitLoss, ScaleKD, distill
+from attnlib.convert.distill import Reading, Wanted, read
 from attnlib.convert.scalekd import CrossAttentionProjector, directions, last_stage, without_mean
 
 SMALL = dict(num_classes=5, img_size=64)
@@ -66,6 +66,64 @@ def test_projectors_and_losses_equal_the_authors(case):
     torch.testing.assert_close(x.grad.permute(0, 3, 1, 2), held["dx"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(made[0].of_query.weight.grad, held["dw"].flatten(1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(made[1].k.weight.grad, held["dk"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["v1, other grid", "v1, windows", "convnext", "convnext, other grid"])
+def test_the_other_versions_equal_the_authors(case):
+    with safe_open(HERE / "scalekd-others.safetensors", "pt") as f:
+        held = {k.split("/")[1]: f.get_tensor(k) for k in f.keys() if k.startswith(case + "/")}  # noqa: SIM118
+        weights = synthetic(json.loads(f.metadata()["shapes"])[case])
+        said = json.loads(f.metadata()["settings"])[case]
+    grid, made = said["query_hw"], []
+    for number in (0, 1):
+        p = CrossAttentionProjector(
+            6, 8, grid, 2, said["self_query"], windows=said.get("window_shapes", (1, 1)), compat="authors",
+            student_grid=said["pos_hw"], norm=said["norm"],
+        )  # fmt: skip
+        start = f"projector_{number}."
+        own = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
+        p.load_state_dict(p.convert_state_dict(own, grid))
+        made.append(p.double().train())
+    x = held["x"].permute(0, 2, 3, 1).clone().requires_grad_()
+    t = held["t"].permute(0, 2, 3, 1)
+    query = held["q"].unflatten(1, grid) if "q" in held else None
+    spatial, free = (p(x, query) for p in made)
+    close = dict(rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(spatial.flatten(1, 2), held["y"], **close)
+    a, b = 0.08 * directions(spatial, t), 0.06 * directions(without_mean(free), without_mean(t))
+    torch.testing.assert_close(a.reshape(1), held["spatial"], **close)
+    torch.testing.assert_close(b.reshape(1), held["free"], rtol=1e-5, atol=1e-6)
+    (a + b).backward()
+    torch.testing.assert_close(x.grad.permute(0, 3, 1, 2), held["dx"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(made[0].of_query.weight.grad, held["dw"].flatten(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(made[1].k.weight.grad, held["dk"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(made[0].norm.weight.grad, held["dn"], rtol=1e-4, atol=1e-6)
+
+
+def test_feature_distillation_of_the_release_is_a_sum_of_cosines():
+    with safe_open(HERE / "scalekd-others.safetensors", "pt") as f:
+        held = {k.split("/")[1]: f.get_tensor(k) for k in f.keys() if k.startswith("fd/")}  # noqa: SIM118
+        weights = synthetic(json.loads(f.metadata()["shapes"])["fd"])
+    loss = FeatureLoss((6, 8), loss="cosine", weight=0.03 * 2 * 3 * 5).double()
+    loss.project.load_state_dict({"weight": weights["align.weight"].flatten(1), "bias": weights["align.bias"]})
+    x, t = (held[k].permute(0, 2, 3, 1).clone().requires_grad_() for k in "xt")
+    found = loss(Reading(features={-1: x}), Reading(features={-1: t}), None)["features"]
+    torch.testing.assert_close(found.reshape(1), held["loss"], rtol=1e-9, atol=1e-12)
+    found.backward()
+    torch.testing.assert_close(x.grad.permute(0, 3, 1, 2), held["dx"], rtol=1e-7, atol=1e-10)
+
+
+def test_a_student_whose_grid_stays_learns_from_a_pyramid():
+    """As a DeiT behind a Swin: one grid for both of its stages, which the teacher's queries read whole."""
+    torch.manual_seed(0)
+    student, teacher = vit(depth=3, patch_size=16, img_size=64), swin()
+    with pytest.raises(ValueError, match="unlike_grids"):
+        ScaleKD(student, teacher, 64, num_heads=(2, 4))
+    made = ScaleKD(student, teacher, 64, num_heads=(2, 4), unlike_grids=True, norm="layer")
+    assert made.projectors["spatial 4"].student_grid == (4, 4) != made.projectors["spatial 4"].grid == (2, 2)
+    taught = distill(student, teacher, made, task=0.5)
+    taught(images())["total"].backward()
+    assert all(p.grad is not None and bool((p.grad != 0).any()) for p in student.stages[-1].parameters())
 
 
 def test_windows_lie_where_the_teachers_tokens_do():

@@ -29,6 +29,7 @@ from ..ops.attention import attention
 from .distill import DistillationLoss, Reading, Wanted
 
 Tail = Callable[[Tensor], Tensor]
+NORMS = ("batch", "layer")
 
 
 class CrossAttentionProjector(nn.Module):
@@ -38,11 +39,13 @@ class CrossAttentionProjector(nn.Module):
 
     Args:
         student_dim, teacher_dim: widths.
-        grid: of the student's map and of the queries.
+        grid: of the queries and of what comes out.
         num_heads: heads, which divide ``teacher_dim``.
         own_query: learned queries; without them the call gives some.
         softmax_scale: of the scores, beside ``1 / sqrt(D)``.
         windows: attention within so many windows down and along.
+        student_grid: of the student's map, where it is another: the release's first version, for DeiT behind Swin.
+        norm: behind the convolution, ``"batch"``, or ``"layer"`` over channels: the release's version for ConvNeXt.
         compat: ``"authors"`` leaves what windows give in the windows' order, as the release does, so that tokens do not
             lie where the teacher's do.
 
@@ -61,19 +64,26 @@ class CrossAttentionProjector(nn.Module):
         softmax_scale: float = 5.0,
         windows: Sequence[int] = (1, 1),
         compat: str = "",
+        student_grid: Sequence[int] | None = None,
+        norm: str = "batch",
     ):
         super().__init__()
         check_choice("compat", compat, ("", "authors"))
+        check_choice("norm", norm, NORMS)
         self.grid, self.windows = check_grid("grid", tuple(grid), (2,)), check_ints("windows", tuple(windows), least=1)
-        if len(self.windows) != 2 or any(g % w for g, w in zip(self.grid, self.windows, strict=True)):
-            raise ValueError(f"windows={self.windows} must divide the grid {self.grid}, down and along")
+        self.student_grid = self.grid
+        if student_grid is not None:
+            self.student_grid = check_grid("student_grid", tuple(student_grid), (2,))
+        for sides in (self.grid, self.student_grid):
+            if len(self.windows) != 2 or any(g % w for g, w in zip(sides, self.windows, strict=True)):
+                raise ValueError(f"windows={self.windows} must divide the grid {sides}, down and along")
         if teacher_dim % check_int("num_heads", num_heads, least=1):
             raise ValueError(f"num_heads={num_heads} must divide teacher_dim={teacher_dim}")
         self.num_heads, self.compat = num_heads, compat
         self.scale = check_real("softmax_scale", softmax_scale, above=0) * (teacher_dim // num_heads) ** -0.5
         self.conv = nn.Conv2d(student_dim, student_dim, 3, padding=1)
-        self.norm = nn.BatchNorm2d(student_dim)
-        self.positions = nn.Parameter(torch.empty(*self.grid, student_dim))
+        self.norm: nn.Module = nn.BatchNorm2d(student_dim) if norm == "batch" else nn.LayerNorm(student_dim)
+        self.positions = nn.Parameter(torch.empty(*self.student_grid, student_dim))
         self.query = nn.Parameter(torch.empty(*self.grid, teacher_dim)) if own_query else None
         self.of_query = nn.Linear(teacher_dim, teacher_dim)
         self.q = nn.Linear(teacher_dim, teacher_dim)
@@ -87,7 +97,7 @@ class CrossAttentionProjector(nn.Module):
 
     def _cut(self, x: Tensor) -> Tensor:
         """(B, h, w, C) -> (B * windows, tokens, C)."""
-        (h, w), (down, along) = self.grid, self.windows
+        (h, w), (down, along) = x.shape[1:3], self.windows
         x = x.unflatten(2, (along, w // along)).unflatten(1, (down, h // down))
         return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
@@ -98,15 +108,22 @@ class CrossAttentionProjector(nn.Module):
         x = x.reshape(-1, down, along, h // down, w // along, x.shape[-1])
         return x.transpose(2, 3).reshape(-1, h, w, x.shape[-1])
 
+    def _normed(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, h, w, C)."""
+        if isinstance(self.norm, nn.LayerNorm):
+            return self.norm(x.permute(0, 2, 3, 1))
+        return self.norm(x).permute(0, 2, 3, 1)
+
     def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
-        """(B, h, w, student_dim), queries (B, h, w, teacher_dim) in place of the learned -> (B, h, w, teacher_dim)."""
-        if tuple(x.shape[1:3]) != self.grid:
-            raise ValueError(f"the student's map has a grid of {tuple(x.shape[1:3])}, the projector one of {self.grid}")
+        """(B, h, w, student_dim), queries (B, h', w', teacher_dim) for the learned -> (B, h', w', teacher_dim)."""
+        if tuple(x.shape[1:3]) != self.student_grid:
+            given = tuple(x.shape[1:3])
+            raise ValueError(f"the student's map has a grid of {given}, the projector one of {self.student_grid}")
         if query is None and self.query is None:
             raise ValueError("query must be given to a projector with own_query=False")
         own = self.query if query is None else query
         asking = F.relu(self.of_query(own)).expand(len(x), -1, -1, -1)  # type: ignore[arg-type]
-        source = F.relu(self.norm(self.conv(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1) + self.positions
+        source = F.relu(self._normed(self.conv(x.permute(0, 3, 1, 2)))) + self.positions
         q, k, v = (
             split_heads(self._cut(f(t)), self.num_heads)
             for f, t in ((self.q, asking), (self.k, source), (self.v, source))
@@ -185,14 +202,18 @@ class ScaleKD(DistillationLoss):
         stages: of the student; of a vision transformer they are blocks.
         alpha: weights of the spatial and of the mean-free loss.
         softmax_scale, windows, compat: of :class:`CrossAttentionProjector`.
+        norm: of the projectors.
+        unlike_grids: whether a stage of the student may have another grid than the teacher's, whose queries then read
+            all of it, as the release has it for a DeiT behind a Swin.
         blocks: of a vision transformer as teacher, that are its last stage.
         tail: the teacher's last stage, ``(B, h, w, C) -> (B, h', w', C')``, where :func:`last_stage` does not know it;
             it must run the teacher's own modules.
 
     Raises:
-        ValueError: student and teacher whose maps have unlike grids.
+        ValueError: student and teacher whose maps have unlike grids, without ``unlike_grids``.
 
-    Reference: Fan et al., 2024, arXiv 2411.06786; the classes of the release whose names end in v2.
+    Reference: Fan et al., 2024, arXiv 2411.06786; the classes of the release whose names end in v2, and with
+    ``unlike_grids`` or ``norm="layer"`` the first ones and those for ConvNeXt.
     """
 
     @checked
@@ -207,6 +228,8 @@ class ScaleKD(DistillationLoss):
         softmax_scale: float = 5.0,
         windows: Sequence[int] = (1, 1),
         compat: str = "",
+        norm: str = "batch",
+        unlike_grids: bool = False,
         blocks: int = 2,
         tail: Tail | None = None,
     ):
@@ -231,15 +254,16 @@ class ScaleKD(DistillationLoss):
             levels: Any = student.feature_info, teacher.feature_info
             mine, its = levels[0][ours], levels[1][theirs]
             grids = [tuple(-(-side // level["reduction"]) for side in sides) for level in (mine, its)]
-            if grids[0] != grids[1]:
+            if grids[0] != grids[1] and not unlike_grids:
                 raise ValueError(
                     f"the student's stage {ours} has a grid of {grids[0]}, the teacher's stage {theirs} one of "
-                    f"{grids[1]}"
+                    f"{grids[1]}; unlike_grids=True lets them differ"
                 )
             for view in ("spatial", "mean-free"):
                 self.projectors[f"{view} {name}"] = CrossAttentionProjector(
-                    mine["num_chs"], its["num_chs"], grids[0], count, name == "3", softmax_scale, windows, compat
-                )
+                    mine["num_chs"], its["num_chs"], grids[1], count, name == "3", softmax_scale, windows, compat,
+                    grids[0], norm,
+                )  # fmt: skip
 
     def forward(self, student: Reading, teacher: Reading, model: nn.Module) -> dict[str, Tensor]:
         tail = last_stage(model, self.blocks) if self.tail is None else self.tail
