@@ -339,7 +339,6 @@ def run(name: str, args: argparse.Namespace) -> None:
     common: dict[str, Any] = dict(work=args.work, out=args.out, plan=plan, seed=args.seed, snapshots=args.snapshots)
     if name == "clip":
         train(name, model, clip_loss(pictures), args.scenes, **common)
-        models.tokenizer().save_pretrained(str(args.out / "tokenizer"))
     elif name == "vae":
         train(name, model, vae_loss(pictures), args.scenes, **common)
         vae = models.part("vae", args.out)
