@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 import attnlib  # noqa: E402
 from attnlib import cache, steer  # noqa: E402
 from attnlib.hooks import Maps, Record  # noqa: E402
+from attnlib.steer.diffusion import hidiffusion  # noqa: E402
 from hooks import pipes  # noqa: E402
 
 WORDS = ("circle", "square")
@@ -19,6 +20,7 @@ MAKE = {
     "AttendExcite": lambda: steer.AttendExcite(WORDS, step_size=60.0, targets=None, resolution=8),
     "FlowAttention": lambda: steer.FlowAttention(torch.full((1, 2, 8, 8), 2.0), weight=0.2),
     "IRDiffusion": lambda: steer.IRDiffusion(masks=[[(0, 0, 0.5, 1), (0.5, 0, 1, 1)]], references=()),
+    "HiDiffusion": lambda: steer.HiDiffusion(TABLE, ratios=(1.0, 0.0)),
     "Maps": lambda: Maps(8),
     "Record": lambda: Record(what=("entropy",), rows="all"),
     "SoftPAG": lambda: steer.SoftPAG(0.5, rows=("cond",), layers=["mid_block*"]),
@@ -27,6 +29,9 @@ MAKE = {
     "UniformMaps": lambda: steer.UniformMaps(rows=("uncond",), steps=[0]),
     "VariableSizeScale": lambda: steer.VariableSizeScale(trained_size=4),
 }
+
+#: Maps that are pooled in the deep stage only, so that some of the others find theirs at the resolution of 8.
+TABLE = hidiffusion.Table(2, hidiffusion.Place("pool", 1), windows=("down_blocks.0.*.attn1",))
 
 LOOKS = {"Maps", "Record"}
 
@@ -41,6 +46,8 @@ REFUSED = {
     ("AStar", "StepCache"),
     ("AttendExcite", "StepCache"),
     ("StepCache", "StepCache"),
+    ("HiDiffusion", "HiDiffusion"),
+    ("HiDiffusion", "StepCache"),
     ("VariableSizeScale", "VariableSizeScale"),
 }
 

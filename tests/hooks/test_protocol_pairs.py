@@ -94,6 +94,7 @@ MAKE = {
     "AttendExcite": None,
     "FlowAttention": None,
     "IRDiffusion": None,
+    "HiDiffusion": None,
     "StructuredGuidance": None,
     "VariableSizeScale": None,
     "BlockSparse": None,  # acts on videos

@@ -7,6 +7,7 @@ from .damro import DAMRO, select_outliers
 from .diffusion.a_star import AStar, AttendExcite
 from .diffusion.clear import Clear
 from .diffusion.float_clothing import FlowAttention
+from .diffusion.hidiffusion import HiDiffusion
 from .diffusion.ir_diffusion import IRDiffusion
 from .diffusion.linfusion import LinFusion, distillation_losses
 from .diffusion.losses import LatentUpdate
@@ -46,6 +47,7 @@ __all__ = [
     "HeadScale",
     "HeadSearch",
     "IRDiffusion",
+    "HiDiffusion",
     "ImageTokens",
     "LatentUpdate",
     "LinFusion",
