@@ -171,6 +171,26 @@ def dit(seed=0):
     return quiet(DiTPipeline(transformer=model, vae=vae(), scheduler=scheduler()))
 
 
+def pixart(seed=0):
+    """A tiny ``PixArtSigmaPipeline`` without text encoder, and the embeddings to call it with."""
+    from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
+
+    torch.manual_seed(seed)
+    model = PixArtTransformer2DModel(
+        sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, caption_channels=12,
+        in_channels=4, cross_attention_dim=16, out_channels=8, attention_bias=True, use_additional_conditions=False,
+    ).eval()  # fmt: skip
+    pipe = quiet(
+        PixArtSigmaPipeline(tokenizer=None, text_encoder=None, vae=vae(), transformer=model, scheduler=scheduler())
+    )
+    given = {
+        "prompt": None, "negative_prompt": None, "prompt_embeds": torch.randn(1, 5, 12),
+        "negative_prompt_embeds": torch.randn(1, 5, 12), "prompt_attention_mask": torch.ones(1, 5),
+        "negative_prompt_attention_mask": torch.ones(1, 5), "height": 8, "width": 8, "use_resolution_binning": False,
+    }  # fmt: skip
+    return pipe, given
+
+
 def sdxl(folder):
     """A tiny ``StableDiffusionXLPipeline``."""
     from diffusers import StableDiffusionXLPipeline

@@ -89,6 +89,8 @@ MAKE = {
     "Maps": None,  # of denoisers: tests/hooks/test_maps.py
     # Of pipelines that denoise: tests/hooks/test_pairs_of_denoisers.py.
     "AStar": None,
+    "HarmoniCa": None,
+    "RouterTraining": None,
     "StepCache": None,
     "DiffusersCache": None,
     "AttendExcite": None,

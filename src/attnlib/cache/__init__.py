@@ -3,6 +3,7 @@ and a selector), and what denoisers computed at one step, used again at others."
 
 from .base import KVCompression
 from .budgets import AcrossHeads, AcrossLayers, Budget, Cap, PerLayer, Pyramid, Ratio
+from .harmonica import HarmoniCa, Router, RouterTraining, image_error_weights, train_router
 from .scorers import (
     CacheView,
     ExpectedAttention,
@@ -29,6 +30,7 @@ __all__ = [
     "Cap",
     "DiffusersCache",
     "ExpectedAttention",
+    "HarmoniCa",
     "KVCompression",
     "KeyNorm",
     "LastQuery",
@@ -40,11 +42,15 @@ __all__ = [
     "Ratio",
     "Recency",
     "Scorer",
+    "Router",
+    "RouterTraining",
     "SnapKV",
     "SnapKVByHead",
     "SnapKVVotes",
     "StepCache",
     "TopK",
     "ValueNorm",
+    "image_error_weights",
     "snapkv_votes",
+    "train_router",
 ]

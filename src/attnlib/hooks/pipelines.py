@@ -127,6 +127,7 @@ class Sampling(Shared):
         step: denoising step that runs, from 0; ``None`` outside.
         scale: what the scheduler multiplied the latents by before the denoiser read them, at this step.
         shifted: what was added to the latents of this step, ``None`` for nothing.
+        latents: what the last step of the scheduler gave, kept after the call; ``None`` before any.
     """
 
     def __init__(self, session: Session, pipe: Any):
@@ -136,6 +137,7 @@ class Sampling(Shared):
         self.step: Any = None
         self.scale: float | Tensor = 1.0
         self.shifted: Tensor | None = None
+        self.latents: Tensor | None = None
         self.scheduler: Any = None
         self._amendments: list[Callable[[Stepped], Tensor]] = []
 
@@ -279,7 +281,7 @@ class Sampling(Shared):
             )
         bound.apply_defaults()
         self.arguments = {name: value for name, value in list(bound.arguments.items())[1:] if name != "kwargs"}
-        self.call, self.step = self.call + 1, 0
+        self.call, self.step, self.latents = self.call + 1, 0, None
         self.session._now.notes.clear()
         self.session._now.announced = None
         self._follow(self.pipe.scheduler)
@@ -312,6 +314,7 @@ class Sampling(Shared):
             if amendments:
                 given = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs
                 result = _amended(result, amendments, own, given)
+            sampling.latents = result[0]
             sampling.step += 1
             sampling.shifted, sampling.scale = None, 1.0
             return result
