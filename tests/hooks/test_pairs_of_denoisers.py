@@ -10,9 +10,17 @@ import attnlib  # noqa: E402
 from attnlib import cache, steer  # noqa: E402
 from attnlib.hooks import Maps, Record  # noqa: E402
 from attnlib.steer.diffusion import hidiffusion  # noqa: E402
+from attnlib.steer.diffusion.idol import JointBlock  # noqa: E402
 from hooks import pipes  # noqa: E402
 
 WORDS = ("circle", "square")
+
+def joint():
+    torch.manual_seed(0)
+    block = JointBlock(32, 2)
+    torch.nn.init.normal_(block.attention.proj.weight)
+    return steer.JointModalities({"mid_block": block}, torch.randn(2, 64)).requires_grad_(False)
+
 
 #: Every technique for pipelines with cross-attention, at settings that do something to a tiny one.
 MAKE = {
@@ -21,6 +29,7 @@ MAKE = {
     "FlowAttention": lambda: steer.FlowAttention(torch.full((1, 2, 8, 8), 2.0), weight=0.2),
     "IRDiffusion": lambda: steer.IRDiffusion(masks=[[(0, 0, 0.5, 1), (0.5, 0, 1, 1)]], references=()),
     "HiDiffusion": lambda: steer.HiDiffusion(TABLE, ratios=(1.0, 0.0)),
+    "JointModalities": joint,
     "Maps": lambda: Maps(8),
     "Record": lambda: Record(what=("entropy",), rows="all"),
     "SoftPAG": lambda: steer.SoftPAG(0.5, rows=("cond",), layers=["mid_block*"]),

@@ -97,6 +97,7 @@ MAKE = {
     "FlowAttention": None,
     "IRDiffusion": None,
     "HiDiffusion": None,
+    "JointModalities": None,
     "StructuredGuidance": None,
     "VariableSizeScale": None,
     "BlockSparse": None,  # acts on videos

@@ -8,6 +8,7 @@ from .diffusion.a_star import AStar, AttendExcite
 from .diffusion.clear import Clear
 from .diffusion.float_clothing import FlowAttention
 from .diffusion.hidiffusion import HiDiffusion
+from .diffusion.idol import JointModalities, dual_modal_loss
 from .diffusion.ir_diffusion import IRDiffusion
 from .diffusion.linfusion import LinFusion, distillation_losses
 from .diffusion.losses import LatentUpdate
@@ -49,6 +50,7 @@ __all__ = [
     "IRDiffusion",
     "HiDiffusion",
     "ImageTokens",
+    "JointModalities",
     "LatentUpdate",
     "LinFusion",
     "MixtureOfBlocks",
@@ -75,6 +77,7 @@ __all__ = [
     "calibrate",
     "contrast",
     "distillation_losses",
+    "dual_modal_loss",
     "find_sink_dims",
     "grad_cam",
     "guide",
