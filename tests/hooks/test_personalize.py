@@ -273,7 +273,7 @@ def test_interrupted_training_goes_on_to_the_same_weights(folder, tmp_path):
         name = "counts"
         count = 0
 
-        def begin(self, learner, generator):
+        def begin(self, learner, examples, generator):
             self.count = 100
 
         def __call__(self, seen):

@@ -5,7 +5,9 @@ from .agla import AGLA, BlipRelevance, grad_cam, mask_pixels, relevance_mask, sp
 from .contrastive import ContrastiveDecoding, contrast
 from .damro import DAMRO, select_outliers
 from .diffusion.a_star import AStar, AttendExcite
+from .diffusion.attencraft import AttenCraft
 from .diffusion.clear import Clear
+from .diffusion.disendiff import DisenDiff
 from .diffusion.float_clothing import FlowAttention
 from .diffusion.hidiffusion import HiDiffusion
 from .diffusion.idol import JointModalities, dual_modal_loss
@@ -32,6 +34,7 @@ __all__ = [
     "AGLA",
     "AStar",
     "AdaSpa",
+    "AttenCraft",
     "AttendExcite",
     "BlockSparse",
     "DAMRO",
@@ -40,6 +43,7 @@ __all__ = [
     "Branch",
     "Clear",
     "ContrastiveDecoding",
+    "DisenDiff",
     "DualAttention",
     "FlowAttention",
     "FrameTiles",

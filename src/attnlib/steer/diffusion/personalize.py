@@ -136,8 +136,8 @@ class Term:
         """The term, a number with gradient."""
         raise NotImplementedError
 
-    def begin(self, learner: Personalize, generator: torch.Generator) -> None:
-        """Before the first step (not when training goes on from a checkpoint)."""
+    def begin(self, learner: Personalize, examples: list[Example], generator: torch.Generator) -> None:
+        """Before the first step (not when training goes on from a checkpoint), with the examples of some batch."""
 
     def choose(self, examples: list[Example], step: int, generator: torch.Generator) -> list[Example]:
         """The examples of a step, with other prompts, say."""
@@ -705,7 +705,8 @@ class Personalize:
         with self._training(), shown(progress, steps) as tell:
             if not history and not self._begun:
                 for number, term in enumerate(self.terms):
-                    term.begin(self, _generator(seed, -1 - number))
+                    first = _generator(seed, -1 - number)
+                    term.begin(self, list(draw(0, first)), first)
             self._begun = True
             for step in range(len(history), steps):
                 optimizer.zero_grad(set_to_none=True)
