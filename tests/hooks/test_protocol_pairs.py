@@ -99,6 +99,9 @@ MAKE = {
     "HiDiffusion": None,
     "JointModalities": None,
     "StructuredGuidance": None,
+    "KeepKeys": None,
+    "ReferenceBranches": None,
+    "SharedKeys": None,
     "VariableSizeScale": None,
     "BlockSparse": None,  # acts on videos
     "Clear": None,  # acts on images beside text, in denoisers

@@ -93,6 +93,10 @@ def _check_pair(site: Site | None, a: Intervention, b: Intervention) -> None:
     if reason is None and a.moves_latents and b.moves_latents:
         reason = "both move the latents of a step; combine their losses in one"
     for one, other in ((a, b), (b, a)):
+        if reason is None and one.adds_keys and other.own_keys:
+            reason = (
+                f"{type(one).__name__} puts other keys beside the model's, and {type(other).__name__} needs those alone"
+            )
         if reason is None and one.differentiates and other.reuses_features:
             reason = (
                 f"{type(one).__name__} needs gradients of the whole model, and {type(other).__name__} puts in what was "

@@ -126,6 +126,8 @@ class Intervention:
             whose ``site.reference`` says which; without it they see the model's own attention only.
         acts_on: what ``around_module`` acts on: kinds (:data:`attnlib.hooks.MODULE_KINDS`) or name patterns.
         companions: interventions that it brings along; they are attached with it, behind it.
+        adds_keys: it calls the rest with more, fewer or other keys than the model's.
+        own_keys: it needs the keys to be the model's own tokens, in their order.
         moves_latents: it changes what a pipeline denoises, other than through the prediction; one may, at a time.
         differentiates: it runs the model with gradient.
         reuses_features: it keeps what the model computed at one step for another, so that no gradient passes there.
@@ -147,6 +149,8 @@ class Intervention:
     follows_sequence: ClassVar[bool] = True
     reads_weights: bool = False
     while_decoding: bool = False
+    adds_keys: bool = False
+    own_keys: bool = False
     moves_latents: bool = False
     differentiates: bool = False
     reuses_features: bool = False

@@ -15,6 +15,7 @@ from .diffusion.ir_diffusion import IRDiffusion
 from .diffusion.linfusion import LinFusion, distillation_losses
 from .diffusion.losses import LatentUpdate
 from .diffusion.personalize import Personalize, load_personalized
+from .diffusion.references import KeepKeys, KeyStore, ReferenceBranches, SharedKeys
 from .diffusion.softpag import SoftPAG, adaptive_weight, guide, hunt_heads
 from .diffusion.structured_guidance import StructuredGuidance
 from .diffusion.uniform_maps import UniformMaps
@@ -99,4 +100,8 @@ __all__ = [
     "sink_tokens",
     "spread_relevance",
     "token_divergence",
+    "KeepKeys",
+    "KeyStore",
+    "ReferenceBranches",
+    "SharedKeys",
 ]

@@ -134,6 +134,7 @@ class FlowAttention(Intervention):
 
     name: ClassVar[str] = "float-clothing"
     kinds: ClassVar[tuple[str, ...]] = ("self",)
+    own_keys = True
     whole_map: ClassVar[bool] = True
 
     def __init__(

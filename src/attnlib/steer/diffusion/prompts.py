@@ -7,9 +7,13 @@ A span that is given as numbers is always taken as it is.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ...checks import check_int, describe
 
@@ -156,6 +160,35 @@ def context_spans(pipe: Any, prompt: str | None, words: Sequence[Word], longest:
             elif number == 0:
                 spans[i] += [check_int("words", t, least=0) for t in word]
     return spans
+
+
+def encoded(sampling: Any, texts: Sequence[str], like: Tensor) -> Tensor:
+    """(n, L, D) of texts by themselves, as a running pipeline encodes prompts.
+
+    Args:
+        sampling: of the attached pipeline.
+        texts: n of them.
+        like: (L, D) of a prompt, as the denoiser reads it.
+
+    Raises:
+        ValueError: the pipeline encodes in another shape than its denoiser reads.
+    """
+    encode = sampling.pipe.encode_prompt
+    settings = {"prompt": list(texts), "device": like.device, "num_images_per_prompt": 1}
+    settings |= {"do_classifier_free_guidance": False}
+    for name in ("clip_skip", "max_sequence_length"):
+        if sampling.arguments.get(name) is not None:
+            settings[name] = sampling.arguments[name]
+    known = inspect.signature(encode).parameters
+    with torch.no_grad():
+        found = encode(**{name: value for name, value in settings.items() if name in known})
+    embedded: Tensor = found[0] if isinstance(found, (tuple, list)) else found
+    if embedded.shape[1:] != like.shape:
+        raise ValueError(
+            f"{type(sampling.pipe).__name__} encodes {texts[-1]!r} as {tuple(embedded.shape[1:])}, but its denoiser "
+            f"reads a prompt of {tuple(like.shape)}"
+        )
+    return embedded.to(like)
 
 
 def per_prompt(words: Sequence[Any], prompts: int) -> list[list[Word]]:

@@ -53,6 +53,7 @@ class SoftPAG(Intervention):
 
     name: ClassVar[str] = "softpag"
     kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
+    own_keys = True
 
     def __init__(
         self,

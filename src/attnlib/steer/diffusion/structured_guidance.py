@@ -14,7 +14,6 @@ guidance are left as they are.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -25,7 +24,7 @@ from ...checks import check_choice, shaped
 from ...hooks.denoiser import CallSite
 from ...hooks.intervention import Intervention
 from ...hooks.site import Site
-from .prompts import noun_phrases, per_prompt, text_streams, token_spans
+from .prompts import encoded, noun_phrases, per_prompt, text_streams, token_spans
 
 MODES = ("phrases", "conjunction")
 
@@ -153,7 +152,7 @@ class StructuredGuidance(Intervention):
                         f"the phrase {phrase!r} has {len(to)} tokens in the prompt and {len(at)} by itself; give a "
                         "phrase that ends between words"
                     )
-                alone = self._encode(site, phrase, full)
+                (alone,) = encoded(site.sampling, [phrase], full)
                 pasted.append(paste(full, alone, to, at))
                 whole = paste(whole, alone, to, at)
             if self.mode == "phrases":
@@ -169,26 +168,6 @@ class StructuredGuidance(Intervention):
                 "pipeline once for each prompt"
             )
         return (torch.stack(values), torch.stack(keys, 1)) if keys else (torch.stack(values),)
-
-    @staticmethod
-    def _encode(site: CallSite, phrase: str, like: Tensor) -> Tensor:
-        """(L, D) of a phrase by itself, as the pipeline encodes prompts."""
-        sampling = site.sampling
-        encode = sampling.pipe.encode_prompt
-        settings = {"prompt": phrase, "device": like.device, "num_images_per_prompt": 1}
-        settings |= {"do_classifier_free_guidance": False}
-        for name in ("clip_skip", "max_sequence_length"):
-            if sampling.arguments.get(name) is not None:
-                settings[name] = sampling.arguments[name]
-        known = inspect.signature(encode).parameters
-        found = encode(**{name: value for name, value in settings.items() if name in known})
-        embedded = found[0] if isinstance(found, (tuple, list)) else found
-        if embedded.shape[1:] != like.shape:
-            raise ValueError(
-                f"{type(sampling.pipe).__name__} encodes the phrase {phrase!r} as {tuple(embedded.shape[1:])}, but its "
-                f"denoiser reads a prompt of {tuple(like.shape)}"
-            )
-        return embedded[0].to(like)
 
     def variants(self, site: Site) -> tuple[Tensor, ...] | None:
         """Of each row of this call, ``(values (B, L, D), keys (J, B, L, D))``; ``None`` where nothing was encoded."""
