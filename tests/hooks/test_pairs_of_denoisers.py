@@ -15,6 +15,7 @@ from hooks import pipes  # noqa: E402
 
 WORDS = ("circle", "square")
 
+
 def joint():
     torch.manual_seed(0)
     block = JointBlock(32, 2)
@@ -26,6 +27,8 @@ def joint():
 MAKE = {
     "AStar": lambda: steer.AStar(WORDS, step_size=60.0, targets=None, resolution=8),
     "AttendExcite": lambda: steer.AttendExcite(WORDS, step_size=60.0, targets=None, resolution=8),
+    "CUpscale": lambda: steer.CUpscale(tile=(8, 6), captions=lambda tile: "a dog"),
+    "TiledDenoiser": lambda: steer.TiledDenoiser(tile=(6, 8)),
     "FlowAttention": lambda: steer.FlowAttention(torch.full((1, 2, 8, 8), 2.0), weight=0.2),
     "IRDiffusion": lambda: steer.IRDiffusion(masks=[[(0, 0, 0.5, 1), (0.5, 0, 1, 1)]], references=()),
     "HiDiffusion": lambda: steer.HiDiffusion(TABLE, ratios=(1.0, 0.0)),
@@ -50,7 +53,16 @@ LOOKS = {"Maps", "Record"}
 REFUSED = {
     ("AStar", "AStar"),
     ("AStar", "AttendExcite"),
+    ("AStar", "CUpscale"),
+    ("AStar", "TiledDenoiser"),
     ("AStar", "IRDiffusion"),
+    ("AttendExcite", "TiledDenoiser"),
+    ("CUpscale", "TiledDenoiser"),
+    ("TiledDenoiser", "StepCache"),
+    ("TiledDenoiser", "TiledDenoiser"),
+    ("AttendExcite", "CUpscale"),
+    ("CUpscale", "CUpscale"),
+    ("CUpscale", "StepCache"),
     ("AttendExcite", "IRDiffusion"),
     ("IRDiffusion", "IRDiffusion"),
     ("AttendExcite", "AttendExcite"),

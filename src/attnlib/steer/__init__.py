@@ -6,6 +6,7 @@ from .contrastive import ContrastiveDecoding, contrast
 from .damro import DAMRO, select_outliers
 from .diffusion.a_star import AStar, AttendExcite
 from .diffusion.attencraft import AttenCraft
+from .diffusion.c_upscale import CUpscale, PromptMaps
 from .diffusion.clear import Clear
 from .diffusion.disendiff import DisenDiff
 from .diffusion.float_clothing import FlowAttention
@@ -18,6 +19,7 @@ from .diffusion.personalize import Personalize, load_personalized
 from .diffusion.references import KeepKeys, KeyStore, ReferenceBranches, SharedKeys
 from .diffusion.softpag import SoftPAG, adaptive_weight, guide, hunt_heads
 from .diffusion.structured_guidance import StructuredGuidance
+from .diffusion.tiles import TiledDenoiser
 from .diffusion.uniform_maps import UniformMaps
 from .diffusion.variable_size import VariableSizeScale
 from .diffusion.video import PARO, AdaSpa, BlockSparse, FrameTiles, MixtureOfBlocks, TileSearch
@@ -38,6 +40,7 @@ __all__ = [
     "AttenCraft",
     "AttendExcite",
     "BlockSparse",
+    "CUpscale",
     "DAMRO",
     "PARO",
     "BlipRelevance",
@@ -64,12 +67,14 @@ __all__ = [
     "NullTokens",
     "OtherPixels",
     "PLaplacian",
+    "PromptMaps",
     "Personalize",
     "SinkCalibration",
     "SoftImageGuidance",
     "SoftPAG",
     "StructuredGuidance",
     "TileSearch",
+    "TiledDenoiser",
     "UniformMaps",
     "VariableSizeScale",
     "VisualBoost",
