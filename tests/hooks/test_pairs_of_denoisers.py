@@ -34,6 +34,7 @@ MAKE = {
     "HiDiffusion": lambda: steer.HiDiffusion(TABLE, ratios=(1.0, 0.0)),
     "JointModalities": joint,
     "Maps": lambda: Maps(8),
+    "RealCustom": lambda: custom(),
     "Record": lambda: Record(what=("entropy",), rows="all"),
     "ReferenceBranches": lambda: steer.ReferenceBranches.of(pipes.unet()).refer(torch.ones(1, 1, 3, 16)),
     "SharedKeys": lambda: steer.SharedKeys({0: [0]}, where=lambda site: torch.arange(3)),
@@ -46,6 +47,13 @@ MAKE = {
 
 #: Maps that are pooled in the deep stage only, so that some of the others find theirs at the resolution of 8.
 TABLE = hidiffusion.Table(2, hidiffusion.Place("pool", 1), windows=("down_blocks.0.*.attn1",))
+
+
+def custom():
+    torch.manual_seed(0)
+    it = steer.RealCustom.of(pipes.unet(), words=["circle"], scale=3.0)
+    return it.refer(torch.randn(1, 1, 3, 16))
+
 
 LOOKS = {"Maps", "Record"}
 
@@ -64,6 +72,10 @@ REFUSED = {
     ("CUpscale", "CUpscale"),
     ("CUpscale", "StepCache"),
     ("AttendExcite", "IRDiffusion"),
+    ("AStar", "RealCustom"),
+    ("AttendExcite", "RealCustom"),
+    ("RealCustom", "RealCustom"),
+    ("RealCustom", "StepCache"),
     ("IRDiffusion", "IRDiffusion"),
     ("AttendExcite", "AttendExcite"),
     ("AStar", "StepCache"),

@@ -101,6 +101,7 @@ MAKE = {
     "CUpscale": None,
     "PromptMaps": None,
     "TiledDenoiser": None,
+    "RealCustom": None,
     "StructuredGuidance": None,
     "KeepKeys": None,
     "ReferenceBranches": None,

@@ -169,9 +169,13 @@ class Maps(Probe):
             return
         whole = torch.cat(self._blocks, 1).transpose(1, 2).unflatten(2, grid)
         self._blocks = []
+        self.keep(grid, whole, f"layer {site.layer} ({site.name})")
+
+    def keep(self, grid: tuple[int, ...], whole: Tensor, where: str) -> None:
+        """Take the maps (B, T, h, w) of one layer, the mean over its heads."""
         if grid in self._sums and self._sums[grid].shape != whole.shape:
             raise ValueError(
-                f"layer {site.layer} ({site.name}): its maps are {tuple(whole.shape)}, those of layers before it "
+                f"{where}: its maps are {tuple(whole.shape)}, those of layers before it "
                 f"{tuple(self._sums[grid].shape)}; name layers that agree with layers=..."
             )
         self._sums[grid] = self._sums[grid] + whole if grid in self._sums else whole

@@ -16,6 +16,7 @@ from .diffusion.ir_diffusion import IRDiffusion
 from .diffusion.linfusion import LinFusion, distillation_losses
 from .diffusion.losses import LatentUpdate
 from .diffusion.personalize import Personalize, load_personalized
+from .diffusion.realcustom import AdaptiveScoring, CrossScaleProjector, RealCustom, guidance_mask
 from .diffusion.references import KeepKeys, KeyStore, ReferenceBranches, SharedKeys
 from .diffusion.softpag import SoftPAG, adaptive_weight, guide, hunt_heads
 from .diffusion.structured_guidance import StructuredGuidance
@@ -38,9 +39,11 @@ __all__ = [
     "AStar",
     "AdaSpa",
     "AttenCraft",
+    "AdaptiveScoring",
     "AttendExcite",
     "BlockSparse",
     "CUpscale",
+    "CrossScaleProjector",
     "DAMRO",
     "PARO",
     "BlipRelevance",
@@ -69,6 +72,7 @@ __all__ = [
     "PLaplacian",
     "PromptMaps",
     "Personalize",
+    "RealCustom",
     "SinkCalibration",
     "SoftImageGuidance",
     "SoftPAG",
@@ -90,6 +94,7 @@ __all__ = [
     "dual_modal_loss",
     "find_sink_dims",
     "grad_cam",
+    "guidance_mask",
     "guide",
     "head_divergence",
     "hunt_heads",
