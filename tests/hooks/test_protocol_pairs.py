@@ -95,6 +95,7 @@ MAKE = {
     "DiffusersCache": None,
     "AttendExcite": None,
     "FlowAttention": None,
+    "DimensionReduction": None,  # acts on videos
     "IRDiffusion": None,
     "HiDiffusion": None,
     "JointModalities": None,

@@ -9,6 +9,7 @@ from .diffusion.attencraft import AttenCraft
 from .diffusion.c_upscale import CUpscale, PromptMaps
 from .diffusion.clear import Clear
 from .diffusion.disendiff import DisenDiff
+from .diffusion.dra_ctrl import DimensionReduction
 from .diffusion.float_clothing import FlowAttention
 from .diffusion.hidiffusion import HiDiffusion
 from .diffusion.idol import JointModalities, dual_modal_loss
@@ -51,6 +52,7 @@ __all__ = [
     "Clear",
     "ContrastiveDecoding",
     "DisenDiff",
+    "DimensionReduction",
     "DualAttention",
     "FlowAttention",
     "FrameTiles",
