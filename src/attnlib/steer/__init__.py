@@ -25,6 +25,7 @@ from .diffusion.tiles import TiledDenoiser
 from .diffusion.uniform_maps import UniformMaps
 from .diffusion.variable_size import VariableSizeScale
 from .diffusion.video import PARO, AdaSpa, BlockSparse, FrameTiles, MixtureOfBlocks, TileSearch
+from .diffusion.vsc import VSC, PrototypeFusion, Prototypes, fused_prompt
 from .head_reinforcement import HeadDivergence, HeadReinforcement, head_divergence, sensitive_heads, token_divergence
 from .head_scaling import HeadScale
 from .lacing import DualAttention
@@ -47,6 +48,7 @@ __all__ = [
     "CrossScaleProjector",
     "DAMRO",
     "PARO",
+    "VSC",
     "BlipRelevance",
     "Branch",
     "Clear",
@@ -75,6 +77,8 @@ __all__ = [
     "PromptMaps",
     "Personalize",
     "RealCustom",
+    "PrototypeFusion",
+    "Prototypes",
     "SinkCalibration",
     "SoftImageGuidance",
     "SoftPAG",
@@ -95,6 +99,7 @@ __all__ = [
     "distillation_losses",
     "dual_modal_loss",
     "find_sink_dims",
+    "fused_prompt",
     "grad_cam",
     "guidance_mask",
     "guide",

@@ -62,6 +62,8 @@ class Example:
         mask: (h, w) in [0, 1], where noise is compared; any size. ``None`` for everywhere.
         prior: an image of the class, which is kept as it is: no mask, no terms.
         spans: token numbers of words, for a :class:`Term` that names them, in place of looking them up in the prompt.
+        regions: where words or phrases of the prompt are in the image, (h, w) in [0, 1] of any size, for a
+            :class:`Term` that reads it.
     """
 
     image: Tensor
@@ -69,6 +71,7 @@ class Example:
     mask: Tensor | None = None
     prior: bool = False
     spans: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    regions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_type("prompt", self.prompt, str)
@@ -80,6 +83,9 @@ class Example:
                 raise ValueError(f"mask must be (h, w), got {getattr(self.mask, 'shape', type(self.mask).__name__)}")
             if not bool((self.mask > 0).any()):
                 raise ValueError("mask leaves nothing of the image to compare")
+        for phrase, region in self.regions.items():
+            if not isinstance(region, Tensor) or region.dim() != 2 or not bool((region > 0).any()):
+                raise ValueError(f"regions: that of {phrase!r} must be (h, w) and not empty")
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +153,8 @@ class Term:
         """(B, h, w) what predictions and targets of examples that are no priors are multiplied by."""
         return None
 
-    def context(self, embeds: Tensor, examples: Sequence[Example]) -> Tensor:
-        """Text embeddings (B, T, D) as the denoiser is to read them."""
+    def context(self, embeds: Tensor, seen: Seen) -> Tensor:
+        """Text embeddings (B, T, D) as the denoiser is to read them; ``seen`` has no maps, and priors too."""
         return embeds
 
     def interventions(self) -> Sequence[Intervention]:
@@ -536,7 +542,7 @@ class Personalize:
         size = tuple(examples[0].image.shape[-2:])
         embeds, more = self.encode([e.prompt for e in examples], (size[0], size[1]))
         for term in self.terms:
-            changed = term.context(embeds, examples)
+            changed = term.context(embeds, Seen({}, examples, step, self.pipe))
             if changed.shape != embeds.shape:
                 raise ValueError(
                     f"{type(term).__name__}.context must keep the shape {tuple(embeds.shape)}, got "
