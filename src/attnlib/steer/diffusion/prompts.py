@@ -176,7 +176,7 @@ def encoded(sampling: Any, texts: Sequence[str], like: Tensor) -> Tensor:
     encode = sampling.pipe.encode_prompt
     settings = {"prompt": list(texts), "device": like.device, "num_images_per_prompt": 1}
     settings |= {"do_classifier_free_guidance": False}
-    for name in ("clip_skip", "max_sequence_length"):
+    for name in ("clip_skip", "max_sequence_length", "clean_caption"):
         if sampling.arguments.get(name) is not None:
             settings[name] = sampling.arguments[name]
     known = inspect.signature(encode).parameters
@@ -189,6 +189,8 @@ def encoded(sampling: Any, texts: Sequence[str], like: Tensor) -> Tensor:
             f"reads a prompt of {tuple(like.shape)}"
         )
     return embedded.to(like)
+
+
 def encode_alone(sampling: Any, text: str, like: Tensor) -> Tensor:
     """(L, D) of a text by itself, as the pipeline that runs encodes its prompts.
 
@@ -200,21 +202,7 @@ def encode_alone(sampling: Any, text: str, like: Tensor) -> Tensor:
     Raises:
         ValueError: the text is encoded in another shape.
     """
-    encode = sampling.pipe.encode_prompt
-    settings = {"prompt": text, "device": like.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    for name in ("clip_skip", "max_sequence_length", "clean_caption"):
-        if sampling.arguments.get(name) is not None:
-            settings[name] = sampling.arguments[name]
-    known = inspect.signature(encode).parameters
-    found = encode(**{name: value for name, value in settings.items() if name in known})
-    embedded = found[0] if isinstance(found, (tuple, list)) else found
-    if embedded.shape[1:] != like.shape:
-        raise ValueError(
-            f"{type(sampling.pipe).__name__} encodes {text!r:.60} as {tuple(embedded.shape[1:])}, but its denoiser "
-            f"reads a prompt of {tuple(like.shape)}"
-        )
-    one: Tensor = embedded[0].to(like)
-    return one
+    return encoded(sampling, [text], like)[0]
 
 
 def per_prompt(words: Sequence[Any], prompts: int) -> list[list[Word]]:

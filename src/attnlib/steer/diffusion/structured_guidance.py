@@ -24,7 +24,7 @@ from ...checks import check_choice, shaped
 from ...hooks.denoiser import CallSite
 from ...hooks.intervention import Intervention
 from ...hooks.site import Site
-from .prompts import encode_alone, encoded, noun_phrases, per_prompt, text_streams, token_spans
+from .prompts import encoded, noun_phrases, per_prompt, text_streams, token_spans
 
 MODES = ("phrases", "conjunction")
 
@@ -153,7 +153,6 @@ class StructuredGuidance(Intervention):
                         "phrase that ends between words"
                     )
                 (alone,) = encoded(site.sampling, [phrase], full)
-                alone = encode_alone(site.sampling, phrase, full)
                 pasted.append(paste(full, alone, to, at))
                 whole = paste(whole, alone, to, at)
             if self.mode == "phrases":
