@@ -315,6 +315,9 @@ def test_bad_input(pipe):
         attnlib.attach(pipe, attnlib.steer.AStar(("circle", "square")), IRDiffusion(masks=BOXES))
     with pytest.raises(ValueError, match="StepCache would keep what the model makes of the blank latent"):
         attnlib.attach(pipe, attnlib.cache.StepCache(attnlib.cache.steps.every(2)), IRDiffusion(masks=BOXES))
+    with pytest.raises(ValueError, match="SubjectLatents would move the blank latent"):
+        led = attnlib.steer.SubjectLatents(torch.zeros(4, 16, 16), torch.ones(16, 16))
+        attnlib.attach(pipe, led, IRDiffusion(masks=BOXES))
     sd3, _ = pipes.sd3()
     with pytest.raises(ValueError, match="acts on self attention, but nothing of this model fits"):
         attnlib.attach(sd3, IRDiffusion(masks=BOXES, layers=None))

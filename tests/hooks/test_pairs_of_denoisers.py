@@ -29,6 +29,7 @@ MAKE = {
     "AttendExcite": lambda: steer.AttendExcite(WORDS, step_size=60.0, targets=None, resolution=8),
     "CUpscale": lambda: steer.CUpscale(tile=(8, 6), captions=lambda tile: "a dog"),
     "TiledDenoiser": lambda: steer.TiledDenoiser(tile=(6, 8)),
+    "AutoStudio": lambda: studio(),
     "FlowAttention": lambda: steer.FlowAttention(torch.full((1, 2, 8, 8), 2.0), weight=0.2),
     "IRDiffusion": lambda: steer.IRDiffusion(masks=[[(0, 0, 0.5, 1), (0.5, 0, 1, 1)]], references=()),
     "HiDiffusion": lambda: steer.HiDiffusion(TABLE, ratios=(1.0, 0.0)),
@@ -41,12 +42,21 @@ MAKE = {
     "SoftPAG": lambda: steer.SoftPAG(0.5, rows=("cond",), layers=["mid_block*"]),
     "StepCache": lambda: cache.StepCache(cache.steps.every(2)),
     "StructuredGuidance": lambda: steer.StructuredGuidance(["a red circle", "a blue square"]),
+    "SubjectLatents": lambda: steer.SubjectLatents(torch.ones(4, 8, 8), torch.ones(8, 8).triu()),
     "UniformMaps": lambda: steer.UniformMaps(rows=("uncond",), steps=[0]),
     "VariableSizeScale": lambda: steer.VariableSizeScale(trained_size=4),
 }
 
 #: Maps that are pooled in the deep stage only, so that some of the others find theirs at the resolution of 8.
 TABLE = hidiffusion.Table(2, hidiffusion.Place("pool", 1), windows=("down_blocks.0.*.attn1",))
+
+
+def studio():
+    torch.manual_seed(0)
+    boxes = ((0, 0, 0.5, 1), (0.5, 0, 1, 1))
+    scene = steer.Scene("a photo", [steer.Subject(p, b) for p, b in zip(("a red circle", "a dog"), boxes, strict=True)])
+    it = steer.AutoStudio.of(pipes.unet()).stage(scene)
+    return it.refer(torch.randn(1, 2, 3, 16))
 
 
 def custom():
@@ -64,12 +74,24 @@ REFUSED = {
     ("AStar", "CUpscale"),
     ("AStar", "TiledDenoiser"),
     ("AStar", "IRDiffusion"),
+    ("AutoStudio", "AutoStudio"),
+    ("AStar", "SubjectLatents"),
+    ("AttendExcite", "SubjectLatents"),
+    ("SubjectLatents", "SubjectLatents"),
     ("AttendExcite", "TiledDenoiser"),
     ("CUpscale", "TiledDenoiser"),
     ("TiledDenoiser", "StepCache"),
     ("TiledDenoiser", "TiledDenoiser"),
     ("AttendExcite", "CUpscale"),
     ("CUpscale", "CUpscale"),
+    ("CUpscale", "AutoStudio"),
+    ("CUpscale", "IRDiffusion"),
+    ("CUpscale", "RealCustom"),
+    ("CUpscale", "SubjectLatents"),
+    ("TiledDenoiser", "AutoStudio"),
+    ("TiledDenoiser", "IRDiffusion"),
+    ("TiledDenoiser", "RealCustom"),
+    ("TiledDenoiser", "SubjectLatents"),
     ("CUpscale", "StepCache"),
     ("AttendExcite", "IRDiffusion"),
     ("AStar", "RealCustom"),

@@ -102,6 +102,8 @@ MAKE = {
     "CUpscale": None,
     "PromptMaps": None,
     "TiledDenoiser": None,
+    "AutoStudio": None,
+    "SubjectLatents": None,
     "RealCustom": None,
     "StructuredGuidance": None,
     "KeepKeys": None,

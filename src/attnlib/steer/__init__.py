@@ -6,6 +6,7 @@ from .contrastive import ContrastiveDecoding, contrast
 from .damro import DAMRO, select_outliers
 from .diffusion.a_star import AStar, AttendExcite
 from .diffusion.attencraft import AttenCraft
+from .diffusion.autostudio import AutoStudio, Scene, Studio, Subject, SubjectLatents
 from .diffusion.c_upscale import CUpscale, PromptMaps
 from .diffusion.clear import Clear
 from .diffusion.disendiff import DisenDiff
@@ -43,6 +44,7 @@ __all__ = [
     "AttenCraft",
     "AdaptiveScoring",
     "AttendExcite",
+    "AutoStudio",
     "BlockSparse",
     "CUpscale",
     "CrossScaleProjector",
@@ -79,10 +81,14 @@ __all__ = [
     "RealCustom",
     "PrototypeFusion",
     "Prototypes",
+    "Scene",
     "SinkCalibration",
     "SoftImageGuidance",
     "SoftPAG",
     "StructuredGuidance",
+    "Studio",
+    "Subject",
+    "SubjectLatents",
     "TileSearch",
     "TiledDenoiser",
     "UniformMaps",

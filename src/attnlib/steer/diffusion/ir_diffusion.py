@@ -35,6 +35,7 @@ from .maps import normalize, of_spans
 from .prompts import context_spans
 from .regions import (
     PRIORITIES,
+    against_tiles,
     attention_by_label,
     box_masks,
     check_box,
@@ -159,7 +160,9 @@ class IRDiffusion(Intervention):
             return f"{type(other).__name__} runs some pictures by themselves, and they read each other here"
         if other.reuses_features and self._looks_at_blank:
             return f"{type(other).__name__} would keep what the model makes of the blank latent; give position=None"
-        return None
+        if other.moves_latents and self._looks_at_blank:
+            return f"{type(other).__name__} would move the blank latent; give position=None"
+        return against_tiles(other)
 
     def on_attach(self, session: Any) -> None:
         if session.sampling is None:

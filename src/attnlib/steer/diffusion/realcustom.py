@@ -37,7 +37,7 @@ from ...hooks.maps import Maps
 from ...hooks.site import Site
 from .prompts import context_spans, per_prompt
 from .references import ReferenceBranches
-from .regions import image_grid, mixed_branches, resized
+from .regions import against_tiles, image_grid, mixed_branches, resized
 
 #: How weights of several layers become one map.
 STRATEGIES = ("min_max_per_channel", "max_norm", "min_max_norm", "mean")
@@ -389,7 +389,7 @@ class RealCustom(ReferenceBranches):
             return f"{type(other).__name__} would keep what the model makes without the references"
         if isinstance(other, RealCustom):
             return "each would look for its words in what the other draws; give both references to one"
-        return super().conflicts(other)
+        return against_tiles(other) or super().conflicts(other)
 
     def on_attach(self, session: Any) -> None:
         if session.sampling is None:

@@ -19,6 +19,7 @@ from ...checks import check_axes, check_choice, check_flag, check_grid, shaped
 from ...hooks.site import Site
 from ...ops import attention
 from ...types import stats_dtype
+from .tiles import TiledDenoiser
 
 #: How a map gets to another grid. ``"any"`` marks a cell that holds some of a region, so that small ones stay.
 RESIZERS = ("bilinear", "area", "any")
@@ -141,6 +142,13 @@ def label_map(masks: Tensor, priority: str | Sequence[int] = "smallest") -> Tens
     ranked = torch.where(inside, ranks[..., None, None], count)
     best, who = ranked.min(-3)
     return torch.where(best < count, who + 1, 0)
+
+
+def against_tiles(other: Any) -> str | None:
+    """Why something that knows places of the whole picture cannot meet another; ``None`` when it can."""
+    if isinstance(other, TiledDenoiser):
+        return f"places are those of the whole picture, and {type(other).__name__} runs tiles of it by themselves"
+    return None
 
 
 def image_grid(site: Site) -> tuple[int, int]:
