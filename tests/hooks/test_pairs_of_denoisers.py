@@ -8,6 +8,7 @@ pytest.importorskip("transformers")
 
 import attnlib  # noqa: E402
 from attnlib import cache, steer  # noqa: E402
+from attnlib.convert.a_sdm import GlobalRegionalAttention  # noqa: E402
 from attnlib.hooks import Maps, Record  # noqa: E402
 from attnlib.steer.diffusion import hidiffusion  # noqa: E402
 from attnlib.steer.diffusion.idol import JointBlock  # noqa: E402
@@ -34,6 +35,7 @@ MAKE = {
     "IRDiffusion": lambda: steer.IRDiffusion(masks=[[(0, 0, 0.5, 1), (0.5, 0, 1, 1)]], references=()),
     "HiDiffusion": lambda: steer.HiDiffusion(TABLE, ratios=(1.0, 0.0)),
     "JointModalities": joint,
+    "GlobalRegionalAttention": lambda: GlobalRegionalAttention(4, 4, layers=["down_blocks.1*attn1"]),
     "Maps": lambda: Maps(8),
     "RealCustom": lambda: custom(),
     "Record": lambda: Record(what=("entropy",), rows="all"),
@@ -107,6 +109,8 @@ REFUSED = {
     ("SharedKeys", "SharedKeys"),
     ("SharedKeys", "SoftPAG"),
     ("StepCache", "StepCache"),
+    ("GlobalRegionalAttention", "GlobalRegionalAttention"),
+    ("GlobalRegionalAttention", "SharedKeys"),
     ("HiDiffusion", "HiDiffusion"),
     ("HiDiffusion", "StepCache"),
     ("VariableSizeScale", "VariableSizeScale"),

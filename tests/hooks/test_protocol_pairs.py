@@ -89,6 +89,7 @@ MAKE = {
     "Maps": None,  # of denoisers: tests/hooks/test_maps.py
     # Of pipelines that denoise: tests/hooks/test_pairs_of_denoisers.py.
     "AStar": None,
+    "FeatureInheritance": None,
     "HarmoniCa": None,
     "RouterTraining": None,
     "StepCache": None,

@@ -4,6 +4,7 @@ and a selector), and what denoisers computed at one step, used again at others."
 from .base import KVCompression
 from .budgets import AcrossHeads, AcrossLayers, Budget, Cap, PerLayer, Pyramid, Ratio
 from .harmonica import HarmoniCa, Router, RouterTraining, image_error_weights, train_router
+from .inheritance import FeatureInheritance
 from .scorers import (
     CacheView,
     ExpectedAttention,
@@ -30,6 +31,7 @@ __all__ = [
     "Cap",
     "DiffusersCache",
     "ExpectedAttention",
+    "FeatureInheritance",
     "HarmoniCa",
     "KVCompression",
     "KeyNorm",
