@@ -38,6 +38,7 @@ MAKE = {
     "GlobalRegionalAttention": lambda: GlobalRegionalAttention(4, 4, layers=["down_blocks.1*attn1"]),
     "Maps": lambda: Maps(8),
     "RealCustom": lambda: custom(),
+    "NullText": lambda: steer.NullText([torch.arange(1232.0).sin().view(1, 77, 16)] * 2),
     "Record": lambda: Record(what=("entropy",), rows="all"),
     "ReferenceBranches": lambda: steer.ReferenceBranches.of(pipes.unet()).refer(torch.ones(1, 1, 3, 16)),
     "SharedKeys": lambda: steer.SharedKeys({0: [0]}, where=lambda site: torch.arange(3)),

@@ -106,6 +106,7 @@ MAKE = {
     "AutoStudio": None,
     "SubjectLatents": None,
     "RealCustom": None,
+    "NullText": None,
     "StructuredGuidance": None,
     "KeepKeys": None,
     "ReferenceBranches": None,

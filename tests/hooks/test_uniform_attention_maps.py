@@ -14,16 +14,13 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: E402
 import attnlib  # noqa: E402
 from attnlib.hooks import Record  # noqa: E402
 from attnlib.steer import SoftPAG, UniformMaps  # noqa: E402
-from attnlib.steer.diffusion.uniform_maps import (  # noqa: E402
-    blend,
+from attnlib.steer.diffusion.invert import (  # noqa: E402
     ddim_invert,
     ddim_sample,
-    edit_mask,
     inversion_offsets,
-    masked_edit,
     noise_predictor,
-    quantile,
 )
+from attnlib.steer.diffusion.uniform_maps import blend, edit_mask, masked_edit, quantile  # noqa: E402
 
 FIXTURE = Fixture("uniform-attention-maps")
 OPTIONS = Fixture("uniform-attention-maps-options")
@@ -187,6 +184,39 @@ def test_offsets_equal_the_authors_and_lead_back(case, more):
             offsets=offsets,
         )[0]  # fmt: skip
         torch.testing.assert_close(edited[:1], path[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_of_velocity_is_edited_as_the_same_model_of_noise():
+    plan, velocity = scheduler(), scheduler(prediction_type="v_prediction")
+
+    def of_velocity(predict):
+        def other(latents, t):
+            a, noise = plan.alphas_cumprod[t].double(), predict(latents, t)
+            clean = (latents - (1 - a) ** 0.5 * noise) / a**0.5
+            return a**0.5 * noise - (1 - a) ** 0.5 * clean
+
+        return other
+
+    double = {name: tensor.double() for name, tensor in T.items() if name.startswith("loop/")}
+
+    def predict(latents, t):
+        mixed = torch.einsum("bchw,cd->bdhw", latents, double["loop/W"]) + double["loop/U"].mean(0)[:, None, None]
+        return torch.tanh(mixed)
+
+    def both(latents, t):
+        return predict(latents, t) + torch.tensor([0.0, 0.3]).view(2, 1, 1, 1)
+
+    z = double["loop/z0"]
+    found = []
+    for s, wrap in ((plan, lambda f: f), (velocity, of_velocity)):
+        path = ddim_invert(wrap(predict), s, z, 10)
+        offsets = inversion_offsets(wrap(both), s, path)
+        pair = path[-1].expand(2, -1, -1, -1)
+        edited = masked_edit(wrap(both), wrap(predict), s, pair, path[-1], steps=10, below=600, offsets=offsets)
+        found.append((path[-1], ddim_sample(wrap(predict), s, path[-1], 10), *edited))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)  # noise levels are float32 in diffusers
+    assert (found[0][2][0] - found[0][2][1]).abs().max() > 1e-2
 
 
 def test_bad_options_of_the_editor():
@@ -391,8 +421,8 @@ def test_bad_input(unet):
     predict = toy(T["loop/empty"])
     with pytest.raises(ValueError, match="clip_sample=False"):
         ddim_invert(predict, scheduler(clip_sample=True), x)
-    with pytest.raises(ValueError, match="must predict noise"):
-        ddim_sample(predict, scheduler(prediction_type="v_prediction"), x)
+    with pytest.raises(ValueError, match="must predict noise or velocity"):
+        ddim_sample(predict, scheduler(prediction_type="sample"), x)
     with pytest.raises(ValueError, match=r"steps must lie in \[1, 1000\]"):
         ddim_invert(predict, scheduler(), x, 0)
     with pytest.raises(ValueError, match="source and target"):

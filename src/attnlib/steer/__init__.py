@@ -15,6 +15,7 @@ from .diffusion.float_clothing import FlowAttention
 from .diffusion.hidiffusion import HiDiffusion
 from .diffusion.idol import JointModalities, dual_modal_loss
 from .diffusion.ir_diffusion import IRDiffusion
+from .diffusion.invert import NullText
 from .diffusion.linfusion import LinFusion, distillation_losses
 from .diffusion.losses import LatentUpdate
 from .diffusion.personalize import Personalize, load_personalized
@@ -73,6 +74,7 @@ __all__ = [
     "MixtureOfBlocks",
     "NoImage",
     "NullImage",
+    "NullText",
     "NullTokens",
     "OtherPixels",
     "PLaplacian",

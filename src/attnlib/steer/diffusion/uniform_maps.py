@@ -20,20 +20,16 @@ target takes the clean image of the uniform branch (:func:`edit_mask`, :func:`bl
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...checks import check_choice, check_int, check_real, shaped
 from ...hooks.intervention import Intervention
-from ...hooks.session import Session
 from ...hooks.site import Site
-
-#: ``predict(latents (B, C, H, W), timestep) -> noise (B, C, H, W)``.
-Predict = Callable[[Tensor, Any], Tensor]
+from .invert import Predict, as_output, check_levels, clean_and_noise, fresh
 
 
 class UniformMaps(Intervention):
@@ -121,132 +117,6 @@ class UniformMaps(Intervention):
         return out if self.compat is None else out * (k.shape[2] / 77)
 
 
-def noise_predictor(
-    model: nn.Module,
-    text: Tensor,
-    uncond: Tensor | None = None,
-    guidance: float = 7.5,
-    session: Session | None = None,
-    pass_name: str | None = None,
-) -> Predict:
-    """A denoiser with its text as ``predict(latents, timestep)``.
-
-    Args:
-        model: a diffusers UNet, called as ``model(latents, t, encoder_hidden_states=...)``.
-        text: (B or 1, T, C) text embeddings.
-        uncond: (1 or B, T, C) embeddings of the empty prompt; with them, ``uncond + guidance (cond - uncond)``.
-        guidance: weight of classifier-free guidance.
-        session: an attached session, told that its calls belong to ``pass_name``.
-        pass_name: name of the pass.
-
-    Returns:
-        The function; it computes without gradient.
-    """
-
-    @torch.no_grad()
-    def predict(latents: Tensor, timestep: Any) -> Tensor:
-        context = text.expand(len(latents), -1, -1)
-        inputs = latents
-        if uncond is not None:
-            context = torch.cat([uncond.expand(len(latents), -1, -1), context])
-            inputs = torch.cat([latents, latents])
-        with nullcontext() if session is None else session.at(pass_name=pass_name):
-            out = model(inputs, timestep, encoder_hidden_states=context).sample
-        if uncond is None:
-            return out
-        base, cond = out.chunk(2)
-        return base + guidance * (cond - base)
-
-    return predict
-
-
-def _fresh(scheduler: Any, steps: int, inverse: bool = False) -> Any:
-    """A DDIM scheduler of the same noise with its steps set; the caller's own stays as it is."""
-    from diffusers import DDIMInverseScheduler, DDIMScheduler
-
-    config = scheduler.config
-    if config.get("prediction_type", "epsilon") != "epsilon":
-        raise ValueError(f"scheduler must predict noise (prediction_type='epsilon'), got {config.prediction_type!r}")
-    if config.get("clip_sample", False) or config.get("thresholding", False):
-        raise ValueError(
-            "scheduler clips its clean images, so that steps cannot be inverted; make one with clip_sample=False and "
-            "thresholding=False"
-        )
-    if not 1 <= steps <= config.num_train_timesteps:
-        raise ValueError(f"steps must lie in [1, {config.num_train_timesteps}], got {steps}")
-    # Without the private keys, by which diffusers would undo what a pipeline has set (steps_offset).
-    settings = {name: value for name, value in config.items() if not name.startswith("_")}
-    new = (DDIMInverseScheduler if inverse else DDIMScheduler).from_config(settings)
-    new.set_timesteps(steps)
-    return new
-
-
-def ddim_invert(predict: Predict, scheduler: Any, latents: Tensor, steps: int = 50) -> list[Tensor]:
-    """The noise from which deterministic sampling would come back to ``latents``, under the predicted noise.
-
-    Args:
-        predict: see :func:`noise_predictor`; with uniform maps for this paper's inversion.
-        scheduler: a diffusers scheduler; its noise levels are used.
-        latents: (B, C, H, W) clean latents.
-        steps: denoising steps.
-
-    Returns:
-        ``steps + 1`` latents, the clean ones first.
-
-    Raises:
-        ValueError: a scheduler that clips or does not predict noise.
-
-    Reference: Song et al., 2021, arXiv 2010.02502, section 4.3.
-    """
-    inverse = _fresh(scheduler, steps, inverse=True)
-    path = [latents]
-    for t in inverse.timesteps:
-        path.append(inverse.step(predict(path[-1], t), t, path[-1]).prev_sample)
-    return path
-
-
-def ddim_sample(predict: Predict, scheduler: Any, latents: Tensor, steps: int = 50) -> Tensor:
-    """Deterministic sampling from noise ``latents`` (B, C, H, W); arguments as in :func:`ddim_invert`."""
-    forward = _fresh(scheduler, steps)
-    for t in forward.timesteps:
-        latents = forward.step(predict(latents, t), t, latents).prev_sample
-    return latents
-
-
-@torch.no_grad()
-def inversion_offsets(
-    predict: Predict, scheduler: Any, path: Sequence[Tensor], batch: int = 2, scale: float = 1.0, every: int = 1
-) -> list[Tensor]:
-    """How far sampling misses an inversion, step by step (Direct Inversion, which the authors' editors build on).
-
-    Step i starts where step i - 1 ended plus its offset, so that with all of them sampling goes back along ``path``.
-
-    Args:
-        predict: noise of (``batch``, C, H, W) as the editing will predict it, guidance included.
-        scheduler: a diffusers scheduler; its noise levels are used.
-        path: the latents of :func:`ddim_invert`, the clean ones first.
-        batch: latents that are sampled side by side.
-        scale: share of each offset that is used.
-        every: use one offset in so many, the others are zero.
-
-    Returns:
-        ``len(path) - 1`` offsets (``batch``, C, H, W), for ``masked_edit(offsets=...)``.
-
-    Reference: Ju et al., 2023, arXiv 2310.01506.
-    """
-    check_int("every", every, least=1)
-    if len(path) < 2:
-        raise ValueError(f"path must hold at least two latents, got {len(path)}")
-    forward = _fresh(scheduler, len(path) - 1)
-    offsets, latents = [], path[-1].expand(batch, -1, -1, -1)
-    for i, t in enumerate(forward.timesteps):
-        back = forward.step(predict(latents, t), t, latents).prev_sample
-        offset = scale * (path[-2 - i] - back) if i % every == 0 else torch.zeros_like(back)
-        offsets.append(offset)
-        latents = back + offset
-    return offsets
-
-
 @shaped(x="float (...)")
 def quantile(x: Tensor, q: float) -> Tensor:
     """The ``q``-quantile of all elements, of any number (``torch.quantile`` stops at 16 million).
@@ -329,8 +199,8 @@ def masked_edit(
     as it was predicted.
 
     Args:
-        predict: noise of (2, C, H, W), source and target, guidance included.
-        predict_uniform: noise of (1, C, H, W) under uniform maps.
+        predict: noise (or velocity, as the scheduler says) of (2, C, H, W), source and target, guidance included.
+        predict_uniform: the same of (1, C, H, W) under uniform maps.
         scheduler: a diffusers scheduler; its noise levels are used.
         latents: (2, C, H, W) noise of source and target.
         uniform_latents: (1, C, H, W) noise of the uniform branch.
@@ -343,9 +213,10 @@ def masked_edit(
             ``steps``.
         blend_source: the source takes the uniform branch's image inside the mask, as in the authors' MasaCtrl editor;
             their Prompt-to-Prompt editor leaves it.
-        path: latents of an inversion, see :func:`ddim_invert`; the source then starts every step from its own.
+        path: latents of an inversion, see :func:`attnlib.steer.diffusion.invert.ddim_invert`; the source then starts
+            every step from its own.
         offsets: (1 or 2, C, H, W) for each step, the first of which is added to the source after it, see
-            :func:`inversion_offsets`.
+            :func:`attnlib.steer.diffusion.invert.inversion_offsets`.
         uniform_waits: the uniform branch stands still outside the timesteps of the blending, as in the authors'
             Prompt-to-Prompt editor with Direct Inversion.
 
@@ -353,7 +224,7 @@ def masked_edit(
         ``(latents (2, C, H, W), uniform latents (1, C, H, W))``, clean.
 
     Raises:
-        ValueError: batches of other sizes, or a scheduler that clips or does not predict noise.
+        ValueError: batches of other sizes, or a scheduler that clips, or of a flow model.
 
     Reference: Mo et al., 2024, arXiv 2411.19652, section 3.
     """
@@ -369,21 +240,22 @@ def masked_edit(
         raise ValueError(f"path must hold {steps + 1} latents, the clean ones first; got {len(path)}")
     if offsets is not None and len(offsets) != steps:
         raise ValueError(f"offsets must be one for each of {steps} steps, got {len(offsets)}")
-    forward = _fresh(scheduler, steps)
+    forward, kind = fresh(scheduler, steps), check_levels(scheduler)
     for i, t in enumerate(forward.timesteps):
         if path is not None:
             latents = torch.cat([path[-1 - i].to(latents), latents[1:]])
-        noise, noise_uniform = predict(latents, t), predict_uniform(uniform_latents, t)
-        after = forward.step(noise_uniform, t, uniform_latents)
+        output, output_uniform = predict(latents, t), predict_uniform(uniform_latents, t)
+        after = forward.step(output_uniform, t, uniform_latents)
         inside = 0 < int(t) < below
         if inside:
-            clean = forward.step(noise, t, latents).pred_original_sample
+            clean, alpha = forward.step(output, t, latents).pred_original_sample, forward.alphas_cumprod[t]
             mask = edit_mask(clean[0], clean[1], q * i / max(ramp - 1, 1), radius, twice)
             source, target = blend(clean[0], clean[1], after.pred_original_sample[0], mask)
+            _, noise = clean_and_noise(output, latents, alpha, kind)
             clean = torch.stack([source if blend_source else clean[0], target])
             # The same noise beside another clean image: what the scheduler steps back from.
-            latents = forward.add_noise(clean, noise, t)
-        latents = forward.step(noise, t, latents).prev_sample
+            latents, output = forward.add_noise(clean, noise, t), as_output(clean, noise, alpha, kind)
+        latents = forward.step(output, t, latents).prev_sample
         if offsets is not None:
             latents = torch.cat([latents[:1] + offsets[i][:1].to(latents), latents[1:]])
         if inside or not uniform_waits:
