@@ -39,6 +39,7 @@ MAKE = {
     "Maps": lambda: Maps(8),
     "RealCustom": lambda: custom(),
     "NullText": lambda: steer.NullText([torch.arange(1232.0).sin().view(1, 77, 16)] * 2),
+    "PromptToPrompt": lambda: steer.PromptToPrompt("refine", blend=["circle"], resolution=8),
     "Record": lambda: Record(what=("entropy",), rows="all"),
     "ReferenceBranches": lambda: steer.ReferenceBranches.of(pipes.unet()).refer(torch.ones(1, 1, 3, 16)),
     "SharedKeys": lambda: steer.SharedKeys({0: [0]}, where=lambda site: torch.arange(3)),
@@ -69,6 +70,9 @@ def custom():
 
 
 LOOKS = {"Maps", "Record"}
+
+#: What needs a second prompt, an edit of the first.
+EDITS = {"PromptToPrompt"}
 
 #: What cannot meet, and why.
 REFUSED = {
@@ -114,6 +118,10 @@ REFUSED = {
     ("GlobalRegionalAttention", "SharedKeys"),
     ("HiDiffusion", "HiDiffusion"),
     ("HiDiffusion", "StepCache"),
+    ("AStar", "PromptToPrompt"),
+    ("AttendExcite", "PromptToPrompt"),
+    ("PromptToPrompt", "PromptToPrompt"),
+    ("PromptToPrompt", "StepCache"),
     ("VariableSizeScale", "VariableSizeScale"),
 }
 
@@ -123,22 +131,32 @@ def pipe(tmp_path_factory):
     return pipes.stable_diffusion(str(tmp_path_factory.mktemp("tokenizer")), model=pipes.unet(size=8))
 
 
-def draw(pipe):
-    return pipes.sample(pipe, steps=2, num_images_per_prompt=2)
+def draw(pipe, *names):
+    prompt = "a red circle and a blue square"
+    if EDITS.intersection(names):
+        return pipes.sample(pipe, [prompt, prompt + " on a bench"], steps=2)
+    return pipes.sample(pipe, prompt, steps=2, num_images_per_prompt=2)
 
 
 @pytest.fixture(scope="module")
 def alone(pipe):
     found = {}
-    for name, make in MAKE.items():
-        with attnlib.attach(pipe, make()):
-            found[name] = draw(pipe)
-    return found
+
+    def draws(name, *beside):
+        """What a technique gives alone, with the prompts that both need."""
+        key = name, bool(EDITS.intersection((name, *beside)))
+        if key not in found:
+            with attnlib.attach(pipe, MAKE[name]()):
+                found[key] = draw(pipe, name, *beside)
+        return found[key]
+
+    return draws
 
 
 def test_each_does_something_alone(pipe, alone):
-    plain = draw(pipe)
-    assert {name for name in MAKE if torch.equal(alone[name], plain)} == LOOKS
+    plain = {edits: draw(pipe, *edits) for edits in ((), tuple(EDITS))}
+    nothing = {name for name in MAKE if torch.equal(alone(name), plain[tuple(EDITS) if name in EDITS else ()])}
+    assert nothing == LOOKS
 
 
 @pytest.mark.parametrize("first", MAKE)
@@ -156,10 +174,10 @@ def test_pairs(first, pipe, alone):
         with attnlib.attach(pipe, *[MAKE[name]() for name in drawn[::-1]]):
             pass
         with attnlib.attach(pipe, *[MAKE[name]() for name in drawn]):
-            got = draw(pipe)
+            got = draw(pipe, first, second)
         assert got.isfinite().all()
         for one, other in ((first, second), (second, first)):
             if one in LOOKS:
-                assert torch.equal(got, alone[other]), f"{one} changed what {other} does"
+                assert torch.equal(got, alone(other, one)), f"{one} changed what {other} does"
             elif first != second:
-                assert not torch.equal(got, alone[other]), f"{one} did nothing beside {other}"
+                assert not torch.equal(got, alone(other, one)), f"{one} did nothing beside {other}"

@@ -107,6 +107,7 @@ MAKE = {
     "SubjectLatents": None,
     "RealCustom": None,
     "NullText": None,
+    "PromptToPrompt": None,
     "StructuredGuidance": None,
     "KeepKeys": None,
     "ReferenceBranches": None,

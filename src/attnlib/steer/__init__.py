@@ -11,6 +11,7 @@ from .diffusion.c_upscale import CUpscale, PromptMaps
 from .diffusion.clear import Clear
 from .diffusion.disendiff import DisenDiff
 from .diffusion.dra_ctrl import DimensionReduction
+from .diffusion.edit import PromptToPrompt
 from .diffusion.float_clothing import FlowAttention
 from .diffusion.hidiffusion import HiDiffusion
 from .diffusion.idol import JointModalities, dual_modal_loss
@@ -84,6 +85,7 @@ __all__ = [
     "PrototypeFusion",
     "Prototypes",
     "Scene",
+    "PromptToPrompt",
     "SinkCalibration",
     "SoftImageGuidance",
     "SoftPAG",
