@@ -11,14 +11,16 @@ from .diffusion.c_upscale import CUpscale, PromptMaps
 from .diffusion.clear import Clear
 from .diffusion.disendiff import DisenDiff
 from .diffusion.dra_ctrl import DimensionReduction
+from .diffusion.dynamic_prompt import DynamicPrompt, LearntPrompt
 from .diffusion.edit import PromptToPrompt
 from .diffusion.float_clothing import FlowAttention
 from .diffusion.hidiffusion import HiDiffusion
 from .diffusion.idol import JointModalities, dual_modal_loss
 from .diffusion.ir_diffusion import IRDiffusion
 from .diffusion.invert import NullText
+from .diffusion.ir_diffusion import IRDiffusion
 from .diffusion.linfusion import LinFusion, distillation_losses
-from .diffusion.losses import LatentUpdate
+from .diffusion.losses import LatentUpdate, TokenUpdate
 from .diffusion.personalize import Personalize, load_personalized
 from .diffusion.realcustom import AdaptiveScoring, CrossScaleProjector, RealCustom, guidance_mask
 from .diffusion.references import KeepKeys, KeyStore, ReferenceBranches, SharedKeys
@@ -61,7 +63,10 @@ __all__ = [
     "DimensionReduction",
     "DualAttention",
     "FlowAttention",
+    "DynamicPrompt",
     "FrameTiles",
+    "LearntPrompt",
+    "TokenUpdate",
     "HeadDivergence",
     "HeadReinforcement",
     "HeadScale",

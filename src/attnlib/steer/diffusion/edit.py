@@ -32,7 +32,7 @@ from ...hooks.maps import Maps
 from ...hooks.pipelines import Stepped, repeated
 from ...hooks.site import Site
 from .maps import normalize
-from .prompts import Word, context_spans, find, per_prompt, text_streams, token_spans
+from .prompts import context_spans, find, per_prompt, text_streams, token_spans
 
 MODES = ("replace", "refine", None)
 
@@ -282,7 +282,8 @@ class PromptToPrompt(Intervention):
         self.edit, self.compat, self.layers = edit, compat, layers
         self.cross: dict[str | None, Share]
         if isinstance(cross, Mapping):
-            self.cross = {None: 1.0} | {word: check_share("cross", share) for word, share in cross.items()}
+            self.cross = {None: 1.0}
+            self.cross.update({word: check_share("cross", share) for word, share in cross.items()})
         else:
             self.cross = {None: check_share("cross", cross)}
         self.self_maps = check_share("self_maps", self_maps)
@@ -422,9 +423,8 @@ class PromptToPrompt(Intervention):
         for key, words in (("blend", self.blend), ("subtract", self.subtract)):
             if words is not None:
                 plan[key] = torch.zeros(len(prompts), length)
-                for number, (prompt, some) in enumerate(zip(prompts, per_prompt(words, len(prompts)), strict=True)):
-                    spans: list[Word] = list(some)
-                    for span in context_spans(sampling.pipe, prompt, spans, longest):
+                for number, (prompt, chosen) in enumerate(zip(prompts, per_prompt(words, len(prompts)), strict=True)):
+                    for span in context_spans(sampling.pipe, prompt, chosen, longest):
                         plan[key][number, span] = 1.0
         return plan
 

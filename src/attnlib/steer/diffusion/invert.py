@@ -382,7 +382,7 @@ def null_step(
     step: int,
     latents: Tensor,
     target: Tensor,
-    text: Tensor,
+    cond: Tensor,
     uncond: Tensor,
     guidance: float,
     inner: int,
@@ -398,12 +398,11 @@ def null_step(
         step: denoising step.
         latents: (1, C, H, W) where sampling stands.
         target: (1, C, H, W) where the step ought to lead.
+        cond: (1, C, H, W) what is predicted there under the prompt.
     """
     t = forward.timesteps[step]
     with with_gradient():
-        latents, target, text = latents.detach().clone(), target.detach().clone(), text.detach().clone()
-        with torch.no_grad():
-            cond = denoise(latents, t, text)
+        latents, target, cond = latents.detach().clone(), target.detach().clone(), cond.detach().clone()
         learnt = uncond.detach().clone().to(torch.promote_types(uncond.dtype, torch.float32)).requires_grad_()
         optimizer = torch.optim.Adam([learnt], lr=lr * (1 - decay * step))
         for _ in range(inner):
@@ -462,13 +461,15 @@ def null_text(
     forward = fresh(scheduler, len(path) - 1)
     latents, found, start = path[-1], [], uncond
     for i, t in enumerate(forward.timesteps):
+        with torch.no_grad():
+            cond = denoise(latents, t, text)
         learnt = null_step(
-            denoise, forward, i, latents, path[-2 - i], text, start, guidance, inner, lr, decay, stop, growth
+            denoise, forward, i, latents, path[-2 - i], cond, start, guidance, inner, lr, decay, stop, growth
         )
         found.append(learnt)
         start = learnt if carry else uncond
         with torch.no_grad():
-            base, cond = denoise(latents, t, learnt), denoise(latents, t, text)
+            base = denoise(latents, t, learnt)
             latents = forward.step(base + guidance * (cond - base), t, latents).prev_sample
     return found
 

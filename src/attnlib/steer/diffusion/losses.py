@@ -6,10 +6,14 @@ At step i of N of a pipeline, with the conditional rows of what the denoiser is 
 
 once at each of the first steps, and at some steps again and again until the loss falls to a target. The step then goes
 on from the moved latents, in the denoiser and in the scheduler. Each image has its own loss and stops by itself.
+
+:class:`TokenUpdate` moves the embeddings of the prompt's words in their place, and leaves the latents.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -21,6 +25,28 @@ from ...hooks.denoiser import CallSite, rows_of, step_of, with_gradient
 from ...hooks.intervention import Intervention
 from ...hooks.maps import Maps
 from .prompts import context_spans, per_prompt
+
+
+def check_words(words: Any) -> list[Any]:
+    """Words of prompts, or numbers of their tokens.
+
+    Raises:
+        TypeError: something else.
+    """
+    if isinstance(words, str) or not isinstance(words, Sequence) or not len(words):
+        raise TypeError(f"words must be a sequence of words of the prompt, e.g. ('cat', 'dog'); got {words!r:.80}")
+    if any(isinstance(word, bool) or isinstance(word, int) for word in words):
+        raise TypeError(
+            f"words holds a number; the tokens of a word are a sequence of them: [[2], [5]], got {words!r:.80}"
+        )
+    return list(words)
+
+
+def check_first(name: str, steps: int | Collection[int] | None) -> int | frozenset[int] | None:
+    """How many first steps, or their numbers; ``None`` for all."""
+    if steps is None or isinstance(steps, int):
+        return None if steps is None else check_int(name, steps, least=0)
+    return frozenset(check_int(name, step, least=0) for step in steps)
 
 
 class LatentUpdate(Intervention):
@@ -62,22 +88,12 @@ class LatentUpdate(Intervention):
         layers: Sequence[int | str] | None = None,
         loss_scale: float = 1.0,
     ):
-        if isinstance(words, str) or not isinstance(words, Sequence) or not len(words):
-            raise TypeError(f"words must be a sequence of words of the prompt, e.g. ('cat', 'dog'); got {words!r:.80}")
-        if any(isinstance(word, bool) or isinstance(word, int) for word in words):
-            raise TypeError(
-                f"words holds a number; the tokens of a word are a sequence of them: [[2], [5]], got {words!r:.80}"
-            )
-        self.words = list(words)
+        self.words = check_words(words)
         self.step_size = check_real("step_size", step_size, least=0)
         if len(step_range) != 2:
             raise ValueError(f"step_range must be two numbers, of the first and the last step, got {step_range!r}")
         self.step_range = tuple(check_real("step_range", r, least=0) for r in step_range)
-        if isinstance(steps, int):
-            check_int("steps", steps, least=0)
-        elif steps is not None:
-            steps = frozenset(check_int("steps", s, least=0) for s in steps)
-        self.steps = steps
+        self.steps = check_first("steps", steps)
         self.targets = {check_int("targets", s, least=0): float(value) for s, value in (targets or {}).items()}
         self.inner = check_int("inner", inner, least=0)
         self.loss_scale = check_real("loss_scale", loss_scale, above=0)
@@ -311,3 +327,245 @@ def _channels(model: Any, main: Tensor) -> int | None:
     if main.dim() != 4 or not isinstance(out, int) or out >= main.shape[1]:
         return None
     return out
+
+
+class TokenUpdate(Intervention):
+    """Embeddings of words learnt anew at each step, so that losses of their maps fall below a schedule.
+
+    Before the denoiser runs at a step, AdamW (begun anew) moves what the text encoder's embedding table holds for the
+    words of each image's prompt, until every loss is below its threshold for this step, at most ``inner`` times; the
+    prompt is encoded again with them, and they are where the next step begins. The table itself is never written to.
+
+    A subclass says what the losses are (:meth:`losses`) and how low they must be (:meth:`thresholds`).
+
+    Args:
+        words: words of the prompt, or numbers of their tokens; one list for all prompts, or a list for each.
+        inner: at most so many moves at a step; 0 leaves the model as it is.
+        lr: rate of AdamW.
+        weight_decay: of AdamW.
+        steps: how many first steps they are moved at, or their numbers; ``None`` for all.
+        resolution: of the maps; 16 is the one of Stable Diffusion at 512 pixels.
+        layers: numbers or name patterns of the layers whose maps are taken; ``None`` for all at that resolution.
+
+    Raises:
+        ValueError: at attach, a model outside a pipeline, or one without a text encoder; when the pipeline is called,
+            a word that is not in its prompt or is cut off, no conditional rows, a loss or a slope that is not finite.
+    """
+
+    name: ClassVar[str] = "token-update"
+    differentiates = True
+
+    def __init__(
+        self,
+        words: Sequence[Any],
+        inner: int = 20,
+        lr: float = 1e-3,
+        weight_decay: float = 1e-2,
+        steps: int | Collection[int] | None = None,
+        resolution: int | Sequence[int] = 16,
+        layers: Sequence[int | str] | None = None,
+    ):
+        self.words = check_words(words)
+        self.inner = check_int("inner", inner, least=0)
+        self.lr = check_real("lr", lr, above=0)
+        self.weight_decay = check_real("weight_decay", weight_decay, least=0)
+        self.steps = check_first("steps", steps)
+        self.maps = Maps(resolution, layers=layers)
+        self.maps.looking = False
+        self.embeddings: list[list[Tensor]] = []
+
+    # ---- what a subclass says
+
+    def losses(self, maps: Tensor, spans: list[list[int]], step: int, prompt: int) -> dict[str, tuple[float, Tensor]]:
+        """Losses of one image by name, each with its weight.
+
+        Args:
+            maps: (T, h, w) of the conditional row.
+            spans: the tokens of each word.
+            step: denoising step.
+            prompt: number of its prompt.
+        """
+        raise NotImplementedError
+
+    def thresholds(self, step: int) -> dict[str, float]:
+        """Below what each loss must be at a step, so that no move is made."""
+        raise NotImplementedError
+
+    # ---- attaching
+
+    @property
+    def companions(self) -> Sequence[Intervention]:
+        return (self.maps,)
+
+    @property
+    def identity(self) -> bool:
+        return self.inner == 0 or self.steps in (0, frozenset())
+
+    def conflicts(self, other: Intervention) -> str | None:
+        if other.differentiates:
+            return "each of them looks for what lowers its losses at a step, and would do so within the other's search"
+        return None
+
+    def on_attach(self, session: Any) -> None:
+        if session.sampling is None:
+            raise ValueError(
+                f"{type(self).__name__} learns tokens of a pipeline's prompt, and {type(session.model).__name__} was "
+                "attached to by itself; attach to the pipeline: attach(pipe, ...)"
+            )
+        if not _text_encoders(session.sampling.pipe):
+            raise ValueError(f"{type(session.sampling.pipe).__name__} has no text encoder whose tokens could be learnt")
+
+    def results(self) -> list[list[Tensor]]:
+        """Of each step of the last call, the learnt embeddings (images, tokens, D) of each text encoder."""
+        return self.embeddings
+
+    # ---- one step
+
+    def around_denoiser(
+        self, site: CallSite, inputs: dict[str, Any], call: Callable[[dict[str, Any]], Tensor]
+    ) -> Tensor:
+        if site.step is None:
+            return call(inputs)
+        if site.rows is None or site.prompts is None:
+            raise ValueError(
+                f"{type(self).__name__} learns tokens of conditional rows, and which these are is not known in "
+                f"{type(site.sampling.pipe).__name__}; say it: attach(pipe, ..., rows=('uncond', 'cond'))"
+            )
+        index = [i for i, row in enumerate(site.rows) if row == "cond"]
+        if not index:
+            return call(inputs)
+        notes = self.session.notes
+        if (self, "tokens") not in notes:
+            notes[self, "tokens"] = _Tokens(site, self.words, index, type(self).__name__)
+            self.embeddings = []
+        tokens: _Tokens = notes[self, "tokens"]
+        step = site.step
+        if (self.steps is None or (step < self.steps if isinstance(self.steps, int) else step in self.steps)) and (
+            notes.get((self, "done")) != step
+        ):
+            self._learn(site, inputs, call, tokens, index)
+        if notes.get((self, "done")) != step:
+            self.embeddings.append([t.detach().clone() for t in tokens.learnt])
+        notes[self, "done"] = step
+        context = inputs["encoder_hidden_states"]
+        at = torch.as_tensor(index, device=context.device)
+        with torch.no_grad():
+            text = tokens.encode(tokens.learnt).to(context)
+        return self.finish(site, {**inputs, "encoder_hidden_states": context.index_copy(0, at, text)}, call)
+
+    def finish(self, site: CallSite, inputs: dict[str, Any], call: Callable[[dict[str, Any]], Tensor]) -> Tensor:
+        """The step itself, with the learnt tokens in its text."""
+        return call(inputs)
+
+    def _learn(
+        self, site: CallSite, inputs: dict[str, Any], call: Callable[..., Tensor], tokens: _Tokens, index: list[int]
+    ) -> None:
+        assert site.step is not None
+        name, limits = type(self).__name__, self.thresholds(site.step)
+        main, waiting = inputs[site.main], list(range(len(index)))
+        self.maps.looking = True
+        try:
+            with with_gradient(), self.session.some_rows(index):
+                rows = rows_of(inputs, index, len(main))
+                own = [[t[n : n + 1].detach().clone().requires_grad_() for t in tokens.learnt] for n in waiting]
+                optimizers = [torch.optim.AdamW(one, lr=self.lr, weight_decay=self.weight_decay) for one in own]
+                for _ in range(self.inner):
+                    text = tokens.encode([torch.cat(parts) for parts in zip(*own, strict=True)])
+                    call({**rows, "encoder_hidden_states": text.to(rows["encoder_hidden_states"])})
+                    maps, totals = self.maps.take(), {}
+                    for n in waiting:
+                        found = self.losses(maps[n], tokens.spans[n], site.step, tokens.numbers[n])
+                        if not all(float(loss.detach()) < limits[key] for key, (_, loss) in found.items()):
+                            totals[n] = torch.stack([weight * loss for weight, loss in found.values()]).sum()
+                    waiting = list(totals)
+                    if not waiting:
+                        break
+                    leaves = [t for n in waiting for t in own[n]]
+                    total = torch.stack(list(totals.values())).sum()
+                    slopes = torch.autograd.grad(total, leaves, allow_unused=True)
+                    if not bool(total.isfinite()) or not all(s is None or bool(s.isfinite().all()) for s in slopes):
+                        raise ValueError(
+                            f"{name}: at step {site.step} the loss or its slope is not finite, so tokens cannot be "
+                            "learnt; run the pipeline in float32 or bfloat16"
+                        )
+                    for leaf, slope in zip(leaves, slopes, strict=True):
+                        leaf.grad = slope
+                    for n in waiting:
+                        optimizers[n].step()
+                for number, every in enumerate(tokens.learnt):
+                    every.copy_(torch.cat([one[number].detach() for one in own]))
+        finally:
+            self.maps.looking = False
+
+
+def _text_encoders(pipe: Any) -> list[Any]:
+    """The text encoders of a pipeline that read the tokens of its first tokenizer."""
+    names = ("text_encoder", "text_encoder_2")
+    return [e for name in names if (e := getattr(pipe, name, None)) is not None and hasattr(e, "get_input_embeddings")]
+
+
+class _Tokens:
+    """What is learnt of each image's prompt, and the prompt encoded with it.
+
+    Attributes:
+        spans: of each image, the columns of each word.
+        learnt: of each text encoder, (images, tokens, D) float32.
+    """
+
+    def __init__(self, site: CallSite, words: Sequence[Any], index: list[int], who: str):
+        sampling = site.sampling
+        pipe, prompts = sampling.pipe, sampling.prompts
+        if prompts is None:
+            raise ValueError(f"{who} encodes the prompt anew, but the pipeline was given embeddings and no prompt")
+        assert site.prompts is not None
+        if getattr(pipe, "tokenizer_3", None) is not None:
+            raise ValueError(f"{who} serves one tokenizer, {type(pipe).__name__} reads tokens of several side by side")
+        self.pipe, self.settings = pipe, sampling.arguments
+        each = per_prompt(words, len(prompts))
+        spans = [context_spans(pipe, prompt, some) for prompt, some in zip(prompts, each, strict=True)]
+        self.numbers = [site.prompts[i] for i in index]
+        self.prompts = [prompts[n] for n in self.numbers]
+        self.spans = [spans[n] for n in self.numbers]
+        self.at = [[t for span in some for t in span] for some in self.spans]
+        counts = {len(at) for at in self.at}
+        self.width = max(counts)
+        self.encoders = _text_encoders(pipe)
+        self.learnt: list[Tensor] = []
+        for number, encoder in enumerate(self.encoders):
+            tokenizer = pipe.tokenizer if number == 0 else pipe.tokenizer_2
+            length = tokenizer.model_max_length
+            given = tokenizer(
+                self.prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
+            table = encoder.get_input_embeddings().weight
+            with torch.inference_mode(False):  # what is learnt is written to
+                padded = [at + (at[:1] or [0]) * (self.width - len(at)) for at in self.at]
+                rows = torch.stack([ids[at] for ids, at in zip(given.input_ids.clone(), padded, strict=True)])
+                self.learnt.append(table.detach()[rows.to(table.device)].float().clone())
+
+    def encode(self, learnt: Sequence[Tensor]) -> Tensor:
+        """(n, L, D) of the prompts of all images, with learnt embeddings in place of the table's."""
+        handles = [
+            encoder.get_input_embeddings().register_forward_hook(functools.partial(self._put, new))
+            for encoder, new in zip(self.encoders, learnt, strict=True)
+        ]
+        try:
+            encode = self.pipe.encode_prompt
+            known = inspect.signature(encode).parameters
+            device = self.encoders[0].get_input_embeddings().weight.device
+            settings = {
+                "prompt": self.prompts, "device": device, "num_images_per_prompt": 1,
+                "do_classifier_free_guidance": False, "clip_skip": self.settings.get("clip_skip"),
+            }  # fmt: skip
+            found = encode(**{name: value for name, value in settings.items() if name in known})
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found[0] if isinstance(found, (tuple, list)) else found
+
+    def _put(self, new: Tensor, module: Any, args: Any, out: Tensor) -> Tensor:
+        """The output of an embedding table, (n, L, D), with the learnt rows in their places."""
+        rows = []
+        for one, at, some in zip(out, self.at, new, strict=True):
+            rows.append(one.index_copy(0, torch.as_tensor(at, device=out.device), some[: len(at)].to(out)))
+        return torch.stack(rows)
