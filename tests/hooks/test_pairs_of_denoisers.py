@@ -51,6 +51,14 @@ MAKE = {
     "SubjectLatents": lambda: steer.SubjectLatents(torch.ones(4, 8, 8), torch.ones(8, 8).triu()),
     "UniformMaps": lambda: steer.UniformMaps(rows=("uncond",), steps=[0]),
     "VariableSizeScale": lambda: steer.VariableSizeScale(trained_size=4),
+    "ViMAEdit": lambda: steer.ViMAEdit(
+        torch.arange(256.0).sin().view(1, 4, 8, 8),
+        blend=["circle"],
+        thresholds=(0.3, 0.5),
+        blend_from=0.0,
+        resolution=8,
+        between_resolution=8,
+    ),
 }
 
 #: Maps that are pooled in the deep stage only, so that some of the others find theirs at the resolution of 8.
@@ -74,10 +82,10 @@ def custom():
 LOOKS = {"Maps", "Record"}
 
 #: What needs a second prompt, an edit of the first.
-EDITS = {"PromptToPrompt"}
+EDITS = {"PromptToPrompt", "ViMAEdit"}
 
 #: What acts on several images of one prompt, so that no call serves both.
-APART = {("IRDiffusion", "PromptToPrompt")}
+APART = {("IRDiffusion", "PromptToPrompt"), ("IRDiffusion", "ViMAEdit")}
 
 #: What cannot meet, and why.
 REFUSED = {
@@ -124,6 +132,16 @@ REFUSED = {
     ("HiDiffusion", "HiDiffusion"),
     ("HiDiffusion", "StepCache"),
     ("DynamicPrompt", "StepCache"),
+    ("DynamicPrompt", "RealCustom"),
+    ("CUpscale", "DynamicPrompt"),
+    ("TiledDenoiser", "DynamicPrompt"),
+    ("CUpscale", "PromptToPrompt"),
+    ("TiledDenoiser", "PromptToPrompt"),
+    ("CUpscale", "ViMAEdit"),
+    ("TiledDenoiser", "ViMAEdit"),
+    ("AStar", "JointModalities"),
+    ("AttendExcite", "JointModalities"),
+    ("DynamicPrompt", "JointModalities"),
     ("DynamicPrompt", "IRDiffusion"),
     ("AStar", "DynamicPrompt"),
     ("AttendExcite", "DynamicPrompt"),
@@ -134,6 +152,11 @@ REFUSED = {
     ("AttendExcite", "PromptToPrompt"),
     ("PromptToPrompt", "PromptToPrompt"),
     ("PromptToPrompt", "StepCache"),
+    ("AStar", "ViMAEdit"),
+    ("AttendExcite", "ViMAEdit"),
+    ("PromptToPrompt", "ViMAEdit"),
+    ("StepCache", "ViMAEdit"),
+    ("ViMAEdit", "ViMAEdit"),
     ("VariableSizeScale", "VariableSizeScale"),
 }
 

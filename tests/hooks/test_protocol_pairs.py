@@ -110,6 +110,7 @@ MAKE = {
     "TokenUpdate": None,
     "LearntPrompt": None,
     "NullText": None,
+    "ViMAEdit": None,
     "PromptToPrompt": None,
     "StructuredGuidance": None,
     "KeepKeys": None,

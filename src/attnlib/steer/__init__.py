@@ -16,7 +16,6 @@ from .diffusion.edit import PromptToPrompt
 from .diffusion.float_clothing import FlowAttention
 from .diffusion.hidiffusion import HiDiffusion
 from .diffusion.idol import JointModalities, dual_modal_loss
-from .diffusion.ir_diffusion import IRDiffusion
 from .diffusion.invert import NullText
 from .diffusion.ir_diffusion import IRDiffusion
 from .diffusion.linfusion import LinFusion, distillation_losses
@@ -30,6 +29,7 @@ from .diffusion.tiles import TiledDenoiser
 from .diffusion.uniform_maps import UniformMaps
 from .diffusion.variable_size import VariableSizeScale
 from .diffusion.video import PARO, AdaSpa, BlockSparse, FrameTiles, MixtureOfBlocks, TileSearch
+from .diffusion.vimaedit import ViMAEdit
 from .diffusion.vsc import VSC, PrototypeFusion, Prototypes, fused_prompt
 from .head_reinforcement import HeadDivergence, HeadReinforcement, head_divergence, sensitive_heads, token_divergence
 from .head_scaling import HeadScale
@@ -102,6 +102,7 @@ __all__ = [
     "TiledDenoiser",
     "UniformMaps",
     "VariableSizeScale",
+    "ViMAEdit",
     "VisualBoost",
     "VisualRedistribution",
     "VisualWings",

@@ -33,6 +33,7 @@ from ...hooks.pipelines import Stepped, repeated
 from ...hooks.site import Site
 from .maps import normalize
 from .prompts import context_spans, find, per_prompt, text_streams, token_spans
+from .tiles import TiledDenoiser
 
 MODES = ("replace", "refine", None)
 
@@ -313,6 +314,8 @@ class PromptToPrompt(Intervention):
     def conflicts(self, other: Intervention) -> str | None:
         if self.companions and other.reuses_features:
             return f"{type(self).__name__} looks at maps at every step, which are not there where features are reused"
+        if isinstance(other, TiledDenoiser):
+            return "edits are held to their source's whole picture, and tiles cut it"
         return None
 
     def on_attach(self, session: Any) -> None:
@@ -365,7 +368,9 @@ class PromptToPrompt(Intervention):
             return inputs
         moved = repeated(delta, len(main))
         beside = [(0, m - d) for m, d in zip(main.shape, moved.shape, strict=True)]
-        sampling.shift(delta / sampling.scale)
+        if (self, "shared") not in self.session.notes:  # another one may run the step several times
+            self.session.notes[self, "shared"] = True
+            sampling.shift(delta / sampling.scale)
         return {**inputs, site.main: main + F.pad(moved, [size for pair in reversed(beside) for size in pair])}
 
     def _plan(self, site: CallSite, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -496,8 +501,7 @@ class PromptToPrompt(Intervention):
         edited = Edited.of(site.rows, site.prompts, type(self).__name__)
         plan = notes[self, "plan"]
         seen = self.maps.take()[list(edited.index)].float()
-        before = notes.get((self, "maps"))
-        total = notes[self, "maps"] = seen if before is None else before + seen
+        total = self._added(site.step, seen)
         if site.step < int(self.blend_from * plan["steps"]):
             return
         blend = self._of_words(total, plan["blend"], edited)
@@ -513,7 +517,25 @@ class PromptToPrompt(Intervention):
                 mask = mask & ~(away | away[source])
             return torch.where(mask[:, None], x, x[source])
 
-        site.sampling.amend(keep)
+        self._amend(site, keep)
+
+    def _added(self, step: int, seen: Tensor) -> Tensor:
+        """Maps of this step on top of those of earlier ones; a step that is run again is counted once."""
+        notes = self.session.notes
+        of, before = notes.get((self, "before"), (None, None))
+        if of != step:
+            before = notes.get((self, "maps"))
+            notes[self, "before"] = step, before
+        notes[self, "maps"] = seen if before is None else before + seen
+        return notes[self, "maps"]
+
+    def _amend(self, site: CallSite, function: Callable[[Stepped], Tensor]) -> None:
+        """What is to become of the latents after this step, as the last run of it says."""
+        notes = self.session.notes
+        notes[self, "after"] = function
+        if notes.get((self, "amended")) != site.step:
+            notes[self, "amended"] = site.step
+            site.sampling.amend(lambda stepped: notes[self, "after"](stepped))
 
     @staticmethod
     def _of_words(maps: Tensor, chosen: Tensor, edited: Edited) -> Tensor:

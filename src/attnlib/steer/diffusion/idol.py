@@ -172,9 +172,7 @@ class JointModalities(Intervention, nn.Module):
         if not chosen:
             raise ValueError(f"stages {list(stages)} fit none of {list(every)}")
         classes = getattr(model.config, "num_class_embeds", None)
-        if classes not in (None, 2) or (
-            classes is None and getattr(model, "class_embedding", None) is not None
-        ):
+        if classes not in (None, 2) or (classes is None and getattr(model, "class_embedding", None) is not None):
             raise ValueError(f"{type(model).__name__} has classes of its own (num_class_embeds={classes}), not the two")
         like = next(model.parameters())
         label = None if classes == 2 else torch.zeros(2, model.time_embedding.linear_2.out_features)
@@ -208,6 +206,11 @@ class JointModalities(Intervention, nn.Module):
         return kept
 
     # ---- acting
+
+    def conflicts(self, other: Intervention) -> str | None:
+        if other.differentiates:
+            return f"{type(other).__name__} runs some pictures by themselves, and a video is joined with its depth here"
+        return None
 
     def on_attach(self, session: Any) -> None:
         if self.label is None:

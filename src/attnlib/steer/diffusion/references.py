@@ -511,9 +511,7 @@ class KeyStore:
         else:  # each half of guidance by itself
             groups = len(set(site.rows or ("cond",)))
             each = max(1, len(found[0]) // groups)
-            k, v = (
-                t.unflatten(0, (-1, each)).repeat_interleave(batch // len(t), 0).flatten(0, 1) for t in found
-            )
+            k, v = (t.unflatten(0, (-1, each)).repeat_interleave(batch // len(t), 0).flatten(0, 1) for t in found)
         return k.to(like), v.to(like)
 
 
