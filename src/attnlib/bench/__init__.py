@@ -42,7 +42,7 @@ DIFFUSION = tuple(
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
 ENGINES = (
     "linear", "segments", "local", "halo", "hyper", "circular", "scan", "sparse", "super-token", "cache", "hooks",
-    "transfer", "look", "saliency", "gpu", *STUDIES, *REAL, *DIFFUSION,
+    "isolation", "transfer", "look", "saliency", "gpu", *STUDIES, *REAL, *DIFFUSION,
 )  # fmt: skip
 
 #: Those that run models of transformers.
