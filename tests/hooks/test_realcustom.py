@@ -36,9 +36,6 @@ def part(prefix):
 class Given(RealCustom):
     """Masks as they are given, at the layer's own grid or at half of it."""
 
-    def on_attach(self, session):
-        pass
-
     def around_denoiser(self, site, inputs, call):
         return call(inputs)
 
@@ -315,6 +312,38 @@ def test_nothing_to_do_and_everything_to_do(pipe):
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(pipes.sample(pipe, PROMPT, steps=2), plain)
 
 
+def test_maps_and_scoring_learn_and_are_kept(pipe):
+    """Everywhere, as an IP-Adapter does; the model's own weights stay."""
+    it = custom(pipe, scoring=True, hidden=4, ratio_range=(1.0, 1.0))
+    own = [p.clone() for p in pipe.unet.parameters()]
+    for p in it.trained():
+        p.requires_grad_()
+    pipe.unet.requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    x, text = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 7, 16, generator=generator)
+    optimizer = torch.optim.Adam(it.trained(), 1e-2)
+    losses = []
+    with attnlib.attach(pipe.unet, it, rows=("cond", "cond")):
+        for _ in range(3):
+            out = pipe.unet(x, 500, encoder_hidden_states=text).sample
+            losses.append(out.square().mean())
+            optimizer.zero_grad()
+            losses[-1].backward()
+            assert all(p.grad is not None and p.grad.abs().max() > 0 for p in it.maps.parameters())
+            optimizer.step()
+    pipe.unet.requires_grad_(True)
+    assert losses[-1] < losses[0] and all(torch.equal(a, b) for a, b in zip(own, pipe.unet.parameters(), strict=True))
+    assert it.scoring[0].feature.weight.abs().max() > 0
+    other = custom(pipe, scoring=True, hidden=4)
+    other.load_state_dict(it.state_dict(), strict=True)
+    other.refer(it._images)
+    drawn = []
+    for one in (it.requires_grad_(False), other.requires_grad_(False)):
+        with attnlib.attach(pipe, one):
+            drawn.append(pipes.sample(pipe, PROMPT, steps=1))
+    assert torch.equal(*drawn)
+
+
 def test_other_settings_and_pipelines(pipe, tmp_path):
     """Self-attention refines maps; SDXL, bfloat16, no guidance, Euler; detaching after an exception in mid-step."""
     plain = pipes.sample(pipe, PROMPT, steps=1)
@@ -362,8 +391,10 @@ def test_bad_input(pipe):
     two.words = ["circle"]
     fails(two, "one for each of 2 references, got 1")
     fails(RealCustom.of(pipe.unet, words=["circle"]), "no references", RuntimeError)
-    with pytest.raises(ValueError, match="attach to the pipeline"):
-        attnlib.attach(pipe.unet, custom(pipe))
+    alone = dict(timestep=5, encoder_hidden_states=torch.zeros(1, 7, 16))
+    with attnlib.attach(pipe.unet, custom(pipe)), torch.no_grad():
+        with pytest.raises(ValueError, match="attach to the pipeline"):
+            pipe.unet(torch.zeros(1, 4, 16, 16), **alone)
     with pytest.raises(ValueError, match="AStar runs some pictures by themselves"):
         attnlib.attach(pipe, custom(pipe), attnlib.steer.AStar(("circle", "square")))
     with pytest.raises(ValueError, match="makes without the references"):

@@ -285,6 +285,9 @@ class RealCustom(ReferenceBranches):
         with attnlib.attach(pipe, custom):
             pipe("a dog on the moon")
 
+    Attached to a denoiser itself it is in training: with gradients, references act everywhere. What learns is
+    :meth:`trained`, and is saved and loaded as the state dict of this module.
+
     Args:
         maps: see :class:`attnlib.steer.diffusion.references.ReferenceBranches`; use :meth:`of`.
         words: the word of each reference, or numbers of its tokens; one list for all prompts or a list for each.
@@ -301,8 +304,8 @@ class RealCustom(ReferenceBranches):
     ``scoring=True`` of :meth:`of`.
 
     Raises:
-        ValueError: at attach, a model outside a pipeline, or company that runs some pictures by themselves; when the
-            pipeline is called, a word that is not in its prompt, or not one word for each reference.
+        ValueError: at attach, company that runs some pictures by themselves; when it is called, a denoiser outside a
+            pipeline without gradients, a word that is not in its prompt, or not one word for each reference.
 
     Reference: Mao et al., 2024, arXiv 2408.09744 (RealCustom++); Huang et al., 2024, arXiv 2403.00483 (RealCustom).
     """
@@ -391,21 +394,21 @@ class RealCustom(ReferenceBranches):
             return "each would look for its words in what the other draws; give both references to one"
         return against_tiles(other) or super().conflicts(other)
 
-    def on_attach(self, session: Any) -> None:
-        if session.sampling is None:
-            raise ValueError(
-                f"{type(self).__name__} looks for words of a pipeline's prompt, and {type(session.model).__name__} was "
-                "attached to by itself; attach to the pipeline: attach(pipe, ...)"
-            )
-
     # ---- where the words are
 
     def around_denoiser(
         self, site: CallSite, inputs: dict[str, Any], call: Callable[[dict[str, Any]], Tensor]
     ) -> Tensor:
-        step, notes = step_of(site, self), self.session.notes
         if not self.references:
             self.tokens()  # says what is missing
+        if site.sampling is None:
+            if not torch.is_grad_enabled():
+                raise ValueError(
+                    f"{type(self).__name__} looks for words of a pipeline's prompt, and {type(site.module).__name__} "
+                    "was attached to by itself, which is for training; attach to the pipeline: attach(pipe, ...)"
+                )
+            return call(inputs)
+        step, notes = step_of(site, self), self.session.notes
         cond = [] if site.rows is None else [i for i, row in enumerate(site.rows) if row == "cond"]
         due = (self.guided_steps is None or step < self.guided_steps) and notes.get((self, "step")) != step
         if due or (self, "masks") not in notes:
@@ -477,8 +480,10 @@ class RealCustom(ReferenceBranches):
     # ---- attention
 
     def weigh(self, site: Site, q: Tensor, out: Tensor) -> Tensor:
-        """(B, R, N) masks at the grid of a layer."""
-        masks = self.session.notes[self, "masks"]
+        """(B, R, N) masks at the grid of a layer; ones in training."""
+        masks = self.session.notes.get((self, "masks"))
+        if masks is None:
+            return q.new_ones(len(q), self.references, q.shape[2])
         count: dict[str, int] = {}
         rows = []
         for name in site.rows or ():
@@ -521,7 +526,11 @@ class RealCustom(ReferenceBranches):
         new_k, new_v = made
         return new_k, new_v
 
-    # ---- released weights
+    # ---- training, and released weights
+
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained: the maps of all layers, and the scoring."""
+        return [*super().trained(), *([] if self.scoring is None else self.scoring.parameters())]
 
     def load_authors(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Load the maps of a released checkpoint, and give what it has for the projector.
