@@ -1,0 +1,217 @@
+"""Time against judged quality at equal executed work: what is lost when half of all modules hand on old features?
+
+``attnlib bench --suite diffusion-caching --out benchmarks/results`` measures again what ``diffusion-caching-cpu.json``
+holds and draws it. All contestants but the full sampling run half of the attentions, feed-forwards and resnets, or take
+half of the steps in full: what a sceptic would do. HarmoniCa's router is learnt on prompts of training, and runs the
+half that it scores highest; beside it stands a table of as many entries at random. A contestant is judged on the same
+prompts and seeds as the full sampling, and by how near its pictures come to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attnlib
+
+from ....cache import DiffusersCache, FeatureInheritance, HarmoniCa, Router, StepCache, train_router
+from ....cache.steps import every
+from ....hooks.intervention import Intervention
+from ...clock import machine
+from ...small import Progress, interval
+from ...stats import mean_interval
+from ...worlds import models
+from ...worlds.judge import load
+from ...worlds.painter import Prompt
+from ...worlds.prompts import draw, prompts
+from ._judged import judged, sheet
+from .generators import SETTINGS
+
+QUESTION = "What is lost when half of the modules of a denoiser hand on what they gave at an earlier step?"
+PARTS = ("clip", "vae", "unet", "judge")
+BASELINE = "full"
+#: What has a column of its own.
+MODULES = ("attention", "feed-forward", "resnet")
+#: Of the router, chosen on ``"dev"``.
+TRAINING: dict[str, Any] = {"epochs": 24, "lr": 0.1, "beta": 1e-4, "seed": 0}
+
+
+def half(router: Router) -> Tensor:
+    """(S, M) bool: the first step, and of the rest the entries with the highest scores, half of all together."""
+    scores = router.scores().detach()
+    steps, modules = scores.shape
+    table = torch.zeros(steps, modules, dtype=torch.bool)
+    table[0] = True
+    order = scores[1:].flatten().argsort(descending=True, stable=True)
+    rest = torch.zeros((steps - 1) * modules, dtype=torch.bool)
+    rest[order[: steps * modules // 2 - modules]] = True
+    table[1:] = rest.view(steps - 1, modules)
+    return table
+
+
+def at_random(steps: int, modules: int, seed: int = 0) -> Tensor:
+    """As many entries, drawn without looking."""
+    router = Router(steps, modules)
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for step in range(1, steps):
+            router.row(step).copy_(torch.randn(modules, generator=g))
+    return half(router)
+
+
+def learn(
+    pipe: Any, steps: int, given: Mapping[str, Any], progress: Progress | None = None, **training: Any
+) -> tuple[Router, list[dict[str, float]]]:
+    """A router for a pipeline, on prompts that no contestant is judged on."""
+    with attnlib.attach(pipe, StepCache(every(2), MODULES)) as session:
+        modules = len(session.interventions[0].columns)
+    router = Router(steps, modules, 0.5)
+    with torch.no_grad():
+        for step in range(1, steps):
+            router.row(step).zero_()
+    settings = {**TRAINING, **training}
+    epochs = settings.pop("epochs")
+    asked = [p.text for p in prompts("two", 2 * epochs, "train")]
+
+    def some(epoch: int) -> dict[str, Any]:
+        return {"prompt": asked[2 * epoch : 2 * epoch + 2], **given}
+
+    def told(epoch: int, losses: list[dict[str, float]]) -> None:
+        if progress is not None:
+            progress(f"router, epoch {epoch}: data {sum(one['data'] for one in losses):.4g}")
+
+    history = train_router(
+        pipe, router, some, epochs, refresh=steps * max(1, epochs // 2), progress=told, acts_on=MODULES, **settings
+    )
+    return router, history
+
+
+class Learnt(HarmoniCa):
+    """A router's table of half of all entries, whatever its threshold says."""
+
+    def __init__(self, router: Router):
+        super().__init__(router, MODULES)
+        self.table = half(router)
+
+
+def contestants(steps: int, router: Router) -> dict[str, Callable[[], list[Intervention]]]:
+    """By name, what is attached."""
+    import diffusers.hooks as caches
+
+    everywhere = (-1, 1001)
+
+    def broadcast() -> list[Intervention]:
+        config = caches.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, cross_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=everywhere, cross_attention_timestep_skip_range=everywhere,
+        )  # fmt: skip
+        return [DiffusersCache(config, MODULES)]
+
+    def taylor() -> list[Intervention]:
+        config = caches.TaylorSeerCacheConfig(
+            cache_interval=2, disable_cache_before_step=2, max_order=1, taylor_factors_dtype=torch.float32,
+            cache_identifiers=[r".*\.attn[12]", r".*\.ff", r".*resnets\.\d+"],
+        )  # fmt: skip
+        return [DiffusersCache(config, MODULES)]
+
+    return {
+        BASELINE: lambda: [],
+        "half of the steps": lambda: [],
+        "every second step": lambda: [StepCache(every(2), MODULES)],
+        "at random": lambda: [StepCache(at_random(steps, router.modules_count), MODULES)],
+        "HarmoniCa": lambda: [Learnt(router)],
+        "inherited resolutions": lambda: [FeatureInheritance("block", every(2))],
+        "TaylorSeer": taylor,
+        "attention broadcast": broadcast,
+    }
+
+
+def decibels(a: Tensor, b: Tensor) -> list[float]:
+    """Peak signal-to-noise ratio of pictures in [0, 1]."""
+    return (-10 * (a - b).square().mean((1, 2, 3)).clamp(min=1e-10).log10()).tolist()
+
+
+def measure(
+    progress: Progress | None = None,
+    keep: str | Path | None = None,
+    pictures: str | Path | None = None,
+    names: Sequence[str] | None = None,
+    kind: str = "two",
+    count: int = 64,
+    near: int = 16,
+    part: str = "test",
+    folder: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    batch: int = 8,
+) -> dict[str, Any]:
+    """Learn a router, draw with every contestant, and let the judge say what is there.
+
+    Args:
+        progress: told of every batch.
+        keep: file to go on from.
+        pictures: folder for ``diffusion-caching-cpu.png``.
+        names: of :func:`contestants`, all by default.
+        kind: of :data:`attnlib.bench.worlds.prompts.KINDS`.
+        count: prompts.
+        near: of them, for the distance from the full sampling.
+        part: of prompts.
+        folder: of trained parts.
+        settings: of the pipeline's call; an even number of steps.
+        training: of the router, see :data:`TRAINING`.
+        batch: prompts at a time.
+
+    Returns:
+        Plain values, for JSON: rows with intervals and paired differences from the full sampling, ``executed`` shares,
+        and ``near``, decibels to its pictures.
+    """
+    chosen = {**SETTINGS["unet"], **(settings or {})}
+    steps = chosen["num_inference_steps"]
+    pipe, judge = models.pipeline("unet", folder), load(folder)
+    router, history = learn(
+        pipe, steps, {"guidance_scale": chosen["guidance_scale"]}, progress, **(training or {})
+    )  # fmt: skip
+    table = half(router)
+    made = contestants(steps, router)
+    wanted = list(made if names is None else names)
+    executed: dict[str, float] = {}
+
+    def drawing(name: str) -> Callable[[Sequence[Prompt], Sequence[int]], Tensor]:
+        def sketch(some: Sequence[Prompt], seeds: Sequence[int]) -> Tensor:
+            call = {**chosen, "num_inference_steps": steps // 2 if name == "half of the steps" else steps}
+            attached = made[name]()
+            if not attached:
+                executed[name] = call["num_inference_steps"] / steps
+                return draw(pipe, some, seeds, len(some), **call)
+            with attnlib.attach(pipe, *attached) as session:
+                images = draw(pipe, some, seeds, len(some), **call)
+            (ran,) = session.results.values()
+            executed[name] = int(ran["executed"].sum()) / int(ran["possible"].sum())
+            return images
+
+        return sketch
+
+    asked = prompts(kind, count, part)
+    drawn = {name: drawing(name) for name in wanted}
+    key = [part, kind, chosen, {**TRAINING, **(training or {})}]
+    result = judged(drawn, asked, BASELINE, judge, batch, progress=progress, keep=keep, key=key)
+    first = asked[: min(near, count)]
+    shown = {name: sketch(first, range(len(first))) for name, sketch in drawn.items()}
+    for row in result["rows"]:
+        row["executed"] = executed[row["name"]]
+        if row["name"] != BASELINE:
+            row["near"] = interval(mean_interval(decibels(shown[row["name"]], shown[BASELINE])))
+    if pictures is not None:
+        some = {name: images[:8] for name, images in shown.items()}
+        sheet(Path(pictures) / "diffusion-caching-cpu.png", some, [p.text for p in first[:8]])
+    settings_of = {"part": part, "kind": kind, **chosen, "training": {**TRAINING, **(training or {})}}
+    kinds = {"per step": table.float().mean(1).tolist(), "per module": table.float().mean(0).tolist()}
+    data = {e: sum(h["data"] for h in history if h["epoch"] == e) for e in {h["epoch"] for h in history}}
+    return {
+        "question": QUESTION, "settings": settings_of, **result, "router": {**kinds, "data": list(data.values())},
+        "machine": machine(),
+    }  # fmt: skip
