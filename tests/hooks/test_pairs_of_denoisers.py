@@ -38,6 +38,7 @@ MAKE = {
     "JointModalities": joint,
     "GlobalRegionalAttention": lambda: GlobalRegionalAttention(4, 4, layers=["down_blocks.1*attn1"]),
     "LearntPrompt": lambda: steer.LearntPrompt(("circle",), [[torch.arange(16.0).view(1, 1, 16)]] * 2),
+    "MIPAdapter": lambda: steer.MIPAdapter.of(pipes.unet(size=8)).refer(torch.ones(1, 2, 3, 16), names=["red", "dog"]),
     "Maps": lambda: Maps(8),
     "RealCustom": lambda: custom(),
     "NullText": lambda: steer.NullText([torch.arange(1232.0).sin().view(1, 77, 16)] * 2),

@@ -114,6 +114,7 @@ MAKE = {
     "PromptToPrompt": None,
     "StructuredGuidance": None,
     "KeepKeys": None,
+    "MIPAdapter": None,
     "ReferenceBranches": None,
     "SharedKeys": None,
     "VariableSizeScale": None,

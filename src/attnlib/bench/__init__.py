@@ -43,11 +43,13 @@ DIFFUSION = tuple(
 ENGINES = (
     "linear", "segments", "local", "halo", "hyper", "circular", "scan", "sparse", "super-token", "cache", "hooks",
     "isolation", "transfer", "look", "saliency", "steps", "gpu", *STUDIES, *REAL, *DIFFUSION,
+    "isolation", "references", "transfer", "look", "saliency", "gpu", *STUDIES, *REAL, *DIFFUSION,
 )  # fmt: skip
 
 #: Those that run models of transformers.
 NEEDS_HF = (
     "multimodal", "cache", "hooks", "steps", "conversion", "spans", "finetuning", "look", "choices", "attribution",
+    "multimodal", "cache", "hooks", "references", "conversion", "spans", "finetuning", "look", "choices", "attribution",
     "rounding", *REAL, *DIFFUSION,
 )  # fmt: skip
 

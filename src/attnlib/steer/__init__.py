@@ -20,6 +20,7 @@ from .diffusion.invert import NullText
 from .diffusion.ir_diffusion import IRDiffusion
 from .diffusion.linfusion import LinFusion, distillation_losses
 from .diffusion.losses import LatentUpdate, TokenUpdate
+from .diffusion.mip_adapter import MIPAdapter
 from .diffusion.personalize import Personalize, load_personalized
 from .diffusion.realcustom import AdaptiveScoring, CrossScaleProjector, RealCustom, guidance_mask
 from .diffusion.references import KeepKeys, KeyStore, ReferenceBranches, SharedKeys
@@ -42,6 +43,7 @@ from .visual_redistribution import VisualRedistribution, find_sink_dims, redistr
 from .wings import VisualWings, Wings
 
 __all__ = [
+    "MIPAdapter",
     "AGLA",
     "AStar",
     "AdaSpa",

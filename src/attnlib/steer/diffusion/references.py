@@ -33,6 +33,9 @@ from ...hooks.pipelines import denoiser_of, is_pipeline
 from ...hooks.site import Site
 from ...nn.released import Released
 
+#: Up to so many tokens of references, all branches are computed at once, by their maps.
+FEW = 64
+
 #: A weight of all references, or of each.
 Scale = float | Sequence[float]
 
@@ -158,10 +161,7 @@ class ReferenceBranches(Intervention, nn.Module):
 
     def acts(self, site: Site) -> bool:
         """Whether the branches act at the step of a call."""
-        if self.step_range == (0.0, 1.0) or site.step is None or not site.steps:
-            return True
-        low, high = self.step_range
-        return low <= site.step / site.steps < high or (high == 1.0 and site.step / site.steps >= low)
+        return within(site, self.step_range)
 
     def refer(self, images: Any, empty: Tensor | None = None) -> Any:
         """Say what the references are; this stands until it is said anew.
@@ -331,8 +331,10 @@ class ReferenceBranches(Intervention, nn.Module):
         scales = self.scales(site, self.references)
         if not any(scales):
             return out
-        keys, values = self.keys_values(site, q.shape[0])
         weights = self.weigh(site, q, out)
+        keys, values = self.keys_values(site, q.shape[0])
+        if keys.shape[0] * keys.shape[3] <= FEW:
+            return out + self._by_maps(site, q, scales, weights)
         for r, scale in enumerate(scales):
             if not scale:
                 continue
@@ -342,6 +344,25 @@ class ReferenceBranches(Intervention, nn.Module):
             else:
                 out = torch.addcmul(out, weights[:, r, None, :, None].to(out.dtype), branch, value=scale)
         return out
+
+    def _by_maps(self, site: Site, q: Tensor, scales: list[float], weights: Tensor | None) -> Tensor:
+        """All branches at once by their maps, which are small: (B, H, N, R T)."""
+        b, many = q.shape[0], len(scales)
+
+        def side_by_side() -> tuple[Tensor, Tensor]:
+            k, v = (t.permute(1, 2, 0, 3, 4).flatten(2, 3) for t in self.keys_values(site, b))
+            return (k * site.scale).transpose(-2, -1).to(q).contiguous(), v.to(q).contiguous()
+
+        maps: Any = self.at(site)
+        k, v = self._remembered(
+            ("beside", site.name, b, site.rows, site.prompts, q.dtype), [maps, self.project], side_by_side
+        )
+        scores = (q @ k).unflatten(-1, (many, -1))
+        probabilities = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+        by = probabilities.new_tensor(scales)
+        if weights is not None:
+            by = by * weights.transpose(1, 2)[:, None].to(probabilities.dtype)  # (B, 1, N, R)
+        return (probabilities * by.unsqueeze(-1)).flatten(-2).to(q.dtype) @ v
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kept": {}}
@@ -410,6 +431,14 @@ class ReferenceBranches(Intervention, nn.Module):
             for key, value in maps.state_dict().items()
         }
         return {"image_proj": {} if self.project is None else dict(self.project.state_dict()), "ip_adapter": layers}
+
+
+def within(site: Site, step_range: Sequence[float]) -> bool:
+    """Whether the step of a call lies in ``(first, last)`` fractions of the steps; so do calls of no step."""
+    if tuple(step_range) == (0.0, 1.0) or site.step is None or not site.steps:
+        return True
+    low, high = step_range
+    return low <= site.step / site.steps < high or (high == 1.0 and site.step / site.steps >= low)
 
 
 def _listed(scale: Any) -> list[float]:
@@ -577,10 +606,8 @@ class SharedKeys(Intervention):
     def identity(self) -> bool:
         return not self.strength
 
-    acts = ReferenceBranches.acts
-
     def around_attention(self, site: Site, q: Tensor, k: Tensor, v: Tensor, call: Callable[..., Tensor]) -> Tensor:
-        if not self.acts(site):  # type: ignore[arg-type]
+        if not within(site, self.step_range):
             return call(q, k, v)
         where = None if self.where is None else self.where(site)
         if isinstance(self.sources, KeyStore):
