@@ -12,6 +12,7 @@ from attnlib.convert.a_sdm import GlobalRegionalAttention  # noqa: E402
 from attnlib.hooks import Maps, Record  # noqa: E402
 from attnlib.steer.diffusion import hidiffusion  # noqa: E402
 from attnlib.steer.diffusion.idol import JointBlock  # noqa: E402
+from attnlib.steer.diffusion.pemf_vvto import PointMaps, TrackBlock  # noqa: E402
 from hooks import pipes  # noqa: E402
 
 WORDS = ("circle", "square")
@@ -22,6 +23,23 @@ def joint():
     block = JointBlock(32, 2)
     torch.nn.init.normal_(block.attention.proj.weight)
     return steer.JointModalities({"mid_block": block}, torch.randn(2, 64)).requires_grad_(False)
+
+
+def matched():
+    torch.manual_seed(0)
+    maps = PointMaps(8, 16)
+    torch.nn.init.normal_(maps.to_q.weight)
+    torch.nn.init.normal_(maps.to_k.weight)
+    made = steer.PointSpatialAttention({"down_blocks.0.attentions.0.transformer_blocks.0.attn1": maps}, 8)
+    return made.requires_grad_(False).match(torch.full((1, 1, 2), 0.3), torch.full((1, 2), 0.7))
+
+
+def tracked():
+    torch.manual_seed(0)
+    block = TrackBlock(16, 2)
+    torch.nn.init.normal_(block.attention.proj.weight)
+    made = steer.PointTemporalAttention({"down_blocks.0.attentions.0": block}, frames=2).requires_grad_(False)
+    return made.track(torch.full((2, 1, 2), 0.3))
 
 
 #: Every technique for pipelines with cross-attention, at settings that do something to a tiny one.
@@ -40,6 +58,8 @@ MAKE = {
     "LearntPrompt": lambda: steer.LearntPrompt(("circle",), [[torch.arange(16.0).view(1, 1, 16)]] * 2),
     "MIPAdapter": lambda: steer.MIPAdapter.of(pipes.unet(size=8)).refer(torch.ones(1, 2, 3, 16), names=["red", "dog"]),
     "Maps": lambda: Maps(8),
+    "PointSpatialAttention": matched,
+    "PointTemporalAttention": tracked,
     "RealCustom": lambda: custom(),
     "NullText": lambda: steer.NullText([torch.arange(1232.0).sin().view(1, 77, 16)] * 2),
     "PromptToPrompt": lambda: steer.PromptToPrompt("refine", blend=["circle"], resolution=8),
@@ -90,6 +110,12 @@ APART = {("IRDiffusion", "PromptToPrompt"), ("IRDiffusion", "ViMAEdit")}
 
 #: What cannot meet, and why.
 REFUSED = {
+    ("FlowAttention", "PointSpatialAttention"),
+    ("HiDiffusion", "PointSpatialAttention"),
+    ("PointSpatialAttention", "PointSpatialAttention"),
+    ("PointSpatialAttention", "SharedKeys"),
+    ("AStar", "JointModalities"),
+    ("AttendExcite", "JointModalities"),
     ("AStar", "AStar"),
     ("AStar", "AttendExcite"),
     ("AStar", "CUpscale"),

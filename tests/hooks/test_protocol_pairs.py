@@ -96,6 +96,8 @@ MAKE = {
     "DiffusersCache": None,
     "AttendExcite": None,
     "FlowAttention": None,
+    "PointSpatialAttention": None,
+    "PointTemporalAttention": None,
     "DimensionReduction": None,  # acts on videos
     "IRDiffusion": None,
     "HiDiffusion": None,

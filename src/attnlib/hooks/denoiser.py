@@ -184,9 +184,8 @@ class _Runtime(Shared):
 
     def site(self, **fields: Any) -> CallSite:
         now = self.session._now
-        rows = now.rows if now.rows is not None or now.told is None else now.told
         return CallSite(
-            self.module, main=self.names[0], rows=rows, prompts=now.prompts, pass_name=now.pass_name,
+            self.module, main=self.names[0], rows=self.session.row_names, prompts=now.prompts, pass_name=now.pass_name,
             branch=now.branch, step=now.step, steps=now.steps, timestep=now.timestep, run=now.run,
             sampling=self.session.sampling, **fields,
         )  # fmt: skip

@@ -521,6 +521,12 @@ class Session(Shared):
         object.__setattr__(new, "__dict__", fields)
         return new
 
+    @property
+    def row_names(self) -> tuple[str, ...] | None:
+        """Names of the rows of the run that is going on, as the user gave them or the pipeline says."""
+        now = self._now
+        return now.told if now.rows is None else now.rows
+
     @contextmanager
     def some_rows(self, index: Sequence[int]) -> Iterator[None]:
         """For interventions that run the model on some rows of the batch only: these are they."""

@@ -21,6 +21,7 @@ from .diffusion.ir_diffusion import IRDiffusion
 from .diffusion.linfusion import LinFusion, distillation_losses
 from .diffusion.losses import LatentUpdate, TokenUpdate
 from .diffusion.mip_adapter import MIPAdapter
+from .diffusion.pemf_vvto import PointSpatialAttention, PointTemporalAttention
 from .diffusion.personalize import Personalize, load_personalized
 from .diffusion.realcustom import AdaptiveScoring, CrossScaleProjector, RealCustom, guidance_mask
 from .diffusion.references import KeepKeys, KeyStore, ReferenceBranches, SharedKeys
@@ -86,6 +87,8 @@ __all__ = [
     "NullTokens",
     "OtherPixels",
     "PLaplacian",
+    "PointSpatialAttention",
+    "PointTemporalAttention",
     "PromptMaps",
     "Personalize",
     "RealCustom",

@@ -28,7 +28,7 @@ from ...checks import check_int, check_real, shaped, to_list
 from ...hooks.denoiser import CallSite
 from ...hooks.intervention import Intervention
 from ...hooks.pipelines import denoiser_of, is_pipeline
-from ...nn.dense.softmax_attention import SoftmaxAttention
+from .residual import ResidualAttention
 
 #: The streams, in the order of the rows and of the labels.
 MODALITIES = ("video", "depth")
@@ -87,7 +87,7 @@ def map_consistency(video: Sequence[Tensor], depth: Sequence[Tensor]) -> Tensor:
     return torch.stack(terms).mean()
 
 
-class JointBlock(nn.Module):
+class JointBlock(ResidualAttention):
     """``X + W_o MHA(LN X)`` over the tokens of both streams of a frame.
 
     Args:
@@ -95,20 +95,11 @@ class JointBlock(nn.Module):
         num_heads: heads.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.attention = SoftmaxAttention(dim, num_heads)
-        nn.init.zeros_(self.attention.proj.weight)
-        if self.attention.proj.bias is not None:
-            nn.init.zeros_(self.attention.proj.bias)
-
-    def forward(self, video: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, video: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(n, C, h, w) twice -> the same."""
         grid = video.shape[-2:]
         x = torch.cat([video.flatten(2), depth.flatten(2)], 2).transpose(1, 2)
-        x = x + self.attention(self.norm(x))
-        a, b = x.transpose(1, 2).chunk(2, 2)
+        a, b = (x + super().forward(x)).transpose(1, 2).chunk(2, 2)
         return a.unflatten(2, grid), b.unflatten(2, grid)
 
 
@@ -151,6 +142,7 @@ class JointModalities(Intervention, nn.Module):
         self.acts_on = self.stages
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
         self._labels: Tensor | None = None
+        self._batch = 0
 
     @classmethod
     def of(cls, model: Any, num_heads: int = 8, stages: Sequence[str] = ("*",), **settings: Any) -> JointModalities:
@@ -191,14 +183,21 @@ class JointModalities(Intervention, nn.Module):
             )
         return torch.cat([torch.arange(2).repeat_interleave(group // 2) for group in groups])
 
+    def _of(self, count: int) -> Tensor:
+        """(count,) labels of the run that is going on, which may be of some rows or tiles only; frames folded in."""
+        rows = self.session.row_names
+        batch = self._batch if rows is None else len(rows)
+        if not batch or count % batch:
+            raise ValueError(f"{count} rows do not belong to a batch of {batch}")
+        return self.labels(rows, batch).repeat_interleave(count // batch)
+
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (n, ...) of the last call as those of the video and those of its depth, frames folded in or not."""
         if self._labels is None:
             raise RuntimeError("the denoiser did not run yet, so that rows of video and depth are not known")
         if len(rows) % len(self._labels):
             raise ValueError(f"{len(rows)} rows do not belong to a batch of {len(self._labels)}")
-        labels = self._labels.repeat_interleave(len(rows) // len(self._labels)).to(rows.device)
-        return rows[labels == 0], rows[labels == 1]
+        return _parted(rows, self._labels.repeat_interleave(len(rows) // len(self._labels)))
 
     def take(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Features (n, C, h, w) of both streams behind the stages that ``keep`` names; forgotten here."""
@@ -220,9 +219,8 @@ class JointModalities(Intervention, nn.Module):
             raise ValueError(f"{type(session.model).__name__} has no time_embedding that a label could be added to")
 
         def add(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-            assert self.label is not None and self._labels is not None
-            labels = self._labels.to(out.device)
-            return out + self.label.to(out)[labels.repeat_interleave(len(out) // len(labels))]
+            assert self.label is not None
+            return out + self.label.to(out)[self._of(len(out)).to(out.device)]
 
         session.hook(embedding.register_forward_hook(add))
 
@@ -230,8 +228,8 @@ class JointModalities(Intervention, nn.Module):
         self, site: CallSite, inputs: dict[str, Any], call: Callable[[dict[str, Any]], Tensor]
     ) -> Tensor:
         main = inputs[site.main]
+        self._batch, self._kept = len(main), {}
         self._labels = self.labels(site.rows, len(main))
-        self._kept = {}
         if self.label is None:
             inputs = {**inputs, "class_labels": self._labels.to(main.device)}
         return call(inputs)
@@ -241,7 +239,7 @@ class JointModalities(Intervention, nn.Module):
         out = result if isinstance(result, Tensor) else result[0]
         new = self._joined(site, out)
         if any(fnmatch.fnmatchcase(site.name, pattern) for pattern in self.keep):
-            self._kept[site.name] = self.split(new)
+            self._kept[site.name] = _parted(new, self._of(len(new)))
         if new is out:
             return result
         if isinstance(result, Tensor):
@@ -255,14 +253,17 @@ class JointModalities(Intervention, nn.Module):
         if not self.scale:
             return out
         block = self.blocks[self.stages.index(site.name)]
-        video, depth = self.split(out)
-        pair = block(video, depth)
-        assert self._labels is not None
-        labels = self._labels.repeat_interleave(len(out) // len(self._labels)).to(out.device)
+        labels = self._of(len(out)).to(out.device)
+        parts = _parted(out, labels)
         new = torch.empty_like(out)
-        for number, (before, after) in enumerate(zip((video, depth), pair, strict=True)):
+        for number, (before, after) in enumerate(zip(parts, block(*parts), strict=True)):
             new = new.index_copy(0, (labels == number).nonzero().flatten(), before + self.scale * (after - before))
         return new
+
+
+def _parted(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    labels = labels.to(rows.device)
+    return rows[labels == 0], rows[labels == 1]
 
 
 def dual_modal_loss(

@@ -126,7 +126,7 @@ class ReferenceBranches(Intervention, nn.Module):
             model = denoiser_of(model)[0]
         maps: dict[str, nn.Module] = {}
         numbers: dict[str, int] = {}
-        for number, (name, module) in enumerate(_attentions(model)):
+        for number, (name, module) in enumerate(attentions_of(model)):
             if not getattr(module, "is_cross_attention", False) or getattr(module, "add_k_proj", None) is not None:
                 continue
             made = cls.maps_class(width or module.to_k.in_features, module.to_q.out_features)
@@ -445,7 +445,7 @@ def _listed(scale: Any) -> list[float]:
     return [float(s) for s in scale] if isinstance(scale, (list, tuple)) else [float(scale)]
 
 
-def _attentions(model: Any) -> list[tuple[str, Any]]:
+def attentions_of(model: Any) -> list[tuple[str, Any]]:
     """Names and modules of a denoiser's attention, numbered as its processors are."""
     names = getattr(model, "attn_processors", None)
     if names is None:
