@@ -1,0 +1,214 @@
+"""GILL: maps around a frozen language model against the authors' class; drawing, looking up, writing; bad input."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import HERE, synthetic
+from safetensors import safe_open
+
+from attnlib.models.diffusion.gill import DECISIONS, GILL, GILLMapper
+from tests.hooks.pipes import scheduler, stable_diffusion, unet
+
+transformers = pytest.importorskip("transformers")
+with safe_open(HERE / "gill.safetensors", "pt") as f:
+    HELD = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    SAID = {k: json.loads(f.metadata()[k]) for k in ("shapes", "lm", "opt", "runs")}
+PAD = 1
+TOKENS = (40, 41, 42)
+
+
+def language_model(**more):
+    torch.manual_seed(0)
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**SAID["opt"] | more)).eval()
+
+
+def small(lm=None, **more):
+    settings = dict(vision_dim=12, num_tokens=4, retrieval_dim=6, visual_tokens=2, hidden=32)
+    torch.manual_seed(1)
+    return GILL(language_model() if lm is None else lm, TOKENS, **settings | more)
+
+
+@pytest.fixture(scope="module")
+def released():
+    """With the authors' weights, in float64."""
+    lm = language_model()
+    weights = synthetic(SAID["lm"])
+    lm.load_state_dict(weights | {"lm_head.weight": weights["model.decoder.embed_tokens.weight"]})
+    made = small(lm)
+    theirs = synthetic(SAID["shapes"]) | {"logit_scale": torch.tensor(2.3)}
+    held = GILL.convert_state_dict({f"module.model.{k}": v for k, v in theirs.items()}, 3)
+    own = {k: v for k, v in made.state_dict().items() if k.startswith("decision")}  # trained and kept apart
+    made.load_state_dict(held | own)
+    lm.double()
+    return made.double().train()
+
+
+def test_the_mappers_size_is_the_papers():
+    with torch.device("meta"):
+        made = GILLMapper(4096)
+    assert sum(p.numel() for p in made.parameters()) == 31_958_784
+    with torch.device("meta"):
+        lm = transformers.OPTForCausalLM(
+            transformers.OPTConfig(vocab_size=50, hidden_size=4096, word_embed_proj_dim=4096, ffn_dim=8,
+                                   num_hidden_layers=1, num_attention_heads=32)
+        )  # fmt: skip
+        lm.tie_weights()
+        whole = GILL(lm, range(50, 58))
+    sizes = {
+        n: sum(p.numel() for p in getattr(whole, n).parameters()) for n in ("retrieval", "visual", "visual_retrieval")
+    }  # noqa: E501
+    assert sizes == {"retrieval": 1_048_832, "visual": 16_793_600, "visual_retrieval": 262_400}
+    assert whole.image_tokens.numel() == 8 * 4096 and whole.image_outputs is None
+
+
+@pytest.mark.parametrize("mode", ["caption", "retrieval", "generation"])
+def test_losses_and_gradients_equal_the_authors(mode, released):
+    close = dict(atol=1e-9, rtol=1e-9)
+    released.zero_grad()
+    ids, features = HELD["ids"], HELD["features"]
+    if mode == "caption":
+        total = released.caption_loss(features, ids, PAD)
+        torch.testing.assert_close(total.reshape(1), HELD["caption/tokens"], **close)
+    else:
+        given = {"features": features} if mode == "retrieval" else {"target": HELD["target"]}
+        found = released.losses(ids, PAD, **given)
+        assert found.keys() == {"tokens", mode}
+        torch.testing.assert_close(found["tokens"].reshape(1), 0.5 * HELD[f"{mode}/tokens"], **close)
+        torch.testing.assert_close(found[mode].reshape(1), HELD[f"{mode}/loss"], **close)
+        total = sum(found.values())
+    total.backward()
+    torch.testing.assert_close(released.image_tokens.grad, HELD[f"{mode}/tokens_grad"], **close)
+    names = {"visual_embeddings": "visual", "visual_fc": "visual_retrieval"}
+    for name in (k for k in HELD if k.startswith(f"{mode}/dw/")):
+        path = name.removeprefix(f"{mode}/dw/").replace("ret_text_hidden_fcs.0.model", "retrieval")
+        path = path.replace("gen_text_hidden_fcs.0", "mapper")
+        head = path.partition(".")[0]
+        own = released.get_parameter(path.replace(head, names.get(head, head), 1))
+        torch.testing.assert_close(own.grad, HELD[name], **close)
+    assert all(p.grad is None for p in released.lm.parameters())
+
+
+def test_states_and_prompts_equal_the_authors(released):
+    states, _ = released.states_at(HELD["ids"])
+    torch.testing.assert_close(states, HELD["states"], atol=1e-9, rtol=1e-9)
+    prompt = released.prompt_embeds(states)
+    torch.testing.assert_close(prompt.float(), HELD["generation/prompt"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("run", list(SAID["runs"]))
+def test_writing_equals_the_authors(run, released):
+    said = SAID["runs"][run]
+    made = released.write(
+        [HELD["features"][:1], torch.tensor([[2, 5, 9]])], said["max_len"], said.get("min_word_tokens", 0),
+        said.get("gen_scale_factor", 1.0),
+    )  # fmt: skip
+    assert torch.equal(made.ids, HELD[f"write/{run}/ids"])
+    images = int((made.ids == TOKENS[0]).sum())
+    assert len(made.states) == images
+    for i in torch.nonzero(made.ids == TOKENS[0]).flatten().tolist():  # forced, in order
+        assert made.ids[i : i + 3].tolist() == list(TOKENS)
+    if images:  # theirs has not read what its last step wrote
+        theirs = HELD[f"write/{run}/states"]
+        torch.testing.assert_close(made.states[: len(theirs)], theirs, atol=1e-8, rtol=1e-8)
+        assert len(theirs) == images - 1
+
+
+def test_drawing_and_stopping(released):
+    g = torch.Generator().manual_seed(0)
+    start = [torch.tensor([[2, 5, 9]])]
+    drawn = released.write(start, 6, temperature=1.5, top_p=0.9, generator=g)
+    again = released.write(start, 6, temperature=1.5, top_p=0.9, generator=g.manual_seed(0))
+    assert torch.equal(drawn.ids, again.ids)
+    greedy = released.write(start, 6).ids
+    assert torch.equal(released.write(start, 6, temperature=5.0, top_p=1e-6).ids, greedy)
+    stopped = released.write(start, 6, stop=int(greedy[2])).ids
+    assert torch.equal(stopped, greedy[: greedy.tolist().index(int(greedy[2]))])
+
+
+@pytest.mark.parametrize("width", [16, 24])
+def test_prompts_of_any_width_in_a_pipeline(width, tmp_path):
+    made = small(out_dim=width).eval()
+    written = made.write([torch.tensor([[2, 5, 9]])], 1, scale=1e6)
+    assert written.ids.tolist() == list(TOKENS)
+    for plan in (None, scheduler("EulerDiscreteScheduler")):
+        pipe = stable_diffusion(tmp_path, model=unet(cross=width), plan=plan)
+        with torch.no_grad():
+            prompt = made.prompt_embeds(written.states)
+        given = dict(prompt_embeds=prompt, negative_prompt_embeds=torch.zeros_like(prompt), output_type="latent")
+        images = pipe(num_inference_steps=2, num_images_per_prompt=2, **given).images
+        assert images.shape[0] == 2 and bool(images.isfinite().all())
+
+
+def test_looking_up_and_deciding():
+    made = small().eval()
+    states, features = torch.randn(3, 3, 16), torch.randn(5, 12)
+    scores = made.scores(states, made.key(features))
+    torch.testing.assert_close(scores.detach() * 0.07, F.cosine_similarity(
+        made.retrieval(states[:, 0])[:, None], made.visual_retrieval(features)[None], dim=-1).detach())  # fmt: skip
+    shares = made.decide(states)
+    assert shares.shape == (3, len(DECISIONS)) and torch.allclose(shares.sum(1), torch.ones(3))
+
+
+def test_it_learns_prompts_and_leaves_the_language_model():
+    """Ten captions, each with a prompt of its own."""
+    torch.manual_seed(0)
+    made = small(language_model(init_std=0.5), out_dim=8, num_tokens=2, depth=1).train()
+    before = {k: v.clone() for k, v in made.lm.state_dict().items()}
+    words = torch.arange(10)[:, None] * torch.tensor([1, 3]) % 36 + 4
+    ids = torch.cat([torch.full((10, 1), 2), words, torch.tensor(TOKENS).expand(10, 3)], 1)
+    target = torch.randn(10, 2, 8)
+    optimizer = torch.optim.Adam([p for p in made.parameters() if p.requires_grad], 2e-3)
+    losses = []
+    for _ in range(160):
+        found = made.losses(ids, PAD, target=target)
+        optimizer.zero_grad()
+        sum(found.values()).backward()
+        optimizer.step()
+        losses.append(float(found["generation"].detach()))
+    assert losses[-1] < 0.1 * losses[0]
+    assert all(torch.equal(v, before[k]) for k, v in made.lm.state_dict().items())
+    assert not any(name.startswith("lm") for name in made.state_dict())
+
+
+def test_a_loss_of_nothing_has_a_gradient_of_nothing():
+    made = small(out_dim=8)
+    ids = HELD["ids"]
+    with torch.no_grad():
+        target = made.prompt_embeds(made.states_at(ids)[0])
+    loss = made.losses(ids, PAD, target=target)["generation"]
+    loss.backward()
+    assert float(loss.detach()) == 0 and all(bool(p.grad.isfinite().all()) for p in made.mapper.parameters())
+
+
+def test_untied_models_have_outputs_of_their_own():
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = small(transformers.LlamaForCausalLM(config).eval())  # tokens inside its table
+    found = made.losses(HELD["ids"], PAD, features=torch.randn(3, 12))
+    sum(found.values()).backward()
+    assert made.image_outputs.grad is not None and bool((made.image_outputs.grad[0] != 0).any())
+    assert made.write([torch.tensor([[2, 5]])], 2, scale=1e6).ids.tolist() == [*TOKENS, *TOKENS]
+
+
+def test_bad_input(released):
+    made = small()
+    ids = HELD["ids"]
+    for call, message in (
+        (lambda: small(hidden=30), "num_heads"), (lambda: GILL(language_model(), ()), "tokens"),
+        (lambda: GILL(language_model(), (4, 4)), "tokens"), (lambda: GILL(torch.nn.Linear(2, 2), (4,)), "lm"),
+        (lambda: GILL(language_model(word_embed_proj_dim=8), (4,)), "several widths"),
+        (lambda: made.embed(torch.tensor([[43]])), "43"), (lambda: made.states_at(ids[:, :6]), "once and in order"),
+        (lambda: made.losses(ids, PAD), "target or features"),
+        (lambda: made.losses(ids, PAD, target=torch.zeros(3, 5, 768)), "target"),
+        (lambda: made.prompt_embeds(torch.randn(1, 2, 16)), "states"),
+        (lambda: made.see(torch.randn(1, 5)), "features"),
+        (lambda: made.write([], 3), "parts"), (lambda: made.write([ids], 3), "one sample"),
+        (lambda: made.write([ids[:1]], 3, top_p=0.5), "temperature"), (lambda: made.write([ids[:1]], 0), "max_steps"),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
