@@ -229,7 +229,7 @@ class UNetEnsemble(nn.Module):
                 skips.append(x)
         if down_block_additional_residuals is not None:
             skips = [s + r for s, r in zip(skips, down_block_additional_residuals, strict=True)]
-        x = merge(all_of(lambda net: lambda x, e, c: _middle(net.mid_block, x, e, c, extra), x))
+        x = merge([_middle(net.mid_block, x, e, c, extra) for net, e, c in zip(nets, times, texts, strict=True)])
         if mid_block_additional_residual is not None:
             x = x + mid_block_additional_residual
         last: list[Tensor] = []
@@ -367,9 +367,12 @@ def _check_alike(nets: Sequence[Any]) -> None:
     config = first.config
     if not isinstance(config.cross_attention_dim, int):
         raise ValueError(f"cross_attention_dim must be one number, got {config.cross_attention_dim}")
-    for name, known in (("encoder_hid_dim_type", (None,)), ("addition_embed_type", (None, "text_time", "text"))):
-        if getattr(config, name, None) not in known:
-            raise ValueError(f"{name}={getattr(config, name)!r} is not known here; possible: {known}")
+    possible: dict[str, tuple[str | None, ...]] = {
+        "encoder_hid_dim_type": (None,), "addition_embed_type": (None, "text_time", "text")
+    }  # fmt: skip
+    for name, kinds_of in possible.items():
+        if getattr(config, name, None) not in kinds_of:
+            raise ValueError(f"{name}={getattr(config, name)!r} is not known here; possible: {kinds_of}")
 
 
 def _channels(net: Any) -> list[int]:
