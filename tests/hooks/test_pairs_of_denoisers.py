@@ -11,6 +11,7 @@ from attnlib import cache, steer  # noqa: E402
 from attnlib.convert.a_sdm import GlobalRegionalAttention  # noqa: E402
 from attnlib.hooks import Maps, Record  # noqa: E402
 from attnlib.steer.diffusion import hidiffusion  # noqa: E402
+from attnlib.steer.diffusion.anymaker import IdentityEncoder  # noqa: E402
 from attnlib.steer.diffusion.idol import JointBlock  # noqa: E402
 from attnlib.steer.diffusion.pemf_vvto import PointMaps, TrackBlock  # noqa: E402
 from hooks import pipes  # noqa: E402
@@ -42,6 +43,13 @@ def tracked():
     return made.track(torch.full((2, 1, 2), 0.3))
 
 
+
+def any_maker():
+    torch.manual_seed(0)
+    encoder = IdentityEncoder([5], 16, dim=8, id_tokens=2, non_tokens=2, depth=1, heads=2)
+    return steer.AnyMaker.of(pipes.unet(size=8), encoder).refer([torch.ones(1, 1, 4, 5)], words=["circle"])
+
+
 #: Every technique for pipelines with cross-attention, at settings that do something to a tiny one.
 MAKE = {
     "AStar": lambda: steer.AStar(WORDS, step_size=60.0, targets=None, resolution=8),
@@ -56,6 +64,7 @@ MAKE = {
     "JointModalities": joint,
     "GlobalRegionalAttention": lambda: GlobalRegionalAttention(4, 4, layers=["down_blocks.1*attn1"]),
     "LearntPrompt": lambda: steer.LearntPrompt(("circle",), [[torch.arange(16.0).view(1, 1, 16)]] * 2),
+    "AnyMaker": lambda: any_maker(),
     "MIPAdapter": lambda: steer.MIPAdapter.of(pipes.unet(size=8)).refer(torch.ones(1, 2, 3, 16), names=["red", "dog"]),
     "Maps": lambda: Maps(8),
     "PointSpatialAttention": matched,

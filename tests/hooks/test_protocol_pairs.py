@@ -116,6 +116,7 @@ MAKE = {
     "PromptToPrompt": None,
     "StructuredGuidance": None,
     "KeepKeys": None,
+    "AnyMaker": None,
     "MIPAdapter": None,
     "ReferenceBranches": None,
     "SharedKeys": None,

@@ -5,6 +5,7 @@ from .agla import AGLA, BlipRelevance, grad_cam, mask_pixels, relevance_mask, sp
 from .contrastive import ContrastiveDecoding, contrast
 from .damro import DAMRO, select_outliers
 from .diffusion.a_star import AStar, AttendExcite
+from .diffusion.anymaker import AnyMaker
 from .diffusion.attencraft import AttenCraft
 from .diffusion.autostudio import AutoStudio, Scene, Studio, Subject, SubjectLatents
 from .diffusion.c_upscale import CUpscale, PromptMaps
@@ -44,6 +45,7 @@ from .visual_redistribution import VisualRedistribution, find_sink_dims, redistr
 from .wings import VisualWings, Wings
 
 __all__ = [
+    "AnyMaker",
     "MIPAdapter",
     "AGLA",
     "AStar",
