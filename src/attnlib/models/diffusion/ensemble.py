@@ -222,7 +222,11 @@ class UNetEnsemble(nn.Module):
         skips = [x]
         for b, block in enumerate(nets[0].down_blocks):
             for i in range(len(block.resnets)):
-                x = merge(all_of(lambda net, b=b, i=i: with_text(*_layer(net.down_blocks[b], i)), x))
+
+                def down(net: Any, b: int = b, i: int = i) -> Callable[..., Tensor]:
+                    return with_text(*_layer(net.down_blocks[b], i))
+
+                x = merge(all_of(down, x))
                 skips.append(x)
             for i in range(len(block.downsamplers or ())):
                 x = merge([net.down_blocks[b].downsamplers[i](x) for net in nets])
