@@ -10,7 +10,10 @@ import attnlib  # noqa: E402
 from attnlib import cache, steer  # noqa: E402
 from attnlib.convert.a_sdm import GlobalRegionalAttention  # noqa: E402
 from attnlib.hooks import Maps, Record  # noqa: E402
-from attnlib.steer.diffusion import hidiffusion  # noqa: E402
+from attnlib.steer.diffusion import (
+    hidiffusion,  # noqa: E402
+    tiles,  # noqa: E402
+)
 from attnlib.steer.diffusion.anymaker import IdentityEncoder  # noqa: E402
 from attnlib.steer.diffusion.idol import JointBlock  # noqa: E402
 from attnlib.steer.diffusion.pemf_vvto import PointMaps, TrackBlock  # noqa: E402
@@ -53,6 +56,9 @@ def any_maker():
 #: Every technique for pipelines with cross-attention, at settings that do something to a tiny one.
 MAKE = {
     "AStar": lambda: steer.AStar(WORDS, step_size=60.0, targets=None, resolution=8),
+    "Anagram": lambda: steer.Anagram(
+        [tiles.identity_view(), tiles.rotated()], ["a red circle and a blue square", "a dog"], step_size=0, latent=True
+    ),
     "AttendExcite": lambda: steer.AttendExcite(WORDS, step_size=60.0, targets=None, resolution=8),
     "CUpscale": lambda: steer.CUpscale(tile=(8, 6), captions=lambda tile: "a dog"),
     "TiledDenoiser": lambda: steer.TiledDenoiser(tile=(6, 8)),
@@ -126,6 +132,20 @@ REFUSED = {
     ("AStar", "JointModalities"),
     ("AttendExcite", "JointModalities"),
     ("AStar", "AStar"),
+    ("AStar", "Anagram"),
+    ("Anagram", "Anagram"),
+    ("Anagram", "IRDiffusion"),
+    ("Anagram", "RealCustom"),
+    ("Anagram", "LearntPrompt"),
+    ("Anagram", "AutoStudio"),
+    ("Anagram", "SubjectLatents"),
+    ("Anagram", "DynamicPrompt"),
+    ("Anagram", "PromptToPrompt"),
+    ("Anagram", "ViMAEdit"),
+    ("Anagram", "AttendExcite"),
+    ("Anagram", "CUpscale"),
+    ("Anagram", "StepCache"),
+    ("Anagram", "TiledDenoiser"),
     ("AStar", "AttendExcite"),
     ("AStar", "CUpscale"),
     ("AStar", "TiledDenoiser"),

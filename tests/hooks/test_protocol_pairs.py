@@ -102,6 +102,7 @@ MAKE = {
     "IRDiffusion": None,
     "HiDiffusion": None,
     "JointModalities": None,
+    "Anagram": None,
     "CUpscale": None,
     "PromptMaps": None,
     "TiledDenoiser": None,

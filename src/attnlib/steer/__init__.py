@@ -5,6 +5,7 @@ from .agla import AGLA, BlipRelevance, grad_cam, mask_pixels, relevance_mask, sp
 from .contrastive import ContrastiveDecoding, contrast
 from .damro import DAMRO, select_outliers
 from .diffusion.a_star import AStar, AttendExcite
+from .diffusion.anagram import Anagram
 from .diffusion.anymaker import AnyMaker
 from .diffusion.attencraft import AttenCraft
 from .diffusion.autostudio import AutoStudio, Scene, Studio, Subject, SubjectLatents
@@ -52,6 +53,7 @@ __all__ = [
     "AdaSpa",
     "AttenCraft",
     "AdaptiveScoring",
+    "Anagram",
     "AttendExcite",
     "AutoStudio",
     "BlockSparse",

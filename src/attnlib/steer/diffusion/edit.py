@@ -33,7 +33,7 @@ from ...hooks.pipelines import Stepped, repeated
 from ...hooks.site import Site
 from .maps import normalize
 from .prompts import context_spans, find, per_prompt, text_streams, token_spans
-from .tiles import TiledDenoiser
+from .tiles import InParts
 
 MODES = ("replace", "refine", None)
 
@@ -314,7 +314,7 @@ class PromptToPrompt(Intervention):
     def conflicts(self, other: Intervention) -> str | None:
         if self.companions and other.reuses_features:
             return f"{type(self).__name__} looks at maps at every step, which are not there where features are reused"
-        if isinstance(other, TiledDenoiser):
+        if isinstance(other, InParts):
             return "edits are held to their source's whole picture, and tiles cut it"
         return None
 

@@ -19,7 +19,7 @@ from ...checks import check_axes, check_choice, check_flag, check_grid, shaped
 from ...hooks.site import Site
 from ...ops import attention
 from ...types import stats_dtype
-from .tiles import TiledDenoiser
+from .tiles import InParts
 
 #: How a map gets to another grid. ``"any"`` marks a cell that holds some of a region, so that small ones stay.
 RESIZERS = ("bilinear", "area", "any")
@@ -146,8 +146,8 @@ def label_map(masks: Tensor, priority: str | Sequence[int] = "smallest") -> Tens
 
 def against_tiles(other: Any) -> str | None:
     """Why something that knows places of the whole picture cannot meet another; ``None`` when it can."""
-    if isinstance(other, TiledDenoiser):
-        return f"places are those of the whole picture, and {type(other).__name__} runs tiles of it by themselves"
+    if isinstance(other, InParts):
+        return f"places are those of the whole picture, and {type(other).__name__} runs parts of it by themselves"
     return None
 
 

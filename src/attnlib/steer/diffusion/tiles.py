@@ -113,7 +113,11 @@ def fuse(parts: Tensor, tiles: Sequence[Tile], sides: Sequence[int], how: str = 
     return (total / share).to(parts.dtype)
 
 
-class TiledDenoiser(Intervention):
+class InParts(Intervention):
+    """A denoiser that runs on several pictures, tiles or views, made of the one that a pipeline denoises."""
+
+
+class TiledDenoiser(InParts):
     """A denoiser that runs on overlapping tiles of the size that it knows.
 
     ::
@@ -165,8 +169,8 @@ class TiledDenoiser(Intervention):
         self.running: tuple[list[Tile], tuple[int, int]] | None = None
 
     def conflicts(self, other: Intervention) -> str | None:
-        if isinstance(other, TiledDenoiser):
-            return "both cut the picture into tiles"
+        if isinstance(other, InParts):
+            return "both run the denoiser on parts of a picture"
         if other.differentiates:
             return "losses of maps look at one run of the denoiser, and tiles take several"
         return "what was kept of one tile would be put into another" if other.reuses_features else None
