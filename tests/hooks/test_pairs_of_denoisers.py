@@ -120,8 +120,13 @@ LOOKS = {"Maps", "Record"}
 #: What needs a second prompt, an edit of the first.
 EDITS = {"PromptToPrompt", "ViMAEdit"}
 
-#: What acts on several images of one prompt, so that no call serves both.
-APART = {("IRDiffusion", "PromptToPrompt"), ("IRDiffusion", "ViMAEdit")}
+#: What acts on one prompt, or on several images of it, so that no call serves both.
+APART = {
+    ("IRDiffusion", "PromptToPrompt"),
+    ("IRDiffusion", "ViMAEdit"),
+    ("AutoStudio", "PromptToPrompt"),
+    ("AutoStudio", "ViMAEdit"),
+}
 
 #: What cannot meet, and why.
 REFUSED = {
@@ -154,6 +159,8 @@ REFUSED = {
     ("AStar", "SubjectLatents"),
     ("AttendExcite", "SubjectLatents"),
     ("SubjectLatents", "SubjectLatents"),
+    ("PromptToPrompt", "SubjectLatents"),
+    ("SubjectLatents", "ViMAEdit"),
     ("AttendExcite", "TiledDenoiser"),
     ("CUpscale", "TiledDenoiser"),
     ("TiledDenoiser", "StepCache"),
