@@ -205,6 +205,22 @@ def test_a_pipeline_samples_from_it(dtype):
         assert not torch.equal(draw(), draw(scale=1.0)) and torch.equal(draw(), draw())
 
 
+def test_interventions_reach_its_attention():
+    pytest.importorskip("diffusers")
+    from diffusers import DiTPipeline
+    from hooks import pipes
+
+    import attnlib
+    from attnlib.hooks import Record
+
+    pipe = pipes.quiet(DiTPipeline(transformer=dimr_tiny().eval(), vae=pipes.vae(), scheduler=pipes.scheduler()))
+    with attnlib.attach(pipe, Record(what=("entropy",), rows="all")) as session:
+        pipe([3], num_inference_steps=1, output_type="np")
+    assert list(session.results["record"]) == [0, 1, 2]
+    with pytest.raises(ValueError, match="StepCache needs the stage around_module, which is missing"):
+        attnlib.attach(pipe, attnlib.cache.StepCache(torch.tensor([True, False])))
+
+
 def test_errors():
     model, x, y = dimr_tiny(), torch.randn(1, 4, 8, 8), torch.tensor([1])
     for call, message in (
