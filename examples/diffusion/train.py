@@ -31,8 +31,8 @@ OMIT = 1 / 3  # of training captions leave out an attribute
 DROP = 0.1  # of captions are left out, for guidance
 #: Steps, batch, learning rate.
 PLANS = {
-    "clip": (1300, 128, 2e-3), "vae": (3000, 8, 2e-3), "unet": (3600, 32, 1.2e-3), "dit": (4000, 32, 1e-3),
-    "sd3": (4000, 32, 1e-3), "pixel": (4000, 32, 1.5e-3),
+    "clip": (1300, 128, 2e-3), "vae": (3000, 8, 2e-3), "unet": (3600, 32, 1.2e-3), "dit": (3000, 32, 1e-3),
+    "sd3": (5000, 32, 1e-3), "pixel": (3000, 32, 1.5e-3),
 }  # fmt: skip
 
 

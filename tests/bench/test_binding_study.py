@@ -1,33 +1,15 @@
 import json
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import pytest
-import torch
 
 from attnlib.bench import suites
 from attnlib.bench.studies.diffusion import binding
-from attnlib.bench.worlds import models
 from attnlib.bench.worlds.prompts import prompts
 
 pytest.importorskip("diffusers")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Untrained parts."""
-    made = tmp_path_factory.mktemp("weights")
-    script = spec_from_file_location("judge_for_binding", Path(__file__).parents[2] / "examples/diffusion/judge.py")
-    module = module_from_spec(script)
-    script.loader.exec_module(module)
-    torch.manual_seed(0)
-    module.keep(module.judging.Judge(16, 1), made)
-    for name in ("clip", "vae", "unet"):
-        models.build(name).half().save_pretrained(str(made / name))
-    return made
-
-
-def test_every_technique_draws_the_same_prompts(folder, tmp_path):
+def test_every_technique_draws_the_same_prompts(untrained_generators, tmp_path):
     told = []
     assert {"plain", "Attend-and-Excite", "A-STAR", "structured guidance"} <= set(binding.CONTESTANTS)
     found = binding.measure(
@@ -36,7 +18,7 @@ def test_every_technique_draws_the_same_prompts(folder, tmp_path):
         keep=tmp_path / "kept",
         kinds=("held-out",),
         count=2,
-        folder=folder,
+        folder=untrained_generators,
         settings={"num_inference_steps": 1},
         pictures=tmp_path,
     )

@@ -1,6 +1,4 @@
 import json
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import pytest
 import torch
@@ -74,23 +72,21 @@ def test_contestants_are_held_against_each_other_prompt_by_prompt_and_go_on(tmp_
     assert (tmp_path / "a.png").exists() and _judged.grid(torch.rand(5, 3, 8, 8), 3).shape == (3, 18, 28)
 
 
-def test_the_study_of_generators_tells_missed_bars(tmp_path):
-    script = spec_from_file_location("judge_script", Path(__file__).parents[2] / "examples/diffusion/judge.py")
-    module = module_from_spec(script)
-    script.loader.exec_module(module)
-    torch.manual_seed(0)
-    module.keep(module.judging.Judge(16, 1), tmp_path)
-    for name in ("clip", "vae", "unet", "dit"):
-        models.build(name).half().save_pretrained(str(tmp_path / name))
+def test_the_study_of_generators_tells_missed_bars(tmp_path, untrained_generators):
     fast = {name: {"num_inference_steps": 1, "guidance_scale": 2.0} for name in ("unet", "dit")}
     found = generators.measure(
-        pictures=tmp_path, names=("unet", "dit"), kinds=("one", "held-out"), count=2, folder=tmp_path, settings=fast
+        pictures=tmp_path,
+        names=("unet", "dit"),
+        kinds=("one", "held-out"),
+        count=2,
+        folder=untrained_generators,
+        settings=fast,
     )
     json.dumps(found)
     assert "diffusion-generators" in suites() and (tmp_path / "diffusion-generators-cpu.png").exists()
     assert not found["bars"]["reconstruction"]["met"] and not found["bars"]["unet"]["held-out"]["met"]
     assert set(found["generators"]["unet"]) == {"one", "held-out"} and set(found["generators"]["dit"]) == {"one"}
-    pipe = models.pipeline("unet", tmp_path)
+    pipe = models.pipeline("unet", untrained_generators)
     asked = prompts("one", 3)
     together = draw(pipe, asked, [4, 5, 6], num_inference_steps=1, guidance_scale=2.0)
     torch.testing.assert_close(draw(pipe, asked[1:2], [5], num_inference_steps=1, guidance_scale=2.0), together[1:2],

@@ -165,10 +165,15 @@ class Judge(nn.Module):
         order = heat[ys, xs].argsort(descending=True)
         kept: list[Found] = []
         for y, x in zip(ys[order].tolist(), xs[order].tolist(), strict=True):
-            at = {k: v[i, :, y, x] for k, v in heads.items()}
-            sides = at["box"].exp() * 8
-            cx, cy = (x + 0.5) * STRIDE, (y + 0.5) * STRIDE
-            near = (cx - float(sides[0]), cy - float(sides[1]), cx + float(sides[2]), cy + float(sides[3]))
+            # Cells beside the middle learnt the same: what all of them say is surer.
+            rows = torch.tensor([y + dy for dy in (0, 0, 0, 1, -1)]).clamp(0, heat.shape[0] - 1)
+            columns = torch.tensor([x + dx for dx in (0, 1, -1, 0, 0)]).clamp(0, heat.shape[1] - 1)
+            cells = {k: v[i][:, rows, columns] for k, v in heads.items()}
+            at = {k: v.mean(-1) for k, v in cells.items()}
+            middle = torch.stack([columns, rows]) * STRIDE + STRIDE / 2
+            sides = cells["box"].clamp(max=3).exp() * 8
+            corners = torch.cat([middle - sides[:2], middle + sides[2:]]).mean(-1).tolist()
+            near = (corners[0], corners[1], corners[2], corners[3])
             if any(float(box_iou(torch.tensor(near), torch.tensor(k.box))) > 0.5 for k in kept):
                 continue
             kept.append(
@@ -336,8 +341,18 @@ def spoil(scenes: Scenes, done: painter.Painting, slot: Tensor, part: str, g: to
 def batch(numbers: Tensor, g: torch.Generator, part: str = "train") -> tuple[Tensor, Scenes, Tensor, Tensor]:
     """Pictures to learn from: images, scenes, boxes and which things (B, 3) are spoilt."""
     scenes = painter.sample(numbers, part, pairings="any")
-    done = painter.paint(scenes, part)
     b = len(scenes)
+    # Digits are hardest to read: more of them than elsewhere, and turned a little.
+    more = (torch.rand(b, SLOTS, generator=g) < 0.25) & (scenes.shape < CREATURE)
+    label, which = torch.randint(0, 10, (b, SLOTS), generator=g), torch.rand(b, SLOTS, generator=g)
+    shape, glyph = scenes.shape.clone(), scenes.glyph.clone()
+    shape[more] = CREATURE + 1 + label[more]
+    glyph[more] = painter.digit_glyphs(label[more], which[more], part)
+    written = shape > CREATURE
+    angle = torch.where(written, 0.5 * (torch.rand(b, SLOTS, generator=g) - 0.5), scenes.angle)
+    texture = torch.where(written, 0, scenes.texture)
+    scenes = scenes.change(shape=shape, glyph=glyph, angle=angle, texture=texture)
+    done = painter.paint(scenes, part)
     spoilt = torch.zeros(b, SLOTS, dtype=torch.bool)
     chosen = (torch.rand(b, generator=g) < 0.3).nonzero()[:, 0]
     images = done.images
@@ -385,7 +400,7 @@ def loss(judge: Judge, given: tuple[Tensor, Scenes, Tensor, Tensor]) -> Tensor:
     guess = torch.cat([middle - sides[:, :2], middle + sides[:, 2:]], -1)
     true = boxes[row, slot]
     whole = ~spoilt[row, slot]
-    total = total + 2 * (1 - box_iou(guess, true)).mean() + 0.1 * (guess - true).abs().mean()
+    total = total + 4 * (1 - box_iou(guess, true)).mean() + 0.1 * (guess - true).abs().mean()
     shape = torch.where(whole, scenes.shape[row, slot], len(SHAPES))
     total = total + F.cross_entropy(at["shape"], shape) + F.cross_entropy(at["colour"], scenes.colour[row, slot])
     total = total + 0.5 * F.cross_entropy(at["size"], scenes.size[row, slot])

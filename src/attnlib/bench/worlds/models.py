@@ -133,9 +133,9 @@ def build(name: str, **changes: Any) -> nn.Module:
             pooled_projection_dim=2 * WIDTH, pos_embed_max_size=16,
         ),
         "pixel": dict(
-            sample_size=32, in_channels=3, out_channels=6, block_out_channels=(32, 56, 80), layers_per_block=1,
-            cross_attention_dim=WIDTH, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=4,
+            sample_size=32, in_channels=3, out_channels=6, block_out_channels=(16, 48, 80), layers_per_block=1,
+            cross_attention_dim=WIDTH, down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(1, 2, 4),
             norm_num_groups=8,
         ),
     }  # fmt: skip
@@ -196,13 +196,35 @@ def part(name: str, folder: str | Path | None = None, dtype: torch.dtype = torch
 
 def text_encoder(folder: str | Path | None = None, projected: bool = False, dtype: torch.dtype = torch.float32) -> Any:
     """The text tower of the trained CLIP, as ``CLIPTextModel`` or ``CLIPTextModelWithProjection``."""
-    clip = part("clip", folder, dtype)
     library = need("transformers", "small generators")
-    made = (library.CLIPTextModelWithProjection if projected else library.CLIPTextModel)(clip.config.text_config)
-    held = {k: v for k, v in clip.state_dict().items() if k.startswith(("text_model.", "text_projection."))}
+    cls = library.CLIPTextModelWithProjection if projected else library.CLIPTextModel
+    return _tower(cls, "text", folder, dtype)
+
+
+def image_encoder(folder: str | Path | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """The image tower of the trained CLIP, as ``CLIPVisionModelWithProjection``, for adapters."""
+    return _tower(need("transformers", "small generators").CLIPVisionModelWithProjection, "vision", folder, dtype)
+
+
+def feature_extractor() -> Any:
+    """What brings pictures to the image tower: 64 pixels a side, in [-1, 1]."""
+    side = painter.SIDE
+    return need("transformers", "small generators").CLIPImageProcessor(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+
+
+def _tower(cls: Any, name: str, folder: str | Path | None, dtype: torch.dtype) -> Any:
+    clip = part("clip", folder, dtype)
+    made = cls(getattr(clip.config, f"{name}_config"))
+    ends = "visual" if name == "vision" else name
+    held = {k: v for k, v in clip.state_dict().items() if k.startswith((f"{name}_model.", f"{ends}_projection."))}
     wanted = set(made.state_dict())
     if not wanted <= set(held):  # the tower alone has no prefix in some versions
-        held = {k.removeprefix("text_model."): v for k, v in held.items()}
+        held = {k.removeprefix(f"{name}_model."): v for k, v in held.items()}
     made.load_state_dict({k: v for k, v in held.items() if k in wanted})
     return made.to(dtype).eval()
 

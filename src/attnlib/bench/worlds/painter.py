@@ -179,7 +179,7 @@ def _uniform(numbers: np.ndarray, part: str, stream: int, draws: int) -> Tensor:
     with np.errstate(over="ignore"):
         key = numbers.astype(np.uint64)[:, None] * np.uint64(4096) + np.arange(draws, dtype=np.uint64)
         key = key + np.uint64(1 + PARTS.index(part) + 16 * stream) * np.uint64(0x9E3779B97F4A7C15 * 2**20 % 2**64)
-        z = key * np.uint64(0x9E3779B97F4A7C15)
+        z: Any = key * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
@@ -220,7 +220,7 @@ def subject(number: int) -> Mapping[str, Any]:
     if number >= SUBJECTS:
         raise ValueError(f"number must be below {SUBJECTS}, got {number}")
     names = list(COLOURS)
-    looks = {k: v[number].tolist() for k, v in _subjects().items()}
+    looks: dict[str, Any] = {k: v[number].tolist() for k, v in _subjects().items()}
     return {**looks, "body": names[looks["body"]], "other": names[looks["other"]]}
 
 
@@ -320,11 +320,8 @@ def sample(
             colour = torch.where(same, colour[:, :1], colour)
     radius = torch.tensor(_LOW)[size] + (torch.tensor(_HIGH) - torch.tensor(_LOW))[size] * s[..., 7]
     x, y = _place(index, part, count, radius, wants)
-    glyphs, by_label = _glyphs(part)
-    glyph = torch.zeros_like(shape)
-    for i, j in (shape > CREATURE).nonzero().tolist():
-        pool = by_label[int(shape[i, j]) - CREATURE - 1]
-        glyph[i, j] = pool[int(float(s[i, j, 8]) * len(pool))]
+    glyph, written = torch.zeros_like(shape), shape > CREATURE
+    glyph[written] = digit_glyphs(shape[written] - CREATURE - 1, s[..., 8][written], part)
     return Scenes(
         count=count, shape=shape, colour=colour, size=size, texture=texture,
         subject=torch.where(creature, subjects, -1), glyph=glyph,
@@ -458,6 +455,13 @@ def _creature(number: Tensor, u: Tensor, v: Tensor, rgb: Tensor) -> tuple[Tensor
     return whole, ink
 
 
+def digit_glyphs(labels: Tensor, u: Tensor, part: str) -> Tensor:
+    """Numbers of handwritten digits of these labels, by draws u in [0, 1)."""
+    by_label = _glyphs(part)[1]
+    out = [by_label[n][int(d * len(by_label[n]))] for n, d in zip(labels.tolist(), u.tolist(), strict=True)]
+    return torch.tensor([int(g) for g in out], dtype=torch.long)
+
+
 def _sprites(scenes: Scenes, rows: Tensor, slot: Tensor, u: Tensor, v: Tensor, glyphs: Tensor) -> tuple[Tensor, ...]:
     """Alpha, relief (0 to 1) and colours of one thing of each row in its window."""
     shape, radius, rgb = scenes.shape[rows, slot], scenes.radius[rows, slot], scenes.rgb[rows, slot]
@@ -477,7 +481,10 @@ def _sprites(scenes: Scenes, rows: Tensor, slot: Tensor, u: Tensor, v: Tensor, g
     alpha = (0.5 - signed * radius[:, None, None]).clamp(0, 1)
     relief = (-signed / 0.5).clamp(0, 1)
     if bool(written.any()):
-        field = torch.stack([u[written] / 0.95, v[written] / 0.95], -1)
+        angle = scenes.angle[rows, slot][written][:, None, None]
+        a, b = u[written], v[written]
+        a, b = a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()
+        field = torch.stack([a, b], -1) / 0.95
         drawn = F.grid_sample(
             glyphs[scenes.glyph[rows, slot][written]][:, None], field, mode="bilinear", align_corners=False
         )[:, 0]

@@ -1,0 +1,20 @@
+import pytest
+
+
+@pytest.fixture(scope="session")
+def untrained_generators(tmp_path_factory):
+    """A folder with untrained small generators and a tiny judge, where trained ones are looked for."""
+    pytest.importorskip("diffusers")
+    import torch
+    from safetensors.torch import save_file
+
+    from attnlib.bench.worlds import models
+    from attnlib.bench.worlds.judge import Judge
+
+    made = tmp_path_factory.mktemp("generators")
+    for name in models.PARTS:
+        torch.manual_seed(0)
+        models.build(name).half().save_pretrained(str(made / name))
+    (made / "judge").mkdir()
+    save_file(Judge(16, 1).state_dict(), str(made / "judge" / "model.safetensors"))
+    return made
