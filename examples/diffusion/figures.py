@@ -21,7 +21,8 @@ from attnlib.bench.worlds import painter
 
 ROOT = Path(__file__).resolve().parents[2]
 WHAT = {
-    "colour": "colour", "shape": "shape", "size": "size", "texture": "texture", "box_iou": "overlap of boxes",
+    "colour": "colour", "shape": "shape", "geometric": "shape, of geometric ones", "creatures": "shape, of creatures",
+    "digits": "shape, of handwritten digits", "size": "size", "texture": "texture", "box_iou": "overlap of boxes",
     "count": "exact count", "right": "all of a picture right", "subjects": "held-out individual, 1 of 40",
     "swapped": "swapped colours noticed", "missing": "missing thing noticed", "doubled": "doubled thing noticed",
     "smeared": "smeared thing noticed",

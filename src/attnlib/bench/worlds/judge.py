@@ -173,7 +173,8 @@ class Judge(nn.Module):
             middle = torch.stack([columns, rows]) * STRIDE + STRIDE / 2
             sides = cells["box"].clamp(max=3).exp() * 8
             corners = torch.cat([middle - sides[:2], middle + sides[2:]]).mean(-1).tolist()
-            near = (corners[0], corners[1], corners[2], corners[3])
+            low_x, low_y, high_x, high_y = (float(round(c)) for c in corners)  # boxes are of whole pixels
+            near = (low_x, low_y, high_x, high_y)
             if any(float(box_iou(torch.tensor(near), torch.tensor(k.box))) > 0.5 for k in kept):
                 continue
             kept.append(
@@ -485,7 +486,8 @@ def examine(judge: Judge, count: int = 1000, part: str = "test") -> dict[str, An
         part: of scenes; settings were chosen on ``"dev"``.
 
     Returns:
-        By name ``{"mean", "half", "n"}``, shares with 95 % intervals: ``colour``, ``shape``, ``size``, ``texture`` and
+        By name ``{"mean", "half", "n"}``, shares with 95 % intervals: ``colour``, ``shape`` (and of it ``geometric``,
+        ``creatures``, ``digits``), ``size``, ``texture`` and
         ``box_iou`` of things, those that were not found being wrong, ``found``, ``count`` exact, ``right`` prompts on
         true pictures, ``subjects`` top-1 among the forty held-out individuals, and noticed failures: ``swapped``,
         ``missing``, ``doubled``, ``smeared``.
@@ -495,6 +497,8 @@ def examine(judge: Judge, count: int = 1000, part: str = "test") -> dict[str, An
     found = judge.look(done.images)
     seen: dict[str, list[float]] = {k: [] for k in ("colour", "shape", "size", "texture", "box_iou", "found", "count")}
     names = list(COLOURS)
+    kinds: tuple[str, ...] = ("geometric", "creatures", "digits")
+    seen |= {k: [] for k in kinds}
     for i, here in enumerate(found):
         n = int(scenes.count[i])
         seen["count"].append(float(len(here) == n))
@@ -513,6 +517,8 @@ def examine(judge: Judge, count: int = 1000, part: str = "test") -> dict[str, An
                 facts["texture"] = TEXTURES[int(scenes.texture[i, j])]
             for name, fact in facts.items():
                 seen[name].append(float(known and getattr(here[best], name) == fact))
+            kind = kinds[(int(scenes.shape[i, j]) >= CREATURE) + (int(scenes.shape[i, j]) > CREATURE)]
+            seen[kind].append(seen["shape"][-1])
     seen["right"] = [float(compare(f, p).right) for f, p in zip(found, said(scenes), strict=True)]
     held = range(painter.TRAIN_SUBJECTS, painter.SUBJECTS)
     gallery = judge.embeddings(painter.portraits(held, range(len(held)), part).images)
@@ -534,7 +540,7 @@ def examine(judge: Judge, count: int = 1000, part: str = "test") -> dict[str, An
         some = _enough(want, max(1, count // 2), part)
         images, prompts = make(some, part)
         seen[name] = [float(not v.right) for v in judge.judge(images, prompts)]
-    return {k: interval(mean_interval(v)) for k, v in seen.items()}
+    return {k: interval(mean_interval(v)) for k, v in seen.items() if v}
 
 
 #: What :func:`examine` must find, at least.
