@@ -85,6 +85,7 @@ MAKE = {
     "StepCache": lambda: cache.StepCache(cache.steps.every(2)),
     "StructuredGuidance": lambda: steer.StructuredGuidance(["a red circle", "a blue square"]),
     "SubjectLatents": lambda: steer.SubjectLatents(torch.ones(4, 8, 8), torch.ones(8, 8).triu()),
+    "TextCenGen": lambda: steer.TextCenGen((0.25, 0.25, 0.75, 0.75), theta=0.05, sharpness=10.0),
     "UniformMaps": lambda: steer.UniformMaps(rows=("uncond",), steps=[0]),
     "VariableSizeScale": lambda: steer.VariableSizeScale(trained_size=4),
     "ViMAEdit": lambda: steer.ViMAEdit(

@@ -29,6 +29,7 @@ from .diffusion.realcustom import AdaptiveScoring, CrossScaleProjector, RealCust
 from .diffusion.references import KeepKeys, KeyStore, ReferenceBranches, SharedKeys
 from .diffusion.softpag import SoftPAG, adaptive_weight, guide, hunt_heads
 from .diffusion.structured_guidance import StructuredGuidance
+from .diffusion.textcengen import TextCenGen
 from .diffusion.tiles import TiledDenoiser
 from .diffusion.uniform_maps import UniformMaps
 from .diffusion.variable_size import VariableSizeScale
@@ -111,6 +112,7 @@ __all__ = [
     "TiledDenoiser",
     "UniformMaps",
     "VariableSizeScale",
+    "TextCenGen",
     "ViMAEdit",
     "VisualBoost",
     "VisualRedistribution",
