@@ -78,6 +78,7 @@ MAKE = {
     "RealCustom": lambda: custom(),
     "NullText": lambda: steer.NullText([torch.arange(1232.0).sin().view(1, 77, 16)] * 2),
     "PromptToPrompt": lambda: steer.PromptToPrompt("refine", blend=["circle"], resolution=8),
+    "PrimeComposer": lambda: compose(),
     "Record": lambda: Record(what=("entropy",), rows="all"),
     "ReferenceBranches": lambda: steer.ReferenceBranches.of(pipes.unet()).refer(torch.ones(1, 1, 3, 16)),
     "SharedKeys": lambda: steer.SharedKeys({0: [0]}, where=lambda site: torch.arange(3)),
@@ -110,6 +111,13 @@ def studio():
     return it.refer(torch.randn(1, 2, 3, 16))
 
 
+def compose():
+    paths = [[torch.arange(256.0).add(n * i).sin().view(1, 4, 8, 8) for i in range(3)] for n in (1, 7)]
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[1:5, 2:6] = True
+    return steer.PrimeComposer(*paths, mask, shift=(1, 1), words=["circle"], inject=1.0)
+
+
 def custom():
     torch.manual_seed(0)
     it = steer.RealCustom.of(pipes.unet(), words=["circle"], scale=3.0)
@@ -122,6 +130,7 @@ LOOKS = {"Maps", "Record"}
 EDITS = {"PromptToPrompt", "ViMAEdit"}
 
 #: What acts on one prompt, or on several images of it, so that no call serves both.
+#: What acts on several images of one prompt, so that no call serves both.
 APART = {
     ("IRDiffusion", "PromptToPrompt"),
     ("IRDiffusion", "ViMAEdit"),
@@ -216,6 +225,23 @@ REFUSED = {
     ("AttendExcite", "PromptToPrompt"),
     ("PromptToPrompt", "PromptToPrompt"),
     ("PromptToPrompt", "StepCache"),
+    ("AStar", "PrimeComposer"),
+    ("AttendExcite", "PrimeComposer"),
+    ("CUpscale", "PrimeComposer"),
+    ("TiledDenoiser", "PrimeComposer"),
+    ("PromptToPrompt", "PrimeComposer"),
+    ("PrimeComposer", "PrimeComposer"),
+    ("PointSpatialAttention", "PrimeComposer"),
+    ("DynamicPrompt", "PrimeComposer"),
+    ("FlowAttention", "PrimeComposer"),
+    ("IRDiffusion", "PrimeComposer"),
+    ("GlobalRegionalAttention", "PrimeComposer"),
+    ("RealCustom", "PrimeComposer"),
+    ("PrimeComposer", "SharedKeys"),
+    ("PrimeComposer", "SoftPAG"),
+    ("PrimeComposer", "SubjectLatents"),
+    ("PrimeComposer", "StepCache"),
+    ("PrimeComposer", "ViMAEdit"),
     ("AStar", "ViMAEdit"),
     ("AttendExcite", "ViMAEdit"),
     ("PromptToPrompt", "ViMAEdit"),

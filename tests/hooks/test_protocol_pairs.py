@@ -113,6 +113,7 @@ MAKE = {
     "TokenUpdate": None,
     "LearntPrompt": None,
     "NullText": None,
+    "PrimeComposer": None,
     "TextCenGen": None,
     "ViMAEdit": None,
     "PromptToPrompt": None,

@@ -25,6 +25,7 @@ from .diffusion.losses import LatentUpdate, TokenUpdate
 from .diffusion.mip_adapter import MIPAdapter
 from .diffusion.pemf_vvto import PointSpatialAttention, PointTemporalAttention
 from .diffusion.personalize import Personalize, load_personalized
+from .diffusion.primecomposer import PrimeComposer
 from .diffusion.realcustom import AdaptiveScoring, CrossScaleProjector, RealCustom, guidance_mask
 from .diffusion.references import KeepKeys, KeyStore, ReferenceBranches, SharedKeys
 from .diffusion.softpag import SoftPAG, adaptive_weight, guide, hunt_heads
@@ -100,6 +101,7 @@ __all__ = [
     "PrototypeFusion",
     "Prototypes",
     "Scene",
+    "PrimeComposer",
     "PromptToPrompt",
     "SinkCalibration",
     "SoftImageGuidance",
