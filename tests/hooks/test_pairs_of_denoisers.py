@@ -46,7 +46,6 @@ def tracked():
     return made.track(torch.full((2, 1, 2), 0.3))
 
 
-
 def any_maker():
     torch.manual_seed(0)
     encoder = IdentityEncoder([5], 16, dim=8, id_tokens=2, non_tokens=2, depth=1, heads=2)

@@ -64,9 +64,7 @@ def orthogonality(identity: Tensor, other: Tensor) -> Tensor:
 
 
 @shaped(identity="float (B, N, C)", partner="float (B, N, C)")
-def identity_loss(
-    identity: Tensor, partner: Tensor, form: str = "contrastive", temperature: float = 0.07
-) -> Tensor:
+def identity_loss(identity: Tensor, partner: Tensor, form: str = "contrastive", temperature: float = 0.07) -> Tensor:
     """How far apart two images of the same objects are in what says who they are.
 
     Args:
@@ -236,6 +234,7 @@ class AnyMaker(ReferenceBranches):
         Returns:
             itself.
         """
+
         def read(name: str, given: Any) -> list[Tensor]:
             found = check_tensors(name, given, least=1)
             if any(f.dim() != 4 or f.shape[:2] != found[0].shape[:2] or not all(f.shape[:2]) for f in found):

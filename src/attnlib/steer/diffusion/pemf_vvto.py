@@ -243,9 +243,7 @@ class TrackBlock(ResidualAttention):
         tokens = x.flatten(3).transpose(2, 3)  # (n, F, hw, C)
         z = torch.stack([tokens[:, f].index_select(1, at[f]) for f in range(frames)], 2).flatten(0, 1)  # (n T, F, C)
         added = super().forward(z, visible.T.repeat(n, 1)).unflatten(0, (n, -1))
-        out = [
-            torch.stack([spread(added[i, :, f], at[f], h * w, visible[f]) for f in range(frames)]) for i in range(n)
-        ]
+        out = [torch.stack([spread(added[i, :, f], at[f], h * w, visible[f]) for f in range(frames)]) for i in range(n)]
         return torch.stack(out).transpose(2, 3).unflatten(3, (h, w))
 
 
