@@ -223,6 +223,9 @@ def test_a_pipeline_learns_two_concepts(folder, tmp_path):
         found = learner.losses(some, torch.tensor([100]), torch.Generator().manual_seed(0))
         names, own = zip(*learner.parameters().items(), strict=True)
         slopes = dict(zip(names, torch.autograd.grad(found["attencraft"], own, allow_unused=True), strict=True))
+        assert set(learner._last[0].maps) == {"text", "image"} and not learner._last[0].maps["image"].requires_grad
+        learner.losses(some, torch.tensor([100]), torch.Generator().manual_seed(0), step=7)
+        assert set(learner._last[0].maps) == {"text"}  # masks are not made anew
     assert slopes["tokens.clip_l"].abs().max() > 0
     reached = [n for n, s in slopes.items() if s is not None and s.abs().max() > 0]
     last = "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2."

@@ -171,6 +171,7 @@ class AttenCraft(Term):
     """
 
     name: ClassVar[str] = "attencraft"
+    detached = ("image",)
 
     def __init__(
         self,
@@ -254,6 +255,9 @@ class AttenCraft(Term):
             return None
         text, between = seen.maps["text"][row].detach(), seen.maps["image"][row].detach()
         return self.segment(text, between, modifiers, phrases)
+
+    def looks(self, step: int) -> tuple[str, ...]:
+        return ("text",) if step % self.every else ("text", "image")
 
     def begin(self, learner: Personalize, examples: list[Example], generator: torch.Generator) -> None:
         shown = [replace(e, prompt=self.prompt()) for e in examples if not e.prior][:1]

@@ -20,7 +20,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,18 +129,24 @@ class Term:
 
     Attributes:
         reads: which maps it reads, and at which resolution: ``{"text": 16, "image": 32}``.
+        detached: which of them it reads without gradient, which saves what a backward pass would keep.
         layers: whose maps, see :class:`attnlib.hooks.Maps`.
         weight: what it counts.
     """
 
     name: ClassVar[str] = "term"
     reads: Mapping[str, Any] = {}
+    detached: Collection[str] = ()
     layers: Sequence[int | str] | None = None
     weight: float = 1.0
 
     def __call__(self, seen: Seen) -> Tensor:
         """The term, a number with gradient."""
         raise NotImplementedError
+
+    def looks(self, step: int) -> Collection[str]:
+        """Which of the maps it needs at a step; all by default."""
+        return tuple(self.reads)
 
     def begin(self, learner: Personalize, examples: list[Example], generator: torch.Generator) -> None:
         """Before the first step (not when training goes on from a checkpoint), with the examples of some batch."""
@@ -408,7 +414,12 @@ class Personalize:
         self.open = True
         self._probes: dict[tuple[Any, ...], Maps] = {}
         self._begun = False
+        self._last: list[Seen] = []
         try:
+            if train == "kv":
+                self._train_kv()
+            elif train == "lora":
+                self._train_lora()
             known: list[Any] = []  # tokenizers that were told
             for tokenizer, encoder, key in ENCODERS:
                 if self.tokens and getattr(pipe, encoder, None) is not None:
@@ -417,10 +428,6 @@ class Personalize:
                     self.rows[key] = rows = _Rows(words, getattr(pipe, encoder), self.tokens, shared)
                     known.append(words)
                     self._undo += [functools.partial(rows.write, rows.first), rows.close]
-            if train == "kv":
-                self._train_kv()
-            elif train == "lora":
-                self._train_lora()
             if self.detach_first:
                 for name in self.names:
                     for which in ("to_k", "to_v"):
@@ -549,28 +556,26 @@ class Personalize:
                     f"{tuple(changed.shape)}"
                 )
             embeds = changed
+        wanted = {self._key(term, of) for term in self.terms for of in term.looks(step)}
+        for key, probe in self._probes.items():
+            probe.looking = key in wanted
         extra = {"added_cond_kwargs": more} if more else {}
         out = self.unet(
             noisy.to(self.dtype), timesteps.to(z.device), encoder_hidden_states=embeds, return_dict=False, **extra
         )[0]
         count = sum(not e.prior for e in examples)
-        taken: dict[int, Tensor] = {}
-        seen = []
-        for term in self.terms:
-            maps = {}
-            for of in term.reads:
-                probe = self._probes[self._key(term, of)]
-                if id(probe) not in taken:
-                    taken[id(probe)] = probe.take()[:count]
-                maps[of] = taken[id(probe)]
-            seen.append(Seen(maps, examples[:count], step, self.pipe))
+        taken = {key: self._probes[key].take()[:count] for key in wanted}
+        seen = [
+            Seen({of: taken[self._key(term, of)] for of in term.looks(step)}, examples[:count], step, self.pipe)
+            for term in self.terms
+        ]
         return out, target, seen
 
     @staticmethod
     def _key(term: Term, of: str) -> tuple[Any, ...]:
         size = term.reads[of]
         layers = None if term.layers is None else tuple(term.layers)
-        return of, tuple(size) if isinstance(size, (list, tuple)) else size, layers
+        return of, tuple(size) if isinstance(size, (list, tuple)) else size, layers, of in term.detached
 
     @contextmanager
     def _training(self) -> Iterator[None]:
@@ -585,7 +590,7 @@ class Personalize:
         for term in self.terms:
             for of in term.reads:
                 key = self._key(term, of)
-                self._probes.setdefault(key, Maps(term.reads[of], of=of, layers=term.layers))
+                self._probes.setdefault(key, Maps(term.reads[of], of=of, layers=term.layers, gradient=not key[-1]))
         acting = [i for term in self.terms for i in term.interventions()]
         try:
             for p, _ in flags:
@@ -739,6 +744,7 @@ class Personalize:
                 tell(step + 1, sums["loss"])
                 if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == steps):
                     self._keep(Path(checkpoint), signature, parameters, optimizer, history)
+        self._last = []
         for p in parameters.values():
             p.grad = None
         for one in self.rows.values():
