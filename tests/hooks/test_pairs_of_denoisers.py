@@ -63,6 +63,7 @@ MAKE = {
     "TiledDenoiser": lambda: steer.TiledDenoiser(tile=(6, 8)),
     "AutoStudio": lambda: studio(),
     "DynamicPrompt": lambda: steer.DynamicPrompt(WORDS, inner=1, lr=0.1, beta=(-1.0, 0.7, 0.9), resolution=8),
+    "CustomContrast": lambda: contrasted(),
     "FlowAttention": lambda: steer.FlowAttention(torch.full((1, 2, 8, 8), 2.0), weight=0.2),
     "IRDiffusion": lambda: steer.IRDiffusion(masks=[[(0, 0, 0.5, 1), (0.5, 0, 1, 1)]], references=()),
     "HiDiffusion": lambda: steer.HiDiffusion(TABLE, ratios=(1.0, 0.0)),
@@ -121,6 +122,13 @@ def custom():
     torch.manual_seed(0)
     it = steer.RealCustom.of(pipes.unet(), words=["circle"], scale=3.0)
     return it.refer(torch.randn(1, 1, 3, 16))
+
+
+def contrasted():
+    torch.manual_seed(0)
+    small = {"depth": 1, "num_heads": 2, "head_dim": 4}
+    it = steer.CustomContrast.of(pipes.unet(), features=16, encoder=small, words=["circle"])
+    return it.requires_grad_(False).refer(torch.randn(1, 1, 3, 16))
 
 
 LOOKS = {"Maps", "Record"}

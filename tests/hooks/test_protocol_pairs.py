@@ -121,6 +121,7 @@ MAKE = {
     "KeepKeys": None,
     "AnyMaker": None,
     "MIPAdapter": None,
+    "CustomContrast": None,
     "ReferenceBranches": None,
     "SharedKeys": None,
     "VariableSizeScale": None,

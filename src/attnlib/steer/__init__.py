@@ -11,6 +11,7 @@ from .diffusion.attencraft import AttenCraft
 from .diffusion.autostudio import AutoStudio, Scene, Studio, Subject, SubjectLatents
 from .diffusion.c_upscale import CUpscale, PromptMaps
 from .diffusion.clear import Clear
+from .diffusion.customcontrast import CustomContrast, MultilevelContrast, SubjectEncoder
 from .diffusion.disendiff import DisenDiff
 from .diffusion.dra_ctrl import DimensionReduction
 from .diffusion.dynamic_prompt import DynamicPrompt, LearntPrompt
@@ -68,6 +69,7 @@ __all__ = [
     "Branch",
     "Clear",
     "ContrastiveDecoding",
+    "CustomContrast",
     "DisenDiff",
     "DimensionReduction",
     "DualAttention",
@@ -87,6 +89,7 @@ __all__ = [
     "LatentUpdate",
     "LinFusion",
     "MixtureOfBlocks",
+    "MultilevelContrast",
     "NoImage",
     "NullImage",
     "NullText",
@@ -109,6 +112,7 @@ __all__ = [
     "StructuredGuidance",
     "Studio",
     "Subject",
+    "SubjectEncoder",
     "SubjectLatents",
     "TileSearch",
     "TiledDenoiser",
