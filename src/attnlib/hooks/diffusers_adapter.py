@@ -126,6 +126,14 @@ def _plain_class(cls: Any) -> Any:
     return cls.__dict__.get("plain", cls)
 
 
+@functools.cache
+def _by_hand(cls: Any) -> bool:
+    """Whether a processor may compute weights by ``get_attention_scores``; the others are not watched for it."""
+    calls = [base.__dict__["__call__"] for base in cls.__mro__ if "__call__" in base.__dict__]
+    codes = [getattr(inspect.unwrap(call), "__code__", None) for call in calls]
+    return any(code is None or "get_attention_scores" in code.co_names for code in codes)
+
+
 def _name_of(processor: Any) -> str:
     """The name of a processor's own class."""
     return str(_plain_class(type(processor)).__name__)
@@ -158,6 +166,7 @@ class ModuleRuntime(Shared):
         self.original: Any = None
         self.attached: Any = None
         self.processor = _name_of(self.module.processor)
+        self.by_hand = False
         self._referring: Stages | None = None
 
     @property
@@ -178,6 +187,7 @@ class ModuleRuntime(Shared):
         original, stages = self.module.processor, self.stages
         self.original = original
         cls = _plain_class(type(original))
+        self.by_hand = _by_hand(cls)
         self.processor, self.names = cls.__name__, list(inspect.signature(cls.__call__).parameters)[2:]
         if self._has_image_keys() and stages.in_attention and self.processor not in (*BRANCHES, *ADDED_KV):
             raise ValueError(
@@ -333,7 +343,7 @@ class ModuleRuntime(Shared):
     def _own_scores(self, prompted: bool) -> Iterator[None]:
         """Inside, a processor that computes weights by ``get_attention_scores`` is seen, too."""
         module, intercept = self.module, self.intercept
-        scores = getattr(module, "get_attention_scores", None)
+        scores = getattr(module, "get_attention_scores", None) if self.by_hand else None
         if scores is None or "get_attention_scores" in module.__dict__:
             yield
             return
