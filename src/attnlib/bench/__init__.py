@@ -42,13 +42,13 @@ DIFFUSION = tuple(
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
 ENGINES = (
     "linear", "segments", "local", "halo", "hyper", "circular", "scan", "sparse", "super-token", "cache", "hooks",
-    "isolation", "references", "transfer", "look", "saliency", "steps", "gpu", *STUDIES, *REAL, *DIFFUSION,
+    "isolation", "enlarged", "references", "transfer", "look", "saliency", "steps", "gpu", *STUDIES, *REAL, *DIFFUSION,
 )  # fmt: skip
 
 #: Those that run models of transformers.
 NEEDS_HF = (
-    "multimodal", "cache", "hooks", "steps", "references", "conversion", "spans", "finetuning", "look", "choices",
-    "attribution", "rounding", *REAL, *DIFFUSION,
+    "multimodal", "cache", "hooks", "steps", "enlarged", "references", "conversion", "spans", "finetuning", "look",
+    "choices", "attribution", "rounding", *REAL, *DIFFUSION,
 )  # fmt: skip
 
 #: Those that load models which ``make models`` fetches, and which.
