@@ -97,6 +97,7 @@ REFUSED = {
     ("LearntPrompt", "two evaluations a step"): "LearntPrompt has embeddings of 2 steps, there are 3",
     ("NullText", "two evaluations a step"): "NullText has 2 embeddings, but there are 3 steps",
     ("NullText", "no guidance"): "NullText changes unconditional rows, but the pipeline runs without guidance",
+    ("PrimeComposer", "two evaluations a step"): "paths have 2 steps, the pipeline takes 3",
     ("ViMAEdit", "another scheduler"): "takes steps of DDIMScheduler or DPMSolverMultistepScheduler, the pipeline has",
     ("ViMAEdit", "scaled inputs"): "takes steps of DDIMScheduler or DPMSolverMultistepScheduler, the pipeline has",
     ("ViMAEdit", "two evaluations a step"): "takes steps of DDIMScheduler or DPMSolverMultistepScheduler, the",
@@ -130,3 +131,54 @@ def test_ways_of_calling(name, way, folder):
                 got = draw(pipe, name, **given)
         assert got.dtype == plain.dtype and got.shape == plain.shape and bool(got.isfinite().all())
         assert torch.equal(draw(pipe, name, **given), plain)
+
+
+def test_pipelines_that_a_technique_does_not_fit_are_told_in_words(folder):
+    """Of the kind that ended in a size that does not match, or in nothing at all."""
+    import diffusers
+
+    plain = pipes.stable_diffusion(folder, model=pipes.unet(size=8))
+    parts = {n: getattr(plain, n) for n in ("vae", "text_encoder", "tokenizer", "scheduler")}
+    motion = diffusers.MotionAdapter(
+        block_out_channels=(16, 32), motion_layers_per_block=1, motion_num_attention_heads=2,
+        motion_norm_num_groups=4, motion_max_seq_length=8, use_motion_mid_block=False,
+    )  # fmt: skip
+    video = pipes.quiet(diffusers.AnimateDiffPipeline(**parts, unet=pipes.unet(size=8), motion_adapter=motion))
+    pag = pipes.stable_diffusion(folder, "StableDiffusionPAGPipeline", pipes.unet(size=8))
+    by_image = pipes.stable_diffusion(
+        folder, "StableDiffusionInstructPix2PixPipeline", pipes.unet(size=8, in_channels=8)
+    )
+    two = pipes.sdxl(folder)
+    small, image = dict(height=8, width=8), dict(image=torch.rand(1, 3, 8, 8))
+    for pipe, given, names, match in (
+        (video, dict(num_frames=2, **small), ("AStar", "DynamicPrompt", "AnyMaker"), "denoises videos"),
+        (by_image, image, ("CUpscale", "StructuredGuidance", "MIPAdapter", "LearntPrompt"), "has no encode_prompt"),
+        (pag, small, ("AttendExcite", "DynamicPrompt", "RealCustom"), "call the pipeline with pag_scale=0"),
+        (two, small, ("LearntPrompt",), "embeddings are of 1 text encoders, and StableDiffusionXLPipeline has 2"),
+        (two, small, ("CustomContrast",), "semantic tokens of width 16, and UNet2DConditionModel reads text of"),
+    ):
+        for name in names:
+            with attnlib.attach(pipe, MAKE[name]()), pytest.raises((TypeError, ValueError), match=match):
+                draw(pipe, name, **given)
+
+
+def test_rows_of_videos_are_known_where_a_pipeline_makes_one_whatever_it_is_asked(folder):
+    import diffusers
+
+    plain = pipes.stable_diffusion(folder, model=pipes.unet(size=8))
+    parts = {n: getattr(plain, n) for n in ("vae", "text_encoder", "tokenizer", "scheduler")}
+    motion = diffusers.MotionAdapter(
+        block_out_channels=(16, 32), motion_layers_per_block=1, motion_num_attention_heads=2,
+        motion_norm_num_groups=4, motion_max_seq_length=8, use_motion_mid_block=False,
+    )  # fmt: skip
+    video = pipes.quiet(diffusers.AnimateDiffPipeline(**parts, unet=pipes.unet(size=8), motion_adapter=motion))
+    seen = []
+
+    class See(attnlib.hooks.Intervention):
+        def around_denoiser(self, site, inputs, call):
+            seen.append((site.rows, site.prompts))
+            return call(inputs)
+
+    with attnlib.attach(video, See()):
+        pipes.sample(video, steps=1, num_frames=2, num_videos_per_prompt=2, height=8, width=8)
+    assert seen == [(("uncond", "cond"), (0, 0))]

@@ -4,7 +4,7 @@
 """
 
 from .attach import attach
-from .denoiser import MODULE_KINDS, CallSite, rows_of, step_of, with_gradient
+from .denoiser import MODULE_KINDS, CallSite, rows_of, rows_of_guidance, step_of, with_gradient
 from .intervention import STAGES, Intervention, Probe
 from .maps import Maps
 from .nodes import Capture, Node, Nodes, Patch
@@ -53,6 +53,7 @@ __all__ = [
     "composite",
     "modality_mutual",
     "rows_of",
+    "rows_of_guidance",
     "step_of",
     "to_grid",
     "to_tokens",

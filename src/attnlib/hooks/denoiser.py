@@ -92,6 +92,30 @@ def step_of(site: CallSite, owner: Intervention) -> int:
     return site.step
 
 
+def check_pictures(site: CallSite, inputs: Mapping[str, Any], owner: Intervention) -> None:
+    """Raise ``ValueError`` where videos are denoised, and ``owner`` acts on pictures."""
+    if inputs[site.main].dim() > 4:
+        raise ValueError(
+            f"{type(owner).__name__} acts on pictures, and {type(site.module).__name__} denoises videos: {site.main} "
+            f"has shape {tuple(inputs[site.main].shape)}, possible are (B, C, h, w) and (B, N, C)"
+        )
+
+
+def rows_of_guidance(site: CallSite, owner: Intervention) -> tuple[str, ...]:
+    """The names of the rows of a call, for what cannot act without them.
+
+    Raises:
+        ValueError: which rows are conditional is not known.
+    """
+    if site.rows is None:
+        pipe = site.module if site.sampling is None else site.sampling.pipe
+        raise ValueError(
+            f"{type(owner).__name__} acts on conditional rows, and which these are is not known in "
+            f"{type(pipe).__name__}; say it: attach(pipe, ..., rows=('uncond', 'cond'))"
+        )
+    return site.rows
+
+
 @contextmanager
 def with_gradient() -> Iterator[None]:
     """Inside, gradients are computed, whatever a pipeline around it says (``no_grad``, ``inference_mode``).
@@ -127,7 +151,15 @@ def rows_of(inputs: Mapping[str, Any], index: Sequence[int], batch: int) -> dict
             return type(value)(pick(one) for one in value)
         return value
 
-    return {name: value if name in NOT_BATCHED else pick(value) for name, value in inputs.items()}
+    def picked(name: str, value: Any) -> Any:
+        if name in NOT_BATCHED:
+            return value
+        folded = isinstance(value, Tensor) and value.dim() and len(value) > batch and not len(value) % batch
+        if name == "encoder_hidden_states" and folded:  # once for each frame of a video
+            return pick(value.unflatten(0, (batch, -1))).flatten(0, 1)
+        return pick(value)
+
+    return {name: picked(name, value) for name, value in inputs.items()}
 
 
 def _usable(value: Any) -> Any:

@@ -190,6 +190,10 @@ class Sampling(Shared):
             return None, None
         numbers = tuple(p for p in range(prompts or 0) for _ in range(self.images_per_prompt))
         names = self._groups(batch // each)
+        if names is None and each != prompts and self.arguments.get("num_videos_per_prompt"):
+            # Pipelines of videos that have the argument and make one video whatever it says.
+            each, numbers = prompts or 0, tuple(range(prompts or 0))
+            names = self._groups(batch // each)
         return None if names is None else tuple(n for n in names for _ in range(each)), numbers * (batch // each)
 
     def _groups(self, count: int) -> tuple[str, ...] | None:

@@ -530,7 +530,12 @@ class Session(Shared):
     @contextmanager
     def some_rows(self, index: Sequence[int]) -> Iterator[None]:
         """For interventions that run the model on some rows of the batch only: these are they."""
-        now = self._now
+        now, names = self._now, self.row_names or ()
+        if "perturbed" in names and not any(names[i] == "perturbed" for i in index):
+            raise ValueError(
+                "some rows cannot be run by themselves under perturbed-attention guidance, whose processors cut every "
+                "batch by three; call the pipeline with pag_scale=0"
+            )
         before: tuple[Any, ...] = (now.rows, now.told, now.prompts)
         now.rows, now.told, now.prompts = (None if b is None else tuple(b[i] for i in index) for b in before)
         try:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_int, check_real, check_tensors, check_type, describe, shaped
-from ...hooks.denoiser import CallSite
+from ...hooks.denoiser import CallSite, check_pictures
 from .prompts import Word, context_spans, per_prompt
 from .references import ReferenceBranches
 
@@ -306,6 +306,7 @@ class AnyMaker(ReferenceBranches):
     ) -> Tensor:
         if not self.strength:
             return call(inputs)
+        check_pictures(site, inputs, self)
         context = inputs.get("encoder_hidden_states")
         if not isinstance(context, Tensor) or context.dim() != 3:
             raise ValueError(

@@ -261,6 +261,12 @@ class CustomContrast(ReferenceBranches):
         text = inputs.get("encoder_hidden_states")
         self._length = text.shape[1] if isinstance(text, Tensor) else 0
         self._run = self.semantic(), super().tokens()
+        width = self._run[0].shape[-1]
+        if self.words and isinstance(text, Tensor) and text.shape[-1] != width:
+            raise ValueError(
+                f"CustomContrast has semantic tokens of width {width}, and {type(site.module).__name__} reads text of "
+                f"width {text.shape[-1]}; make it for this model: CustomContrast.of(pipe, ...)"
+            )
         return call(inputs)
 
     def tokens(self) -> tuple[Tensor, Tensor]:

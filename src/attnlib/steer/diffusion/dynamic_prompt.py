@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...checks import check_choice, check_int, check_real, check_tensors, shaped
-from ...hooks.denoiser import CallSite, rows_of
+from ...hooks.denoiser import CallSite, rows_of, rows_of_guidance, step_of
 from ...hooks.intervention import Intervention
 from .invert import NullText, fresh, null_step
 from .losses import TokenUpdate, _Tokens, check_words
@@ -360,11 +360,12 @@ class LearntPrompt(Intervention):
     def around_denoiser(
         self, site: CallSite, inputs: dict[str, Any], call: Callable[[dict[str, Any]], Tensor]
     ) -> Tensor:
-        if site.step is None or site.rows is None or site.prompts is None or "cond" not in site.rows:
+        step, rows = step_of(site, self), rows_of_guidance(site, self)
+        if "cond" not in rows or site.prompts is None:
             return call(inputs)
         if site.steps != len(self.embeddings):
             raise ValueError(f"LearntPrompt has embeddings of {len(self.embeddings)} steps, there are {site.steps}")
-        index = [i for i, row in enumerate(site.rows) if row == "cond"]
+        index = [i for i, row in enumerate(rows) if row == "cond"]
         notes, key = self.session.notes, (self, "tokens", tuple(site.prompts[i] for i in index))
         if key not in notes:
             prompts = site.sampling.prompts or []
@@ -375,8 +376,13 @@ class LearntPrompt(Intervention):
             tokens = _Tokens(site, held, index, "LearntPrompt")
             notes[key] = tokens, [self._columns(tokens, n, held[tokens.numbers[n]]) for n in range(len(index))]
         tokens, columns = notes[key]
-        learnt = []
-        for own, new in zip(tokens.learnt, self.embeddings[site.step], strict=True):
+        given, learnt = self.embeddings[step], []
+        if len(given) != len(tokens.learnt):
+            raise ValueError(
+                f"embeddings are of {len(given)} text encoders, and {type(site.sampling.pipe).__name__} has "
+                f"{len(tokens.learnt)} of them"
+            )
+        for own, new in zip(tokens.learnt, given, strict=True):
             own = own.clone()
             for n, some in enumerate(columns):
                 own[n, : len(some)] = new[0, some].to(own)

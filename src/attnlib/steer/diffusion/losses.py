@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ...checks import check_int, check_real
-from ...hooks.denoiser import CallSite, rows_of, step_of, with_gradient
+from ...hooks.denoiser import CallSite, check_pictures, rows_of, rows_of_guidance, step_of, with_gradient
 from ...hooks.intervention import Intervention
 from ...hooks.maps import Maps
-from .prompts import context_spans, per_prompt
+from .prompts import context_spans, encoder_of, per_prompt
 
 
 def check_words(words: Any) -> list[Any]:
@@ -158,16 +158,7 @@ class LatentUpdate(Intervention):
                 f"{type(self).__name__} moves the latents of conditional rows, and which these are is not known in "
                 f"{type(sampling.pipe).__name__}; say it: attach(pipe, ..., rows=('uncond', 'cond'))"
             )
-        if "perturbed" in rows:
-            raise ValueError(
-                f"{type(self).__name__} runs conditional rows by themselves, and the processors of perturbed-attention "
-                f"guidance cut every batch by three; call the pipeline with pag_scale=0"
-            )
-        if inputs[site.main].dim() > 4:
-            raise ValueError(
-                f"{type(self).__name__} reads maps of images, and {type(site.module).__name__} denoises videos: "
-                f"{site.main} has shape {tuple(inputs[site.main].shape)}, possible are (B, C, h, w) and (B, N, C)"
-            )
+        check_pictures(site, inputs, self)
         index = [i for i, row in enumerate(rows) if row == "cond"]
         key = (self, "moved")
         if not index or notes.get(key) == step:
@@ -424,16 +415,11 @@ class TokenUpdate(Intervention):
     def around_denoiser(
         self, site: CallSite, inputs: dict[str, Any], call: Callable[[dict[str, Any]], Tensor]
     ) -> Tensor:
-        if site.step is None:
-            return call(inputs)
-        if site.rows is None or site.prompts is None:
-            raise ValueError(
-                f"{type(self).__name__} learns tokens of conditional rows, and which these are is not known in "
-                f"{type(site.sampling.pipe).__name__}; say it: attach(pipe, ..., rows=('uncond', 'cond'))"
-            )
-        index = [i for i, row in enumerate(site.rows) if row == "cond"]
+        step_of(site, self)
+        index = [i for i, row in enumerate(rows_of_guidance(site, self)) if row == "cond"]
         if not index:
             return call(inputs)
+        check_pictures(site, inputs, self)
         notes = self.session.notes
         if (self, "tokens") not in notes:
             notes[self, "tokens"] = _Tokens(site, self.words, index, type(self).__name__)
@@ -550,7 +536,7 @@ class _Tokens:
             for encoder, new in zip(self.encoders, learnt, strict=True)
         ]
         try:
-            encode = self.pipe.encode_prompt
+            encode = encoder_of(self.pipe)
             known = inspect.signature(encode).parameters
             device = self.encoders[0].get_input_embeddings().weight.device
             settings = {

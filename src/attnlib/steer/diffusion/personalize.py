@@ -38,7 +38,7 @@ from ...hooks.intervention import Intervention
 from ...hooks.maps import Maps
 from ...hooks.pipelines import is_pipeline
 from ...optim import shown
-from .prompts import Word, context_spans, find
+from .prompts import Word, context_spans, encoder_of, find
 
 TRAIN = ("kv", "lora", "none")
 CHANNELS = ("mean", "sum")
@@ -1013,7 +1013,7 @@ def _noise_plan(pipe: Any) -> Any:
         raise TypeError(f"{name} has no conditional U-Net (pipe.unet); Personalize serves Stable Diffusion and SDXL")
     if any(getattr(pipe, part, None) is None for part in ("vae", "text_encoder", "tokenizer")):
         raise TypeError(f"{name} lacks one of vae, text_encoder and tokenizer, which Personalize trains with")
-    if "num_images_per_prompt" not in inspect.signature(pipe.encode_prompt).parameters:
+    if "num_images_per_prompt" not in inspect.signature(encoder_of(pipe)).parameters:
         raise TypeError(f"{name}.encode_prompt is not that of Stable Diffusion or SDXL")
     plan = DDPMScheduler.from_config(scheduler.config)
     kind = plan.config.prediction_type

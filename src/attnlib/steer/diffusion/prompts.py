@@ -162,6 +162,21 @@ def context_spans(pipe: Any, prompt: str | None, words: Sequence[Word], longest:
     return spans
 
 
+def encoder_of(pipe: Any) -> Callable[..., Any]:
+    """A pipeline's own way from prompts to what its denoiser reads.
+
+    Raises:
+        TypeError: it has none.
+    """
+    encode = getattr(pipe, "encode_prompt", None)
+    if encode is None:
+        raise TypeError(
+            f"{type(pipe).__name__} has no encode_prompt, so that texts beside its prompt cannot be encoded; use a "
+            "pipeline that has one, such as StableDiffusionPipeline"
+        )
+    return encode  # type: ignore[no-any-return]
+
+
 def encoded(sampling: Any, texts: Sequence[str], like: Tensor) -> Tensor:
     """(n, L, D) of texts by themselves, as a running pipeline encodes prompts.
 
@@ -173,7 +188,7 @@ def encoded(sampling: Any, texts: Sequence[str], like: Tensor) -> Tensor:
     Raises:
         ValueError: the pipeline encodes in another shape than its denoiser reads.
     """
-    encode = sampling.pipe.encode_prompt
+    encode = encoder_of(sampling.pipe)
     settings = {"prompt": list(texts), "device": like.device, "num_images_per_prompt": 1}
     settings |= {"do_classifier_free_guidance": False}
     for name in ("clip_skip", "max_sequence_length", "clean_caption"):

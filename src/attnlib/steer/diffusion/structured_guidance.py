@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_choice, shaped
-from ...hooks.denoiser import CallSite
+from ...hooks.denoiser import CallSite, rows_of_guidance, step_of
 from ...hooks.intervention import Intervention
 from ...hooks.site import Site
 from .prompts import encoded, noun_phrases, per_prompt, text_streams, token_spans
@@ -111,7 +111,7 @@ class StructuredGuidance(Intervention):
         self, site: CallSite, inputs: dict[str, Any], call: Callable[[dict[str, Any]], Tensor]
     ) -> Tensor:
         notes = self.session.notes
-        if site.step is not None and self not in notes and site.rows is not None and "cond" in site.rows:
+        if self not in notes and step_of(site, self) >= 0 and "cond" in rows_of_guidance(site, self):
             context = inputs.get("encoder_hidden_states")
             if not isinstance(context, Tensor) or context.dim() != 3 or site.prompts is None:
                 raise ValueError(

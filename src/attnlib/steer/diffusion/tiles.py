@@ -11,7 +11,6 @@ noise, and its inverse takes a prediction back.
 
 from __future__ import annotations
 
-import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -252,19 +251,24 @@ class View:
         if sign not in (1, -1):
             raise ValueError(f"sign must be 1 or -1, got {sign!r}")
         self.sign, self.name = sign, name
-        self._order = functools.lru_cache(maxsize=8)(functools.partial(self._permutation, order))
+        self.order = order
+        self._orders: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def __repr__(self) -> str:
         return f"View({self.name})"
 
-    def _permutation(self, order: Callable[[int, int], Any], h: int, w: int) -> tuple[Tensor, Tensor]:
-        found = torch.as_tensor(np.array(order(h, w))).flatten()
+    def _order(self, h: int, w: int) -> tuple[Tensor, Tensor]:
+        """The permutation for pictures of a size, and its inverse."""
+        if (h, w) in self._orders:
+            return self._orders[h, w]
+        found = torch.as_tensor(np.array(self.order(h, w))).flatten()
         if not torch.equal(found.sort().values, torch.arange(h * w)):
             raise ValueError(
                 f"{self!r} is not orthogonal: of the {h * w} pixels of {h} x {w} it shows "
                 f"{len(found.unique())} different ones"
             )
-        return found, inverse_permutation(found)
+        self._orders[h, w] = found, inverse_permutation(found)
+        return self._orders[h, w]
 
     def _moved(self, x: Tensor, which: int, sign: int) -> Tensor:
         order = self._order(*x.shape[-2:])[which].to(x.device)

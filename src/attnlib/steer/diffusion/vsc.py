@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ...checks import check_choice, check_flag, check_int, check_real, shaped
 from .maps import normalize, of_spans
 from .personalize import Seen, Term
-from .prompts import context_spans, noun_phrases
+from .prompts import context_spans, encoder_of, noun_phrases
 
 FORMS = ("mlp", "gate")
 LOSSES = ("contrast", "bce")
@@ -236,7 +236,7 @@ def fused_prompt(
         "negative_prompt": negative_prompt,
     }
     with torch.no_grad():
-        found = pipe.encode_prompt(**given, do_classifier_free_guidance=True)
+        found = encoder_of(pipe)(**given, do_classifier_free_guidance=True)
         embeds, negative = found[:2]
         if some:
             spans = context_spans(pipe, prompt, some)
