@@ -132,3 +132,11 @@ def test_no_two_files_of_tests_have_one_name():
     """Without packages around them, the second of a name would not be collected."""
     names = [p.name for p in Path(__file__).parent.rglob("test_*.py")]
     assert not {n for n in names if names.count(n) > 1}
+
+
+def test_no_committed_file_names_a_folder_of_one_machine():
+    """Libraries write into a configuration where a model was loaded from."""
+    root = Path(__file__).parent.parent
+    for folder in ("examples", "benchmarks", "tests/fixtures"):
+        for file in (root / folder).rglob("*.json"):
+            assert '"_name_or_path": "/' not in file.read_text(encoding="utf-8"), file

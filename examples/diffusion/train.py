@@ -104,6 +104,10 @@ def keep(name: str, model: Any, out: Path) -> None:
 
     half = copy.deepcopy(model).eval().half()
     half.save_pretrained(str(out / name))
+    config = out / name / "config.json"
+    kept = json.loads(config.read_text(encoding="utf-8"))
+    kept.pop("_name_or_path", None)  # where it was loaded from
+    config.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def train(
