@@ -18,10 +18,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 class See(Intervention):
     """Notes what passes; with ``zero``, the outputs of one branch of image prompts become zeros."""
 
-    references = True
+    sees_references = True
 
     def __init__(self, zero=None, kinds=("cross", "joint"), references=True):
-        self.zero, self.kinds, self.references, self.seen = zero, kinds, references, []
+        self.zero, self.kinds, self.sees_references, self.seen = zero, kinds, references, []
 
     def around_attention(self, site, q, k, v, call):
         self.seen.append(site)

@@ -340,3 +340,41 @@ def test_half_precision_and_another_scheduler(tmp_path_factory):
         out = run()
     assert out.dtype == torch.bfloat16 and out.isfinite().all() and not torch.equal(out, plain)
     assert torch.equal(run(), plain)
+
+
+def test_beside_an_adapter_of_diffusers_branches_are_added_once(pipe):
+    """They stand beside the text alone, and not beside each image prompt, too."""
+    from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+
+    torch.manual_seed(7)
+    before = pipe.unet.attn_processors
+    processors = {}
+    for name, old in before.items():
+        processors[name] = old
+        if "attn2" in name:
+            module = pipe.unet.get_submodule(name.removesuffix(".processor"))
+            processors[name] = IPAdapterAttnProcessor2_0(
+                module.to_q.out_features, module.to_k.in_features, num_tokens=(2,), scale=1.0
+            )
+    branches = ReferenceBranches.of(pipe).refer(torch.randn(1, 2, 3, 16))
+    seen = []
+    attend = branches.around_attention
+
+    def counted(site, q, k, v, call):
+        seen.append(site.reference)
+        return attend(site, q, k, v, call)
+
+    branches.around_attention = counted
+    pipe.unet.set_attn_processor(processors)
+    try:
+        given = dict(added_cond_kwargs={"image_embeds": [torch.randn(2, 1, 2, 16)]})
+        pipe.unet.encoder_hid_proj, kept = torch.nn.Identity(), pipe.unet.encoder_hid_proj
+        pipe.unet.encoder_hid_proj.num_ip_adapters = 1
+        pipe.unet.config.encoder_hid_dim_type, dim_type = "ip_image_proj", pipe.unet.config.encoder_hid_dim_type
+        with torch.no_grad(), attnlib.attach(pipe.unet, branches):
+            pipe.unet(torch.randn(2, 4, 16, 16), 7, encoder_hidden_states=torch.randn(2, 5, 16), **given)
+    finally:
+        pipe.unet.set_attn_processor(before)
+        pipe.unet.encoder_hid_proj = kept
+        pipe.unet.config.encoder_hid_dim_type = dim_type
+    assert seen == [None] * len(branches.names)

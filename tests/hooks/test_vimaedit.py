@@ -168,7 +168,7 @@ def test_image_maps_are_the_sources_for_their_share(tmp_path):
 
     class Look(attnlib.hooks.Probe):
         kinds = ("cross",)
-        references = True
+        sees_references = True
 
         def probe(self, site):
             return None if site.reference is None else (torch.arange(site.n_queries), None)

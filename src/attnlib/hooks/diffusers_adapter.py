@@ -377,7 +377,7 @@ class ModuleRuntime(Shared):
     def _by_branch(self, attend: Callable[..., Tensor], own: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The model's own attention through all stages, then one call per image prompt for who asked for them."""
         if self._referring is None:
-            self._referring = Stages([i for i in self.stages.all if i.references])
+            self._referring = Stages([i for i in self.stages.all if i.sees_references])
         referring = staged(self.where, self.processor, self._referring, self.describe, own=own)
 
         def run(*args: Any, **kwargs: Any) -> Tensor:

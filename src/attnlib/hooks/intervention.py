@@ -122,8 +122,8 @@ class Intervention:
         splits_softmax: it calls the rest several times on parts of the keys, so that nobody inside sees one map.
         reads_weights: it computes attention weights beside the kernel, other than through scores, weights and probes.
         while_decoding: ``on_cache`` is asked after every call of the model, not only after prefill.
-        references: its stages inside attention also act on the branches of image prompts (IP-Adapter), one call each,
-            whose ``site.reference`` says which; without it they see the model's own attention only.
+        sees_references: its stages inside attention also act on the branches of image prompts (IP-Adapter), one call
+            each, whose ``site.reference`` says which; without it they see the model's own attention only.
         acts_on: what ``around_module`` acts on: kinds (:data:`attnlib.hooks.MODULE_KINDS`) or name patterns.
         companions: interventions that it brings along; they are attached with it, behind it.
         adds_keys: it calls the rest with more, fewer or other keys than the model's.
@@ -154,7 +154,7 @@ class Intervention:
     moves_latents: bool = False
     differentiates: bool = False
     reuses_features: bool = False
-    references: bool = False
+    sees_references: bool = False
     acts_on: Sequence[str] = ()
     uses: Collection[str] | None = None
     layers: Sequence[int | str] | None = None

@@ -197,7 +197,7 @@ class DimensionReduction(Intervention):
         self, site: CallSite, inputs: dict[str, Any], call: Callable[[dict[str, Any]], Tensor]
     ) -> Tensor:
         main, text = inputs[site.main], inputs["encoder_hidden_states"]
-        config = site.module.config
+        config: Any = site.module.config
         frames = main.shape[2] // config.patch_size_t if main.dim() == 5 else 0
         if frames < 2:
             raise ValueError(

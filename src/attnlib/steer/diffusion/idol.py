@@ -301,7 +301,8 @@ def dual_modal_loss(
         if not kept or frames < 2:
             raise ValueError("the motion loss needs features of several frames: frames=..., JointModalities(keep=...)")
         fields = [
-            motion_consistency(*(x.unflatten(0, (-1, frames)) for x in pair), temperature) for pair in kept.values()
+            motion_consistency(video.unflatten(0, (-1, frames)), depth.unflatten(0, (-1, frames)), temperature)
+            for video, depth in kept.values()
         ]
         terms["motion"] = motion * torch.stack(fields).mean()
     if cross:

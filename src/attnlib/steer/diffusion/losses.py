@@ -415,7 +415,6 @@ class TokenUpdate(Intervention):
     def around_denoiser(
         self, site: CallSite, inputs: dict[str, Any], call: Callable[[dict[str, Any]], Tensor]
     ) -> Tensor:
-        step_of(site, self)
         index = [i for i, row in enumerate(rows_of_guidance(site, self)) if row == "cond"]
         if not index:
             return call(inputs)
@@ -425,7 +424,7 @@ class TokenUpdate(Intervention):
             notes[self, "tokens"] = _Tokens(site, self.words, index, type(self).__name__)
             self.embeddings = []
         tokens: _Tokens = notes[self, "tokens"]
-        step = site.step
+        step = step_of(site, self)
         if (self.steps is None or (step < self.steps if isinstance(self.steps, int) else step in self.steps)) and (
             notes.get((self, "done")) != step
         ):

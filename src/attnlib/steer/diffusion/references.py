@@ -211,7 +211,7 @@ class ReferenceBranches(Intervention, nn.Module):
         return self
 
     @property
-    def references(self) -> int:  # type: ignore[override]
+    def references(self) -> int:
         """How many references each prompt has; 0 before :meth:`refer`."""
         return 0 if self._images is None else self._images.shape[1]
 

@@ -134,7 +134,7 @@ class ViMAEdit(PromptToPrompt):
     """
 
     name: ClassVar[str] = "vimaedit"
-    references = True
+    sees_references = True
 
     def __init__(
         self,
