@@ -1,7 +1,7 @@
 """Sets of prompts whose answer a judge can tell, the same on every machine; settings are chosen on ``"dev"``.
 
 >>> [p.text for p in prompts("places", 2)]
-['a purple star on the right', 'a green ring at the bottom right']
+['a blue heart on the right', 'a green square at the bottom left']
 >>> prompts("held-out", 40) == prompts("held-out", 40), prompts("held-out", 1) == prompts("held-out", 1, "dev")
 (True, False)
 """
