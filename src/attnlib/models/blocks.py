@@ -23,7 +23,6 @@ from ..nn.layers import (
     cell_means,
     normed,
     strided_valid,
-    through,
     zero_invalid,
 )
 from ..nn.registry import find
@@ -203,7 +202,7 @@ class Residual(nn.Module):
             y = self.inner(y, valid)
         if self.post_norm:
             y = normed(self.norm, y, valid)
-        return x + through(self.drop_path, through(self.scale, y)), carry
+        return x + self.drop_path(self.scale(y)), carry
 
 
 class Block(nn.Module):

@@ -429,11 +429,6 @@ def strided_valid(valid: Tensor | None, stride: int | Sequence[int]) -> Tensor |
 
 def masked_batch_norm(norm: nn.BatchNorm2d, x: Tensor, valid: Tensor | None) -> Tensor:
     """BatchNorm of (B, *grid, C) whose statistics, in training, are those of the tokens that exist."""
-    if not norm.training and x.dim() == 4 and type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
-        if not _heard(norm):  # a call less, which small maps notice
-            mean, var, eps = norm.running_mean, norm.running_var, norm.eps
-            y = torch.batch_norm(x.permute(0, 3, 1, 2), norm.weight, norm.bias, mean, var, False, 0.0, eps, False)
-            return y.permute(0, 2, 3, 1)
     if not norm.training or valid is None:
         flat = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), 1, x.shape[-1])  # a batch of none has no -1
         return norm(flat.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(x.shape)
@@ -467,7 +462,7 @@ class MapNorm(nn.Module):
 
 def normed(norm: nn.Module, x: Tensor, valid: Tensor | None) -> Tensor:
     """``norm(x)``, told which tokens exist where it reads more than one."""
-    return norm(x, valid) if isinstance(norm, (MapNorm, ConvNorm)) else through(norm, x)
+    return norm(x, valid) if isinstance(norm, (MapNorm, ConvNorm)) else norm(x)
 
 
 def batch_norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -476,13 +471,8 @@ def batch_norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     scale = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
-    if norm.bias is None:
-        return scale, -norm.running_mean * scale
-    return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
-
-
-#: Numbers whose norm takes as long as folding one into a kernel of few weights.
-FOLDING = 2**14
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias
 
 
 class ConvNorm(nn.Module):
@@ -562,12 +552,11 @@ class ConvNorm(nn.Module):
         return x if self.act is None else self.act(x)
 
     def _pays(self, x: Tensor) -> bool:
-        """Whether there are more numbers to norm than weights to fold the norm into, and the few calls it takes."""
+        """Whether there are more numbers to norm than weights to fold the norm into."""
         if torch.compiler.is_compiling():  # a choice by size would tie the graph to one size
             return True
-        conv = self.conv
-        normed = x.numel() if self.norm is None else x.numel() // x.shape[-1] * conv.out_channels
-        return normed > (conv.weight.numel() + FOLDING) * math.prod(conv.stride)
+        normed = x.numel() if self.norm is None else x.numel() // x.shape[-1] * self.conv.out_channels
+        return normed > self.conv.weight.numel() * math.prod(self.conv.stride)
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         weight, bias = self.conv.weight, self.conv.bias
@@ -839,8 +828,6 @@ def conv_any_size(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | Non
     x = F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups).permute(0, 2, 3, 1)
     if heavy:
         x = x.contiguous()
-    if cuts == [(0, n) for n in x.shape[1:-1]]:
-        return x
     return x[:, slice(*cuts[0]), slice(*cuts[1])]
 
 
