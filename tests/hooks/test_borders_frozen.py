@@ -358,8 +358,15 @@ def test_other_processors_inside_are_followed_and_stay():
             again = dict(held)
             model.set_attn_processor(again)
             assert torch.equal(unet.call(model), wanted)
-            model.set_attn_processor(processors.AttnProcessor())
-            with pytest.raises(ValueError, match="AttnProcessor did not call torch's scaled_dot_product_attention"):
+            model.set_attn_processor(processors.AttnProcessor())  # by scores and a product of its own
+            torch.testing.assert_close(unet.call(model), wanted)
+
+            class ByHand:
+                def __call__(self, attn, hidden_states, *args, **kwargs):
+                    return hidden_states
+
+            model.set_attn_processor(ByHand())
+            with pytest.raises(ValueError, match="ByHand"):
                 unet.call(model)
             model.set_attn_processor(mine)
             module = session.attached[0].module

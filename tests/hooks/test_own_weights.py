@@ -372,12 +372,21 @@ class Everywhere(Again):
     kinds = ("self", "cross", "joint")
 
 
-def test_added_keys_are_refused_by_name_or_read():
+def test_added_keys_are_read():
     processors = pytest.importorskip("diffusers.models.attention_processor")
     attn = processors.Attention(query_dim=16, heads=2, dim_head=8, added_kv_proj_dim=16, norm_num_groups=4,
                                 processor=processors.AttnAddedKVProcessor2_0())  # fmt: skip
-    with pytest.raises(ValueError, match="AttnAddedKVProcessor2_0 concatenates text keys"):
-        attnlib.attach(attn, Record())
+    image, text = torch.randn(1, 16, 2, 2), torch.randn(1, 3, 16)
+    with torch.no_grad(), attnlib.attach(attn, Record(rows="all")) as session:
+        attn(image, encoder_hidden_states=text)
+    (weights,) = session.results["record"][0]["weights"]
+    assert weights.shape == (1, 2, 4, 3 + 4)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 4))
+    with torch.no_grad():  # the weights are those of the module's own maps, text first
+        tokens = attn.group_norm(image.flatten(2)).transpose(1, 2)
+        key = torch.cat([attn.add_k_proj(text), attn.to_k(tokens)], 1).unflatten(-1, (2, 8)).transpose(1, 2)
+        query = attn.to_q(tokens).unflatten(-1, (2, 8)).transpose(1, 2)
+    torch.testing.assert_close(weights, (query @ key.mT * attn.scale).softmax(-1))
 
 
 class Reads(Intervention):
