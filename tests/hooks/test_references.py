@@ -324,6 +324,12 @@ def test_what_shared_keys_refuse(pipe):
         image(pipe, TWO)
 
 
+def test_keys_that_a_layer_has_not_are_refused_by_number(pipe):
+    shared = SharedKeys("first", where=lambda site: torch.tensor([0, 300]))
+    with attnlib.attach(pipe, shared), pytest.raises(ValueError, match="where names keys 0 to 300, and each row"):
+        image(pipe, TWO, batch=1)
+
+
 def test_half_precision_and_another_scheduler(tmp_path_factory):
     pipe = pipes.stable_diffusion(
         tmp_path_factory.mktemp("words"), plan=pipes.scheduler("EulerAncestralDiscreteScheduler")

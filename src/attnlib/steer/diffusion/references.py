@@ -610,6 +610,11 @@ class SharedKeys(Intervention):
         if not within(site, self.step_range):
             return call(q, k, v)
         where = None if self.where is None else self.where(site)
+        if where is not None and len(where) and not 0 <= int(where.min()) <= int(where.max()) < k.shape[2]:
+            raise ValueError(
+                f"layer {site.layer} ({site.name}): where names keys {int(where.min())} to {int(where.max())}, and "
+                f"each row has {k.shape[2]} of them; name layers with layers=..., or keys by the layer"
+            )
         if isinstance(self.sources, KeyStore):
             other_k, other_v = self.sources.read(site, k)
             if where is not None:
