@@ -220,7 +220,7 @@ def test_diffusers_loads_what_was_saved(folder, tmp_path, kind, train):
         theirs.unet.load_attn_procs(str(tmp_path), weight_name=personalize.KV_FILE, _pipeline=theirs)
         assert {type(p) for p in theirs.unet.attn_processors.values()} == {CustomDiffusionAttnProcessor}
     else:
-        theirs.load_lora_weights(str(tmp_path))
+        theirs.load_lora_weights(str(tmp_path), weight_name="pytorch_lora_weights.safetensors")
     file = tmp_path / "new1-0.safetensors"
     if kind == "sdxl":
         from safetensors.torch import load_file

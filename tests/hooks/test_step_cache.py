@@ -271,7 +271,21 @@ def test_a_model_by_itself(dit):
 
 # ---- diffusers' own
 
+newer = pytest.mark.skipif(
+    not hasattr(caches.HookRegistry, "invalidate_child_registries_cache"),
+    reason="this diffusers lets no hook of its own stand beside ours",
+)
 
+
+def test_a_diffusers_that_is_too_old_is_told(dit, monkeypatch):
+    monkeypatch.delattr(caches.HookRegistry, "invalidate_child_registries_cache", raising=False)
+    with pytest.raises(RuntimeError, match=f"which diffusers {diffusers.__version__} does not allow; use a newer one"):
+        attnlib.attach(dit, DiffusersCache(caches.FirstBlockCacheConfig(threshold=0.1)))
+    with attnlib.attach(dit, StepCache(every(2))):  # nothing is left behind
+        pass
+
+
+@newer
 def test_pyramid_broadcast_is_a_table(dit):
     """All attentions at every second step: the same numbers from diffusers and from the table."""
     config = caches.PyramidAttentionBroadcastConfig(
@@ -298,6 +312,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
+@newer
 @pytest.mark.parametrize("name", CONFIGS)
 def test_other_caches_of_diffusers(name, dit):
     plain = classes(dit)
@@ -315,6 +330,7 @@ def test_other_caches_of_diffusers(name, dit):
     assert [set(m.__dict__) for m in dit.transformer.modules()] == before
 
 
+@newer
 def test_a_cache_of_diffusers_by_itself():
     """In Flux, whose pipeline sets contexts: the same as ``enable_cache``; FasterCache with it."""
     pipe, given = pipes.flux()
@@ -344,6 +360,7 @@ def test_a_cache_of_diffusers_by_itself():
         assert found["executed"].sum() < found["possible"].sum()
 
 
+@newer
 def test_refusals_of_diffusers_caches(dit):
     with pytest.raises(TypeError, match="config must be one of diffusers.hooks"):
         DiffusersCache("first")

@@ -345,6 +345,11 @@ class DiffusersCache(_Counted):
         import diffusers
         from diffusers import hooks
 
+        if not hasattr(hooks.HookRegistry, "invalidate_child_registries_cache"):
+            raise RuntimeError(
+                f"DiffusersCache puts hooks of diffusers beside ours, which diffusers {diffusers.__version__} does not "
+                "allow; use a newer one (0.42 does), or StepCache"
+            )
         model = session.model
         kind = type(self.config).__name__
         pipe = None if session.sampling is None else type(session.sampling.pipe).__name__

@@ -348,7 +348,8 @@ class Personalize:
 
     What is saved is loaded by diffusers, too: ``pipe.unet.load_attn_procs(folder,
     weight_name="pytorch_custom_diffusion_weights.safetensors", _pipeline=pipe)`` (without ``_pipeline`` diffusers 0.42
-    reads the file and sets nothing), or ``pipe.load_lora_weights(folder)``, and ``pipe.load_textual_inversion(file)``.
+    reads the file and sets nothing), or ``pipe.load_lora_weights(folder,
+    weight_name="pytorch_lora_weights.safetensors")``, and ``pipe.load_textual_inversion(file)``.
 
     Args:
         pipe: a pipeline with a conditional U-Net, an autoencoder and CLIP text encoders.
@@ -825,7 +826,8 @@ class Personalize:
 
             state = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet, adapter_name=ADAPTER))
             settings = self.unet.peft_config[ADAPTER].to_dict()
-            kept = {key: settings[key] for key in ("r", "lora_alpha", "target_modules")}
+            said = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
+            kept = {key: settings[key] for key in said}
             kept["target_modules"] = sorted(kept["target_modules"])
             type(self.pipe).save_lora_weights(folder, unet_lora_layers=state, unet_lora_adapter_metadata=kept)
             files.append(folder / "pytorch_lora_weights.safetensors")
@@ -923,7 +925,7 @@ def load_personalized(pipe: Any, folder: str | Path) -> list[str]:
                     )
                 weight.copy_(value)
     elif index["train"] == "lora":
-        pipe.load_lora_weights(folder)
+        pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
     for token, file in index["tokens"].items():
         found = load_file(folder / file)
         for tokenizer, encoder, key in ENCODERS:
