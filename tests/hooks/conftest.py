@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from hooks import pipes
+
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread():
@@ -10,3 +12,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the tokenizer of a module's tiny pipelines lies."""
+    return str(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    """A tiny pipeline; a module that wants another one defines its own ``pipe(folder)``."""
+    return pipes.stable_diffusion(folder)

@@ -246,3 +246,15 @@ def deepfloyd(seed=0):
     )  # fmt: skip
     given = {"prompt_embeds": torch.randn(1, 5, 10), "negative_prompt_embeds": torch.randn(1, 5, 10)}
     return quiet(pipe), given
+
+
+def animatediff(pipe):
+    """A tiny ``AnimateDiffPipeline`` of the parts of a :func:`stable_diffusion`."""
+    import diffusers
+
+    motion = diffusers.MotionAdapter(
+        block_out_channels=(16, 32), motion_layers_per_block=1, motion_num_attention_heads=2,
+        motion_norm_num_groups=4, motion_max_seq_length=8, use_motion_mid_block=False,
+    )  # fmt: skip
+    parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
+    return quiet(diffusers.AnimateDiffPipeline(**parts, unet=unet(size=8), motion_adapter=motion))

@@ -20,16 +20,6 @@ WORDS = ("circle", "square")
 AT = [[3], [7]]  # their tokens
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def pipe(folder):
-    return pipes.stable_diffusion(folder)
-
-
 def astar(words=WORDS, **settings):
     return AStar(words, **{"targets": None, "resolution": 8, **settings})
 
@@ -389,19 +379,13 @@ def test_bad_words_and_models(pipe, folder):
 
 
 def test_rows_that_cannot_run_alone_and_videos_are_refused(folder):
-    import diffusers
 
     pag = pipes.stable_diffusion(folder, cls="StableDiffusionPAGPipeline")
     with attnlib.attach(pag, AStar(("circle", "square"))):
         pipes.sample(pag, steps=1, pag_scale=0)
         with pytest.raises(ValueError, match="pag_scale=0"):
             pipes.sample(pag, steps=1)
-    motion = diffusers.MotionAdapter(
-        block_out_channels=(16, 32), motion_layers_per_block=1, motion_num_attention_heads=2,
-        motion_norm_num_groups=4, motion_max_seq_length=8, use_motion_mid_block=False,
-    )  # fmt: skip
-    parts = {n: getattr(pag, n) for n in ("vae", "text_encoder", "tokenizer", "scheduler")}
-    video = pipes.quiet(diffusers.AnimateDiffPipeline(**parts, unet=pipes.unet(), motion_adapter=motion))
+    video = pipes.animatediff(pag)
     with attnlib.attach(video, AStar(("circle", "square"))), pytest.raises(ValueError, match="denoises videos"):
         pipes.sample(video, steps=1, num_frames=2, height=16, width=16)
 

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    return pipes.stable_diffusion(str(tmp_path_factory.mktemp("words")), model=pipes.unet(size=8))
+def pipe(folder):
+    return pipes.stable_diffusion(folder, model=pipes.unet(size=8))
 
 
 def encoder(out_dim=16, **settings):

@@ -19,11 +19,6 @@ from hooks.test_personalize import image, make  # noqa: E402
 RECORDED = Fixture("attencraft")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("tokenizer"))
-
-
 # ---- the authors' functions
 
 

@@ -84,11 +84,6 @@ def test_layouts_are_the_authors(name, fuse):
 # ---- whole pipelines
 
 
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    return pipes.stable_diffusion(str(tmp_path_factory.mktemp("tokenizer")))
-
-
 def studio(pipe, scene=SCENE, have=(True, True), seed=0, weights=None, **settings):
     it = AutoStudio.of(pipe.unet, **settings).stage(scene, weights)
     torch.manual_seed(seed)

@@ -18,16 +18,6 @@ PROMPT = "a red circle and a blue square"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def pipe(folder):
-    return pipes.stable_diffusion(folder)
-
-
-@pytest.fixture(scope="module")
 def large(folder):
     """Image to image."""
     return pipes.stable_diffusion(folder, "StableDiffusionImg2ImgPipeline")

@@ -20,16 +20,6 @@ SMALL = {"depth": 1, "num_heads": 2, "head_dim": 4}
 PROMPT = "a red circle and a blue square"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def pipe(folder):
-    return pipes.stable_diffusion(folder)
-
-
 def made(model, words=("circle",), seed=0, **settings):
     torch.manual_seed(seed)
     return CustomContrast.of(model, features=8, tokens=2, encoder=SMALL, words=list(words), **settings).requires_grad_(

@@ -17,11 +17,6 @@ PROMPTS = ["a red circle and a blue square", "a red circle and a blue square"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
 def pipe(folder):
     return pipes.stable_diffusion(folder, model=pipes.unet(size=8))
 
@@ -133,45 +128,29 @@ def test_ways_of_calling(name, way, folder):
         assert torch.equal(draw(pipe, name, **given), plain)
 
 
-def test_pipelines_that_a_technique_does_not_fit_are_told_in_words(folder):
+def test_pipelines_that_a_technique_does_not_fit_are_told_in_words(pipe, folder):
     """Of the kind that ended in a size that does not match, or in nothing at all."""
-    import diffusers
-
-    plain = pipes.stable_diffusion(folder, model=pipes.unet(size=8))
-    parts = {n: getattr(plain, n) for n in ("vae", "text_encoder", "tokenizer", "scheduler")}
-    motion = diffusers.MotionAdapter(
-        block_out_channels=(16, 32), motion_layers_per_block=1, motion_num_attention_heads=2,
-        motion_norm_num_groups=4, motion_max_seq_length=8, use_motion_mid_block=False,
-    )  # fmt: skip
-    video = pipes.quiet(diffusers.AnimateDiffPipeline(**parts, unet=pipes.unet(size=8), motion_adapter=motion))
+    video = pipes.animatediff(pipe)
     pag = pipes.stable_diffusion(folder, "StableDiffusionPAGPipeline", pipes.unet(size=8))
     by_image = pipes.stable_diffusion(
         folder, "StableDiffusionInstructPix2PixPipeline", pipes.unet(size=8, in_channels=8)
     )
-    two = pipes.sdxl(folder)
+    xl = pipes.sdxl(folder)
     small, image = dict(height=8, width=8), dict(image=torch.rand(1, 3, 8, 8))
-    for pipe, given, names, match in (
+    for other, given, names, match in (
         (video, dict(num_frames=2, **small), ("AStar", "DynamicPrompt", "AnyMaker"), "denoises videos"),
         (by_image, image, ("CUpscale", "StructuredGuidance", "MIPAdapter", "LearntPrompt"), "has no encode_prompt"),
         (pag, small, ("AttendExcite", "DynamicPrompt", "RealCustom"), "call the pipeline with pag_scale=0"),
-        (two, small, ("LearntPrompt",), "embeddings are of 1 text encoders, and StableDiffusionXLPipeline has 2"),
-        (two, small, ("CustomContrast",), "semantic tokens of width 16, and UNet2DConditionModel reads text of"),
+        (xl, small, ("LearntPrompt",), "embeddings are of 1 text encoders, and StableDiffusionXLPipeline has 2"),
+        (xl, small, ("CustomContrast",), "semantic tokens of width 16, and UNet2DConditionModel reads text of"),
     ):
         for name in names:
-            with attnlib.attach(pipe, MAKE[name]()), pytest.raises((TypeError, ValueError), match=match):
-                draw(pipe, name, **given)
+            with attnlib.attach(other, MAKE[name]()), pytest.raises((TypeError, ValueError), match=match):
+                draw(other, name, **given)
 
 
-def test_rows_of_videos_are_known_where_a_pipeline_makes_one_whatever_it_is_asked(folder):
-    import diffusers
-
-    plain = pipes.stable_diffusion(folder, model=pipes.unet(size=8))
-    parts = {n: getattr(plain, n) for n in ("vae", "text_encoder", "tokenizer", "scheduler")}
-    motion = diffusers.MotionAdapter(
-        block_out_channels=(16, 32), motion_layers_per_block=1, motion_num_attention_heads=2,
-        motion_norm_num_groups=4, motion_max_seq_length=8, use_motion_mid_block=False,
-    )  # fmt: skip
-    video = pipes.quiet(diffusers.AnimateDiffPipeline(**parts, unet=pipes.unet(size=8), motion_adapter=motion))
+def test_rows_of_videos_are_known_where_a_pipeline_makes_one_whatever_it_is_asked(pipe):
+    video = pipes.animatediff(pipe)
     seen = []
 
     class See(attnlib.hooks.Intervention):

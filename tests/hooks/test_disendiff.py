@@ -22,11 +22,6 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("tokenizer"))
-
-
 @pytest.mark.parametrize("case", SETTINGS)
 def test_the_term_is_the_authors(case):
     theirs = RECORDED.under(case)

@@ -15,11 +15,6 @@ from hooks import pipes  # noqa: E402
 GRID = (3, 4)
 
 
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    return pipes.stable_diffusion(str(tmp_path_factory.mktemp("tokenizer")))
-
-
 def maps(*shape, seed=0):
     n = GRID[0] * GRID[1]
     return torch.randn(*shape, n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).softmax(-1)

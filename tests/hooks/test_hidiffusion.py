@@ -31,16 +31,6 @@ TINY = Table(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def pipe(folder):
-    return pipes.stable_diffusion(folder)
-
-
 def draw(pipe, size, count=1, **given):
     """A call of a pipeline for latents of a size, which pipelines themselves want to be multiples of 8."""
     dtype = pipe.unet.dtype

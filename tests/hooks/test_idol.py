@@ -23,8 +23,8 @@ PAIR = ["a red circle", "a red circle"]
 
 
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    return pipes.stable_diffusion(str(tmp_path_factory.mktemp("tokenizer")), model=pipes.unet(size=8))
+def pipe(folder):
+    return pipes.stable_diffusion(folder, model=pipes.unet(size=8))
 
 
 def moved(joint, seed=0):
@@ -174,14 +174,8 @@ def test_a_step_of_training_lowers_the_loss_of_both_streams(pipe):
 
 
 def test_in_a_video_pipeline_and_in_half_precision(pipe):
-    import diffusers
 
-    motion = diffusers.MotionAdapter(
-        block_out_channels=(16, 32), motion_layers_per_block=1, motion_num_attention_heads=2,
-        motion_norm_num_groups=4, motion_max_seq_length=8, use_motion_mid_block=False,
-    )  # fmt: skip
-    parts = {n: getattr(pipe, n) for n in ("vae", "text_encoder", "tokenizer", "scheduler")}
-    video = pipes.quiet(diffusers.AnimateDiffPipeline(**parts, unet=pipes.unet(size=8), motion_adapter=motion))
+    video = pipes.animatediff(pipe)
     plain = pipes.sample(video, PAIR, steps=1, num_frames=2, height=8, width=8)
     joint = JointModalities.of(video, num_heads=2)
     with attnlib.attach(video, joint):

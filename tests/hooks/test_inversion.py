@@ -31,11 +31,6 @@ PROMPT = "a red circle"
 
 
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    return pipes.stable_diffusion(str(tmp_path_factory.mktemp("tokenizer")))
-
-
-@pytest.fixture(scope="module")
 def texts(pipe):
     with torch.no_grad():
         return pipe.encode_prompt(PROMPT, "cpu", 1, True)[:2]

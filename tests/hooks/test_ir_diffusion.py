@@ -19,11 +19,6 @@ BOXES = [[(0, 0, 0.5, 1), (0.5, 0, 1, 1)], [(0.5, 0.5, 0.75, 1), (0.25, 0, 1, 0.
 UP = ["up_blocks.0.attentions.0*"]
 
 
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    return pipes.stable_diffusion(str(tmp_path_factory.mktemp("tokenizer")))
-
-
 class Outer(attnlib.hooks.Intervention):
     """Keeps what the layers of :data:`UP` give after all that is attached behind it."""
 

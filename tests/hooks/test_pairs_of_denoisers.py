@@ -259,8 +259,8 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    return pipes.stable_diffusion(str(tmp_path_factory.mktemp("tokenizer")), model=pipes.unet(size=8))
+def pipe(folder):
+    return pipes.stable_diffusion(folder, model=pipes.unet(size=8))
 
 
 def draw(pipe, *names):

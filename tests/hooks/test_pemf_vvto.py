@@ -18,8 +18,8 @@ CLOTH = torch.tensor([[0.3, 0.9], [0.7, 0.2]])
 
 
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    return pipes.stable_diffusion(str(tmp_path_factory.mktemp("tokenizer")), model=pipes.unet(size=8))
+def pipe(folder):
+    return pipes.stable_diffusion(folder, model=pipes.unet(size=8))
 
 
 def trained(module, std=0.5):

@@ -19,11 +19,6 @@ from hooks import pipes  # noqa: E402
 PROMPT = "a photo of <new1> cat"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("tokenizer"))
-
-
 def make(folder, kind=pipes.stable_diffusion, **settings):
     """A pipeline with tokenizers of its own, which new tokens may be added to."""
     pipe = kind(folder, **settings)

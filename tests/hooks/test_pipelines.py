@@ -14,16 +14,6 @@ from hooks import pipes  # noqa: E402
 from hooks.models import Watch  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def pipe(folder):
-    return pipes.stable_diffusion(folder)
-
-
 class Whole(Intervention):
     """Looks at every call of the denoiser; ``change`` may answer instead."""
 

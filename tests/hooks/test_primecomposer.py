@@ -25,8 +25,8 @@ SHIFT = (1, 2)
 
 
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    return pipes.stable_diffusion(str(tmp_path_factory.mktemp("tokenizer")), model=pipes.unet(size=8))
+def pipe(folder):
+    return pipes.stable_diffusion(folder, model=pipes.unet(size=8))
 
 
 @pytest.fixture(scope="module")

@@ -29,11 +29,6 @@ REFINED = [
 KEPT = (0, 1, 3, 5, 6, 9)
 
 
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    return pipes.stable_diffusion(str(tmp_path_factory.mktemp("tokenizer")))
-
-
 # ---- the authors' functions
 
 

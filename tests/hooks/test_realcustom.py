@@ -175,11 +175,6 @@ def test_so_many_tokens_are_kept_and_scores_learn():
 # ---- whole pipelines
 
 
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    return pipes.stable_diffusion(str(tmp_path_factory.mktemp("tokenizer")))
-
-
 def custom(pipe, words=("circle",), seed=0, **settings):
     it = RealCustom.of(pipe.unet, words=list(words), **settings)
     torch.manual_seed(seed)

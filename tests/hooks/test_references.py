@@ -21,11 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TWO = ["a red circle", "a blue square"]
 
 
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    return pipes.stable_diffusion(tmp_path_factory.mktemp("words"))
-
-
 def image(pipe, prompt="a red circle", batch=2, **given):
     settings = dict(num_inference_steps=2, output_type="latent", guidance_scale=3.0, num_images_per_prompt=batch)
     count = batch * (1 if isinstance(prompt, str) else len(prompt))

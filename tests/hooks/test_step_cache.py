@@ -17,11 +17,6 @@ from hooks import pipes  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
 def sd(folder):
     return pipes.stable_diffusion(folder)
 

@@ -23,11 +23,6 @@ SPANS = {"a red circle": [1, 2, 3], "a blue square": [5, 6, 7]}
 RECORDED = load_file(Path(__file__).parent.parent / "fixtures" / "structured-diffusion-guidance.safetensors")
 
 
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    return pipes.stable_diffusion(str(tmp_path_factory.mktemp("tokenizer")))
-
-
 # ---- the authors' attention
 
 

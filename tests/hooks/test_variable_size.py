@@ -16,12 +16,6 @@ from attnlib.steer.diffusion.variable_size import halvings, scale_factor  # noqa
 from hooks import pipes  # noqa: E402
 from hooks.models import Watch  # noqa: E402
 
-
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    return pipes.stable_diffusion(str(tmp_path_factory.mktemp("tokenizer")))
-
-
 # ---- the number
 
 

@@ -18,11 +18,6 @@ PROMPT = "a red circle and a blue square"
 PHRASES = ["red circle", "blue square"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("tokenizer"))
-
-
 def trained(form="mlp", width=16, image_dim=3):
     torch.manual_seed(0)
     fusion = PrototypeFusion(width, image_dim, form=form).double()

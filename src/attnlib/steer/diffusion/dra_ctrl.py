@@ -26,11 +26,8 @@ from ...hooks.site import Site
 
 #: Which segments (columns C, G, T, T_c) each segment reads.
 READS = ((1, 0, 0, 1), (1, 1, 1, 0), (0, 1, 1, 0), (1, 0, 0, 1))
-#: Released tasks, and the share of the shift that each has.
-TASKS = {
-    "canny": 0.0, "coloring": 0.0, "deblurring": 0.0, "depth": 0.0, "depth_pred": 0.0, "fill": 0.0, "sr": 0.0,
-    "subject_driven": 0.6, "style_transfer": 0.0,
-}  # fmt: skip
+#: Share of the shift in the released task that is given a subject; the others shift nothing.
+SUBJECT = 0.6
 _TEXT = ("add_", "_context", "context_")
 
 
@@ -64,8 +61,8 @@ class DimensionReduction(Intervention):
             the plain model's positions.
         compression: video frames per latent frame.
         condition: ``(embeds (B or 1, T_c, C), mask (B or 1, T_c))``, the condition's own prompt, encoded as the other.
-        shift: share of the mean size of the prompt's keys by which these are shifted where G reads them, e.g. 0.6
-            where a subject is given (``TASKS``); 0 for none.
+        shift: share of the mean size of the prompt's keys by which these are shifted where G reads them:
+            :data:`SUBJECT` where a subject is given, 0 for none.
         shift_from: first token of the prompt that is shifted, counted among those that are there; tokens before it
             hold the image.
         adapters: LoRA layers of peft act on the condition and on texts alone, and not on what is one vector a sample.
@@ -78,8 +75,8 @@ class DimensionReduction(Intervention):
 
     Reference: Cao et al., 2025, arXiv 2505.23325.
 
-    >>> DimensionReduction(shift=TASKS["subject_driven"]).shift
-    0.6
+    >>> DimensionReduction(shift=SUBJECT).stretch
+    12
     """
 
     name: ClassVar[str] = "dra-ctrl"

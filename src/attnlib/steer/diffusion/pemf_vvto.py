@@ -127,6 +127,7 @@ class PointSpatialAttention(Intervention, nn.Module):
     Args:
         maps: from the name of a self-attention to its :class:`PointMaps`.
         width: of the embedding of a point.
+        frames: F, the prompts behind the garment's.
         strength: factor on the embeddings; 0 is reference attention without points.
 
     ``match(...)`` says which points are matched; without it frames read the garment by content alone.
