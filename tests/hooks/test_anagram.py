@@ -31,7 +31,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_views_are_orthogonal_at_every_size(name):
-    """Criterion 3: the inverse of a view is one, at sizes of pictures and of maps; noise keeps its inner products."""
+    """The inverse of a view is one, at sizes of pictures and of maps; noise keeps its inner products."""
     view = VIEWS[name]()
     for side in (16, 32, 64):
         tiles.check_orthogonal(view, (side, side))
@@ -110,7 +110,7 @@ def test_parts_are_the_authors(t):
 
 @pytest.mark.parametrize("rho", [-0.3, 0.0, 0.3, 0.9, 1.0])
 def test_merged_noise_keeps_its_variance(rho):
-    """Criterion 2: whatever the views agree on; 0.3 under 0.6 and 0.4 is 0.815 without the factor."""
+    """Whatever the views agree on; 0.3 under 0.6 and 0.4 is 0.815 without the factor."""
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 1, 200_000, generator=g, dtype=torch.float64)
     noise = torch.stack([a, rho * a + (1 - rho**2) ** 0.5 * b])
@@ -126,7 +126,7 @@ def test_balance_and_the_loss_at_their_ends():
     assert torch.isfinite(low).all() and (low[0] > low[1]).all() and torch.allclose(low.sum(0), torch.ones(2))
     late = anagram.balance(torch.tensor([[0.1], [0.3]]), 29, 30)
     assert late[0, 0] > low[0, 0]
-    for t in (2, 3, 4):  # criterion 4
+    for t in (2, 3, 4):
         assert anagram.anti_segregation(torch.rand(1, 5, 5).expand(t, 5, 5)).item() == pytest.approx(0.05 * (t - 1))
     at = torch.arange(16.0)
     blobs = [torch.exp(-((at[:, None] - y) ** 2 + (at - x) ** 2) / 30) for y, x in ((5, 5), (10, 10))]
@@ -155,7 +155,7 @@ def texts(given, count=2):
 
 
 def test_one_view_is_the_pipeline(floyd):
-    """Criterion 1, with a scorer and rectification; and the pipeline afterwards, after an exception too."""
+    """With a scorer and rectification; and the pipeline afterwards, after an exception too."""
     pipe, given = floyd
     state, plain = torch.get_rng_state(), draw(*floyd)
     it = Anagram([tiles.identity_view()], texts(given, 1), scorer=lambda x, prompt, t: torch.full((len(x),), 0.2))

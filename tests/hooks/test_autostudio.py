@@ -193,11 +193,10 @@ def test_other_pipelines(pipe, tmp_path):
         def on_output(self, site, out):
             raise RuntimeError("stop")
 
-    plain, state = draw(pipe, None), torch.get_rng_state()
+    plain = draw(pipe, None)
     with attnlib.attach(pipe, studio(pipe, have=None), Fails()), pytest.raises(RuntimeError, match="stop"):
         pipes.sample(pipe, SCENE.prompt, steps=1)
     assert torch.equal(draw(pipe, None), plain)
-    del state
 
 
 # ---- latents of subjects

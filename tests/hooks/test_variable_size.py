@@ -36,7 +36,7 @@ def entropy(n, scale, generator):
 
 
 def test_rows_stay_nearer_to_the_entropy_of_training():
-    """Criterion 3: on wide logits, above and below T."""
+    """On wide logits, above and below T."""
     t, plain = 1024, 40**-0.5
     kept = entropy(t, plain, torch.Generator().manual_seed(0))
     for n in (100, 6400):
