@@ -260,6 +260,20 @@ def test_a_misspelt_setting_is_told_what_the_class_and_its_bases_take():
         assert f"'{own}'" in str(raised.value) and f"'{inherited}'" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [
+        ([torch.nn.Linear(1, 1)], TypeError, "maps must be a mapping from names to Linear, got"),
+        ({"a": torch.nn.Linear(1, 1), "b": 3}, TypeError, r"maps\['b'\] must be Linear, got 3"),
+        ({}, ValueError, "maps is empty: nothing would act"),
+    ],
+)
+def test_what_is_named_must_be_of_its_class(value, error, words):
+    C.check_named("maps", {"a": torch.nn.Linear(1, 1)}, torch.nn.Linear, "nothing would act")
+    with pytest.raises(error, match=words):
+        C.check_named("maps", value, torch.nn.Linear, "nothing would act")
+
+
 def shaped_functions():
     """Every function of the library with such a door whose arguments are tensors or may be left out."""
     found = {}

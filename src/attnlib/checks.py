@@ -167,6 +167,15 @@ def check_type(name: str, value: Any, kind: type | tuple[type, ...], what: str =
         raise TypeError(f"{name} must be {what or ' or '.join(k.__name__ for k in kinds)}, got {describe(value)}")
 
 
+def check_named(name: str, value: Any, kind: type, empty: str) -> None:
+    """Raise unless ``value`` maps names to objects of one class, at least one; ``empty`` says what none would mean."""
+    check_type(name, value, Mapping, f"a mapping from names to {kind.__name__}")
+    for key, one in value.items():
+        check_type(f"{name}[{key!r}]", one, kind)
+    if not value:
+        raise ValueError(f"{name} is empty: {empty}")
+
+
 def plain(value: Any) -> Any:
     """A number of numpy as Python's own, also inside a tuple or a list; anything else as it is.
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_int, check_real, shaped, to_list
+from ...checks import check_int, check_named, check_real, shaped, to_list
 from ...hooks.denoiser import CallSite
 from ...hooks.intervention import Intervention
 from ...hooks.pipelines import denoiser_of, is_pipeline
@@ -77,6 +77,9 @@ def map_consistency(video: Sequence[Tensor], depth: Sequence[Tensor]) -> Tensor:
     >>> map_consistency([torch.ones(1, 2)], [torch.zeros(1, 2)]).item()
     1.0
     """
+    for name, maps in (("video", video), ("depth", depth)):
+        if isinstance(maps, Tensor) or not all(isinstance(one, Tensor) for one in maps):
+            raise TypeError(f"{name} must be a sequence of maps, one of each layer, got {maps!r:.60}; write [maps]")
     if not video or len(video) != len(depth):
         raise ValueError(f"video and depth must be maps of the same layers, got {len(video)} and {len(depth)}")
     terms = []
@@ -132,8 +135,7 @@ class JointModalities(Intervention, nn.Module):
         keep: Sequence[str] = (),
     ):
         nn.Module.__init__(self)
-        if not blocks:
-            raise ValueError("blocks is empty: no stage of the denoiser would let its streams look at each other")
+        check_named("blocks", blocks, JointBlock, "no stage of the denoiser would let its streams look at each other")
         self.stages = tuple(blocks)
         self.blocks = nn.ModuleList(blocks.values())
         self.label = None if label is None else nn.Parameter(label)

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_float, check_int, check_rank, check_real
+from ...checks import check_float, check_int, check_named, check_rank, check_real, check_type, shaped
 from ...hooks.denoiser import CallSite
 from ...hooks.intervention import Intervention
 from ...hooks.pipelines import denoiser_of, is_pipeline
@@ -58,6 +58,7 @@ def check_points(name: str, points: Any, visible: Any, layout: str) -> tuple[Ten
     return points.detach(), seen
 
 
+@shaped(points="float (..., 2)")
 def cells(points: Tensor, grid: Sequence[int]) -> Tensor:
     """Numbers of the cells of a grid (h, w) that points (..., 2) lie in; x first, shares of the sides.
 
@@ -145,8 +146,7 @@ class PointSpatialAttention(Intervention, nn.Module):
 
     def __init__(self, maps: Mapping[str, nn.Module], width: int = 64, frames: int = 1, strength: float = 1.0):
         nn.Module.__init__(self)
-        if not maps:
-            raise ValueError("maps is empty: the model has no self-attention in which frames could read a garment")
+        check_named("maps", maps, PointMaps, "the model has no self-attention in which frames could read a garment")
         self.names = tuple(maps)
         self.maps = nn.ModuleList(maps.values())
         self.layers = list(self.names)
@@ -267,8 +267,9 @@ class PointTemporalAttention(Intervention, nn.Module):
 
     def __init__(self, blocks: Mapping[str, nn.Module], frames: int, cloth: bool = False, strength: float = 1.0):
         nn.Module.__init__(self)
-        if not blocks:
-            raise ValueError("blocks is empty: the model has no transformer of images behind which tracks could attend")
+        check_named(
+            "blocks", blocks, TrackBlock, "the model has no transformer of images behind which tracks could attend"
+        )
         self.names = tuple(blocks)
         self.blocks = nn.ModuleList(blocks.values())
         self.acts_on = self.names
@@ -281,6 +282,7 @@ class PointTemporalAttention(Intervention, nn.Module):
         """For all image transformers of a U-Net (or of a pipeline's)."""
         if is_pipeline(model):
             model = denoiser_of(model)[0]
+        check_type("model", model, nn.Module, "a denoiser or a pipeline of diffusers")
         blocks = {
             name: TrackBlock(module.in_channels, num_heads)
             for name, module in model.named_modules()

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_rank, check_real, check_tensors, check_type, describe
+from ...checks import check_named, check_rank, check_real, check_tensors, check_type, describe
 from ...hooks.intervention import Intervention
 from ...hooks.pipelines import denoiser_of, is_pipeline
 from ...hooks.site import Site
@@ -90,10 +90,9 @@ class ReferenceBranches(Intervention, nn.Module):
         step_range: Sequence[float] = (0.0, 1.0),
     ):
         nn.Module.__init__(self)
-        if not maps:
-            raise ValueError("maps is empty: the model has no cross attention that a reference could stand beside")
-        for name, one in maps.items():
-            check_type(f"maps[{name!r}]", one, ReferenceMaps)
+        check_named(
+            "maps", maps, ReferenceMaps, "the model has no cross attention that a reference could stand beside"
+        )
         self.names = tuple(maps)
         self.maps = nn.ModuleList(maps.values())
         self.project = project
