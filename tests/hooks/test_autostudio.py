@@ -34,7 +34,7 @@ class Given(AutoStudio):
     def around_denoiser(self, site, inputs, call):
         return call(inputs)
 
-    def texts(self, site):
+    def texts(self):
         return RECORDED["texts"][1:]
 
 

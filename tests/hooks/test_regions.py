@@ -36,6 +36,7 @@ def test_maps_at_another_grid():
     torch.testing.assert_close(
         R.resized(maps, (4, 5)), F.interpolate(maps, (4, 5), mode="bilinear", align_corners=False)
     )
+    torch.testing.assert_close(R.resized(maps, (4, 5), "bicubic"), F.interpolate(maps, (4, 5), mode="bicubic"))
     torch.testing.assert_close(
         R.resized(maps, (3, 3), "area"), maps.unflatten(-2, (3, 3)).mean(-2).unflatten(-1, (3, 2)).mean(-1)
     )

@@ -18,6 +18,7 @@ Predicted variances are averaged with ``alpha``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +32,7 @@ from ...types import stats_dtype
 from .dynamic_prompt import LearntPrompt
 from .maps import overlap
 from .prompts import encode_alone, token_spans
-from .tiles import InParts, check_orthogonal, pairs
+from .tiles import InParts, check_orthogonal
 
 #: A score of pictures (B, C, H, W) in [0, 1], noisy ones, against a prompt at a timestep: (B,), the higher the more.
 Scorer = Callable[[Tensor, str, Any], Tensor]
@@ -80,7 +81,7 @@ def anti_segregation(maps: Tensor) -> Tensor:
     """
     t = len(maps)
     wanted = 0.5 - 0.05 * (t - 1)
-    terms = [(wanted - overlap(maps[i], maps[j])).abs() for i, j in pairs(t)]
+    terms = [(wanted - overlap(one, other)).abs() for one, other in combinations(maps, 2)]
     return torch.stack(terms).mean() if terms else maps.sum() * 0
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +33,7 @@ from ...hooks.denoiser import CallSite, step_of
 from ...hooks.intervention import Intervention
 from ...hooks.pipelines import repeated
 from ...hooks.site import Site
+from ...ops import attention
 from .prompts import encoded
 from .references import ReferenceBranches
 from .regions import Box, against_tiles, box_masks, check_box, image_grid, mask_box, mixed_branches, resized, shares
@@ -65,7 +66,7 @@ class Scene:
     """
 
     background: str
-    subjects: Sequence[Subject] = field(default_factory=tuple)
+    subjects: Sequence[Subject] = ()
 
     @property
     def prompt(self) -> str:
@@ -234,7 +235,7 @@ class AutoStudio(ReferenceBranches):
             notes[self, "texts"] = encoded(site.sampling, texts, like)
         return call(inputs)
 
-    def texts(self, site: Site) -> Tensor:
+    def texts(self) -> Tensor:
         """(1 + S, L, D) embeddings of background and subjects."""
         found: Tensor = self.session.notes[self, "texts"]
         return found
@@ -264,13 +265,14 @@ class AutoStudio(ReferenceBranches):
         rest = site.rows_named(("uncond",), q.device).nonzero().flatten()
         module: Any = site.module
         dtype = next(module.to_k.parameters()).dtype
-        texts = self.texts(site).to(q.device, dtype)
+        texts = self.texts().to(q.device, dtype)
         heads = [f(texts).unflatten(-1, (site.kv_heads, -1)).transpose(1, 2) for f in (module.to_k, module.to_v)]
         if getattr(module, "norm_k", None) is not None:
             heads[0] = module.norm_k(heads[0])
         asking = q.index_select(0, cond)
-        read = functools.partial(_read, scale=site.scale)
-        branches = [functools.partial(read, k=a[None].to(q), v=b[None].to(q)) for a, b in zip(*heads, strict=True)]
+        read = functools.partial(attention, scale=site.scale)
+        keys_of, values_of = (t[:, None].expand(-1, len(cond), -1, -1, -1).to(q) for t in heads)
+        branches = [functools.partial(read, k=a, v=b) for a, b in zip(keys_of, values_of, strict=True)]
         first = out.index_select(0, cond)
         mixed = first * text[0, :, None].to(first.dtype) + mixed_branches(asking, branches, _rows(text[1:], cond))
         scales = self.scales(site, len(text) - 2)
@@ -310,11 +312,6 @@ class AutoStudio(ReferenceBranches):
 def _rows(weights: Tensor, rows: Tensor) -> Tensor:
     """(R, N) for every row."""
     return weights.expand(len(rows), -1, -1)
-
-
-def _read(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    k, v = (t.expand(len(q), -1, -1, -1) for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 # ---- subjects' latents

@@ -28,7 +28,8 @@ from ...hooks.pipelines import repeated
 from ...hooks.site import Site
 from ...ops import attention
 from .prompts import encode_alone
-from .tiles import Tile, TiledDenoiser, low_pass, resized
+from .regions import resized
+from .tiles import Tile, TiledDenoiser, low_pass
 
 FILTERS = ("ideal", "gaussian")
 WHERE = ("estimate", "latents")
@@ -194,7 +195,7 @@ class CUpscale(TiledDenoiser):
     @staticmethod
     def encode(pipe: Any, image: Any, sides: Sequence[int]) -> Tensor:
         """(1, C, h, w) clean latents of an image, resized to ``sides`` in pixels, for ``structure``."""
-        pixels = resized(pipe.image_processor.preprocess(image), sides)
+        pixels = resized(pipe.image_processor.preprocess(image), sides, "bicubic")
         with torch.no_grad():
             latents = pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype)).latent_dist.mode()
         return (latents - (getattr(pipe.vae.config, "shift_factor", None) or 0.0)) * pipe.vae.config.scaling_factor
@@ -266,7 +267,7 @@ class CUpscale(TiledDenoiser):
 
     def _structure(self, like: Tensor) -> Tensor:
         assert self.structure is not None
-        found = resized(self.structure.to(like.device, torch.float32), like.shape[-2:]).to(like)
+        found = resized(self.structure.to(like.device, torch.float32), like.shape[-2:], "bicubic").to(like)
         if len(found) > 1 and len(like) % len(found):
             raise ValueError(f"structure is of {len(found)} images, the denoiser reads {len(like)} rows")
         return found.repeat(len(like) // len(found), 1, 1, 1)

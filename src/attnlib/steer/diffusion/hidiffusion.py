@@ -32,6 +32,7 @@ from ...grids import block_windows, unblock_windows
 from ...hooks.denoiser import CallSite, parameter_names
 from ...hooks.intervention import Intervention
 from ...hooks.site import Site
+from .regions import resized
 
 HOW = ("conv", "pool")
 
@@ -407,8 +408,8 @@ class HiDiffusion(Intervention):
         else:
             stages = skip_sizes(site.module, inputs[site.main].shape[-2:], places)
             sizes = [stages[0][0], *(size for stage in stages for size in stage[1:])]
-            added = tuple(_brought(a, size) for a, size in zip(added, sizes, strict=True))
-            middle = _brought(middle, sizes[-1])
+            added = tuple(resized(a, size, "bicubic") for a, size in zip(added, sizes, strict=True))
+            middle = resized(middle, sizes[-1], "bicubic")
         names = ("down_block_additional_residuals", "mid_block_additional_residual")
         return call({**inputs, names[0]: added, names[1]: middle})
 
@@ -487,9 +488,3 @@ class HiDiffusion(Intervention):
         with self.session.some_rows([row for row in range(len(hidden)) for _ in range(4)]):
             out = call(parts)
         return merge_windows(out, grid, shift)
-
-
-def _brought(residual: Tensor, size: tuple[int, int]) -> Tensor:
-    if residual.shape[-2:] == size:
-        return residual
-    return F.interpolate(residual, size=size, mode="bicubic")

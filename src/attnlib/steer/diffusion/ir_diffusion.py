@@ -32,7 +32,7 @@ from ...hooks.maps import Maps
 from ...hooks.site import Site
 from ...ops import attention
 from .maps import normalize, of_spans
-from .prompts import context_spans
+from .prompts import context_spans, per_prompt
 from .regions import (
     PRIORITIES,
     against_tiles,
@@ -40,6 +40,7 @@ from .regions import (
     box_masks,
     check_box,
     image_grid,
+    images_of,
     label_map,
     mask_box,
     moved,
@@ -285,7 +286,9 @@ class IRDiffusion(Intervention):
         labels = now.get(grid)
         if labels is None:
             labels = now[grid] = label_map(resized(now["masks"], grid, "any"), self.priority).to(q.device)
-        rows = _by_image(site.rows)
+        rows: dict[int, list[int]] = {}
+        for row, image in enumerate(images_of(site.rows)):
+            rows.setdefault(image, []).append(row)
         each = len(rows) // (max(site.prompts) + 1)
         refs = {r * each + m for r in self.references for m in range(each)}
         targets = [image for image in rows if image not in refs]
@@ -415,25 +418,12 @@ def _check_boxes(boxes: Sequence[Sequence[Any]]) -> list[list[Any]]:
 
 def _per_prompt(subjects: list[Any], prompts: int) -> list[list[Any]]:
     """Words of each subject for every prompt."""
-    lists = [isinstance(w, (list, tuple)) and any(not isinstance(t, int) for t in w) for w in subjects]
-    if not any(lists):
-        return [subjects] * prompts
-    if not all(lists) or len(subjects) != prompts or len({len(some) for some in subjects}) != 1:
+    lists = per_prompt(subjects, prompts, "subjects")
+    if len({len(some) for some in lists}) != 1:
         raise ValueError(
-            f"subjects must be words for every prompt, or as many for each of {prompts} prompts, None for one that it "
-            f"lacks; got {subjects!r:.80}"
+            f"subjects must be as many for each of {prompts} prompts, None for one that it lacks; got {subjects!r:.80}"
         )
-    return [list(some) for some in subjects]
-
-
-def _by_image(rows: Sequence[str]) -> dict[int, list[int]]:
-    """Rows of each image: the m-th of every name belongs to image m."""
-    count: dict[str, int] = {}
-    found: dict[int, list[int]] = {}
-    for row, name in enumerate(rows):
-        found.setdefault(count.get(name, 0), []).append(row)
-        count[name] = count.get(name, 0) + 1
-    return found
+    return lists
 
 
 def _as_map(t: Tensor, grid: Sequence[int]) -> Tensor:

@@ -220,20 +220,23 @@ def encode_alone(sampling: Any, text: str, like: Tensor) -> Tensor:
     return encoded(sampling, [text], like)[0]
 
 
-def per_prompt(words: Sequence[Any], prompts: int) -> list[list[Word]]:
-    """Words that may be the same for every prompt, or a list for each.
+def per_prompt(words: Sequence[Any], prompts: int, name: str = "words") -> list[list[Any]]:
+    """Words that may be the same for every prompt, or a list for each; ``None`` stands for one that is lacking.
 
     >>> per_prompt(["cat", [3, 4]], 2)
     [['cat', [3, 4]], ['cat', [3, 4]]]
     >>> per_prompt([["cat"], []], 2)
     [['cat'], []]
     """
-    nested = [not isinstance(w, str) and (not len(w) or any(not isinstance(t, int) for t in w)) for w in words]
+    nested = [
+        w is not None and not isinstance(w, str) and (not len(w) or any(not isinstance(t, int) for t in w))
+        for w in words
+    ]
     if not any(nested):
         return [list(words)] * prompts
     if not all(nested) or len(words) != prompts:
         raise ValueError(
-            f"words must be those of every prompt, or a list of them for each of {prompts} prompts; got "
+            f"{name} must be those of every prompt, or a list of them for each of {prompts} prompts; got "
             f"{describe(words)}"
         )
     return [list(w) for w in words]

@@ -27,7 +27,6 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_divides, check_flag, check_int, check_real, shaped
@@ -35,9 +34,10 @@ from ...hooks.denoiser import CallSite, rows_of, step_of
 from ...hooks.intervention import Intervention
 from ...hooks.maps import Maps
 from ...hooks.site import Site
+from ...ops import attention
 from .prompts import context_spans, per_prompt
 from .references import ReferenceBranches
-from .regions import against_tiles, image_grid, mixed_branches, resized
+from .regions import against_tiles, image_grid, images_of, mixed_branches, resized
 
 #: How weights of several layers become one map.
 STRATEGIES = ("min_max_per_channel", "max_norm", "min_max_norm", "mean")
@@ -137,7 +137,7 @@ class _Fusion(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for t in (self.to_q(self.norm1(deep)), self.to_k(others), self.to_v(others))
         )
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def _mlp(dim: int, out_dim: int) -> nn.Sequential:
@@ -484,13 +484,8 @@ class RealCustom(ReferenceBranches):
         masks = self.session.notes.get((self, "masks"))
         if masks is None:
             return q.new_ones(len(q), self.references, q.shape[2])
-        count: dict[str, int] = {}
-        rows = []
-        for name in site.rows or ():
-            rows.append(count.get(name, 0))
-            count[name] = rows[-1] + 1
         at = resized(masks, image_grid(site)).flatten(-2)
-        return at.index_select(0, torch.tensor(rows, device=at.device))
+        return at.index_select(0, torch.tensor(images_of(site.rows or ()), device=at.device))
 
     def around_attention(self, site: Site, q: Tensor, k: Tensor, v: Tensor, call: Callable[..., Tensor]) -> Tensor:
         out = call(q, k, v)
@@ -502,7 +497,8 @@ class RealCustom(ReferenceBranches):
         keys, values = self.keys_values(site, len(q)) if self.scoring is None else self._chosen(site, q, k)
         weights = self.weigh(site, q, out) * torch.tensor(scales, device=q.device, dtype=torch.float32)[:, None]
         branches = [
-            functools.partial(_read, k=keys[r].to(q), v=values[r].to(q), scale=site.scale) for r in range(len(scales))
+            functools.partial(attention, k=keys[r].to(q), v=values[r].to(q), scale=site.scale)
+            for r in range(len(scales))
         ]
         return out + mixed_branches(q, branches, weights.to(q.device)).to(out.dtype)
 
@@ -555,7 +551,3 @@ class RealCustom(ReferenceBranches):
                 getattr(self.maps[self.names.index(name)], f"to_{p}_ip").weight.copy_(rest[key])
         self._kept.clear()
         return {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-
-
-def _read(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)

@@ -22,7 +22,7 @@ from ...types import stats_dtype
 from .tiles import InParts
 
 #: How a map gets to another grid. ``"any"`` marks a cell that holds some of a region, so that small ones stay.
-RESIZERS = ("bilinear", "area", "any")
+RESIZERS = ("bilinear", "bicubic", "area", "any")
 
 #: Which region has a place that several want. ``"largest"`` and ``"smallest"`` go by their numbers of cells.
 PRIORITIES = ("first", "last", "smallest", "largest")
@@ -74,7 +74,7 @@ def resized(maps: Tensor, grid: Sequence[int], how: str = "bilinear") -> Tensor:
     """Maps (..., H, W) at another grid (..., h, w), as floats.
 
     Args:
-        how: ``"bilinear"`` (four neighbours, no smoothing before), ``"area"`` (the mean over a cell), or ``"any"``.
+        how: ``"bilinear"`` or ``"bicubic"`` (no smoothing before), ``"area"`` (the mean over a cell), or ``"any"``.
 
     >>> resized(torch.eye(4), (2, 2), "any").tolist(), resized(torch.eye(4), (2, 2), "area").tolist()
     ([[1.0, 0.0], [0.0, 1.0]], [[0.5, 0.0], [0.0, 0.5]])
@@ -85,8 +85,8 @@ def resized(maps: Tensor, grid: Sequence[int], how: str = "bilinear") -> Tensor:
     if tuple(maps.shape[-2:]) == size:
         return floats
     flat = floats.reshape(-1, 1, *maps.shape[-2:]).to(stats_dtype(floats.dtype))
-    if how == "bilinear":
-        flat = F.interpolate(flat, size, mode="bilinear", align_corners=False)
+    if how in ("bilinear", "bicubic"):
+        flat = F.interpolate(flat, size, mode=how, align_corners=False)
     else:
         height, width = size
         flat = (F.adaptive_avg_pool2d if how == "area" else F.adaptive_max_pool2d)(flat, (height, width))
@@ -149,6 +149,20 @@ def against_tiles(other: Any) -> str | None:
     if isinstance(other, InParts):
         return f"places are those of the whole picture, and {type(other).__name__} runs parts of it by themselves"
     return None
+
+
+def images_of(rows: Sequence[str]) -> list[int]:
+    """The image of each row of a batch: the m-th row of every name is of image m.
+
+    >>> images_of(["uncond", "uncond", "cond", "cond"])
+    [0, 1, 0, 1]
+    """
+    count: dict[str, int] = {}
+    found = []
+    for name in rows:
+        found.append(count.get(name, 0))
+        count[name] = found[-1] + 1
+    return found
 
 
 def image_grid(site: Site) -> tuple[int, int]:

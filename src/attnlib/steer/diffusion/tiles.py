@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...checks import check_choice, check_flag, check_int, check_real, shaped, to_tuple
@@ -457,11 +456,6 @@ def jigsaw(seed: int = 4522) -> View:
     return View(order, name=f"jigsaw({seed})")
 
 
-def pairs(count: int) -> Iterator[tuple[int, int]]:
-    """All pairs ``i < j``."""
-    return ((i, j) for i in range(count) for j in range(i + 1, count))
-
-
 def low_pass(x: Tensor, cutoff: float, how: str = "ideal") -> Tensor:
     """The frequencies of (..., H, W) below ``cutoff`` of the highest, in each direction.
 
@@ -483,8 +477,3 @@ def low_pass(x: Tensor, cutoff: float, how: str = "ideal") -> Tensor:
     else:
         keep = torch.exp(-(fy[:, None] ** 2 + fx**2) / (2 * cutoff**2))
     return torch.fft.irfft2(torch.fft.rfft2(work) * keep, s=(h, w)).to(x.dtype)
-
-
-def resized(x: Tensor, sides: Sequence[int]) -> Tensor:
-    """(B, C, H, W) at another size, bicubically."""
-    return x if tuple(x.shape[-2:]) == tuple(sides) else F.interpolate(x, size=tuple(sides), mode="bicubic")
