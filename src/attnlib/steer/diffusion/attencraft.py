@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...checks import check_int, check_real, shaped
-from .maps import js, normalize, of_spans
+from .maps import js, normalize, of_spans, resized
 from .personalize import Example, Personalize, Seen, Term
-from .prompts import find
+from .prompts import find, holds
 
 
 @shaped(between="float (N, h, w)")
@@ -61,13 +61,6 @@ def refined(maps: Tensor, between: Tensor, power: int = 4, square: bool = True) 
     maps = resized(maps, (h, w))
     maps = normalize(maps.square() if square else maps, "range")
     return normalize((affinity(between, power) @ maps.flatten(1).T).T.unflatten(1, (h, w)), "range")
-
-
-def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(K, h, w) at another size, bicubic."""
-    if maps.shape[-2:] == size:
-        return maps
-    return F.interpolate(maps[None], size, mode="bicubic", align_corners=False)[0]
 
 
 @shaped(maps="float (K, h, w)")
@@ -292,16 +285,7 @@ class AttenCraft(Term):
         return chosen
 
     def _named(self, example: Example) -> list[int]:
-        def there(word: str) -> bool:
-            if word in example.spans:
-                return True
-            try:
-                find(example.prompt, word)
-            except ValueError:
-                return False
-            return True
-
-        return [k for k, modifier in enumerate(self.concepts) if there(modifier)]
+        return [k for k, word in enumerate(self.concepts) if word in example.spans or holds(example.prompt, word)]
 
     def inside(self, examples: Sequence[Example], size: tuple[int, int]) -> Tensor | None:
         assert self.masks is not None

@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...checks import check_choice, check_int, check_real, shaped
-from .maps import of_spans, smooth
+from .maps import of_spans, resized, smooth
 from .personalize import Seen, Term
 from .prompts import Word
 
@@ -128,7 +127,7 @@ class DisenDiff(Term):
         """(M, h, w) of words of one prompt, stretched and blurred, from (T, h, w)."""
         some = of_spans(maps, spans)
         if self.size is not None:
-            some = F.interpolate(some[None], (self.size, self.size), mode="bicubic", align_corners=False)[0]
+            some = resized(some, (self.size, self.size))
         low, high = some.amin((-2, -1), keepdim=True), some.amax((-2, -1), keepdim=True)
         some = (some - low) / (high - low + 1e-8)
         return some if self.sigma is None else smooth(some, self.sigma)

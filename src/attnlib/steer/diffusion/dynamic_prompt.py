@@ -21,7 +21,6 @@ to the image; what was learnt is handed to an edit by :class:`LearntPrompt`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -35,7 +34,7 @@ from ...hooks.intervention import Intervention
 from .invert import NullText, fresh, null_step
 from .losses import TokenUpdate, _Tokens, check_words
 from .maps import cosine, of_spans, over_words, smooth
-from .prompts import find
+from .prompts import find, holds
 
 
 @shaped(maps="float (T, h, w)")
@@ -369,7 +368,7 @@ class LearntPrompt(Intervention):
         notes, key = self.session.notes, (self, "tokens", tuple(site.prompts[i] for i in index))
         if key not in notes:
             prompts = site.sampling.prompts or []
-            held = [[w for w in self.words if re.search(rf"(?<!\w){re.escape(w)}(?!\w)", p, re.I)] for p in prompts]
+            held = [[w for w in self.words if holds(p, w)] for p in prompts]
             for word in self.words:
                 if not any(word in some for some in held):
                     find(" | ".join(prompts), word)

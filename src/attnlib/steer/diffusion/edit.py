@@ -32,7 +32,7 @@ from ...hooks.maps import Maps
 from ...hooks.pipelines import Stepped, repeated
 from ...hooks.site import Site
 from .maps import normalize
-from .prompts import context_spans, find, per_prompt, text_streams, token_spans
+from .prompts import find, holds, spans_of, text_streams, token_spans
 from .tiles import InParts
 
 MODES = ("replace", "refine", None)
@@ -403,7 +403,7 @@ class PromptToPrompt(Intervention):
             """Of each edit that has a word, its tokens."""
             found = []
             for number, edit in enumerate(edits):
-                if re.search(rf"(?<!\w){re.escape(word.strip())}(?!\w)", edit, re.IGNORECASE):
+                if holds(edit, word):
                     found.append((number, token_spans(tokenizer, edit, [word], limit)[0]))
             if not found:
                 find(edits[-1], word)  # which says that it is not there
@@ -428,8 +428,8 @@ class PromptToPrompt(Intervention):
         for key, words in (("blend", self.blend), ("subtract", self.subtract)):
             if words is not None:
                 plan[key] = torch.zeros(len(prompts), length)
-                for number, (prompt, chosen) in enumerate(zip(prompts, per_prompt(words, len(prompts)), strict=True)):
-                    for span in context_spans(sampling.pipe, prompt, chosen, longest):
+                for number, spans in enumerate(spans_of(sampling, words)):
+                    for span in spans:
                         plan[key][number, span] = 1.0
         return plan
 

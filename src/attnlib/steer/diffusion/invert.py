@@ -35,6 +35,7 @@ from ...checks import check_int, check_real, check_tensors
 from ...hooks.denoiser import CallSite, with_gradient
 from ...hooks.intervention import Intervention
 from ...hooks.session import Session
+from ...types import stats_dtype
 
 #: ``predict(latents (B, C, H, W), timestep) -> (B, C, H, W)``: noise, or whatever the scheduler's model predicts.
 Predict = Callable[[Tensor, Any], Tensor]
@@ -403,7 +404,7 @@ def null_step(
     t = forward.timesteps[step]
     with with_gradient():
         latents, target, cond = latents.detach().clone(), target.detach().clone(), cond.detach().clone()
-        learnt = uncond.detach().clone().to(torch.promote_types(uncond.dtype, torch.float32)).requires_grad_()
+        learnt = uncond.detach().clone().to(stats_dtype(uncond.dtype)).requires_grad_()
         optimizer = torch.optim.Adam([learnt], lr=lr * (1 - decay * step))
         for _ in range(inner):
             base = denoise(latents, t, learnt.to(uncond.dtype))

@@ -24,7 +24,7 @@ from ...checks import check_int, check_real
 from ...hooks.denoiser import CallSite, check_pictures, rows_of, rows_of_guidance, step_of, with_gradient
 from ...hooks.intervention import Intervention
 from ...hooks.maps import Maps
-from .prompts import context_spans, encoder_of, per_prompt
+from .prompts import encoder_of, spans_of
 
 
 def check_words(words: Any) -> list[Any]:
@@ -47,6 +47,15 @@ def check_first(name: str, steps: int | Collection[int] | None) -> int | frozens
     if steps is None or isinstance(steps, int):
         return None if steps is None else check_int(name, steps, least=0)
     return frozenset(check_int(name, step, least=0) for step in steps)
+
+
+def acts_at(steps: int | Collection[int] | None, step: int) -> bool:
+    """Whether a step is one of those that :func:`check_first` gave.
+
+    >>> acts_at(2, 1), acts_at(frozenset({0}), 1), acts_at(None, 9)
+    (True, False, True)
+    """
+    return steps is None or (step < steps if isinstance(steps, int) else step in steps)
 
 
 class LatentUpdate(Intervention):
@@ -140,16 +149,11 @@ class LatentUpdate(Intervention):
 
     # ---- one step
 
-    def _moves(self, step: int) -> bool:
-        if self.steps is None:
-            return True
-        return step < self.steps if isinstance(self.steps, int) else step in self.steps
-
     def around_denoiser(
         self, site: CallSite, inputs: dict[str, Any], call: Callable[[dict[str, Any]], Tensor]
     ) -> Tensor:
         step, sampling = step_of(site, self), site.sampling
-        if not (self._moves(step) or step in self.targets):
+        if not (acts_at(self.steps, step) or step in self.targets):
             return call(inputs)
         notes = self.session.notes
         rows = site.rows
@@ -205,17 +209,9 @@ class _Move:
         self.scale = site.sampling.scale
         self.z = self._latents(self.rows[site.main]) / self.scale
         sampling, session = site.sampling, owner.session
-        prompts, arguments = sampling.prompts, sampling.arguments
-        words = per_prompt(owner.words, sampling.prompt_count)
-        longest = arguments.get("max_sequence_length")
-        cache = session.notes.get((owner, "spans"))
-        if cache is None:
-            cache = [
-                context_spans(sampling.pipe, None if prompts is None else prompts[p], some, longest)
-                for p, some in enumerate(words)
-            ]
-            session.notes[owner, "spans"] = cache
-        self.spans = [cache[site.prompts[i]] for i in index]
+        if (owner, "spans") not in session.notes:
+            session.notes[owner, "spans"] = spans_of(sampling, owner.words)
+        self.spans = [session.notes[owner, "spans"][site.prompts[i]] for i in index]
         memory = session.notes.get((owner, "memory"))
         if memory is None or len(memory) != len(index):
             memory = session.notes[owner, "memory"] = [{} for _ in index]
@@ -295,7 +291,7 @@ class _Move:
             slope[refined] = part
             at = torch.as_tensor(refined, device=z.device)
             seen = {of: m.index_copy(0, at, self.seen[of]) for of, m in seen.items()}
-        if owner._moves(self.step) and bool(slope.any()):
+        if acts_at(owner.steps, self.step) and bool(slope.any()):
             z, moved = z - (size * slope).to(z), True
         if not owner.looks_after:
             self.keep(seen)
@@ -425,9 +421,7 @@ class TokenUpdate(Intervention):
             self.embeddings = []
         tokens: _Tokens = notes[self, "tokens"]
         step = step_of(site, self)
-        if (self.steps is None or (step < self.steps if isinstance(self.steps, int) else step in self.steps)) and (
-            notes.get((self, "done")) != step
-        ):
+        if acts_at(self.steps, step) and notes.get((self, "done")) != step:
             self._learn(site, inputs, call, tokens, index)
         if notes.get((self, "done")) != step:
             self.embeddings.append([t.detach().clone() for t in tokens.learnt])
@@ -506,8 +500,7 @@ class _Tokens:
         if getattr(pipe, "tokenizer_3", None) is not None:
             raise ValueError(f"{who} serves one tokenizer, {type(pipe).__name__} reads tokens of several side by side")
         self.pipe, self.settings = pipe, sampling.arguments
-        each = per_prompt(words, len(prompts))
-        spans = [context_spans(pipe, prompt, some) for prompt, some in zip(prompts, each, strict=True)]
+        spans = spans_of(sampling, words)
         self.numbers = [site.prompts[i] for i in index]
         self.prompts = [prompts[n] for n in self.numbers]
         self.spans = [spans[n] for n in self.numbers]

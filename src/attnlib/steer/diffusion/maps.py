@@ -65,6 +65,14 @@ def of_spans(maps: Tensor, spans: Sequence[Sequence[int]]) -> Tensor:
     return torch.stack([maps[..., list(span), :, :].mean(-3) for span in spans], -3)
 
 
+@shaped(maps="float (K, h, w)")
+def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """(K, H, W) maps at another size, bicubic; themselves where it is theirs."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps[None], tuple(size), mode="bicubic", align_corners=False)[0]
+
+
 @shaped(maps="float (..., h, w)")
 def smooth(maps: Tensor, sigma: float = 0.5, kernel: int = 3) -> Tensor:
     """A Gaussian blur of standard deviation ``sigma`` pixels over ``kernel`` by ``kernel`` of them, reflected at edges.

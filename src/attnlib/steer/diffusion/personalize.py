@@ -38,7 +38,8 @@ from ...hooks.intervention import Intervention
 from ...hooks.maps import Maps
 from ...hooks.pipelines import is_pipeline
 from ...optim import shown
-from .prompts import Word, context_spans, encoder_of, find
+from ...types import stats_dtype
+from .prompts import Word, context_spans, encoder_of, holds
 
 TRAIN = ("kv", "lora", "none")
 CHANNELS = ("mean", "sum")
@@ -115,13 +116,7 @@ class Seen:
             return [check_int("word", t, least=0) for t in word]
         if word in example.spans:
             return list(example.spans[word])
-        try:
-            find(example.prompt, word)
-        except ValueError as error:
-            if "is not in the prompt" in str(error):
-                return None
-            raise
-        return context_spans(self.pipe, example.prompt, [word])[0]
+        return context_spans(self.pipe, example.prompt, [word])[0] if holds(example.prompt, word) else None
 
 
 class Term:
@@ -254,8 +249,7 @@ def noise_loss(
     1.0
     """
     check_choice("channels", channels, CHANNELS)
-    high = torch.promote_types(prediction.dtype, torch.float32)
-    error = prediction.to(high) - target.to(high)
+    error = _fine(prediction) - _fine(target)
     if inside is not None:
         error = error * inside.to(error)[:, None]
     error = error.square()
@@ -526,7 +520,7 @@ class Personalize:
 
     def noised(self, z: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Noised latents and what the model aims at there."""
-        levels = self.plan.alphas_cumprod.to(z.device, torch.promote_types(z.dtype, torch.float32))[timesteps]
+        levels = self.plan.alphas_cumprod.to(z.device, stats_dtype(z.dtype))[timesteps]
         signal, rest = (level.sqrt().view(-1, 1, 1, 1) for level in (levels, 1 - levels))
         noisy = (signal * z + rest * noise).to(z.dtype)
         kind = self.plan.config.prediction_type
@@ -946,7 +940,7 @@ def _linear(linear: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
 
 def _fine(t: Tensor) -> Tensor:
     """At least float32, in which small steps are not lost."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t.to(stats_dtype(t.dtype))
 
 
 def _detached_first(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from ...hooks.intervention import Intervention, Probe, implements
 from ...hooks.pipelines import Stepped
 from ...hooks.site import Site
 from .losses import check_words
-from .prompts import context_spans, per_prompt
+from .prompts import spans_of
 from .realcustom import RealCustom
 from .tiles import TiledDenoiser
 
@@ -254,13 +254,8 @@ class PrimeComposer(Intervention):
         index = [i for i, row in enumerate(site.rows) if row == "cond"]
         self._amend(site)
         if self.words is not None and index and (self, "tokens") not in notes:
-            sampling = site.sampling
-            prompts, each = sampling.prompts, per_prompt(self.words, sampling.prompt_count)
-            notes[self, "tokens"] = [
-                sorted({t for span in context_spans(sampling.pipe, None if prompts is None else prompts[n], some)
-                        for t in span})
-                for n, some in enumerate(each)
-            ]  # fmt: skip
+            spans = spans_of(site.sampling, self.words)
+            notes[self, "tokens"] = [sorted({t for span in some for t in span}) for some in spans]
         notes[self, "logits"] = None
         if index and self.inject and step < max(1, self._limit(self.inject, site)):
             notes[self, "logits"] = self._correlate(site, inputs, call, index)

@@ -33,9 +33,7 @@ def find(prompt: str, word: str) -> tuple[int, int]:
     >>> find("a red circle", "red")
     (2, 5)
     """
-    if not word.strip():
-        raise ValueError("words holds an empty word; name words of the prompt, or give the numbers of their tokens")
-    found = list(re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", prompt, re.IGNORECASE))
+    found = _matches(prompt, word)
     if not found:
         raise ValueError(f"word {word!r} is not in the prompt {prompt!r}")
     if len(found) > 1:
@@ -44,6 +42,21 @@ def find(prompt: str, word: str) -> tuple[int, int]:
             "meant, or a longer phrase"
         )
     return found[0].span()
+
+
+def holds(prompt: str, word: str) -> bool:
+    """Whether a word or phrase stands in a prompt, once or several times; letters' case does not matter.
+
+    >>> holds("a red circle", "Red"), holds("a red circle", "re")
+    (True, False)
+    """
+    return bool(_matches(prompt, word))
+
+
+def _matches(prompt: str, word: str) -> list[re.Match[str]]:
+    if not word.strip():
+        raise ValueError("words holds an empty word; name words of the prompt, or give the numbers of their tokens")
+    return list(re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", prompt, re.IGNORECASE))
 
 
 def token_spans(tokenizer: Any, prompt: str, words: Sequence[Word], limit: int | None = None) -> list[list[int]]:
@@ -160,6 +173,20 @@ def context_spans(pipe: Any, prompt: str | None, words: Sequence[Word], longest:
             elif number == 0:
                 spans[i] += [check_int("words", t, least=0) for t in word]
     return spans
+
+
+def spans_of(sampling: Any, words: Sequence[Any]) -> list[list[list[int]]]:
+    """Of each prompt of a running pipeline, the columns of each of its words, see :func:`context_spans`.
+
+    Args:
+        sampling: of the attached pipeline.
+        words: those of every prompt, or a list for each.
+    """
+    prompts, longest = sampling.prompts, sampling.arguments.get("max_sequence_length")
+    return [
+        context_spans(sampling.pipe, None if prompts is None else prompts[n], some, longest)
+        for n, some in enumerate(per_prompt(words, sampling.prompt_count))
+    ]
 
 
 def encoder_of(pipe: Any) -> Callable[..., Any]:

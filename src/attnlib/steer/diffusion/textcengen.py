@@ -24,9 +24,9 @@ from torch import Tensor
 from ...checks import check_choice, check_real, check_tensor, shaped
 from ...hooks.intervention import Intervention
 from ...hooks.site import Site
-from .losses import check_first, check_words
-from .maps import normalize, soft_threshold
-from .prompts import context_spans, per_prompt, text_streams
+from .losses import acts_at, check_first, check_words
+from .maps import normalize, smooth, soft_threshold
+from .prompts import spans_of, text_streams
 
 
 @shaped(maps="float (..., h, w)")
@@ -149,14 +149,15 @@ def free_region(
         repelled, walls = -(repulsion**2) * length / (away / length), -_walls(places, h, w, margin)
         if clamp > 0:
             repelled, walls = repelled.clamp(-clamp, clamp), walls.clamp(-clamp, clamp)
-        push = (repelled + walls) * found[:, None] * side
-        push = (places + push).clamp(min=torch.zeros_like(side), max=side - 1) - places
-        moved = shifted(some[:1].transpose(0, 1), -push / 2).expand(-1, len(maps), -1, -1)
-        moved = moved * (damping + (1 - damping) * (1 - region))
+        push = (repelled + walls) * found[:, None]
     else:
-        push = forces(places, centre, (h, w), repulsion, margin, clamp) * side
-        push = (places + push).clamp(min=torch.zeros_like(side), max=side - 1) - places
-        moved = shifted(some.transpose(0, 1), push) * (damping + (1 - damping) * (1 - region))
+        push = forces(places, centre, (h, w), repulsion, margin, clamp)
+    push = (places + push * side).clamp(min=torch.zeros_like(side), max=side - 1) - places
+    damped = damping + (1 - damping) * (1 - region)
+    if compat == "authors":
+        moved = shifted(some[:1].transpose(0, 1), -push / 2).expand(-1, len(maps), -1, -1) * damped
+    else:
+        moved = shifted(some.transpose(0, 1), push) * damped
         moved = torch.where(found.view(-1, 1, 1, 1), moved, some.transpose(0, 1))
     return maps.index_copy(1, torch.as_tensor(list(tokens), device=maps.device), moved.transpose(0, 1))
 
@@ -236,11 +237,7 @@ class TextCenGen(Intervention):
         if (self, "tokens") not in notes:
             prompts, longest = sampling.prompts, sampling.arguments.get("max_sequence_length")
             if self.words is not None:
-                every = per_prompt(self.words, sampling.prompt_count)
-                spans = [
-                    context_spans(sampling.pipe, None if prompts is None else prompts[n], some, longest)
-                    for n, some in enumerate(every)
-                ]
+                spans = spans_of(sampling, self.words)
                 notes[self, "tokens"] = [sorted({t for span in some for t in span}) for some in spans]
             elif prompts is None:
                 raise ValueError("TextCenGen was given no words, and the pipeline no prompt; give numbers of tokens")
@@ -254,9 +251,7 @@ class TextCenGen(Intervention):
         return notes[self, "tokens"]
 
     def on_weights(self, site: Site, weights: Tensor, rows: Tensor) -> Tensor:
-        if site.step is None or not (
-            self.steps is None or (site.step < self.steps if isinstance(self.steps, int) else site.step in self.steps)
-        ):
+        if site.step is None or not acts_at(self.steps, site.step):
             return weights
         layout = site.q_layout
         if site.rows is None or site.prompts is None:
@@ -335,12 +330,7 @@ def saliency(image: Tensor, side: int = 64) -> Tensor:
     logs = spectrum.abs().clamp(min=1e-12).log()
     mean = F.avg_pool2d(F.pad(logs[:, None], (1, 1, 1, 1), mode="reflect"), 3, stride=1)[:, 0]
     back = torch.fft.ifft2(torch.polar((logs - mean).exp(), spectrum.angle())).abs()
-    at = torch.arange(5, dtype=torch.float64, device=image.device) - 2
-    kernel = torch.exp(-(at**2) / (2 * 8.0**2))
-    kernel = kernel / kernel.sum()
-    wide = F.pad(back[:, None], (2, 2, 2, 2), mode="reflect")
-    blurred = F.conv2d(F.conv2d(wide, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
-    found = normalize(blurred.square(), "max")
+    found = normalize(smooth(back[:, None], 8.0, 5).square(), "max")
     return F.interpolate(found, size=image.shape[-2:], mode="bilinear")[:, 0].to(image)
 
 
