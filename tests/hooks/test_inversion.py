@@ -227,6 +227,14 @@ def test_bad_input(pipe, texts):
         flow_invert(smooth, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), z)
     with pytest.raises(ValueError, match="clip_sample=False"):
         ddim_invert(smooth, pipes.scheduler(clip_sample=True), z)
+    with pytest.raises(TypeError, match="scheduler must be one of diffusers"):
+        ddim_invert(smooth, 3, z)
+    with pytest.raises(ValueError, match="steps must be an integer of at least 1 and at most 1000"):
+        ddim_invert(smooth, plan(), z, 0)
+    with pytest.raises(ValueError, match="kind='noise' is not possible"):
+        clean_and_noise(z, z, 0.5, "noise")
+    with pytest.raises(TypeError, match="model must be"):
+        denoiser(pipe)
     with pytest.raises(ValueError, match="order must be"):
         dpm_invert(smooth, plan(), z, 3, order=3)
     with pytest.raises(ValueError, match="at least two latents"):

@@ -307,10 +307,19 @@ def test_interrupted_training_goes_on_to_the_same_weights(folder, tmp_path):
     for name, p in whole.parameters().items():
         assert torch.equal(p, part.parameters()[name]), name
     assert part.terms[0].count == whole.terms[0].count == 106
-    with pytest.raises(ValueError, match="written by another training: lr"):
-        Personalize(make(folder), {"<new1>": "cat"}, terms=[Counts()]).fit(
-            examples(), 3, lr=2e-2, accumulate=2, checkpoint=tmp_path / "part.pt"
-        )
+    other = Counts()
+    other.weight = 2.0
+    for what, settings, given in (
+        ("lr", {}, {"lr": 2e-2}),
+        ("weight_decay", {}, {"weight_decay": 0.0}),
+        ("clip", {}, {"clip": None}),
+        ("prior_weight", {"prior_weight": 0.5}, {}),
+        ("detach_first", {"detach_first": False}, {}),
+        ("weights", {"terms": [other]}, {}),
+    ):
+        learner = Personalize(make(folder), {"<new1>": "cat"}, **{"terms": [Counts()], **settings})
+        with pytest.raises(ValueError, match=f"written by another training: {what}$"):
+            learner.fit(examples(), 3, **{"lr": 1e-2, "accumulate": 2, "checkpoint": tmp_path / "part.pt", **given})
 
 
 def test_an_error_in_mid_step_leaves_everything(folder):
@@ -410,6 +419,12 @@ def test_bad_input_is_refused(folder):
         (ValueError, "examples is empty", lambda: Draws([])),
         (ValueError, "prior=True", lambda: Draws([examples()[2]])),
         (TypeError, "function must be callable", lambda: OfMaps(3)),
+        (TypeError, "reads must be Mapping", lambda: OfMaps(len, reads=16)),
+        (TypeError, "examples must be", lambda: Draws(5)),
+        (TypeError, "terms must be", lambda: Personalize(pipe, terms=5)),
+        (TypeError, "regions must be", lambda: Example(image(), "a cat", regions=torch.ones(4, 4))),
+        (TypeError, "pipe must be", lambda: personalize.prior_examples(pipe.unet, "a cat", 1)),
+        (TypeError, "pipe must be", lambda: load_personalized(pipe.unet, "nowhere")),
     ]
     for error, message, call in cases:
         with pytest.raises(error, match=message):
@@ -422,8 +437,12 @@ def test_bad_input_is_refused(folder):
             learner.fit(lambda step, generator: examples()[2:], 1)
         with pytest.raises(ValueError, match="of one size"):
             learner.fit(lambda step, generator: [examples()[0], Example(image(size=32), "a cat")], 1)
-        with pytest.raises(ValueError, match="timesteps must be two numbers"):
-            learner.fit(examples(), 1, timesteps=(500, 2000))
+        for span in ((500, 2000), (500,)):
+            with pytest.raises(ValueError, match="timesteps must be two numbers"):
+                learner.fit(examples(), 1, timesteps=span)
+        for name, value in (("weight_decay", -1.0), ("token_lr", 0.0), ("clip", 0.0)):
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                learner.fit(examples(), 1, **{name: value})
         learner.terms = [OfMaps(lambda seen: seen.maps["text"].sum() * float("nan"), {"text": 8})]
         with pytest.raises(ValueError, match="at step 0 the loss is not finite"):
             learner.fit(examples(), 1)

@@ -276,6 +276,10 @@ def test_bad_input(pipe, paths):
         PrimeComposer(paths[0], paths[1][:-1], MASK)
     with pytest.raises(ValueError, match="one picture each"):
         PrimeComposer(paths[0], [torch.zeros(1, 4, 4, 4)] * 5, MASK)
+    with pytest.raises(ValueError, match=r"at\[0\] must be"):
+        inject(torch.zeros(2, 2), torch.zeros(2, 1), [5])
+    with pytest.raises(ValueError, match=r"inside\[0\] must be"):
+        confine(torch.zeros(2, 2), [3], [0])
     with pytest.raises(ValueError, match="inject must"):
         composer(paths, inject=1.5)
     with pytest.raises(ValueError, match="attach to the pipeline"):

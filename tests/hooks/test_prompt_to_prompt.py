@@ -279,3 +279,7 @@ def test_bad_input(pipe):
         PromptToPrompt(subtract=["bench"])
     with pytest.raises(TypeError, match="blend must be a sequence of words"):
         PromptToPrompt(blend="cat")
+    with pytest.raises(ValueError, match="blend must hold words"):
+        PromptToPrompt(blend=[])
+    with pytest.raises(TypeError, match="weights must be of words"):
+        PromptToPrompt(weights={3: 2.0})

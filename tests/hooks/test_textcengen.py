@@ -275,6 +275,16 @@ def test_bad_input(pipe):
             TextCenGen(region)
     with pytest.raises(ValueError, match="region must be"):
         TextCenGen((0.0, 0.0, 1.5, 1.0))
+    for region in ((0.0, 0.0, 1.0), [(0.0, 0.0, 0.5, 0.5), 3]):
+        with pytest.raises(ValueError, match="region must be"):
+            TextCenGen(region)
+    with pytest.raises(ValueError, match="an empty list"):
+        TextCenGen([])
+    with pytest.raises(ValueError, match=r"tokens\[0\] must be"):
+        free_region(torch.zeros(1, 3, 2, 2), torch.eye(2), [9])
+    for box in ((0, 3), (-4, 0, 4, 4), (0, 0, 9, 4), (0, 0, 1, 4)):
+        with pytest.raises(ValueError, match="box must be"):
+            variation(torch.zeros(1, 3, 8, 8), box)
     with pytest.raises(ValueError, match="mask \\(h, w\\)"):
         TextCenGen(torch.zeros(1, 4, 4))
     with pytest.raises(ValueError, match="attach to the pipeline"):

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_int, check_real, shaped
+from ...checks import check_int, check_ints, check_real, shaped
 from .maps import js, normalize, of_spans, resized
 from .personalize import Example, Personalize, Seen, Term
 from .prompts import find, holds
@@ -197,14 +197,17 @@ class AttenCraft(Term):
         self.temperature = check_real("temperature", temperature, above=0)
         self.weight = check_real("weight", weight)
         self.power = check_int("power", power, least=1)
+        if not 0 <= warmup[0] < warmup[1]:
+            raise ValueError(f"warmup must be two timesteps, 0 <= from < to, got {warmup}")
         self.warmup, self.layers = warmup, layers
         self.reads = {"text": resolution[0], "image": resolution[1]}
         count = len(concepts)
         if subsets is None:
             subsets = {s: 1.0 for n in range(1, count + 1) for s in itertools.combinations(range(count), n)}
         for some, often in subsets.items():
-            if not some or len(set(some)) < len(some) or not set(some) <= set(range(count)):
-                raise ValueError(f"subsets holds {some!r}; concepts are numbered 0 to {count - 1}")
+            known = isinstance(some, tuple) and set(some) <= set(range(count))
+            if not known or not some or len(set(some)) < len(some):
+                raise ValueError(f"subsets holds {some!r}, no tuple of numbers; concepts are numbered 0 to {count - 1}")
             check_real("subsets", often, least=0)
         if not sum(subsets.values()) > 0:
             raise ValueError("subsets gives no set of concepts a weight above 0")
@@ -216,6 +219,7 @@ class AttenCraft(Term):
     def prompt(self, some: Sequence[int] | None = None) -> str:
         """The prompt that names some of the concepts, by number; all by default."""
         phrases = list(self.concepts.values())
+        some = None if some is None else check_ints("some", some, least=0, most=len(phrases) - 1)
         return self.template.format(self.joiner.join(phrases if some is None else [phrases[i] for i in some]))
 
     # ---- masks

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_choice, check_int, check_real, check_tensors, shaped
+from ...checks import check_choice, check_int, check_real, check_tensors, check_type, shaped
 from ...hooks.denoiser import CallSite, rows_of, rows_of_guidance, step_of
 from ...hooks.intervention import Intervention
 from .invert import NullText, fresh, null_step
@@ -332,6 +332,7 @@ class LearntPrompt(Intervention):
     @classmethod
     def of(cls, learnt: DynamicPrompt) -> LearntPrompt:
         """What a run of :class:`DynamicPrompt` learnt of its first image."""
+        check_type("learnt", learnt, DynamicPrompt)
         words = learnt.words[0] if isinstance(learnt.words[0], list) else learnt.words
         steps = [[t[:1] for t in step] for step in learnt.embeddings]
         return cls(words, steps, learnt.empty or None)

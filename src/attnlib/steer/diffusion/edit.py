@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_choice, check_flag, check_int, check_real, shaped
+from ...checks import check_choice, check_flag, check_int, check_real, check_type, shaped
 from ...hooks.denoiser import CallSite
 from ...hooks.intervention import Intervention
 from ...hooks.maps import Maps
@@ -288,10 +288,14 @@ class PromptToPrompt(Intervention):
         else:
             self.cross = {None: check_share("cross", cross)}
         self.self_maps = check_share("self_maps", self_maps)
+        for word in weights or {}:
+            check_type("weights", word, str, "of words (str)")
         self.weights = {word: check_real("weights", w) for word, w in (weights or {}).items()}
         for name, words in (("blend", blend), ("subtract", subtract)):
             if isinstance(words, str):
                 raise TypeError(f"{name} must be a sequence of words, got the string {words!r}; write [{words!r}]")
+            if words is not None and not len(words):
+                raise ValueError(f"{name} must hold words; None leaves it out")
         if subtract is not None and blend is None:
             raise ValueError("subtract takes places from those of blend; name its words")
         self.blend = None if blend is None else list(blend)

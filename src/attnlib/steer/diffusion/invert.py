@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_int, check_real, check_tensors
+from ...checks import check_choice, check_int, check_real, check_tensors, checked
 from ...hooks.denoiser import CallSite, with_gradient
 from ...hooks.intervention import Intervention
 from ...hooks.session import Session
@@ -49,6 +49,7 @@ PREDICTIONS = ("epsilon", "v_prediction")
 # ---- denoisers as functions
 
 
+@checked
 def denoiser(model: nn.Module, conditions: Mapping[str, Any] | None = None) -> Denoise:
     """A denoiser as ``denoise(latents, timestep, text)``.
 
@@ -65,6 +66,7 @@ def denoiser(model: nn.Module, conditions: Mapping[str, Any] | None = None) -> D
     return denoise
 
 
+@checked
 def noise_predictor(
     model: nn.Module,
     text: Tensor,
@@ -113,7 +115,9 @@ def check_levels(scheduler: Any) -> str:
     Raises:
         ValueError: a flow model, another prediction, or clean images that are clipped, which no step can be inverted.
     """
-    config = scheduler.config
+    config = getattr(scheduler, "config", None)
+    if config is None:
+        raise TypeError(f"scheduler must be one of diffusers, got {type(scheduler).__name__}")
     kind = config.get("prediction_type", "epsilon")
     if is_flow(scheduler):
         raise ValueError(
@@ -147,8 +151,7 @@ def fresh(scheduler: Any, steps: int, kind: str = "DDIMScheduler", **changes: An
 
     check_levels(scheduler)
     config = scheduler.config
-    if not 1 <= steps <= config.num_train_timesteps:
-        raise ValueError(f"steps must lie in [1, {config.num_train_timesteps}], got {steps}")
+    check_int("steps", steps, least=1, most=config.num_train_timesteps)
     # Without the private keys, by which diffusers would undo what a pipeline has set (steps_offset).
     settings = {name: value for name, value in config.items() if not name.startswith("_")}
     new = getattr(diffusers, kind).from_config({**settings, **changes})
@@ -169,6 +172,7 @@ def clean_and_noise(output: Tensor, latents: Tensor, alpha: Tensor | float, kind
     >>> [round(t.item(), 5) for t in clean_and_noise(0.8 * e - 0.6 * x, 0.8 * x + 0.6 * e, 0.64, "v_prediction")]
     [2.0, 1.0]
     """
+    check_choice("kind", kind, PREDICTIONS)
     high, low = _levels(alpha, latents)
     if kind == "epsilon":
         return (latents - low * output) / high, output
@@ -177,6 +181,7 @@ def clean_and_noise(output: Tensor, latents: Tensor, alpha: Tensor | float, kind
 
 def as_output(clean: Tensor, noise: Tensor, alpha: Tensor | float, kind: str) -> Tensor:
     """What a model would have to predict for a clean image and a noise, see :func:`clean_and_noise`."""
+    check_choice("kind", kind, PREDICTIONS)
     high, low = _levels(alpha, clean)
     return noise if kind == "epsilon" else high * noise - low * clean
 

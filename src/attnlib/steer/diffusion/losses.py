@@ -103,7 +103,8 @@ class LatentUpdate(Intervention):
             raise ValueError(f"step_range must be two numbers, of the first and the last step, got {step_range!r}")
         self.step_range = tuple(check_real("step_range", r, least=0) for r in step_range)
         self.steps = check_first("steps", steps)
-        self.targets = {check_int("targets", s, least=0): float(value) for s, value in (targets or {}).items()}
+        goals = (targets or {}).items()
+        self.targets = {check_int("targets", s, least=0): check_real("targets", value) for s, value in goals}
         self.inner = check_int("inner", inner, least=0)
         self.loss_scale = check_real("loss_scale", loss_scale, above=0)
         self.maps = {of: Maps(resolution, of=of, layers=layers) for of in self.reads}

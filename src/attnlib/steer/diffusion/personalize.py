@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_flag, check_int, check_real, check_type, shaped
+from ...checks import check_choice, check_flag, check_int, check_ints, check_real, check_type, checked, shaped
 from ...extras import need
 from ...hooks.attach import attach
 from ...hooks.intervention import Intervention
@@ -53,6 +53,7 @@ ADAPTER = "personal"
 ENCODERS = (("tokenizer", "text_encoder", "clip_l"), ("tokenizer_2", "text_encoder_2", "clip_g"))
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Example:
     """An image and what it is called.
@@ -135,6 +136,11 @@ class Term:
     layers: Sequence[int | str] | None = None
     weight: float = 1.0
 
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "__init__" in cls.__dict__ and cls.__module__.startswith("attnlib."):
+            cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+
     def __call__(self, seen: Seen) -> Tensor:
         """The term, a number with gradient."""
         raise NotImplementedError
@@ -203,6 +209,7 @@ class OfMaps(Term):
         return self.function(seen)
 
 
+@checked
 class Draws:
     """Examples of a step: ``batch`` of some images, and as many priors, drawn anew each time.
 
@@ -273,6 +280,8 @@ def prior_examples(pipe: Any, prompt: str, count: int, seed: int = 0, **call: An
         seed: of the first; each has its own.
         call: further arguments of the pipeline.
     """
+    if not is_pipeline(pipe):
+        raise TypeError(f"pipe must be a diffusers pipeline, got {type(pipe).__name__}")
     check_int("count", count, least=1)
     images = []
     for number in range(count):
@@ -330,6 +339,7 @@ class _Rows:
         self._handle.remove()
 
 
+@checked
 class Personalize:
     """New words for what images show, learnt by a Stable Diffusion or SDXL pipeline.
 
@@ -690,13 +700,19 @@ class Personalize:
         check_int("steps", steps, least=1)
         check_int("accumulate", accumulate, least=1)
         check_int("every", every, least=1)
+        check_int("seed", seed)
         check_real("lr", lr, above=0)
+        check_real("weight_decay", weight_decay, least=0)
         check_real("loss_scale", loss_scale, above=0)
+        for name, value in (("token_lr", token_lr), ("clip", clip)):
+            if value is not None:
+                check_real(name, value, above=0)
         draw = examples if callable(examples) else _drawn(examples)
         last = int(self.plan.config.num_train_timesteps)
-        low, high = (0, last) if timesteps is None else timesteps
-        if not 0 <= check_int("timesteps", low) < check_int("timesteps", high) <= last:
+        span = (0, last) if timesteps is None else check_ints("timesteps", timesteps)
+        if len(span) != 2 or not 0 <= span[0] < span[1] <= last:
             raise ValueError(f"timesteps must be two numbers, 0 <= from < to <= {last}, got {timesteps}")
+        low, high = span
         parameters = self.parameters()
         rows = [p for name, p in parameters.items() if name.startswith("tokens.")]
         rest = [p for name, p in parameters.items() if not name.startswith("tokens.")]
@@ -704,8 +720,10 @@ class Personalize:
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=weight_decay)
         signature = {
             "shapes": {name: list(p.shape) for name, p in parameters.items()}, "train": self.train, "lr": lr,
-            "token_lr": token_lr, "accumulate": accumulate, "seed": seed, "tokens": list(self.tokens),
-            "terms": [term.name for term in self.terms], "timesteps": [low, high],
+            "token_lr": token_lr, "weight_decay": weight_decay, "accumulate": accumulate, "clip": clip, "seed": seed,
+            "tokens": list(self.tokens), "terms": [term.name for term in self.terms],
+            "weights": [term.weight for term in self.terms], "prior_weight": self.prior_weight,
+            "detach_first": self.detach_first, "channels": self.channels, "timesteps": [low, high],
         }  # fmt: skip
         history = self._resume(checkpoint, signature, parameters, optimizer)
         with self._training(), shown(progress, steps) as tell:
@@ -898,6 +916,8 @@ def load_personalized(pipe: Any, folder: str | Path) -> list[str]:
     Raises:
         ValueError: no such folder, or projections of another U-Net.
     """
+    if not is_pipeline(pipe):
+        raise TypeError(f"pipe must be a diffusers pipeline, got {type(pipe).__name__}")
     folder = Path(folder)
     if not (folder / INDEX).exists():
         raise ValueError(f"folder={str(folder)!r} holds nothing that Personalize.save() wrote")

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...checks import check_choice, check_flag, check_int, check_real, check_tensor, check_tensors, shaped
+from ...checks import check_choice, check_flag, check_int, check_ints, check_real, check_tensor, check_tensors, shaped
 from ...hooks.denoiser import CallSite, rows_of
 from ...hooks.intervention import Intervention, Probe, implements
 from ...hooks.pipelines import Stepped
@@ -72,7 +72,7 @@ def inject(scores: Tensor, logits: Tensor, at: Sequence[int]) -> Tensor:
     """
     if logits.shape[-1] != len(at):
         raise ValueError(f"logits are of {logits.shape[-1]} places, but {len(at)} are named")
-    index = torch.as_tensor(list(at), device=scores.device)
+    index = torch.as_tensor(check_ints("at", at, least=0, most=scores.shape[-1] - 1), device=scores.device)
     new = scores.index_copy(-1, index, logits)
     return new.index_copy(-2, index, logits.transpose(-1, -2))
 
@@ -85,9 +85,9 @@ def confine(scores: Tensor, inside: Sequence[int], tokens: Sequence[int]) -> Ten
     [[-inf, 0.0], [0.0, 0.0]]
     """
     outside = torch.ones(scores.shape[-2], dtype=torch.bool, device=scores.device)
-    outside[list(inside)] = False
+    outside[list(check_ints("inside", inside, least=0, most=len(outside) - 1))] = False
     named = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
-    named[list(tokens)] = True
+    named[list(check_ints("tokens", tokens, least=0, most=len(named) - 1))] = True
     return scores.masked_fill(outside[:, None] & named, float("-inf"))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checks import check_int, describe
+from ...checks import check_int, checked, describe
 
 #: A word or phrase of the prompt, or the numbers of its tokens.
 Word = str | Sequence[int]
@@ -24,6 +24,7 @@ Word = str | Sequence[int]
 SECOND_ONLY = ("Flux",)
 
 
+@checked
 def find(prompt: str, word: str) -> tuple[int, int]:
     """Where a word or phrase stands in a prompt, as characters; letters' case does not matter.
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...checks import check_choice, shaped
+from ...checks import check_choice, check_ints, shaped
 from ...hooks.denoiser import CallSite, rows_of_guidance, step_of
 from ...hooks.intervention import Intervention
 from ...hooks.site import Site
@@ -38,8 +38,8 @@ def paste(full: Tensor, phrase: Tensor, to: Sequence[int], at: Sequence[int]) ->
     """
     if len(to) != len(at):
         raise ValueError(f"to and at must name as many tokens, got {len(to)} and {len(at)}")
-    index = torch.as_tensor(list(to), device=full.device)
-    return full.index_copy(0, index, phrase[list(at)].to(full))
+    index = torch.as_tensor(check_ints("to", to, least=0, most=len(full) - 1), device=full.device)
+    return full.index_copy(0, index, phrase[list(check_ints("at", at, least=0, most=len(phrase) - 1))].to(full))
 
 
 class StructuredGuidance(Intervention):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_choice, check_real, check_tensor, shaped
+from ...checks import check_choice, check_int, check_ints, check_real, check_tensor, describe, shaped
 from ...hooks.intervention import Intervention
 from ...hooks.site import Site
 from .losses import acts_at, check_first, check_words
@@ -136,7 +136,8 @@ def free_region(
     """
     check_choice("compat", compat, (None, "authors"))
     h, w = region.shape
-    some = maps[:, list(tokens)]
+    tokens = list(check_ints("tokens", tokens, least=0, most=maps.shape[1] - 1))
+    some = maps[:, tokens]
     mask = soft_threshold(some.mean(0), threshold, sharpness)  # (K, h, w)
     found = conflicts(mask, region, theta)
     if not bool(found.any()):
@@ -159,7 +160,7 @@ def free_region(
     else:
         moved = shifted(some.transpose(0, 1), push) * damped
         moved = torch.where(found.view(-1, 1, 1, 1), moved, some.transpose(0, 1))
-    return maps.index_copy(1, torch.as_tensor(list(tokens), device=maps.device), moved.transpose(0, 1))
+    return maps.index_copy(1, torch.as_tensor(tokens, device=maps.device), moved.transpose(0, 1))
 
 
 class TextCenGen(Intervention):
@@ -207,6 +208,8 @@ class TextCenGen(Intervention):
         check_choice("compat", compat, (None, "authors"))
         one = isinstance(region, Tensor) or (len(region) == 4 and all(isinstance(r, (int, float)) for r in region))
         self.regions = [_region(r) for r in ([region] if one else region)]
+        if not self.regions:
+            raise ValueError("region must be one or a list of one for each prompt, got an empty list")
         self.words = None if words is None else check_words(words)
         self.settings: dict[str, Any] = {
             "threshold": check_real("threshold", threshold, least=0, most=1),
@@ -294,8 +297,11 @@ def _region(region: Any) -> Tensor:
             raise ValueError(f"region must be a mask (h, w), got {tuple(region.shape)}")
         mask = region.float()
     else:
-        if len(region) != 4:
-            raise ValueError(f"region must be (top, left, bottom, right) as shares of the sides, got {region!r}")
+        if not isinstance(region, Sequence) or len(region) != 4:
+            raise ValueError(
+                "region must be (top, left, bottom, right) as shares of the sides, a mask (h, w), or a list of these, "
+                f"got {describe(region)}"
+            )
         top, left, bottom, right = (check_real("region", r, least=0, most=1) for r in region)
         side = (torch.arange(64) + 0.5) / 64
         rows, columns = (side >= top) & (side < bottom), (side >= left) & (side < right)
@@ -325,6 +331,7 @@ def saliency(image: Tensor, side: int = 64) -> Tensor:
 
     Reference: Hou and Zhang, 2007, as in OpenCV (3 x 3 mean, a 5 x 5 blur of standard deviation 8, squared).
     """
+    check_int("side", side, least=2)
     small = F.interpolate(grey(image)[:, None], size=(side, side), mode="bilinear")[:, 0] * 255
     spectrum = torch.fft.fft2(small.double())
     logs = spectrum.abs().clamp(min=1e-12).log()
@@ -342,10 +349,11 @@ def variation(image: Tensor, box: Sequence[int]) -> Tensor:
         image: in [0, 1].
         box: (top, left, bottom, right) in pixels, the last two excluded.
     """
+    box, (h, w) = check_ints("box", box), image.shape[-2:]
+    if len(box) != 4 or not (0 <= box[0] <= box[2] - 2 <= h - 2 and 0 <= box[1] <= box[3] - 2 <= w - 2):
+        raise ValueError(f"box must be (top, left, bottom, right) of at least 2 x 2 pixels within {h} x {w}, got {box}")
     top, left, bottom, right = box
     part = grey(image)[:, top:bottom, left:right] * 255
-    if part.shape[-2] < 2 or part.shape[-1] < 2:
-        raise ValueError(f"box must hold at least 2 x 2 pixels of {tuple(image.shape[-2:])}, got {tuple(box)}")
     total = part.diff(dim=-2).abs().sum((-2, -1)) + part.diff(dim=-1).abs().sum((-2, -1))
     return total / (part.shape[-2] * part.shape[-1])
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_flag, check_int, check_real, shaped
+from ...checks import check_axes, check_choice, check_flag, check_int, check_real, check_type, checked, shaped
 from .maps import normalize, of_spans
 from .personalize import Seen, Term
 from .prompts import context_spans, encoder_of, noun_phrases
@@ -61,6 +61,7 @@ def localization(maps: Tensor, regions: Tensor, how: str = "contrast") -> Tensor
     return (outside - inside).mean()
 
 
+@checked
 class PrototypeFusion(nn.Module):
     """Visual prototypes into the tokens of their phrases.
 
@@ -97,13 +98,16 @@ class PrototypeFusion(nn.Module):
         Raises:
             ValueError: other counts, a token that two pairs share, or one that is not there.
         """
-        batch, tokens, width = embeds.shape
+        check_axes("embeds", embeds, B=None, T=None, D=self.project.out_features)
+        batch, tokens, _ = embeds.shape
         if not len(prototypes) == len(spans) == batch:
             raise ValueError(f"prototypes and spans must be of {batch} rows, got {len(prototypes)} and {len(spans)}")
         rows, at, own = [], [], []
         for row, (some, places) in enumerate(zip(prototypes, spans, strict=True)):
             if len(some) != len(places):
                 raise ValueError(f"row {row} has {len(some)} prototypes and {len(places)} spans")
+            if places:
+                check_axes(f"prototypes[{row}]", some, M=len(places), E=self.project.in_features)
             flat = [token for span in places for token in span]
             if len(set(flat)) < len(flat):
                 raise ValueError(f"spans of row {row} share a token: {[list(span) for span in places]}")
@@ -125,6 +129,7 @@ class PrototypeFusion(nn.Module):
         return out
 
 
+@checked
 def clip_embedding(model: Any, size: int | None = None) -> Callable[[Tensor], Tensor]:
     """A function from images (N, 3, H, W) in [0, 1] to embeddings (N, E) of a ``CLIPModel`` or
     ``CLIPVisionModelWithProjection``.
@@ -133,6 +138,7 @@ def clip_embedding(model: Any, size: int | None = None) -> Callable[[Tensor], Te
         model: of transformers.
         size: side to which images are resized; that of its configuration by default.
     """
+    check_type("model", model, nn.Module)
     config = getattr(model.config, "vision_config", model.config)
     side = config.image_size if size is None else check_int("size", size, least=1)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
@@ -153,6 +159,7 @@ def clip_embedding(model: Any, size: int | None = None) -> Callable[[Tensor], Te
     return embed
 
 
+@checked
 class Prototypes:
     """What phrases look like to a pipeline: mean embeddings of images that it draws of each alone, drawn once.
 
@@ -180,6 +187,8 @@ class Prototypes:
     ):
         if (pipe is None) != (embed is None):
             raise ValueError("give both a pipeline and embed, or neither and known prototypes")
+        if "{}" not in template:
+            raise ValueError(f"template must hold {{}}, where the phrase goes, got {template!r}")
         self.pipe, self.embed, self.call = pipe, embed, call
         self.count = check_int("count", count, least=1)
         self.seed, self.unit, self.template = check_int("seed", seed, least=0), check_flag("unit", unit), template
@@ -206,6 +215,7 @@ class Prototypes:
         return torch.cat(found).mean(0).detach().cpu()
 
 
+@checked
 def fused_prompt(
     pipe: Any,
     prompt: str,
@@ -228,6 +238,7 @@ def fused_prompt(
     """
     if (phrases is None) == (parser is None):
         raise ValueError("give either phrases of the prompt, or a parser that finds them")
+    encode = encoder_of(pipe)
     some = noun_phrases(prompt, parser) if phrases is None else list(phrases)
     given = {
         "prompt": prompt,
@@ -236,7 +247,7 @@ def fused_prompt(
         "negative_prompt": negative_prompt,
     }
     with torch.no_grad():
-        found = encoder_of(pipe)(**given, do_classifier_free_guidance=True)
+        found = encode(**given, do_classifier_free_guidance=True)
         embeds, negative = found[:2]
         if some:
             spans = context_spans(pipe, prompt, some)
