@@ -306,6 +306,14 @@ def test_bad_input(floyd, tmp_path):
         attnlib.attach(pipe, Anagram(views, two), TiledDenoiser())
     with pytest.raises(ValueError, match="one for each of 2 views"):
         Anagram(views, two[:1])
+    with pytest.raises(TypeError, match=r"prompts\[1\] must be"):
+        Anagram(views, [two[0], 3])
+    with pytest.raises(ValueError, match=r"noise must be \(T, B, ...\)"):
+        anagram.rectification(torch.ones(2, 1, 4), torch.ones(3, 1))
+    with pytest.raises(ValueError, match="steps must be an integer of at least 1"):
+        anagram.balance(torch.ones(2, 1), 0, 0)
+    with pytest.raises(TypeError, match="order must be"):
+        tiles.View("upside down")
     with pytest.raises(TypeError, match="must have view"):
         tiles.check_orthogonal("rotate", (8, 8))
     with pytest.raises(ValueError, match="multiple of 90"):

@@ -300,6 +300,10 @@ def test_bad_input(pipe):
         AutoStudio.of(pipe.unet).stage(Scene("a bench"))
     with pytest.raises(ValueError, match=r"weights must be \(2 \+ 2, H, W\)"):
         studio(pipe, weights=(torch.ones(3, 4, 4), torch.ones(4, 4, 4)))
+    with pytest.raises(TypeError, match=r"weights\[0\] must be a torch.Tensor, got .text."):
+        studio(pipe, weights=("text", "image"))
+    with pytest.raises(TypeError, match=r"subjects\[0\] must be Subject, got 'a dog'"):
+        Scene("a bench", ["a dog"])
     with pytest.raises(ValueError, match="box must be"):
         Subject("a dog", (0.5, 0, 0.2, 1))
     with pytest.raises(ValueError, match="have must say it of each of 2"):

@@ -278,6 +278,11 @@ def test_bad_input(large, pipe, maps):
         attnlib.attach(pipe, TiledDenoiser(), AStar(("circle", "square"), resolution=8))
     with pytest.raises(ValueError, match="maps are empty"):
         CUpscale(maps=PromptMaps())
+    for bad in ({"structure": torch.ones(4, 8, 8)}, {"maps": {1: torch.ones(8, 8)}}, {"share": torch.ones(3)}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}.* must have shape"):
+            CUpscale(**bad)
+    with pytest.raises(ValueError, match="parts must be of the size of Tile"):
+        tiles.fuse(torch.ones(2, 1, 3, 3), tiles.tiles_of((4, 6), (4, 4), (2, 2)), (4, 6))
     for bad in ({"filter": "box"}, {"weight": (1.0,)}, {"cutoff": 0.0}, {"on": "noise"}, {"share": 2.0}, {"stride": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             CUpscale(**bad)

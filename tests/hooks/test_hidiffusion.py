@@ -457,6 +457,16 @@ def test_bad_input(pipe, unets):
         Place("shrink", 0)
     with pytest.raises(ValueError, match="table"):
         HiDiffusion("sd3")
+    with pytest.raises(TypeError, match="first must be Place, got 'conv'"):
+        Table(2, "conv")
+    with pytest.raises(ValueError, match=r"control_size\[0\] must be an integer of at least 1"):
+        HiDiffusion(control_size=0)
+    with pytest.raises(ValueError, match="x must have the 20 tokens"):
+        shifted_windows(torch.ones(1, 16, 2), (4, 5))
+    with pytest.raises(ValueError, match="shift must be .* at most 3, got 4"):
+        shifted_windows(torch.ones(1, 16, 2), (4, 4), 4)
+    with pytest.raises(ValueError, match=r"x must be \(4 B, 4, C\)"):
+        merge_windows(torch.ones(3, 4, 2), (4, 4))
     with pytest.raises(ValueError, match="ratios"):
         HiDiffusion(ratios=(0.5, 1.5))
     with attnlib.attach(pipe, HiDiffusion(TINY)), pytest.raises(ValueError, match="too few for the table's ratios"):

@@ -318,6 +318,8 @@ def test_bad_input(pipe):
         attnlib.attach(sd3, IRDiffusion(masks=BOXES, layers=None))
     with pytest.raises(ValueError, match="either subjects, words"):
         IRDiffusion()
+    with pytest.raises(ValueError, match="subjects are empty"):
+        IRDiffusion([])
     with pytest.raises(ValueError, match=r"masks must be \(P, S, H, W\)"):
         IRDiffusion(masks=torch.ones(2, 4, 4))
     with pytest.raises(ValueError, match="as many boxes for every prompt"):

@@ -133,6 +133,8 @@ def test_projectors_are_the_authors(name):
         assert torch.equal(ours[:, 4:], out[:, 4:]) and (ours[:, :4] - out[:, :4]).abs().max() > 0.1
         with pytest.raises(ValueError, match="shallow=True, but 0 shallow"):
             project(deep, r["local"])
+        with pytest.raises(ValueError, match="crops has 4 channels .* dim=8"):
+            project(deep, r["local"][..., :4], shallow)
 
 
 def test_the_released_projector_has_its_size():
@@ -170,6 +172,8 @@ def test_so_many_tokens_are_kept_and_scores_learn():
         assert slope.abs().max() > 0
     with pytest.raises(ValueError, match="keeps none of 20 tokens"):
         keep_best(tokens, s, 0.04)
+    with pytest.raises(ValueError, match="visual has 6 channels .* dim=8"):
+        score(text, tokens[:, 0], tokens, 0.3)
 
 
 # ---- whole pipelines
@@ -384,6 +388,8 @@ def test_bad_input(pipe):
         attnlib.attach(pipe, custom(pipe), custom(pipe))
     with pytest.raises(TypeError, match="word of each reference"):
         RealCustom.of(pipe.unet, words="circle")
+    with pytest.raises(ValueError, match=r"ratio_range must be \(least, most\) in order"):
+        custom(pipe, ratio_range=(0.1, 0.2, 0.3))
     with pytest.raises(ValueError, match="keep='all'"):
         custom(pipe, keep="all")
     with pytest.raises(ValueError, match="state_dict lacks"):

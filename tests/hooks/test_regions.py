@@ -29,6 +29,8 @@ def test_boxes_are_the_cells_whose_centre_is_inside():
         R.box_masks([(0.5, 0, 0.4, 1)], (4, 4))
     with pytest.raises(TypeError, match="left, top, right, bottom"):
         R.box_masks(["whole"], (4, 4))
+    with pytest.raises(TypeError, match="boxes must be a finite number, got 'a'"):
+        R.box_masks([("a", 0, 1, 1)], (4, 4))
 
 
 def test_maps_at_another_grid():
@@ -103,6 +105,8 @@ def test_attention_by_label_is_the_dense_mask():
     torch.testing.assert_close(none.transpose(1, 2)[labels != 2], got.transpose(1, 2)[labels != 2])
     with pytest.raises(ValueError, match="q_labels must lie in 0 to G - 1 = 2"):
         R.attention_by_label(q, k, v, labels + 1, keys, reads)
+    with pytest.raises(ValueError, match="own points at key 20; possible: 0 to 19"):
+        R.attention_by_label(q, k, v, labels, keys, reads, own + 4)
 
 
 def test_what_is_not_read_changes_no_bit():
@@ -168,3 +172,5 @@ def test_what_is_moved_is_sampled_between_cells(box, to):
     assert R.mask_box(torch.zeros(3, 3)) is None
     with pytest.raises(ValueError, match="with a cell in it"):
         R.moved(maps, (1, 1, 1, 2), to)
+    with pytest.raises(ValueError, match="box must lie within maps of 8 x 9"):
+        R.moved(maps, (1, 1, 9, 2), to)

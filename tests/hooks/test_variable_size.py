@@ -148,3 +148,5 @@ def test_bad_input(pipe):
         attnlib.attach(flux, VariableSizeScale(trained_size=2), Clear(proportional=True))
     with pytest.raises((TypeError, ValueError), match="trained_size"):
         VariableSizeScale(trained_size=(1, 2, 3))
+    with pytest.raises(ValueError, match="at least 1, got -8"):
+        VariableSizeScale(trained_size=-8)

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...checks import check_flag, check_int, check_real, shaped
+from ...checks import check_flag, check_int, check_rank, check_real, shaped
 from ...hooks.denoiser import CallSite, rows_of, with_gradient
 from ...hooks.intervention import Intervention
 from ...hooks.maps import Maps
@@ -49,11 +49,12 @@ def balance(scores: Tensor, step: int, steps: int, least: float = 1e-3) -> Tenso
     >>> balance(torch.tensor([[0.2], [0.2]]), 0, 30).flatten().tolist()
     [0.5, 0.5]
     """
+    check_int("steps", steps, least=1)
     shares = scores.clamp(min=least) ** (-1 - step / steps)
     return shares / shares.sum(0)
 
 
-@shaped(shares="float (T, B)")
+@shaped(noise="float", shares="float (T, B)")
 def rectification(noise: Tensor, shares: Tensor) -> Tensor:
     """(B,) c, what a weighted mean of noises of unit variance is to be multiplied by to have it too.
 
@@ -64,6 +65,8 @@ def rectification(noise: Tensor, shares: Tensor) -> Tensor:
     >>> round(rectification(torch.ones(2, 1, 4), torch.tensor([[0.6], [0.4]])).item(), 6)
     1.0
     """
+    if noise.dim() < 3 or noise.shape[:2] != shares.shape:
+        raise ValueError(f"noise must be (T, B, ...) for shares of {tuple(shares.shape)}, got {tuple(noise.shape)}")
     flat = noise.flatten(2)
     products = torch.einsum("ibn,jbn->bij", flat, flat) / flat.shape[-1]
     same = torch.eye(len(noise), dtype=torch.bool, device=noise.device)
@@ -139,6 +142,9 @@ class Anagram(InParts):
     ):
         if isinstance(prompts, str) or len(views) != len(prompts) or not len(views):
             raise ValueError(f"prompts must be one for each of {len(views)} views, got {prompts!r:.80}")
+        for number, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                check_rank(f"prompts[{number}]", prompt, 2, "(L, D), or a text")
         if words is not None and len(words) != len(views):
             raise ValueError(f"words must be one for each of {len(views)} views, got {words!r:.80}")
         self.views, self.prompts, self.scorer = list(views), list(prompts), scorer

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_int, check_real, check_type, shaped
+from ...checks import check_choice, check_int, check_real, check_tensors, check_type, shaped
 from ...hooks.attach import attach
 from ...hooks.denoiser import CallSite, step_of
 from ...hooks.intervention import Intervention
@@ -54,6 +54,7 @@ class Subject:
     name: str | None = None
 
     def __post_init__(self) -> None:
+        check_type("prompt", self.prompt, str)
         check_box("box", self.box)
 
 
@@ -67,6 +68,11 @@ class Scene:
 
     background: str
     subjects: Sequence[Subject] = ()
+
+    def __post_init__(self) -> None:
+        check_type("background", self.background, str)
+        for number, subject in enumerate(self.subjects):
+            check_type(f"subjects[{number}]", subject, Subject)
 
     @property
     def prompt(self) -> str:
@@ -167,6 +173,8 @@ class AutoStudio(ReferenceBranches):
         if not scene.subjects:
             raise ValueError("scene has no subjects; call the pipeline without AutoStudio")
         if weights is not None:
+            if len(check_tensors("weights", weights)) != 2:
+                raise ValueError(f"weights must be two, of texts and of images, got {len(weights)}")
             for one in weights:
                 if one.dim() != 3 or len(one) != 2 + len(scene.subjects):
                     raise ValueError(

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_choice, check_real, shaped
+from ...checks import check_choice, check_rank, check_real, shaped
 from ...hooks.denoiser import CallSite
 from ...hooks.intervention import Probe
 from ...hooks.pipelines import repeated
@@ -175,12 +175,18 @@ class CUpscale(TiledDenoiser):
         if len(weight) != 2:
             raise ValueError(f"weight must be two numbers, of the first and the last step, got {weight!r}")
         self.weight = tuple(check_real("weight", w, least=0, most=1) for w in weight)
+        if structure is not None:
+            check_rank("structure", structure, 4, "(1 or B, C, h, w)")
+        if isinstance(share, Tensor):
+            check_rank("share", share, 2, "(h, w)")
         self.structure, self.captions, self.filter, self.on, self.screen = structure, captions, filter, on, screen
         self.cutoff = check_real("cutoff", cutoff, above=0, most=1)
         self.share = share if isinstance(share, Tensor) else check_real("share", share, least=0, most=1)
         found = maps.results() if isinstance(maps, PromptMaps) else maps
         if found is not None and not found:
             raise ValueError("maps are empty: attach PromptMaps while the small image is made")
+        for layer, one in (found or {}).items():
+            check_rank(f"maps[{layer}]", one, 3, "(L, h, w)")
         self.maps = None if found is None else dict(found)
         self.moves_latents = structure is not None and on == "latents" and any(self.weight)
         uses = {"around_denoiser"}

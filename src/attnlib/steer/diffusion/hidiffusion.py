@@ -18,6 +18,7 @@ With S steps of which s is the current one, the first place acts while ``s < int
 from __future__ import annotations
 
 import fnmatch
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ...checks import check_choice, check_flag, check_int, check_real, shaped, to_tuple
+from ...checks import (
+    check_choice,
+    check_flag,
+    check_grid,
+    check_int,
+    check_ints,
+    check_real,
+    check_type,
+    shaped,
+    to_tuple,
+)
 from ...grids import block_windows, unblock_windows
 from ...hooks.denoiser import CallSite, parameter_names
 from ...hooks.intervention import Intervention
@@ -81,6 +92,12 @@ class Table:
     large_from: int | None = None
     aggressive: float | None = None
     controlled: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        check_int("stages", self.stages, least=1)
+        check_type("first", self.first, Place)
+        check_type("second", self.second, (Place, type(None)), "a Place or None")
+        check_type("windows", self.windows, (tuple, list), "a sequence of name patterns")
 
     def shrunk(
         self,
@@ -168,8 +185,9 @@ def shifted_windows(x: Tensor, grid: Sequence[int], shift: int = 0) -> Tensor:
     >>> shifted_windows(torch.arange(4.0).view(1, 4, 1), (2, 2)).flatten().tolist()
     [0.0, 1.0, 2.0, 3.0]
     """
-    h, w = grid
-    window = (-(-h // 2), -(-w // 2))
+    (h, w), window = _windows(grid, shift)
+    if x.shape[1] != h * w:
+        raise ValueError(f"x must have the {h * w} tokens of grid={(h, w)}, got shape {tuple(x.shape)}")
     pixels = x.unflatten(1, (h, w))
     if h % 2 or w % 2:
         pixels = _stretched(pixels, (2 * window[0], 2 * window[1]))
@@ -180,11 +198,22 @@ def shifted_windows(x: Tensor, grid: Sequence[int], shift: int = 0) -> Tensor:
 @shaped(x="float (B, N, C)")
 def merge_windows(x: Tensor, grid: Sequence[int], shift: int = 0) -> Tensor:
     """(B, N, C) from (4 B, N / 4, C): the way back from :func:`shifted_windows`."""
-    h, w = grid
-    window = (-(-h // 2), -(-w // 2))
+    (h, w), window = _windows(grid, shift)
+    if len(x) % 4 or x.shape[1] != math.prod(window):
+        raise ValueError(
+            f"x must be (4 B, {math.prod(window)}, C), four windows of each image of grid={(h, w)}, got "
+            f"{tuple(x.shape)}"
+        )
     pixels = unblock_windows(x.unflatten(1, window).unflatten(0, (-1, 2, 2)))
     pixels = pixels.roll([side // 4 * shift for side in window], (1, 2)) if shift else pixels
     return (_stretched(pixels, (h, w)) if h % 2 or w % 2 else pixels).flatten(1, 2)
+
+
+def _windows(grid: Sequence[int], shift: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width of an image, and of a window."""
+    h, w = check_grid("grid", grid, (2,))
+    check_int("shift", shift, least=0, most=SHIFTS - 1)
+    return (h, w), (-(-h // 2), -(-w // 2))
 
 
 def _stretched(pixels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -276,7 +305,8 @@ class HiDiffusion(Intervention):
         self.seed = check_int("seed", seed)
         self.steps = None if steps is None else check_int("steps", steps, least=1)
         self.control_share = check_real("control_share", control_share, least=0, most=1)
-        self.control_size = None if control_size is None else to_tuple("control_size", control_size, 2)
+        size = None if control_size is None else to_tuple("control_size", control_size, 2)
+        self.control_size = None if size is None else check_ints("control_size", size, least=1)
 
     @property
     def identity(self) -> bool:

@@ -117,6 +117,8 @@ class IRDiffusion(Intervention):
             raise ValueError("give either subjects, words whose maps say where they are, or masks")
         if isinstance(subjects, str):
             raise TypeError(f"subjects must be a sequence of words, got the string {subjects!r}; write [{subjects!r}]")
+        if subjects is not None and not len(subjects):
+            raise ValueError("subjects are empty; give the word of at least one")
         if isinstance(priority, str):
             check_choice("priority", priority, PRIORITIES)
         check_choice("background", background, BACKGROUND)

@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_divides, check_flag, check_int, check_real, shaped
+from ...checks import check_choice, check_divides, check_flag, check_int, check_real, check_width, shaped
 from ...hooks.denoiser import CallSite, rows_of, step_of
 from ...hooks.intervention import Intervention
 from ...hooks.maps import Maps
@@ -199,6 +199,8 @@ class CrossScaleProjector(nn.Module):
         """
         if bool(len(shallow)) != self.shallow:
             raise ValueError(f"shallow={self.shallow}, but {len(shallow)} shallow features were given")
+        for name, features in (("deep", deep), ("crops", crops), *(("shallow", one) for one in shallow)):
+            check_width(name, features, self.projector_base.in_features)
         tokens = self.projector_base(deep)
         if not (self.shallow and self.compat == "authors"):
             scale = self.scale_value["value"] if len(self.scale_value) else self.scale
@@ -224,6 +226,8 @@ class AdaptiveScoring(nn.Module):
 
     def __init__(self, dim: int, width: int, hidden: int = 64):
         super().__init__()
+        for name, value in (("dim", dim), ("width", width), ("hidden", hidden)):
+            check_int(name, value, least=1)
         self.text, self.visual = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
         self.feature = nn.Linear(width, hidden, bias=False)
         nn.init.zeros_(self.feature.weight)
@@ -237,6 +241,9 @@ class AdaptiveScoring(nn.Module):
             tokens: (B, R, T, width).
             noise: share of it, 1 at the start.
         """
+        for name, given, width in (("text", text, self.text), ("visual", visual, self.visual)):
+            check_width(name, given, width.in_features)
+        check_width("tokens", tokens, self.feature.in_features, "width")
         features = self.feature(tokens)
         total: Any = 0
         for weight, reader, source in ((noise, self.text, text), (1 - noise, self.visual, visual)):
@@ -341,10 +348,10 @@ class RealCustom(ReferenceBranches):
         if self.scoring is not None and len(self.scoring) != len(self.names):
             raise ValueError(f"scoring needs a module for each of {len(self.names)} layers, got {len(self.scoring)}")
         self.ratio = check_real("ratio", ratio, above=0, most=1)
-        low, high = (check_real("ratio_range", r, above=0, most=1) for r in ratio_range)
-        if low > high:
+        low, *others = (check_real("ratio_range", r, above=0, most=1) for r in ratio_range)
+        if len(others) != 1 or low > others[0]:
             raise ValueError(f"ratio_range must be (least, most) in order, got {tuple(ratio_range)}")
-        self.ratio_range = (low, high)
+        self.ratio_range = (low, others[0])
         self._looks = {"text": _LayerMaps(gradient=False)}
         if self_maps is not None:
             self._looks["image"] = _LayerMaps(of="image", gradient=False)

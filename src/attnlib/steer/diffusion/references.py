@@ -90,9 +90,7 @@ class ReferenceBranches(Intervention, nn.Module):
         step_range: Sequence[float] = (0.0, 1.0),
     ):
         nn.Module.__init__(self)
-        check_named(
-            "maps", maps, ReferenceMaps, "the model has no cross attention that a reference could stand beside"
-        )
+        check_named("maps", maps, ReferenceMaps, "the model has no cross attention that a reference could stand beside")
         self.names = tuple(maps)
         self.maps = nn.ModuleList(maps.values())
         self.project = project

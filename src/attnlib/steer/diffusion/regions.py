@@ -15,7 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_axes, check_choice, check_flag, check_grid, shaped
+from ...checks import (
+    check_axes,
+    check_choice,
+    check_flag,
+    check_grid,
+    check_ints,
+    check_real,
+    check_within,
+    checked,
+    shaped,
+)
 from ...hooks.site import Site
 from ...ops import attention
 from ...types import stats_dtype
@@ -34,7 +44,7 @@ def check_box(name: str, box: Any) -> tuple[float, float, float, float]:
     """``(left, top, right, bottom)`` as shares of the sides."""
     if isinstance(box, str) or not isinstance(box, Sequence) or len(box) != 4:
         raise TypeError(f"{name} must be (left, top, right, bottom) as shares of the sides, got {box!r:.80}")
-    left, top, right, bottom = (float(side) for side in box)
+    left, top, right, bottom = (check_real(name, side) for side in box)
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
         raise ValueError(
             f"{name} must be (left, top, right, bottom) within 0 and 1, left before right and top before bottom, got "
@@ -43,6 +53,7 @@ def check_box(name: str, box: Any) -> tuple[float, float, float, float]:
     return left, top, right, bottom
 
 
+@checked
 def box_masks(boxes: Sequence[Box], grid: Sequence[int]) -> Tensor:
     """(R, h, w) boolean: the cells of a grid whose centre lies in a box; the nearest cell for a box without any.
 
@@ -223,6 +234,8 @@ def attention_by_label(
                 f"{name} must lie in 0 to {axis} - 1 = {reads.shape[side] - 1}, as reads of shape "
                 f"{tuple(reads.shape)} says, got {int(labels.min())} to {int(labels.max())}"
             )
+    if own is not None:
+        check_within("own", own, k.shape[2], "key")
     out = q.new_zeros(batch, heads, n, v.shape[-1])
     both = torch.cat([q_labels, k_labels], 1)
     kinds, which = both.unique(dim=0, return_inverse=True)
@@ -295,6 +308,7 @@ def mixed_branches(
     return q.new_zeros(batch, heads, n, width or q.shape[-1]) if total is None else total
 
 
+@shaped(mask="tensor (h, w)")
 def mask_box(mask: Tensor) -> tuple[int, int, int, int] | None:
     """``(top, left, bottom, right)`` of what is not zero in (h, w), the ends excluded; ``None`` where nothing is.
 
@@ -322,8 +336,11 @@ def moved(maps: Tensor, box: Sequence[int], to: Sequence[int], inside: bool = Fa
     """
     height, width = maps.shape[-2:]
     for name, sides in (("box", box), ("to", to)):
-        if not (sides[0] < sides[2] and sides[1] < sides[3]):
-            raise ValueError(f"{name} must be (top, left, bottom, right) with a cell in it, got {tuple(sides)}")
+        sides = check_ints(name, sides, least=0)
+        if len(sides) != 4 or not (sides[0] < sides[2] and sides[1] < sides[3]):
+            raise ValueError(f"{name} must be (top, left, bottom, right) with a cell in it, got {sides}")
+    if box[2] > height or box[3] > width:
+        raise ValueError(f"box must lie within maps of {height} x {width}, got {tuple(box)}")
     axes = []
     for low, high, start, stop, side in (
         (box[0], box[2], to[0], to[2], height), (box[1], box[3], to[1], to[3], width)

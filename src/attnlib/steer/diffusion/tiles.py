@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...checks import check_choice, check_flag, check_int, check_real, shaped, to_tuple
+from ...checks import check_choice, check_flag, check_grid, check_int, check_real, checked, shaped, to_tuple
 from ...grids import inverse_permutation
 from ...hooks.denoiser import CallSite, rows_of
 from ...hooks.intervention import Intervention
@@ -76,7 +76,9 @@ def tiles_of(
     >>> [(t.top, t.left) for t in tiles_of((4, 6), (4, 4), (2, 2))]
     [(0, 0), (0, 2)]
     """
-    rows, columns = (tile_starts(*one) for one in zip(sides, tile, stride, offset, strict=True))
+    given = (("sides", sides), ("tile", tile), ("stride", stride), ("offset", offset))
+    each = (to_tuple(name, value, 2) for name, value in given)
+    rows, columns = (tile_starts(*one) for one in zip(*each, strict=True))
     return [Tile(top, left, *tile) for top in rows for left in columns]
 
 
@@ -100,6 +102,10 @@ def fuse(parts: Tensor, tiles: Sequence[Tile], sides: Sequence[int], how: str = 
     """
     if len(parts) != len(tiles):
         raise ValueError(f"parts must hold a part for each of {len(tiles)} tiles, got {len(parts)}")
+    sides = check_grid("sides", sides, (2,))
+    for tile in tiles:
+        if tuple(parts.shape[-2:]) != (tile.height, tile.width):
+            raise ValueError(f"parts must be of the size of {tile}, got {tuple(parts.shape[-2:])}")
     weights = tile_weights(parts.shape[-2:], how, parts.to(stats_dtype(parts.dtype)))
     total = parts.new_zeros((*parts.shape[1:-2], *sides), dtype=weights.dtype)
     share = weights.new_zeros(tuple(sides))
@@ -246,6 +252,7 @@ class View:
         name: for messages.
     """
 
+    @checked
     def __init__(self, order: Callable[[int, int], Any], sign: int = 1, name: str = "view"):
         if sign not in (1, -1):
             raise ValueError(f"sign must be 1 or -1, got {sign!r}")
@@ -329,6 +336,7 @@ def flipped(axis: int = -2) -> View:
     return View(lambda h, w: np.flip(_numbers(h, w), axis), name=f"flipped({axis})")
 
 
+@checked
 def rotated(degrees: int = 180) -> View:
     """Turned against the clock by a multiple of 90 degrees; of square pictures, other than by 180.
 
@@ -456,6 +464,7 @@ def jigsaw(seed: int = 4522) -> View:
     return View(order, name=f"jigsaw({seed})")
 
 
+@shaped(x="float (..., H, W)")
 def low_pass(x: Tensor, cutoff: float, how: str = "ideal") -> Tensor:
     """The frequencies of (..., H, W) below ``cutoff`` of the highest, in each direction.
 

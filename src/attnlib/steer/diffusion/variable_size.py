@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ...checks import check_int, to_tuple
+from ...checks import check_int, check_ints, to_tuple
 from ...hooks.intervention import Intervention
 from ...hooks.site import Site
 from .clear import Clear
@@ -84,7 +84,8 @@ class VariableSizeScale(Intervention):
     kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
 
     def __init__(self, trained_size: int | Sequence[int] | None = None, layers: Sequence[int | str] | None = None):
-        self.trained_size = None if trained_size is None else to_tuple("trained_size", trained_size, 2)
+        sides = None if trained_size is None else to_tuple("trained_size", trained_size, 2)
+        self.trained_size = None if sides is None else check_ints("trained_size", sides, least=1)
         self.layers = layers
         self._trained: dict[int, int] = {}
 
