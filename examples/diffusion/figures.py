@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import textwrap
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from attnlib.bench.store import fill
 from attnlib.bench.worlds import painter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,15 +94,6 @@ def generators_table(found: dict[str, Any]) -> str:
                 missed.append(f"`{name}`, {KINDS[kind]}: {bar['metric']} {100 * bar['share']:.1f} % (bar: {wanted})")
     told = "Every bar is met." if not missed else "Missed bars, on which nothing is claimed: " + "; ".join(missed) + "."
     return "\n".join([said, "", *lines, "", told, "", "![What the generators draw](diffusion/generators.png)"])
-
-
-def fill(page: Path, name: str, text: str) -> None:
-    """Put ``text`` between the markers of ``name``."""
-    old = page.read_text(encoding="utf-8")
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.S)
-    if not pattern.search(old):
-        raise ValueError(f"{page} has no markers for {name}")
-    page.write_text(pattern.sub(lambda m: m.group(1) + text + "\n" + m.group(2), old), encoding="utf-8")
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 import attnlib
 from attnlib.bench.data import scenes
+from attnlib.bench.store import fill
 from attnlib.hooks import TokenTypes
 from attnlib.look import Record, Statistics, head_grid, image_map, map_over_image, profile, sink_profile
 
@@ -191,15 +192,6 @@ def table(records: list[dict], group: str, rates: dict[str, str], extra: dict | 
             cells += [_cell(record["rates"].get(rate)) for rate in rates]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def fill(page: Path, name: str, text: str) -> None:
-    """Put ``text`` between the markers of ``name``."""
-    old = page.read_text(encoding="utf-8")
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.S)
-    if not pattern.search(old):
-        raise ValueError(f"{page} has no markers for {name}")
-    page.write_text(pattern.sub(lambda m: m.group(1) + text + "\n" + m.group(2), old), encoding="utf-8")
 
 
 def main() -> None:

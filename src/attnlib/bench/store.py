@@ -56,6 +56,19 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def fill(page: Path, name: str, text: str) -> None:
+    """Put ``text`` between the lines ``<!-- name -->`` and ``<!-- end name -->`` of a page.
+
+    Raises:
+        ValueError: the page has no such lines.
+    """
+    old = page.read_text(encoding="utf-8")
+    pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.S)
+    if not pattern.search(old):
+        raise ValueError(f"{page} has no markers for {name}")
+    write_text(page, pattern.sub(lambda m: m.group(1) + text + "\n" + m.group(2), old))
+
+
 def identity(value: Any) -> str:
     """Ten hexadecimal digits of plain values."""
     return hashlib.sha256(json.dumps(plain(value), sort_keys=True, default=str).encode()).hexdigest()[:10]
