@@ -86,5 +86,7 @@ def test_planted_failures_are_in_the_pictures():
     assert len(images) == len(prompts) and all(len(p.wants) == 2 for p in prompts)
     found = judging.examine(Judge(width=16, depth=1).eval(), count=12)
     assert set(judging.BARS) <= set(found) and found["missing"]["mean"] == 1.0  # it sees nothing yet
+    with pytest.raises(TypeError, match="prompt must be a Prompt"):
+        compare([], "a red star")
     with pytest.raises(FileNotFoundError, match="examples/diffusion/judge.py"):
         judging.load("tests")

@@ -144,4 +144,15 @@ def test_what_cannot_be_painted_or_said_is_named():
         painter.write([Want()] * 4)
     with pytest.raises(ValueError, match="below 240"):
         painter.subject(240)
+    with pytest.raises(TypeError, match=r"wants\[0\] must be a Prompt"):
+        painter.sample(1, wants=[Want("red")])
+    some = painter.sample(2)
+    with pytest.raises(ValueError, match="part='tests'"):
+        painter.paint(some, "tests")
+    with pytest.raises(ValueError, match="numbers must hold one per scene, 2, got 1"):
+        painter.captions(some, numbers=[1])
+    with pytest.raises(ValueError, match="subjects must be .* at most 239, got 240"):
+        painter.portraits([240])
+    with pytest.raises(ValueError, match="at least one number"):
+        painter.portraits([])
     assert len(GEOMETRIC) == 8

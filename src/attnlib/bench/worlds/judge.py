@@ -11,7 +11,6 @@ tells individuals apart. What is not clearly one of the known shapes is "nothing
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checks import check_int, check_type
 from ..small import interval
 from ..stats import mean_interval
 from . import painter
@@ -109,6 +109,8 @@ class Judge(nn.Module):
 
     def __init__(self, width: int = 80, depth: int = 4) -> None:
         super().__init__()
+        check_int("width", width, least=2)
+        check_int("depth", depth, least=0)
         self.stem = nn.Sequential(
             nn.Conv2d(3, width // 2, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(width // 2), nn.ReLU(),
             _Block(width // 2),
@@ -240,6 +242,7 @@ def holds(first: Found, second: Found, relation: str) -> bool:
 
 def compare(found: Sequence[Found], prompt: Prompt) -> Verdict:
     """Hold what was found against a prompt."""
+    check_type("prompt", prompt, Prompt, "a Prompt, as attnlib.bench.worlds.painter.write makes one")
     wants = prompt.wants
     most, placed = 0, False
     fitting = [[k for k, f in enumerate(found) if _fits(f, w)] for w in wants]
@@ -548,9 +551,3 @@ BARS = {
     "colour": 0.99, "shape": 0.99, "box_iou": 0.9, "count": 0.98, "subjects": 0.97, "swapped": 0.95, "missing": 0.95,
     "doubled": 0.95, "smeared": 0.95,
 }  # fmt: skip
-
-
-@functools.cache
-def trained() -> Judge:
-    """The trained judge, loaded once."""
-    return load()

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_choice, check_int
+from ...checks import check_choice, check_int, check_type
 from ..data.files import digits
 
 SIDE, SLOTS, WINDOW = 64, 3, 32
@@ -279,6 +279,7 @@ def sample(
             raise ValueError(f"wants must hold one prompt per scene, {b}, got {len(wants)}")
         names = list(COLOURS)
         for i, prompt in enumerate(wants):
+            check_type(f"wants[{i}]", prompt, Prompt, "a Prompt, as write makes one")
             if len(prompt.wants) > SLOTS:
                 raise ValueError(f"wants: a scene holds at most {SLOTS} things, got {prompt.text!r}")
             count[i] = len(prompt.wants) or count[i]
@@ -533,6 +534,8 @@ def paint(scenes: Scenes, part: str = "train", shift: Tensor | None = None, slot
         shift: (B, 2) pixels by which patterns of the background are moved.
         slots: these only are painted, all by default.
     """
+    check_type("scenes", scenes, Scenes, "scenes of sample")
+    check_choice("part", part, PARTS)
     few = 64  # scenes at a time, as many as fit into caches
     parts = [
         _paint(scenes[i : i + few], part, None if shift is None else shift[i : i + few], slots)
@@ -595,7 +598,9 @@ def portraits(subjects: Sequence[int] | Tensor, numbers: Sequence[int] | None = 
         numbers: of the scenes, so that the same individual can be seen again otherwise; 0, 1, ... by default.
         part: of the scenes.
     """
-    asked = [Prompt("", (Want(subject=int(n)),)) for n in subjects]
+    asked = [Prompt("", (Want(subject=check_int("subjects", int(n), 0, SUBJECTS - 1)),)) for n in subjects]
+    if not asked:
+        raise ValueError("subjects must hold at least one number")
     chosen = range(len(asked)) if numbers is None else numbers
     return paint(sample(list(chosen), part, wants=asked), part)
 
@@ -717,6 +722,8 @@ def captions(scenes: Scenes, omit: float = 0.0, epoch: int = 0, numbers: Sequenc
     """
     b = len(scenes)
     index = _numbers(b if numbers is None else numbers)
+    if len(index) != b:
+        raise ValueError(f"numbers must hold one per scene, {b}, got {len(index)}")
     u = _uniform(index, "train", 2 + epoch, 24).tolist()
     columns, rows = _third(scenes.x).tolist(), _third(scenes.y).tolist()
     lies = {v: k for k, v in PLACES.items()}
