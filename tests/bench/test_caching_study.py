@@ -1,8 +1,6 @@
 """The study of features used again at equal executed work, small."""
 
 import json
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,22 +9,7 @@ pytest.importorskip("diffusers")
 
 from attnlib.bench import suites  # noqa: E402
 from attnlib.bench.studies.diffusion import caching  # noqa: E402
-from attnlib.bench.worlds import models  # noqa: E402
 from attnlib.cache import Router  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Untrained parts."""
-    made = tmp_path_factory.mktemp("weights")
-    script = spec_from_file_location("judge_for_caching", Path(__file__).parents[2] / "examples/diffusion/judge.py")
-    module = module_from_spec(script)
-    script.loader.exec_module(module)
-    torch.manual_seed(0)
-    module.keep(module.judging.Judge(16, 1), made)
-    for name in ("clip", "vae", "unet"):
-        models.build(name).half().save_pretrained(str(made / name))
-    return made
 
 
 def test_half_of_a_table():
@@ -40,10 +23,10 @@ def test_half_of_a_table():
     assert other.sum() == 15 and torch.equal(other, caching.at_random(6, 5)) and not torch.equal(other, table)
 
 
-def test_contestants_do_equal_work(folder, tmp_path):
+def test_contestants_do_equal_work(untrained_generators, tmp_path):
     told = []
     found = caching.measure(
-        told.append, tmp_path / "kept.jsonl", tmp_path, count=1, near=1, folder=folder,
+        told.append, tmp_path / "kept.jsonl", tmp_path, count=1, near=1, folder=untrained_generators,
         settings={"num_inference_steps": 4}, training={"epochs": 1}, batch=2,
     )  # fmt: skip
     json.dumps(found)

@@ -1,37 +1,20 @@
 import json
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import pytest
 import torch
 
 from attnlib.bench import suites
 from attnlib.bench.studies.diffusion import editing
-from attnlib.bench.worlds import models
 from attnlib.bench.worlds.prompts import prompts
 
 pytest.importorskip("diffusers")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Untrained parts."""
-    made = tmp_path_factory.mktemp("weights")
-    script = spec_from_file_location("judge_for_editing", Path(__file__).parents[2] / "examples/diffusion/judge.py")
-    module = module_from_spec(script)
-    script.loader.exec_module(module)
-    torch.manual_seed(0)
-    module.keep(module.judging.Judge(16, 1), made)
-    for name in ("clip", "vae", "unet"):
-        models.build(name).half().save_pretrained(str(made / name))
-    return made
-
-
-def test_every_line_is_measured_and_gone_on_from(folder, tmp_path):
+def test_every_line_is_measured_and_gone_on_from(untrained_generators, tmp_path):
     told = []
     given = dict(
-        keep=tmp_path / "kept", count=1, folder=folder, settings={"num_inference_steps": 1}, pictures=tmp_path,
-        part="dev",
+        keep=tmp_path / "kept", count=1, folder=untrained_generators, settings={"num_inference_steps": 1},
+        pictures=tmp_path, part="dev",
     )  # fmt: skip
     found = editing.measure(progress=told.append, **given)
     json.dumps(found)
@@ -48,8 +31,8 @@ def test_every_line_is_measured_and_gone_on_from(folder, tmp_path):
     assert not told and again["lines"] == found["lines"]
 
 
-def test_tasks_change_one_word_of_what_is_painted(folder):
-    studio = editing.Studio(folder, {"num_inference_steps": 2, "guidance_scale": 2.0})
+def test_tasks_change_one_word_of_what_is_painted(untrained_generators):
+    studio = editing.Studio(untrained_generators, {"num_inference_steps": 2, "guidance_scale": 2.0})
     for number, prompt in enumerate(prompts("one", 2, "dev")):
         task = studio.task(prompt, number, "dev")
         a, b = task.source.wants[0], task.target.wants[0]

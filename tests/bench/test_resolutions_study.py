@@ -10,7 +10,6 @@ pytest.importorskip("diffusers")
 from attnlib.bench import suites  # noqa: E402
 from attnlib.bench.small import operations, parameters  # noqa: E402
 from attnlib.bench.studies.diffusion import resolutions  # noqa: E402
-from attnlib.bench.worlds import models  # noqa: E402
 
 
 def test_sizes_are_equal():
@@ -30,13 +29,11 @@ def test_noise_of_a_known_share():
     assert torch.allclose(got[:, 0, 0, 0].double(), (1 - a[[0, 999]]).sqrt(), atol=1e-6) and a[0] > 0.99 > 0.01 > a[-1]
 
 
-def test_it_runs_small(tmp_path):
-    torch.manual_seed(0)
-    models.build("vae").half().save_pretrained(str(tmp_path / "vae"))
+def test_it_runs_small(untrained_generators, tmp_path):
     told = []
     found = resolutions.measure(
         told.append, tmp_path / "kept.jsonl", tmp_path, seeds=(0, 1), steps=1, batch=2, drawn=4, tested=3, width=16,
-        depth=2, folder=tmp_path,
+        depth=2, folder=untrained_generators,
     )  # fmt: skip
     assert [r["name"] for r in found["rows"]] == list(resolutions.NAMES) and len(told) == 6
     for row in found["rows"]:

@@ -5,7 +5,6 @@ import torch
 
 from attnlib.bench import suites
 from attnlib.bench.studies.diffusion import series
-from attnlib.bench.worlds import models
 from attnlib.bench.worlds.judge import Found
 
 pytest.importorskip("diffusers")
@@ -44,16 +43,15 @@ def test_subjects_are_held_against_the_reference():
         assert series.compare(Says([reference, *looks[1:]]), torch.zeros(3, 3, 64, 64), asked) is None
 
 
-def test_every_contestant_draws_the_same_series(tmp_path, monkeypatch):
-    for name in ("clip", "vae", "unet"):
-        models.build(name).half().save_pretrained(str(tmp_path / name))
+def test_every_contestant_draws_the_same_series(untrained_generators, tmp_path, monkeypatch):
     (asked,) = series.series(1)
     shapes = [want.shape for want in asked[0].wants]
     everywhere = [thing(shapes[0], "red"), thing(shapes[1], "blue")]
     monkeypatch.setattr(series, "load", lambda folder: Says([everywhere] * 3))
     names = ["plain", "IR"]
     assert set(names) < set(series.CONTESTANTS) and "diffusion-series" in suites()
-    given = dict(names=names, count=1, folder=tmp_path, settings={"num_inference_steps": 2}, keep=tmp_path / "kept")
+    given = dict(names=names, count=1, folder=untrained_generators, settings={"num_inference_steps": 2},
+                 keep=tmp_path / "kept")  # fmt: skip
     told = []
     found = series.measure(told.append, pictures=tmp_path, **given)
     json.dumps(found)

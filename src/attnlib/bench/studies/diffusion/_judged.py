@@ -11,17 +11,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import attnlib
+
 from ...clock import now
 from ...small import Progress, interval
 from ...stats import mean_interval, paired_interval
 from ...store import identity
 from ...worlds.judge import Judge, load
 from ...worlds.painter import Prompt
+from ...worlds.prompts import draw
 
 #: What of a :class:`attnlib.bench.worlds.judge.Verdict` is told.
 METRICS = ("right", "bound", "present", "counted", "placed", "recognisable", "things")
 
 Draw = Callable[[Sequence[Prompt], Sequence[int]], Tensor]
+
+
+def drawing(
+    pipe: Any,
+    techniques: Callable[[Sequence[Prompt]], Sequence[Any]],
+    told: Callable[[Any], None] | None = None,
+    **given: Any,
+) -> Draw:
+    """Who draws prompts with techniques attached that are made for them; with none, the plain pipeline does.
+
+    Args:
+        pipe: of :func:`attnlib.bench.worlds.models.pipeline`.
+        techniques: from prompts to what is attached.
+        told: gets the session of every call, ``None`` where nothing was attached.
+        given: of the pipeline's call.
+    """
+
+    def sketch(some: Sequence[Prompt], seeds: Sequence[int]) -> Tensor:
+        attached, session = techniques(some), None
+        if attached:
+            with attnlib.attach(pipe, *attached) as session:
+                images = draw(pipe, some, seeds, len(some), **given)
+        else:
+            images = draw(pipe, some, seeds, len(some), **given)
+        if told is not None:
+            told(session)
+        return images
+
+    return sketch
 
 
 def judged(
@@ -63,12 +95,12 @@ def judged(
     if file is not None and file.exists():
         held = [r for r in map(json.loads, file.read_text(encoding="utf-8").splitlines()) if r.get("key") == mark]
     for start in range(0, len(prompts), batch):
-        for name, draw in contestants.items():
+        for name, sketch in contestants.items():
             if any(r["name"] == name and r["start"] == start for r in held):
                 continue
             asked = prompts[start : start + batch]
             began = now()
-            images = draw(asked, [seed + start + i for i in range(len(asked))])
+            images = sketch(asked, [seed + start + i for i in range(len(asked))])
             seconds = (now() - began) / len(asked)
             verdicts = [asdict(v) for v in judge.judge(images.float().clamp(0, 1), asked)]
             rows = [{**{m: float(v[m]) for m in METRICS}, "seconds": seconds} for v in verdicts]

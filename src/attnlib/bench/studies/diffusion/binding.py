@@ -1,7 +1,7 @@
 """Binding and neglect: are all things of a prompt there, each with its own colour?
 
-``attnlib bench --suite diffusion-binding --out benchmarks/results`` measures again what ``diffusion-binding-cpu.json``
-holds and draws it. Two things whose pairings of colour and shape training did not show, and three things; every
+``attnlib bench --suite diffusion-binding --out benchmarks/results`` writes ``diffusion-binding-cpu.json`` and its
+pictures. Two things whose pairings of colour and shape training did not show, and three things; every
 technique draws the same prompts from the same noise as the plain pipeline, and its time is told.
 """
 
@@ -13,8 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-import attnlib
-
 from ....steer.diffusion.a_star import AStar, AttendExcite
 from ....steer.diffusion.structured_guidance import StructuredGuidance
 from ...clock import machine
@@ -22,8 +20,8 @@ from ...small import Progress
 from ...worlds import models, painter
 from ...worlds.judge import load
 from ...worlds.painter import Prompt
-from ...worlds.prompts import draw, prompts
-from ._judged import judged, sheet
+from ...worlds.prompts import prompts
+from ._judged import drawing, judged, sheet
 from .generators import SETTINGS
 
 QUESTION = "Do losses on maps, or edited values, bind attributes and save neglected things?"
@@ -41,7 +39,7 @@ def phrases(some: Sequence[Prompt]) -> list[list[str]]:
     return [[painter.phrase(w) for w in p.wants] for p in some]
 
 
-#: Of losses on maps, chosen on ``"dev"``: as many steps and as long as in 50 steps of Attend-and-Excite.
+#: Of losses on maps, to be chosen on ``"dev"``; so far as many steps and as long as in 50 steps of Attend-and-Excite.
 UPDATE: dict[str, Any] = {"steps": 10, "step_size": 20.0}
 #: By name, from prompts to what is attached; a line is added for every technique.
 CONTESTANTS: dict[str, Callable[[Sequence[Prompt]], list[Any]]] = {
@@ -87,19 +85,9 @@ def measure(
     result: dict[str, Any] = {"part": part, "settings": chosen, "kinds": {}}
     shown: dict[str, Tensor] = {}
 
-    def drawing(name: str) -> Callable[[Sequence[Prompt], Sequence[int]], Tensor]:
-        def sketch(some: Sequence[Prompt], seeds: Sequence[int]) -> Tensor:
-            attached = CONTESTANTS[name](some)
-            if not attached:
-                return draw(pipe, some, seeds, len(some), **chosen)
-            with attnlib.attach(pipe, *attached):
-                return draw(pipe, some, seeds, len(some), **chosen)
-
-        return sketch
-
     for kind in kinds:
         asked = prompts(kind, count, part)
-        contestants = {name: drawing(name) for name in wanted}
+        contestants = {name: drawing(pipe, CONTESTANTS[name], **chosen) for name in wanted}
         result["kinds"][kind] = judged(
             contestants, asked, BASELINE, judge, batch, progress=progress, keep=keep, key=[part, kind, chosen]
         )  # fmt: skip

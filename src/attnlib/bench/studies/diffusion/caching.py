@@ -1,7 +1,7 @@
 """Time against judged quality at equal executed work: what is lost when half of all modules hand on old features?
 
-``attnlib bench --suite diffusion-caching --out benchmarks/results`` measures again what ``diffusion-caching-cpu.json``
-holds and draws it. All contestants but the full sampling run half of the attentions, feed-forwards and resnets, or take
+``attnlib bench --suite diffusion-caching --out benchmarks/results`` writes ``diffusion-caching-cpu.json`` and its
+pictures. All contestants but the full sampling run half of the attentions, feed-forwards and resnets, or take
 half of the steps in full: what a sceptic would do. HarmoniCa's router is learnt on prompts of training, and runs the
 half that it scores highest; beside it stands a table of as many entries at random. A contestant is judged on the same
 prompts and seeds as the full sampling, and by how near its pictures come to it.
@@ -26,9 +26,8 @@ from ...small import Progress, interval
 from ...stats import mean_interval
 from ...worlds import models
 from ...worlds.judge import load
-from ...worlds.painter import Prompt
-from ...worlds.prompts import draw, prompts
-from ._judged import judged, sheet
+from ...worlds.prompts import prompts
+from ._judged import Draw, drawing, judged, sheet
 from .generators import SETTINGS
 
 QUESTION = "What is lost when half of the modules of a denoiser hand on what they gave at an earlier step?"
@@ -36,7 +35,7 @@ PARTS = ("clip", "vae", "unet", "judge")
 BASELINE = "full"
 #: What has a column of its own.
 MODULES = ("attention", "feed-forward", "resnet")
-#: Of the router, chosen on ``"dev"``.
+#: Of the router, to be chosen on ``"dev"``.
 TRAINING: dict[str, Any] = {"epochs": 24, "lr": 0.1, "beta": 1e-4, "seed": 0}
 
 
@@ -180,23 +179,19 @@ def measure(
     wanted = list(made if names is None else names)
     executed: dict[str, float] = {}
 
-    def drawing(name: str) -> Callable[[Sequence[Prompt], Sequence[int]], Tensor]:
-        def sketch(some: Sequence[Prompt], seeds: Sequence[int]) -> Tensor:
-            call = {**chosen, "num_inference_steps": steps // 2 if name == "half of the steps" else steps}
-            attached = made[name]()
-            if not attached:
-                executed[name] = call["num_inference_steps"] / steps
-                return draw(pipe, some, seeds, len(some), **call)
-            with attnlib.attach(pipe, *attached) as session:
-                images = draw(pipe, some, seeds, len(some), **call)
-            (ran,) = session.results.values()
-            executed[name] = int(ran["executed"].sum()) / int(ran["possible"].sum())
-            return images
+    def drawn_by(name: str) -> Draw:
+        own = steps // 2 if name == "half of the steps" else steps
 
-        return sketch
+        def told(session: Any) -> None:
+            executed[name] = own / steps
+            if session is not None:
+                (ran,) = session.results.values()
+                executed[name] = int(ran["executed"].sum()) / int(ran["possible"].sum())
+
+        return drawing(pipe, lambda some: made[name](), told, **{**chosen, "num_inference_steps": own})
 
     asked = prompts(kind, count, part)
-    drawn = {name: drawing(name) for name in wanted}
+    drawn = {name: drawn_by(name) for name in wanted}
     key = [part, kind, chosen, {**TRAINING, **(training or {})}]
     result = judged(drawn, asked, BASELINE, judge, batch, progress=progress, keep=keep, key=key)
     first = asked[: min(near, count)]

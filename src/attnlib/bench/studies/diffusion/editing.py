@@ -1,7 +1,7 @@
 """Editing and composition: is the wanted change made, and the rest kept? Does a rectangle stay free?
 
-``attnlib bench --suite diffusion-editing --out benchmarks/results`` measures again what ``diffusion-editing-cpu.json``
-holds and draws it. Scenes are painted, so that the true mask of what is edited is known; every editor starts from the
+``attnlib bench --suite diffusion-editing --out benchmarks/results`` writes ``diffusion-editing-cpu.json`` and its
+pictures. Scenes are painted, so that the true mask of what is edited is known; every editor starts from the
 same inversion, or from the same latents where it needs none. Three lines: how far sampling misses an inverted picture;
 edits of one word; pictures with a thing put into them. A fourth draws prompts with a rectangle kept free.
 """

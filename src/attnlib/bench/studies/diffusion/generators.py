@@ -1,7 +1,7 @@
 """The small generators themselves: does what they draw show what prompts ask for?
 
-``attnlib bench --suite diffusion-generators --out benchmarks/results`` measures again what
-``diffusion-generators-cpu.json`` holds and draws it. Every generator has bars, written down before it was trained; a
+``attnlib bench --suite diffusion-generators --out benchmarks/results`` writes
+``diffusion-generators-cpu.json`` and its pictures. Every generator has bars, written down before it was trained; a
 technique is measured on a generator only where its bar is met, and a bar that is missed is told.
 """
 
@@ -24,7 +24,7 @@ from ._judged import judged, sheet
 QUESTION = "Do the trained generators show what prompts ask for, well enough to measure techniques on them?"
 PARTS = ("clip", "vae", "unet", "sd3", "dit", "pixel", "judge")
 
-#: Chosen on ``"dev"``.
+#: To be chosen on ``"dev"``, once there are trained generators.
 SETTINGS: dict[str, dict[str, Any]] = {
     "unet": {"num_inference_steps": 20, "guidance_scale": 4.0},
     "sd3": {"num_inference_steps": 20, "guidance_scale": 3.0},

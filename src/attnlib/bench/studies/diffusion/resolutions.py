@@ -1,7 +1,7 @@
 """DiMR against a DiT of equal size: noise in latents of painted things, after the same training.
 
-``attnlib bench --suite diffusion-resolutions --out benchmarks/results`` measures again what
-``diffusion-resolutions-cpu.json`` holds. Pictures of one thing, 64 classes of a colour and a shape, come through the
+``attnlib bench --suite diffusion-resolutions --out benchmarks/results`` writes
+``diffusion-resolutions-cpu.json``. Pictures of one thing, 64 classes of a colour and a shape, come through the
 trained autoencoder; a DiT, a DiMR with as many parameters, and a DiT of about as many multiply-adds as the DiMR learn
 to say the noise, from the same batches, noise and times. They are compared by the mean square of what they miss on
 pictures that training did not show, with classes; 1 is what saying nothing misses. The DiMR learns its loss over two
@@ -123,7 +123,7 @@ def measure(
         steps, batch, lr: of training.
         drawn, tested: pictures.
         width, depth: see :func:`build`.
-        part: of the pictures that models are tested on; settings were chosen on ``"dev"``.
+        part: of the pictures that models are tested on; settings are to be chosen on ``"dev"``.
         folder: of trained parts.
 
     Returns:

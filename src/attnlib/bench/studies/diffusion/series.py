@@ -1,7 +1,7 @@
 """A series of pictures: do its two subjects stay the same where a prompt leaves open what they look like?
 
-``attnlib bench --suite diffusion-series --out benchmarks/results`` measures again what ``diffusion-series-cpu.json``
-holds and draws it. Prompts of a series name the same two shapes, without colours, lying otherwise and on other
+``attnlib bench --suite diffusion-series --out benchmarks/results`` writes ``diffusion-series-cpu.json`` and its
+pictures. Prompts of a series name the same two shapes, without colours, lying otherwise and on other
 backgrounds; the first picture is the reference. Told is how often a subject has the reference's colour in the other
 pictures, how often it has that of the other subject, and whether the prompt is still followed. The sceptic's baselines
 are pictures drawn by themselves, and pictures that read all of the reference.
@@ -18,9 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import attnlib
-
-from ....checks import check_int
+from ....checks import check_choice, check_int
 from ....steer.diffusion.ir_diffusion import IRDiffusion
 from ....steer.diffusion.references import SharedKeys
 from ...clock import machine, now
@@ -30,8 +28,7 @@ from ...store import identity
 from ...worlds import models, painter
 from ...worlds.judge import Found, Judge, load
 from ...worlds.painter import Prompt, Want
-from ...worlds.prompts import draw
-from ._judged import sheet
+from ._judged import drawing, sheet
 from .generators import SETTINGS
 
 QUESTION = "Do two subjects of a series stay the same with isolation and reposition?"
@@ -55,6 +52,7 @@ def series(count: int, part: str = "test", length: int = 3) -> list[list[Prompt]
     >>> [p.text for p in series(1)[0]]  # doctest: +ELLIPSIS
     ['a ... a ... on ...', 'a ... a ... on ...', 'a ... a ... on ...']
     """
+    check_choice("part", part, painter.PARTS)
     rng = np.random.default_rng([painter.PARTS.index(part), 1912])
     found = []
     for _ in range(check_int("count", count, least=1)):
@@ -139,12 +137,8 @@ def measure(
 
     def drawn(name: str, number: int) -> Tensor:
         some = asked[number]
-        seeds = [1000 * number + i for i in range(len(some))]
         attached = CONTESTANTS[name]([want.shape or "" for want in some[0].wants])
-        if not attached:
-            return draw(pipe, some, seeds, len(some), **chosen)
-        with attnlib.attach(pipe, *attached):
-            return draw(pipe, some, seeds, len(some), **chosen)
+        return drawing(pipe, lambda _: attached, **chosen)(some, [1000 * number + i for i in range(len(some))])
 
     for number, some in enumerate(asked):
         for name in wanted:
