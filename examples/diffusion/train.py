@@ -1,4 +1,4 @@
-"""Train the small generators of painted scenes, each in less than an hour on two cores.
+"""Train the small generators of painted scenes; each is planned for less than an hour on two cores.
 
     python examples/diffusion/train.py scenes clip vae unet dit sd3 pixel --work diffusion-checkpoints
 

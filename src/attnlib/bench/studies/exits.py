@@ -32,7 +32,7 @@ from ...nn.layers import masked_mean
 from ...types import State
 from ..clock import interleave, machine
 from ..data.files import digits
-from ..small import Progress, fit, picture, study
+from ..small import Progress, fit, parameters, picture, study
 from ..stats import mean_interval
 
 SIDE, CLASSES, NOISE = 32, 10, (0.0, 0.3, 0.6, 1.2)
@@ -151,7 +151,7 @@ def measure(
         right = (asked.argmax(-1) == test[1]).double().mean(1)
         found: dict[str, float] = {f"exit {k + 1}, right": 100 * float(r) for k, r in enumerate(right)}
         found |= {f"exit {k + 1}, M": float(c) for k, c in enumerate(costs)}
-        found["parameters"] = sum(p.numel() for p in model.parameters())
+        found["parameters"] = parameters(model)
         if name == ALONE:
             return {**found, **{f"right at {b} M": found["exit 4, right"] for b in budgets}}
         sure, val_sure = confidence(asked), confidence(val)
