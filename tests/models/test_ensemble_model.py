@@ -9,6 +9,7 @@ from parity import HERE, synthetic
 from safetensors import safe_open
 
 from attnlib.models.diffusion.ensemble import Aggregator, TextEncoders, UNetEnsemble
+from attnlib.ops._count import counted
 from tests.hooks.pipes import clip_tokenizer, sample, scheduler, sdxl, stable_diffusion, text_encoder, unet
 
 pytest.importorskip("diffusers")
@@ -107,6 +108,13 @@ def test_sizes_are_the_papers_code():
             made = UNetEnsemble(nets[:count])
             trained = [p for p in made.parameters() if p.requires_grad]
             assert len(made.aggregators) == 25 and sum(p.numel() for p in trained) == size
+        given = torch.empty(1, 4, 48, 48), torch.tensor(5), torch.empty(1, 77, 768)
+        work = []
+        for net in (nets[0], UNetEnsemble(nets[:2])):
+            with counted() as counter, torch.no_grad():
+                net(*given)
+            work.append(counter.get_total_flops() // 2)
+    assert work[0] == 211_506_022_400 and round(work[1] / work[0], 2) == 2.12
 
 
 def test_in_pipelines(tmp_path_factory):

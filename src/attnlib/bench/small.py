@@ -18,11 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..checks import check_int, check_real
 from ..models.build import create_model
-from ..ops import use_backend
+from ..ops._count import counted
 from .plots import _FAINT, PALETTE, _figure
 from .stats import Interval, mean_interval, paired_interval
 from .store import identity, plain, write_text
@@ -137,12 +136,12 @@ def parameters(model: nn.Module) -> int:
 def operations(call: Callable[[], Any]) -> int:
     """Multiplications and additions of convolutions and products in a call, each by itself, without gradients.
 
-    Attention runs on the eager backend for it: of fused attention nothing would be counted.
+    Attention is not fused for it, neither ours nor torch's: nothing of it would be counted.
 
     >>> operations(lambda: torch.ones(2, 3) @ torch.ones(3, 5))
     60
     """
-    with FlopCounterMode(display=False) as counter, use_backend("eager"):
+    with counted() as counter:
         call()
     return int(counter.get_total_flops())
 

@@ -18,6 +18,7 @@ Its successor's inherited features are :class:`attnlib.cache.FeatureInheritance`
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -26,12 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_int, check_real
+from ..checks import check_axes, check_choice, check_int, check_real, describe, to_list
 from ..hooks.attach import attach
 from ..hooks.denoiser import CallSite
 from ..hooks.intervention import Intervention
 from ..hooks.site import Site
 from ..nn.layers import cell_means
+from ..ops._count import counted
 from ..ops.attention import attention
 from ..ops.partition import window_attention
 from ..steer.diffusion.linfusion import distillation_losses
@@ -106,10 +108,12 @@ def redundancy(unet: nn.Module, batches: Sequence[Inputs], names: Sequence[str] 
     Returns:
         ``mean (e - e_without)^2 / mean e^2`` by name, ascending.
     """
-    names = removable(unet) if names is None else list(names)
+    names = removable(unet) if names is None else names
     _check_names(unet, names)
-    if not batches:
-        raise ValueError("batches must hold at least one dictionary of named arguments")
+    if not batches or isinstance(batches, Mapping):
+        raise ValueError(
+            f"batches must be a sequence of at least one dictionary of named arguments, got {describe(batches)}"
+        )
     full = [_run(unet, batch) for batch in batches]
     size = sum(float(e.square().mean()) for e in full)
     found = {}
@@ -125,11 +129,15 @@ def _run(model: Any, inputs: Inputs) -> Tensor:
 
 def _check_names(unet: nn.Module, names: Sequence[str]) -> None:
     known = removable(unet)
+    if isinstance(names, str):
+        raise TypeError(f"names must be a sequence of names, got {names!r}; write [{names!r}]")
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(
             f"names must be resnets and transformers of this U-Net, got {unknown or names}; e.g. {known[:4]}"
         )
+    if len(set(names)) < len(names):
+        raise ValueError(f"names must hold each module once, got {names}")
 
 
 @dataclass
@@ -141,6 +149,7 @@ class Lighter:
         removed: names, in the order of removal.
         params: parameters before and after.
         multiply_adds: of one call before and after; ``None`` where no inputs were given.
+        history: what was measured in each round of :func:`incubate`.
     """
 
     model: nn.Module
@@ -167,16 +176,10 @@ def remove(unet: nn.Module, names: Sequence[str], inputs: Inputs | None = None) 
     _check_names(unet, names)
     lighter = copy.deepcopy(unet)
     for name in names:
-        replace(lighter, name, Bypass(lighter.get_submodule(name)))
+        lighter.set_submodule(name, Bypass(lighter.get_submodule(name)))
     params = (_params(unet), _params(lighter))
     counted = None if inputs is None else (_multiply_adds(unet, inputs), _multiply_adds(lighter, inputs))
     return Lighter(lighter, list(names), params, counted)
-
-
-def replace(unet: nn.Module, name: str, module: nn.Module) -> None:
-    """Put another module in the place of one."""
-    parent, _, last = name.rpartition(".")
-    setattr(unet.get_submodule(parent), last, module)
 
 
 def _params(model: nn.Module) -> int:
@@ -184,9 +187,7 @@ def _params(model: nn.Module) -> int:
 
 
 def _multiply_adds(model: nn.Module, inputs: Inputs) -> int:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with counted() as counter, torch.no_grad():
         model(**inputs)
     return counter.get_total_flops() // 2
 
@@ -250,16 +251,19 @@ class InheritedConv(nn.Module):
     def __init__(self, convs: Sequence[nn.Conv2d], gate: str = "sigmoid"):
         super().__init__()
         check_choice("gate", gate, GATES)
-        convs = list(convs)
+        convs = to_list("convs", convs, "[conv]") or []
         if not convs or not all(isinstance(conv, nn.Conv2d) for conv in convs):
             raise ValueError("convs must hold at least one torch.nn.Conv2d")
 
         def form(conv: nn.Conv2d) -> tuple[Any, ...]:
-            return (tuple(conv.weight.shape), conv.stride, conv.padding, conv.dilation, conv.groups, conv.bias is None)
+            shape, padding = tuple(conv.weight.shape), (conv.padding, conv.padding_mode)
+            return (shape, conv.stride, *padding, conv.dilation, conv.groups, conv.bias is None)
 
         forms = [form(conv) for conv in convs]
-        if len(set(forms)) > 1 or convs[0].groups != 1:
-            raise ValueError(f"convolutions whose kernels are mixed must be alike and without groups, got {forms}")
+        if len(set(forms)) > 1 or convs[0].groups != 1 or convs[0].padding_mode != "zeros":
+            raise ValueError(
+                f"convolutions whose kernels are mixed must be alike, padded by zeros and without groups, got {forms}"
+            )
         first = convs[0]
         self.gate, self.stride, self.dilation = gate, first.stride, first.dilation
         self.padding: Any = first.padding
@@ -268,8 +272,8 @@ class InheritedConv(nn.Module):
         self.bias = nn.Parameter(torch.stack(biases)) if biases else None
         self.fc = nn.Linear(first.in_channels, len(convs)).to(first.weight)
         nn.init.zeros_(self.fc.weight)
-        share = torch.tensor(min(1 / len(convs), 0.99))
-        nn.init.constant_(self.fc.bias, float(torch.logit(share)) if gate == "sigmoid" else 0.0)
+        share = min(1 / len(convs), 0.99)
+        nn.init.constant_(self.fc.bias, math.log(share / (1 - share)) if gate == "sigmoid" else 0.0)
 
     def shares(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, M) weights of the experts."""
@@ -278,6 +282,7 @@ class InheritedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, H', W')."""
+        check_axes("x", x, B=None, C=self.fc.in_features, H=None, W=None)
         shares, batch = self.shares(x), len(x)
         kernels = torch.einsum("bm,moikl->boikl", shares, self.weight).flatten(0, 1)
         out = F.conv2d(
@@ -298,6 +303,8 @@ class InheritedResidual(nn.Module):
 
     def __init__(self, resnet: Any, around: Sequence[nn.Conv2d] = (), gate: str = "sigmoid"):
         super().__init__()
+        if not all(hasattr(resnet, name) for name in ("norm1", "conv1", "conv_shortcut")):
+            raise TypeError(f"resnet must be a ResnetBlock2D of diffusers, got {type(resnet).__name__}")
         self.norm, self.shortcut = copy.deepcopy(resnet.norm1), copy.deepcopy(resnet.conv_shortcut)
         self.conv = InheritedConv([resnet.conv1, *around], gate)
 
@@ -308,6 +315,9 @@ class InheritedResidual(nn.Module):
 
 def neighbours(unet: nn.Module, name: str) -> list[nn.Conv2d]:
     """Convolutions in resnets of the same stage as a resnet, with kernels of the shape of its first one."""
+    if name not in removable(unet) or _is_transformer(unet.get_submodule(name)):
+        resnets = [n for n in removable(unet) if not _is_transformer(unet.get_submodule(n))]
+        raise ValueError(f"name must be a resnet of this U-Net, got {name!r}; e.g. {resnets[:4]}")
     first: Any = unet.get_submodule(name)
     stage = ".".join(name.split(".")[:2]) if not name.startswith("mid_block") else "mid_block"
     found = []
@@ -355,8 +365,8 @@ class GlobalRegionalAttention(Intervention):
         self.window_size = check_int("window_size", window_size, least=1)
         self.pool = check_int("pool", pool, least=1)
         check_choice("combine", combine, ("mean", "sum", "alternate"))
-        if not routes or isinstance(routes, str) or set(routes) - set(ROUTES):
-            raise ValueError(f"routes must be some of {ROUTES}, got {routes!r}")
+        if not routes or isinstance(routes, str) or set(routes) - set(ROUTES) or len(set(routes)) < len(routes):
+            raise ValueError(f"routes must be some of {ROUTES}, each once, got {routes!r}")
         if combine == "alternate" and len(set(routes)) < 2:
             raise ValueError("combine='alternate' needs both routes")
         self.routes, self.combine, self.layers = tuple(routes), combine, layers
@@ -380,8 +390,8 @@ class GlobalRegionalAttention(Intervention):
         routes: Sequence[str] = self.routes
         if self.combine == "alternate":
             routes = (ROUTES[self._turn[site.layer] % 2],)
-        outs = [self._regional(q, k, v, grid, site.scale) for r in routes if r == "regional"]
-        outs += [self._global(q, k, v, grid, site.scale) for r in routes if r == "global"]
+        by = {"regional": self._regional, "global": self._global}
+        outs = [by[route](q, k, v, grid, site.scale) for route in routes]
         total = sum(outs[1:], outs[0])
         return total / len(outs) if self.combine == "mean" else total
 
@@ -418,6 +428,9 @@ def semantic_alignment(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> 
     """
     if len(student) != len(teacher) or not student:
         raise ValueError(f"maps of the student are {len(student)}, of the teacher {len(teacher)}; one for each")
+    for side, maps in (("student", student), ("teacher", teacher)):
+        for i, one in enumerate(maps):
+            check_axes(f"{side}[{i}]", one, B=None, h=None, w=None)
     total = student[0].new_zeros(())
     for a, b in zip(student, teacher, strict=True):
         if a.shape != b.shape:

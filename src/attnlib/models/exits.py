@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..checks import check_axes, check_float, check_int, check_rank, check_real, check_values, describe
-from ..ops import use_backend
+from ..ops._count import counted
 from ..types import State, stats_dtype
 
 
@@ -253,7 +252,7 @@ def exit_costs(model: Any, x: Tensor) -> tuple[int, ...]:
         x: one image (1, C, H, W), or the batch that is to be counted.
     """
     found = []
-    with FlopCounterMode(display=False) as counter, use_backend("eager"):
+    with counted() as counter:
         for _ in model.iterate(x):
             found.append(counter.get_total_flops() // 2)
     return tuple(found)

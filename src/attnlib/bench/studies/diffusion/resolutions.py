@@ -54,7 +54,7 @@ def build(name: str, width: int = 64, depth: int = 6) -> nn.Module:
         return DiMR([low, full], num_classes=CLASSES + 1, sample_size=16, time=log_snr(alphas()))
     from diffusers import DiTTransformer2DModel
 
-    layers = depth if name == BASELINE else math.ceil(depth * 2.6)
+    layers = depth if name == BASELINE else math.ceil(depth * 2.3)
     return DiTTransformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=layers, num_attention_heads=4,
         attention_head_dim=width // 4, num_embeds_ada_norm=CLASSES, dropout=0.0,
