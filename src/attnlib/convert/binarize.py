@@ -171,11 +171,6 @@ def _linear(module: nn.Module, kinds: Sequence[str], under: str = "") -> dict[st
     return found
 
 
-def _set(model: nn.Module, path: str, new: nn.Module) -> None:
-    owner, _, last = path.rpartition(".")
-    setattr(model.get_submodule(owner), last, new)
-
-
 def _plan(model: nn.Module, parts: Sequence[str], settings: Mapping[str, Any], normalizer: Any) -> dict[str, Any]:
     """Normalizers of attention modules and settings of linear maps, by path."""
     plan: dict[str, Any] = {"attention": {}, "linear": {}}
@@ -223,7 +218,7 @@ def _put(model: nn.Module, plan: Mapping[str, Any]) -> None:
         made = BinaryLinear.of(layer, **settings)
         for name, p in layer.named_parameters():
             getattr(made, name).requires_grad_(p.requires_grad)
-        _set(model, path, made.train(layer.training))
+        model.set_submodule(path, made.train(layer.training))
 
 
 def binarize(

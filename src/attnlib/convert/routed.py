@@ -44,18 +44,13 @@ class Routed:
     def restore(self) -> None:
         """The model as it was, bit for bit where its own maps stayed frozen."""
         for path, module in self._before.items():
-            _put(self.model, path, module)
+            self.model.set_submodule(path, module)
         for p, wanted in self._grads:
             p.requires_grad_(wanted)
         self._before, self._grads = {}, []
 
     def __repr__(self) -> str:
         return f"Routed({len(self.mlps)} MLPs of {type(self.model).__name__})"
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 def _maps(module: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear | None, nn.Module] | None:
@@ -120,7 +115,7 @@ def route_mlps(
         mlp = RoutedMlp.of(fc1, fc2, gate, act, blocks=blocks, active=active, rank=rank)
         mlp.train(model.training)
         out.mlps[name] = mlp
-        _put(model, name, mlp)
+        model.set_submodule(name, mlp)
     return out
 
 
