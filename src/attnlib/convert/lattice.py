@@ -20,9 +20,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ..checks import check_axes, check_float, check_int, check_rank, check_real, check_type
-from ..types import stats_dtype
-from .quantize import damped
+from ..checks import check_float, check_int, check_rank, check_real, check_type, describe
+from .quantize import damped, to_round
 
 #: Where the three halves stand among five three-halves, in the 29 rows of length 12 (QuIP#'s choice).
 _TWELVE = (
@@ -92,7 +91,8 @@ class E8P:
     def nearest(self, x: Tensor) -> Tensor:
         """(..., 8) -> the nearest points."""
         check_float("x", x)
-        check_axes("x", x.flatten(0, -2), N=None, entries=8)
+        if not x.dim() or x.shape[-1] != 8:
+            raise ValueError(f"x must be of shape (..., entries=8), got {describe(x)}")
         flat = x.reshape(-1, 8)
         return torch.cat([self._nearest(part) for part in flat.split(_CLOSE)] or [flat]).reshape(x.shape)
 
@@ -137,14 +137,10 @@ def ldlq(weight: Tensor, moments: Tensor, grid: E8P, *, damp: float = 0.01, retr
     """
     check_type("grid", grid, E8P)
     grid.check(weight)
-    columns = weight.shape[1]
-    check_axes("moments", moments, columns=columns, rows=columns)
+    w, h, dead = to_round(weight, moments)
     check_real("damp", damp, least=0)
-    high = stats_dtype(weight.dtype)
-    w, h = weight.to(high).clone(), moments.to(device=weight.device, dtype=high).clone()
+    columns = weight.shape[1]
     step = grid.step(w)
-    dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1
     w[:, dead] = 0
     w /= step
     h, root = next(damped(h, damp, check_int("retries", retries, least=0)))

@@ -205,6 +205,18 @@ def _factor(moments: Tensor, damp: float, retries: int) -> Tensor:
             return inverse
 
 
+def to_round(weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies of a weight and of its moments that are at least float32, and columns that nothing reached: moment 1."""
+    check_float("weight", weight)
+    check_rank("weight", weight, 2, "(rows, columns)")
+    check_axes("moments", moments, columns=weight.shape[1], rows=weight.shape[1])
+    high = stats_dtype(weight.dtype)
+    w, h = weight.to(high).clone(), moments.to(device=weight.device, dtype=high).clone()
+    dead = h.diagonal() == 0
+    h.diagonal()[dead] = 1
+    return w, h, dead
+
+
 @torch.no_grad()
 def gptq(
     weight: Tensor, moments: Tensor, grid: Grid, *, damp: float = 0.01, block: int = 128, group: int | None = None,
@@ -227,9 +239,7 @@ def gptq(
         ValueError: shapes that do not fit, moments that are not positive.
     """
     check_type("grid", grid, Grid)
-    check_float("weight", weight)
-    check_rank("weight", weight, 2, "(rows, columns)")
-    check_axes("moments", moments, columns=weight.shape[1], rows=weight.shape[1])
+    w, h, dead = to_round(weight, moments)
     check_real("damp", damp, least=0)
     check_int("block", block, least=1)
     check_choice("order", order, ("given", "activity"))
@@ -238,11 +248,7 @@ def gptq(
     columns = weight.shape[1]
     if group is not None:
         check_int("group", group, least=1, most=columns)
-    high = stats_dtype(weight.dtype)
-    w, h = weight.to(high).clone(), moments.to(device=weight.device, dtype=high).clone()
     scale = grid.fit(w)
-    dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1
     w[:, dead] = 0
     fixed = [grid.fit(w[:, i : i + group]) for i in range(0, columns, group)] if static and group else []
     where = torch.arange(columns)
