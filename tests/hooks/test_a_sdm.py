@@ -283,6 +283,10 @@ def test_bad_input(unet, batch, tmp_path):
             lambda: attnlib.attach(unet, FeatureInheritance("block", keep=3)),
             "keep=3 outer resolutions of 2 leave nothing",
         ),
+        (
+            lambda: attnlib.attach(pipes.dit(), FeatureInheritance("block")),
+            "keep=1 blocks at either end of 2 leave nothing",
+        ),
         (lambda: a_sdm.semantic_alignment([], []), "maps of the student are 0"),
         (lambda: a_sdm.semantic_alignment([torch.ones(1, 2, 2)], [torch.ones(1, 3, 3)]), "do not fit"),
     ):

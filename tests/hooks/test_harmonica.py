@@ -280,6 +280,22 @@ def test_refusals():
         train_router(pipe, Router(4, 4), lambda epoch: {}, 1, refresh=6)
     with pytest.raises(ValueError, match="weights must say lambda"):
         RouterTraining(Router(4, 4), torch.optim.SGD([torch.ones(1, requires_grad=True)]))
+    for wrong, message in (
+        (lambda: RouterTraining(3), "router must be Router"),
+        (lambda: RouterTraining(Router(4, 4), scores=torch.ones(4, 3)), r"scores must be .*steps=4, modules=4"),
+        (lambda: RouterTraining(Router(4, 4), guided_channels=0), "guided_channels"),
+        (lambda: train_router(pipe, Router(4, 4), {}, 1), "draw must be a function"),
+        (lambda: train_router(pipe, 4, dict, 1), "router must be Router"),
+        (lambda: image_error_weights(pipe, Router(4, 4), 3), "given must be Mapping"),
+        (lambda: Router(4, 4).row(4), "step must be an integer"),
+        (lambda: Router(4, 4, layout="cond"), "layout must be a sequence"),
+        (lambda: Router(4, 4, size=8), "size must be a sequence"),
+        (lambda: Router(4, 4, timesteps=["a"] * 4), "timesteps"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            wrong()
+    with pytest.raises(ValueError, match=r"weights must say lambda of each of 4 steps.*got 2"):
+        RouterTraining(Router(4, 4), torch.optim.SGD([torch.ones(1, requires_grad=True)]), [0.0, 1.0])
     with pytest.raises(ValueError, match="timesteps has 2 entries for steps=4"):
         Router(4, 4, timesteps=[1, 0])
     with pytest.raises(TypeError, match=r"router must be an attnlib.cache.Router"):

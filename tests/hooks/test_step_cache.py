@@ -231,6 +231,8 @@ def test_bad_tables(dit):
         attach(every(2), ["block", "attention"])
     with pytest.raises(ValueError, match="DiTTransformer2DModel has no module 'resnet'"):
         attach(every(2), ["resnet"])
+    with attach(lambda steps, modules: [[True]]), pytest.raises(TypeError, match="table must be boolean.*got \\["):
+        classes(dit)
     with attach(TABLE), pytest.raises(ValueError, match="table has 5 steps, and the pipeline takes 6"):
         classes(dit, steps=6)
     with pytest.raises(ValueError, match="count=9 steps are to run, and there are 5"), attach(around(9, 2)):

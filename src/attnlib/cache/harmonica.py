@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..checks import check_int, check_real
+from ..checks import check_axes, check_int, check_ints, check_real, check_type, plain, to_list
 from ..hooks.attach import attach
 from ..hooks.denoiser import CallSite, with_gradient
 from ..hooks.site import Site
@@ -86,11 +86,12 @@ class Router(nn.ModuleList):
         check_int("modules", modules, least=1)
         super().__init__(_Row(modules, i == steps - 1) for i in range(steps))
         self.threshold = check_real("threshold", threshold, least=0, below=1)
-        if timesteps is not None and len(timesteps) != steps:
-            raise ValueError(f"timesteps has {len(timesteps)} entries for steps={steps}")
-        self.timesteps = None if timesteps is None else tuple(float(t) for t in timesteps)
-        self.layout = None if layout is None else tuple(layout)
-        self.size = None if size is None else tuple(int(side) for side in size)
+        at, groups = to_list("timesteps", timesteps), to_list("layout", layout, "['cond', 'uncond']")
+        if at is not None and len(at) != steps:
+            raise ValueError(f"timesteps has {len(at)} entries for steps={steps}")
+        self.timesteps = None if at is None else tuple(float(check_real("timesteps", plain(t), least=0)) for t in at)
+        self.layout = None if groups is None else tuple(groups)
+        self.size = None if size is None else check_ints("size", size, least=1)
 
     @property
     def modules_count(self) -> int:
@@ -98,6 +99,7 @@ class Router(nn.ModuleList):
 
     def row(self, step: int) -> nn.Parameter:
         """(M,) logits of a step of sampling."""
+        check_int("step", step, least=0, most=len(self) - 1)
         row: nn.Parameter = self[len(self) - 1 - step].prob  # type: ignore[assignment]
         return row
 
@@ -279,11 +281,19 @@ class RouterTraining(_Counted):
         guided_channels: int | None = None,
         acts_on: Sequence[str] = SUBLAYERS,
     ):
+        check_type("router", router, Router)
         self.router, self.optimizer, self.weights = router, optimizer, weights
         self.beta = check_real("beta", beta, least=0)
         self.scores, self.guided_channels = scores, guided_channels
-        if optimizer is not None and weights is None:
-            raise ValueError("weights must say lambda of each step where there is an optimizer")
+        if scores is not None:
+            check_axes("scores", scores, steps=len(router), modules=router.modules_count)
+        if guided_channels is not None:
+            check_int("guided_channels", guided_channels, least=1)
+        if optimizer is not None and (weights is None or len(weights) != len(router)):
+            count = "none" if weights is None else len(weights)
+            raise ValueError(
+                f"weights must say lambda of each of {len(router)} steps where there is an optimizer, got {count}"
+            )
         super().__init__(acts_on)
 
     def reset(self) -> None:
@@ -403,6 +413,8 @@ def image_error_weights(
     Returns:
         S numbers, the first 0.
     """
+    check_type("router", router, Router)
+    check_type("given", given, Mapping)
     learnt = router.scores().detach()
     scores = torch.ones_like(learnt)
     found = [0.0]
@@ -456,7 +468,11 @@ def train_router(
     Defaults are those of the authors' README for DiT-XL/2. In their script the first step after ``lambda`` was measured
     blends in, by 1 - sigmoid(5), features that the measurement left behind; here every sampling begins with none.
     """
+    check_type("router", router, Router)
+    if not callable(draw):
+        raise TypeError(f"draw must be a function of the number of an epoch, got {type(draw).__name__}")
     check_int("epochs", epochs, least=0)
+    check_int("start", start, least=0)
     check_int("refresh", refresh, least=1)
     if refresh % len(router):
         raise ValueError(f"refresh={refresh} must be a multiple of the {len(router)} steps of a sampling")

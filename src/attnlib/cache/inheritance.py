@@ -60,13 +60,16 @@ class FeatureInheritance(StepCache):
             kinds.setdefault(site.kind, []).append(site.name)
         if "stage" not in kinds:  # a transformer
             blocks = kinds.get("block", [])
-            return tuple(blocks[self.keep : len(blocks) - self.keep] if self.level == "block" else blocks) or ("block",)
+            inner = blocks[self.keep : len(blocks) - self.keep] if self.level == "block" else blocks
+            if blocks and not inner:
+                raise ValueError(f"keep={self.keep} blocks at either end of {len(blocks)} leave nothing to inherit")
+            return tuple(inner) or ("block",)
         if self.level == "layer":
             return tuple(kind for kind in ("resnet", "transformer") if kind in kinds)
         ups = sum(name.startswith("up_blocks") for name in kinds["stage"])
         downs = sum(name.startswith("down_blocks") for name in kinds["stage"])
         outer = {f"down_blocks.{n}" for n in range(self.keep)} | {f"up_blocks.{ups - 1 - n}" for n in range(self.keep)}
-        inner = tuple(name for name in kinds["stage"] if name not in outer)
-        if self.keep > min(ups, downs) or not inner:
+        stages = tuple(name for name in kinds["stage"] if name not in outer)
+        if self.keep > min(ups, downs) or not stages:
             raise ValueError(f"keep={self.keep} outer resolutions of {min(ups, downs)} leave nothing to inherit")
-        return inner
+        return stages

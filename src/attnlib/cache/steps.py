@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_int, check_real
+from ..checks import check_int, check_real, describe
 from ..hooks.denoiser import CallSite, modules_of, named_modules, parameter_names
 from ..hooks.intervention import Intervention
 from ..hooks.pipelines import COND_FIRST
@@ -78,10 +78,12 @@ def check_table(table: Tensor, steps: int | None, modules: int) -> Tensor:
     """A table as (steps, modules) bool.
 
     Raises:
+        TypeError: no boolean tensor.
         ValueError: of another shape, or the first step leaves a module out.
     """
-    if table.dtype != torch.bool:
-        raise TypeError(f"table must be boolean, True where a module runs, got {table.dtype}")
+    if not isinstance(table, Tensor) or table.dtype != torch.bool:
+        got = table.dtype if isinstance(table, Tensor) else describe(table)
+        raise TypeError(f"table must be boolean, True where a module runs, got {got}")
     if table.dim() == 1:
         table = table[:, None].expand(len(table), modules)
     if table.dim() != 2 or table.shape[1] != modules or not len(table):
@@ -244,7 +246,7 @@ class StepCache(_Counted):
         super()._begin(len(table))
 
     def _pass(self, site: CallSite) -> tuple[Any, ...]:
-        """Which pass this is: name, branch, rows, and the how manieth run of that kind at this step."""
+        """Which pass this is: name, branch, rows, and which run of that kind at this step, by number."""
         if site.step != self._runs_of:
             self._runs, self._runs_of = {}, site.step or 0
         kind = (site.pass_name, site.branch, site.rows)
