@@ -111,7 +111,7 @@ def test_writing_equals_the_authors(run, released):
         assert made.ids[i : i + 3].tolist() == list(TOKENS)
     if images:  # theirs has not read what its last step wrote
         theirs = HELD[f"write/{run}/states"]
-        torch.testing.assert_close(made.states[: len(theirs)], theirs, atol=1e-8, rtol=1e-8)
+        torch.testing.assert_close(made.states[: len(theirs)], theirs, atol=1e-9, rtol=1e-9)
         assert len(theirs) == images - 1
 
 
@@ -206,7 +206,13 @@ def test_bad_input(released):
         (lambda: made.losses(ids, PAD), "target or features"),
         (lambda: made.losses(ids, PAD, target=torch.zeros(3, 5, 768)), "target"),
         (lambda: made.prompt_embeds(torch.randn(1, 2, 16)), "states"),
-        (lambda: made.see(torch.randn(1, 5)), "features"),
+        (lambda: made.see(torch.randn(1, 5)), "features"), (lambda: made.embed(torch.tensor([[-1]])), "ids holds -1"),
+        (lambda: made.query(torch.randn(1, 16)), "states"), (lambda: made.decide(torch.randn(1, 3, 5)), "states"),
+        (lambda: made.key(torch.randn(1, 5)), "features"), (lambda: small(vision_dim=0), "vision_dim"),
+        (lambda: made.scores(torch.randn(1, 3, 16), torch.randn(2, 5)), "keys"),
+        (lambda: made.caption_loss(torch.randn(1, 12), ids, PAD), r"features.*B=3"),
+        (lambda: made.losses(ids, PAD, features=torch.randn(1, 12)), r"features.*B=3"),
+        (lambda: made.write([ids[:1]], 3, min_words=-1), "min_words"), (lambda: made.write(ids[:1], 3), r"parts\[0\]"),
         (lambda: made.write([], 3), "parts"), (lambda: made.write([ids], 3), "one sample"),
         (lambda: made.write([ids[:1]], 3, top_p=0.5), "temperature"), (lambda: made.write([ids[:1]], 0), "max_steps"),
     ):  # fmt: skip

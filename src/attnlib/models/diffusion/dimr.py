@@ -33,7 +33,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_flag, check_int, check_real
+from ...checks import (
+    check_axes,
+    check_choice,
+    check_flag,
+    check_float,
+    check_int,
+    check_real,
+    check_type,
+    check_whole,
+    check_within,
+    to_list,
+)
 from ...nn.dense.softmax_attention import SoftmaxAttention
 from ...nn.layers import DepthwiseConv, Mlp, through
 from ...nn.released import Released
@@ -62,6 +73,8 @@ class TimeParameter(nn.Module):
 
     def __init__(self, dim: int, value: float):
         super().__init__()
+        check_int("dim", dim, least=1)
+        check_real("value", value)
         self.first, self.second = (nn.Parameter(torch.full((dim,), float(value))) for _ in range(2))
         self.slope, self.offset = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
 
@@ -84,8 +97,8 @@ class TimeNorm(nn.Module):
 
     def __init__(self, dim: int, kind: str = "td-layer"):
         super().__init__()
-        check_choice("norm", kind, NORMS)
-        self.dim, self.kind = dim, kind
+        check_choice("kind", kind, NORMS)
+        self.dim, self.kind = check_int("dim", dim, least=1), kind
         self.weight: nn.Module | nn.Parameter = (
             nn.Parameter(torch.ones(dim)) if kind == "rms" else TimeParameter(dim, 1)
         )
@@ -93,6 +106,10 @@ class TimeNorm(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """(B, *grid, dim) and (B,) or (1,) -> (B, *grid, dim)."""
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"x must be (B, *grid, {self.dim}), got {tuple(x.shape)}")
+        if len(time) not in (1, len(x)):
+            raise ValueError(f"time must be one number or one for each of {len(x)} samples, got {len(time)}")
         weight = self.weight if isinstance(self.weight, Tensor) else self._spread(self.weight(time), x)
         if self.bias is not None:
             plain = F.layer_norm(x, (self.dim,), eps=EPS[self.kind])
@@ -145,7 +162,10 @@ class Branch:
         for name in ("kernel_size", "final_kernel_size"):
             if not getattr(self, name) % 2:
                 raise ValueError(f"{name}={getattr(self, name)} must be odd, so that maps keep their size")
-        object.__setattr__(self, "size", to_tuple("size", self.size, 2))
+        size = to_tuple("size", self.size, 2)
+        for side in size:
+            check_int("size", side, least=1)
+        object.__setattr__(self, "size", size)
 
     @property
     def blocks(self) -> int:
@@ -304,8 +324,14 @@ def log_snr(alphas_cumprod: Tensor) -> Callable[[Tensor], Tensor]:
     >>> log_snr(torch.tensor([0.9, 0.5]))(torch.tensor([1])).tolist()
     [0.0]
     """
+    check_axes("alphas_cumprod", alphas_cumprod, N=None)
     table = torch.logit(alphas_cumprod.double())
-    return lambda timestep: table.to(timestep.device)[timestep.long()]
+
+    def time(timestep: Tensor) -> Tensor:
+        check_within("timestep", timestep, len(table), "step")
+        return table.to(timestep.device)[timestep.long()]
+
+    return time
 
 
 class DiMR(nn.Module):
@@ -354,7 +380,10 @@ class DiMR(nn.Module):
         check_choice("norm", norm, NORMS)
         check_int("channels", channels, least=1)
         check_int("num_classes", num_classes, least=0)
-        branches = list(branches)
+        check_int("sample_size", sample_size, least=1)
+        branches = to_list("branches", branches, "SIZES['dimr_xl_2r']") or []
+        if not callable(time):
+            raise TypeError(f"time must be a function of timesteps such as linear_time, got {type(time).__name__}")
         if not branches or not all(isinstance(b, Branch) for b in branches):
             raise ValueError(f"branches must hold at least one Branch, got {branches!r:.80}")
         if num_classes and not any(b.num_heads for b in branches):
@@ -364,7 +393,8 @@ class DiMR(nn.Module):
         pairs = zip(branches, [None, *branches], strict=False)
         self.branches = nn.ModuleList(DiMRBranch(b, channels, norm, num_classes, before) for b, before in pairs)
         finest = branches[-1].scale
-        weights = [(finest / b.scale) ** 2 for b in branches] if loss_weights is None else list(loss_weights)
+        shares = [(finest / b.scale) ** 2 for b in branches]
+        weights = to_list("loss_weights", shares if loss_weights is None else loss_weights) or []
         if len(weights) != len(branches):
             raise ValueError(f"loss_weights must be {len(branches)} numbers, one a branch, got {loss_weights!r}")
         self.loss_weights = [check_real("loss_weights", w, least=0) for w in weights]
@@ -411,6 +441,7 @@ class DiMR(nn.Module):
             return_dict: a :class:`Prediction`, or a tuple of the same.
         """
         x = hidden_states
+        check_float("hidden_states", x)
         if x.dim() != 4 or x.shape[1] != self.config.in_channels:
             raise ValueError(f"hidden_states must be (B, {self.config.in_channels}, H, W), got {tuple(x.shape)}")
         coarsest = max(b.settings.scale for b in self._each)
@@ -422,6 +453,7 @@ class DiMR(nn.Module):
         if self.num_classes:
             if class_labels is None:
                 raise ValueError(f"class_labels are needed, integers below {self.num_classes}, the last for no class")
+            check_whole("class_labels", class_labels)
             if len(class_labels) != len(x) or bool((class_labels < 0).any() | (class_labels >= self.num_classes).any()):
                 raise ValueError(
                     f"class_labels must be {len(x)} integers below {self.num_classes}, got "
@@ -450,6 +482,10 @@ class DiMR(nn.Module):
             prediction: of this model.
             noise: (B, C, H, W) that was added.
         """
+        check_type("prediction", prediction, Prediction)
+        if not isinstance(noise, Tensor) or noise.shape != prediction.sample.shape:
+            got = tuple(noise.shape) if isinstance(noise, Tensor) else noise
+            raise ValueError(f"noise must be {tuple(prediction.sample.shape)}, as the prediction is, got {got!r:.60}")
         found: dict[str, Tensor] = {}
         for level, weight in zip(prediction.levels, self.loss_weights, strict=True):
             target = noise_at(noise, level.shape[-2:])
@@ -458,6 +494,7 @@ class DiMR(nn.Module):
 
     def decayed(self, weight_decay: float = 0.03) -> list[dict[str, Any]]:
         """Groups of parameters for an optimizer: slopes and offsets of time are not decayed."""
+        check_real("weight_decay", weight_decay, least=0)
         free = (".slope", ".offset")
         return [
             {"params": [p for n, p in self.named_parameters() if not n.endswith(free)], "weight_decay": weight_decay},
@@ -537,8 +574,10 @@ def noise_at(noise: Tensor, size: Sequence[int]) -> Tensor:
     >>> noise_at(torch.ones(1, 1, 4, 4), (2, 2)).flatten().tolist()
     [2.0, 2.0, 2.0, 2.0]
     """
+    check_axes("noise", noise, B=None, C=None, H=None, W=None)
     height, width = noise.shape[-2:]
-    ratio = height // size[0]
+    size = to_tuple("size", tuple(size) if isinstance(size, Sequence) else size, 2)
+    ratio = height // check_int("size", size[0], least=1)
     if ratio < 1 or (size[0] * ratio, size[1] * ratio) != (height, width):
         raise ValueError(f"size {tuple(size)} must divide {(height, width)} by one whole number")
     return noise if ratio == 1 else F.avg_pool2d(noise, ratio) * ratio
@@ -570,6 +609,10 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
             f"norm_type={kind!r} with pe_type={config.get('pe_type', 'APE')!r} is not served; possible: norm_type in "
             f"{sorted(norms)} with pe_type='APE'"
         )
+    if "condition_dim" in config:
+        raise ValueError(f"condition_dim={config['condition_dim']} is not served: text conditions are left out")
+    if "stage_configs" not in config:
+        raise ValueError(f"config must have stage_configs, got {sorted(config)}")
     known = {f.name for f in fields(Branch)}
     names = {
         "hidden_dim": "hidden", "num_blocks": "depth", "num_attention_heads": "num_heads", "dropout_prob": "drop",
@@ -579,6 +622,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     for stage in config["stage_configs"]:
         given = {names.get(name, name): value for name, value in stage.items()}
         given["size"] = (stage["max_height"], stage["max_width"])
+        check_choice("block_type", stage["block_type"], ("TransformerBlock", "ConvNeXtBlock"))
         if stage["block_type"] == "ConvNeXtBlock":
             given["num_heads"] = 0
         branches.append(Branch(**{name: value for name, value in given.items() if name in known}))

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_axes, check_float, check_int, check_rank, check_real, check_type, check_whole
+from ...checks import check_axes, check_float, check_int, check_ints, check_rank, check_real, check_type, check_whole
 from ...hooks.hf.names import cache_argument, cache_out
 from ...nn.released import Released
 from ...types import check_divides
@@ -100,7 +100,9 @@ class GILL(nn.Module):
         if not hasattr(lm, "get_input_embeddings") or lm.get_output_embeddings() is None:
             raise ValueError(f"lm must be a causal language model of transformers, got {type(lm).__name__}")
         self.__dict__["lm"] = lm.requires_grad_(False).eval()
-        self.tokens = tuple(check_int("tokens", t, least=0) for t in tokens)
+        self.tokens = check_ints("tokens", tokens, least=0)
+        check_int("vision_dim", vision_dim, least=1)
+        check_int("retrieval_dim", retrieval_dim, least=1)
         if not self.tokens or len(set(self.tokens)) != len(self.tokens):
             raise ValueError(f"tokens must be numbers, each once, got {tuple(tokens)}")
         table, head = lm.get_input_embeddings(), lm.get_output_embeddings()
@@ -129,10 +131,10 @@ class GILL(nn.Module):
         check_whole("ids", ids)
         table = self.lm.get_input_embeddings()
         at = self._which(ids)
-        beyond = (at < 0) & (ids >= table.num_embeddings)
-        if bool(beyond.any()):
+        unknown = (at < 0) & ((ids >= table.num_embeddings) | (ids < 0))
+        if bool(unknown.any()):
             raise ValueError(
-                f"ids holds {int(ids[beyond][0])}, beyond {table.num_embeddings} and none of {self.tokens}"
+                f"ids holds {int(ids[unknown][0])}, which is not below {table.num_embeddings} and none of {self.tokens}"
             )
         old = table(torch.where(at < 0, ids, 0))
         return torch.where(at[..., None] < 0, old, self.image_tokens[at.clamp(min=0)].to(old))
@@ -183,32 +185,39 @@ class GILL(nn.Module):
 
     def prompt_embeds(self, states: Tensor) -> Tensor:
         """(B, r, D) -> (B, num_tokens, out_dim), as pipelines of diffusers take it."""
+        return self.mapper(self._checked(states), self.image_tokens)
+
+    def _checked(self, states: Tensor) -> Tensor:
         check_float("states", states)
         check_axes("states", states, B=None, r=len(self.tokens), D=self.dim)
-        return self.mapper(states, self.image_tokens)
+        return states
 
     def query(self, states: Tensor) -> Tensor:
         """(B, r, D) -> (B, retrieval_dim), of length 1."""
-        return F.normalize(self.retrieval(states[:, 0]), dim=-1)
+        return F.normalize(self.retrieval(self._checked(states)[:, 0]), dim=-1)
 
     def key(self, features: Tensor) -> Tensor:
         """(B, vision_dim) -> (B, retrieval_dim), of length 1."""
+        check_axes("features", features, B=None, vision_dim=self.visual_retrieval.in_features)
         return F.normalize(self.visual_retrieval(features), dim=-1)
 
     def scores(self, states: Tensor, keys: Tensor) -> Tensor:
-        """(B, M) scaled cosines of images to show with M keys."""
+        """(B, M) scaled cosines of images to show with (M, retrieval_dim) keys."""
+        check_axes("keys", keys, M=None, retrieval_dim=self.retrieval.out_features)
         return self.logit_scale.exp() * self.query(states) @ keys.mT
 
     def decide(self, states: Tensor) -> Tensor:
         """(B, 2) probabilities that an image is better generated, or retrieved."""
-        return self.decision(states[:, 0]).softmax(-1)
+        return self.decision(self._checked(states)[:, 0]).softmax(-1)
 
     # ---- losses
 
     def caption_loss(self, features: Tensor, ids: Tensor, pad: int) -> Tensor:
         """Cross-entropy of a caption behind its image; padding, and image tokens on, count nothing."""
+        words = self.embed(ids)
+        check_axes("features", features, B=len(ids), vision_dim=self.visual.in_features)
         ends = (ids == pad) | (self._which(ids) >= 0)
-        return self._language(torch.cat([self.see(features), self.embed(ids)], 1), ids, ends)[0]
+        return self._language(torch.cat([self.see(features), words], 1), ids, ends)[0]
 
     def losses(
         self, ids: Tensor, pad: int, target: Tensor | None = None, features: Tensor | None = None
@@ -231,6 +240,7 @@ class GILL(nn.Module):
             check_axes("target", target, B=len(ids), num_tokens=prompt.shape[1], out_dim=prompt.shape[2])
             found["generation"] = torch.linalg.vector_norm(prompt - target, dim=-1).mean()
         if features is not None:
+            check_axes("features", features, B=len(ids), vision_dim=self.visual.in_features)
             scores = self.scores(given, self.key(features))
             own = torch.arange(len(ids), device=ids.device)
             found["retrieval"] = (F.cross_entropy(scores, own) + F.cross_entropy(scores.mT, own)) / 2
@@ -264,6 +274,7 @@ class GILL(nn.Module):
             generator: of draws.
         """
         check_int("max_steps", max_steps, least=1)
+        check_int("min_words", min_words, least=0)
         check_real("scale", scale, above=0)
         check_real("temperature", temperature, least=0)
         check_real("top_p", top_p, above=0, most=1)
@@ -271,6 +282,8 @@ class GILL(nn.Module):
             raise ValueError(f"top_p={top_p} needs a temperature above 0")
         if not len(parts):
             raise ValueError("parts must hold at least one text or image")
+        for i, part in enumerate(parts):
+            check_rank(f"parts[{i}]", part, 2, "(1, N) or (1, vision_dim)")
         first, *rest = self.tokens
         new = torch.cat([self.see(p) if p.is_floating_point() else self.embed(p) for p in parts], 1)
         if new.shape[0] != 1:
