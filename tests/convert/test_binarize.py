@@ -90,7 +90,7 @@ def test_a_model_equals_one_of_the_authors_classes(case):
     y = model(x)
     torch.testing.assert_close(y, FIXTURE.tensors[f"{case}/y"], atol=1e-5, rtol=1e-5)
     y.backward(FIXTURE.tensors[f"{case}/g"])
-    torch.testing.assert_close(x.grad, FIXTURE.tensors[f"{case}/dx/x"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(x.grad, FIXTURE.tensors[f"{case}/dx/x"], atol=1e-5, rtol=1e-5)
     theirs = FIXTURE.under(f"{case}/dw")
     scales = {k: theirs.pop(k) for k in list(theirs) if "scaling" in k}
     expected = convert(theirs, model)
@@ -103,7 +103,7 @@ def test_a_model_equals_one_of_the_authors_classes(case):
             expected[place.replace("attn.", "mixer.inner.").replace("mlp.", "mlp.inner.") + ".scale"] = value
     assert expected.keys() == dict(model.named_parameters()).keys()
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, expected[name], atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(p.grad, expected[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # ---- oracles, in float64

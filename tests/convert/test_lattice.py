@@ -100,7 +100,7 @@ def test_weights_of_tokens_equal_the_authors(name):
     normalize = settings.pop("normalize", "default")
     settings |= {"per_reader": normalize if normalize in ("linear", "sqrt") else None, "spread": normalize is not None}
     got = Weighting(kind, **settings)(before=RECORDED["before"][0], after=RECORDED["after"][0])
-    close(got, RECORDED[f"weights/{name}"], atol=3e-5)
+    close(got, RECORDED[f"weights/{name}"])
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "cluster", "dot"])

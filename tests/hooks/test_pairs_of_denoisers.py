@@ -6,6 +6,8 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from diffusers import hooks as caches  # noqa: E402
+
 import attnlib  # noqa: E402
 from attnlib import cache, steer  # noqa: E402
 from attnlib.convert.a_sdm import GlobalRegionalAttention  # noqa: E402
@@ -64,9 +66,11 @@ MAKE = {
     "AutoStudio": lambda: studio(),
     "DynamicPrompt": lambda: steer.DynamicPrompt(WORDS, inner=1, lr=0.1, beta=(-1.0, 0.7, 0.9), resolution=8),
     "CustomContrast": lambda: contrasted(),
+    "FeatureInheritance": lambda: cache.FeatureInheritance("block", cache.steps.every(2)),
     "FlowAttention": lambda: steer.FlowAttention(torch.full((1, 2, 8, 8), 2.0), weight=0.2),
     "IRDiffusion": lambda: steer.IRDiffusion(masks=[[(0, 0, 0.5, 1), (0.5, 0, 1, 1)]], references=()),
     "HiDiffusion": lambda: steer.HiDiffusion(TABLE, ratios=(1.0, 0.0)),
+    "HarmoniCa": lambda: routed(),
     "JointModalities": joint,
     "GlobalRegionalAttention": lambda: GlobalRegionalAttention(4, 4, layers=["down_blocks.1*attn1"]),
     "LearntPrompt": lambda: steer.LearntPrompt(("circle",), [[torch.arange(16.0).view(1, 1, 16)]] * 2),
@@ -103,6 +107,21 @@ MAKE = {
 TABLE = hidiffusion.Table(2, hidiffusion.Place("pool", 1), windows=("down_blocks.0.*.attn1",))
 
 
+#: Of diffusers, where its release lets them stand beside ours.
+if hasattr(caches.HookRegistry, "invalidate_child_registries_cache"):
+    MAKE["DiffusersCache"] = lambda: cache.DiffusersCache(
+        caches.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1001)
+        )
+    )
+
+
+def routed():
+    torch.manual_seed(0)
+    router = cache.Router(2, 21, threshold=0.5)
+    return cache.HarmoniCa(router)
+
+
 def studio():
     torch.manual_seed(0)
     boxes = ((0, 0, 0.5, 1), (0.5, 0, 1, 1))
@@ -136,7 +155,6 @@ LOOKS = {"Maps", "Record"}
 #: What needs a second prompt, an edit of the first.
 EDITS = {"PromptToPrompt", "ViMAEdit"}
 
-#: What acts on one prompt, or on several images of it, so that no call serves both.
 #: What acts on several images of one prompt, so that no call serves both.
 APART = {
     ("IRDiffusion", "PromptToPrompt"),
@@ -257,6 +275,11 @@ REFUSED = {
     ("VariableSizeScale", "VariableSizeScale"),
 }
 
+#: Other caches over steps cannot meet each other, nor what a table of steps cannot.
+CACHES = ("StepCache", "FeatureInheritance", "HarmoniCa", "DiffusersCache")
+REFUSED |= {tuple(new if name == "StepCache" else name for name in pair) for pair in REFUSED for new in CACHES}
+REFUSED |= {(one, other) for one in CACHES for other in CACHES}
+
 
 @pytest.fixture(scope="module")
 def pipe(folder):
@@ -298,7 +321,7 @@ def test_pairs(first, pipe, alone):
         orders = ((first, second), (second, first))
         if (first, second) in APART:
             continue
-        if (first, second) in REFUSED:
+        if REFUSED.intersection(orders):
             for order in orders:
                 with pytest.raises(ValueError, match="cannot both act on "):
                     attnlib.attach(pipe, *[MAKE[name]() for name in order])

@@ -125,9 +125,9 @@ def test_in_pipelines(tmp_path_factory):
         plain = stable_diffusion(folder, model=first, plan=plan)
         twins = stable_diffusion(folder, model=UNetEnsemble([first, unet()], **SMALL), plan=plan)
         call = dict(steps=2, num_images_per_prompt=2, negative_prompt="a dog")
-        torch.testing.assert_close(sample(twins, **call), sample(plain, **call), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(sample(twins, **call), sample(plain, **call), atol=1e-5, rtol=1e-5)
         twins.text_encoder = TextEncoders([plain.text_encoder, text_encoder(count, seed=2)])
-        torch.testing.assert_close(sample(twins, **call), sample(plain, **call), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(sample(twins, **call), sample(plain, **call), atol=1e-5, rtol=1e-5)
     others = stable_diffusion(folder, model=moved(ensemble()))
     others.text_encoder = TextEncoders([text_encoder(count, seed=2), text_encoder(count, seed=9)])
     apart = sample(others, steps=2)
@@ -143,7 +143,7 @@ def test_in_sdxl(tmp_path):
     pipe = sdxl(tmp_path)
     before = sample(pipe, steps=2)
     pipe.unet = UNetEnsemble([pipe.unet, pipe.unet], **SMALL)
-    torch.testing.assert_close(sample(pipe, steps=2), before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sample(pipe, steps=2), before, atol=1e-5, rtol=1e-5)
 
 
 def test_training_turns_from_the_half_that_a_net_has_wrong():
