@@ -92,11 +92,11 @@ def test_the_other_versions_equal_the_authors(case):
     torch.testing.assert_close(spatial.flatten(1, 2), held["y"], **close)
     a, b = 0.08 * directions(spatial, t), 0.06 * directions(without_mean(free), without_mean(t))
     torch.testing.assert_close(a.reshape(1), held["spatial"], **close)
-    torch.testing.assert_close(b.reshape(1), held["free"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(b.reshape(1), held["free"], **close)
     (a + b).backward()
-    torch.testing.assert_close(x.grad.permute(0, 3, 1, 2), held["dx"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(x.grad.permute(0, 3, 1, 2), held["dx"], **close)
     torch.testing.assert_close(made[0].of_query.weight.grad, held["dw"].flatten(1), **close)
-    torch.testing.assert_close(made[1].k.weight.grad, held["dk"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(made[1].k.weight.grad, held["dk"], **close)
     torch.testing.assert_close(made[0].norm.weight.grad, held["dn"], **close)
 
 
