@@ -286,7 +286,7 @@ def test_other_schedulers(pipe):
             got = pipes.sample(pipe, PROMPTS, steps=2)
     finally:
         pipe.scheduler = before
-    torch.testing.assert_close(got[0], plain[0], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(got[0], plain[0], atol=1e-5, rtol=1e-5)
     assert (got[1] - plain[1]).abs().max() > 1e-4
 
 

@@ -233,7 +233,6 @@ class CUpscale(TiledDenoiser):
     def around_denoiser(
         self, site: CallSite, inputs: dict[str, Any], call: Callable[[dict[str, Any]], Tensor]
     ) -> Tensor:
-        self.session.notes[self, "pipe"] = site.sampling
         steps = max(1, (site.steps or 1) - 1)
         weight = self.weight[0] + (self.weight[1] - self.weight[0]) * (site.step or 0) / steps
         if self.structure is None or not weight:
@@ -340,5 +339,5 @@ class CUpscale(TiledDenoiser):
             if not isinstance(caption, str):
                 raise TypeError(f"captions(tile) must give a text (str), got {type(caption).__name__}")
             like = torch.empty(length, module.to_k.in_features, device=module.to_k.weight.device)
-            notes[self, tile] = encode_alone(notes[self, "pipe"], caption, like.to(module.to_k.weight.dtype))
+            notes[self, tile] = encode_alone(self.session.sampling, caption, like.to(module.to_k.weight.dtype))
         return notes[self, tile]
