@@ -89,6 +89,7 @@ WAYS = {
 
 #: Ways that a technique refuses, and what it says.
 REFUSED = {
+    ("HarmoniCa", "two evaluations a step"): "table has 2 steps, and the pipeline takes 3",
     ("LearntPrompt", "two evaluations a step"): "LearntPrompt has embeddings of 2 steps, there are 3",
     ("NullText", "two evaluations a step"): "NullText has 2 embeddings, but there are 3 steps",
     ("NullText", "no guidance"): "NullText changes unconditional rows, but the pipeline runs without guidance",
