@@ -11,6 +11,7 @@ from .nodes import Capture, Node, Nodes, Patch
 from .notes import Notes
 from .pipelines import Sampling
 from .probes import Record
+from .reading import Reading
 from .session import Session
 from .site import KINDS, PairMask, Site
 from .tape import Entry, Tape, Taped, to_grid, to_tokens
@@ -39,6 +40,7 @@ __all__ = [
     "PairMask",
     "Patch",
     "Probe",
+    "Reading",
     "Record",
     "Sampling",
     "Session",

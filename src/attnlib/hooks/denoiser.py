@@ -252,9 +252,7 @@ class DenoiserRuntime(_Runtime):
         look: tells the adapter what the model is called with.
     """
 
-    def __init__(
-        self, session: Session, interventions: Sequence[Intervention], look: Callable[[dict[str, Any]], None]
-    ):
+    def __init__(self, session: Session, interventions: Sequence[Intervention], look: Callable[[dict[str, Any]], None]):
         super().__init__(session, session.model, "around_denoiser", interventions)
         self.look = look
 

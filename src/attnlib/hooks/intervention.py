@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..checks import checked
+from .reading import Reading
 from .site import KINDS, Site
 
 #: Every stage of the protocol. An adapter says which of them it serves; ``attach`` refuses the rest by name.
 STAGES = (
     "around_denoiser",
     "around_module",
+    "on_embeddings",
     "on_block_input",
     "on_tokens",
     "around_sublayer",
@@ -28,12 +30,13 @@ STAGES = (
     "on_output",
     "on_mlp_output",
     "on_cache",
+    "on_states",
     "on_logits",
     "on_step",
 )
 
 #: Stages of the whole model; they belong to no layer, and a layer is not touched for them.
-MODEL_STAGES = ("on_logits", "on_step", "around_denoiser", "around_module")
+MODEL_STAGES = ("on_embeddings", "on_states", "on_logits", "on_step", "around_denoiser", "around_module")
 
 #: Stages inside one attention call. A layer without them keeps its own attention function.
 ATTENTION_STAGES = (
@@ -92,6 +95,14 @@ class Intervention:
     ``around_module(site, inputs, call)``
         one call of a module that ``acts_on`` names: its named arguments, and ``call(inputs)`` that runs it zero, one or
         several times and gives what it gives, a tensor or, with several streams, a tuple. Returns the same.
+    ``on_embeddings(reading, embeds)``
+        (B, N, C) embeddings of the tokens ``reading.ids`` (B, N) of this call, before anything of the model reads them;
+        features of images take their places afterwards. Returns them or new ones of the same shape and type, with or
+        without gradient; nothing is written in place. ``reading`` is a :class:`attnlib.hooks.Reading`.
+    ``on_states(reading, states)``
+        (B, N, C) last hidden states of the tokens ``reading.ids``, as the head reads them, with gradient where the
+        model runs with it, also while generating. Returns the same, or new ones. Of a prompt out of which tokens were
+        removed, ``reading.ids`` and ``reading.slots`` are those that are left.
     ``on_block_input(site, hidden)``
         (B, N, C) residual stream entering the block of this attention; return ``None`` to leave it.
     ``on_tokens(site, hidden)``
@@ -258,6 +269,12 @@ class Intervention:
 
     def on_tokens(self, site: Site, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
+
+    def on_embeddings(self, reading: Reading, embeds: Tensor) -> Tensor:
+        return embeds
+
+    def on_states(self, reading: Reading, states: Tensor) -> Tensor:
+        return states
 
     def on_logits(self, ids: Tensor, logits: Tensor) -> Tensor:
         return logits

@@ -42,6 +42,7 @@ from .names import (
     kernel_of,
     reachable,
 )
+from .reading import TokenRuntime
 from .selfcheck import ensure
 
 
@@ -51,7 +52,7 @@ class TransformersAdapter(Adapter):
     name = "transformers"
     stages: ClassVar[frozenset[str]] = frozenset(
         "on_block_input on_tokens around_sublayer on_context on_qkv on_kv_read around_attention on_scores on_weights "
-        "on_output on_mlp_output on_cache on_logits on_step".split()
+        "on_output on_mlp_output on_cache on_embeddings on_states on_logits on_step".split()
     )
 
     def sites(self, model: nn.Module, part: str | None) -> list[Site]:
@@ -109,10 +110,12 @@ class TransformersAdapter(Adapter):
 
     def install(self, session: Session, plan: list[tuple[Site, Stages]]) -> None:
         session.counts_steps = True
-        follows = [i for stage in ("on_logits", "on_step", "on_tokens") for i in session.acting(stage)]
+        watched = ("on_logits", "on_step", "on_tokens", "on_embeddings", "on_states")
+        follows = [i for stage in watched for i in session.acting(stage)]
         follow = _Follow(session, bool(follows))
         session.hook(session.model.register_forward_pre_hook(follow, with_kwargs=True))
         session.hook(session.model.register_forward_hook(follow.after))
+        TokenRuntime.install(session)
         follow_generate(session)
         runtimes = []
         for site, stages in plan:
