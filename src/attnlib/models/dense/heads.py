@@ -34,6 +34,7 @@ from ...checks import check_int, check_ints, check_real, check_type, check_valid
 from ...nn.base import Mechanism
 from ...nn.layers import ConvNorm, masked_batch_norm, plain, resize_map, strided_valid, zero_invalid
 from ...ops.reduced import adaptive_pool_tokens
+from ..protocol import TaskModel
 
 Maps = Sequence[Tensor]
 
@@ -260,7 +261,7 @@ class UPerHead(DenseHead):
         return self.bottleneck(torch.cat(parts, -1), valid[0])
 
 
-class Segmenter(nn.Module):
+class Segmenter(TaskModel):
     """A backbone and a head: images ``(B, in_chans, H, W)`` to logits of every pixel.
 
     Args:

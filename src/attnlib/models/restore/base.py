@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ...checks import check_flag, check_int, check_real, describe
 from ...nn.recompute import checkpointed
 from ...nn.released import Rule
+from ..protocol import TaskModel
+from ..tiles import tiled
 
 #: Mean colour of DIV2K, which super-resolution models subtract.
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
@@ -29,7 +31,7 @@ class Blocks(nn.ModuleList):
         return x
 
 
-class Restorer(nn.Module):
+class Restorer(TaskModel):
     """Images ``(B, in_chans, H, W)`` to images ``scale`` times as large, for any H and W.
 
     A subclass computes :meth:`body` on sides that are multiples of ``step``; others are padded by reflection at the
@@ -80,6 +82,17 @@ class Restorer(nn.Module):
         y = self.body((x - mean) * self.img_range) / self.img_range + mean
         return y[..., : self.scale * height, : self.scale * width]
 
+    def loss(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """``{"l1": mean absolute difference}`` of images (B, in_chans, scale * H, scale * W)."""
+        self._check("prediction", prediction)
+        if not isinstance(target, Tensor) or target.shape != prediction.shape:
+            raise ValueError(f"target must be images {tuple(prediction.shape)}, got {describe(target)}")
+        return {"l1": F.l1_loss(prediction, target.to(prediction.dtype))}
+
+    def predict(self, x: Tensor, **settings: Any) -> Tensor:
+        """:meth:`restore`."""
+        return self.restore(x, **settings)
+
     @torch.no_grad()
     def restore(
         self,
@@ -114,45 +127,7 @@ class Restorer(nn.Module):
         self._check("image", image)
         if scale is not None and check_int("scale", scale, least=1) != self.scale:
             raise ValueError(f"scale={scale} is not possible: this restorer was built for scale={self.scale}")
-        overlap = check_int("overlap", overlap, least=0)
-        blend = overlap // 2 if blend is None else check_int("blend", blend, least=0, most=overlap)
-        if tile is None:
-            return self(image)
-        tile, s = check_int("tile", tile, least=1), self.scale
-        rows, columns = (self._spans(n, tile, overlap, blend) for n in image.shape[2:])
-        out: Tensor | None = None
-        for (y0, y1), (top, bottom), down in rows:
-            for (x0, x1), (left, right), across in columns:
-                part = self(image[..., y0:y1, x0:x1])
-                part = part[..., (top - y0) * s : (bottom - y0) * s, (left - x0) * s : (right - x0) * s]
-                weights = (down[:, None] * across).to(part)
-                if out is None:
-                    out = part.new_zeros(*part.shape[:2], image.shape[2] * s, image.shape[3] * s)
-                out[..., top * s : bottom * s, left * s : right * s] += weights * part
-        assert out is not None
-        return out
-
-    def _spans(self, n: int, tile: int, overlap: int, blend: int) -> list[tuple[Any, Any, Tensor]]:
-        """Per tile along an axis of ``n`` pixels: what is read, what is kept of it, and the weights of that.
-
-        Weights rise and fall in straight lines over ``blend`` pixels on both sides of a border; those of a pixel sum to
-        1.
-        """
-        spans, total = [], torch.zeros(n * self.scale, dtype=torch.float64)
-        for start in range(0, n, tile):
-            end = min(start + tile, n)
-            low = max(0, start - overlap) // self.align * self.align
-            high = min(n, -(-(end + overlap) // self.align) * self.align)
-            first, last = max(0, start - blend), min(n, end + blend)
-            at = (torch.arange(first * self.scale, last * self.scale, dtype=torch.float64) + 0.5) / self.scale
-            weights = torch.ones_like(at)
-            if start and blend:
-                weights = weights * ((at - start + blend) / (2 * blend)).clamp(max=1)
-            if end < n and blend:
-                weights = weights * ((end + blend - at) / (2 * blend)).clamp(max=1)
-            total[first * self.scale : last * self.scale] += weights
-            spans.append(((low, high), (first, last), weights))
-        return [(r, (a, b), w / total[a * self.scale : b * self.scale]) for r, (a, b), w in spans]
+        return tiled(self, image, tile, overlap=overlap, blend=blend, align=self.align, scale=self.scale)
 
 
 def reflected(x: Tensor, more: tuple[int, int]) -> Tensor:

@@ -1,0 +1,77 @@
+"""Small models of all tasks, and generated data for each: the table that `train.py` chooses from.
+
+A row is a model, a batch for it (`forward`'s inputs by name, and the `target` of its loss) and what is told of it at
+the end. Rows stand in the order of their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import attnlib
+from attnlib.bench.data.blobs import blobs
+from attnlib.models.dense.heads import FPNHead, Segmenter
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row.
+
+    Args:
+        build: makes the model, without arguments; its first numbers come from the seed of the run.
+        batch: of so many samples, drawn from a generator.
+        score: of a trained model (in evaluation) and a batch that was not trained on: numbers by name.
+        odd: a batch of other, awkward sizes, for `predict`; ``None`` where a model takes one size only.
+        export: whether `torch.export` is to take the model.
+        lr, batch_size, weight_decay, clip: of the training.
+    """
+
+    build: Callable[[], Any]
+    batch: Callable[[int, torch.Generator], Batch]
+    score: Callable[[Any, Batch], Mapping[str, float]] | None = None
+    odd: Callable[[torch.Generator], Batch] | None = None
+    export: bool = True
+    lr: float = 2e-3
+    batch_size: int = 8
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+
+
+def balls(*grid: int, **settings: Any) -> Callable[[int, torch.Generator], Batch]:
+    """Batches of balls in noise; one sample of it is `lambda g: balls(...)(1, g)`."""
+
+    def batch(count: int, generator: torch.Generator) -> Batch:
+        images, labels = blobs(count, grid, generator=generator, **settings)
+        return {"x": images, "target": labels}
+
+    return batch
+
+
+def inputs_of(batch: Batch) -> Batch:
+    """What `forward` and `predict` take of a batch."""
+    return {name: value for name, value in batch.items() if name != "target"}
+
+
+def dice(model: Any, batch: Batch) -> dict[str, float]:
+    """Overlap of what is not background, over a whole batch."""
+    found, truth = model.predict(**inputs_of(batch)) > 0, batch["target"] > 0
+    return {"dice": float(2 * (found & truth).sum() / (found.sum() + truth.sum()).clamp(min=1))}
+
+
+def small_fpn() -> Segmenter:
+    small: dict[str, Any] = dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), kernel_size=3, dilations=None)
+    encoder = attnlib.create_model("dinat_mini", features_only=True, in_chans=1, **small)
+    return Segmenter(encoder, FPNHead(encoder.feature_info.channels(), 16, num_classes=3))
+
+
+TASKS: dict[str, Task] = {
+    "fpn": Task(
+        small_fpn, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)
+    ),
+}  # fmt: skip
