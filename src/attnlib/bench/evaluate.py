@@ -26,7 +26,7 @@ from ..checks import check_int, describe
 from ..types import check_choice
 from .data.files import DataError
 from .stats import bootstrap_interval
-from .store import identity, plain
+from .store import Lines, identity
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Item:
         answer: what is right; the score compares with it.
         groups: what it counts under, such as ``{"type": "cognate"}``.
         options: the answers to choose from, where there are some.
+        image: what the prompt is about, a picture or its name, for models that take ``items``.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Item:
     answer: Any
     groups: Mapping[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
+    image: Any = field(default=None, compare=False, repr=False)
 
 
 class Unreadable(ValueError):
@@ -185,8 +187,8 @@ def evaluate(
 
     Args:
         items: questions, of different ids.
-        model: from a list of prompts to a list of texts; it gets ``seeds`` too, one per prompt, if it has an argument
-            of that name. Or answers by id, or a file of them (:func:`read_answers`).
+        model: from a list of prompts to a list of texts; it gets ``seeds`` and ``items`` too, one per prompt, if it
+            has arguments of these names. Or answers by id, or a file of them (:func:`read_answers`).
         parse: from a text and its item to a value; raises :class:`Unreadable` for what it cannot read.
         score: from a value and its item to numbers by name.
         batch: prompts at a time.
@@ -230,33 +232,25 @@ def _asked(
     items: Sequence[Item], model: Callable[..., Sequence[str]], batch: int, seed: int, keep: str | Path | None,
     key: Any, progress: Callable[[str], None] | None,
 ) -> dict[str, str]:  # fmt: skip
-    file = None if keep is None else Path(keep)
+    lines = Lines(keep)
     marks = {item.id: identity([item.id, item.prompt, seed, key]) for item in items}
-    kept: dict[str, str] = {}
-    if file is not None and file.exists():
-        lines = file.read_text(encoding="utf-8").split("\n")
-        for line in lines[:-1]:  # what has no end was cut off while it was written
-            row = json.loads(line)
-            kept[row["mark"]] = row["answer"]
-        if lines[-1]:
-            file.write_text("\n".join([*lines[:-1], ""]), encoding="utf-8")
+    kept = {row["mark"]: row["answer"] for row in lines.rows()}
     texts = {item.id: kept[marks[item.id]] for item in items if marks[item.id] in kept}
     todo = [item for item in items if item.id not in texts]
-    seeded = "seeds" in inspect.signature(model).parameters
+    known = inspect.signature(model).parameters
     for start in range(0, len(todo), batch):
         part = todo[start : start + batch]
-        settings = {"seeds": [local_seed(seed, item.id) for item in part]} if seeded else {}
+        settings: dict[str, Any] = {}
+        if "seeds" in known:
+            settings["seeds"] = [local_seed(seed, item.id) for item in part]
+        if "items" in known:
+            settings["items"] = part
         said = list(model([item.prompt for item in part], **settings))
         if len(said) != len(part):
             raise ValueError(f"model must answer every prompt, got {len(said)} answers to {len(part)}")
         for item, text in zip(part, said, strict=True):
             texts[item.id] = str(text)
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a", encoding="utf-8") as out:
-                for item in part:
-                    row = {"mark": marks[item.id], "id": item.id, "answer": texts[item.id]}
-                    out.write(json.dumps(plain(row)) + "\n")
+        lines.add({"mark": marks[item.id], "id": item.id, "answer": texts[item.id]} for item in part)
         if progress is not None:
             progress(f"{len(texts)} of {len(items)} items")
     return texts

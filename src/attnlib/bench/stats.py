@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checks import check_int
+from ..checks import check_int, check_real
 
 
 class Interval(NamedTuple):
@@ -196,6 +196,54 @@ def bootstrap_interval(
         means[start : start + len(drawn)] = total[drawn].sum(1) / count[drawn].sum(1)
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
+
+
+class Difference(NamedTuple):
+    """A mean difference and percentiles of it when items are drawn again; ``n`` is how many scores were paired."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def paired_bootstrap(
+    a: Mapping[str, float], b: Mapping[str, float], confidence: float = 0.95, draws: int = 2000, seed: int = 0,
+    items: Mapping[str, Any] | None = None,
+) -> Difference:  # fmt: skip
+    """Mean of ``a - b`` over the questions both have, with its bootstrap interval.
+
+    Args:
+        a, b: scores by question.
+        confidence, draws, seed: of :func:`bootstrap_interval`.
+        items: what each question is about, such as its image; all questions on one are drawn together.
+
+    Raises:
+        ValueError: no question is in both, or an item is not told.
+
+    >>> paired_bootstrap({"x": 1.0, "y": 1.0}, {"x": 0.0, "y": 0.0, "z": 1.0})
+    Difference(mean=1.0, low=1.0, high=1.0, n=2)
+    """
+    shared = sorted(set(a) & set(b))
+    if not shared:
+        raise ValueError("a and b share no question, so that nothing can be paired")
+    if items is not None and (lacking := [q for q in shared if q not in items]):
+        raise ValueError(f"items must tell what every question is about; it lacks {lacking[:5]}")
+    gaps = [a[q] - b[q] for q in shared]
+    about = None if items is None else [items[q] for q in shared]
+    low, high = bootstrap_interval(gaps, confidence, draws, seed, about)
+    return Difference(sum(gaps) / len(gaps), low, high, len(gaps))
+
+
+def above_chance(share: float, chance: float) -> float:
+    """``(share - chance) / (1 - chance)``: 0 for who guesses, 1 for who is always right, below 0 for worse.
+
+    >>> above_chance(0.25, 0.25), above_chance(1.0, 0.25)
+    (0.0, 1.0)
+    """
+    check_real("share", share, least=0, most=1)
+    check_real("chance", chance, least=0, below=1)
+    return (share - chance) / (1 - chance)
 
 
 def benjamini_hochberg(p_values: Sequence[float], alpha: float) -> list[bool]:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,35 @@ def identity(value: Any) -> str:
 def slug(text: str) -> str:
     """Letters, digits and dashes of a label."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
+
+
+class Lines:
+    """A file of JSON lines that takes every piece as soon as it is there, and that a later call goes on from.
+
+    Args:
+        path: of the file; ``None`` keeps nothing.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = None if path is None else Path(path)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What the file holds; a last line without an end was cut off while it was written, and is taken out."""
+        if self.path is None or not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        if lines[-1]:
+            self.path.write_text("\n".join([*lines[:-1], ""]), encoding="utf-8")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Put rows behind."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as out:
+            for row in rows:
+                out.write(json.dumps(plain(row)) + "\n")
 
 
 class Store:
