@@ -10,6 +10,7 @@ from .modulation import channel_attention, depthwise
 from .neighborhood import neighborhood_attention, neighborhood_partial
 from .nystrom import gaussian_kernel, newton_inverse, nystrom_attention
 from .partition import partition_attention, window_attention
+from .points import Points, band_points, continuous_points, extreme_points, similarity_points
 from .reduced import agent_attention, reduced_attention
 from .reversed import reversed_attention
 from .sampled import deformable_attention, deformable_attention_3d
@@ -22,18 +23,22 @@ __all__ = [
     "BACKENDS",
     "BlockPlan",
     "LinearOutput",
+    "Points",
     "ScanOutput",
     "agent_attention",
     "attention",
     "attention_partial",
+    "band_points",
     "block_sparse_attention",
     "block_sparse_partial",
     "channel_attention",
+    "continuous_points",
     "deformable_attention",
     "deformable_attention_3d",
     "depthwise",
     "derivatives",
     "explain",
+    "extreme_points",
     "gaussian_kernel",
     "halo_attention",
     "linear_attention",
@@ -49,6 +54,7 @@ __all__ = [
     "reduced_attention",
     "reversed_attention",
     "selective_scan",
+    "similarity_points",
     "split_decoding",
     "split_partial",
     "toeplitz_attention",
