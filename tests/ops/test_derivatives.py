@@ -159,6 +159,11 @@ CASES = {
         ((1, 1, 8, 3), (1, 1, 8, 4), (1, 2, 3, 2, 2, 3), (1, 2, 3, 2, 2)),
         lambda v, d, at, w: ops.deformable_attention_3d(v, d, [(2, 2), (1, 4)], at * 0.3 + 0.4, w),
     ),
+    "late interaction": (
+        "late_interaction",
+        ((3, 4, 3), (2, 6, 3)),
+        lambda x, y: ops.late_interaction(x, y, y_valid=VALID),
+    ),
     "split": (
         "split_decoding",
         ((2, 2, 2, 3), (2, 1, 6, 3), (2, 1, 6, 2)),

@@ -5,6 +5,7 @@ from ._dispatch import derivatives, explain, operators, use_backend
 from .attention import BACKENDS, attention, attention_partial
 from .block_sparse import BlockPlan, block_sparse_attention, block_sparse_partial
 from .halo import halo_attention
+from .late_interaction import late_interaction
 from .linear import LinearOutput, linear_attention, linear_partial
 from .modulation import channel_attention, depthwise
 from .neighborhood import neighborhood_attention, neighborhood_partial
@@ -41,6 +42,7 @@ __all__ = [
     "extreme_points",
     "gaussian_kernel",
     "halo_attention",
+    "late_interaction",
     "linear_attention",
     "linear_partial",
     "naive",

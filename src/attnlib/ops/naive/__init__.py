@@ -26,6 +26,7 @@ from ..attention import attention_partial as _attention_partial
 from ..block_sparse import block_sparse_attention as _block_sparse_attention
 from ..block_sparse import block_sparse_partial as _block_sparse_partial
 from ..halo import halo_attention as _halo_attention
+from ..late_interaction import late_interaction as _late_interaction
 from ..linear import linear_attention as _linear_attention
 from ..linear import linear_partial as _linear_partial
 from ..modulation import channel_attention as _channel_attention
@@ -78,6 +79,7 @@ deformable_attention = _oracle(_deformable_attention)
 deformable_attention_3d = _oracle(_deformable_attention_3d)
 depthwise = _oracle(_depthwise)
 halo_attention = _oracle(_halo_attention)
+late_interaction = _oracle(_late_interaction)
 linear_attention = _oracle(_linear_attention, "form")
 linear_partial = _oracle(_linear_partial, "form")
 neighborhood_attention = _oracle(_neighborhood_attention)
