@@ -15,6 +15,8 @@ import torch
 import attnlib
 from attnlib.bench.data.blobs import blobs
 from attnlib.models.dense.heads import FPNHead, Segmenter
+from attnlib.models.retrieval.contrast import recall
+from attnlib.models.retrieval.filip import FILIP
 
 Batch = dict[str, Any]
 
@@ -70,7 +72,41 @@ def small_fpn() -> Segmenter:
     return Segmenter(encoder, FPNHead(encoder.feature_info.channels(), 16, num_classes=3))
 
 
+class Embedded(torch.nn.Module):
+    """Tokens of numbers, or of values of some width."""
+
+    def __init__(self, count: int, dim: int):
+        super().__init__()
+        self.table = torch.nn.Embedding(count, dim)
+
+    def forward(self, ids: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        return self.table(ids)
+
+
+def small_filip() -> FILIP:
+    patches = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 16))
+    return FILIP(patches, Embedded(9, 16), 16, 16, dim=8, image_skip=0, text_skip=0)
+
+
+def things(count: int, generator: torch.Generator) -> Batch:
+    """Four patches, two of which show things out of eight; two words that name them, in any order."""
+    named = torch.rand(count, 8, generator=generator).argsort(1)[:, :2]
+    images = 0.1 * torch.randn(count, 4, 8, generator=generator)
+    at = torch.rand(count, 4, generator=generator).argsort(1)[:, :2]
+    images[torch.arange(count)[:, None], at, named] += 1
+    order = torch.rand(count, 2, generator=generator).argsort(1)
+    same = (named.sort(1).values[:, None] == named.sort(1).values[None]).all(-1)
+    return {"images": images, "texts": named.gather(1, order) + 1, "target": same}
+
+
+def found(model: Any, batch: Batch) -> dict[str, float]:
+    """How often the text of an image comes first, and the image of a text."""
+    scores = model.predict(**inputs_of(batch))
+    return {"texts": float(recall(scores, batch["target"])), "images": float(recall(scores.mT, batch["target"].mT))}
+
+
 TASKS: dict[str, Task] = {
+    "filip": Task(small_filip, things, found, batch_size=32, lr=5e-3),
     "fpn": Task(
         small_fpn, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)
     ),

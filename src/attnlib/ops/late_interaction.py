@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_device, check_float, check_rank, check_valid
 from ..types import exactly, stats_dtype
-from ._dispatch import Operator, twice, wants_gradient
+from ._dispatch import Operator, twice
 
 #: Products that are held at a time.
 CHUNK = 1 << 21
@@ -26,7 +26,7 @@ SMALL = 1 << 16
 
 @dataclass(frozen=True)
 class _Call:
-    """A checked problem: ``x`` (P, N, D), ``y`` (Q, M, D), which tokens exist, what is done with the largest products."""
+    """A checked problem: ``x`` (P, N, D), ``y`` (Q, M, D) and which of their tokens exist."""
 
     x: Tensor
     y: Tensor
@@ -89,7 +89,7 @@ def late_interaction(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """Every item of ``x`` with every item of ``y``: the mean over tokens of the largest product with a token of the other.
+    """Every item of ``x`` with every item of ``y``: the mean over its tokens of the largest product with the other's.
 
     ``s[0, i, j] = mean_a max_b x[i, a] . y[j, b]`` and ``s[1, i, j] = mean_b max_a x[i, a] . y[j, b]``, which differ in
     general. With ``reduction="sum"``, ``s[0]`` is ColBERT's score of query ``i`` for document ``j``.
@@ -193,7 +193,9 @@ class _Chunked(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _collected(y, at_y, of_x, at_x, of_y)
         if ctx.needs_input_grad[1]:
-            dy = _collected(x, at_x.permute(1, 2, 0), of_y.permute(1, 2, 0), at_y.permute(2, 0, 1), of_x.permute(2, 0, 1))
+            dy = _collected(
+                x, at_x.permute(1, 2, 0), of_y.permute(1, 2, 0), at_y.permute(2, 0, 1), of_x.permute(2, 0, 1)
+            )
         return dx, dy, None
 
 

@@ -14,7 +14,7 @@ cross-entropy also runs along images, ours along texts as the paper says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,11 +83,13 @@ def strongest(
     with torch.no_grad():
         rows = tokens.reshape(-1, d)
         step = max(1, chunk // len(flat))
-        best = torch.cat([(rows[i : i + step] @ flat.mT).amax(1) for i in range(0, len(rows), step)]) if p else rows[:, 0]
+        best = (
+            torch.cat([(rows[i : i + step] @ flat.mT).amax(1) for i in range(0, len(rows), step)]) if p else rows[:, 0]
+        )
         best = best.view(p, n)
         there = torch.ones_like(best, dtype=torch.bool) if valid is None else valid
         best = best.masked_fill(~there, float("-inf"))
-        rank = best.argsort(1, descending=True, stable=True).argsort(1)
+        rank = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         most = (there.sum(1, keepdim=True) * share).ceil().clamp(min=1)
         return (rank < most) & there
 
@@ -206,16 +208,18 @@ class FILIP(TaskModel):
         return {"contrast": symmetric_contrast(prediction.image, prediction.text, target, self.decoupled)}
 
     @torch.no_grad()
-    def predict(
-        self, images: Tokens, texts: Tokens | Sequence[Tokens], direction: str = "mean", combine: Callable[..., Tensor] = torch.mean
-    ) -> Tensor:
+    def predict(self, images: Any, texts: Any, text_valid: Tensor | None = None, direction: str = "mean") -> Tensor:
+        """(images, texts): one score for every image and text, between -1 and 1; see :meth:`rank`."""
+        return self.rank(self.encode_images(images), self.encode_texts(texts, text_valid), direction)
+
+    @torch.no_grad()
+    def rank(self, images: Tokens, texts: Tokens | Sequence[Tokens], direction: str = "mean") -> Tensor:
         """One score for every image and text, from tokens that were computed before.
 
         Args:
             images: of :meth:`encode_images`.
-            texts: of :meth:`encode_texts`; of several (one per template of a prompt), *scores* are averaged.
+            texts: of :meth:`encode_texts`; of several, one per template of a prompt, *scores* are averaged.
             direction: ``"image"`` by patches, ``"text"`` by words, ``"mean"`` of both.
-            combine: of scores over templates: ``combine(stacked, dim=0)``.
 
         Returns:
             (images, texts), between -1 and 1.
@@ -228,7 +232,7 @@ class FILIP(TaskModel):
         if len({len(t.values) for t in several}) > 1:
             raise ValueError(f"every template must have all texts, got {[len(t.values) for t in several]}")
         found = torch.stack([torch.stack(tuple(self.compare(images, t))) for t in several])
-        found = combine(found, dim=0) if len(several) > 1 else found[0]
+        found = found.mean(0)
         return found.mean(0) if direction == "mean" else found[DIRECTIONS.index(direction) - 1]
 
 
