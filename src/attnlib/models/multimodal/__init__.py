@@ -1,0 +1,1 @@
+"""Language models that answer with more than words: tokens with heads, boxes and masks, and their losses."""
