@@ -80,4 +80,6 @@ ROWS += [
         context_grid=(7,),
     ),
     Case("dependency-vit", dict(dim=8, num_heads=1, selector=False, controller=False), (3, 4), "reversed"),
+    Case("danet-position-attention", dict(dim=8), (4, 5)),
+    Case("danet-position-attention", dict(dim=8, qk_dim=3, bias=False), (3, 2, 3), "volume"),
 ]

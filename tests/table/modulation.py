@@ -24,4 +24,6 @@ ROWS = [
     Case("spectformer", dict(dim=4, grid=(3, 4, 5)), (3, 4, 5), "video"),
     Case("overlock-contmix", dict(dim=8, num_heads=1, kernel_size=5, regions=3), (6, 7)),
     Case("overlock-contmix", dict(dim=8, num_heads=2, kernel_size=7, regions=2, value=False), (4, 5), "enlarged"),
+    Case("danet-channel-attention", dict(dim=6), (4, 5)),
+    Case("danet-channel-attention", dict(dim=4, sign="alike", transposed=True), (3, 2, 3), "volume"),
 ]

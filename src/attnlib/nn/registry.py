@@ -19,9 +19,11 @@ T = TypeVar("T", bound=type)
 
 #: Acronyms that several papers share, and what each of them means. A slug of that name is still that mechanism.
 ACRONYMS: Mapping[str, tuple[str, ...]] = {
+    "cam": ("'danet-channel-attention'", "class activation maps"),
     "dit": ("'dit-dynamic-token-routing', the models dynamic_token_routing_vit_*", "the diffusion transformer"),
     "eva": ("'eva', masked representation learning at scale", "efficient attention via control variates"),
     "hat": ("'hat', the hybrid attention transformer that restores images", "hierarchical attention of FasterViT"),
+    "pam": ("'danet-position-attention'", "the parallax attention of stereo images"),
     "psa": ("'polarized-self-attention'", "pyramid squeeze attention"),
     "sam": (
         "'ulsam', subspace attention", "'smt-scale-aware-modulation'", "the Segment Anything model",

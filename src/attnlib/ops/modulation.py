@@ -28,6 +28,7 @@ from ..checks import (
     check_float,
     check_int,
     check_rank,
+    check_real,
     check_tensors,
     check_valid,
     describe,
@@ -36,7 +37,7 @@ from ..checks import (
 from ..normalizers import Normalizer
 from ..positions import resized
 from ..types import stats_dtype
-from ._call import AttentionCall, check_scale, prepare
+from ._call import AttentionCall, prepare
 from ._dispatch import Operator
 from .attention import ATTENTION
 
@@ -533,6 +534,7 @@ def channel_attention(
         v: (B, H, N, D) values.
         scale: a number, or a tensor that broadcasts to (B, H, 1, 1), such as a learned temperature per head. Defaults
             to ``N ** -0.5`` with N the tokens that exist (the length of the vectors compared), and to 1 with ``l2``.
+            Below 0, features attend to those unlike them.
         l2: bring every feature of q and k to unit length over the tokens first.
         valid: (B, N) boolean; other tokens take no part in the comparison and come out as zeros.
         normalizer: how scores become weights.
@@ -586,8 +588,8 @@ def _prepare_channels(
             given not in (1, size) for given, size in zip(reversed(lead), (1, 1, q.shape[1], q.shape[0]), strict=False)
         ):
             raise ValueError(f"scale must broadcast to (B, H, 1, 1) = {(*q.shape[:2], 1, 1)}, got {lead}")
-    elif scale is not None:
-        check_scale(scale)
+    elif scale is not None and check_real("scale", scale) < 0:  # features attend to those unlike them
+        q, scale = -q, -scale
     if valid is not None:
         dead = ~valid[:, None, :, None]
         q, k, v = (t.masked_fill(dead, 0.0) for t in (q, k, v))
