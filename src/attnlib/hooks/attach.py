@@ -12,7 +12,7 @@ from ..checks import check_choice
 from .eager import forget_compiled
 from .intervention import MODEL_STAGES, STAGES, Intervention, Probe, Stages, check_layers, implements
 from .pipelines import Sampling, denoiser_of, is_pipeline
-from .session import Adapter, Session, _row_names, _sessions
+from .session import Adapter, Session, _row_names, _sessions, part_of
 from .site import KINDS, Site
 from .tokens import TypeTracker
 
@@ -29,7 +29,7 @@ def _unwrapped(model: Any) -> Any:
     return model
 
 
-def _adapter(model: Any) -> Adapter:
+def _adapter(model: Any, part: str | None = None) -> Adapter:
     families = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
     if not isinstance(model, nn.Module):
         hint = "; attach to a pipeline, or to its pipe.unet or pipe.transformer" if "diffusers" in families else ""
@@ -40,8 +40,9 @@ def _adapter(model: Any) -> Adapter:
         from .hf.adapter import TransformersAdapter
         from .hf.names import reachable
 
-        # A transformers model may be built of our own mechanisms.
-        ours = not any(reachable(m) for m in model.modules()) and bool(attention_modules(model))
+        # A transformers model may be built of our own mechanisms, and a part of one may look no function up.
+        root = part_of(model, part)[0]
+        ours = not any(reachable(m) for m in root.modules()) and bool(attention_modules(root))
         return ModuleAdapter() if ours else TransformersAdapter()
     if "diffusers" in families:
         from .diffusers_adapter import DiffusersAdapter
@@ -156,8 +157,8 @@ def attach(
         rows: name of each row of the batch, for example ``("uncond", "cond")``.
         token_types: (B, N) integer types of the prompt's tokens, or a rule from token ids to types such as
             :class:`attnlib.hooks.TokenTypes`; extended while decoding.
-        part: dotted path of the submodule to act on; by default the text decoder of a transformers model. In a pipeline
-            with several denoisers it begins with the name of one.
+        part: dotted path of the submodule to act on; by default the text decoder of a transformers model, and
+            ``"vision_encoder"`` for that of SAM. In a pipeline with several denoisers it begins with the name of one.
 
     What ``torch.compile`` made before is traced again when a session begins or ends; stages are never traced.
 
@@ -187,7 +188,7 @@ def attach(
     if pipe is not None:
         model, part = denoiser_of(pipe, part)
     model = _unwrapped(model)
-    adapter = _adapter(model)
+    adapter = _adapter(model, part)
     mine = set(model.modules())
     for other, session in list(_sessions.items()):
         if other in mine or model in set(other.modules()) or mine & session._touched.keys():

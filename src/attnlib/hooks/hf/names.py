@@ -140,6 +140,20 @@ def reachable(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
 
 
+def fused_sam_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward with a fused kernel of an attention like that of SAM's vision encoder; ``None`` for other modules."""
+    named = all(hasattr(module, name) for name in ("get_decomposed_rel_pos", "qkv", "proj", "num_attention_heads"))
+    if not named or not type(module).__module__.startswith("transformers."):
+        return None
+    base = next((c for c in reversed(type(module).__mro__) if "get_decomposed_rel_pos" in vars(c)), type(module))
+    for cls in (type(module), *_forward_of(module).__globals__.values()):
+        if isinstance(cls, type) and issubclass(cls, base):
+            code = getattr(inspect.unwrap(cls.forward), "__code__", None)  # type: ignore[attr-defined]
+            if code is not None and "scaled_dot_product_attention" in code.co_names:
+                return cls.forward  # type: ignore[attr-defined, no-any-return]
+    return None
+
+
 def kernel_of(module: nn.Module, implementation: str) -> Callable[..., Any]:
     """The function that the module would call under ``implementation``; the same object it would look up itself."""
     own = getattr(module, CONVERTED, None)

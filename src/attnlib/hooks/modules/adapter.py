@@ -1,5 +1,8 @@
 """Sites of plain PyTorch models: ``torch.nn.MultiheadAttention``, timm's attention, and attnlib's own mechanisms.
 
+The vision encoder of transformers' SAM, which looks no function up, is served here too
+(:mod:`attnlib.hooks.modules.sam`).
+
 The forward of an attached module is replaced on the module itself. ``nn.MultiheadAttention`` and timm's modules then
 run inside a ``TorchFunctionMode``: the one call of ``scaled_dot_product_attention`` in them is where the stages act.
 Where the module would not have called it (fused kernels of evaluation mode, ``need_weights=True``, timm without fused
@@ -25,12 +28,13 @@ from torch import Tensor, nn
 
 from ..blocks import AfterFeedForward
 from ..hf.follow import _Follow, follow_generate
-from ..hf.names import PROCESSORS, cached_tokens
+from ..hf.names import PROCESSORS, cached_tokens, fused_sam_forward
 from ..intervention import Stages
 from ..session import Adapter, Session, part_of
 from ..site import Site
 from .multihead import MultiheadRuntime
 from .runtime import ModuleRuntime, _block
+from .sam import SamRuntime
 from .timm import TimmRuntime, is_timm_attention
 
 
@@ -43,6 +47,8 @@ def _runtime_of(module: nn.Module) -> type[ModuleRuntime] | None:
         return MechanismRuntime
     if isinstance(module, nn.MultiheadAttention):
         return MultiheadRuntime
+    if fused_sam_forward(module) is not None:
+        return SamRuntime
     return TimmRuntime if is_timm_attention(module) else None
 
 
@@ -73,7 +79,7 @@ class ModuleAdapter(Adapter):
             last = name.rpartition(".")[2]
             cross = any(word in last.lower() for word in ("cross", "multihead_attn", "encoder_attn"))
             cross = cross or (isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim)
-            heads: Any = getattr(module, "num_heads", None)
+            heads: Any = getattr(module, "num_heads", getattr(module, "num_attention_heads", None))
             heads = heads if isinstance(heads, int) else 1
             kv_heads: Any = getattr(module, "num_kv_heads", None)
             head_dim: Any = getattr(module, "head_dim", 0)
