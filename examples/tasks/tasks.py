@@ -15,8 +15,10 @@ import torch
 import attnlib
 from attnlib.bench.data.blobs import blobs
 from attnlib.models.dense.heads import FPNHead, Segmenter
+from attnlib.models.retrieval.conditional import ConditionalCrossAttention
 from attnlib.models.retrieval.contrast import recall
 from attnlib.models.retrieval.filip import FILIP
+from attnlib.models.retrieval.tefal import TEFAL
 
 Batch = dict[str, Any]
 
@@ -105,9 +107,52 @@ def found(model: Any, batch: Batch) -> dict[str, float]:
     return {"texts": float(recall(scores, batch["target"])), "images": float(recall(scores.mT, batch["target"].mT))}
 
 
+def two_attributes(count: int, generator: torch.Generator) -> Batch:
+    """Five tokens, of which one shows an image's colour and one its shape, four of each; eight images at least."""
+    count = max(count, 8)  # fewer have no triplet
+    names = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0))
+    values = torch.stack([torch.arange(count) % 4, torch.arange(count) // 2 % 4], 1)
+    images = 0.3 * torch.randn(count, 5, 12, generator=generator)
+    for which in range(2):
+        images[:, which] += names[which][values[:, which]]
+    return {"images": images, "target": values}
+
+
+def nearest(model: Any, batch: Batch) -> dict[str, float]:
+    """How often the nearest image under a question has the same answer."""
+    vectors, values = model.predict(batch["images"]).vectors, batch["target"]
+    itself = torch.eye(len(values), dtype=torch.bool)
+    score = {}
+    for c in range(vectors.shape[1]):
+        same = (values[:, c, None] == values[None, :, c]) & ~itself
+        if same.any():
+            score[f"condition {c}"] = float(recall((vectors[:, c] @ vectors[:, c].mT).masked_fill(itself, -2), same))
+    return score
+
+
+def clips(count: int, generator: torch.Generator) -> Batch:
+    """Clips that look alike in pairs; sound tells them apart. Every fourth has none."""
+    text = torch.randn(count, 8, generator=generator)
+    frames = text[:, None, :] * torch.tensor([1.0] * 4 + [0.0] * 4) + 0.3 * torch.randn(
+        count, 5, 8, generator=generator
+    )
+    audio = text[:, None, :] * torch.tensor([0.0] * 4 + [1.0] * 4) + 0.3 * torch.randn(count, 6, 8, generator=generator)
+    valid = (torch.arange(count) % 4 != 3)[:, None].expand(count, 6).clone()
+    return {"text": text, "frames": frames, "audio": audio, "audio_valid": valid, "target": torch.eye(count).bool()}
+
+
+def found_clips(model: Any, batch: Batch) -> dict[str, float]:
+    """How often the clip of a text comes first."""
+    return {"clips": float(recall(model.predict(**inputs_of(batch))))}
+
+
 TASKS: dict[str, Task] = {
+    "conditional": Task(
+        lambda: ConditionalCrossAttention(torch.nn.Identity(), 2, 12, 6, 2), two_attributes, nearest, batch_size=24
+    ),
     "filip": Task(small_filip, things, found, batch_size=32, lr=5e-3),
     "fpn": Task(
         small_fpn, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)
     ),
+    "tefal": Task(lambda: TEFAL(8, drop=0.0), clips, found_clips, batch_size=16, lr=5e-3),
 }  # fmt: skip
