@@ -250,12 +250,13 @@ class UseTaskTokens(Intervention):
             raise TypeError(f"tokens must be TaskTokens, got {type(tokens).__name__}")
         self.tokens, self.features = tokens, features
         self.last: tuple[Tensor, Tensor] | None = None
+        self._prompt: tuple[Tensor, Tensor] | None = None
         self._kept: dict[tuple[int, ...], Tensor] = {}
         self._samples = 0
         self._call: tuple[Reading, Tensor] | None = None
 
     def reset(self) -> None:
-        self.last, self._call, self._kept, self._samples = None, None, {}, 0
+        self.last, self._prompt, self._call, self._kept, self._samples = None, None, None, {}, 0
 
     def results(self) -> Any:
         """``{name: how many were read}`` of the last call."""
@@ -316,6 +317,11 @@ class UseTaskTokens(Intervention):
 
     def on_states(self, reading: Reading, states: Tensor) -> Tensor:
         self.last, self._call = (reading.ids, states), (reading, states)
+        if not reading.step and self.session.branch is None:
+            before = self._prompt if reading.offset else None
+            self._prompt = self.last if before is None else (
+                torch.cat([before[0], reading.ids], 1), torch.cat([before[1], states], 1)
+            )  # fmt: skip
         return states
 
     def on_logits(self, ids: Tensor, logits: Tensor) -> Tensor:
@@ -335,6 +341,17 @@ class UseTaskTokens(Intervention):
                 prefix = ids[row, : slot + 1].tolist()
                 self._kept[(row // beams, *prefix)] = states[row, at]
         return logits
+
+    @property
+    def prompt(self) -> tuple[Tensor, Tensor]:
+        """(B, N) tokens and (B, N, C) last states of the last prompt, copied for beams as ``generate`` does.
+
+        Raises:
+            RuntimeError: no prompt was read.
+        """
+        if self._prompt is None:
+            raise RuntimeError("no prompt was read yet: call the attached model first")
+        return self._prompt
 
     def read(self, names: Sequence[str] | None = None) -> dict[str, Taken]:
         """What the heads say of the tokens of the last call, with gradient where it ran with it.
