@@ -279,7 +279,7 @@ def test_generalized_iou_is_that_of_every_pair():
     assert torch.autograd.gradcheck(lambda x: generalized_iou(x, b), (a,))
     point = torch.zeros(4, requires_grad=True)
     generalized_iou(point, torch.zeros(4)).backward()
-    assert float(generalized_iou(point, torch.zeros(4))) == 1 and bool(point.grad.isfinite().all())
+    assert float(generalized_iou(point.detach(), torch.zeros(4))) == 1 and bool(point.grad.isfinite().all())
 
 
 def test_boxes_turned_over_have_no_overlap_term_and_stay_finite():
