@@ -148,11 +148,11 @@ class Answer(str):
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (str(self), self.__dict__)
+        return _restored, (type(self), str(self), self.__dict__)
 
 
-def _restored(text: str, said: dict[str, Any]) -> Answer:
-    return Answer.of(text, **said)
+def _restored(kind: type[Answer], text: str, said: dict[str, Any]) -> Answer:
+    return kind.of(text, **said)
 
 
 def confidence(yes: float, no: float) -> float:
