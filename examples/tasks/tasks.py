@@ -18,6 +18,7 @@ from attnlib.models.dense.heads import FPNHead, Segmenter
 from attnlib.models.retrieval.conditional import ConditionalCrossAttention
 from attnlib.models.retrieval.contrast import recall
 from attnlib.models.retrieval.filip import FILIP
+from attnlib.models.retrieval.subspaces import SubspaceEmbedding
 from attnlib.models.retrieval.tefal import TEFAL
 
 Batch = dict[str, Any]
@@ -146,6 +147,23 @@ def found_clips(model: Any, batch: Batch) -> dict[str, float]:
     return {"clips": float(recall(model.predict(**inputs_of(batch))))}
 
 
+def textures(count: int, generator: torch.Generator) -> Batch:
+    """Maps of 32 channels of four kinds, two of each at least; every batch is for one of two learners."""
+    count = max(count, 8)
+    kinds = torch.randn(4, 32, 3, 3, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(count) % 4
+    images = kinds[target] + torch.randn(count, 32, 3, 3, generator=generator)
+    return {"images": images, "learner": int(torch.randint(0, 2, (), generator=generator)), "target": target}
+
+
+def nearest_class(model: Any, batch: Batch) -> dict[str, float]:
+    """How often the nearest sample is of the same class."""
+    vectors, target = model.predict(batch["images"]).vectors, batch["target"]
+    itself = torch.eye(len(target), dtype=torch.bool)
+    same = (target[:, None] == target[None]) & ~itself
+    return {"same class": float(recall((vectors @ vectors.mT).masked_fill(itself, -9), same))}
+
+
 TASKS: dict[str, Task] = {
     "conditional": Task(
         lambda: ConditionalCrossAttention(torch.nn.Identity(), 2, 12, 6, 2), two_attributes, nearest, batch_size=24
@@ -153,6 +171,9 @@ TASKS: dict[str, Task] = {
     "filip": Task(small_filip, things, found, batch_size=32, lr=5e-3),
     "fpn": Task(
         small_fpn, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)
+    ),
+    "subspaces": Task(
+        lambda: SubspaceEmbedding(torch.nn.Identity(), 32, 24, 2, drop=0.0), textures, nearest_class, export=False
     ),
     "tefal": Task(lambda: TEFAL(8, drop=0.0), clips, found_clips, batch_size=16, lr=5e-3),
 }  # fmt: skip
