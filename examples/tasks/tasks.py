@@ -69,6 +69,10 @@ def dice(model: Any, batch: Batch) -> dict[str, float]:
     return {"dice": float(2 * (found & truth).sum() / (found.sum() + truth.sum()).clamp(min=1))}
 
 
+def small_unet(name: str, **settings: Any) -> Callable[[], Any]:
+    return lambda: attnlib.create_model(name, dims=(4, 8, 8), momentum=0.1, **settings)
+
+
 def small_fpn() -> Segmenter:
     small: dict[str, Any] = dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), kernel_size=3, dilations=None)
     encoder = attnlib.create_model("dinat_mini", features_only=True, in_chans=1, **small)
@@ -165,8 +169,17 @@ def nearest_class(model: Any, batch: Batch) -> dict[str, float]:
 
 
 TASKS: dict[str, Task] = {
+    "agunet3d": Task(
+        small_unet("agunet3d"), balls(16, 16, 16), dice, odd=lambda g: balls(13, 16, 5)(1, g), lr=1e-2
+    ),
     "conditional": Task(
         lambda: ConditionalCrossAttention(torch.nn.Identity(), 2, 12, 6, 2), two_attributes, nearest, batch_size=24
+    ),
+    "dagunet3d": Task(
+        small_unet("dagunet3d"), balls(16, 16, 16), dice, odd=lambda g: balls(13, 16, 5)(1, g), lr=1e-2
+    ),
+    "daunet3d": Task(
+        small_unet("daunet3d"), balls(16, 16, 16), dice, odd=lambda g: balls(13, 16, 5)(1, g), lr=1e-2
     ),
     "filip": Task(small_filip, things, found, batch_size=32, lr=5e-3),
     "fpn": Task(

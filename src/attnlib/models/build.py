@@ -170,7 +170,7 @@ def create_model(
     pretrained: bool | str | Path = False,
     *,
     num_classes: int | None = None,
-    in_chans: int = 3,
+    in_chans: int | None = None,
     img_size: int | tuple[int, int] | None = None,
     features_only: bool = False,
     out_indices: Sequence[int] | None = None,
@@ -189,7 +189,8 @@ def create_model(
             (``.safetensors``, ``.pth``, ``.bin``), in the authors', in timm's or in our names.
         num_classes: of the head; the released number by default, 0 for none. Another number than the released one gives
             a new head.
-        in_chans: channels of images; the first convolution of released weights is adapted to another number.
+        in_chans: channels of images, 3 for most; the first convolution of released weights is adapted to another
+            number.
         img_size: side of images, for models that hold tables of positions.
         features_only: return the maps of the stages instead of logits, as timm does.
         out_indices: which levels of ``feature_info``, with ``features_only``; all by default.
@@ -217,7 +218,7 @@ def create_model(
     if out_indices is not None and not features_only:
         raise ValueError("out_indices was given without features_only=True")
     given: dict[str, Any] = {
-        "in_chans": check_int("in_chans", in_chans, least=1),
+        "in_chans": entry.settings.get("in_chans", 3) if in_chans is None else check_int("in_chans", in_chans, least=1),
         "num_classes": None if num_classes is None else check_int("num_classes", num_classes, least=0),
         "img_size": img_size, "drop_path_rate": drop_path_rate, "drop_rate": drop_rate, "global_pool": global_pool,
         "mechanism": mechanism,
