@@ -18,6 +18,7 @@ from attnlib.models.dense.heads import FPNHead, Segmenter
 from attnlib.models.retrieval.conditional import ConditionalCrossAttention
 from attnlib.models.retrieval.contrast import recall
 from attnlib.models.retrieval.filip import FILIP
+from attnlib.models.retrieval.scale_invariant import Known, MemoryBank, ScaleInvariantSearch
 from attnlib.models.retrieval.subspaces import SubspaceEmbedding
 from attnlib.models.retrieval.tefal import TEFAL
 
@@ -168,6 +169,35 @@ def nearest_class(model: Any, batch: Batch) -> dict[str, float]:
     return {"same class": float(recall((vectors @ vectors.mT).masked_fill(itself, -9), same))}
 
 
+class BoxFeatures(torch.nn.Sequential):
+    def __init__(self) -> None:
+        conv, relu = torch.nn.Conv2d, torch.nn.ReLU
+        super().__init__(conv(3, 16, 5, stride=2, padding=2), relu(), conv(16, 16, 3, stride=2, padding=1))
+
+
+def small_search() -> ScaleInvariantSearch:
+    return ScaleInvariantSearch(BoxFeatures(), 16, MemoryBank(12, 8), 8, size=16)
+
+
+def one_thing_a_scene(count: int, generator: torch.Generator) -> Batch:
+    """Scenes with one of twelve things each, of any side; the number of a box in the bank is that of its thing."""
+    count = min(count, 12)
+    colour = 2 * torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
+    images, boxes = 0.3 * torch.randn(count, 3, 32, 32, generator=generator), torch.zeros(count, 5)
+    for i in range(count):
+        side = int(torch.randint(6, 24, (), generator=generator))
+        x, y = (int(torch.randint(0, 33 - side, (), generator=generator)) for _ in range(2))
+        images[i, :, y : y + side, x : x + side] += colour[i][:, None, None]
+        boxes[i] = torch.tensor([i, x, y, x + side, y + side])
+    return {"images": images, "boxes": boxes, "target": Known(torch.arange(count), 1.0)}
+
+
+def found_across(model: Any, batch: Batch) -> dict[str, float]:
+    """How often the scene of a thing comes first for its crop, at the scale that finds it worst."""
+    scene, crops = model(batch["images"], batch["boxes"])
+    return {"found": min(float(recall(crops[:, k] @ scene.mT)) for k in range(crops.shape[1]))}
+
+
 TASKS: dict[str, Task] = {
     "agunet3d": Task(
         small_unet("agunet3d"), balls(16, 16, 16), dice, odd=lambda g: balls(13, 16, 5)(1, g), lr=1e-2
@@ -185,6 +215,7 @@ TASKS: dict[str, Task] = {
     "fpn": Task(
         small_fpn, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)
     ),
+    "scale_invariant": Task(small_search, one_thing_a_scene, found_across, batch_size=12, lr=3e-3, export=False),
     "subspaces": Task(
         lambda: SubspaceEmbedding(torch.nn.Identity(), 32, 24, 2, drop=0.0), textures, nearest_class, export=False
     ),
