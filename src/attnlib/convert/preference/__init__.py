@@ -8,6 +8,7 @@
 """
 
 from .batches import Collator, Preference, encode, log_probs, read_batch, to_pairs
+from .on_policy import Segment, TruthJudge, encode_revision, on_policy_pairs, revise, rollout
 from .recipes import (
     GIVEN,
     RECIPES,
@@ -25,6 +26,8 @@ from .recipes import (
     sft,
 )
 from .reference import Reference
+from .refill import mask_tokens, mask_words, refill, refill_pairs, refill_text
+from .retrieval import retrieve, with_neighbours
 from .training import Trained, evaluate, load, train, trainer
 from .variants import About, MaskedAttention, MeanBlocks, MeanPixels, Variant, mask_blocks, mask_patches, mask_pixels
 
@@ -43,12 +46,15 @@ __all__ = [
     "Read",
     "Recipe",
     "Reference",
+    "Segment",
     "Side",
     "Term",
     "Trained",
+    "TruthJudge",
     "Variant",
     "dpo",
     "encode",
+    "encode_revision",
     "evaluate",
     "get_recipe",
     "load",
@@ -56,11 +62,21 @@ __all__ = [
     "mask_blocks",
     "mask_patches",
     "mask_pixels",
+    "mask_tokens",
+    "mask_words",
+    "on_policy_pairs",
     "opa_dpo",
     "rdpo",
     "read_batch",
+    "refill",
+    "refill_pairs",
+    "refill_text",
+    "retrieve",
+    "revise",
+    "rollout",
     "sft",
     "to_pairs",
     "train",
     "trainer",
+    "with_neighbours",
 ]
