@@ -4,7 +4,7 @@ import pytest
 
 from attnlib import bench
 from attnlib.bench import models, run_bench, suites
-from attnlib.bench.studies import diffusion, real
+from attnlib.bench.studies import diffusion, multimodal_models, real
 from attnlib.bench.worlds.models import PARTS, missing_parts
 
 
@@ -46,3 +46,11 @@ def test_lines_on_trained_generators_are_suites(monkeypatch, tmp_path):
         line = diffusion.line(name)
         assert line.QUESTION and missing_parts(line.PARTS) == list(line.PARTS)
         assert set(line.PARTS) <= {*PARTS, "judge"}
+
+
+def test_lines_on_multimodal_models_are_suites():
+    assert "multimodal-models" in suites() and set(bench.MULTIMODAL_MODELS) <= set(suites())
+    names = tuple(f"multimodal-models-{name.replace('_', '-')}" for name in multimodal_models.LINES)
+    assert bench.MULTIMODAL_MODELS == names and "judges" in multimodal_models.LINES
+    for name in multimodal_models.LINES:
+        assert multimodal_models.line(name).QUESTION

@@ -39,16 +39,26 @@ DIFFUSION = tuple(
     if not m.name.startswith("_")
 )
 
+#: Suites of :mod:`attnlib.bench.studies.multimodal_models`, ``multimodal-models-<line>``; the suite
+#: ``multimodal-models`` is all of them.
+MULTIMODAL_MODELS = tuple(
+    f"multimodal-models-{m.name.replace('_', '-')}"
+    for m in pkgutil.iter_modules([str(Path(__file__).parent / "studies" / "multimodal_models")])
+    if not m.name.startswith("_")
+)
+
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
 ENGINES = (
     "linear", "segments", "local", "halo", "hyper", "circular", "scan", "sparse", "super-token", "cache", "hooks",
     "isolation", "enlarged", "references", "transfer", "look", "saliency", "steps", "gpu", *STUDIES, *REAL, *DIFFUSION,
+    *MULTIMODAL_MODELS,
 )  # fmt: skip
 
 #: Those that run models of transformers.
 NEEDS_HF = (
     "multimodal", "cache", "hooks", "steps", "enlarged", "references", "conversion", "spans", "finetuning", "look",
     "choices", "attribution", "rounding", *REAL, *DIFFUSION,
+    *(name for name in MULTIMODAL_MODELS if name != "multimodal-models-judges"),
 )  # fmt: skip
 
 #: Those that load models which ``make models`` fetches, and which.
@@ -57,11 +67,15 @@ NEEDS_MODELS = {
 }  # fmt: skip
 
 
+#: Suites of several lines.
+FAMILIES = {"real": REAL, "diffusion": DIFFUSION, "multimodal-models": MULTIMODAL_MODELS}
+
+
 def suites() -> list[str]:
     """Names that :func:`run_bench` takes as ``suite``, besides ``"all"``."""
     from .speed.operators import SUITES
 
-    return [*SUITES, *ENGINES, "real", "diffusion"]
+    return [*SUITES, *ENGINES, *FAMILIES]
 
 
 def needed_models(name: str) -> tuple[str, ...]:
@@ -71,9 +85,9 @@ def needed_models(name: str) -> tuple[str, ...]:
 
 def _module(name: str) -> Any:
     room, own = "studies" if name in STUDIES else "speed", name
-    for family, lines in (("real", REAL), ("diffusion", DIFFUSION)):
+    for family, lines in FAMILIES.items():
         if name in lines:
-            room, own = f"studies.{family}", name.removeprefix(f"{family}-")
+            room, own = f"studies.{family.replace('-', '_')}", name.removeprefix(f"{family}-")
     return importlib.import_module(f".{room}.{own.replace('-', '_')}", __name__)
 
 
@@ -162,8 +176,7 @@ def run_bench(
         return results
     check_choice("suite", suite, [*suites(), "all"])
     apart: list[str] = []
-    families = {"real": list(REAL), "diffusion": list(DIFFUSION)}
-    several = {"all": [name for name in suites() if name not in families], **families}
+    several = {"all": [name for name in suites() if name not in FAMILIES], **FAMILIES}
     chosen = several.get(suite, [suite])
     if suite != "all":
         lacking = sorted({m for name in chosen for m in needed_models(name) if not is_here(m)})

@@ -1,1 +1,1 @@
-"""Exams for language models, each after a paper: red herrings, words of two languages, prompts and their errors."""
+"""Exams for language and multimodal models, each after a paper: walls, words of two languages, prompts, judges."""
