@@ -199,6 +199,17 @@ def test_an_adapter_that_came_with_the_model_is_the_reference():
     assert any(not v.equal(start[k]) for k, v in out.model.state_dict().items())
 
 
+def test_text_alone_with_dropout_and_half_precision():
+    sizes = dict(vocab_size=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes)).eval()
+    pairs = [{"input_ids": [3, 4, 5], "chosen": [6, 7], "rejected": [8]}] * 2
+    out = preference.train(model, pairs, "dpo", steps=3, lr=1e-2, **FAST)
+    assert out.history[0]["text"] == pytest.approx(0.693147, abs=1e-5) and out.history[-1]["margin/text"] > 0
+    assert model.transformer.drop.p == 0.1 and not model.training
+    half = preference.train(llava().bfloat16(), pairs_of("llava", 2), "dpo", steps=3, lr=1e-2, **FAST)
+    assert half.history[0]["text"] == pytest.approx(0.693147, abs=1e-5) and half.history[-1]["loss"] < 0.69
+
+
 def test_reading_the_reference_leaves_the_policy_as_it_was():
     model = preference.train(llava(), pairs_of("llava", 2), dpo(), steps=2, lr=1e-2, **FAST).model.train()
     from attnlib.convert.preference.reference import freeze_copy

@@ -1,9 +1,10 @@
-"""Turning trained models into others: what a student learns from a teacher.
+"""Turning trained models into others: what a student learns from a teacher, and a model from preferences.
 
 >>> from attnlib.convert import linearize
 """
 
 from ..nn.linear.heads import HeadMixer
+from . import preference
 from .agreement import Report
 from .conversion import Conversion, linearize, load
 from .distill import Distillation, FeatureLoss, LogitLoss, MapLoss, distill
@@ -28,6 +29,7 @@ __all__ = [
     "is_causal",
     "linearize",
     "load",
+    "preference",
     "swap",
     "target",
 ]

@@ -167,6 +167,20 @@ def load(model: Any, path: str | Path) -> Any:
 
 
 @contextlib.contextmanager
+def _no_dropout(model: Any) -> Iterator[None]:
+    """The model's own dropout is off, so that policy and reference differ in weights alone; adapters keep theirs."""
+    found = [(m, m.p) for name, m in model.named_modules()
+             if isinstance(m, torch.nn.Dropout) and "lora_dropout" not in name]  # fmt: skip
+    for m, _ in found:
+        m.p = 0.0
+    try:
+        yield
+    finally:
+        for m, p in found:
+            m.p = p
+
+
+@contextlib.contextmanager
 def _own_randomness() -> Iterator[None]:
     """``Trainer`` seeds every generator of the process; they are as before afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
@@ -225,7 +239,7 @@ def train(
     batch_size: int | None = None,
     arguments: dict[str, Any] | None = None,
 ) -> Trained:
-    """Teach a model of transformers what to prefer.
+    """Teach a model of transformers what to prefer; its own dropout is off meanwhile, that of adapters is not.
 
     Args:
         model: a language or vision-language model of transformers, perhaps with an adapter of peft, which is then
@@ -287,7 +301,7 @@ def train(
     policy: Any = model
     before: list[dict[str, float]] = []
     try:
-        with _own_randomness(), tempfile.TemporaryDirectory() as folder:
+        with _own_randomness(), _no_dropout(model), tempfile.TemporaryDirectory() as folder:
             if not came_adapted and adapter is not False:
                 torch.manual_seed(seed)
                 policy = add_policy(
