@@ -14,6 +14,9 @@ import torch
 
 import attnlib
 from attnlib.bench.data.blobs import blobs
+from attnlib.models.backbones.resnet import resnet
+from attnlib.models.backbones.stages import Features
+from attnlib.models.dense.daf import DAF
 from attnlib.models.dense.heads import FPNHead, Segmenter
 from attnlib.models.retrieval.conditional import ConditionalCrossAttention
 from attnlib.models.retrieval.contrast import recall
@@ -68,6 +71,11 @@ def dice(model: Any, batch: Batch) -> dict[str, float]:
     """Overlap of what is not background, over a whole batch."""
     found, truth = model.predict(**inputs_of(batch)) > 0, batch["target"] > 0
     return {"dice": float(2 * (found & truth).sum() / (found.sum() + truth.sum()).clamp(min=1))}
+
+
+def small_daf() -> DAF:
+    trunk = resnet((4, 4, 8, 8), (1, 1, 1, 1), stem_dim=4, num_classes=0, in_chans=1)
+    return DAF(3, 1, 8, encoder=Features(trunk, (1, 2, 3, 4)))
 
 
 def small_unet(name: str, **settings: Any) -> Callable[[], Any]:
@@ -205,6 +213,7 @@ TASKS: dict[str, Task] = {
     "conditional": Task(
         lambda: ConditionalCrossAttention(torch.nn.Identity(), 2, 12, 6, 2), two_attributes, nearest, batch_size=24
     ),
+    "daf": Task(small_daf, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)),
     "dagunet3d": Task(
         small_unet("dagunet3d"), balls(16, 16, 16), dice, odd=lambda g: balls(13, 16, 5)(1, g), lr=1e-2
     ),

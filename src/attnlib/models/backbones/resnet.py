@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_flag, check_real
+from ...checks import check_choice, check_flag, check_int, check_real
 from ...nn.layers import ConvNorm
 from ...nn.released import Released
 from ..blocks import ConvStem, Make, places
@@ -57,6 +57,8 @@ def resnet(
     average: bool = False,
     pool: str = "max",
     squeeze: float = 0.0,
+    groups: int = 1,
+    group_width: int = 64,
     num_heads: Sequence[int] | None = None,
     mechanism: Make | None = None,
     num_classes: int = 1000,
@@ -77,6 +79,8 @@ def resnet(
         average: shortcuts take means of cells.
         pool: what halves the map behind the stem: a ``"max"``, or a ``"conv"`` of 3 x 3 with norm and activation.
         squeeze: width inside a squeeze-and-excitation at the end of every branch, over the branch's; 0 for none.
+        groups: of the 3 x 3 convolutions of bottlenecks, as ResNeXt.
+        group_width: channels of a group where ``embed_dims`` is 64; with one group the width of the bottleneck.
         num_heads: heads per stage of a ``mechanism``; ``width / 32`` by default.
         mechanism: takes the place of the 3 x 3 convolution of bottlenecks, as in :func:`attnlib.create_model`.
         num_classes, in_chans, img_size, drop_path_rate, drop_rate, global_pool: as in :func:`attnlib.create_model`.
@@ -88,6 +92,12 @@ def resnet(
         raise ValueError("mechanism needs bottlenecks to stand in, got basic=True")
     check_choice("pool", pool, ("max", "conv"))
     check_real("squeeze", squeeze, least=0)
+    check_int("groups", groups, least=1)
+    check_int("group_width", group_width, least=1)
+    if basic and (groups, group_width) != (1, 64):
+        raise ValueError(f"groups={groups} and group_width={group_width} need bottlenecks, got basic=True")
+    if mechanism is not None and (groups, group_width) != (1, 64):
+        raise ValueError("mechanism takes the place of the convolution that groups and group_width are for")
     outs = [width * (1 if basic else 4) for width in embed_dims]
     reductions = [4 * 2**i for i in range(len(embed_dims))]
     dim, stages = stem_dim, []
@@ -98,7 +108,8 @@ def resnet(
             stride = 2 if place.stage and not place.block else 1
             blocks.append(
                 ResidualBlock(
-                    dim, out, place.dim, stride, basic, mixer=None if mechanism is None else mechanism(place),
+                    dim, out, place.dim * group_width // 64 * groups, stride, basic, groups,
+                    mixer=None if mechanism is None else mechanism(place),
                     average=average, drop_path=place.drop_path, squeeze_last=True,
                     squeeze=max(8, int(squeeze * out + 4) // 8 * 8) if squeeze else 0,
                 )
