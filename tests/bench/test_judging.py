@@ -59,7 +59,10 @@ def test_yes_no(text, value):
     assert yes_no(text, {"n/a": None}) is value
 
 
-@pytest.mark.parametrize("text", ["", "nothing", "not sure", "yesterday", "maybe", "yes and no", "yes or no", "no/yes"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "nothing", "not sure", "yesterday", "maybe", "yes and no", "yes or no", "no/yes", "yes\nno", "No. Yes."],
+)
 def test_no_yes_no(text):
     with pytest.raises(Unreadable):
         yes_no(text)

@@ -190,7 +190,8 @@ def yes_no(text: str, also: Mapping[str, Any] | None = None) -> Any:
         raise Unreadable(f"the answer must begin with one of {sorted(meaning)}, got {text[:60]!r}")
     said = found.group(1)
     rest = plain_text[found.end() :]
-    if said in ("yes", "no") and re.match(rf"\W*(?:(?:or|and|/)\W*)(?:{'no' if said == 'yes' else 'yes'})\b", rest):
+    other = "no" if said == "yes" else "yes"
+    if said in ("yes", "no") and re.match(rf"\W*(?:(?:or|and|/)\W*{other}\b|{other}\W*$)", rest):
         raise Unreadable(f"yes and no stand in the answer {text[:60]!r}")
     return meaning[said]
 
