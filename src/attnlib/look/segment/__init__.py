@@ -9,8 +9,12 @@ They stand on three callables, so that any model serves: a map of names over an 
 from .gensam import GenSAM, NameChain, Segmentation, Step, fuse, grown_box, largest_box
 from .promac import ProMaC, align, boxes_in, clip_box, confidence, crops, masked_images
 from .segmenter import Segmenter, Segments
+from .vl_sam import VLSAM, FlowReader, Found, corners, iou, merge
 
 __all__ = [
+    "VLSAM",
+    "FlowReader",
+    "Found",
     "GenSAM",
     "NameChain",
     "ProMaC",
@@ -22,9 +26,12 @@ __all__ = [
     "boxes_in",
     "clip_box",
     "confidence",
+    "corners",
     "crops",
     "fuse",
     "grown_box",
+    "iou",
     "largest_box",
     "masked_images",
+    "merge",
 ]
