@@ -18,6 +18,7 @@ from attnlib.models.backbones.resnet import resnet
 from attnlib.models.backbones.stages import Features
 from attnlib.models.dense.daf import DAF
 from attnlib.models.dense.heads import FPNHead, Segmenter
+from attnlib.models.dense.resunet import ResUNet
 from attnlib.models.retrieval.conditional import ConditionalCrossAttention
 from attnlib.models.retrieval.contrast import recall
 from attnlib.models.retrieval.filip import FILIP
@@ -71,6 +72,11 @@ def dice(model: Any, batch: Batch) -> dict[str, float]:
     """Overlap of what is not background, over a whole batch."""
     found, truth = model.predict(**inputs_of(batch)) > 0, batch["target"] > 0
     return {"dice": float(2 * (found & truth).sum() / (found.sum() + truth.sum()).clamp(min=1))}
+
+
+def small_resunet() -> ResUNet:
+    trunk = resnet((4, 4, 8, 8), (1, 1, 1, 1), stem_dim=4, num_classes=0, in_chans=1)
+    return ResUNet(1, 3, (4,) * 5, "eca", encoder=Features(trunk), rates=(1, 2))
 
 
 def small_daf() -> DAF:
@@ -223,6 +229,9 @@ TASKS: dict[str, Task] = {
     "filip": Task(small_filip, things, found, batch_size=32, lr=5e-3),
     "fpn": Task(
         small_fpn, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)
+    ),
+    "resunet": Task(
+        small_resunet, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)
     ),
     "scale_invariant": Task(small_search, one_thing_a_scene, found_across, batch_size=12, lr=3e-3, export=False),
     "subspaces": Task(
