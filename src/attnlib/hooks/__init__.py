@@ -6,6 +6,7 @@
 from .attach import attach
 from .denoiser import MODULE_KINDS, CallSite, rows_of, rows_of_guidance, step_of, with_gradient
 from .intervention import STAGES, Intervention, Probe
+from .keys import with_keys
 from .maps import Maps
 from .nodes import Capture, Node, Nodes, Patch
 from .notes import Notes
@@ -13,7 +14,7 @@ from .pipelines import Sampling
 from .probes import Record
 from .reading import Reading
 from .session import Session
-from .site import KINDS, PairMask, Site
+from .site import KINDS, PairMask, Rotation, Site
 from .tape import Entry, Tape, Taped, to_grid, to_tokens
 from .tokens import GENERATED, IMAGE, PAD, QUESTION, SYSTEM, TEXT, TokenTypes
 from .type_masks import MaskByType, TypeRule, bidirectional, causal_frames, composite, modality_mutual
@@ -42,6 +43,7 @@ __all__ = [
     "Probe",
     "Reading",
     "Record",
+    "Rotation",
     "Sampling",
     "Session",
     "Site",
@@ -60,4 +62,5 @@ __all__ = [
     "to_grid",
     "to_tokens",
     "with_gradient",
+    "with_keys",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,6 +129,51 @@ _PLAIN = Weighting()
 
 
 @dataclass(frozen=True, eq=False)
+class Rotation:
+    """Rotary positions of the tokens of one call, as the model applies them.
+
+    Angles are those that the model made: scaled, of several axes, or of tokens whose positions do not count their slots
+    are all the same to who turns a key by them.
+
+    Args:
+        cos, sin: (B or 1, N, R) of the tokens of this call.
+        slots: (N,) or (B, N) slots of these tokens in the sequence, -1 for padding.
+        apply: from (B, H, P, D) and ``cos`` and ``sin`` (B or 1, P, R) to the same, turned.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+    apply: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def angles(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """``cos`` and ``sin`` (B or 1, P, R) of the slots ``at``, (P,) or (B, P); they may be kept for later calls.
+
+        Raises:
+            ValueError: a slot that this call does not read.
+        """
+        if at.dim() not in (1, 2) or at.dtype != torch.long:
+            raise ValueError(f"at must be whole slots, (P,) or (B, P), got {at.dtype} of shape {tuple(at.shape)}")
+        if self.slots.dim() == 1:  # neighbours, one after another
+            index = at - self.slots[:1]
+            missing = (index < 0) | (index >= len(self.slots))
+        else:
+            hit = self.slots[:, None] == at[..., None]
+            index, missing = hit.to(torch.int8).argmax(-1), ~hit.any(-1)
+        if bool(missing.any()):
+            wrong = int(at.expand_as(missing)[missing][0])
+            raise ValueError(f"slot {wrong} is none of the {self.slots.shape[-1]} tokens that this call reads")
+        rows = max(len(self.cos), index.shape[0] if index.dim() == 2 else 1)
+        index = index.expand(rows, -1)[..., None]
+        cos, sin = (t.expand(rows, -1, -1).gather(1, index.expand(-1, -1, t.shape[-1])) for t in (self.cos, self.sin))
+        return cos, sin
+
+    def turn(self, x: Tensor, at: Tensor) -> Tensor:
+        """Keys (or queries) (B, H, P, D) without positions, turned to stand at the slots ``at``, (P,) or (B, P)."""
+        return self.apply(x, *self.angles(at))
+
+
+@dataclass(frozen=True, eq=False)
 class Site:
     """Where in a model, and in which call of it, an intervention acts.
 
@@ -168,6 +213,8 @@ class Site:
         prompts: number of the prompt that each row of the batch belongs to, as the pipeline says.
         offset: tokens of the sequence before the first query, counted by the cache.
         rotary: whether q and k carry rotary positions already; ``None`` when the model has none or it is not known.
+        rotation: the rotary positions of the tokens of this call, to turn further keys by; ``None`` where it is not
+            known how the model applies them.
         training: the model is in training mode.
         memory: in ``on_cache``, named tensors with the batch first that the cache layer carries along: they are
             reordered, repeated and selected with it, and cropped along a third axis, of tokens. Kept only in a layer
@@ -205,6 +252,7 @@ class Site:
     prompts: tuple[int, ...] | None = None
     offset: int = 0
     rotary: bool | None = None
+    rotation: Rotation | None = None
     training: bool = False
     memory: dict[str, Tensor] | None = None
     evicted_at: int | None = None

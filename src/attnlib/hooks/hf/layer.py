@@ -46,6 +46,7 @@ from .names import (
     kernel_of,
     named_implementation,
     parameters_of,
+    rotation_of,
     seen_through,
     shares_keys,
     tokens_before,
@@ -400,6 +401,8 @@ class LayerRuntime(Shared):
         }  # fmt: skip
         if shape is not None:
             fields.update(shape)
+            if self.rotary:
+                fields["rotation"] = rotation_of(self.module, call.given, q_pos)
         return self.session.made(fields, batch)
 
     def pairs(self, mask: Any, n: int, m: int, is_causal: bool) -> PairMask:

@@ -13,10 +13,11 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..intervention import Intervention
-from ..site import _PLAIN, Weighting
+from ..site import _PLAIN, Rotation, Weighting
 
 #: Releases of transformers at whose two ends the whole adapter is tested; the first that is not.
 OLDEST, BEYOND = "5.13", "5.25"
@@ -64,6 +65,10 @@ VISION_TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder", "im
 
 #: A decoder's module that makes rotary angles, what its attention modules are handed, and how those apply them.
 ROTARY, ANGLES, TURN = "rotary_emb", "position_embeddings", "apply_rotary_pos_emb"
+
+#: Attention whose rotary positions reach a part of a key that is not its first, or some layers only.
+TURNS_PARTS = ("qk_rope_head_dim", "use_rope")
+TURNS_SOMETIMES = ("Cohere2", "Exaone4", "SmolLM3", "Llama4")
 
 #: Images that ``generate`` encoded before the model is called.
 ENCODED = "mm_encoder_outputs"
@@ -271,6 +276,37 @@ def gets_angles(module: nn.Module) -> bool:
 def turn_of(module: nn.Module) -> Callable[..., Any] | None:
     """The function with which an attention module applies rotary positions to queries and keys."""
     return _forward_of(module).__globals__.get(TURN)
+
+
+@functools.cache
+def _turns(cls: type) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    apply = inspect.unwrap(cls.forward).__globals__.get(TURN)  # type: ignore[attr-defined]
+    if apply is None or cls.__name__.startswith(TURNS_SOMETIMES):
+        return None
+
+    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        try:
+            return apply(x, x, cos, sin)[0]
+        except RuntimeError:  # positions of a part of a key, which its attention cuts off before
+            width = cos.shape[-1]
+            if width >= x.shape[-1]:
+                raise
+            turned, rest = x[..., :width], x[..., width:]
+            return torch.cat([apply(turned, turned, cos, sin)[0], rest], -1)
+
+    return turn
+
+
+def rotation_of(module: nn.Module, given: Mapping[str, Any], slots: Tensor) -> Rotation | None:
+    """The rotary positions that an attention module was handed; ``None`` where it is not known how it applies them."""
+    angles = given.get(ANGLES)
+    if not (isinstance(angles, tuple) and len(angles) == 2 and all(isinstance(t, Tensor) for t in angles)):
+        return None
+    cos, sin = angles
+    if cos.dim() != 3 or cos.is_complex() or any(hasattr(module, name) for name in TURNS_PARTS):
+        return None
+    turn = _turns(type(module))
+    return None if turn is None else Rotation(cos, sin, slots, turn)
 
 
 def vision_towers(model: nn.Module) -> list[tuple[str, nn.Module]]:
