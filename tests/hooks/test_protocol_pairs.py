@@ -82,6 +82,9 @@ MAKE = {
     "DualAttention": lambda model: steer.DualAttention(),
     "HeadReinforcement": lambda model: steer.HeadReinforcement(2.0, [1, 2]),
     "HeadScale": lambda model: steer.HeadScale({1: [0.5, 1, 2, 1]}),
+    "SceneMagnifier": lambda model: steer.SceneMagnifier(
+        random(steer.magnifier_layers(model, 1)), torch.ones(1, TOKENS, 2, 32)
+    ),
     "SinkCalibration": lambda model: steer.SinkCalibration({2: [0, 3]}, beta=0.4),
     "SoftImageGuidance": lambda model: steer.SoftImageGuidance(torch.zeros(TOKENS, 32), 1.5),
     "SoftPAG": None,  # guides denoisers: an identity map has as many queries as keys

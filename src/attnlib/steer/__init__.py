@@ -41,6 +41,15 @@ from .diffusion.vsc import VSC, PrototypeFusion, Prototypes, fused_prompt
 from .head_reinforcement import HeadDivergence, HeadReinforcement, head_divergence, sensitive_heads, token_divergence
 from .head_scaling import HeadScale
 from .lacing import DualAttention
+from .magnifier import (
+    DetailProjection,
+    SceneMagnifier,
+    convert_magnifier,
+    detail_of_grid,
+    detail_of_points,
+    magnifier_layers,
+    select_coarse,
+)
 from .p_laplacian import PLaplacian
 from .sink_calibration import HeadSearch, SinkCalibration, calibrate, label_accuracy, search_heads
 from .soft_guidance import NullImage, SoftImageGuidance
@@ -49,6 +58,13 @@ from .visual_redistribution import VisualRedistribution, find_sink_dims, redistr
 from .wings import VisualWings, Wings
 
 __all__ = [
+    "DetailProjection",
+    "SceneMagnifier",
+    "convert_magnifier",
+    "detail_of_grid",
+    "detail_of_points",
+    "magnifier_layers",
+    "select_coarse",
     "AnyMaker",
     "MIPAdapter",
     "AGLA",

@@ -279,8 +279,8 @@ def turn_of(module: nn.Module) -> Callable[..., Any] | None:
 
 
 @functools.cache
-def _turns(cls: type) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    apply = inspect.unwrap(cls.forward).__globals__.get(TURN)  # type: ignore[attr-defined]
+def _turns(cls: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    apply = inspect.unwrap(cls.forward).__globals__.get(TURN)
     if apply is None or cls.__name__.startswith(TURNS_SOMETIMES):
         return None
 
@@ -305,7 +305,8 @@ def rotation_of(module: nn.Module, given: Mapping[str, Any], slots: Tensor) -> R
     cos, sin = angles
     if cos.dim() != 3 or cos.is_complex() or any(hasattr(module, name) for name in TURNS_PARTS):
         return None
-    turn = _turns(type(module))
+    cls: Any = type(module)
+    turn = _turns(cls)
     return None if turn is None else Rotation(cos, sin, slots, turn)
 
 
