@@ -59,6 +59,18 @@ def test_a_batch_with_left_padding_answers_as_one_by_one(parts, speaker):
     assert torch.allclose(together, alone, atol=1e-3)
 
 
+def test_shared_prompts_give_the_same_scores(parts):
+    asked = [(PICTURE, QUESTION), (PICTURE, "is there"), (OTHER, "what"), (PICTURE, "is there a red circle in it ?")]
+    asked += [([PICTURE, OTHER], "where"), ([PICTURE, OTHER], "where is it"), (None, "what"), (None, "what is")]
+    read = []
+    shared = Speaker(*parts, share_prompts=True)
+    inner = shared._shared
+    shared._shared = lambda part: read.append(len(part)) or inner(part)
+    plain = Speaker(*parts).logits_each(asked, ["Yes", "No"])
+    assert torch.allclose(shared.logits_each(asked, ["Yes", "No"]), plain, atol=1e-4)
+    assert sorted(read) == [2, 2, 3] and shared.calls["logits"] == 8
+
+
 def test_beams_and_other_settings_go_to_generate(parts):
     speaker = Speaker(*parts, max_new_tokens=5, generation={"num_beams": 3})
     assert speaker.ask(PICTURE, QUESTION) == _by_hand(*parts, [PICTURE], QUESTION, num_beams=3)[0].strip()

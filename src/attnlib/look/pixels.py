@@ -125,7 +125,7 @@ def resize(picture: Picture, size: tuple[int, int], mode: str = "bicubic") -> Pi
         x = F.interpolate(x, size=tuple(size), mode="nearest-exact")
     else:
         x = F.interpolate(x, size=tuple(size), mode=mode, antialias=True)
-    y = x[0].permute(1, 2, 0).contiguous().numpy()
+    y = np.ascontiguousarray(x[0].permute(1, 2, 0).numpy())
     return y if y.dtype == np.uint8 else y.clip(0, 1)
 
 

@@ -18,12 +18,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_int, check_real, check_type, describe
+from ..checks import check_flag, check_int, check_real, check_type, describe
 from ..extras import need
+from ..hooks.hf.names import CACHE_ARGUMENTS
 from ..hooks.session import _sessions
 from .pixels import Picture, digest, to_bytes, to_picture, to_pictures
 
 MARK = "<image>"
+#: Models whose prompt tokens also see what comes after them.
+BOTH_WAYS = frozenset({"paligemma"})
 #: A prompt, or a conversation of ``("user" | "assistant" | "system", text)`` that ends with the user.
 Text: TypeAlias = str | Sequence[tuple[str, str]]
 
@@ -347,6 +350,8 @@ class Speaker(BaseSpeaker):
         features: ``features(model, inputs) -> (B, D)`` to use instead of the mean of ``get_image_features``.
         batch_size: prompts that go through the model together, padded on the left.
         cache: answers that are remembered, 0 for none.
+        share_prompts: read what prompts on one picture have in common once, and go on from its keys; scores differ by
+            rounding. For decoders that read prompts from left to right.
 
     The model is read in evaluation mode and without gradients; nothing is drawn from the global generators. Pictures in
     floating numbers are rounded to bytes, unless the processor says ``takes_floats = True``.
@@ -368,8 +373,10 @@ class Speaker(BaseSpeaker):
         features: Callable[[nn.Module, Mapping[str, Tensor]], Tensor] | None = None,
         batch_size: int = 8,
         cache: int = 4096,
+        share_prompts: bool = False,
     ):
         super().__init__(cache, batch_size)
+        self.share_prompts = check_flag("share_prompts", share_prompts)
         if not isinstance(model, nn.Module) or not callable(getattr(model, "generate", None)):
             raise TypeError(f"model must be a model of transformers that generates, got {describe(model)}")
         if not callable(processor):
@@ -381,6 +388,11 @@ class Speaker(BaseSpeaker):
         taken = {"max_new_tokens", "do_sample", "temperature"} & set(generation or {})
         if taken:
             raise ValueError(f"generation must not hold {sorted(taken)}: they are arguments of Speaker and of ask")
+        if share_prompts and getattr(getattr(model, "config", None), "model_type", None) in BOTH_WAYS:
+            raise ValueError(
+                f"share_prompts must be False for {type(model).__name__}: it reads prompts in both directions, so that "
+                "their starts differ"
+            )
         self.model, self.processor = model, processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.template = template
@@ -526,12 +538,54 @@ class Speaker(BaseSpeaker):
 
     def _logits(self, asked: list[Any], words: tuple[str, ...]) -> list[Tensor]:
         ids = self.word_ids(words)
-        with self._reading():  # generate() knows how each model counts positions of padded prompts
-            out = self.model.generate(  # type: ignore[operator]
-                **self._inputs(asked), max_new_tokens=1, do_sample=False, num_beams=1,
-                return_dict_in_generate=True, output_logits=True,
-            )  # fmt: skip
-        return list(out.logits[0][:, ids].float().cpu())
+        found: dict[int, Tensor] = {}
+        if self.share_prompts and self._state() is not None:  # what is attached expects whole prompts
+            alike: dict[Hashable, list[int]] = {}
+            for i, (images, _) in enumerate(asked):
+                alike.setdefault(tuple(map(digest, images)), []).append(i)
+            for places in alike.values():
+                scores = self._shared([asked[i] for i in places]) if len(places) > 1 else None
+                found.update(zip(places, [] if scores is None else scores, strict=scores is not None))
+        rest = [i for i in range(len(asked)) if i not in found]
+        if rest:
+            with self._reading():  # generate() knows how each model counts positions of padded prompts
+                out = self.model.generate(  # type: ignore[operator]
+                    **self._inputs([asked[i] for i in rest]), max_new_tokens=1, do_sample=False, num_beams=1,
+                    return_dict_in_generate=True, output_logits=True,
+                )  # fmt: skip
+            found.update(zip(rest, out.logits[0], strict=True))
+        return [found[i][ids].float().cpu() for i in range(len(asked))]
+
+    def _shared(self, asked: list[tuple[tuple[Picture, ...], Text]]) -> list[Tensor] | None:
+        """Scores at the next position after prompts on the same pictures, whose common start is read once.
+
+        ``None`` where nothing is saved: no picture, or one after the prompts part.
+        """
+        config: Any = getattr(self.model, "config", None)
+        slot = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+        rows = [self._inputs([one])["input_ids"][0] for one in asked[1:]]
+        first = self._inputs(asked[:1])
+        rows.insert(0, first["input_ids"][0])
+        common = min(map(len, rows)) - 1
+        for row in rows[1:]:
+            same = (row[:common] == rows[0][:common]).long().cumprod(0)
+            common = int(same.sum())
+        if not asked[0][0] or slot is None or not common or any((row[common:] == slot).any() for row in rows):
+            return None
+        whole = (1, len(rows[0]))
+        start = {
+            k: v[:, :common] if isinstance(v, Tensor) and tuple(v.shape[:2]) == whole else v for k, v in first.items()
+        }
+        tails = [row[common:] for row in rows]
+        ids = nn.utils.rnn.pad_sequence(tails, batch_first=True)  # nobody reads what is padded behind the last word
+        known = inspect.signature(self.model.forward).parameters
+        name = next((name for name in CACHE_ARGUMENTS if name in known), "past_key_values")
+        with self._reading():
+            out = self.model(**start, use_cache=True)
+            keys = getattr(out, name, None) or out.past_key_values
+            keys.batch_repeat_interleave(len(rows))
+            logits = self.model(input_ids=ids, use_cache=True, **{name: keys}).logits
+        return [logits[i, len(tail) - 1] for i, tail in enumerate(tails)]
 
     def _score(self, images: tuple[Picture, ...], text: Text, answer: str) -> float:
         before = self._inputs([(images, text)])["input_ids"].shape[1]

@@ -129,30 +129,51 @@ def information_windows(
     check_int("max_crops", max_crops, least=1)
     check_flag("boundary", boundary)
     height, width = edges.shape
-    left = edges.copy()  # edges not spent yet
     needed = rho_min * k_min**2  # pixels, the same at every size
+    sides = []
+    while k <= min(height, width):
+        sides.append(k)
+        k = math.ceil(alpha * k)
+    raster = [[np.array(_steps(n, k, max(k // 4, 32), boundary)) for n in (height, width)] for k in sides]
+    # All windows lie on few lines: what stands between these is summed once, and spent there.
+    lines = []
+    for axis, n in enumerate((height, width)):
+        ends = [np.concatenate([starts[axis], starts[axis] + k]) for k, starts in zip(sides, raster, strict=True)]
+        lines.append(np.unique(np.concatenate([np.array([0, n]), *ends])))
+    left = _between(edges.view(np.uint8), lines[0][:-1], lines[1][:-1])
     found: list[Window] = []
-    while k <= min(height, width) and len(found) < max_crops:
-        step = max(k // 4, 32)
-        ys, xs = (np.array(_steps(n, k, step, boundary)) for n in (height, width))
-        table = np.zeros((height + 1, width + 1), np.int64)
-        np.cumsum(np.cumsum(left, 0, dtype=np.int64), 1, out=table[1:, 1:])
-        sums = table[ys[:, None] + k, xs + k] - table[ys[:, None], xs + k] - table[ys[:, None] + k, xs]
-        sums += table[ys[:, None], xs]
-        taken: list[tuple[int, int]] = []
+    for k, (ys, xs) in zip(sides, raster, strict=True):
+        top, bottom = np.searchsorted(lines[0], ys), np.searchsorted(lines[0], ys + k)
+        start, stop = np.searchsorted(lines[1], xs), np.searchsorted(lines[1], xs + k)
+        sums = _window_sums(left, top, bottom, start, stop)
         for i, j in zip(*np.nonzero(sums >= needed), strict=True):  # spending only lowers: the rest stays out
             y, x = int(ys[i]), int(xs[j])
-            mass = int(sums[i, j])
-            if any(abs(y - y0) < k and abs(x - x0) < k for y0, x0 in taken):
-                mass = int(np.count_nonzero(left[y : y + k, x : x + k]))
+            cells = left[top[i] : bottom[i], start[j] : stop[j]]
+            mass = int(cells.sum())  # less than before where windows of this size have taken some
             if mass >= needed:
                 found.append(Window((x, y, x + k, y + k), mass / k**2))
-                left[y : y + k, x : x + k] = False
-                taken.append((y, x))
+                cells[:] = 0
                 if len(found) == max_crops:
-                    break
-        k = math.ceil(alpha * k)
+                    return found
     return found
+
+
+def _window_sums(
+    cells: np.ndarray, top: np.ndarray, bottom: np.ndarray, start: np.ndarray, stop: np.ndarray
+) -> np.ndarray:
+    """(n, m) sums of ``cells[top[i]:bottom[i], start[j]:stop[j]]`` by an integral over the lines they use."""
+    rows = np.unique(np.concatenate([[0, cells.shape[0]], top, bottom]))
+    columns = np.unique(np.concatenate([[0, cells.shape[1]], start, stop]))
+    table = np.zeros((len(rows), len(columns)), np.int64)
+    table[1:, 1:] = _between(cells, rows[:-1], columns[:-1]).cumsum(0).cumsum(1)
+    above, below = np.searchsorted(rows, top)[:, None], np.searchsorted(rows, bottom)[:, None]
+    left, right = np.searchsorted(columns, start), np.searchsorted(columns, stop)
+    return table[below, right] - table[above, right] - table[below, left] + table[above, left]
+
+
+def _between(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Sums of the pixels between lines, each from one to the next."""
+    return np.add.reduceat(np.add.reduceat(values, rows, 0, dtype=np.int32), columns, 1)
 
 
 class InformationCrops:
