@@ -362,6 +362,12 @@ def test_bad_input_is_told_by_name(model):
     assert merged([]) == [] and divide((0, 0, 1, 2)) == [(0, 0, 1, 1), (0, 1, 1, 2)]
 
 
+def test_it_is_where_users_look_for_it():
+    import attnlib
+
+    assert attnlib.look.zoom.ZoomEye is ZoomEye and attnlib.look.Speaker is Speaker
+
+
 def test_no_input_is_changed(model):
     picture = PICTURE.copy()
     ZoomEye(Speaker(*model, max_new_tokens=2), leaf=32, cues=lambda question: ["circle"]).answer(picture, "what")

@@ -1,11 +1,12 @@
 """Looking at attention: what is recorded through the hook protocol, in bounded memory, and drawn; circuits, what an
 answer goes through; attribution, what of an input it depends on; and encoding, which responses features predict. A page
-shows all heads.
+shows all heads. Speakers ask a model about pictures; ``zoom`` lets it look again.
 
 >>> from attnlib.look import Statistics, image_map
 """
 
 from ..hooks.probes import Record, sink_rate
+from . import speak, zoom
 from .attribution import (
     context_aware_saliency,
     grad_cam,
@@ -58,6 +59,7 @@ from .patterns import (
 )
 from .plots import head_grid, layer_table, map_over_image, pattern_atlas, profile, sink_profile
 from .rollout import Rollout
+from .speak import CallableSpeaker, Speaker
 from .statistics import (
     Statistics,
     effective_rank,
@@ -73,6 +75,7 @@ __all__ = [
     "Atlas",
     "AttendTo",
     "Axis",
+    "CallableSpeaker",
     "CollectMaps",
     "DistanceProfile",
     "Effects",
@@ -92,6 +95,7 @@ __all__ = [
     "Resampled",
     "Rollout",
     "Run",
+    "Speaker",
     "Statistics",
     "Tree",
     "UniformHeads",
@@ -140,10 +144,12 @@ __all__ = [
     "single_tokens",
     "sink_profile",
     "sink_rate",
+    "speak",
     "strength_by_layer",
     "subspace",
     "subspaces",
     "token_scores",
     "transformer_relevance",
     "verbalize",
+    "zoom",
 ]

@@ -314,7 +314,7 @@ def spectral_entropy(edges: Any) -> float:
         return 0.0
     p = energy / total
     p = p[p > 1e-15]
-    return max(float(-(p * np.log(p)).sum()), 0.0)
+    return max(0.0, float(-(p * np.log(p)).sum()))
 
 
 def hardest_first(maps: Sequence[Any]) -> list[int]:
