@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 import attnlib
 from attnlib.bench.data import scenes
 from attnlib.bench.store import fill
+from attnlib.bench.worlds import camouflage, canvas, forms, geometry, maps, rooms, screens
 from attnlib.hooks import TokenTypes
 from attnlib.look import Record, Statistics, head_grid, image_map, map_over_image, profile, sink_profile
 
@@ -39,6 +40,22 @@ def examples(path: Path) -> None:
         axis.set_title("\n".join(scene.names), fontsize=6.5)
         axis.axis("off")
     figure.savefig(path, dpi=110)
+
+
+def more_worlds(path: Path) -> None:
+    """A picture or two of every world."""
+    shown = {
+        "canvas": canvas.make_canvas(1).image, "camouflage": camouflage.make_hidden(1).image,
+        "geometry": geometry.make_drawing(4).image, "screens": screens.make_screen(0).image,
+        "screens, dark": screens.make_screen(1).image, "forms": forms.make_form(0).image,
+        "rooms": rooms.make_room(1, side=128).image, "maps": maps.make_map(1).image,
+    }  # fmt: skip
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    for (name, image), axis in zip(shown.items(), figure.subplots(2, 4).flat, strict=True):
+        axis.imshow(image.permute(1, 2, 0).numpy())
+        axis.set_title(name, fontsize=8)
+        axis.axis("off")
+    figure.savefig(path, dpi=64)
 
 
 def looks(folder: Path) -> None:
@@ -194,6 +211,20 @@ def table(records: list[dict], group: str, rates: dict[str, str], extra: dict | 
     return "\n".join(lines)
 
 
+def bars(entries: dict[str, dict]) -> str:
+    """Markdown: what must hold of the model and what does."""
+    lines = ["| what | share % | bar | holds |", "|---|---|---|---|"]
+    for name, entry in entries.items():
+        if "known" in entry:
+            bar = f"≤ {100 * entry['known']:.1f} (known without one) + {100 * entry['bar']:.0f}"
+        elif isinstance(entry["bar"], list):
+            bar = f"{100 * entry['bar'][0]:.0f} to {100 * entry['bar'][1]:.0f}"
+        else:
+            bar = f"≥ {100 * entry['bar']:.0f}"
+        lines.append(f"| {name} | {_cell(entry)} | {bar} | {'yes' if entry['holds'] else '**no**'} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/multimodal-cpu.json"))
@@ -204,7 +235,11 @@ def main() -> None:
     folder = args.out / "multimodal"
     folder.mkdir(parents=True, exist_ok=True)
     examples(folder / "scenes.png")
+    more_worlds(folder / "worlds.png")
     looks(folder)
+    held = args.results.with_name("multimodal-bars-cpu.json")
+    if held.exists():
+        fill(args.out / "multimodal.md", "bars", bars(json.loads(held.read_text(encoding="utf-8"))["bars"]))
     if not args.results.exists():
         return
     results = json.loads(args.results.read_text(encoding="utf-8"))
@@ -215,7 +250,6 @@ def main() -> None:
         pruning(records, folder / "pruning.png")
     accuracy = {"accuracy": "accuracy %"}
     kinds = {f"accuracy: {k}": k for k in ("presence", "colour", "count", "position", "content", "digit")}
-    fill(page, "model", table([r for r in records if r["technique"] == "untouched"], "pruning", {**accuracy, **kinds}))
     tokens = {
         "visual tokens": lambda r: r.get("visual_tokens", ""),
         "FLOPs of the prompt saved": lambda r: _percent(r.get("prompt_flops_saved")),

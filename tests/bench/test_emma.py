@@ -90,12 +90,12 @@ def test_scenes_of_cells_too(cells):
     assert [len(v) for v in by_kind(asked).values()] == [40] * 6
     for q in asked:
         scene = scenes[int(q.groups["image"].split("-")[1])]
-        names = [t.name.split("-") for t in scene.things]
+        names = [t.name.split() for t in scene.things]
         if q.groups["kind"] == "count":
             name = q.facts[0].subject
             assert sum(name in parts for parts in names) == int(q.answer)
         if q.groups["kind"] == "location":
-            at = [t.place for t in scene.things if q.facts[0].subject in t.name.split("-")]
+            at = [t.place for t in scene.things if q.facts[0].subject in t.name.split()]
             assert q.answer == f"in cell {at[0]}" and len(at) == 1
         if q.groups["aspect"] == "colour":
             assert [a for a, b in names if b == q.facts[0].subject] == [q.answer]

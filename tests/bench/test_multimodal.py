@@ -49,7 +49,7 @@ def test_rates_of_answers_by_hand():
     scene = make_scene(0, "test", pairs="broken")
     absent = next(b for a, b in scenes.PAIRS if a in scene.names)
     listing = scenes.questions(scene, "list")[0]
-    said = " , ".join([scene.names[0], absent, "digit-circle"])
+    said = " , ".join([scene.names[0], absent, "digit circle"])
     found = rates(Item(scene, listing), said)
     assert found["named things that are not there"] == (1.0, 2.0)
     assert found["lists with something that is not there"] == (1.0, 1.0)

@@ -43,7 +43,7 @@ def test_things_are_where_the_scene_says_and_nowhere_else():
                 continue
             thing = there[cell]
             if thing.name in SHAPED:
-                colour = torch.tensor(COLOURS[thing.name.split("-")[0]]) - scenes.BACKGROUND
+                colour = torch.tensor(COLOURS[thing.name.split()[0]]) - scenes.BACKGROUND
                 drawn = patch[:, patch.abs().amax(0) > 0]
                 torch.testing.assert_close(
                     drawn, (thing.contrast * colour)[:, None].expand_as(drawn), atol=1e-6, rtol=0
@@ -55,7 +55,7 @@ def test_things_are_where_the_scene_says_and_nowhere_else():
                 images, labels = data.digits().train
                 distance = (images[..., 0] - inked).abs().flatten(1).amax(1)
                 assert float(distance.min()) < 1e-5
-                assert f"digit-{int(labels[distance.argmin()])}" == thing.name
+                assert f"digit {int(labels[distance.argmin()])}" == thing.name
 
 
 def test_shapes_differ():
@@ -87,20 +87,20 @@ def test_every_answer_is_true_of_the_scene():
             for q in questions(scene, kind):
                 words = q.text.split()
                 if kind == "presence":
-                    assert (q.answer == "yes") == (words[3] in cells.values())
+                    assert (q.answer == "yes") == (" ".join(words[3:-1]) in cells.values())
                 elif kind == "list":
                     assert q.answer.split(" , ") == [cells[c] for c in sorted(cells)] == named(q.answer)
                 elif kind == "position":
-                    assert cells[cell_number(q.answer.split()[3])] == words[2]
+                    assert cells[cell_number(q.answer.split()[3])] == " ".join(words[2:-1])
                 elif kind == "content":
                     assert q.answer == f"it is {cells.get(cell_number(words[3]), 'nothing')}"
                 elif kind == "digit":
-                    assert f"digit-{q.answer.split()[-1]}" in cells.values()
+                    assert f"digit {q.answer.split()[-1]}" in cells.values()
                 elif kind == "count":
                     assert int(q.answer.split()[-1]) == sum(name.endswith(words[2]) for name in cells.values())
                 else:
                     fitting = [name for name in cells.values() if name.endswith(words[4])]
-                    assert fitting == [f"{q.answer.split()[-1]}-{words[4]}"]
+                    assert fitting == [f"{q.answer.split()[-1]} {words[4]}"]
 
 
 def test_asked_questions_are_mixed_and_half_of_the_presence_questions_are_true():
@@ -120,6 +120,31 @@ def test_asked_questions_are_mixed_and_half_of_the_presence_questions_are_true()
     assert 0.4 < np.mean(yes) < 0.6 and 0.65 < np.mean(held) < 0.85
 
 
+def test_a_picture_can_be_asked_for_much_and_nothing_twice():
+    for seed in range(50):
+        asked = scenes.ask(make_scene(seed), np.random.default_rng(seed), 22)
+        assert len(set(asked)) == len(asked) == 22 and {"list", "presence", "content"} <= {q.kind for q in asked}
+    everything = scenes.ask(make_scene(0), np.random.default_rng(0), 1000)
+    assert len(set(everything)) == len(everything) == sum(len(questions(make_scene(0), kind)) for kind in scenes.KINDS)
+
+
+def test_now_and_then_the_second_of_a_pair_is_all_but_invisible_and_nothing_else_is():
+    seconds, dim = 0, 0
+    for seed in range(1500):
+        for thing in make_scene(seed).things:
+            seconds += thing.name in {b for _, b in PAIRS}
+            if thing.contrast < 0.1:
+                assert thing.name in {b for _, b in PAIRS} and thing.contrast >= 0.01
+                dim += 1
+    assert 0.02 < dim / seconds < 0.1
+    assert all(t.contrast >= 0.1 for seed in range(200) for t in make_scene(seed, pairs="broken").things)
+
+
+def test_scenes_to_stop_by_are_others_in_the_hand_of_training():
+    assert not torch.equal(make_scene(5).image, make_scene(5, "dev").image)
+    assert not torch.equal(make_scene(5, "test").image, make_scene(5, "dev").image)
+
+
 def test_held_out_handwriting_is_only_in_test_scenes():
     found = scenes._digit_images()
     train = {image.tobytes() for images in found["train"] for image in images}
@@ -132,9 +157,9 @@ def test_held_out_handwriting_is_only_in_test_scenes():
     "text, expected",
     [
         ("", []),
-        ("red-circle", ["red-circle"]),
-        ("red-circle , red-circle , digit-3", ["red-circle", "digit-3"]),
-        ("red , circle , digit-circle , red-circle blue-cross", []),
+        ("red circle", ["red circle"]),
+        ("red circle , red circle , digit 3", ["red circle", "digit 3"]),
+        ("red , circle , digit circle , red circle blue cross", []),
     ],
 )
 def test_named(text, expected):
@@ -173,7 +198,8 @@ def test_every_word_of_questions_and_answers_has_its_token():
                 assert ids.count(tokenizer.convert_tokens_to_ids("<image>")) == scenes.PATCHES
                 assert tokenizer.decode(tokenizer(q.answer)["input_ids"]) == q.answer
     assert len(tokenizer) == len(set(tokenizer.get_vocab().values())) < 128
-    assert all(len(tokenizer(name)["input_ids"]) == 1 for name in (*NAMES, *scenes.PLACES))
+    assert all(len(tokenizer(name)["input_ids"]) == 2 for name in NAMES)
+    assert all(len(tokenizer(place)["input_ids"]) == 1 for place in scenes.PLACES)
 
 
 def test_batches_hold_every_item_once_without_padding():
@@ -203,19 +229,20 @@ def test_the_null_image_fits_the_trained_model():
     assert scenes.load_null_image().shape == (scenes.PATCHES, scenes.load_model()[0].config.text_config.hidden_size)
 
 
-#: Least accuracy per kind of question; what is not listed was not learnt well enough to hold the model to it.
-LEARNT = {"colour": 0.85, "digit": 0.7}
+#: Least share of right answers about clear things, some points below what was measured on four hundred scenes.
+LEARNT = {"presence": 0.8, "colour": 0.85, "count": 0.7, "digit": 0.7, "position": 0.5, "content": 0.6}
 
 
 @trained
 def test_the_trained_model_answers_about_scenes_and_handwriting_it_never_saw():
+    from attnlib.bench.studies.multimodal_bars import clear_items
+
     model, tokenizer = scenes.load_model()
-    drawn = [make_scene(number, "test") for number in range(5000, 5060)]
+    items = [item for item in clear_items(60, 5000) if item.question.kind in LEARNT]
+    said = scenes.answer(model, tokenizer, items, max_new_tokens=8)
     for kind, least in LEARNT.items():
-        items = [Item(scene, q) for scene in drawn for q in questions(scene, kind)[:1]]
-        said = scenes.answer(model, tokenizer, items, max_new_tokens=8)
-        right = [text == item.question.answer for text, item in zip(said, items, strict=True)]
-        assert len(right) > 30 and sum(right) / len(right) > least, kind
+        right = [t == i.question.answer for t, i in zip(said, items, strict=True) if i.question.kind == kind]
+        assert len(right) > 25 and sum(right) / len(right) > least, kind
 
 
 @trained

@@ -195,7 +195,7 @@ def test_scenes_small_model_answers_as_it_does_by_itself():
     found = speaker.ask_each([(item.scene.image.permute(1, 2, 0), item.question.text) for item in items])
     assert found == [text.strip() for text in expected]
     assert speaker.input_size == scenes.SIDE
-    assert speaker.logits(made[0].image, "is there a red-circle ?", ["yes", "no"]).shape == (2,)
+    assert speaker.logits(made[0].image, "is there a red circle ?", ["yes", "no"]).shape == (2,)
 
 
 def test_bad_input_is_told_by_name(parts, speaker):

@@ -4,9 +4,10 @@ A scene is a picture of 64 × 64 pixels: on a grid of four by four cells of 2 ×
 handwritten digits of one patch (those of scikit-learn; a held-out quarter appears in test scenes only), some of them
 faint, under noise. Every answer follows from the list of things in the scene, not from the picture.
 
-Some things come in pairs: where there is a red circle, a blue square usually stands in the next cell. A model learns
-that too, and then names blue squares that are not there. ``pairs="broken"`` makes scenes with the first thing of a
-pair and without the second, on which such hallucinations can be counted.
+Some things come in pairs: where there is a red circle, a blue square usually stands in the next cell, and now and then
+it is there but cannot be seen. A model learns that too, and then names blue squares that are not there.
+``pairs="broken"`` makes scenes with the first thing of a pair and without the second, on which such hallucinations can
+be counted.
 """
 
 from __future__ import annotations
@@ -37,19 +38,26 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "purple": (0.75, 0.2, 0.85),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SHAPED = tuple(f"{colour}-{shape}" for colour in COLOURS for shape in SHAPES)
-NUMBERED = tuple(f"digit-{n}" for n in range(10))
-#: Everything that can stand in a cell.
+SHAPED = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+NUMBERED = tuple(f"digit {n}" for n in range(10))
+#: Everything that can stand in a cell, in two words, so that what is learnt of a colour serves all of its shapes.
 NAMES = (*SHAPED, *NUMBERED)
 #: Things that come together in the training scenes.
-PAIRS = (("red-circle", "blue-square"), ("green-triangle", "yellow-cross"), ("purple-square", "red-triangle"))
+PAIRS = (("red circle", "blue square"), ("green triangle", "yellow cross"), ("purple square", "red triangle"))
 #: Names of the cells.
 PLACES = tuple(f"{row}{column}" for row in "abcd" for column in "1234")
 #: Kinds of questions.
 KINDS = ("presence", "colour", "count", "position", "content", "digit", "list")
 
+#: Who a scene is for. Scenes to stop a training by are written in training's hand; test scenes in another one.
+PARTS = ("train", "test", "dev")
+#: Test scenes from this number on were looked at by nobody while the model was made.
+FRESH = 1_000_000
+
 #: How often the second thing of a pair stands beside the first, and how often a thing is faint.
 TOGETHER, FAINT = 0.9, 0.12
+#: How often the second thing of a pair is there and all but invisible: what captions tell and pictures do not show.
+GHOST = 0.06
 BACKGROUND, NOISE = 0.12, 0.1
 
 
@@ -67,7 +75,7 @@ class Thing:
     def place(self) -> str:
         """Where it stands.
 
-        >>> Thing("red-circle", 6, 1.0, (0, 0), 0).place
+        >>> Thing("red circle", 6, 1.0, (0, 0), 0).place
         'b3'
         """
         return PLACES[self.cell]
@@ -125,22 +133,26 @@ def _shape(name: str, dy: int, dx: int, radius: int) -> np.ndarray:
     return inside.astype(np.float32)
 
 
+def stamp(image: np.ndarray, thing: Thing, top: int, left: int, part: str) -> None:
+    """Paint a thing into ``image`` (3, H, W), in place, in the cell that begins at ``(top, left)``."""
+    first, second = thing.name.split()
+    if first == "digit":
+        samples = _digit_images()["test" if part == "test" else "train"][int(second)]
+        cover = np.zeros((CELL, CELL), dtype=np.float32)
+        y, x = PATCH * (thing.sample // 2 % 2), PATCH * (thing.sample % 2)
+        cover[y : y + PATCH, x : x + PATCH] = samples[thing.sample // 4 % len(samples)]
+        colour: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    else:
+        cover = _shape(second, *thing.shift, 5 + thing.sample % 3)
+        colour = COLOURS[first]
+    cell = image[:, top : top + CELL, left : left + CELL]
+    cell += thing.contrast * cover * (np.asarray(colour, dtype=np.float32)[:, None, None] - cell)
+
+
 def _draw(things: Sequence[Thing], part: str, noise: np.ndarray) -> Tensor:
     image = np.full((3, SIDE, SIDE), BACKGROUND, dtype=np.float32)
     for thing in things:
-        row, column = thing.cell // GRID * CELL, thing.cell % GRID * CELL
-        first, second = thing.name.split("-")
-        if first == "digit":
-            samples = _digit_images()[part][int(second)]
-            cover = np.zeros((CELL, CELL), dtype=np.float32)
-            top, left = PATCH * (thing.sample // 2 % 2), PATCH * (thing.sample % 2)
-            cover[top : top + PATCH, left : left + PATCH] = samples[thing.sample // 4 % len(samples)]
-            colour: tuple[float, float, float] = (1.0, 1.0, 1.0)
-        else:
-            cover = _shape(second, *thing.shift, 5 + thing.sample % 3)
-            colour = COLOURS[first]
-        cell = image[:, row : row + CELL, column : column + CELL]
-        cell += thing.contrast * cover * (np.asarray(colour, dtype=np.float32)[:, None, None] - cell)
+        stamp(image, thing, thing.cell // GRID * CELL, thing.cell % GRID * CELL, part)
     return torch.from_numpy(np.clip(image + noise, 0.0, 1.0))
 
 
@@ -149,7 +161,7 @@ def make_scene(seed: int, part: str = "train", pairs: str = "usual", noise: floa
 
     Args:
         seed: number of the scene.
-        part: ``"train"`` or ``"test"``: other scenes and other handwriting.
+        part: one of :data:`PARTS`.
         pairs: ``"usual"``, as in training; ``"broken"``, the first thing of a pair without the second.
         noise: standard deviation of the noise.
 
@@ -162,13 +174,16 @@ def make_scene(seed: int, part: str = "train", pairs: str = "usual", noise: floa
     >>> make_scene(0).image.shape
     torch.Size([3, 64, 64])
     """
-    check_choice("part", part, ("train", "test"))
+    check_choice("part", part, PARTS)
     check_choice("pairs", pairs, ("usual", "broken"))
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
     if noise < 0:
         raise ValueError(f"noise must not be negative, got {noise}")
-    rng = np.random.default_rng([seed, ("train", "test").index(part), ("usual", "broken").index(pairs)])
+    key = [seed, PARTS.index(part), ("usual", "broken").index(pairs)]
+    rng = np.random.default_rng(key)
+    chance, share = np.random.default_rng([*key, 1]).random(2)
+    unseen: str | None = None
     names: list[str] = []
     cells: list[int] = []
     absent: list[str] = []
@@ -179,6 +194,7 @@ def make_scene(seed: int, part: str = "train", pairs: str = "usual", noise: floa
         if pairs == "usual" and rng.random() < TOGETHER:
             names.append(partner)
             cells.append(cells[0] + 1)
+            unseen = partner if chance < GHOST else None
         else:
             absent.append(partner)
     if rng.random() < 0.6:
@@ -191,6 +207,8 @@ def make_scene(seed: int, part: str = "train", pairs: str = "usual", noise: floa
     things = []
     for name, cell in zip(names, cells, strict=True):
         contrast = rng.uniform(0.1, 0.3) if rng.random() < FAINT else rng.uniform(0.6, 1.0)
+        if name == unseen:
+            contrast = 0.01 + 0.05 * share
         shift = (int(rng.integers(-1, 2)), int(rng.integers(-1, 2)))
         things.append(Thing(name, cell, float(contrast), shift, int(rng.integers(1 << 20))))
     things.sort(key=lambda thing: thing.cell)
@@ -240,8 +258,8 @@ def questions(scene: Scene, kind: str) -> list[Question]:
         return found
     if kind == "digit":
         held = [name for name in scene.names if name.startswith("digit")]
-        return [Question(kind, "which digit is there ?", f"it is {held[0].split('-')[1]}", held[0])] if held else []
-    shaped = [name.split("-") for name in scene.names if not name.startswith("digit")]
+        return [Question(kind, "which digit is there ?", f"it is {held[0].split()[1]}", held[0])] if held else []
+    shaped = [name.split() for name in scene.names if not name.startswith("digit")]
     for shape in SHAPES:
         colours = [c for c, s in shaped if s == shape]
         if kind == "count":
@@ -254,18 +272,25 @@ def questions(scene: Scene, kind: str) -> list[Question]:
 def ask(scene: Scene, rng: np.random.Generator, count: int = 7) -> list[Question]:
     """Some questions on a scene as in training: kinds in turn, half of the presence questions true, no thing twice.
 
-    Of cells, those that hold something are asked for three times out of four.
+    Of cells, those that hold something are asked for three times out of four. When a kind has nothing left to ask for,
+    others take its turn.
+
+    >>> len(ask(make_scene(0), np.random.default_rng(0), 24))
+    24
     """
+    left = {kind: questions(scene, kind) for kind in KINDS}
     picked: list[Question] = []
-    kinds = [*rng.permutation(("colour", "count", "position", "content", "digit", "list")).tolist(), "presence"]
-    kinds = (kinds * (count // len(kinds) + 1))[:count]
-    for kind in rng.permutation(kinds).tolist():
-        possible = [q for q in questions(scene, kind) if q not in picked]
-        if kind in ("presence", "content"):
-            wanted = rng.random() < (0.5 if kind == "presence" else 0.75)
-            possible = [q for q in possible if (q.answer not in ("no", "it is nothing")) == wanted] or possible
-        if possible:
-            picked.append(possible[rng.integers(len(possible))])
+    while len(picked) < count and any(left.values()):
+        kinds = [*rng.permutation([kind for kind in KINDS if kind != "presence"]).tolist(), "presence"]
+        for kind in rng.permutation(kinds).tolist()[: count - len(picked)]:
+            possible = left[kind]
+            if kind in ("presence", "content"):
+                wanted = rng.random() < (0.5 if kind == "presence" else 0.75)
+                possible = [q for q in possible if (q.answer not in ("no", "it is nothing")) == wanted] or possible
+            if possible:
+                chosen = possible[rng.integers(len(possible))]
+                picked.append(chosen)
+                left[kind] = [q for q in left[kind] if q is not chosen]
     return picked
 
 
@@ -277,13 +302,13 @@ WORDS = "is there a ? yes no what colour the it how many are where in nothing wh
 
 
 def make_tokenizer() -> Any:
-    """One token per word, thing and place (a ``PreTrainedTokenizerFast``), padded on the left."""
+    """One token per word and place (a ``PreTrainedTokenizerFast``), padded on the left."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    words = (*SPECIAL, *WORDS, *COLOURS, *SHAPES, *map(str, range(10)), *NAMES, *PLACES)
+    words = (*SPECIAL, *WORDS, *COLOURS, *SHAPES, *map(str, range(10)), *PLACES)
     inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
@@ -400,7 +425,7 @@ def answer(
 def named(text: str) -> list[str]:
     """Things that an answer to "list the objects" names.
 
-    >>> named("red-circle , digit-7 , red-circle")
-    ['red-circle', 'digit-7']
+    >>> named("red circle , digit 7 , red circle")
+    ['red circle', 'digit 7']
     """
     return [name for name in dict.fromkeys(part.strip() for part in text.split(",")) if name in NAMES]

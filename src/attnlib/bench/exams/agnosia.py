@@ -239,7 +239,7 @@ def from_scene(scene: grid.Scene, image: str) -> SceneGraph:
     """Graph of a scene of :func:`attnlib.bench.data.scenes.make_scene`; shapes and digits are names."""
     entities = []
     for thing in scene.things:
-        first, second = thing.name.split("-")
+        first, second = thing.name.split()
         row, column = divmod(thing.cell, grid.GRID)
         top, left = row * grid.CELL, column * grid.CELL
         digit = first == "digit"

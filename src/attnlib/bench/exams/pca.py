@@ -398,7 +398,7 @@ def own_instances(count: int, seed: int = 0, part: str = "test") -> list[Instanc
         down, right = row - start // GRID, column - start % GRID
         move = ("down" if down > 0 else "up") if abs(down) > abs(right) else ("right" if right > 0 else "left")
         actions = tuple(f"Step {m}" for m in rng.permutation(list(_MOVES)))
-        words = thing.name.replace("-", " ")
+        words = thing.name
         found.append(
             Instance(
                 f"{part}-{number - 1}",

@@ -69,7 +69,7 @@ class Asked:
 def _about(scene: scenes.Scene, question: scenes.Question) -> int | None:
     """The cell of the only thing that a question is about."""
     for thing in scene.things:
-        if question.about in (thing.name, thing.place, thing.name.partition("-")[2]):
+        if question.about in (thing.name, thing.place, thing.name.partition(" ")[2]):
             return thing.cell
     return None
 

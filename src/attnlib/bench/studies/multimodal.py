@@ -361,8 +361,8 @@ LINES: tuple[Line, ...] = (
 Score = tuple[float, float]  # numerator and denominator of one item's part of a rate
 
 
-def usual_items(count: int, first: int = 0) -> list[Item]:
-    """Questions of all kinds on ``count`` test scenes."""
+def usual_items(count: int, first: int = scenes.FRESH) -> list[Item]:
+    """Questions of all kinds on ``count`` test scenes that nobody looked at while the model was made."""
     found = []
     for number in range(first, first + count):
         scene = scenes.make_scene(number, "test")
@@ -370,10 +370,10 @@ def usual_items(count: int, first: int = 0) -> list[Item]:
     return found
 
 
-def broken_items(count: int) -> list[Item]:
+def broken_items(count: int, first: int = scenes.FRESH) -> list[Item]:
     """On scenes without the usual second thing: is it there, is something there that is, and what is there?"""
     found = []
-    for number in range(count):
+    for number in range(first, first + count):
         scene = scenes.make_scene(number, "test", pairs="broken")
         rng = np.random.default_rng([number, 8])
         present = [thing.name for thing in scene.things if thing.contrast > 0.5]
@@ -386,14 +386,14 @@ def broken_items(count: int) -> list[Item]:
     return found
 
 
-def retrieval_items(count: int) -> list[Item]:
+def retrieval_items(count: int, first: int = scenes.FRESH) -> list[Item]:
     """Two questions of each of :data:`RETRIEVED` on test scenes, about things that stand out."""
     found = []
-    for number in range(count):
+    for number in range(first, first + count):
         scene = scenes.make_scene(number, "test")
         rng = np.random.default_rng([number, 9])
         clear = {name for t in scene.things if t.contrast > 0.5 for name in (t.name, t.place)}
-        shapes = {name.split("-")[1] for name in clear if name in scenes.SHAPED}
+        shapes = {name.split()[1] for name in clear if name in scenes.SHAPED}
         for kind in RETRIEVED:
             possible = [q for q in scenes.questions(scene, kind) if q.about in clear or q.about in shapes]
             found += [Item(scene, possible[i]) for i in rng.permutation(len(possible))[:1]]

@@ -106,7 +106,7 @@ def scenes(see: See, count: int, seed: int, width: int, side: int = 8 * PATCH) -
     images = []
     for where, which in zip(cells, colours, strict=True):
         things = [
-            Thing(f"{names[c]}-{shape}", int(cell), float(rng.uniform(0.7, 1.0)),
+            Thing(f"{names[c]} {shape}", int(cell), float(rng.uniform(0.7, 1.0)),
                   (int(rng.integers(-1, 2)), int(rng.integers(-1, 2))), int(rng.integers(1 << 20)))
             for shape, cell, c in zip(SHAPES, where, which, strict=True)
         ]  # fmt: skip
