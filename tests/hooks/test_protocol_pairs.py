@@ -68,6 +68,7 @@ MAKE = {
     "UniformHeads": None,
     # Of whole maps of encoders, whose tokens stay the same: tests/convert/test_dual_cross_attention.py.
     "Rollout": None,
+    "Flow": None,
     # Of the maps between the patches of an image: tests/look/test_patterns.py.
     "CollectMaps": None,
     "DistanceProfile": None,

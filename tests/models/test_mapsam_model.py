@@ -235,3 +235,17 @@ def test_bad_input_is_refused_by_name():
     out = model(torch.randn(1, 64, 64, 3))
     with pytest.raises(ValueError, match=r"target must be \(1, H, W\)"):
         model.loss(out, torch.zeros(2, 16, 16))
+
+
+def test_compiled_exported_and_in_bfloat16():
+    model = small(num_classes=2).eval()
+    x = torch.randn(2, 64, 64, 3)
+    want = model(x)
+    compiled = torch.compile(model, backend="eager")(x)
+    for a, b in zip(compiled, want, strict=True):
+        torch.testing.assert_close(a, b)
+    exported = torch.export.export(model, (x,)).module()(x)
+    for a, b in zip(exported, want, strict=True):
+        torch.testing.assert_close(a, b)
+    half = copy.deepcopy(model).bfloat16()
+    assert half(x.bfloat16()).masks.isfinite().all()

@@ -45,6 +45,7 @@ from .circuits import (
     token_scores,
 )
 from .encoding import Encoding, bootstrap, encode, features_of, noise_ceiling
+from .flow import Flow, attention_flow, flow_map
 from .importance import HeadImportance, head_importance, jensen_shannon, rank_correlation
 from .patterns import (
     Atlas,
@@ -58,6 +59,7 @@ from .patterns import (
     strength_by_layer,
 )
 from .plots import head_grid, layer_table, map_over_image, pattern_atlas, profile, sink_profile
+from .prompts import Prompts, from_map
 from .rollout import Rollout
 from .speak import CallableSpeaker, Speaker
 from .statistics import (
@@ -80,6 +82,7 @@ __all__ = [
     "DistanceProfile",
     "Effects",
     "Encoding",
+    "Flow",
     "HeadImportance",
     "LayerMaps",
     "LogitAttribution",
@@ -91,6 +94,7 @@ __all__ = [
     "Overlap",
     "Page",
     "Part",
+    "Prompts",
     "Record",
     "Resampled",
     "Rollout",
@@ -103,6 +107,7 @@ __all__ = [
     "agreement",
     "answer_attention",
     "atlas",
+    "attention_flow",
     "bootstrap",
     "choice_logit",
     "choice_loss",
@@ -114,6 +119,8 @@ __all__ = [
     "encode",
     "features_of",
     "first_order",
+    "flow_map",
+    "from_map",
     "grad_cam",
     "grid_distances",
     "head_classes",
