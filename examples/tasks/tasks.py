@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 import attnlib
+from attnlib.bench.data.actions import clips as action_clips
 from attnlib.bench.data.blobs import blobs
 from attnlib.models.backbones.resnet import resnet
 from attnlib.models.backbones.stages import Features
 from attnlib.models.dense.daf import DAF
 from attnlib.models.dense.heads import FPNHead, Segmenter
 from attnlib.models.dense.resunet import ResUNet
+from attnlib.models.detect.temporal import BoundaryDetector, average_precision
 from attnlib.models.retrieval.conditional import ConditionalCrossAttention
 from attnlib.models.retrieval.contrast import recall
 from attnlib.models.retrieval.filip import FILIP
@@ -212,12 +214,27 @@ def found_across(model: Any, batch: Batch) -> dict[str, float]:
     return {"found": min(float(recall(crops[:, k] @ scene.mT)) for k in range(crops.shape[1]))}
 
 
+def actions(count: int, generator: torch.Generator, length: int = 40) -> Batch:
+    """Features along videos and the actions in them."""
+    features, truth = action_clips(count, generator, length)
+    return {"features": features, "target": truth}
+
+
+def localised(model: Any, batch: Batch) -> dict[str, float]:
+    """Mean average precision of segments at overlaps of 0.3 to 0.7."""
+    found = average_precision(model.predict(batch["features"]), batch["target"])
+    return {"mAP": sum(found.values()) / len(found)}
+
+
 TASKS: dict[str, Task] = {
     "agunet3d": Task(
         small_unet("agunet3d"), balls(16, 16, 16), dice, odd=lambda g: balls(13, 16, 5)(1, g), lr=1e-2
     ),
     "conditional": Task(
         lambda: ConditionalCrossAttention(torch.nn.Identity(), 2, 12, 6, 2), two_attributes, nearest, batch_size=24
+    ),
+    "csa": Task(
+        lambda: BoundaryDetector(8, 16), actions, localised, odd=lambda g: actions(1, g, 23), batch_size=16, lr=5e-3
     ),
     "daf": Task(small_daf, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)),
     "dagunet3d": Task(

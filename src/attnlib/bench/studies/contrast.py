@@ -173,7 +173,10 @@ def measure(
         assert all(map(math.isfinite, losses))
         layer = hybrid_layer(information, TARGET)
         return {
-            "IoU": score(model, *test), **found, "hybrid layer": float(layer), "its information": information[layer]
+            "IoU": score(model, *test),
+            **found,
+            "hybrid layer": float(layer),
+            "its information": information[layer],
         }
 
     key = (teacher_steps, taught_steps, steps, batch, labelled, tested)

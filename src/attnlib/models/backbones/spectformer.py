@@ -285,9 +285,7 @@ def convert_h(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
         return lambda m, value: {f"stages.{int(m[1]) - 1}.{m.expand(rest)}": value}
 
     def kv(to: Callable[[Any], str]) -> Rule:
-        return lambda m, value: {
-            f"{to(m)}.{n}.{m[m.re.groups]}": t for n, t in zip("kv", value.chunk(2), strict=True)
-        }
+        return lambda m, value: {f"{to(m)}.{n}.{m[m.re.groups]}": t for n, t in zip("kv", value.chunk(2), strict=True)}
 
     out = theirs.parts(
         r"block(\d+)\.(\d+)\.attn\.(complex_weight)", r"\1.blocks.\2.mixer.inner", SpectralGating.convert_state_dict

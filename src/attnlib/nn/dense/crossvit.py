@@ -64,9 +64,11 @@ class ClassTokenExchange(Fusion):
     def forward(self, *streams: Tensor, valid: Sequence[Tensor | None] | None = None) -> tuple[Tensor, ...]:
         """Both streams, with new class tokens."""
         shapes = [tuple(x.shape) for x in streams]
-        if len(shapes) != 2 or any(len(s) != 3 or s[0] != shapes[0][0] or s[1] < 1 for s in shapes) or tuple(
-            s[2] for s in shapes
-        ) != self.dims:
+        if (
+            len(shapes) != 2
+            or any(len(s) != 3 or s[0] != shapes[0][0] or s[1] < 1 for s in shapes)
+            or tuple(s[2] for s in shapes) != self.dims
+        ):
             raise ValueError(f"streams must be two (B, 1 + N, C) of one batch with C={self.dims}, got {shapes}")
         held = (None, None) if valid is None else valid
         streams = tuple(zero_invalid(x, exists) for x, exists in zip(streams, held, strict=True))
