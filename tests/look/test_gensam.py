@@ -217,6 +217,21 @@ def test_names_are_asked_in_one_dialogue_and_read_out_of_sentences():
     assert clean("<im_end> It is an owl.</s>") == "owl"
 
 
+def test_a_speaker_is_given_the_dialogue():
+    from attnlib.look.speak import CallableSpeaker
+
+    heard = []
+
+    def answer(pictures, text):
+        heard.append(text)
+        return ["a frog", "Frog.", "Pond."][len(heard) - 1]
+
+    assert NameChain(CallableSpeaker(answer), ["animal"])(torch.rand(4, 4, 3)) == (["Frog"], ["Pond"])
+    assert [len(text) for text in heard] == [1, 3, 5] and heard[2][1] == ("assistant", "a frog")
+    with pytest.raises(TypeError, match="ask must be a Speaker, or callable"):
+        NameChain("llava")
+
+
 def test_nothing_to_see_still_has_a_prompt_and_stops_early():
     stub = Stub()
     out = GenSAM(stub, lambda *a: torch.zeros(14, 14), (["frog"], []), rounds=5, stop=0.003)(torch.rand(H, W, 3))

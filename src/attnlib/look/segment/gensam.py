@@ -30,6 +30,7 @@ from torch import Tensor
 from ...checks import check_choice, check_flag, check_int, check_real, describe, shaped
 from ...ops.points import ABSENT, extreme_points, min_max
 from ..prompts import component_boxes, components
+from ..speak import BaseSpeaker
 from .segmenter import Predict, Segments, check_image
 
 #: ``ask(image, question, history)`` -> answer; ``history`` holds the (question, answer) pairs before.
@@ -64,11 +65,21 @@ def clean(answer: str) -> str:
     return answer.strip().removesuffix(".").strip()
 
 
+def spoken(speaker: BaseSpeaker) -> Ask:
+    """A speaker as :data:`Ask`: what was said before is the conversation before."""
+
+    def ask(image: Tensor, question: str, history: list[tuple[str, str]]) -> str:
+        turns = [turn for q, a in history for turn in (("user", q), ("assistant", a))]
+        return speaker.ask(image, [*turns, ("user", question)])
+
+    return ask
+
+
 class NameChain:
     """Names of a thing and of what is around it, from questions about an image asked one after the other.
 
     Args:
-        ask: see :data:`Ask`; :class:`attnlib.look.speak.Speaker` has such a method.
+        ask: see :data:`Ask`; or a :class:`attnlib.look.speak.Speaker`, which is given the dialogue as a conversation.
         keys: words for what is looked for; one dialogue for each.
         questions: first any that only prepare, then for the name, then for its surroundings; ``{}`` is the key.
         fallback: what is around where no answer says.
@@ -80,13 +91,15 @@ class NameChain:
 
     def __init__(
         self,
-        ask: Ask,
+        ask: Ask | BaseSpeaker,
         keys: Sequence[str] = CAMOUFLAGED,
         questions: Sequence[str] = QUESTIONS,
         fallback: str = "background",
     ):
+        if isinstance(ask, BaseSpeaker):
+            ask = spoken(ask)
         if not callable(ask):
-            raise TypeError(f"ask must be callable as ask(image, question, history), got {describe(ask)}")
+            raise TypeError(f"ask must be a Speaker, or callable as ask(image, question, history), got {describe(ask)}")
         keys, questions = ((value,) if isinstance(value, str) else tuple(value) for value in (keys, questions))
         if not keys:
             raise ValueError("keys must hold at least one word for what is looked for, got none")
