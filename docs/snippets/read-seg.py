@@ -2,7 +2,6 @@
 from transformers import SamConfig, SamModel
 
 from attnlib.models.multimodal.read_seg import READ
-from attnlib.models.multimodal.task_tokens import UseTaskTokens
 
 sizes = dict(image_size=64, patch_size=8)
 sam = SamModel(SamConfig(  # stands for any SAM of transformers
@@ -15,7 +14,7 @@ read = READ(sam, seg_token=61, image_token=62, dim=32)
 inputs["input_ids"][:, -1] = 61  # "... it is [SEG]"
 target = torch.zeros(1, 48, 64)
 target[:, 10:30, 20:50] = 1
-with attnlib.attach(model, use := UseTaskTokens(read.tokens)):
+with attnlib.attach(model, use := read.use()):
     text = model(**inputs, labels=inputs["input_ids"]).loss
     found = read(*use.last, sizes=[(48, 64)], pixel_values=torch.randn(1, 3, 64, 64))
 losses = {"text": text, **read.loss(found, [target])}

@@ -18,7 +18,6 @@ import attnlib  # noqa: E402
 from attnlib.models.multimodal.losses import box_loss, check_target_boxes, generalized_iou, mask_loss  # noqa: E402
 from attnlib.models.multimodal.read_seg import READ  # noqa: E402
 from attnlib.models.multimodal.segmenter import PromptedMasks, resized_size  # noqa: E402
-from attnlib.models.multimodal.task_tokens import UseTaskTokens  # noqa: E402
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "models" / "read-seg.safetensors"
 SEG = 55
@@ -148,7 +147,7 @@ SIZES = [(40, 60), (64, 33)]
 def test_masks_of_any_model_with_padding_and_several_tokens(family):
     model, inputs = family
     read, pixels = reader(), torch.randn(2, 3, 64, 64)
-    with attnlib.attach(model, use := UseTaskTokens(read.tokens)):
+    with attnlib.attach(model, use := read.use()):
         out = model(**inputs, labels=inputs["input_ids"])
         found = read(*use.last, SIZES, pixel_values=pixels)
         again = read(*use.last, SIZES, embeddings=read.masks.encode(pixels))
@@ -171,7 +170,7 @@ def test_masks_behind_generate(family, mode):
     read, pixels = reader(outputs=True), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         read.tokens.out_rows.copy_(torch.randn(1, 32) * 4)
-        with attnlib.attach(model, use := UseTaskTokens(read.tokens)):
+        with attnlib.attach(model, use := read.use()):
             sequences = model.generate(**inputs, max_new_tokens=5, do_sample=False, **mode)
             found = read.answer(use, sequences, SIZES, pixel_values=pixels)
     copies = len(sequences) // 2
@@ -181,11 +180,20 @@ def test_masks_behind_generate(family, mode):
         assert torch.equal(segmented.slots, asked)
         assert segmented.masks.shape == (len(asked), *SIZES[row // copies])
     # The prompt's own tokens ask for the same masks as without generate().
-    with torch.no_grad(), attnlib.attach(model, use := UseTaskTokens(read.tokens)):
+    with torch.no_grad(), attnlib.attach(model, use := read.use()):
         model(**inputs)
         alone = read(*use.last, SIZES, pixel_values=pixels)
     for row in range(copies):
         torch.testing.assert_close(found[row].masks[: len(alone[0].masks)], alone[0].masks, atol=1e-3, rtol=1e-3)
+
+
+def test_removed_image_tokens_are_refused_by_name(family):
+    from attnlib.reduce import ReduceByAttention
+
+    model, _ = family
+    types = attnlib.hooks.TokenTypes(image=IMAGE_ID)
+    with pytest.raises(ValueError, match="UseTaskTokens and ReduceByAttention cannot both act.*removes tokens"):
+        attnlib.attach(model, reader().use(), ReduceByAttention({1: 2}), token_types=types)
 
 
 def test_no_token_gives_the_plain_model_and_no_masks(family):
@@ -194,7 +202,7 @@ def test_no_token_gives_the_plain_model_and_no_masks(family):
     read = reader()
     with torch.no_grad():
         want = model(**inputs).logits
-        with attnlib.attach(model, use := UseTaskTokens(read.tokens)):
+        with attnlib.attach(model, use := read.use()):
             got = model(**inputs).logits
             found = read(*use.last, SIZES, pixel_values=torch.randn(2, 3, 64, 64))
     assert torch.equal(got, want) and [len(f.masks) for f in found] == [0, 0]
@@ -286,7 +294,7 @@ def test_boxes_turned_over_have_no_overlap_term_and_stay_finite():
     target = torch.tensor([[0.1, 0.2, 0.5, 0.6], [0.3, 0.3, 0.9, 0.8]])
     turned = torch.tensor([[0.5, 0.2, 0.1, 0.6], [0.3, 0.9, 0.9, 0.1]], requires_grad=True)
     terms = box_loss(turned, target)
-    assert float(terms["box_giou"]) == 0 and float(terms["box_l1"]) == pytest.approx(
+    assert float(terms["box_giou"]) == 0 and float(terms["box_l1"].detach()) == pytest.approx(
         2 * float((turned - target).abs().mean())
     )
     assert float(box_loss(turned, target, compat="authors")["box_giou"]) == pytest.approx(0.4)

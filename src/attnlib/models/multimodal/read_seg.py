@@ -51,7 +51,7 @@ class READ(nn.Module):
     ::
 
         read = READ(segmenter, seg_token=32000, image_token=32001, dim=4096)
-        with attnlib.attach(model, use := UseTaskTokens(read.tokens)):
+        with attnlib.attach(model, use := read.use()):
             text = model(**inputs, labels=labels).loss
             found = read(*use.last, sizes, pixel_values=pixels)
             loss = text + sum(read.loss(found, masks).values())
@@ -119,6 +119,10 @@ class READ(nn.Module):
         out = self.masks.prompt_dim
         head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, out))
         self.tokens = TaskTokens({"seg": seg_token}, dim, {"seg": head}, outputs=outputs, std=0.02)
+
+    def use(self) -> UseTaskTokens:
+        """What to attach: the token's row and states. It refuses company that removes image tokens."""
+        return UseTaskTokens(self.tokens, whole=True)
 
     def image_states(self, ids: Tensor, states: Tensor) -> list[Tensor]:
         """Of every sample, the (P, C) last states of its image tokens."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...checks import check_axes, check_flag, check_int, check_real, check_whole, describe
 from ...hooks import Intervention, Reading
+from ...hooks.intervention import implements
 
 
 class Taken(NamedTuple):
@@ -236,6 +237,7 @@ class UseTaskTokens(Intervention):
     Args:
         tokens: rows and heads.
         features: see :meth:`TaskTokens.embed`; of the next prompt.
+        whole: states of all tokens of the prompt are needed, so that company that removes some is refused.
 
     >>> # with attnlib.attach(model, use := UseTaskTokens(tokens)):
     >>> #     sequences = model.generate(**inputs)
@@ -245,10 +247,10 @@ class UseTaskTokens(Intervention):
     name = "task-tokens"
     follows_sequence = False
 
-    def __init__(self, tokens: TaskTokens, features: Mapping[str, Sequence[Tensor]] | None = None):
+    def __init__(self, tokens: TaskTokens, features: Mapping[str, Sequence[Tensor]] | None = None, whole: bool = False):
         if not isinstance(tokens, TaskTokens):
             raise TypeError(f"tokens must be TaskTokens, got {type(tokens).__name__}")
-        self.tokens, self.features = tokens, features
+        self.tokens, self.features, self.whole = tokens, features, check_flag("whole", whole)
         self.last: tuple[Tensor, Tensor] | None = None
         self._prompt: tuple[Tensor, Tensor] | None = None
         self._kept: dict[tuple[int, ...], Tensor] = {}
@@ -264,6 +266,11 @@ class UseTaskTokens(Intervention):
             return {}
         ids, _ = self.last
         return {name: int((ids == i).sum()) for name, i in self.tokens.tokens.items()}
+
+    def conflicts(self, other: Intervention) -> str | None:
+        if self.whole and implements(other, "on_tokens"):
+            return f"{type(other).__name__} removes tokens of the prompt, and the last states of all are needed"
+        return None
 
     def meet(self, model: nn.Module) -> None:
         any_model: Any = model
