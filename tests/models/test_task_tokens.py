@@ -117,6 +117,33 @@ def test_states_behind_generate_are_those_of_the_whole_sequence(family, mode):
         torch.testing.assert_close(found[name].output, want[name].output[keep], atol=1e-4, rtol=1e-4)
 
 
+def test_company_that_runs_the_model_or_evicts_keys_changes_no_state():
+    from attnlib.cache import SnapKV
+    from attnlib.hooks import Intervention
+
+    class Runs(Intervention):
+        """Reads the sequence once more, in a branch, as contrastive decoding does."""
+
+        def on_logits(self, ids, logits):
+            with self.session.at(branch="again"), torch.no_grad():
+                self.session.model(input_ids=ids.flip(1), use_cache=False)
+            return logits
+
+    model, inputs = language_model(), prompt()
+    t = tokens(outputs=True)
+    with torch.no_grad():
+        t.out_rows.copy_(torch.randn_like(t.out_rows) * 3)
+    found = {}
+    for name, company in {"alone": [], "runs": [Runs()]}.items():
+        with torch.no_grad(), attnlib.attach(model, *company, use := UseTaskTokens(t)):
+            out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+            found[name] = (out, use.found(out)["box"].states)
+    assert torch.equal(found["alone"][0], found["runs"][0]) and torch.equal(found["alone"][1], found["runs"][1])
+    with torch.no_grad(), attnlib.attach(model, SnapKV(cap=8, window_size=3, kernel_size=3), use := UseTaskTokens(t)):
+        out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        assert len(use.found(out)["box"].states)
+
+
 def test_rows_of_the_head_are_learned_beside_it():
     model, inputs = language_model(), prompt()
     t = tokens(outputs=True, start=model.get_input_embeddings().weight)

@@ -323,12 +323,14 @@ class UseTaskTokens(Intervention):
         return self.tokens.embed(reading.ids, embeds, self.features, before, whole)
 
     def on_states(self, reading: Reading, states: Tensor) -> Tensor:
+        if self.session.branch is not None:
+            return states  # others run the model from within a step, and the step goes on behind it
         self.last, self._call = (reading.ids, states), (reading, states)
-        if not reading.step and self.session.branch is None:
-            before = self._prompt if reading.offset else None
-            self._prompt = self.last if before is None else (
-                torch.cat([before[0], reading.ids], 1), torch.cat([before[1], states], 1)
-            )  # fmt: skip
+        if not reading.step:
+            ids, held = reading.ids, states
+            if reading.offset and self._prompt is not None:
+                ids, held = torch.cat([self._prompt[0], ids], 1), torch.cat([self._prompt[1], held], 1)
+            self._prompt = ids, held
         return states
 
     def on_logits(self, ids: Tensor, logits: Tensor) -> Tensor:
