@@ -17,6 +17,7 @@ from attnlib.bench.data.actions import clips as action_clips
 from attnlib.bench.data.blobs import blobs
 from attnlib.models.backbones.resnet import resnet
 from attnlib.models.backbones.stages import Features
+from attnlib.models.bags.acmil import ACMIL
 from attnlib.models.dense.daf import DAF
 from attnlib.models.dense.heads import FPNHead, Segmenter
 from attnlib.models.dense.resunet import ResUNet
@@ -226,7 +227,25 @@ def localised(model: Any, batch: Batch) -> dict[str, float]:
     return {"mAP": sum(found.values()) / len(found)}
 
 
+def slides(count: int, generator: torch.Generator) -> Batch:
+    """Bags of thirty instances, or fewer; a third of those of the positive ones are of one kind."""
+    target = torch.arange(count) % 2
+    bags = torch.randn(count, 30, 8, generator=generator)
+    bags[:, :10, 0] += 2.5 * target[:, None]
+    order = torch.rand(count, 30, generator=generator).argsort(1)
+    sizes = torch.randint(20, 31, (count,), generator=generator)
+    valid = torch.arange(30) < sizes[:, None]
+    return {"bags": bags.gather(1, order[..., None].expand_as(bags)), "valid": valid, "target": target}
+
+
+def told_apart(model: Any, batch: Batch) -> dict[str, float]:
+    """How often the likeliest class is the right one."""
+    found = model.predict(**inputs_of(batch)).argmax(-1)
+    return {"accuracy": float((found == batch["target"]).float().mean())}
+
+
 TASKS: dict[str, Task] = {
+    "acmil": Task(lambda: ACMIL(8, 2, 16, hidden_dim=8), slides, told_apart, batch_size=16, lr=5e-3),
     "agunet3d": Task(
         small_unet("agunet3d"), balls(16, 16, 16), dice, odd=lambda g: balls(13, 16, 5)(1, g), lr=1e-2
     ),

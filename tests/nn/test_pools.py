@@ -18,6 +18,8 @@ ROWS = [
     Case("mean-pool", dict(dim=8), (7,)),
     Case("efficient-probing", dict(dim=16, num_queries=4), (7,)),
     Case("efficient-probing", dict(dim=16, num_queries=2, d_out=4, qkv_bias=True), (7,), "narrow"),
+    Case("acmil", dict(dim=8, num_branches=2, hidden_dim=4, top_k=0), (7,)),
+    Case("acmil-mha", dict(dim=8, num_branches=2, num_heads=2, top_k=0), (7,)),
     Case("abmilp", dict(dim=8), (7,)),
     Case("simpool", dict(dim=8), (7,)),
     Case("esimpool", dict(dim=8, num_heads=4), (7,)),

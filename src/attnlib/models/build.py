@@ -47,7 +47,8 @@ class ModelEntry:
         weights: ``(repository, file)`` on the Hugging Face hub; empty when the weights lie elsewhere.
         convert: from the released state dict to ours: ``convert(state_dict, model)``.
         img_size: side of the images it was trained on.
-        task: ``"classify"``, ``"clips"`` (to classify), ``"restore"``, ``"detect"`` or ``"segment"``.
+        task: ``"classify"``, ``"clips"`` (to classify), ``"restore"``, ``"detect"``, ``"segment"``, ``"bags"`` (of
+            features) or ``"pretrain"``.
         data: how images come to it where that differs from ImageNet's ``mean`` and ``std``, a ``crop_pct`` of 0.9 and
             bicubic ``interpolation``.
     """
@@ -120,7 +121,7 @@ def discover() -> None:
     global _discovered
     if _discovered:
         return
-    for room in ("backbones", "dense", "detect", "restore"):
+    for room in ("backbones", "bags", "dense", "detect", "restore"):
         try:
             package = importlib.import_module(f"attnlib.models.{room}")
         except ModuleNotFoundError as error:
