@@ -206,3 +206,23 @@ def test_bad_input_is_refused_by_name():
         cell_centres(torch.zeros(1, dtype=torch.long), (2, 2), (4, 4), compat="theirs")
     with pytest.raises(ValueError, match="fill no square"):
         square_grid(0)
+
+
+@pytest.mark.parametrize("size", [(49, 49), (93, 140), (107, 53)])
+def test_no_cell_is_rounded_away(size):
+    assert min(crop_in_image(torch.ones(1, 12, 12), size, 12).shape[1:]) == 12
+
+
+def test_compiled_and_exported():
+    features, target = torch.rand(2, 16, 4), torch.rand(2, 4)
+
+    class Asks(torch.nn.Module):
+        def forward(self, features, target):
+            return similarity_points(features, target, (32, 48), count=5, side=32)
+
+    want = Asks()(features, target)
+    for got in (
+        torch.compile(Asks(), backend="eager", fullgraph=True)(features, target),
+        torch.export.export(Asks(), (features, target)).module()(features, target),
+    ):
+        assert got[0].equal(want.points) and got[1].equal(want.labels)

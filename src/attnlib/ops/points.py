@@ -142,25 +142,31 @@ def band_points(
     >>> band_points(torch.tensor([[[0.0, 0.5, 1.0]]]), (10, 30), count=2)[1].tolist()
     [[1, 0]]
     """
+    b, h, w = scores.shape
+    order, labels = _bands(scores.detach().flatten(1), count, positive, negative, valid)
+    return Points(cell_centres(order, (h, w), image_size, compat, _kind(scores)), labels)
+
+
+def _bands(
+    flat: Tensor, count: int, positive: float, negative: float, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Numbers of the chosen cells (B, K) of (B, N), and their labels."""
     check_int("count", count, least=1)
     check_real("positive", positive)
     check_real("negative", negative, below=positive)
-    b, h, w = scores.shape
-    flat = scores.detach().flatten(1)
     high, low = flat >= positive, flat <= negative
-    if b and h * w:
-        same = _constant(scores)[:, None]
+    if flat.numel():
+        same = _constant(flat)[:, None]
         high, low = high & ~same, low & ~same
     group = torch.where(high, 0, torch.where(low, 1, 2))
-    places = h * w
+    places = flat.shape[1]
     if valid is not None:
         group = torch.where(valid.flatten(), group, 3)
         places = int(valid.sum())
     # Two stable sorts: by score within a band, then by band; cells between the bands keep their order.
     within = torch.where(high, -flat, torch.where(low, flat, 0)).sort(dim=1, stable=True)[1]
     order = within.gather(1, group.gather(1, within).sort(dim=1, stable=True)[1])[:, : min(count, places)]
-    labels = torch.tensor([1, 0, -1, ABSENT], device=scores.device)[group.gather(1, order)]
-    return Points(cell_centres(order, (h, w), image_size, compat, _kind(scores)) if places else _none(scores), labels)
+    return order, torch.tensor([1, 0, -1, ABSENT], device=flat.device)[group.gather(1, order)]
 
 
 def _none(scores: Tensor) -> Tensor:
@@ -279,9 +285,14 @@ def crop_in_image(scores: Tensor, image_size: Sequence[int], side: int, fill: fl
     check_int("side", side, least=1)
     if tuple(scores.shape[1:]) != (side, side):
         scores = F.interpolate(scores[:, None], (side, side), mode="bilinear")[:, 0]
-    scale = side / min(height, width)
-    rows, columns = ((int(n * scale) - side) // 2 for n in (height, width))
+    rows, columns = _margins((height, width), side)
     return F.pad(scores, (columns, columns, rows, rows), value=fill)
+
+
+def _margins(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Cells above and left of the square in the middle; in whole numbers, where the release may round one away."""
+    rows, columns = ((n * side // min(size) - side) // 2 for n in size)
+    return rows, columns
 
 
 @shaped(features="alike (B, P, C)", target="alike (B, C)")
@@ -335,13 +346,18 @@ def similarity_points(
     scores = (features.to(_kind(features)) @ target.to(_kind(features))[..., None])[..., 0].unflatten(1, (h, w))
     coarse_side = min(h, w) // downsample
     coarse = scores.detach()
-    if (coarse_side, coarse_side) != (h, w):
-        coarse = F.interpolate(coarse[:, None], (coarse_side, coarse_side), mode="bilinear")[:, 0]
-    coarse = crop_in_image(min_max(coarse, (1, 2)), size, coarse_side, -1.0)
-    inside = crop_in_image(coarse.new_ones(1, coarse_side, coarse_side), size, coarse_side)[0] > 0
-    flat = _constant(scores)
-    coarse = torch.where(flat[:, None, None], 0, coarse)  # the border apart, such a map says nothing either
-    found = band_points(coarse, size, count, positive, negative, inside, compat)
+    square = (coarse_side, coarse_side)
+    if square != (h, w):
+        coarse = F.interpolate(coarse[:, None], square, mode="bilinear")[:, 0]
+    if len(coarse):  # resized, a map that is the same everywhere may not be so to the last bit
+        coarse = coarse.masked_fill(_constant(scores)[:, None, None], 0)
+    # Bands of the square alone: the margins are not to be chosen.
+    order, labels = _bands(min_max(coarse, (1, 2)).flatten(1), count, positive, negative)
+    rows, columns = _margins(size, coarse_side)
+    wide = coarse_side + 2 * columns
+    cells = (torch.div(order, coarse_side, rounding_mode="floor") + rows) * wide + order % coarse_side + columns
+    frame = (coarse_side + 2 * rows, wide)
+    found = Points(cell_centres(cells, frame, size, compat, scores.dtype), labels)
     if not continuous:
         return found
     fine = crop_in_image(min_max(scores, (1, 2)), size, side)
