@@ -305,6 +305,8 @@ class UseTaskTokens(Intervention):
         session.hook(head.register_forward_hook(scored))
 
     def on_embeddings(self, reading: Reading, embeds: Tensor) -> Tensor:
+        if not self._has(reading.ids) and (self.features is None or reading.phase == "decode"):
+            return embeds
         if self.features is None:
             return self.tokens.embed(reading.ids, embeds)
         notes = self.session.notes
@@ -321,6 +323,11 @@ class UseTaskTokens(Intervention):
         # Without a cache a prompt is read again with new tokens, which have no features.
         whole = here >= length and not reading.step
         return self.tokens.embed(reading.ids, embeds, self.features, before, whole)
+
+    def _has(self, ids: Tensor) -> bool:
+        """Whether one of the tokens is there; most steps of decoding read none."""
+        known: Tensor = self.tokens.ids  # type: ignore[assignment]
+        return bool((ids.unsqueeze(-1) == known.to(ids.device)).any())
 
     def on_states(self, reading: Reading, states: Tensor) -> Tensor:
         if self.session.branch is not None:
@@ -341,14 +348,15 @@ class UseTaskTokens(Intervention):
         beams = max(1, reading.beams)
         if not reading.offset and not reading.step:
             self._kept, self._samples = {}, len(ids) // beams
+        if not self._has(reading.ids):
+            return logits
         if ids.shape[1] <= int(reading.slots.max()):  # drafts of a step are asked about one by one
             reading = reading.but(ids=reading.ids.masked_fill(reading.slots >= ids.shape[1], -1))
         is_task, _ = self.tokens.where(reading.ids)
-        if bool(is_task.any()):
-            for row, at in is_task.nonzero().tolist():
-                slot = int(reading.slots[row, at])
-                prefix = ids[row, : slot + 1].tolist()
-                self._kept[(row // beams, *prefix)] = states[row, at]
+        for row, at in is_task.nonzero().tolist():
+            slot = int(reading.slots[row, at])
+            prefix = ids[row, : slot + 1].tolist()
+            self._kept[(row // beams, *prefix)] = states[row, at]
         return logits
 
     @property
