@@ -15,6 +15,7 @@ import torch
 import attnlib
 from attnlib.bench.data.actions import clips as action_clips
 from attnlib.bench.data.blobs import blobs
+from attnlib.bench.data.lanes import REACH, lanes, recovered
 from attnlib.models.backbones.resnet import resnet
 from attnlib.models.backbones.stages import Features
 from attnlib.models.bags.acmil import ACMIL
@@ -22,6 +23,7 @@ from attnlib.models.dense.daf import DAF
 from attnlib.models.dense.heads import FPNHead, Segmenter
 from attnlib.models.dense.resunet import ResUNet
 from attnlib.models.detect.temporal import BoundaryDetector, average_precision
+from attnlib.models.maps.standard import MappedLanes
 from attnlib.models.retrieval.conditional import ConditionalCrossAttention
 from attnlib.models.retrieval.contrast import recall
 from attnlib.models.retrieval.filip import FILIP
@@ -244,6 +246,18 @@ def told_apart(model: Any, batch: Batch) -> dict[str, float]:
     return {"accuracy": float((found == batch["target"]).float().mean())}
 
 
+def hidden_lanes(count: int, generator: torch.Generator) -> Batch:
+    """Lanes from above, partly hidden, and coarse maps of them."""
+    bev, roads, truth = lanes(count, generator)
+    return {"bev": bev, "roads": roads, "target": truth}
+
+
+def unhidden(model: Any, batch: Batch) -> dict[str, float]:
+    """Overlap of lanes where nothing was seen."""
+    found = model.predict(batch["bev"], batch["roads"])
+    return {"hidden IoU": recovered(found, batch["target"], batch["bev"][:, 1])}
+
+
 TASKS: dict[str, Task] = {
     "acmil": Task(lambda: ACMIL(8, 2, 16, hidden_dim=8), slides, told_apart, batch_size=16, lr=5e-3),
     "agunet3d": Task(
@@ -270,6 +284,10 @@ TASKS: dict[str, Task] = {
         small_resunet, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)
     ),
     "scale_invariant": Task(small_search, one_thing_a_scene, found_across, batch_size=12, lr=3e-3, export=False),
+    "standard_map": Task(
+        lambda: MappedLanes(2, 16, "polyline", reach=REACH), hidden_lanes, unhidden, batch_size=12, lr=1e-2,
+        export=False,
+    ),
     "subspaces": Task(
         lambda: SubspaceEmbedding(torch.nn.Identity(), 32, 24, 2, drop=0.0), textures, nearest_class, export=False
     ),
