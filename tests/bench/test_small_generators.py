@@ -55,3 +55,15 @@ def test_a_part_that_is_not_there_is_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no trained generators in .*nowhere"):
         models.weights()
     assert models.missing_parts(["unet", "judge"]) == ["unet", "judge"]
+
+
+def test_what_is_given_need_not_be_trained(untrained_generators, tmp_path):
+    import shutil
+
+    for name in ("clip", "vae"):
+        shutil.copytree(untrained_generators / name, tmp_path / name)
+    own = models.build("unet")
+    pipe = models.pipeline("unet", tmp_path, unet=own)
+    assert pipe.unet is own
+    with pytest.raises(FileNotFoundError, match="holds no trained 'unet'"):
+        models.pipeline("unet", tmp_path)

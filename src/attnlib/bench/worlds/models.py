@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -244,45 +244,43 @@ def pipeline(name: str, folder: str | Path | None = None, dtype: torch.dtype = t
     """
     check_choice("name", name, tuple(PIPELINES))
     diffusers = need("diffusers", "small generators")
-    made: Any
+    ddim: Callable[[], Any] = lambda: diffusers.DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False)  # noqa: E731
+    own: Callable[[str], Callable[[], Any]] = lambda which: lambda: part(which, folder, dtype)  # noqa: E731
+    nothing: Callable[[], None] = lambda: None  # noqa: E731
+    text: Callable[[], Any] = lambda: text_encoder(folder, dtype=dtype)  # noqa: E731
+    cls: Any
     if name == "unet":
-        made = diffusers.StableDiffusionPipeline(
-            **{
-                "vae": part("vae", folder, dtype), "text_encoder": text_encoder(folder, dtype=dtype),
-                "tokenizer": tokenizer(), "unet": part("unet", folder, dtype), "safety_checker": None,
-                "scheduler": diffusers.DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False),
-                "feature_extractor": None, "requires_safety_checker": False, **parts,
-            }
-        )  # fmt: skip
+        cls = diffusers.StableDiffusionPipeline
+        makers: dict[str, Callable[[], Any]] = {
+            "vae": own("vae"), "text_encoder": text, "tokenizer": tokenizer, "unet": own("unet"),
+            "safety_checker": nothing, "scheduler": ddim, "feature_extractor": nothing,
+            "requires_safety_checker": lambda: False,
+        }  # fmt: skip
     elif name == "dit":
-        made = diffusers.DiTPipeline(
-            **{
-                "transformer": part("dit", folder, dtype), "vae": part("vae", folder, dtype),
-                "scheduler": diffusers.DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False),
-                "id2label": {i: c for i, c in enumerate(CLASSES)}, **parts,
-            }
-        )  # fmt: skip
+        cls = diffusers.DiTPipeline
+        makers = {
+            "transformer": own("dit"), "vae": own("vae"), "scheduler": ddim,
+            "id2label": lambda: dict(enumerate(CLASSES)),
+        }  # fmt: skip
     elif name == "sd3":
-        tower = text_encoder(folder, projected=True, dtype=dtype)
-        made = _sd3()(
-            **{
-                "transformer": part("sd3", folder, dtype), "vae": part("vae", folder, dtype), "text_encoder": tower,
-                "tokenizer": tokenizer(), "text_encoder_2": tower, "tokenizer_2": tokenizer(), "text_encoder_3": None,
-                "tokenizer_3": None, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(), **parts,
-            }
-        )  # fmt: skip
+        cls = _sd3()
+        tower = functools.cache(lambda: text_encoder(folder, projected=True, dtype=dtype))
+        makers = {
+            "transformer": own("sd3"), "vae": own("vae"), "text_encoder": tower, "tokenizer": tokenizer,
+            "text_encoder_2": tower, "tokenizer_2": tokenizer, "text_encoder_3": nothing, "tokenizer_3": nothing,
+            "scheduler": diffusers.FlowMatchEulerDiscreteScheduler,
+        }  # fmt: skip
     else:
-        made = diffusers.IFPipeline(
-            **{
-                "tokenizer": tokenizer(), "text_encoder": text_encoder(folder, dtype=dtype),
-                "unet": part("pixel", folder, dtype), "safety_checker": None, "feature_extractor": None,
-                "watermarker": None, "requires_safety_checker": False,
-                "scheduler": diffusers.DDPMScheduler(
-                    beta_schedule="squaredcos_cap_v2", variance_type="learned_range", clip_sample=True
-                ),
-                **parts,
-            }
-        )  # fmt: skip
+        cls = diffusers.IFPipeline
+        makers = {
+            "tokenizer": tokenizer, "text_encoder": text, "unet": own("pixel"), "safety_checker": nothing,
+            "feature_extractor": nothing, "watermarker": nothing, "requires_safety_checker": lambda: False,
+            "scheduler": lambda: diffusers.DDPMScheduler(
+                beta_schedule="squaredcos_cap_v2", variance_type="learned_range", clip_sample=True
+            ),
+        }  # fmt: skip
+    # What is given is not looked for: a part of one's own stands in for one that is not trained.
+    made = cls(**{k: make() for k, make in makers.items() if k not in parts}, **parts)
     made.set_progress_bar_config(disable=True)
     return made
 
