@@ -306,7 +306,7 @@ def train(
     rate: float,
     tower: float,
     every: int,
-    patience: int = 4,
+    patience: int = 10,
 ) -> None:
     """Until ``steps``, or until the mean of what ``judge`` says was not better ``patience`` times; the best is kept."""
     made = optimizers(learner, rate, tower)
