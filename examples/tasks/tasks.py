@@ -24,6 +24,7 @@ from attnlib.models.dense.heads import FPNHead, Segmenter
 from attnlib.models.dense.resunet import ResUNet
 from attnlib.models.detect.temporal import BoundaryDetector, average_precision
 from attnlib.models.maps.standard import MappedLanes
+from attnlib.models.restore.topiq import TOPIQ
 from attnlib.models.retrieval.conditional import ConditionalCrossAttention
 from attnlib.models.retrieval.contrast import recall
 from attnlib.models.retrieval.filip import FILIP
@@ -258,6 +259,27 @@ def unhidden(model: Any, batch: Batch) -> dict[str, float]:
     return {"hidden IoU": recovered(found, batch["target"], batch["bev"][:, 1])}
 
 
+def small_topiq() -> TOPIQ:
+    trunk = resnet((4, 4, 8, 8), (1, 1, 1, 1), stem_dim=4, num_classes=0)
+    return TOPIQ(dim=16, num_heads=2, drop=0.0, encoder=Features(trunk), freeze_norms=False)
+
+
+def blurred(count: int, generator: torch.Generator, size: tuple[int, int] = (32, 32)) -> Batch:
+    """Images of noise, blurred 0 to 3 times; the target says how often."""
+    x, level = torch.rand(count, 3, *size, generator=generator), torch.randint(0, 4, (count,), generator=generator)
+    for i, times in enumerate(level.tolist()):
+        for _ in range(times):
+            x[i] = torch.nn.functional.avg_pool2d(x[i], 3, 1, 1, count_include_pad=False)
+    return {"x": x, "target": level.float()}
+
+
+def ranked(model: Any, batch: Batch) -> dict[str, float]:
+    """How the order of scores agrees with that of targets: share of pairs that differ."""
+    y, t = model.predict(**inputs_of(batch)), batch["target"]
+    pairs = t[:, None] > t[None]
+    return {"pairs": float((y[:, None] > y[None])[pairs].float().mean()) if pairs.any() else 0.5}
+
+
 TASKS: dict[str, Task] = {
     "acmil": Task(lambda: ACMIL(8, 2, 16, hidden_dim=8), slides, told_apart, batch_size=16, lr=5e-3),
     "agunet3d": Task(
@@ -292,4 +314,5 @@ TASKS: dict[str, Task] = {
         lambda: SubspaceEmbedding(torch.nn.Identity(), 32, 24, 2, drop=0.0), textures, nearest_class, export=False
     ),
     "tefal": Task(lambda: TEFAL(8, drop=0.0), clips, found_clips, batch_size=16, lr=5e-3),
+    "topiq": Task(small_topiq, blurred, ranked, odd=lambda g: blurred(1, g, (33, 18)), batch_size=16, lr=5e-3),
 }  # fmt: skip
