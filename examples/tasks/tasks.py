@@ -24,6 +24,8 @@ from attnlib.models.dense.heads import FPNHead, Segmenter
 from attnlib.models.dense.resunet import ResUNet
 from attnlib.models.detect.temporal import BoundaryDetector, average_precision
 from attnlib.models.maps.standard import MappedLanes
+from attnlib.models.restore.adversarial import PatchDiscriminator
+from attnlib.models.restore.pmaa import PMAA
 from attnlib.models.restore.topiq import TOPIQ
 from attnlib.models.retrieval.conditional import ConditionalCrossAttention
 from attnlib.models.retrieval.contrast import recall
@@ -280,6 +282,37 @@ def ranked(model: Any, batch: Batch) -> dict[str, float]:
     return {"pairs": float((y[:, None] > y[None])[pairs].float().mean()) if pairs.any() else 0.5}
 
 
+def pictures(count: int, *sides: int, chans: int, generator: torch.Generator) -> torch.Tensor:
+    """Smooth pictures (count, chans, H, W), -1 to 1."""
+    coarse = torch.rand(count, chans, 4, 4, generator=generator) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, sides, mode="bilinear", align_corners=False)
+
+
+def psnr(image: torch.Tensor, truth: torch.Tensor) -> float:
+    """Of images from -1 to 1."""
+    return float(-10 * ((image - truth) / 2).square().mean().clamp(min=1e-12).log10())
+
+
+def cloudy(*sides: int) -> Callable[[int, torch.Generator], Batch]:
+    """Two dates of one place, each with white clouds that leave the other date's clear, nearly always."""
+
+    def batch(count: int, generator: torch.Generator) -> Batch:
+        target = pictures(count, *sides, chans=4, generator=generator)
+        cover = pictures(count, *sides, chans=2, generator=generator)[:, :, None] > 0.1
+        return {"x": torch.where(cover, 0.95, target[:, None]), "target": target}
+
+    return batch
+
+
+def small_pmaa() -> PMAA:
+    return PMAA(num_dates=2, dim=8, depth=3, drop_path=0.0, discriminator=PatchDiscriminator(12, (8, 8)))
+
+
+def restored(model: Any, batch: Batch) -> dict[str, float]:
+    """PSNR of the answer."""
+    return {"psnr": psnr(model.predict(**inputs_of(batch)), batch["target"])}
+
+
 TASKS: dict[str, Task] = {
     "acmil": Task(lambda: ACMIL(8, 2, 16, hidden_dim=8), slides, told_apart, batch_size=16, lr=5e-3),
     "agunet3d": Task(
@@ -302,6 +335,7 @@ TASKS: dict[str, Task] = {
     "fpn": Task(
         small_fpn, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)
     ),
+    "pmaa": Task(small_pmaa, cloudy(16, 16), restored, odd=lambda g: cloudy(17, 13)(1, g), lr=3e-3),
     "resunet": Task(
         small_resunet, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)
     ),

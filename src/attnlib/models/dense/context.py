@@ -46,6 +46,8 @@ class ASPP(nn.Module):
         pointwise: the branch of single pixels.
         pooled: the branch of the mean, which is left without BatchNorm: one image has no statistics of its mean.
         project: the convolution over all; without it there must be one branch, which is the answer.
+        last_dim: channels of that convolution's answer; ``out_dim`` by default.
+        mean_bias, mean_norm: whether the convolution of the mean has a bias, and a BatchNorm after all.
 
     >>> ASPP(8, 4, rank=3).eval()(torch.randn(1, 3, 4, 5, 8)).shape
     torch.Size([1, 3, 4, 5, 4])
@@ -53,25 +55,28 @@ class ASPP(nn.Module):
 
     def __init__(
         self, dim: int, out_dim: int, rates: Sequence[int] = (6, 12, 18), rank: int = 2, pointwise: bool = True,
-        pooled: bool = True, project: bool = True,
+        pooled: bool = True, project: bool = True, last_dim: int | None = None, mean_bias: bool = True,
+        mean_norm: bool = False,
     ):  # fmt: skip
         super().__init__()
         check_choice("rank", rank, (1, 2, 3))
+        last_dim = out_dim if last_dim is None else check_int("last_dim", last_dim, least=1)
         rates = check_ints("rates", rates, least=1)
-        for name, flag in (("pointwise", pointwise), ("pooled", pooled), ("project", project)):
+        for name, flag in (("pointwise", pointwise), ("pooled", pooled), ("project", project),
+                           ("mean_bias", mean_bias), ("mean_norm", mean_norm)):  # fmt: skip
             check_flag(name, flag)
         self.branches = nn.ModuleList(
             [*([conv_norm_act(rank, dim, out_dim, 1, bias=False)] if pointwise else []),
              *(conv_norm_act(rank, dim, out_dim, 3, rate=r, bias=False) for r in rates)]
         )  # fmt: skip
-        self.mean = conv_norm_act(rank, dim, out_dim, 1, norm=False) if pooled else None
+        self.mean = conv_norm_act(rank, dim, out_dim, 1, bias=mean_bias, norm=mean_norm) if pooled else None
         count = len(self.branches) + pooled
         if not count or (count > 1 and not project):
             raise ValueError(f"project=False needs exactly one branch, got {count}" if count else "ASPP has no branch")
-        self.project = conv_norm_act(rank, count * out_dim, out_dim, 1, bias=False) if project else nn.Identity()
+        self.project = conv_norm_act(rank, count * out_dim, last_dim, 1, bias=False) if project else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, *grid, dim) -> (B, *grid, out_dim)."""
+        """(B, *grid, dim) -> (B, *grid, last_dim)."""
         x = x.movedim(-1, 1)
         parts = [branch(x) for branch in self.branches]
         if self.mean is not None:
