@@ -22,6 +22,7 @@ from attnlib.models.bags.acmil import ACMIL
 from attnlib.models.dense.daf import DAF
 from attnlib.models.dense.heads import FPNHead, Segmenter
 from attnlib.models.dense.resunet import ResUNet
+from attnlib.models.detect.cace import CACENet
 from attnlib.models.detect.temporal import BoundaryDetector, average_precision
 from attnlib.models.maps.standard import MappedLanes
 from attnlib.models.restore.adversarial import PatchDiscriminator
@@ -313,10 +314,32 @@ def restored(model: Any, batch: Batch) -> dict[str, float]:
     return {"psnr": psnr(model.predict(**inputs_of(batch)), batch["target"])}
 
 
+def clips_with_sound(count: int, generator: torch.Generator, length: int = 6) -> Batch:
+    """Clips of which a stretch shows one of three things while a tone is heard; 3 is the class of all else."""
+    event = torch.randint(0, 3, (count,), generator=generator)
+    start = torch.randint(0, length - 2, (count,), generator=generator)[:, None]
+    inside = (torch.arange(length) >= start) & (torch.arange(length) < start + 3)
+    video = 0.3 * torch.randn(count, length, 2, 2, 8, generator=generator)
+    audio = 0.3 * torch.randn(count, length, 6, generator=generator)
+    video[:, :, 0, 1, :3] += 2 * torch.eye(3)[event][:, None] * inside[..., None]
+    audio[..., 0] += 2 * inside
+    return {"video": video, "audio": audio, "target": torch.where(inside, event[:, None], 3)}
+
+
+def segments_right(model: Any, batch: Batch) -> dict[str, float]:
+    """Share of segments whose event, or that there is none, is found."""
+    found = model.predict(**inputs_of(batch))
+    return {"accuracy": float((found == batch["target"]).float().mean())}
+
+
 TASKS: dict[str, Task] = {
     "acmil": Task(lambda: ACMIL(8, 2, 16, hidden_dim=8), slides, told_apart, batch_size=16, lr=5e-3),
     "agunet3d": Task(
         small_unet("agunet3d"), balls(16, 16, 16), dice, odd=lambda g: balls(13, 16, 5)(1, g), lr=1e-2
+    ),
+    "cace": Task(
+        lambda: CACENet(3, 8, 6, 16, 2, (8, 32, 16)), clips_with_sound, segments_right,
+        odd=lambda g: clips_with_sound(1, g, 9), batch_size=32, lr=5e-3, clip=0.5,
     ),
     "conditional": Task(
         lambda: ConditionalCrossAttention(torch.nn.Identity(), 2, 12, 6, 2), two_attributes, nearest, batch_size=24

@@ -115,3 +115,38 @@ def recall(scores: Tensor, same: Tensor | None = None, at: int = 1) -> Tensor:
         left = (level - own - place).clamp(min=0) / (level - place).clamp(min=1)
         missed = torch.where(here, missed * left, missed)
     return (1 - missed).mean()
+
+
+@shaped(scores="float (..., P, Q)", same="bool (..., P, Q)", among="bool (..., P, Q)")
+def pooled_contrast(scores: Tensor, same: Tensor, among: Tensor | None = None) -> Tensor:
+    """InfoNCE of rows that have several partners, which are pooled inside the logarithm.
+
+    ``mean_i -log(mean_{j in same_i} exp s_ij / sum_{k in among} exp s_ik)``, by ``logsumexp`` from end to end: scores
+    over a small temperature overflow nothing. At equal scores it is the logarithm of how many stand in ``among``.
+
+    Args:
+        scores: (..., P, Q), already divided by the temperature; every table stands for itself.
+        same: which pairs belong together.
+        among: which pairs a row is compared with; all by default, and its partners always.
+
+    Returns:
+        A number, float32 at least: the mean over the rows that have a partner.
+
+    Raises:
+        ValueError: no row of any table has a partner.
+
+    >>> same = torch.eye(4, dtype=torch.bool)
+    >>> round(pooled_contrast(torch.zeros(4, 4), same).exp().item(), 4)
+    4.0
+    """
+    high = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    found = same.any(-1)
+    if not torch.compiler.is_compiling() and not high.is_meta and not bool(found.any()):
+        raise ValueError("same has no positive pair: there is nothing to find")
+    among = torch.ones_like(same) if among is None else among | same
+    # Rows without a partner are taken out before the logarithm, so that their gradient is zero and no NaN.
+    alone = ~found.unsqueeze(-1)
+    hit = high.masked_fill(~(same | alone), float("-inf")).logsumexp(-1)
+    all_ = high.masked_fill(~(among | alone), float("-inf")).logsumexp(-1)
+    each = all_ - hit + same.sum(-1).clamp(min=1).to(high.dtype).log()
+    return each.masked_fill(~found, 0.0).sum() / found.sum()
