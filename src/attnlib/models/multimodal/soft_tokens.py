@@ -188,7 +188,7 @@ class Solver(nn.Module):
     >>> solver = Solver(8, Vocabulary(10, 3, 4, 4), 16, 2, 32, 1, 1, grid=(4, 4), max_length=20)
     >>> logits = solver(torch.randn(2, 4, 4, 8), "depth", torch.randint(18, 22, (2, 8)))
     >>> logits.shape, solver.write(torch.randn(2, 4, 4, 8), "depth", ["depth"] * 9).logits["depth"].shape
-    (torch.Size([2, 9, 22]), torch.Size([2, 9, 4]))
+    (torch.Size([2, 9, 24]), torch.Size([2, 9, 4]))
     """
 
     def __init__(
