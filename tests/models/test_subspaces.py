@@ -74,8 +74,7 @@ def test_scores_and_split_are_the_authors(case):
         torch.testing.assert_close(model.embedding.weight[first], f.tensors[f"{case}/kept_weight"])
         right = loaded(case)[0]
         right.compat = None
-        right.score.copy_(scores)
-        right.seen.fill_(1)
+        right.score, right.seen = scores, 1
         right.split(least=1, most=0)
         torch.testing.assert_close(right.embedding.weight[first], before[keep])
 
@@ -133,11 +132,11 @@ def test_a_learners_batch_leaves_the_others_rows_alone():
     grad = model.embedding.weight.grad
     assert grad[8:16].any() and not grad[:8].any() and not grad[16:].any()
     model.forget_scores()
+    model.score, model.seen = torch.zeros(24), 1
     model.score[16:20] = 1.0
-    model.seen.fill_(1)
     scores = model.taylor_scores()
     assert (scores[16:20] == 1).all() and not scores[20:].any() and not scores[:16].any()
-    model.score.fill_(2.0)
+    model.score = torch.full((24,), 2.0)
     assert not model.taylor_scores().any() and not model.split()  # nothing stands out: no NaN
 
 

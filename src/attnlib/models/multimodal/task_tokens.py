@@ -88,7 +88,6 @@ class TaskTokens(nn.Module):
         check_real("std", std, least=0)
         check_flag("outputs", outputs)
         self.heads = nn.ModuleDict({n: h for n, h in heads.items() if h is not None})
-        self.register_buffer("ids", torch.tensor(list(self.tokens.values())), persistent=False)
         self.rows = nn.Parameter(torch.empty(len(self.tokens), dim))
         self.out_rows = nn.Parameter(torch.empty(len(self.tokens), dim)) if outputs else None
         if start is None:
@@ -110,10 +109,13 @@ class TaskTokens(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.tokens}, dim={self.dim}, outputs={self.out_rows is not None}"
 
+    def numbers(self, device: torch.device | None = None) -> Tensor:
+        """Of the tokens in the vocabulary, in their order."""
+        return torch.tensor(list(self.tokens.values()), device=device)
+
     def where(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Which of ``ids`` are task tokens, and which of them (zero elsewhere); two tensors of their shape."""
-        known: Tensor = self.ids  # type: ignore[assignment]
-        same = ids.unsqueeze(-1) == known.to(ids.device)
+        same = ids.unsqueeze(-1) == self.numbers(ids.device)
         return same.any(-1), same.int().argmax(-1)
 
     def embed(
@@ -190,9 +192,9 @@ class TaskTokens(nn.Module):
         """
         if self.out_rows is None:
             return logits
-        known: Tensor = self.ids  # type: ignore[assignment]
+        known = self.numbers(logits.device)
         new = F.linear(states, self.out_rows.to(states.dtype), None if bias is None else bias[known].detach())
-        return logits.index_copy(-1, known.to(logits.device), new.to(logits.dtype))
+        return logits.index_copy(-1, known, new.to(logits.dtype))
 
     def forward(self, ids: Tensor, states: Tensor, names: Sequence[str] | None = None) -> dict[str, Taken]:
         """What the heads say of the task tokens in ``ids`` (B, N) from last hidden states (B, N, C).
@@ -326,8 +328,7 @@ class UseTaskTokens(Intervention):
 
     def _has(self, ids: Tensor) -> bool:
         """Whether one of the tokens is there; most steps of decoding read none."""
-        known: Tensor = self.tokens.ids  # type: ignore[assignment]
-        return bool((ids.unsqueeze(-1) == known.to(ids.device)).any())
+        return bool(self.tokens.where(ids)[0].any())
 
     def on_states(self, reading: Reading, states: Tensor) -> Tensor:
         if self.session.branch is not None:

@@ -86,8 +86,8 @@ class SubspaceEmbedding(TaskModel):
     """
 
     owner: Tensor
-    score: Tensor
-    seen: Tensor
+    score: Tensor | None
+    seen: int
 
     def __init__(
         self, backbone: nn.Module, dim: int = 1024, embed_dim: int = 128, learners: int = 1, attention: bool = True,
@@ -108,8 +108,7 @@ class SubspaceEmbedding(TaskModel):
         if size * (learners - 1) >= embed_dim:
             raise ValueError(f"learners={learners} of {size} neurons do not fit into embed_dim={embed_dim}")
         self.register_buffer("owner", torch.arange(embed_dim) // size)
-        self.register_buffer("score", torch.zeros(embed_dim), persistent=False)
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long), persistent=False)
+        self.forget_scores()
         for rows in self.neurons():
             self._start(rows)
 
@@ -181,23 +180,23 @@ class SubspaceEmbedding(TaskModel):
 
     @torch.no_grad()
     def _note(self, e: Tensor, grad: Tensor) -> None:
-        self.score += (e * grad).sum(0).to(self.score)
+        found = (e * grad).sum(0).to(torch.promote_types(e.dtype, torch.float32))
+        self.score = found if self.score is None else self.score.to(found) + found
         self.seen += len(e)
 
     def forget_scores(self) -> None:
         """Begin to score neurons anew, as every epoch does."""
-        self.score.zero_()
-        self.seen.zero_()
+        self.score, self.seen = None, 0
 
     def taylor_scores(self) -> Tensor:
         """(D,) of the last learner's neurons, between 0 and 1, from all training batches since :meth:`forget_scores`.
 
         Zero for the others, and for all where no neuron stands out.
         """
-        found = torch.zeros_like(self.score)
         last = self.owner == self.num_learners - 1
-        if not int(self.seen):
-            return found
+        if self.score is None:
+            return torch.zeros(len(self.owner), device=self.owner.device)
+        found = torch.zeros_like(self.score)
         s = (self.score[last] / self.seen).abs()
         s = s / (s.square().sum() + 1e-8).sqrt()
         if bool(s.max() > s.min()):
