@@ -23,6 +23,7 @@ from attnlib.models.dense.daf import DAF
 from attnlib.models.dense.heads import FPNHead, Segmenter
 from attnlib.models.dense.resunet import ResUNet
 from attnlib.models.detect.cace import CACENet
+from attnlib.models.dense.segmif import SegMiF, segmif
 from attnlib.models.detect.temporal import BoundaryDetector, average_precision
 from attnlib.models.maps.standard import MappedLanes
 from attnlib.models.restore.adversarial import PatchDiscriminator
@@ -312,6 +313,25 @@ def small_pmaa() -> PMAA:
 def restored(model: Any, batch: Batch) -> dict[str, float]:
     """PSNR of the answer."""
     return {"psnr": psnr(model.predict(**inputs_of(batch)), batch["target"])}
+def small_segmif() -> SegMiF:
+    encoder = dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
+    return segmif(3, head_dim=16, encoder=encoder, dim=8, growth=4, num_heads=2, drop_path_rate=0.0)
+
+
+def seen_by_one(count: int, generator: torch.Generator, height: int = 32, width: int = 32) -> Batch:
+    """Things of two classes: the first shows in the visible image alone, the second in the infrared one."""
+    _, target = blobs(count, (height, width), num_classes=3, generator=generator)
+    visible = 0.3 + 0.5 * (target == 1)[:, None] + 0.05 * torch.randn(count, 3, height, width, generator=generator)
+    infrared = 0.3 + 0.5 * (target == 2)[:, None] + 0.05 * torch.randn(count, 1, height, width, generator=generator)
+    return {"visible": visible.clamp(0, 1), "infrared": infrared.clamp(0, 1), "target": target}
+
+
+def dice_of_both(model: Any, batch: Batch) -> dict[str, float]:
+    """Overlap of each class of things."""
+    found, truth = model.predict(**inputs_of(batch)).classes, batch["target"]
+    both = {k: ((found == k) & (truth == k)).sum() * 2 / ((found == k).sum() + (truth == k).sum()).clamp(min=1)
+            for k in (1, 2)}  # fmt: skip
+    return {f"dice {k}": float(v) for k, v in both.items()}
 
 
 def clips_with_sound(count: int, generator: torch.Generator, length: int = 6) -> Batch:
@@ -366,6 +386,8 @@ TASKS: dict[str, Task] = {
     "standard_map": Task(
         lambda: MappedLanes(2, 16, "polyline", reach=REACH), hidden_lanes, unhidden, batch_size=12, lr=1e-2,
         export=False,
+    "segmif": Task(
+        small_segmif, seen_by_one, dice_of_both, odd=lambda g: seen_by_one(1, g, 33, 27), lr=5e-3
     ),
     "subspaces": Task(
         lambda: SubspaceEmbedding(torch.nn.Identity(), 32, 24, 2, drop=0.0), textures, nearest_class, export=False

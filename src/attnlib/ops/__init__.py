@@ -7,7 +7,7 @@ from .block_sparse import BlockPlan, block_sparse_attention, block_sparse_partia
 from .halo import halo_attention
 from .late_interaction import late_interaction
 from .linear import LinearOutput, linear_attention, linear_partial
-from .modulation import channel_attention, depthwise
+from .modulation import channel_attention, context_attention, depthwise
 from .neighborhood import neighborhood_attention, neighborhood_partial
 from .nystrom import gaussian_kernel, newton_inverse, nystrom_attention
 from .partition import partition_attention, window_attention
@@ -33,6 +33,7 @@ __all__ = [
     "block_sparse_attention",
     "block_sparse_partial",
     "channel_attention",
+    "context_attention",
     "continuous_points",
     "deformable_attention",
     "deformable_attention_3d",

@@ -612,3 +612,37 @@ def _prepare_channels(
 # The map is D x D, so that eager is the right backend at any N and comes first.
 _CHANNELS = Operator("channel_attention", _prepare_channels)
 _CHANNELS.backends = {name: ATTENTION.backends[name] for name in ("eager", *ATTENTION.backends)}
+
+
+def context_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, valid: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Queries read one small map of all tokens: ``q softmax(scale k^T v)``, each column over the features of the keys.
+
+    It is :func:`channel_attention` in other roles: features of the values ask, those of the keys are compared, those of
+    the queries are mixed. Linear in the number of tokens, linear in the queries, and blind to the order of ``k, v``.
+
+    Args:
+        q: (B, H, N, D) queries.
+        k: (B, H, N, D) keys.
+        v: (B, H, N, D) values.
+        scale: ``D ** -0.5`` by default.
+        valid: (B, N) boolean; other tokens are no part of the map and come out as zeros.
+        backend: as of :func:`channel_attention`.
+
+    Returns:
+        (B, H, N, D).
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Reference: Zhang et al., 2023, "CMX", arXiv 2203.04838.
+
+    >>> context_attention(*torch.randn(3, 2, 4, 9, 6)).shape
+    torch.Size([2, 4, 9, 6])
+    """
+    check_rank("q", q, 4, "(B, H, N, D)")
+    return channel_attention(
+        v, k, q, scale=q.shape[-1] ** -0.5 if scale is None else scale, valid=valid, backend=backend
+    )

@@ -99,18 +99,21 @@ def foveated_blur(images: Tensor, windows: LogPolarWindows, strength: float) -> 
     return out
 
 
-def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """(B,) structural similarity of images in [0, 1]: Gaussian windows of 11 pixels, deviation 1.5, inside only."""
+def similarity(a: Tensor, b: Tensor, pad: bool = False) -> Tensor:
+    """(B,) structural similarity of images in [0, 1]: Gaussian windows of 11 pixels, deviation 1.5, inside only.
+
+    With ``pad``, of every pixel, zeros being around both images.
+    """
     _images("a", a)
     check_axes("b", b, B=a.shape[0], channels=a.shape[1], H=a.shape[2], W=a.shape[3])
-    if min(a.shape[2:]) < 11:
+    if not pad and min(a.shape[2:]) < 11:
         raise ValueError(f"images of {tuple(a.shape[2:])} are smaller than the window of 11")
     line = torch.exp(-(torch.arange(11, dtype=a.dtype, device=a.device) - 5).square() / 4.5)
     line = line / line.sum()
 
     def mean(x: Tensor) -> Tensor:
-        x = F.conv2d(x.flatten(0, 1).unsqueeze(1), line.view(1, 1, -1, 1))
-        return F.conv2d(x, line.view(1, 1, 1, -1)).view(a.shape[0], -1)
+        x = F.conv2d(x.flatten(0, 1).unsqueeze(1), line.view(1, 1, -1, 1), padding=(5 * pad, 0))
+        return F.conv2d(x, line.view(1, 1, 1, -1), padding=(0, 5 * pad)).view(a.shape[0], -1)
 
     ma, mb = mean(a), mean(b)
     va, vb, both = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
