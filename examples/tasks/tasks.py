@@ -386,6 +386,7 @@ TASKS: dict[str, Task] = {
     "standard_map": Task(
         lambda: MappedLanes(2, 16, "polyline", reach=REACH), hidden_lanes, unhidden, batch_size=12, lr=1e-2,
         export=False,
+    ),
     "segmif": Task(
         small_segmif, seen_by_one, dice_of_both, odd=lambda g: seen_by_one(1, g, 33, 27), lr=5e-3
     ),
