@@ -22,8 +22,8 @@ from attnlib.models.bags.acmil import ACMIL
 from attnlib.models.dense.daf import DAF
 from attnlib.models.dense.heads import FPNHead, Segmenter
 from attnlib.models.dense.resunet import ResUNet
-from attnlib.models.detect.cace import CACENet
 from attnlib.models.dense.segmif import SegMiF, segmif
+from attnlib.models.detect.cace import CACENet
 from attnlib.models.detect.temporal import BoundaryDetector, average_precision
 from attnlib.models.maps.standard import MappedLanes
 from attnlib.models.restore.adversarial import PatchDiscriminator
@@ -313,6 +313,8 @@ def small_pmaa() -> PMAA:
 def restored(model: Any, batch: Batch) -> dict[str, float]:
     """PSNR of the answer."""
     return {"psnr": psnr(model.predict(**inputs_of(batch)), batch["target"])}
+
+
 def small_segmif() -> SegMiF:
     encoder = dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
     return segmif(3, head_dim=16, encoder=encoder, dim=8, growth=4, num_heads=2, drop_path_rate=0.0)
@@ -383,12 +385,10 @@ TASKS: dict[str, Task] = {
         small_resunet, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)
     ),
     "scale_invariant": Task(small_search, one_thing_a_scene, found_across, batch_size=12, lr=3e-3, export=False),
+    "segmif": Task(small_segmif, seen_by_one, dice_of_both, odd=lambda g: seen_by_one(1, g, 33, 27), lr=5e-3),
     "standard_map": Task(
         lambda: MappedLanes(2, 16, "polyline", reach=REACH), hidden_lanes, unhidden, batch_size=12, lr=1e-2,
         export=False,
-    ),
-    "segmif": Task(
-        small_segmif, seen_by_one, dice_of_both, odd=lambda g: seen_by_one(1, g, 33, 27), lr=5e-3
     ),
     "subspaces": Task(
         lambda: SubspaceEmbedding(torch.nn.Identity(), 32, 24, 2, drop=0.0), textures, nearest_class, export=False
