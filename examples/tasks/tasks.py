@@ -26,6 +26,8 @@ from attnlib.models.dense.segmif import SegMiF, segmif
 from attnlib.models.detect.cace import CACENet
 from attnlib.models.detect.temporal import BoundaryDetector, average_precision
 from attnlib.models.maps.standard import MappedLanes
+from attnlib.models.pretrain.croco import CroCo
+from attnlib.models.pretrain.masks import random_mask
 from attnlib.models.restore.adversarial import PatchDiscriminator
 from attnlib.models.restore.pmaa import PMAA
 from attnlib.models.restore.topiq import TOPIQ
@@ -234,6 +236,29 @@ def localised(model: Any, batch: Batch) -> dict[str, float]:
     return {"mAP": sum(found.values()) / len(found)}
 
 
+def small_croco() -> CroCo:
+    settings: dict[str, Any] = dict(mlp_ratio=2.0, mask_ratio=0.75, positions="rotary", rotary_base=10.0)
+    return CroCo(8, 2, 1, 16, 1, 2, 16, 1, 2, **settings)
+
+
+def two_views(*grid: int) -> Callable[[int, torch.Generator], Batch]:
+    """Squares, black or white, and the same moved by one to the right."""
+
+    def batch(count: int, generator: torch.Generator) -> Batch:
+        cells = torch.randint(0, 2, (count, 1, *(-(-n // 2) for n in grid)), generator=generator).float()
+        first = cells.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, : grid[0], : grid[1]]
+        mask = random_mask(count, cells[0].numel(), ratio=0.75, generator=generator)
+        return {"image1": first, "image2": first.roll(2, -1), "mask": mask, "target": first}
+
+    return batch
+
+
+def guessed(model: Any, batch: Batch) -> dict[str, float]:
+    """Squared error of what was hidden; 0.25 is chance."""
+    with torch.no_grad():
+        return {"error": float(model.loss(model(**inputs_of(batch)), batch["target"])["pixels"])}
+
+
 def slides(count: int, generator: torch.Generator) -> Batch:
     """Bags of thirty instances, or fewer; a third of those of the positive ones are of one kind."""
     target = torch.arange(count) % 2
@@ -366,6 +391,7 @@ TASKS: dict[str, Task] = {
     "conditional": Task(
         lambda: ConditionalCrossAttention(torch.nn.Identity(), 2, 12, 6, 2), two_attributes, nearest, batch_size=24
     ),
+    "croco": Task(small_croco, two_views(8, 8), guessed, odd=lambda g: two_views(7, 10)(1, g), batch_size=32, lr=1e-2),
     "csa": Task(
         lambda: BoundaryDetector(8, 16), actions, localised, odd=lambda g: actions(1, g, 23), batch_size=16, lr=5e-3
     ),

@@ -768,7 +768,7 @@ def sincos(coords: Tensor, dim: int, base: float = 10000.0) -> Tensor:
         dim: width; must be a multiple of ``2 r``.
 
     Returns:
-        (N, dim) float32: per axis ``sin`` of all frequencies, then ``cos``.
+        (N, dim) float32, float64 for such coordinates: per axis ``sin`` of all frequencies, then ``cos``.
     """
     check_rank("coords", coords, 2, "(N, r)")
     if coords.is_complex():
@@ -781,10 +781,11 @@ def sincos(coords: Tensor, dim: int, base: float = 10000.0) -> Tensor:
     if dim % (2 * axes):
         raise ValueError(f"dim={dim} must be a multiple of {2 * axes} for a sine-cosine encoding on {axes} axes")
     half = dim // (2 * axes)
-    frequency = base ** (-torch.arange(half, device=coords.device, dtype=torch.float32) / half)
+    work = torch.float64 if coords.dtype == torch.float64 else torch.float32
+    frequency = base ** (-torch.arange(half, device=coords.device, dtype=work) / half)
     parts = []
     for axis in range(axes):
-        angle = coords[:, axis, None].to(torch.float32) * frequency
+        angle = coords[:, axis, None].to(work) * frequency
         parts += [angle.sin(), angle.cos()]
     return torch.cat(parts, -1)
 

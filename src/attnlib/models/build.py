@@ -121,7 +121,7 @@ def discover() -> None:
     global _discovered
     if _discovered:
         return
-    for room in ("backbones", "bags", "dense", "detect", "restore"):
+    for room in ("backbones", "bags", "dense", "detect", "pretrain", "restore"):
         try:
             package = importlib.import_module(f"attnlib.models.{room}")
         except ModuleNotFoundError as error:

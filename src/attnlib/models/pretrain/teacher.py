@@ -20,87 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_grid, check_int, check_real, describe
-from .backbones.stages import Backbone
+from ...checks import check_choice, check_int, check_real, describe
+from ..backbones.stages import Backbone
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def block_mask(
-    grid: tuple[int, int],
-    count: int | None = None,
-    ratio: float = 0.4,
-    batch: int = 1,
-    least: int = 16,
-    most: int | None = None,
-    min_aspect: float = 0.3,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """(batch, h, w) boolean: rectangles of patches to hide, until so many are hidden (BEiT, EVA).
-
-    A rectangle has an area between ``least`` and what is left to hide, and an aspect ratio between ``min_aspect`` and
-    its inverse, even in the logarithm. One that would hide too many, or nothing new, is thrown away; after ten of these
-    in a row the mask stays as it is, so that it may hide fewer than ``count``; where not even one fitted, one patch is
-    hidden.
-
-    Args:
-        grid: patches (h, w).
-        count: patches to hide.
-        ratio: the same as a share of all, where ``count`` is not given.
-        batch: masks.
-        least: smallest area of a rectangle.
-        most: largest area; ``count`` by default.
-        min_aspect: narrowest rectangle, height over width or the inverse.
-        generator: of the random numbers; the global one by default.
-
-    Raises:
-        ValueError: nothing to predict, more patches than there are, an aspect ratio outside (0, 1].
-    """
-    height, width = check_grid("grid", grid, (2,))
-    total = height * width
-    if count is None:
-        check_real("ratio", ratio, least=0, most=1)
-        count = int(ratio * total)
-        given = f"ratio={ratio} of {total} patches"
-    else:
-        given = f"count={check_int('count', count)}"
-    if count < 1:
-        raise ValueError(f"{given} leaves nothing to predict; at least one patch of the grid {grid} must be hidden")
-    if count > total:
-        raise ValueError(f"{given} is more than the {total} patches of the grid {grid}")
-    check_int("batch", batch, least=1)
-    check_int("least", least, least=1)
-    top = count if most is None else check_int("most", most, least=1)
-    check_real("min_aspect", min_aspect, above=0, most=1)
-    span = math.log(min_aspect)
-
-    def draw() -> float:
-        return float(torch.rand((), generator=generator, dtype=torch.float64))
-
-    masks = torch.zeros(batch, height, width, dtype=torch.bool)
-    for mask in masks:
-        hidden = 0
-        while hidden < count:
-            room, new = min(count - hidden, top), 0
-            for _ in range(10):
-                area = least + (room - least) * draw()
-                aspect = math.exp(span - 2 * span * draw())
-                h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-                if h >= height or w >= width:
-                    continue
-                row, column = int(draw() * (height - h + 1)), int(draw() * (width - w + 1))
-                part = mask[row : row + h, column : column + w]
-                fresh = h * w - int(part.sum())
-                if 0 < fresh <= room:
-                    part.fill_(True)
-                    new = fresh
-                    break
-            if not new:
-                break
-            hidden += new
-        if not hidden:  # the authors' masks hide nothing then, on grids that are small beside ``least``
-            mask[int(draw() * height), int(draw() * width)] = True
-    return masks
 
 
 def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
