@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_axes, check_choice, check_flag, check_int, check_real, check_type, check_within
+from ...checks import check_axes, check_choice, check_flag, check_int, check_real, check_type, check_within, readable
 from ...types import stats_dtype
 from ..detect.regions import roi_align
+from ..losses import dice_scores, silog_loss
 from .soft_tokens import TASKS, Solver, Vocabulary
 from .vqvae import VQVAE
 
@@ -47,20 +48,15 @@ def silog(prediction: Tensor, target: Tensor, lambd: float = 0.5, least: float =
             f"prediction and target must have one shape, got {tuple(prediction.shape)} and {tuple(target.shape)}"
         )
     check_real("lambd", lambd, least=0, most=1)
-    high = stats_dtype(prediction.dtype)
     held = target > 0
-    count = held.sum().clamp(min=1)
-    there = torch.where(held, target, 1).to(high)
-    d = (there.log() - prediction.to(high).clamp(min=least).log()) * held
-    square = d.square().sum() / count - lambd * (d.sum() / count).square()
-    # A root has no gradient at zero; rounding may even put it below.
-    return torch.where(square > 0, square, 1).sqrt() * (square > 0)
+    if readable(held) and not bool(held.any()):
+        return prediction.sum().to(stats_dtype(prediction.dtype)) * 0
+    return silog_loss(prediction.clamp(min=least), target, held, focus=lambd)
 
 
 def dice(prediction: Tensor, target: Tensor) -> Tensor:
     """``1 - (2 sum pt + 1) / (sum p + sum t + 1)`` per row of (N, ...), averaged; predictions are cut to 0..1."""
-    p, t = prediction.clamp(0, 1).flatten(1), target.flatten(1)
-    return (1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)).mean()
+    return (1 - dice_scores(prediction.clamp(0, 1), target, squared=False)).mean()
 
 
 class ObjectTokens:
