@@ -29,7 +29,9 @@ from attnlib.models.maps.standard import MappedLanes
 from attnlib.models.pretrain.croco import CroCo
 from attnlib.models.pretrain.masks import random_mask
 from attnlib.models.restore.adversarial import PatchDiscriminator
+from attnlib.models.restore.degrade import Degradation
 from attnlib.models.restore.pmaa import PMAA
+from attnlib.models.restore.restoreformer import RestoreFormer
 from attnlib.models.restore.topiq import TOPIQ
 from attnlib.models.retrieval.conditional import ConditionalCrossAttention
 from attnlib.models.retrieval.contrast import recall
@@ -335,6 +337,24 @@ def small_pmaa() -> PMAA:
     return PMAA(num_dates=2, dim=8, depth=3, drop_path=0.0, discriminator=PatchDiscriminator(12, (8, 8)))
 
 
+def degraded(*sides: int) -> Callable[[int, torch.Generator], Batch]:
+    """Pictures made worse, and what they were."""
+    worse = Degradation(down=(1.0, 3.0), grey=0.0, size=max(sides) * 4)
+
+    def batch(count: int, generator: torch.Generator) -> Batch:
+        clean = pictures(count, *sides, chans=3, generator=generator) / 2 + 0.5
+        pairs = [worse(image, generator) for image in clean]
+        x, target = (torch.stack(t) * 2 - 1 for t in zip(*pairs, strict=True))
+        return {"x": x, "target": target}
+
+    return batch
+
+
+def small_restoreformer() -> RestoreFormer:
+    settings: dict[str, Any] = dict(dim=8, mults=(1, 2, 2), depth=1, num_codes=16, code_dim=4, num_heads=2, groups=4)
+    return RestoreFormer(**settings, frozen=(), discriminator=PatchDiscriminator(3, (8, 8)), gan_weight=0.1)
+
+
 def restored(model: Any, batch: Batch) -> dict[str, float]:
     """PSNR of the answer."""
     return {"psnr": psnr(model.predict(**inputs_of(batch)), batch["target"])}
@@ -407,6 +427,9 @@ TASKS: dict[str, Task] = {
         small_fpn, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)
     ),
     "pmaa": Task(small_pmaa, cloudy(16, 16), restored, odd=lambda g: cloudy(17, 13)(1, g), lr=3e-3),
+    "restoreformer": Task(
+        small_restoreformer, degraded(16, 16), restored, odd=lambda g: degraded(17, 13)(1, g), lr=3e-3
+    ),
     "resunet": Task(
         small_resunet, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)
     ),

@@ -46,6 +46,7 @@ class VectorQuantizer(nn.Module):
         decay: of the moving average that makes the codes; 0: codes are a parameter with a gradient.
         commitment: weight of what draws vectors to their codes.
         eps: added to every count before sums are divided by it.
+        codebook_weight: with ``decay=0``, weight of what draws codes to their vectors.
         compat: ``"authors"``: the moving average as commonly released. It starts at counts of zero, keeps the counts
             with ``eps`` added, and begins at sums that have nothing to do with the codes, so a code that nothing chose
             flies away at the first step. Ours begins at the codes with counts of one: such a code stays where it is.
@@ -62,9 +63,10 @@ class VectorQuantizer(nn.Module):
 
     def __init__(
         self, num_codes: int, dim: int, decay: float = 0.99, commitment: float = 0.25, eps: float = 1e-5,
-        compat: str | None = None,
+        compat: str | None = None, codebook_weight: float = 1.0,
     ):  # fmt: skip
         super().__init__()
+        self.codebook_weight = check_real("codebook_weight", codebook_weight, least=0)
         self.num_codes, self.dim = check_int("num_codes", num_codes, least=1), check_int("dim", dim, least=1)
         self.decay = check_real("decay", decay, least=0, below=1)
         self.commitment = check_real("commitment", commitment, least=0)
@@ -124,7 +126,7 @@ class VectorQuantizer(nn.Module):
 
         loss = self.commitment * apart(q.detach(), x)
         if not self.decay:
-            loss = apart(q, x.detach()) + loss
+            loss = self.codebook_weight * apart(q, x.detach()) + loss
         share = chosen.sum(0) / total
         perplexity = torch.exp(-(share * torch.log(share + 1e-10)).sum())
         y = zero_invalid(x + (q.to(x.dtype) - x).detach(), valid)

@@ -248,6 +248,10 @@ class AdversarialModel(TaskModel):
         """What the discriminator sees of an image and the inputs it was made of; the image alone, by default."""
         return image
 
+    def pull(self, terms: Mapping[str, Tensor], adversarial: Tensor) -> Tensor | float:
+        """The weight of the adversarial term beside the terms of the loss; ``gan_weight``, by default."""
+        return self.gan_weight
+
     def generator_params(self) -> list[nn.Parameter]:
         """What the generator's step updates: all but the discriminator's."""
         judge = {id(p) for p in self.discriminator.parameters()} if self.discriminator is not None else set()
@@ -276,8 +280,9 @@ class AdversarialModel(TaskModel):
             return {"discriminator": self.judge_weight * discriminator_loss(real, fake, self.gan_kind)}
 
         def fooled() -> dict[str, Tensor]:
-            scores = judge(self.shown(image, inputs))
-            return {**terms(), "adversarial": self.gan_weight * generator_loss(scores, self.gan_kind)}
+            adversarial = generator_loss(judge(self.shown(image, inputs)), self.gan_kind)
+            found = terms()
+            return {**found, "adversarial": self.pull(found, adversarial) * adversarial}
 
         yield Step("discriminator", trained(judge), judged)
         yield Step("generator", self.generator_params(), fooled)
