@@ -16,6 +16,7 @@ import attnlib
 from attnlib.bench.data.actions import clips as action_clips
 from attnlib.bench.data.blobs import blobs
 from attnlib.bench.data.lanes import REACH, lanes, recovered
+from attnlib.bench.worlds.pairs import make_pair
 from attnlib.models.backbones.resnet import resnet
 from attnlib.models.backbones.stages import Features
 from attnlib.models.bags.acmil import ACMIL
@@ -33,6 +34,7 @@ from attnlib.models.restore.degrade import Degradation
 from attnlib.models.restore.pmaa import PMAA
 from attnlib.models.restore.restoreformer import RestoreFormer
 from attnlib.models.restore.topiq import TOPIQ
+from attnlib.models.detect.boxes import overlaps
 from attnlib.models.retrieval.conditional import ConditionalCrossAttention
 from attnlib.models.retrieval.contrast import recall
 from attnlib.models.retrieval.filip import FILIP
@@ -397,6 +399,24 @@ def segments_right(model: Any, batch: Batch) -> dict[str, float]:
     """Share of segments whose event, or that there is none, is found."""
     found = model.predict(**inputs_of(batch))
     return {"accuracy": float((found == batch["target"]).float().mean())}
+def pairs(count: int, generator: torch.Generator, side: int = 32) -> Batch:
+    """Visible and infrared pictures of things that show in either, or in both."""
+    start = int(torch.randint(0, 2**31, (), generator=generator))
+    made = [make_pair(start + i, side=side) for i in range(count)]
+    target = [{"boxes": p.boxes, "labels": p.labels} for p in made]
+    x, infrared = (torch.stack([getattr(p, name) for p in made]) for name in ("visible", "infrared"))
+    return {"x": x, "infrared": infrared, "target": target}
+
+
+def boxes_found(model: Any, batch: Batch) -> dict[str, float]:
+    """The share of objects that one of the best boxes of their class covers, as many boxes as there are objects."""
+    hits = total = 0
+    for own, want in zip(model.predict(**inputs_of(batch), threshold=0.01), batch["target"], strict=True):
+        best = slice(0, len(want["labels"]))
+        same = own.labels[best, None] == want["labels"]
+        hits += int(((overlaps(own.boxes[best], want["boxes"])[0] > 0.5) & same).any(0).sum())
+        total += len(want["labels"])
+    return {"found": hits / max(total, 1)}
 
 
 TASKS: dict[str, Task] = {
@@ -421,6 +441,10 @@ TASKS: dict[str, Task] = {
     ),
     "daunet3d": Task(
         small_unet("daunet3d"), balls(16, 16, 16), dice, odd=lambda g: balls(13, 16, 5)(1, g), lr=1e-2
+    ),
+    "deyolo": Task(
+        lambda: attnlib.create_model("deyolo_n", width=0.125, num_classes=2, sides=(20, 20, 20)), pairs, boxes_found,
+        odd=lambda g: {name: x[..., :37, :51] for name, x in pairs(1, g, 64).items() if name != "target"}, lr=5e-3,
     ),
     "filip": Task(small_filip, things, found, batch_size=32, lr=5e-3),
     "fpn": Task(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...checks import check_real, describe
+from ...checks import check_int, check_real, describe
 from ...extras import need
 from ...nn.dense.plain_detr import check_boxes
 
@@ -48,6 +48,67 @@ def overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     tiny = torch.finfo(a.dtype).tiny
     iou = inner / union.clamp(min=tiny)
     return iou, iou - (around - union) / around.clamp(min=tiny)
+
+
+def complete_overlap(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
+    """(...) complete intersection over union of pairs (..., 4), that broadcast: it falls with distance and shape, too.
+
+    ``iou - d^2 / c^2 - s v``, d between middles, c across both boxes, ``v = (4 / pi^2) (atan(w_b / h_b) -
+    atan(w_a / h_a))^2`` and ``s = v / (1 - iou + v)`` without a gradient. Reference: Zheng et al., 2020, arXiv
+    1911.08287.
+
+    Args:
+        a, b: corners.
+        eps: keeps boxes without an area finite.
+
+    >>> box = torch.tensor([0.0, 0.0, 2.0, 2.0])
+    >>> round(float(complete_overlap(box, box)), 4), round(float(complete_overlap(box, box + 1)), 4)
+    (1.0, 0.0317)
+    """
+    width, height = zip(*((x[..., 2] - x[..., 0], x[..., 3] - x[..., 1] + eps) for x in (a, b)), strict=True)
+    shared = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    iou = shared / (width[0] * height[0] + width[1] * height[1] - shared + eps)
+    across = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    apart = (b[..., :2] + b[..., 2:] - a[..., :2] - a[..., 2:]) / 2
+    shape = (4 / math.pi**2) * (torch.atan(width[1] / height[1]) - torch.atan(width[0] / height[0])).square()
+    with torch.no_grad():
+        share = shape / (shape - iou + (1 + eps))
+    return iou - apart.square().sum(-1) / (across.square().sum(-1) + eps) - share * shape
+
+
+def suppress_boxes(
+    boxes: Tensor, scores: Tensor, threshold: float, labels: Tensor | None = None, most: int | None = None
+) -> Tensor:
+    """(K,) boxes that stay, best first: those that no better one that stays overlaps by more than ``threshold``.
+
+    Args:
+        boxes: (N, 4) corners.
+        scores: (N,).
+        threshold: of intersection over union, 0 to 1.
+        labels: (N,); boxes of different labels leave each other alone.
+        most: how many may stay.
+
+    >>> boxes = torch.tensor([[0.0, 0, 2, 2], [0.1, 0, 2, 2], [5.0, 0, 7, 2]])
+    >>> suppress_boxes(boxes, torch.tensor([0.5, 0.9, 0.1]), 0.5).tolist()
+    [1, 2]
+    """
+    check_boxes("boxes", boxes)
+    check_real("threshold", threshold, least=0, most=1)
+    if most is not None:
+        check_int("most", most, least=1)
+    for name, x in (("scores", scores), ("labels", labels)):
+        if x is not None and tuple(x.shape) != (len(boxes),):
+            raise ValueError(f"{name} must be (N,)={(len(boxes),)}, got {tuple(x.shape)}")
+    order = scores.sort(descending=True, stable=True).indices
+    kept: list[Tensor] = []
+    while len(order) and (most is None or len(kept) < most):
+        first, order = order[0], order[1:]
+        kept.append(first)
+        near = overlaps(boxes[first][None], boxes[order])[0][0] > threshold
+        if labels is not None:
+            near = near & (labels[order] == labels[first])
+        order = order[~near]
+    return torch.stack(kept) if kept else order
 
 
 def spans(size: Sequence[float] | Tensor, like: Tensor) -> Tensor:
