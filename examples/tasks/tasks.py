@@ -24,6 +24,7 @@ from attnlib.models.dense.daf import DAF
 from attnlib.models.dense.heads import FPNHead, Segmenter
 from attnlib.models.dense.resunet import ResUNet
 from attnlib.models.dense.segmif import SegMiF, segmif
+from attnlib.models.detect.boxes import overlaps
 from attnlib.models.detect.cace import CACENet
 from attnlib.models.detect.temporal import BoundaryDetector, average_precision
 from attnlib.models.maps.standard import MappedLanes
@@ -34,7 +35,6 @@ from attnlib.models.restore.degrade import Degradation
 from attnlib.models.restore.pmaa import PMAA
 from attnlib.models.restore.restoreformer import RestoreFormer
 from attnlib.models.restore.topiq import TOPIQ
-from attnlib.models.detect.boxes import overlaps
 from attnlib.models.retrieval.conditional import ConditionalCrossAttention
 from attnlib.models.retrieval.contrast import recall
 from attnlib.models.retrieval.filip import FILIP
@@ -399,6 +399,8 @@ def segments_right(model: Any, batch: Batch) -> dict[str, float]:
     """Share of segments whose event, or that there is none, is found."""
     found = model.predict(**inputs_of(batch))
     return {"accuracy": float((found == batch["target"]).float().mean())}
+
+
 def pairs(count: int, generator: torch.Generator, side: int = 32) -> Batch:
     """Visible and infrared pictures of things that show in either, or in both."""
     start = int(torch.randint(0, 2**31, (), generator=generator))
