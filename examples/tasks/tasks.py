@@ -21,6 +21,7 @@ from attnlib.models.backbones.resnet import resnet
 from attnlib.models.backbones.stages import Features
 from attnlib.models.bags.acmil import ACMIL
 from attnlib.models.dense.daf import DAF
+from attnlib.models.dense.fod import FOD
 from attnlib.models.dense.heads import FPNHead, Segmenter
 from attnlib.models.dense.resunet import ResUNet
 from attnlib.models.dense.segmif import SegMiF, segmif
@@ -292,6 +293,28 @@ def unhidden(model: Any, batch: Batch) -> dict[str, float]:
     return {"hidden IoU": recovered(found, batch["target"], batch["bev"][:, 1])}
 
 
+def small_fod() -> FOD:
+    trunk = resnet((4, 4), (1, 1), stem_dim=4, num_classes=0)
+    model = FOD(Features(trunk, (0, 1)), 32, dims=(8, 8), num_heads=2, depth=1)
+    return model.remember(weave(16, torch.Generator().manual_seed(2))["x"])
+
+
+def weave(count: int, generator: torch.Generator, size: tuple[int, int] = (32, 32)) -> Batch:
+    """A woven texture with some noise; nothing is wrong with it."""
+    rows, columns = (torch.sin(torch.arange(side) * torch.pi / 2) for side in size)
+    x = (rows[:, None] * columns).expand(count, 3, *size) + 0.1 * torch.randn(count, 3, *size, generator=generator)
+    return {"x": x, "target": torch.zeros(count, *size)}
+
+
+def blobs_found(model: Any, batch: Batch) -> dict[str, float]:
+    """How often the pixel that looks worst lies in a blob that was put there, or beside it."""
+    x = batch["x"].clone()
+    x[:, :, 12:20, 8:16] = 1.5
+    worst = model.predict(x).pixels.flatten(1).argmax(1)
+    row, column = worst // x.shape[3], worst % x.shape[3]
+    return {"found": float(((row - 15.5).abs().le(6) & (column - 11.5).abs().le(6)).float().mean())}
+
+
 def small_topiq() -> TOPIQ:
     trunk = resnet((4, 4, 8, 8), (1, 1, 1, 1), stem_dim=4, num_classes=0)
     return TOPIQ(dim=16, num_heads=2, drop=0.0, encoder=Features(trunk), freeze_norms=False)
@@ -449,6 +472,7 @@ TASKS: dict[str, Task] = {
         odd=lambda g: {name: x[..., :37, :51] for name, x in pairs(1, g, 64).items() if name != "target"}, lr=5e-3,
     ),
     "filip": Task(small_filip, things, found, batch_size=32, lr=5e-3),
+    "fod": Task(small_fod, weave, blobs_found, odd=lambda g: weave(1, g, (27, 38))),
     "fpn": Task(
         small_fpn, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)
     ),

@@ -326,6 +326,48 @@ class AxisBias(Bias):
         return out
 
 
+def gaussian_prior(sigma: Tensor, grid: Sequence[int], q_coords: Tensor | None = None) -> AxisBias:
+    """How much each place of a grid counts for a query that sees an anisotropic Gaussian: its logarithm.
+
+    ``T_ij ~ exp(-sum_a (x_ia - x_ja)^2 / (2 sigma_ia^2))`` with rows that sum to 1. On a whole grid that is a product
+    of one softmax per axis: nothing over- or underflows however small a sigma is, and no (N, M) map is built.
+
+    Args:
+        sigma: (B or 1, H or 1, N, r) widths above 0, per query and axis of the grid; 1e-6 at least counts.
+        grid: sizes of the grid of keys, r of them.
+        q_coords: (N, r) places of the queries, also between those of the grid; the grid's own by default.
+
+    Returns:
+        A bias whose ``dense().exp()`` is T, float32 at least; differentiable in sigma.
+
+    Raises:
+        ValueError: another number of axes or of queries, widths that are not above 0.
+
+    >>> prior = gaussian_prior(torch.ones(1, 2, 6, 2), (2, 3)).dense().exp()
+    >>> prior.shape, bool((prior.argmax(-1) == torch.arange(6)).all())
+    (torch.Size([1, 2, 6, 6]), True)
+    """
+    check_float("sigma", sigma)
+    check_rank("sigma", sigma, 4, "(B or 1, H or 1, N, r)")
+    sides = check_ints("grid", grid, least=1)
+    if sigma.shape[-1] != len(sides):
+        raise ValueError(f"sigma has {sigma.shape[-1]} widths per query, but grid {sides} has {len(sides)} axes")
+    at = coordinates(sides, sigma.device) if q_coords is None else q_coords
+    check_rank("q_coords", at, 2, "(N, r)")
+    if tuple(at.shape) != tuple(sigma.shape[2:]):
+        given = f"grid {sides} has {len(at)} places" if q_coords is None else f"q_coords is {tuple(at.shape)}"
+        raise ValueError(f"sigma is for {sigma.shape[2]} queries and {sigma.shape[3]} axes, but {given}")
+    if sigma.numel() and readable(sigma) and not bool((sigma > 0).all()):
+        raise ValueError(f"sigma must be above 0, got {float(sigma.detach().min())}")
+    widths = sigma.to(stats_dtype(sigma.dtype)).clamp(min=1e-6)  # less is a point on any grid, and has no square
+    factors = []
+    for axis, size in enumerate(sides):
+        keys = torch.arange(size, device=sigma.device, dtype=widths.dtype)
+        apart = at[:, axis, None].to(widths.dtype) - keys
+        factors.append((-0.5 * (apart / widths[..., axis, None]).square()).log_softmax(-1))
+    return AxisBias(factors)
+
+
 def as_bias(bias: Bias | Tensor | None, name: str = "bias", n: int | None = None, m: int | None = None) -> Bias | None:
     """Accept a float tensor where a bias is meant; ``name`` is what the caller knows it by.
 

@@ -115,6 +115,12 @@ def test_it_starts_as_released():
     for part, fan in ((layer.attention.proj, 256), (layer.mlp.fc1, 256), (layer.mlp.fc2, 1024)):
         assert float(part.weight.detach().std()) == pytest.approx((2 / fan) ** 0.5, rel=0.05)
         assert not part.bias.any()
+    calls = []
+    for part in layer.modules():
+        if isinstance(part, nn.Dropout) and part.p:
+            part.register_forward_hook(lambda *_: calls.append(1))
+    layer(torch.randn(1, 3, 256), torch.randn(1, 2, 256))
+    assert len(calls) == 3 and layer.attention.attn_drop == 0.1  # both branches and the hidden layer, and weights
     assert float(model.rows.detach().std()) == pytest.approx(0.02, rel=0.1)
 
 

@@ -146,7 +146,7 @@ class ScaleLayer(nn.Module):
         dim, num_heads: of the attention.
         cross: whether it reads other tokens than its own.
         hidden: width of the MLP.
-        drop: of weights, of both branches, and inside the MLP.
+        drop: of weights, of both branches, and of the hidden layer.
     """
 
     def __init__(self, dim: int, num_heads: int, cross: bool, hidden: int, drop: float):
@@ -154,7 +154,7 @@ class ScaleLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.norm_context = nn.LayerNorm(dim) if cross else None
         self.attention = SoftmaxAttention(dim, num_heads, attn_drop=drop)
-        self.mlp, self.drop = Mlp(dim, hidden / dim, drop=drop), nn.Dropout(drop)
+        self.mlp, self.drop = Mlp(dim, hidden / dim, drop=drop, drop_hidden=True), nn.Dropout(drop)
         bound = (6 / (4 * dim)) ** 0.5  # Xavier's over the three maps together, as torch starts them
         for part in (self.attention.q, self.attention.k, self.attention.v):
             nn.init.uniform_(part.weight, -bound, bound)
@@ -168,7 +168,7 @@ class ScaleLayer(nn.Module):
         """(B, N, dim), and (B, M, dim) where it is ``cross``, -> (B, N, dim)."""
         context = None if self.norm_context is None or context is None else self.norm_context(context)
         x = x + self.drop(self.attention(self.norm1(x), context))
-        return x + self.drop(self.mlp(self.norm2(x)))
+        return x + self.mlp(self.norm2(x))
 
 
 def _stacks(layer: ScaleLayer, count: int, depth: int) -> nn.ModuleList:
