@@ -22,6 +22,7 @@ from attnlib.models.backbones.stages import Features
 from attnlib.models.bags.acmil import ACMIL
 from attnlib.models.dense.daf import DAF
 from attnlib.models.dense.fod import FOD
+from attnlib.models.dense.grounding import SentenceSegmenter
 from attnlib.models.dense.heads import FPNHead, Segmenter
 from attnlib.models.dense.resunet import ResUNet
 from attnlib.models.dense.segmif import SegMiF, segmif
@@ -385,6 +386,22 @@ def restored(model: Any, batch: Batch) -> dict[str, float]:
     return {"psnr": psnr(model.predict(**inputs_of(batch)), batch["target"])}
 
 
+def small_grounding() -> SentenceSegmenter:
+    trunk = Features(resnet((8, 8, 8, 8), (1, 1, 1, 1), stem_dim=8, num_classes=0), (0, 1, 2, 3))
+    return SentenceSegmenter(trunk, text_dim=2, gate="softmax*C", drop=0.0, input_norm=False)
+
+
+def named(count: int, generator: torch.Generator, height: int = 32, width: int = 32) -> Batch:
+    """Red and blue things, and which colour is meant."""
+    _, kinds = blobs(count, (height, width), num_classes=3, generator=generator)
+    meant = torch.randint(0, 2, (count,), generator=generator)
+    x = 0.1 * torch.randn(count, 3, height, width, generator=generator)
+    x[:, 0] += kinds == 1
+    x[:, 2] += kinds == 2
+    target = (kinds == meant[:, None, None] + 1).long()
+    return {"x": x, "text": torch.nn.functional.one_hot(meant, 2).float(), "target": target}
+
+
 def small_segmif() -> SegMiF:
     encoder = dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
     return segmif(3, head_dim=16, encoder=encoder, dim=8, growth=4, num_heads=2, drop_path_rate=0.0)
@@ -485,6 +502,7 @@ TASKS: dict[str, Task] = {
     ),
     "scale_invariant": Task(small_search, one_thing_a_scene, found_across, batch_size=12, lr=3e-3, export=False),
     "segmif": Task(small_segmif, seen_by_one, dice_of_both, odd=lambda g: seen_by_one(1, g, 33, 27), lr=5e-3),
+    "sentence": Task(small_grounding, named, dice, odd=lambda g: named(1, g, 33, 27), lr=1e-2),
     "standard_map": Task(
         lambda: MappedLanes(2, 16, "polyline", reach=REACH), hidden_lanes, unhidden, batch_size=12, lr=1e-2,
         export=False,
