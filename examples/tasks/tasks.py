@@ -30,6 +30,8 @@ from attnlib.models.detect.boxes import overlaps
 from attnlib.models.detect.cace import CACENet
 from attnlib.models.detect.temporal import BoundaryDetector, average_precision
 from attnlib.models.maps.standard import MappedLanes
+from attnlib.models.perception.oat import OAT
+from attnlib.models.perception.scanpaths import sequence_score
 from attnlib.models.pretrain.croco import CroCo
 from attnlib.models.pretrain.masks import random_mask
 from attnlib.models.restore.adversarial import PatchDiscriminator
@@ -461,6 +463,23 @@ def boxes_found(model: Any, batch: Batch) -> dict[str, float]:
     return {"found": hits / max(total, 1)}
 
 
+def shelves(count: int, generator: torch.Generator, size: int = 6) -> Batch:
+    """Shelves of one row, read from its beginning up to the object that is sought."""
+    sought = torch.randint(1, size, (count,), generator=generator)
+    images = torch.rand(count, size, 1, 1, 3, generator=generator).expand(-1, -1, 20, 20, -1).contiguous()
+    places = torch.stack([torch.zeros(size), torch.arange(size).float()], -1).repeat(count, 1, 1)
+    path = torch.arange(size).repeat(count, 1)
+    path = path.masked_fill(path > sought[:, None], -1)
+    return {"images": images, "places": places, "sought": sought, "path": path, "target": path}
+
+
+def paths_alike(model: Any, batch: Batch) -> dict[str, float]:
+    """Mean sequence score of the likeliest paths."""
+    found = model.predict(**inputs_of(batch), max_steps=12)
+    scores = [sequence_score(a, b) for a, b in zip(found, batch["target"], strict=True)]
+    return {"sequence score": sum(scores) / len(scores)}
+
+
 TASKS: dict[str, Task] = {
     "acmil": Task(lambda: ACMIL(8, 2, 16, hidden_dim=8), slides, told_apart, batch_size=16, lr=5e-3),
     "agunet3d": Task(
@@ -492,6 +511,10 @@ TASKS: dict[str, Task] = {
     "fod": Task(small_fod, weave, blobs_found, odd=lambda g: weave(1, g, (27, 38))),
     "fpn": Task(
         small_fpn, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)
+    ),
+    "oat": Task(
+        lambda: OAT(48, 4, 48, (1, 1), table_size=10, drop=0.0, levels=1), shelves, paths_alike,
+        odd=lambda g: shelves(1, g, 9), batch_size=32, lr=3e-3,
     ),
     "pmaa": Task(small_pmaa, cloudy(16, 16), restored, odd=lambda g: cloudy(17, 13)(1, g), lr=3e-3),
     "restoreformer": Task(
