@@ -20,6 +20,7 @@ from attnlib.bench.worlds.pairs import make_pair
 from attnlib.models.backbones.resnet import resnet
 from attnlib.models.backbones.stages import Features
 from attnlib.models.bags.acmil import ACMIL
+from attnlib.models.bags.biofusionnet import BioFusionNet, Survival, concordance
 from attnlib.models.dense.daf import DAF
 from attnlib.models.dense.fod import FOD
 from attnlib.models.dense.grounding import SentenceSegmenter
@@ -242,6 +243,32 @@ def localised(model: Any, batch: Batch) -> dict[str, float]:
     """Mean average precision of segments at overlaps of 0.3 to 0.7."""
     found = average_precision(model.predict(batch["features"]), batch["target"])
     return {"mAP": sum(found.values()) / len(found)}
+
+
+def small_biofusionnet() -> BioFusionNet:
+    small: dict[str, Any] = dict(num_heads=2, depth=1, ff_dim=16, hidden=(16, 8, 8, 4), drop=0.0)
+    return BioFusionNet(8, 5, 2, **small)
+
+
+def ill(patches: int) -> Callable[[int, torch.Generator], Batch]:
+    """Patients whose risk is seen half in their patches and half in one gene; who outlives the study is censored."""
+
+    def batch(count: int, generator: torch.Generator) -> Batch:
+        seen = torch.randn(count, patches, 8, generator=generator)
+        genes, clinical = (torch.randn(count, n, generator=generator) for n in (5, 2))
+        lifted = torch.randn(count, generator=generator)
+        seen[:, :, 0] += lifted[:, None]
+        time = torch.empty(count).exponential_(generator=generator) * (-1.5 * (lifted + genes[:, 1])).exp()
+        event = (time < 3).float()
+        event[:1] = 1.0  # a batch without an event has no likelihood
+        return {"patches": seen, "genes": genes, "clinical": clinical, "target": Survival(time.clamp(max=3.0), event)}
+
+    return batch
+
+
+def by_risk(model: Any, batch: Batch) -> dict[str, float]:
+    """How many pairs of patients are in their order."""
+    return {"concordance": float(concordance(model.predict(**inputs_of(batch)).double(), *batch["target"]))}
 
 
 def small_croco() -> CroCo:
@@ -489,6 +516,7 @@ TASKS: dict[str, Task] = {
         lambda: CACENet(3, 8, 6, 16, 2, (8, 32, 16)), clips_with_sound, segments_right,
         odd=lambda g: clips_with_sound(1, g, 9), batch_size=32, lr=5e-3, clip=0.5,
     ),
+    "biofusionnet": Task(small_biofusionnet, ill(6), by_risk, odd=lambda g: ill(1)(1, g), batch_size=32, lr=5e-3),
     "conditional": Task(
         lambda: ConditionalCrossAttention(torch.nn.Identity(), 2, 12, 6, 2), two_attributes, nearest, batch_size=24
     ),
