@@ -4,7 +4,7 @@ import pytest
 
 from attnlib import bench
 from attnlib.bench import models, run_bench, suites
-from attnlib.bench.studies import diffusion, multimodal_models, real
+from attnlib.bench.studies import diffusion, multimodal_models, real, tasks
 from attnlib.bench.worlds.models import PARTS, missing_parts
 
 
@@ -54,3 +54,10 @@ def test_lines_on_multimodal_models_are_suites():
     assert bench.MULTIMODAL_MODELS == names and "judges" in multimodal_models.LINES
     for name in multimodal_models.LINES:
         assert multimodal_models.line(name).QUESTION
+
+
+def test_lines_on_tasks_are_suites():
+    assert "tasks" in suites() and set(bench.TASKS) <= set(suites())
+    assert bench.TASKS == tuple(f"tasks-{name.replace('_', '-')}" for name in tasks.LINES)
+    for name in tasks.LINES:
+        assert tasks.line(name).QUESTION

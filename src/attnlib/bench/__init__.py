@@ -47,11 +47,18 @@ MULTIMODAL_MODELS = tuple(
     if not m.name.startswith("_")
 )
 
+#: Suites of :mod:`attnlib.bench.studies.tasks`, ``tasks-<line>``; the suite ``tasks`` is all of them.
+TASKS = tuple(
+    f"tasks-{m.name.replace('_', '-')}"
+    for m in pkgutil.iter_modules([str(Path(__file__).parent / "studies" / "tasks")])
+    if not m.name.startswith("_")
+)
+
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
 ENGINES = (
     "linear", "segments", "local", "halo", "hyper", "circular", "scan", "sparse", "super-token", "cache", "hooks",
     "isolation", "enlarged", "references", "transfer", "look", "saliency", "steps", "gpu", *STUDIES, *REAL, *DIFFUSION,
-    *MULTIMODAL_MODELS,
+    *MULTIMODAL_MODELS, *TASKS,
 )  # fmt: skip
 
 #: Those that run models of transformers.
@@ -68,7 +75,7 @@ NEEDS_MODELS = {
 
 
 #: Suites of several lines.
-FAMILIES = {"real": REAL, "diffusion": DIFFUSION, "multimodal-models": MULTIMODAL_MODELS}
+FAMILIES = {"real": REAL, "diffusion": DIFFUSION, "multimodal-models": MULTIMODAL_MODELS, "tasks": TASKS}
 
 
 def suites() -> list[str]:
