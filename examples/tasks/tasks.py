@@ -31,6 +31,7 @@ from attnlib.models.detect.boxes import overlaps
 from attnlib.models.detect.cace import CACENet
 from attnlib.models.detect.temporal import BoundaryDetector, average_precision
 from attnlib.models.maps.standard import MappedLanes
+from attnlib.models.medusa import SharedAttention
 from attnlib.models.perception.oat import OAT
 from attnlib.models.perception.scanpaths import sequence_score
 from attnlib.models.pretrain.croco import CroCo
@@ -431,6 +432,22 @@ def named(count: int, generator: torch.Generator, height: int = 32, width: int =
     return {"x": x, "text": torch.nn.functional.one_hot(meant, 2).float(), "target": target}
 
 
+def small_medusa() -> SharedAttention:
+    trunk = resnet((4, 4, 8, 8), (1, 1, 1, 1), stem_dim=4, num_classes=2, in_chans=1)
+    return SharedAttention(trunk, global_dim=4, body_size=16)
+
+
+def brightness(count: int, generator: torch.Generator, height: int = 32, width: int = 32) -> Batch:
+    """Images of one ball; whether it is a bright one."""
+    x, labels = blobs(count, (height, width), num_classes=3, most=1, generator=generator)
+    return {"x": x, "target": (labels.flatten(1).amax(1) == 2).long()}
+
+
+def accuracy_of(model: Any, batch: Batch) -> dict[str, float]:
+    """How often the class is right."""
+    return {"accuracy": float((model.predict(**inputs_of(batch)) == batch["target"]).float().mean())}
+
+
 def small_segmif() -> SegMiF:
     encoder = dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
     return segmif(3, head_dim=16, encoder=encoder, dim=8, growth=4, num_heads=2, drop_path_rate=0.0)
@@ -544,6 +561,7 @@ TASKS: dict[str, Task] = {
         lambda: OAT(48, 4, 48, (1, 1), table_size=10, drop=0.0, levels=1), shelves, paths_alike,
         odd=lambda g: shelves(1, g, 9), batch_size=32, lr=3e-3,
     ),
+    "medusa": Task(small_medusa, brightness, accuracy_of, odd=lambda g: brightness(1, g, 33, 27), lr=5e-3),
     "pmaa": Task(small_pmaa, cloudy(16, 16), restored, odd=lambda g: cloudy(17, 13)(1, g), lr=3e-3),
     "restoreformer": Task(
         small_restoreformer, degraded(16, 16), restored, odd=lambda g: degraded(17, 13)(1, g), lr=3e-3
