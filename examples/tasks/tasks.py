@@ -27,6 +27,7 @@ from attnlib.models.dense.grounding import SentenceSegmenter
 from attnlib.models.dense.heads import FPNHead, Segmenter
 from attnlib.models.dense.resunet import ResUNet
 from attnlib.models.dense.segmif import SegMiF, segmif
+from attnlib.models.dense.taskexpert import DenseTask, TaskExpert
 from attnlib.models.detect.boxes import overlaps
 from attnlib.models.detect.cace import CACENet
 from attnlib.models.detect.temporal import BoundaryDetector, average_precision
@@ -346,6 +347,30 @@ def blobs_found(model: Any, batch: Batch) -> dict[str, float]:
     return {"found": float(((row - 15.5).abs().le(6) & (column - 11.5).abs().le(6)).float().mean())}
 
 
+def small_taskexpert() -> TaskExpert:
+    tasks = {"classes": DenseTask("classes", 3), "edges": DenseTask("edges"), "depth": DenseTask("depth")}
+    trunk = resnet((4, 8), (1, 1), stem_dim=4, num_classes=0, in_chans=1)
+    return TaskExpert(tasks, Features(trunk), 3, 16)
+
+
+def balls_three_ways(count: int, generator: torch.Generator, size: tuple[int, int] = (32, 32)) -> Batch:
+    """Balls in noise: what they are, where they end, and how near they are, which the smoothed image says."""
+    x, classes = blobs(count, size, generator=generator, num_classes=3)
+    inside = (classes > 0).float()[:, None]
+    around = torch.nn.functional.max_pool2d(inside, 3, 1, 1) - inside
+    depth = torch.nn.functional.avg_pool2d(x, 5, 1, 2)
+    return {"x": x, "target": {"classes": classes, "edges": around[:, 0].long(), "depth": depth}}
+
+
+def three_ways(model: Any, batch: Batch) -> dict[str, float]:
+    """Overlap of what is not background, and the error of depth over its spread."""
+    made, target = model.predict(batch["x"]), batch["target"]
+    found, truth = made["classes"] > 0, target["classes"] > 0
+    depth = target["depth"][:, 0]
+    overlap = float(2 * (found & truth).sum() / (found.sum() + truth.sum()).clamp(min=1))
+    return {"dice": overlap, "depth": float((made["depth"] - depth).abs().mean() / depth.std())}
+
+
 def small_topiq() -> TOPIQ:
     trunk = resnet((4, 4, 8, 8), (1, 1, 1, 1), stem_dim=4, num_classes=0)
     return TOPIQ(dim=16, num_heads=2, drop=0.0, encoder=Features(trunk), freeze_norms=False)
@@ -578,6 +603,9 @@ TASKS: dict[str, Task] = {
     ),
     "subspaces": Task(
         lambda: SubspaceEmbedding(torch.nn.Identity(), 32, 24, 2, drop=0.0), textures, nearest_class, export=False
+    ),
+    "taskexpert": Task(
+        small_taskexpert, balls_three_ways, three_ways, odd=lambda g: balls_three_ways(1, g, (33, 27)), lr=5e-3
     ),
     "tefal": Task(lambda: TEFAL(8, drop=0.0), clips, found_clips, batch_size=16, lr=5e-3),
     "topiq": Task(small_topiq, blurred, ranked, odd=lambda g: blurred(1, g, (33, 18)), batch_size=16, lr=5e-3),
