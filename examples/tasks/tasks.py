@@ -28,8 +28,11 @@ from attnlib.models.dense.heads import FPNHead, Segmenter
 from attnlib.models.dense.resunet import ResUNet
 from attnlib.models.dense.segmif import SegMiF, segmif
 from attnlib.models.dense.taskexpert import DenseTask, TaskExpert
+from attnlib.models.detect.anchor_free import AnchorFreeDetector, DecoupledHead
 from attnlib.models.detect.boxes import overlaps
 from attnlib.models.detect.cace import CACENet
+from attnlib.models.detect.featenhancer import Enhanced
+from attnlib.models.detect.pan import PAN, CSPBackbone
 from attnlib.models.detect.temporal import BoundaryDetector, average_precision
 from attnlib.models.maps.standard import MappedLanes
 from attnlib.models.medusa import SharedAttention
@@ -547,6 +550,23 @@ def paths_alike(model: Any, batch: Batch) -> dict[str, float]:
     found = model.predict(**inputs_of(batch), max_steps=12)
     scores = [sequence_score(a, b) for a, b in zip(found, batch["target"], strict=True)]
     return {"sequence score": sum(scores) / len(scores)}
+def small_detector(neck: torch.nn.Module | None = None) -> AnchorFreeDetector:
+    dims = (8, 16, 16, 16, 16)
+    neck = PAN(dims[2:]) if neck is None else neck
+    return AnchorFreeDetector(CSPBackbone(dims, (1, 1, 1, 1)), neck, DecoupledHead(dims[2:], 2))
+
+
+def small_enhanced() -> Enhanced:
+    return Enhanced(small_detector(), attnlib.create_model("featenhancer", dim=8))
+
+
+def in_the_dark(count: int, generator: torch.Generator, side: int = 32) -> Batch:
+    """Visible pictures, dark and noisy."""
+    start = int(torch.randint(0, 2**31, (), generator=generator))
+    made = [make_pair(start + i, side=side, seen="visible") for i in range(count)]
+    x = 0.1 * torch.stack([p.visible for p in made])
+    x = x + 0.01 * torch.randn(x.shape, generator=generator)
+    return {"x": x, "target": [{"boxes": p.boxes, "labels": p.labels} for p in made]}
 
 
 TASKS: dict[str, Task] = {
@@ -576,6 +596,10 @@ TASKS: dict[str, Task] = {
     "deyolo": Task(
         lambda: attnlib.create_model("deyolo_n", width=0.125, num_classes=2, sides=(20, 20, 20)), pairs, boxes_found,
         odd=lambda g: {name: x[..., :37, :51] for name, x in pairs(1, g, 64).items() if name != "target"}, lr=5e-3,
+    ),
+    "featenhancer": Task(
+        small_enhanced, in_the_dark, boxes_found, odd=lambda g: {"x": in_the_dark(1, g, 64)["x"][..., :37, :51]},
+        lr=5e-3,
     ),
     "filip": Task(small_filip, things, found, batch_size=32, lr=5e-3),
     "fod": Task(small_fod, weave, blobs_found, odd=lambda g: weave(1, g, (27, 38))),
