@@ -550,6 +550,8 @@ def paths_alike(model: Any, batch: Batch) -> dict[str, float]:
     found = model.predict(**inputs_of(batch), max_steps=12)
     scores = [sequence_score(a, b) for a, b in zip(found, batch["target"], strict=True)]
     return {"sequence score": sum(scores) / len(scores)}
+
+
 def small_detector(neck: torch.nn.Module | None = None) -> AnchorFreeDetector:
     dims = (8, 16, 16, 16, 16)
     neck = PAN(dims[2:]) if neck is None else neck
