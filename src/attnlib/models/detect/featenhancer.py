@@ -162,8 +162,8 @@ class Enhanced(TaskModel):
 
     def enhanced(self, x: Tensor) -> Tensor:
         """What the model reads."""
-        x = self.enhancer(x)
-        return x if self.between is None else self.between(x)
+        made: Tensor = self.enhancer(x)
+        return made if self.between is None else self.between(made)
 
     def forward(self, x: Tensor, *more: Any, **settings: Any) -> Any:
         """What the model says; ``more`` and ``settings`` are handed on."""
@@ -173,7 +173,8 @@ class Enhanced(TaskModel):
         """The model's own terms."""
         if not hasattr(self.model, "loss"):
             raise TypeError(f"model has no loss(prediction, target): {type(self.model).__name__}")
-        terms: dict[str, Tensor] = self.model.loss(prediction, target)
+        model: Any = self.model
+        terms: dict[str, Tensor] = model.loss(prediction, target)
         return terms
 
     @torch.no_grad()
@@ -182,7 +183,7 @@ class Enhanced(TaskModel):
         training = self.training
         self.eval()
         try:
-            answer: Callable[..., Any] = getattr(self.model, "predict", self.model)
+            answer: Any = getattr(self.model, "predict", self.model)
             return answer(self.enhanced(x), *more, **settings)
         finally:
             self.train(training)
