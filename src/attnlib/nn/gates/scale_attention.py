@@ -27,6 +27,7 @@ def scale_weights(maps: Tensor, key: int, num_heads: int) -> Tensor:
     Raises:
         ValueError: no maps, a map that is not there, heads that do not divide C.
 
+    >>> import torch
     >>> maps = torch.randn(1, 1, 3, 4, 8).expand(1, 2, 3, 4, 8)
     >>> scale_weights(maps, 1, 2).unique().tolist()
     [0.5]
@@ -44,6 +45,7 @@ def scale_weights(maps: Tensor, key: int, num_heads: int) -> Tensor:
 def attend_scales(maps: Tensor, key: int, num_heads: int) -> Tensor:
     """(B, S, *grid, C) -> (B, *grid, C): the maps, mixed by :func:`scale_weights`.
 
+    >>> import torch
     >>> attend_scales(torch.randn(2, 3, 5, 5, 8), 0, 4).shape
     torch.Size([2, 5, 5, 8])
     """
