@@ -42,6 +42,8 @@ from attnlib.models.pretrain.croco import CroCo
 from attnlib.models.pretrain.masks import random_mask
 from attnlib.models.restore.adversarial import PatchDiscriminator
 from attnlib.models.restore.degrade import Degradation
+from attnlib.models.restore.masks import square_masks
+from attnlib.models.restore.pepsi import PEPSI, REDDiscriminator
 from attnlib.models.restore.pmaa import PMAA
 from attnlib.models.restore.restoreformer import RestoreFormer
 from attnlib.models.restore.topiq import TOPIQ
@@ -421,6 +423,21 @@ def small_pmaa() -> PMAA:
     return PMAA(num_dates=2, dim=8, depth=3, drop_path=0.0, discriminator=PatchDiscriminator(12, (8, 8)))
 
 
+def holed(*sides: int) -> Callable[[int, torch.Generator], Batch]:
+    """Pictures with a square that is missing."""
+
+    def batch(count: int, generator: torch.Generator) -> Batch:
+        target = pictures(count, *sides, chans=3, generator=generator)
+        known = square_masks(count, sides, min(sides) // 3, generator)
+        return {"x": target.masked_fill(~known, 0.0), "known": known, "target": target}
+
+    return batch
+
+
+def small_pepsi() -> PEPSI:
+    return PEPSI(dims=(4, 8, 8, 16), discriminator=REDDiscriminator(3, (8, 8), (24, 24)))
+
+
 def degraded(*sides: int) -> Callable[[int, torch.Generator], Batch]:
     """Pictures made worse, and what they were."""
     worse = Degradation(down=(1.0, 3.0), grey=0.0, size=max(sides) * 4)
@@ -576,11 +593,11 @@ TASKS: dict[str, Task] = {
     "agunet3d": Task(
         small_unet("agunet3d"), balls(16, 16, 16), dice, odd=lambda g: balls(13, 16, 5)(1, g), lr=1e-2
     ),
+    "biofusionnet": Task(small_biofusionnet, ill(6), by_risk, odd=lambda g: ill(1)(1, g), batch_size=32, lr=5e-3),
     "cace": Task(
         lambda: CACENet(3, 8, 6, 16, 2, (8, 32, 16)), clips_with_sound, segments_right,
         odd=lambda g: clips_with_sound(1, g, 9), batch_size=32, lr=5e-3, clip=0.5,
     ),
-    "biofusionnet": Task(small_biofusionnet, ill(6), by_risk, odd=lambda g: ill(1)(1, g), batch_size=32, lr=5e-3),
     "conditional": Task(
         lambda: ConditionalCrossAttention(torch.nn.Identity(), 2, 12, 6, 2), two_attributes, nearest, batch_size=24
     ),
@@ -608,11 +625,12 @@ TASKS: dict[str, Task] = {
     "fpn": Task(
         small_fpn, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)
     ),
+    "medusa": Task(small_medusa, brightness, accuracy_of, odd=lambda g: brightness(1, g, 33, 27), lr=5e-3),
     "oat": Task(
         lambda: OAT(48, 4, 48, (1, 1), table_size=10, drop=0.0, levels=1), shelves, paths_alike,
         odd=lambda g: shelves(1, g, 9), batch_size=32, lr=3e-3,
     ),
-    "medusa": Task(small_medusa, brightness, accuracy_of, odd=lambda g: brightness(1, g, 33, 27), lr=5e-3),
+    "pepsi": Task(small_pepsi, holed(24, 24), restored, odd=lambda g: holed(25, 19)(1, g), lr=3e-3),
     "pmaa": Task(small_pmaa, cloudy(16, 16), restored, odd=lambda g: cloudy(17, 13)(1, g), lr=3e-3),
     "restoreformer": Task(
         small_restoreformer, degraded(16, 16), restored, odd=lambda g: degraded(17, 13)(1, g), lr=3e-3

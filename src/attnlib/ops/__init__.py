@@ -11,6 +11,7 @@ from .modulation import channel_attention, context_attention, depthwise
 from .neighborhood import neighborhood_attention, neighborhood_partial
 from .nystrom import gaussian_kernel, newton_inverse, nystrom_attention
 from .partition import partition_attention, window_attention
+from .patches import PatchOutput, patch_attention
 from .points import Points, band_points, continuous_points, extreme_points, similarity_points
 from .reduced import agent_attention, reduced_attention
 from .reversed import reversed_attention
@@ -24,6 +25,7 @@ __all__ = [
     "BACKENDS",
     "BlockPlan",
     "LinearOutput",
+    "PatchOutput",
     "Points",
     "ScanOutput",
     "agent_attention",
@@ -54,6 +56,7 @@ __all__ = [
     "nystrom_attention",
     "operators",
     "partition_attention",
+    "patch_attention",
     "reduced_attention",
     "reversed_attention",
     "selective_scan",
