@@ -40,6 +40,7 @@ from attnlib.models.perception.oat import OAT
 from attnlib.models.perception.scanpaths import sequence_score
 from attnlib.models.pretrain.croco import CroCo
 from attnlib.models.pretrain.masks import random_mask
+from attnlib.models.pretrain.uni4eye import Uni4Eye
 from attnlib.models.restore.adversarial import PatchDiscriminator
 from attnlib.models.restore.degrade import Degradation
 from attnlib.models.restore.masks import square_masks
@@ -291,6 +292,27 @@ def two_views(*grid: int) -> Callable[[int, torch.Generator], Batch]:
         first = cells.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, : grid[0], : grid[1]]
         mask = random_mask(count, cells[0].numel(), ratio=0.75, generator=generator)
         return {"image1": first, "image2": first.roll(2, -1), "mask": mask, "target": first}
+
+    return batch
+
+
+def small_uni4eye() -> Uni4Eye:
+    settings: dict[str, Any] = dict(in_chans=1, dim=24, depth=1, num_heads=2, mask_ratio=0.5)
+    return Uni4Eye(8, (8, 8, 4), 2, decoder_dim=24, decoder_depth=1, decoder_heads=2, **settings)
+
+
+def waves(side: int) -> Callable[[int, torch.Generator], Batch]:
+    """Pictures, or every other time volumes, of a wave of any phase."""
+
+    def batch(count: int, generator: torch.Generator) -> Batch:
+        grid = (side, side) if torch.rand((), generator=generator) < 0.5 else (side, side, -(-side // 2))
+        at = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in grid), indexing="ij")).sum(0)
+        phase = 6.3 * torch.rand(count, *(1,) * (len(grid) + 1), generator=generator)
+        x = (0.7 * at + phase).sin()
+        patches = 1
+        for n in grid:
+            patches *= -(-n // 2)
+        return {"x": x, "mask": random_mask(count, patches, ratio=0.5, generator=generator), "target": x}
 
     return batch
 
@@ -653,4 +675,5 @@ TASKS: dict[str, Task] = {
     ),
     "tefal": Task(lambda: TEFAL(8, drop=0.0), clips, found_clips, batch_size=16, lr=5e-3),
     "topiq": Task(small_topiq, blurred, ranked, odd=lambda g: blurred(1, g, (33, 18)), batch_size=16, lr=5e-3),
+    "uni4eye": Task(small_uni4eye, waves(8), guessed, odd=lambda g: waves(7)(1, g), batch_size=16, lr=5e-3),
 }  # fmt: skip
