@@ -22,6 +22,7 @@ from attnlib.models.backbones.stages import Features
 from attnlib.models.bags.acmil import ACMIL
 from attnlib.models.bags.biofusionnet import BioFusionNet, Survival, concordance
 from attnlib.models.dense.daf import DAF
+from attnlib.models.dense.dmmi import DMMI, referring_scores
 from attnlib.models.dense.fod import FOD
 from attnlib.models.dense.grounding import SentenceSegmenter
 from attnlib.models.dense.heads import FPNHead, Segmenter
@@ -515,6 +516,39 @@ def accuracy_of(model: Any, batch: Batch) -> dict[str, float]:
     return {"accuracy": float((model.predict(**inputs_of(batch)) == batch["target"]).float().mean())}
 
 
+def small_dmmi() -> DMMI:
+    sizes: dict[str, Any] = dict(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), window_size=4)
+    words = dict(text_dim=16, text_heads=2, ff_dim=32, drop=0.0)
+    return DMMI(**sizes, **words, text_encoder=Words(), drop_path_rate=0.0)
+
+
+class Words(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(6, 16)
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.table(ids)
+
+
+def referred(count: int, generator: torch.Generator, height: int = 32, width: int = 32) -> Batch:
+    """Red and blue things; a sentence names red ones (2), blue ones (3) or green ones (4), of which there are none."""
+    picture = named(count, generator, height, width)
+    colour = torch.where(torch.rand(count, generator=generator) < 0.2, 2, picture["text"].argmax(1))
+    target = picture["target"] * (colour < 2)[:, None, None]
+    text = torch.tensor([1, 0, 5]).repeat(count, 1)
+    erased = text.clone()
+    text[:, 1] = colour + 2
+    valid = torch.tensor([True, True, False]).repeat(count, 1)
+    return {"x": picture["x"], "text": text, "valid": valid, "erased": erased, "target": target}
+
+
+def referring(model: Any, batch: Batch) -> dict[str, float]:
+    """Overlap, and how often a mask is empty that is to be."""
+    scores = referring_scores(model.predict(**inputs_of(batch)), batch["target"] == 1)
+    return {k: v for k, v in scores.items() if not k.startswith("P@")}
+
+
 def small_segmif() -> SegMiF:
     encoder = dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
     return segmif(3, head_dim=16, encoder=encoder, dim=8, growth=4, num_heads=2, drop_path_rate=0.0)
@@ -642,6 +676,7 @@ TASKS: dict[str, Task] = {
         small_enhanced, in_the_dark, boxes_found, odd=lambda g: {"x": in_the_dark(1, g, 64)["x"][..., :37, :51]},
         lr=5e-3,
     ),
+    "dmmi": Task(small_dmmi, referred, referring, odd=lambda g: referred(1, g, 33, 27), lr=3e-3),
     "filip": Task(small_filip, things, found, batch_size=32, lr=5e-3),
     "fod": Task(small_fod, weave, blobs_found, odd=lambda g: weave(1, g, (27, 38))),
     "fpn": Task(
