@@ -27,6 +27,7 @@ from attnlib.models.dense.fod import FOD
 from attnlib.models.dense.grounding import SentenceSegmenter
 from attnlib.models.dense.heads import FPNHead, Segmenter
 from attnlib.models.dense.resunet import ResUNet
+from attnlib.models.dense.scaledepth import ScaleDepth
 from attnlib.models.dense.segmif import SegMiF, segmif
 from attnlib.models.dense.taskexpert import DenseTask, TaskExpert
 from attnlib.models.detect.anchor_free import AnchorFreeDetector, DecoupledHead
@@ -375,6 +376,34 @@ def blobs_found(model: Any, batch: Batch) -> dict[str, float]:
     return {"found": float(((row - 15.5).abs().le(6) & (column - 11.5).abs().le(6)).float().mean())}
 
 
+def letters(sentences: list[str]) -> torch.Tensor:
+    """A stand-in for an encoder of text."""
+    return torch.stack([torch.sin(torch.arange(1, 7) * float(sum(map(ord, s)))) for s in sentences])
+
+
+def small_scaledepth() -> ScaleDepth:
+    trunk = resnet((4, 8), (1, 1), stem_dim=4, num_classes=0)
+    settings: dict[str, Any] = dict(num_bins=16, num_scales=2, depth=2, scale_depth=1, text_dim=6, range_weight=1.0)
+    return ScaleDepth(Features(trunk), 16, 2, **settings).bind(letters, ["room", "street"])
+
+
+def slopes(count: int, generator: torch.Generator, size: tuple[int, int] = (32, 32)) -> Batch:
+    """Ground that rises into the distance: rooms of 10 m and streets of 80 m, which differ in colour."""
+    far = torch.arange(count) % 2
+    slope = torch.linspace(0.2, 1, size[0]).pow(0.5 + torch.rand(count, 1, generator=generator))
+    relative = slope[:, :, None].expand(count, *size)
+    noise = torch.rand(count, *size, generator=generator)
+    x = torch.stack([relative, far[:, None, None].expand_as(relative).float(), noise], 1)
+    depth = relative * torch.where(far > 0, 80.0, 10.0)[:, None, None]
+    return {"x": x, "target": {"depth": depth, "scene": far}}
+
+
+def depth_error(model: Any, batch: Batch) -> dict[str, float]:
+    """Mean relative error of depth."""
+    depth = batch["target"]["depth"]
+    return {"relative error": float(((model.predict(batch["x"]) - depth).abs() / depth).mean())}
+
+
 def small_taskexpert() -> TaskExpert:
     tasks = {"classes": DenseTask("classes", 3), "edges": DenseTask("edges"), "depth": DenseTask("depth")}
     trunk = resnet((4, 8), (1, 1), stem_dim=4, num_classes=0, in_chans=1)
@@ -696,6 +725,9 @@ TASKS: dict[str, Task] = {
         small_resunet, balls(32, 32, num_classes=3), dice, odd=lambda g: balls(33, 27, num_classes=3)(1, g)
     ),
     "scale_invariant": Task(small_search, one_thing_a_scene, found_across, batch_size=12, lr=3e-3, export=False),
+    "scaledepth": Task(
+        small_scaledepth, slopes, depth_error, odd=lambda g: slopes(1, g, (27, 34)), batch_size=8, lr=1e-2
+    ),
     "segmif": Task(small_segmif, seen_by_one, dice_of_both, odd=lambda g: seen_by_one(1, g, 33, 27), lr=5e-3),
     "sentence": Task(small_grounding, named, dice, odd=lambda g: named(1, g, 33, 27), lr=1e-2),
     "standard_map": Task(
