@@ -137,6 +137,10 @@ def rows():
         num_heads=2,
         num_experts=2,
     )
+    for which in ("position", "channel"):
+        key = {"position": "pam", "channel": "cam"}[which]
+        slug = f"danet-{which}-attention"
+        plain(slug, entries("danet", f"{key}.state."), functools.partial(create, slug, dim=16))
     dfa3d = functools.partial(create, "dfa3d", dim=8, num_heads=2, depth_bins=4, reference="grid")
     inside = {k if k.startswith("output") else f"deformable_attention.{k}": v for k, v in dfa3d().state_dict().items()}
     plain("dfa3d", inside, dfa3d)

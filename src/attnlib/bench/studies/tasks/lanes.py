@@ -26,7 +26,7 @@ def measure(
     progress: Progress | None = None,
     keep: str | Path | None = None,
     pictures: str | Path | None = None,
-    steps: Sequence[int] = (50, 100, 200, 400),
+    steps: Sequence[int] = (50, 100, 200),
     seeds: Sequence[int] = (1, 2, 3),
     tested: int = 96,
 ) -> dict[str, Any]:
