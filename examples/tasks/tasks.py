@@ -38,6 +38,9 @@ from attnlib.models.detect.pan import PAN, CSPBackbone
 from attnlib.models.detect.temporal import BoundaryDetector, average_precision
 from attnlib.models.maps.standard import MappedLanes
 from attnlib.models.medusa import SharedAttention
+from attnlib.models.meta import Rated
+from attnlib.models.pdmer import PDMER
+from attnlib.models.pdmer import scores as following
 from attnlib.models.perception.oat import OAT
 from attnlib.models.perception.scanpaths import sequence_score
 from attnlib.models.pretrain.croco import CroCo
@@ -673,6 +676,31 @@ def in_the_dark(count: int, generator: torch.Generator, side: int = 32) -> Batch
     return {"x": x, "target": [{"boxes": p.boxes, "labels": p.labels} for p in made]}
 
 
+def listeners(count: int, generator: torch.Generator, length: int = 12) -> Batch:
+    """Songs whose mood sounds in some bands; who listens feels it more or less, or the other way round."""
+    who = torch.arange(count) % max(count // 4, 1)
+    phase, rate = (torch.rand(count, 2, 1, generator=generator) for _ in range(2))
+    mood = torch.sin(6.3 * phase + (0.4 + 0.8 * rate) * torch.arange(length)).mT
+    mel = 0.2 * torch.randn(count, length, 9, 12, generator=generator)
+    mel[..., :6] += mood[..., :1, None]
+    mel[..., 6:] += mood[..., 1:, None]
+    gain = torch.tensor([0.7, -0.7])[torch.randint(0, 2, (len(who.unique()),), generator=generator)]
+    values = gain[who][:, None, None] * mood
+    return {"mel": mel, "song": torch.zeros(count, 16), "target": Rated(values, who)}
+
+
+def felt_after_one(model: Any, batch: Batch) -> dict[str, float]:
+    """Concordance with each listener's ratings, before and after one song of theirs."""
+    values, who = batch["target"]
+    before, after = [], []
+    for i in who.unique():
+        mel, song, said = (t[who == i] for t in (batch["mel"], batch["song"], values))
+        mine = model.adapt({"mel": mel[:1], "song": song[:1], "target": said[:1]})
+        for kept, some in ((before, model), (after, mine)):
+            kept.append(following(some.predict(mel[1:], song[1:]), said[1:]).ccc.mean())
+    return {"ccc before": float(torch.stack(before).mean()), "ccc after": float(torch.stack(after).mean())}
+
+
 TASKS: dict[str, Task] = {
     "acmil": Task(lambda: ACMIL(8, 2, 16, hidden_dim=8), slides, told_apart, batch_size=16, lr=5e-3),
     "agunet3d": Task(
@@ -701,11 +729,11 @@ TASKS: dict[str, Task] = {
         lambda: attnlib.create_model("deyolo_n", width=0.125, num_classes=2, sides=(20, 20, 20)), pairs, boxes_found,
         odd=lambda g: {name: x[..., :37, :51] for name, x in pairs(1, g, 64).items() if name != "target"}, lr=5e-3,
     ),
+    "dmmi": Task(small_dmmi, referred, referring, odd=lambda g: referred(1, g, 33, 27), lr=3e-3),
     "featenhancer": Task(
         small_enhanced, in_the_dark, boxes_found, odd=lambda g: {"x": in_the_dark(1, g, 64)["x"][..., :37, :51]},
         lr=5e-3,
     ),
-    "dmmi": Task(small_dmmi, referred, referring, odd=lambda g: referred(1, g, 33, 27), lr=3e-3),
     "filip": Task(small_filip, things, found, batch_size=32, lr=5e-3),
     "fod": Task(small_fod, weave, blobs_found, odd=lambda g: weave(1, g, (27, 38))),
     "fpn": Task(
@@ -715,6 +743,12 @@ TASKS: dict[str, Task] = {
     "oat": Task(
         lambda: OAT(48, 4, 48, (1, 1), table_size=10, drop=0.0, levels=1), shelves, paths_alike,
         odd=lambda g: shelves(1, g, 9), batch_size=32, lr=3e-3,
+    ),
+    "pdmer": Task(
+        lambda: PDMER(
+            16, 4, 1, 32, local=1, wide=4, mel_size=(9, 12), window=12, drop=0.0, attention_weight=0.1, inner_steps=4,
+            inner_lr=0.1,
+        ), listeners, felt_after_one, odd=lambda g: listeners(2, g, 17), batch_size=32, lr=5e-3,
     ),
     "pepsi": Task(small_pepsi, holed(24, 24), restored, odd=lambda g: holed(25, 19)(1, g), lr=3e-3),
     "pmaa": Task(small_pmaa, cloudy(16, 16), restored, odd=lambda g: cloudy(17, 13)(1, g), lr=3e-3),
