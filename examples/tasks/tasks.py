@@ -36,6 +36,7 @@ from attnlib.models.detect.cace import CACENet
 from attnlib.models.detect.featenhancer import Enhanced
 from attnlib.models.detect.pan import PAN, CSPBackbone
 from attnlib.models.detect.temporal import BoundaryDetector, average_precision
+from attnlib.models.diffusion.scale_distillation import OneStepUpscaler, smaller, zero_terminal_snr
 from attnlib.models.maps.standard import MappedLanes
 from attnlib.models.medusa import SharedAttention
 from attnlib.models.meta import Rated
@@ -511,6 +512,35 @@ def small_restoreformer() -> RestoreFormer:
     return RestoreFormer(**settings, frozen=(), discriminator=PatchDiscriminator(3, (8, 8)), gan_weight=0.1)
 
 
+class SmallDenoiser(torch.nn.Module):
+    """Noise and a picture side by side to a picture, over the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Conv2d(7, 16, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(16, 3, 3, padding=1)
+        )
+
+    def forward(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        time = (t / 20).to(z.dtype)[:, None, None, None].expand(-1, 1, *z.shape[2:])
+        return self.net(torch.cat([z, time], 1))
+
+
+def small_upscaler() -> OneStepUpscaler:
+    return OneStepUpscaler(SmallDenoiser(), zero_terminal_snr(torch.linspace(0.999, 0.01, 20)), 2)
+
+
+def small_and_large(*sides: int) -> Callable[[int, torch.Generator], Batch]:
+    """Pictures, and the same half as large; noise to begin with."""
+
+    def batch(count: int, generator: torch.Generator) -> Batch:
+        target = pictures(count, *sides, chans=3, generator=generator)
+        noise = torch.randn(target.shape, generator=generator)
+        return {"low": smaller(target, 2), "noise": noise, "target": target}
+
+    return batch
+
+
 def restored(model: Any, batch: Batch) -> dict[str, float]:
     """PSNR of the answer."""
     return {"psnr": psnr(model.predict(**inputs_of(batch)), batch["target"])}
@@ -777,4 +807,7 @@ TASKS: dict[str, Task] = {
     "tefal": Task(lambda: TEFAL(8, drop=0.0), clips, found_clips, batch_size=16, lr=5e-3),
     "topiq": Task(small_topiq, blurred, ranked, odd=lambda g: blurred(1, g, (33, 18)), batch_size=16, lr=5e-3),
     "uni4eye": Task(small_uni4eye, waves(8), guessed, odd=lambda g: waves(7)(1, g), batch_size=16, lr=5e-3),
+    "upscaler": Task(
+        small_upscaler, small_and_large(16, 16), restored, odd=lambda g: small_and_large(18, 10)(1, g), lr=1e-2
+    ),
 }  # fmt: skip
