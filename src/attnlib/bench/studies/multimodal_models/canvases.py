@@ -330,7 +330,7 @@ TECHNIQUES: dict[str, Technique] = {
     "DC², nothing merged": functools.partial(_dc2, theta=0.0),
 }
 #: Those that take seconds for a canvas are measured on fewer.
-SLOW = ("DC², nothing merged",)
+SLOW = (*(name for name in TECHNIQUES if name.startswith("ZoomEye")), "DC², nothing merged")
 
 
 def _prepare(speaker: CanvasSpeaker, asked: Asked) -> None:
@@ -423,10 +423,17 @@ def measure(
 
 def table(result: dict[str, Any]) -> str:
     """The rows as a table in Markdown."""
-    lines = ["| technique | right % | against the whole | there | not there | colour | prompts | visual tokens |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = [
+        "| technique | canvases | right % | against the whole | there | not there | colour | prompts | visual tokens |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for row in result["rows"]:
-        cells = [row["name"], told(row, "right"), told(row, "against") if row["against"] else ""]
+        cells = [
+            row["name"],
+            str(row["right"]["n"]),
+            told(row, "right"),
+            told(row, "against") if row["against"] else "",
+        ]
         cells += [told(row, kind) for kind in ("found", "denied", "colour")]
         lines.append(
             "| " + " | ".join([*cells, *(f"{row[k]['mean']:.0f}" for k in ("prompts", "visual tokens"))]) + " |"
