@@ -35,6 +35,7 @@ from attnlib.models.detect.boxes import overlaps
 from attnlib.models.detect.cace import CACENet
 from attnlib.models.detect.featenhancer import Enhanced
 from attnlib.models.detect.pan import PAN, CSPBackbone
+from attnlib.models.detect.sdanet import SelectiveNeck
 from attnlib.models.detect.temporal import BoundaryDetector, average_precision
 from attnlib.models.diffusion.scale_distillation import OneStepUpscaler, smaller, zero_terminal_snr
 from attnlib.models.maps.standard import MappedLanes
@@ -697,6 +698,18 @@ def small_enhanced() -> Enhanced:
     return Enhanced(small_detector(), attnlib.create_model("featenhancer", dim=8))
 
 
+def small_selective() -> AnchorFreeDetector:
+    return small_detector(torch.nn.Sequential(PAN((16, 16, 16)), SelectiveNeck(16, 3, hidden=16)))
+
+
+def laid_over(count: int, generator: torch.Generator, side: int = 32) -> Batch:
+    """Pictures that let through what lies behind: two laid over each other, the things of the first hidden in it."""
+    start = int(torch.randint(0, 2**30, (), generator=generator))
+    made = [make_pair(start + i, side=side, seen="visible") for i in range(2 * count)]
+    x = torch.stack([0.6 * p.visible + 0.4 * q.infrared for p, q in zip(made[:count], made[count:], strict=True)])
+    return {"x": x, "target": [{"boxes": p.boxes, "labels": p.labels} for p in made[:count]]}
+
+
 def in_the_dark(count: int, generator: torch.Generator, side: int = 32) -> Batch:
     """Visible pictures, dark and noisy."""
     start = int(torch.randint(0, 2**31, (), generator=generator))
@@ -792,6 +805,7 @@ TASKS: dict[str, Task] = {
     "scaledepth": Task(
         small_scaledepth, slopes, depth_error, odd=lambda g: slopes(1, g, (27, 34)), batch_size=8, lr=1e-2
     ),
+    "sdanet": Task(small_selective, laid_over, boxes_found, odd=lambda g: laid_over(1, g, 51), lr=5e-3),
     "segmif": Task(small_segmif, seen_by_one, dice_of_both, odd=lambda g: seen_by_one(1, g, 33, 27), lr=5e-3),
     "sentence": Task(small_grounding, named, dice, odd=lambda g: named(1, g, 33, 27), lr=1e-2),
     "standard_map": Task(
