@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from doubles import doubles  # noqa: E402
 from parity import Fixture  # noqa: E402
 
 import attnlib  # noqa: E402
@@ -92,8 +93,15 @@ class Their(Fixture):
 
 
 @pytest.fixture(scope="module")
-def their():
-    return Their()
+def recorded():
+    with doubles():
+        return Their()
+
+
+@pytest.fixture
+def their(recorded):
+    with doubles():
+        yield recorded
 
 
 def test_training_is_the_authors(their):
