@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 
 diffusers = pytest.importorskip("diffusers")
 
+from doubles import doubles  # noqa: E402
+
 import attnlib  # noqa: E402
 from attnlib.hooks import Intervention  # noqa: E402
 from attnlib.steer import DimensionReduction  # noqa: E402
@@ -30,8 +32,15 @@ def build():
 
 
 @pytest.fixture(scope="module")
-def model():
-    return build().double()
+def built():
+    with doubles():
+        return build().double()
+
+
+@pytest.fixture
+def model(built):
+    with doubles():
+        yield built
 
 
 def inputs(**changes):
@@ -64,15 +73,15 @@ CASES = {
 def test_output_and_slopes_are_the_authors(model, name):
     technique, changes = CASES[name]
     out, slope = run(model, technique, **changes)
-    torch.testing.assert_close(out, FIXTURE[f"{name}.y"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(slope, FIXTURE[f"{name}.g"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, FIXTURE[f"{name}.y"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(slope, FIXTURE[f"{name}.g"], rtol=1e-9, atol=1e-9)
 
 
 def test_a_padded_prompt_does_not_shift_the_other(model):
     """Right by default: what is padded counts for nothing, as if it were not there."""
     out, _ = run(model, DimensionReduction(condition=CONDITION))
     assert (out - FIXTURE["two.y"])[1].abs().max() > 1e-3  # of the sample whose first prompt is padded
-    torch.testing.assert_close(out[0], FIXTURE["two.y"][0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(out[0], FIXTURE["two.y"][0], rtol=0, atol=1e-9)
     short = {key: value[1:] if isinstance(value, torch.Tensor) else value for key, value in inputs().items()}
     short["encoder_hidden_states"] = short["encoder_hidden_states"][:, :5]
     short["encoder_attention_mask"] = torch.ones(1, 5)
