@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from doubles import doubles  # noqa: E402
+
 import attnlib  # noqa: E402
 from attnlib.hooks import Maps  # noqa: E402
 from attnlib.steer import Anagram, TiledDenoiser  # noqa: E402
@@ -256,28 +258,30 @@ def test_two_pictures_in_half_precision_and_without_guidance(floyd):
         assert draw(half, {**given, **low}).isfinite().all()
 
 
-def test_the_second_stage(floyd):
+def test_the_second_stage():
     """The small picture stands behind the noisy one and is viewed with it; variances stay those of the mean."""
     from diffusers import DDPMScheduler, IFSuperResolutionPipeline, UNet2DConditionModel
 
-    first, given = floyd
-    torch.manual_seed(1)
-    config = {**first.unet.config, "in_channels": 6, "class_embed_type": "timestep"}
-    pipe = IFSuperResolutionPipeline(
-        tokenizer=None, text_encoder=None, unet=UNet2DConditionModel.from_config(config).eval(), safety_checker=None,
-        feature_extractor=None, watermarker=None, scheduler=first.scheduler, image_noising_scheduler=DDPMScheduler(),
-        requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    given = {**given, "image": torch.rand(1, 3, 4, 4), "noise_level": 50}
-    plain, one = draw(pipe, given), given["prompt_embeds"][0]
-    views = [tiles.identity_view()] * 2
-    with attnlib.attach(pipe, Anagram(views, [one, one], rectify=False, step_size=0)):
-        torch.testing.assert_close(draw(pipe, given), plain, atol=1e-5, rtol=1e-5)
-    views = [tiles.identity_view(), tiles.negated()]
-    with attnlib.attach(pipe, Anagram(views, texts(given), score, step_size=0)):
-        got = draw(pipe, given)
-    assert got.shape == plain.shape and got.isfinite().all() and not torch.equal(got, plain)
+    with doubles():
+        first, given = pipes.deepfloyd()
+        torch.manual_seed(1)
+        config = {**first.unet.config, "in_channels": 6, "class_embed_type": "timestep"}
+        pipe = IFSuperResolutionPipeline(
+            tokenizer=None, text_encoder=None, unet=UNet2DConditionModel.from_config(config).eval(),
+            safety_checker=None, feature_extractor=None, watermarker=None, scheduler=first.scheduler,
+            image_noising_scheduler=DDPMScheduler(), requires_safety_checker=False,
+        )  # fmt: skip
+        pipe.set_progress_bar_config(disable=True)
+        given = {**given, "image": torch.rand(1, 3, 4, 4), "noise_level": 50}
+        plain, one = draw(pipe, given), given["prompt_embeds"][0]
+        assert plain.dtype == torch.float64
+        views = [tiles.identity_view()] * 2
+        with attnlib.attach(pipe, Anagram(views, [one, one], rectify=False, step_size=0)):
+            torch.testing.assert_close(draw(pipe, given), plain, atol=1e-9, rtol=1e-9)
+        views = [tiles.identity_view(), tiles.negated()]
+        with attnlib.attach(pipe, Anagram(views, texts(given), score, step_size=0)):
+            got = draw(pipe, given)
+        assert got.shape == plain.shape and got.isfinite().all() and not torch.equal(got, plain)
 
 
 def test_bad_input(floyd, tmp_path):

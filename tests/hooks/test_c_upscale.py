@@ -6,6 +6,8 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from doubles import doubles  # noqa: E402
+
 import attnlib  # noqa: E402
 from attnlib.hooks import Intervention, Maps  # noqa: E402
 from attnlib.steer import AStar, CUpscale, PromptMaps, TiledDenoiser  # noqa: E402
@@ -76,22 +78,30 @@ def test_an_identity_in_tiles_is_one(pipe, settings):
     assert {shape[0] for shape in parts.seen} <= {2, 4, 6}
 
 
-def test_one_tile_is_the_pipeline_and_more_are_not(pipe):
+def test_one_tile_is_the_pipeline_and_more_are_not(pipe, folder):
     state, plain = torch.get_rng_state(), pipes.sample(pipe, steps=2)
     with attnlib.attach(pipe, TiledDenoiser()):
         assert torch.equal(pipes.sample(pipe, steps=2), plain)
         with pytest.raises(ValueError, match="a tile of 16 is larger than the picture, 8"):
             pipes.sample(pipe, steps=1, height=8, width=16)
-    wide = pipes.sample(pipe, ["a cat", "a dog"], steps=2, height=16, width=32, num_images_per_prompt=2)
-    outs = []
-    for settings in ({}, {"batch": 4}, {"jitter": True}):
-        watch = Watch([0])
-        with attnlib.attach(pipe, TiledDenoiser(**settings), watch):
-            outs.append(pipes.sample(pipe, ["a cat", "a dog"], steps=2, height=16, width=32, num_images_per_prompt=2))
-    assert watch.calls[0][0].rows == ("uncond",) * 4 + ("cond",) * 4 and watch.calls[0][0].prompts == (0, 0, 1, 1) * 2
-    torch.testing.assert_close(outs[0], outs[1], atol=1e-5, rtol=1e-5)
-    assert not torch.equal(outs[0], wide) and not torch.equal(outs[0], outs[2])
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(pipes.sample(pipe, steps=2), plain)
+
+    def both(made):
+        return pipes.sample(made, ["a cat", "a dog"], steps=2, height=16, width=32, num_images_per_prompt=2)
+
+    with doubles():
+        fine = pipes.stable_diffusion(folder)
+        state, wide, outs = torch.get_rng_state(), both(fine), []
+        for settings in ({}, {"batch": 4}, {"jitter": True}):
+            watch = Watch([0])
+            with attnlib.attach(fine, TiledDenoiser(**settings), watch):
+                outs.append(both(fine))
+    call = watch.calls[0][0]
+    assert call.rows == ("uncond",) * 4 + ("cond",) * 4 and call.prompts == (0, 0, 1, 1) * 2
+    assert outs[0].dtype == torch.float64
+    torch.testing.assert_close(outs[0], outs[1], atol=1e-9, rtol=1e-9)
+    assert not torch.equal(outs[0], wide) and not torch.equal(outs[0], outs[2])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_sdxl_is_told_where_its_tile_lies(tmp_path):
