@@ -236,7 +236,7 @@ def test_patches_go_there_and_back_in_any_rank():
 def test_positions_are_stretched_to_another_grid_as_the_release_does():
     m = built()
     tokens = m.encoder(images(1, 3, 48, 32)).levels[-1]
-    table = m.encoder.positions.T.view(1, 16, 4, 4)
+    table = fixed_positions(m.encoder.grid, 16).to(next(m.parameters())).T.view(1, 16, 4, 4)
     wide = nn.functional.interpolate(table.float(), size=(6, 4), mode="bicubic", align_corners=False).double()
     x = m.encoder.stem(images(1, 3, 48, 32)).flatten(2).mT + wide.flatten(2).mT
     torch.testing.assert_close(tokens, m.encoder.body(x)[-1], rtol=1e-6, atol=1e-6)

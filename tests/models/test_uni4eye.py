@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from attnlib.models.pretrain.masks import random_mask
 from attnlib.models.pretrain.patches import fixed_positions, from_patches, to_patches
-from attnlib.models.pretrain.uni4eye import EyeClassifier, Uni4Eye, convert, sobel
+from attnlib.models.pretrain.uni4eye import EyeClassifier, Uni4Eye, convert, fixed_table, sobel
 from attnlib.models.protocol import Optimizers, train_batch
 from tests.parity import HERE, synthetic
 
@@ -138,7 +138,7 @@ def test_volumes_have_positions():
     table = fixed_positions((3, 3, 2), 12)
     assert len(table.unique(dim=0)) == 18 and table.abs().max() <= 1
     assert not fixed_positions((2, 2, 2), 14)[:, 12:].any()  # what does not divide stays zero
-    assert built().encoder.positions3.any() and not built(compat="authors").encoder.positions3.any()
+    assert fixed_table(built().encoder, 3).any() and not fixed_table(built(compat="authors").encoder, 3).any()
     same = torch.ones(1, 1, 16, 16, 8).double()  # one cube everywhere: positions alone tell them apart
     assert len(built().encoder(same).tokens[0, 1:].round(decimals=9).unique(dim=0)) == 32
     assert len(built(compat="authors").encoder(same).tokens[0, 1:].round(decimals=9).unique(dim=0)) == 1

@@ -203,7 +203,7 @@ class ScaleDepth(TaskModel):
         self.to_scale, self.to_text = nn.Linear(dim, 1), nn.Linear(dim, text_dim)
         nn.init.constant_(self.to_scale.bias, float(torch.tensor(check_real("start", start, above=0)).log()))
         self.scenes: tuple[str, ...] = ()
-        self.register_buffer("texts", None, persistent=False)
+        self.texts = None
 
     # ---- text
 
@@ -249,7 +249,7 @@ class ScaleDepth(TaskModel):
         """
         if self.texts is None:
             raise ValueError("no text encoder is bound: call bind(text_encoder, scenes) first")
-        return image.to(self.texts.dtype) @ self.texts.mT / self.temperature
+        return image.to(self.texts.dtype) @ self.texts.to(image.device).mT / self.temperature
 
     # ---- the model
 

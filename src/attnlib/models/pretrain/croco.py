@@ -74,8 +74,6 @@ class PatchEncoder(nn.Module):
         base: of rotary positions, or ``None`` for added ones.
     """
 
-    positions: Tensor
-
     def __init__(
         self, img_size: int | Sequence[int], patch_size: int, in_chans: int, dim: int, depth: int, num_heads: int,
         mlp_ratio: float, base: float | None,
@@ -90,7 +88,7 @@ class PatchEncoder(nn.Module):
         self.stem = nn.Conv2d(in_chans, dim, patch_size, patch_size)
         self.body = TokenEncoder(dim, depth, num_heads, mlp_ratio, base)
         if base is None:
-            self.register_buffer("positions", fixed_positions(self.grid, dim), persistent=False)
+            fixed_positions(self.grid, dim)  # refuses widths that are too small
 
     def forward(self, images: Tensor, mask: Tensor | None = None, hidden: int = 0) -> Tokens:
         """Tokens of pictures (B, in_chans, H, W); with ``mask`` (B, N) of those that are not among the ``hidden``."""
@@ -99,7 +97,7 @@ class PatchEncoder(nn.Module):
         x = x.flatten(2).mT
         coords = None
         if self.base is None:
-            x = x + stretched(self.positions, self.grid, grid).to(x.dtype)
+            x = x + stretched(fixed_positions(self.grid, self.dim).to(x), self.grid, grid)
         else:
             coords = grid_coords(grid, x.device)
         if mask is not None:
@@ -117,23 +115,19 @@ class ViewDecoder(AsymmetricDecoder):
         in_dim, dim, depth, num_heads, mlp_ratio, base, norm_memory: of :class:`AsymmetricDecoder`.
     """
 
-    positions: Tensor
-
     def __init__(
         self, grid: tuple[int, int], in_dim: int, dim: int, depth: int, num_heads: int, mlp_ratio: float,
         base: float | None, norm_memory: bool,
     ):  # fmt: skip
         super().__init__(in_dim, dim, depth, num_heads, mlp_ratio, base, True, norm_memory)
         self.grid, self.base = grid, base
-        if base is None:
-            self.register_buffer("positions", fixed_positions(grid, self.dim), persistent=False)
 
     def views(self, first: Tokens, second: Tokens, mask: Tensor | None = None) -> list[Tensor]:
         """(B, N, dim) behind every block, of all patches of the first view."""
         x, memory = self.placed(first.levels[-1], mask), self.embed(second.levels[-1])
         if self.base is None:
             x, memory = (
-                t + stretched(self.positions, self.grid, grid).to(t.dtype)
+                t + stretched(fixed_positions(self.grid, self.dim).to(t), self.grid, grid)
                 for t, grid in ((x, first.grid), (memory, second.grid))
             )
             return self(x, None, memory)

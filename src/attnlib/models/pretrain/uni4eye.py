@@ -100,9 +100,6 @@ class UnifiedEncoder(nn.Module):
         compat: ``"authors"``: positions of volumes are zeros.
     """
 
-    positions2: Tensor
-    positions3: Tensor
-
     def __init__(
         self, img_size: int = 224, volume_size: Sequence[int] | None = None, patch_size: int = 16, in_chans: int = 3,
         dim: int = 768, depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0, compat: str | None = None,
@@ -122,14 +119,16 @@ class UnifiedEncoder(nn.Module):
         self.stem3 = nn.Conv3d(in_chans, dim, patch_size, patch_size)
         self.cls_token = nn.Parameter(0.02 * torch.randn(dim))
         self.body = TokenEncoder(dim, depth, num_heads, mlp_ratio)
-        _tables(self, self.grids, dim, compat)
+        self.compat = compat
+        fixed_table(self, 3)  # refuses widths that are too small for three axes
 
     def forward(self, x: Tensor, mask: Tensor | None = None, hidden: int = 0) -> Seen:
         """Tokens of pictures (B, C, H, W) or volumes (B, C, H, W, D), with ``mask`` of those that are not hidden."""
         rank = x.dim() - 2
         x = (self.stem2 if rank == 2 else self.stem3)(padded(x, (self.patch_size,) * rank))
         grid = tuple(x.shape[2:])
-        x = x.flatten(2).mT + _table(self, grid).to(x.dtype)
+        x = x.flatten(2).mT
+        x = x + _table(self, grid, x)
         if mask is not None:
             x = take(x, visible_first(mask)[:, : mask.shape[1] - hidden])
         first = self.cls_token.to(x.dtype).expand(len(x), 1, -1)
@@ -142,15 +141,15 @@ class UnifiedEncoder(nn.Module):
         self.stem3.bias.copy_(self.stem2.bias)  # type: ignore[union-attr, arg-type]
 
 
-def _tables(module: nn.Module, grids: Mapping[int, tuple[int, ...]], dim: int, compat: str | None) -> None:
-    for rank, grid in grids.items():
-        zeros = compat == "authors" and rank == 3
-        table = torch.zeros(math.prod(grid), dim) if zeros else fixed_positions(grid, dim)
-        module.register_buffer(f"positions{rank}", table, persistent=False)
+def fixed_table(module: Any, rank: int) -> Tensor:
+    """(N, dim) positions of a part on a grid of so many axes; zeros of volumes by ``compat="authors"``."""
+    grid: tuple[int, ...] = module.grids[rank]
+    zeros = module.compat == "authors" and rank == 3
+    return torch.zeros(math.prod(grid), module.dim) if zeros else fixed_positions(grid, module.dim)
 
 
-def _table(module: Any, grid: tuple[int, ...]) -> Tensor:
-    return stretched(getattr(module, f"positions{len(grid)}"), module.grids[len(grid)], grid)
+def _table(module: Any, grid: tuple[int, ...], like: Tensor) -> Tensor:
+    return stretched(fixed_table(module, len(grid)).to(like), module.grids[len(grid)], grid)
 
 
 class PatchDecoder(AsymmetricDecoder):
@@ -162,9 +161,6 @@ class PatchDecoder(AsymmetricDecoder):
         compat: as of the encoder.
     """
 
-    positions2: Tensor
-    positions3: Tensor
-
     def __init__(
         self, encoder: UnifiedEncoder, dim: int, depth: int, num_heads: int, mlp_ratio: float, compat: str | None
     ):
@@ -172,12 +168,13 @@ class PatchDecoder(AsymmetricDecoder):
         self.grids = encoder.grids
         self.head2 = nn.Linear(dim, encoder.patch_size**2 * encoder.in_chans)
         self.head3 = nn.Linear(dim, encoder.patch_size**3 * encoder.in_chans)
-        _tables(self, self.grids, dim, compat)
+        self.compat = compat
+        fixed_table(self, 3)  # refuses widths that are too small for three axes
 
     def patches(self, seen: Seen, mask: Tensor) -> Tensor:
         """(B, N, P C) of every patch."""
         x = self.placed(seen.tokens, mask, prefix=1)
-        x = x + F.pad(_table(self, seen.grid), (0, 0, 1, 0)).to(x.dtype)  # the class token has none
+        x = x + F.pad(_table(self, seen.grid, x), (0, 0, 1, 0))  # the class token has none
         return (self.head2 if len(seen.grid) == 2 else self.head3)(self(x)[-1][:, 1:])
 
 

@@ -152,9 +152,6 @@ class PerceptualLoss(nn.Module):
     (0.0, True)
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self, features: nn.Module, weights: Sequence[float] | None = None, distance: str = "l1", unit: bool = False,
         mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,),
@@ -168,8 +165,7 @@ class PerceptualLoss(nn.Module):
         self.features = features.eval()
         for i, s in enumerate(std):
             check_real(f"std[{i}]", s, above=0)
-        self.register_buffer("mean", torch.tensor(tuple(mean)).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(tuple(std)).view(1, -1, 1, 1), persistent=False)
+        self.mean, self.std = tuple(mean), tuple(std)
 
     def train(self, mode: bool = True) -> PerceptualLoss:
         super().train(mode)
@@ -179,7 +175,8 @@ class PerceptualLoss(nn.Module):
     def maps(self, x: Tensor) -> list[Tensor]:
         """Maps of images (B, C, H, W)."""
         held = {k: v.detach() for k, v in [*self.features.named_parameters(), *self.features.named_buffers()]}
-        given = (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
+        mean, std = (x.new_tensor(t).view(1, -1, 1, 1) for t in (self.mean, self.std))
+        given = (x - mean) / std
         found = torch.func.functional_call(self.features, held, (given,))
         several = [found] if isinstance(found, Tensor) else list(found)
         if self.unit:
@@ -216,7 +213,7 @@ class AdversarialModel(TaskModel):
         gan_start: part of the training (:meth:`set_progress`) before which there is no discriminator.
     """
 
-    progress: Tensor
+    progress: float
 
     def __init__(
         self, discriminator: nn.Module | None = None, gan_kind: str = "hinge", gan_weight: float = 1.0,
@@ -230,11 +227,11 @@ class AdversarialModel(TaskModel):
         self.gan_weight = check_real("gan_weight", gan_weight, least=0)
         self.judge_weight = check_real("judge_weight", judge_weight, above=0)
         self.gan_start = check_real("gan_start", gan_start, least=0, most=1)
-        self.register_buffer("progress", torch.zeros(()), persistent=False)
+        self.progress = 0.0
 
     def set_progress(self, progress: float) -> None:
         """How much of the training lies behind, 0 to 1; what changes over it changes by this only."""
-        self.progress.fill_(check_real("progress", progress, least=0, most=1))
+        self.progress = check_real("progress", progress, least=0, most=1)
 
     def image_of(self, prediction: Any, inputs: Mapping[str, Any]) -> Tensor:
         """The image that is judged; the prediction itself, by default."""
@@ -266,7 +263,7 @@ class AdversarialModel(TaskModel):
             return self.loss(made[0], target)
 
         judge = self.discriminator
-        if judge is None or float(self.progress) < self.gan_start:
+        if judge is None or self.progress < self.gan_start:
             params = self.generator_params()
             yield Step("generator", params, lambda: self.loss(self(**inputs), target))
             return

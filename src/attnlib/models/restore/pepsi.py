@@ -239,7 +239,7 @@ class PEPSI(AdversarialModel):
         target = target.to(made.dtype)
         terms = {"image": self.image * F.l1_loss(made, target)}
         if prediction.coarse is not None:
-            terms["coarse"] = self.coarse * (1 - self.progress.to(made)) * F.l1_loss(prediction.coarse, target)
+            terms["coarse"] = self.coarse * (1 - self.progress) * F.l1_loss(prediction.coarse, target)
         return terms
 
     def image_of(self, prediction: Inpainted, inputs: Mapping[str, Any]) -> Tensor:
