@@ -401,6 +401,14 @@ def check_channel_attention():
     return {"Q": q, "K": k, "V": v, "SCALE": 1 / 3}, {}, {"Y": channel_attention(q, k, v)}
 
 
+def check_patch_attention():
+    """Patches of one pixel, by cosines."""
+    x, c = rand(1, 2, 4, 5), rand(1, 3, 4, 5)
+    unit = lambda t: torch.nn.functional.normalize(t.flatten(1, 2).unsqueeze(1), dim=-1)  # noqa: E731
+    given = {"Q": unit(x), "K": blocks(unit(c), 4), "V": blocks(c.flatten(1, 2).unsqueeze(1), 4), "SCALE": 10.0}
+    return given, {}, {"AV": attnlib.ops.patch_attention(x, c, kernel=1, similarity="cosine").flatten(1, 2).unsqueeze(1)}
+
+
 CHECKS = {
     "attention": check_attention, "attention_partial": check_partial, "merge": check_merge, "split": check_split,
     "block_sparse": check_block_sparse, "neighborhood": check_neighborhood, "partition": check_partition,
@@ -410,6 +418,7 @@ CHECKS = {
     "linear_bidirectional": check_linear_bidirectional, "toeplitz": check_toeplitz, "deformable": check_deformable,
     "selective_scan": check_selective_scan,
     "deformable_3d": check_deformable_3d, "modulation": check_modulation, "channel_attention": check_channel_attention,
+    "patch_attention": check_patch_attention,
 }  # fmt: skip
 
 
@@ -438,7 +447,7 @@ def test_passes_and_footprints_of_the_operators():
         "linear_chunkwise": (1, "D F"), "linear_parallel": (1, "D + F + 1"), "linear_bidirectional": (1, "D F + D"),
         "toeplitz": (1, "D + F + 1"), "deformable": (1, "F"), "deformable_3d": (1, "F"),
         "selective_scan": (1, "S"), "nystrom": (2, "P A + A C"),
-        "modulation": (2, "2 T C + C"), "channel_attention": (2, "C D"),
+        "modulation": (2, "2 T C + C"), "channel_attention": (2, "C D"), "patch_attention": (1, "E + F + 2"),
     }  # fmt: skip
 
 

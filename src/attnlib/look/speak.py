@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..checks import check_flag, check_int, check_real, check_type, describe
 from ..extras import need
-from ..hooks.hf.names import CACHE_ARGUMENTS
+from ..hooks.hf.names import cache_argument, cache_out
 from ..hooks.session import _sessions
 from .pixels import Picture, digest, to_bytes, to_picture, to_pictures
 
@@ -578,13 +578,11 @@ class Speaker(BaseSpeaker):
         }
         tails = [row[common:] for row in rows]
         ids = nn.utils.rnn.pad_sequence(tails, batch_first=True)  # nobody reads what is padded behind the last word
-        known = inspect.signature(self.model.forward).parameters
-        name = next((name for name in CACHE_ARGUMENTS if name in known), "past_key_values")
         with self._reading():
             out = self.model(**start, use_cache=True)
-            keys = getattr(out, name, None) or out.past_key_values
+            keys = cache_out(out)
             keys.batch_repeat_interleave(len(rows))
-            logits = self.model(input_ids=ids, use_cache=True, **{name: keys}).logits
+            logits = self.model(input_ids=ids, use_cache=True, **cache_argument(self.model, keys)).logits
         return [logits[i, len(tail) - 1] for i, tail in enumerate(tails)]
 
     def _score(self, images: tuple[Picture, ...], text: Text, answer: str) -> float:

@@ -506,5 +506,9 @@ OPERATORS: dict[str, Described] = {
     "modulation": Described(
         ("depthwise", "mixed_depthwise", "pyramid", "pool", "gated_sum", "modulate"), _modulation, "tokens"
     ),
-    "channel_attention": Described(("channel_attention",), _channels, "tokens"),
+    "channel_attention": Described(("channel_attention", "context_attention"), _channels, "tokens"),
+    # by cosines, of patches that are cut before and laid over one another behind; distances take a pass for their mean
+    "patch_attention": Described(
+        ("patch_attention",), lambda: attention_cascade("softmax", bias=False), "patches of the context"
+    ),
 }  # fmt: skip

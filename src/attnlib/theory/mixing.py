@@ -98,6 +98,8 @@ NOT_LINEAR: dict[str, str] = {
     "abc": "values say themselves how much they count in a slot",
     "based-conv": "a SiLU stands between its convolution and its output map, and a gate multiplies it",
     "crossformer": "its output map reads groups one after another, padding among them, not tokens in their order",
+    "danet-channel-attention": "it mixes features, not tokens: its map is features by features",
+    "danet-position-attention": "no output map reads what was mixed: scaled, it is added to the tokens",
     "davit": "it mixes features, not tokens: its map is features by features, and reads every token's values",
     "favit": "its groups of channels read summaries of the map of different kinds, with a matrix for each",
     "focalnet": "a GELU stands between the levels of its context, and the gated context is a factor of the query",
@@ -460,6 +462,8 @@ def _inputs(m: Any) -> tuple[Tensor, Tensor | None] | None:
     generator = torch.Generator().manual_seed(0)
     dtype = next((p.dtype for p in m.parameters()), torch.float32)
     cross = not any(p.endswith("self") for p in m.traits.patterns)
+    if cross and not hasattr(m, "context_dim"):
+        return None  # a fusion of two streams
     for rank in sorted(m.traits.grid_ranks):
         for grid in _SIDES[rank]:
             x = torch.randn((1, *grid, m.dim), generator=generator).to(dtype)

@@ -193,8 +193,8 @@ class DynamicWeight(nn.Module):
     >>> w = DynamicWeight(2, 1.0)
     >>> for losses in ([4.0, 4.0], [2.0, 4.0]):
     ...     _ = w(torch.tensor(losses))
-    >>> w(torch.tensor([1.0, 1.0])).tolist()
-    [0.7550813555717468, 1.2449187040328979]
+    >>> [round(x, 4) for x in w(torch.tensor([1.0, 1.0])).tolist()]
+    [0.7551, 1.2449]
     """
 
     seen: Tensor

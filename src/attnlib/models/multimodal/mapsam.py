@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_axes, check_choice, check_float, check_int, check_real, check_type, describe
+from ...hooks.hf.names import named_implementation
 from ...ops.points import extreme_points
 from ..protocol import TaskModel, Terms
 
@@ -379,8 +380,8 @@ def resized(sam: nn.Module, image_size: int) -> nn.Module:
         config[part]["image_size"] = image_size
         config[part].pop("image_embedding_size", None)
     kind = type(model.config)
-    fresh = kind(**{n: config[n] for n in ("vision_config", "prompt_encoder_config", "mask_decoder_config")})
-    fresh._attn_implementation = model.config._attn_implementation
+    parts = {n: config[n] for n in ("vision_config", "prompt_encoder_config", "mask_decoder_config")}
+    fresh = kind(**parts, attn_implementation=named_implementation(model.config))
     new = type(model)(fresh).to(next(model.parameters()))
     state = model.state_dict()
     for name, own in new.state_dict().items():
