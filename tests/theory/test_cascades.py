@@ -406,7 +406,8 @@ def check_patch_attention():
     x, c = rand(1, 2, 4, 5), rand(1, 3, 4, 5)
     unit = lambda t: torch.nn.functional.normalize(t.flatten(1, 2).unsqueeze(1), dim=-1)  # noqa: E731
     given = {"Q": unit(x), "K": blocks(unit(c), 4), "V": blocks(c.flatten(1, 2).unsqueeze(1), 4), "SCALE": 10.0}
-    return given, {}, {"AV": attnlib.ops.patch_attention(x, c, kernel=1, similarity="cosine").flatten(1, 2).unsqueeze(1)}
+    want = attnlib.ops.patch_attention(x, c, kernel=1, similarity="cosine")
+    return given, {}, {"AV": want.flatten(1, 2).unsqueeze(1)}
 
 
 CHECKS = {
