@@ -166,6 +166,7 @@ def family(name, seed=0):
         inputs["input_ids"][0, :2] = 0
         inputs["attention_mask"][0, :2] = 0
     else:
+        tiny_qwen.needs_turn()
         model, inputs = tiny_qwen.qwen_vl(seed), tiny_qwen.qwen_vl_inputs()
     with torch.no_grad():
         for n, p in model.named_parameters():

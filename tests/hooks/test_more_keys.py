@@ -101,8 +101,9 @@ def test_no_rotation_where_only_some_layers_turn(family):
 
 
 def test_turned_keys_of_three_axes():
-    from hooks.qwen_vl import qwen_vl, qwen_vl_inputs
+    from hooks.qwen_vl import needs_turn, qwen_vl, qwen_vl_inputs
 
+    needs_turn()
     look = Again()
     model = qwen_vl()
     with torch.no_grad(), attnlib.attach(model, look):
