@@ -145,7 +145,7 @@ def main() -> None:
                 model.train()
             print(f"{step} {float(loss.detach()):.3f} {time.time() - began:.0f} s {said}", flush=True)
     print(step, judged(model.eval(), dev, g), f"{time.time() - began:.0f} s", flush=True)
-    model.save_pretrained(args.out)
+    model.half().save_pretrained(args.out)
 
 
 if __name__ == "__main__":

@@ -132,4 +132,5 @@ def load(folder: Path | str | None = None) -> Any:
             f"no trained segmenter in {folder}; examples/multimodal/segmenter.py makes one, "
             "and a checkout of the repository has it in examples/multimodal/segmenter"
         )
-    return need("transformers", "the small segmenter").SamModel.from_pretrained(str(folder)).eval()
+    hf = need("transformers", "the small segmenter")
+    return hf.SamModel.from_pretrained(str(folder), dtype=torch.float32).eval()  # kept in half precision
