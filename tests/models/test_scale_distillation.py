@@ -239,6 +239,23 @@ def test_bad_input():
     model = make(4)
     with pytest.raises(ValueError, match=r"multiples of 4"):
         model.denoiser_loss(torch.zeros(1, 3, 8, 6))
+    y = torch.zeros(2, 3, 8, 8)
+    for given, message in (
+        (dict(timesteps=torch.tensor([0, 20])), "timesteps points at step 20; possible: 0 to 19"),
+        (dict(timesteps=torch.tensor([0, -1])), "timesteps points at step -1"),
+        (dict(timesteps=torch.tensor([0])), r"timesteps must have shape \(2,\)"),
+        (dict(noise=y[:1]), "noise must be of the shape of latents"),
+        (dict(low=y), r"low must be the target 4 times smaller, \(2, 3, 2, 2\)"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            model.denoiser_loss(y, **given)
+    for flat in (torch.ones(4), torch.ones(1)):
+        with pytest.raises(ValueError, match="alphas_cumprod must fall"):
+            zero_terminal_snr(flat)
+    student = make().student()
+    with pytest.raises(ValueError, match="smaller than factor=2"):
+        student.student(2)
+    assert student.teacher is not None  # a refusal changes nothing
     with pytest.raises(ValueError, match="low must be pictures"):
         model(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="noise must be of the shape"):
@@ -273,8 +290,8 @@ class Lines(nn.Module):
         return self.net(torch.cat([z.flatten(1), t[:, None] / 20], 1))[:, None]
 
 
-def test_a_student_is_no_worse_than_a_model_of_its_factor_alone():
-    """Signals, as many steps for each: 8 after 2 and 4 starts from what they know."""
+def test_a_student_is_better_than_a_model_of_its_factor_trained_for_the_steps_of_its_stage():
+    """Signals; 8 after 2 and 4 starts from what they know, and has cost four times as many steps in all."""
     g, at = torch.Generator().manual_seed(0), torch.linspace(0, 6.28, 32)
 
     def waves(count):

@@ -25,7 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_axes, check_choice, check_float, check_int, check_real, check_type, describe, readable
+from ...checks import (
+    check_axes,
+    check_choice,
+    check_float,
+    check_index,
+    check_int,
+    check_real,
+    check_type,
+    describe,
+    readable,
+)
 from ...types import stats_dtype
 from ..protocol import Step, trained
 from ..restore.adversarial import AdversarialModel
@@ -45,6 +55,9 @@ def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     0.0
     """
     check_axes("alphas_cumprod", alphas_cumprod, T=None)
+    check_float("alphas_cumprod", alphas_cumprod)
+    if readable(alphas_cumprod) and not (len(alphas_cumprod) > 1 and bool(alphas_cumprod[0] > alphas_cumprod[-1])):
+        raise ValueError(f"alphas_cumprod must fall from its first to its last step, got {describe(alphas_cumprod)}")
     root = alphas_cumprod.double().sqrt()
     return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square().to(alphas_cumprod.dtype)
 
@@ -215,8 +228,8 @@ class OneStepUpscaler(AdversarialModel):
         if noise is None:
             drawn = torch.randn(hint.shape, generator=torch.Generator().manual_seed(0))
             noise = drawn.to(hint)
-        elif noise.shape != hint.shape:
-            raise ValueError(f"noise must be of the shape of latents, {tuple(hint.shape)}, got {describe(noise)}")
+        else:
+            _check_like_latents("noise", noise, hint)
         last = torch.full((low.shape[0],), len(self.alphas) - 1, device=low.device)
         return self.clean(noise, hint, last, condition)
 
@@ -268,11 +281,18 @@ class OneStepUpscaler(AdversarialModel):
         if any(n % self.factor for n in target.shape[2:]):
             raise ValueError(f"target has sides {tuple(target.shape[2:])}; they must be multiples of {self.factor}")
         size = tuple(target.shape[2:])
-        z = self.encode(target)
-        hint = self.hint(self.down(target, self.factor) if low is None else low, size)
-        noise = torch.randn_like(z) if noise is None else noise
+        if low is None:
+            low = self.down(target, self.factor)
+        want = (*target.shape[:2], *(n // self.factor for n in size))
+        if not isinstance(low, Tensor) or tuple(low.shape) != want:
+            raise ValueError(f"low must be the target {self.factor} times smaller, {want}, got {describe(low)}")
+        z, hint = self.encode(target), self.hint(low, size)
+        if noise is None:
+            noise = torch.randn_like(z)
         if timesteps is None:
             timesteps = torch.randint(len(self.alphas), (len(z),), device=z.device)
+        _check_like_latents("noise", noise, z)
+        check_index("timesteps", timesteps, (len(z),), len(self.alphas), "step")
         noisy = self.mixed(z, noise, timesteps)
         right = z
         if self.teacher is not None:
@@ -316,17 +336,23 @@ class OneStepUpscaler(AdversarialModel):
 
         Both share an autoencoder. This one's own teacher is let go.
         """
-        self.teacher = None
         given: dict[str, Any] = dict(
             autoencoder=self.autoencoder, prediction=self.prediction, weight=self.weight, down=self.down
         )
         factor = 2 * self.factor if factor is None else factor
-        return OneStepUpscaler(copy.deepcopy(self.denoiser), self.alphas, factor, teacher=self, **{**given, **settings})
+        made = OneStepUpscaler(copy.deepcopy(self.denoiser), self.alphas, factor, teacher=self, **{**given, **settings})
+        self.teacher = None  # not before the settings of the next were taken
+        return made
 
     def decoder_stage(self, **settings: Any) -> OneStepUpscaler:
         """The last stage: the same denoiser, kept as it is, and a decoder that learns; ``settings`` of its loss."""
         given: dict[str, Any] = dict(autoencoder=self.autoencoder, prediction=self.prediction, down=self.down)
         return OneStepUpscaler(self.denoiser, self.alphas, self.factor, stage="decoder", **{**given, **settings})
+
+
+def _check_like_latents(name: str, given: Any, latents: Tensor) -> None:
+    if not isinstance(given, Tensor) or given.shape != latents.shape:
+        raise ValueError(f"{name} must be of the shape of latents, {tuple(latents.shape)}, got {describe(given)}")
 
 
 def _tensor(found: Any) -> Tensor:
