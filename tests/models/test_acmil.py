@@ -211,6 +211,17 @@ def test_what_is_refused():
         m.loss(m(x), torch.tensor([0]))
     with pytest.raises(ValueError, match="at least one bag"):
         m.loss(m(x[:0]), torch.zeros(0, dtype=torch.long))
+    with pytest.raises(TypeError, match="bags must be a floating-point tensor"):
+        m(x.long())
+    with pytest.raises(ValueError, match=r"x must be a tensor of shape \(B, N, C=8\)"):
+        ACMILPool(8).branches(torch.zeros(1, 4, 6))
+    with pytest.raises(ValueError, match=r"noise must be \(2, 3, 1, 9\)"):
+        built(mask_ratio=0.5).train()(x, noise=torch.rand(2, 3, 1, 4))
+    for settings, said in ((dict(top_k=-1), "top_k"), (dict(mask_ratio=1.5), "mask_ratio")):
+        with pytest.raises(ValueError, match=said):
+            hide_top(x, **{"top_k": 2, "mask_ratio": 0.5, **settings})
+    with pytest.raises(TypeError, match="weights must be"):
+        diversity([1.0])
     with pytest.raises(ValueError, match="two branches"):
         diversity(torch.ones(1, 1, 4))
     assert issubclass(ACMILPool, attnlib.nn.pools.Pool) and issubclass(ACMILHeads, attnlib.nn.pools.Pool)

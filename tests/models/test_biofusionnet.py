@@ -206,16 +206,22 @@ def test_concordance():
     time, event = torch.arange(6.0), torch.tensor([1, 0, 1, 1, 0, 1])
     assert concordance(-time, time, event) == 1 and concordance(time, time, event) == 0
     assert concordance(torch.zeros(6), time, event) == 0.5
-    try:
-        from sksurv.metrics import concordance_index_censored
-    except ImportError:
-        pass
-    else:
-        risk = torch.randn(6, generator=torch.Generator().manual_seed(0)).double()
-        theirs = concordance_index_censored(event.bool().numpy(), time.numpy(), risk.numpy())[0]
-        assert float(concordance(risk, time, event)) == pytest.approx(theirs)
+    g = torch.Generator().manual_seed(0)
+    risk, time, event = (torch.randint(0, most, (40,), generator=g) for most in (9, 12, 2))  # ties of both
+    pairs = [
+        (i, j) for i in range(40) for j in range(40)
+        if event[i] and (time[i] < time[j] or (time[i] == time[j] and not event[j]))
+    ]  # fmt: skip
+    right = sum(1.0 if risk[i] > risk[j] else 0.5 if risk[i] == risk[j] else 0.0 for i, j in pairs) / len(pairs)
+    assert float(concordance(risk, time, event)) == pytest.approx(right, rel=1e-12)
+    for wrong, said in (
+        ((risk / 0, time, event), "risk must be finite"), ((risk, time, event * 2), "event must hold 0 and 1"),
+        ((risk, time[:3], event), r"time must be a tensor of shape \(N=40\)"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            concordance(*wrong)
     with pytest.raises(ValueError, match="no pair"):
-        concordance(time, time, torch.zeros(6))
+        concordance(time, time, torch.zeros(40))
 
 
 def test_it_learns_risks_from_both_sides():
@@ -272,6 +278,14 @@ def test_what_is_refused():
         m.loss(risk, Survival(time, event[:2]))
     with pytest.raises(ValueError, match="weights must be finite and above 0"):
         weighted_cox_loss(risk, time, event, torch.zeros(3))
+    with pytest.raises(ValueError, match="risk must be finite"):
+        m.loss(risk * math.nan, Survival(time, event))
+    with pytest.raises(ValueError, match=r"patches must be finite; those of the patients \[0, 1, 2\]"):
+        m(xs[0] * math.nan, *xs[1:])
+    with pytest.raises(TypeError, match="patches must be a floating-point tensor"):
+        m(xs[0].long(), *xs[1:])
+    with pytest.raises(ValueError, match=r"features must be \(\.\.\., 8\)"):
+        FeatureVAE(8, 4, 2)(torch.zeros(2, 7))
     with pytest.raises(ValueError, match="at least one patch"):
         m(xs[0][:, :0], *xs[1:])
     valid = torch.ones(3, 6, dtype=torch.bool)

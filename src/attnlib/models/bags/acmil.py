@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...checks import (
     check_axes,
     check_choice,
+    check_float,
     check_int,
     check_real,
     check_tensor,
@@ -109,6 +110,7 @@ class ACMIL(TaskModel):
             ValueError: another shape, an empty bag, one all of whose instances would be hidden.
         """
         check_axes("bags", bags, B=None, N=None, C=self.in_chans)
+        check_float("bags", bags)
         if not bags.shape[1]:
             raise ValueError(f"bags must hold at least one instance each, got shape {tuple(bags.shape)}")
         check_valid("valid", valid, bags.shape[:2])

@@ -81,6 +81,8 @@ def weighted_cox_loss(
     check_float("risk", risk)
     if not isinstance(weights, Tensor) or weights.shape != risk.shape:
         raise ValueError(f"weights must be {tuple(risk.shape)} as risk, got {describe(weights)}")
+    if readable(risk) and not bool(risk.isfinite().all()):
+        raise ValueError("risk must be finite")
     if readable(weights) and not bool(((weights > 0) & weights.isfinite()).all()):
         raise ValueError("weights must be finite and above 0: they stand in the sets at risk, too")
     if compat == "authors" and risk.dim() == 1:
@@ -96,17 +98,22 @@ def concordance(risk: Tensor, time: Tensor, event: Tensor) -> Tensor:
     """Harrell's C: of the pairs whose order is known, the share that the risks put in it; equal risks count half.
 
     Args:
-        risk, time, event: (N,).
+        risk, time, event: (N,); finite, events of 0 and 1.
 
     Raises:
-        ValueError: no pair whose order is known.
+        ValueError: shapes that differ, other numbers, no pair whose order is known.
 
     >>> float(concordance(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 3.0]), torch.ones(3)))
     1.0
     """
+    check_axes("risk", risk, N=None)
     for name, given in (("time", time), ("event", event)):
-        if not isinstance(given, Tensor) or given.shape != risk.shape or risk.dim() != 1:
-            raise ValueError(f"{name} and risk must be (N,) both, got {describe(given)} and {describe(risk)}")
+        check_axes(name, given, N=len(risk))
+    for name, given in (("risk", risk), ("time", time)):
+        if not bool(given.isfinite().all()):
+            raise ValueError(f"{name} must be finite: what is not has no place in an order")
+    if not bool(((event == 0) | (event == 1)).all()):
+        raise ValueError("event must hold 0 and 1 only")
     happened = event.bool()
     known = happened[:, None] & ((time[:, None] < time) | ((time[:, None] == time) & ~happened))
     if not bool(known.any()):
@@ -241,21 +248,23 @@ class BioFusionNet(TaskModel):
             ValueError: another shape, numbers that are not finite, a patient without a patch.
         """
         check_axes("patches", patches, B=None, P=None, C=self.in_chans)
+        check_float("patches", patches)
         check_axes("genes", genes, B=len(patches), J=self.num_genes)
         check_axes("clinical", clinical, B=len(patches), K=self.num_clinical)
         check_valid("valid", valid, patches.shape[:2])
         if not patches.shape[1]:
             raise ValueError(f"patches must hold at least one patch of every patient, got {tuple(patches.shape)}")
-        for name, numbers in (("genes", genes), ("clinical", clinical)):
-            check_float(name, numbers)
-            if readable(numbers) and not bool(numbers.isfinite().all()):
-                rows = (~numbers.isfinite()).any(1).nonzero().flatten().tolist()
-                raise ValueError(f"{name} must be finite; those of the patients {rows[:8]} are not: fill them first")
+        check_float("genes", genes)
+        check_float("clinical", clinical)
         if valid is not None:
             if readable(valid) and not bool(valid.any(1).all()):
                 bare = (~valid.any(1)).nonzero().flatten().tolist()
                 raise ValueError(f"valid leaves the patients {bare[:8]} without a patch")
             patches = patches.masked_fill(~valid.unsqueeze(-1), 0.0)
+        for name, numbers in (("patches", patches), ("genes", genes), ("clinical", clinical)):
+            if readable(numbers) and not bool(numbers.isfinite().all()):
+                rows = (~numbers.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+                raise ValueError(f"{name} must be finite; those of the patients {rows[:8]} are not: fill them first")
         image = self.self_attention(patches, patches, valid)
         across = self.compat == "authors"
         if across:
@@ -313,6 +322,7 @@ class FeatureVAE(TaskModel):
         self.decoder, self.out = nn.Linear(dim, hidden), nn.Linear(hidden, in_chans)
 
     def forward(self, features: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        self._check(features)
         h = F.relu(self.encoder(features))
         mean, log_var = self.mean(h), self.log_var(h)
         z = mean
@@ -331,7 +341,14 @@ class FeatureVAE(TaskModel):
     @torch.no_grad()
     def predict(self, features: Tensor) -> Tensor:  # type: ignore[override]
         """(..., dim), the means."""
+        self._check(features)
         return self.mean(F.relu(self.encoder(features)))
+
+    def _check(self, features: Tensor) -> None:
+        check_float("features", features)
+        width = self.encoder.in_features
+        if not features.dim() or features.shape[-1] != width:
+            raise ValueError(f"features must be (..., {width}), got {describe(features)}")
 
 
 def convert(state_dict: Any, model: nn.Module) -> dict[str, Tensor]:

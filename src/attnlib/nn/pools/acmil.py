@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_divides, check_int, check_real, readable
+from ...checks import check_axes, check_divides, check_float, check_int, check_real, check_valid, describe, readable
 from ...types import stats_dtype
 from ..layers import merge_heads, split_heads
 from ..registry import register
@@ -54,13 +54,15 @@ def hide_top(
         noise: (B, ..., min(K, N)); the lowest numbers choose. Drawn uniformly by default.
 
     Raises:
-        ValueError: nothing of a bag would be left.
+        ValueError: another shape, numbers out of range, nothing of a bag would be left.
 
     >>> hide_top(torch.tensor([[3.0, 1.0, 2.0]]), 2, 0.5, noise=torch.tensor([[0.9, 0.1]])).tolist()
     [[False, False, True]]
     """
+    check_float("scores", scores)
     n = scores.shape[-1]
-    k = min(top_k, n)
+    k = min(check_int("top_k", top_k, least=0), n)
+    check_real("mask_ratio", mask_ratio, least=0, most=1)
     own = torch.full_like(scores[..., :1], n, dtype=torch.long)
     if valid is not None:
         over = valid.view(len(valid), *(1,) * (scores.dim() - 2), n)
@@ -77,6 +79,8 @@ def hide_top(
             )
     hide = torch.minimum(hide, own - 1)
     best = scores.topk(k, -1).indices
+    if noise is not None and (not isinstance(noise, Tensor) or noise.shape != best.shape):
+        raise ValueError(f"noise must be {tuple(best.shape)}, one for each that may be hidden, got {describe(noise)}")
     drawn = torch.rand(best.shape, device=scores.device) if noise is None else noise
     drawn = drawn.masked_fill(torch.arange(k, device=scores.device) >= counts, torch.inf)
     chosen = drawn.argsort(-1).argsort(-1) < hide
@@ -111,6 +115,8 @@ class _Challenged(Pool):
         Raises:
             ValueError: a bag of which nothing would be left.
         """
+        check_axes("x", x, B=None, N=None, C=self.dim)
+        check_valid("valid", valid, x.shape[:2])
         if valid is not None:
             x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
         scores = self.scores(x)
@@ -271,8 +277,9 @@ def diversity(weights: Tensor) -> Tensor:
     >>> float(diversity(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])))
     0.0
     """
+    check_float("weights", weights)
     if weights.dim() not in (3, 4) or weights.shape[1] < 2:
-        raise ValueError(f"weights must be (B, M, N) or (B, M, H, N) of two branches at least, got {weights.shape}")
+        raise ValueError(f"weights must be (B, M, N) or (B, M, H, N) of two branches at least, got {describe(weights)}")
     unit = F.normalize(weights.to(stats_dtype(weights.dtype)), dim=-1)
     unit = unit.transpose(1, -2)  # (B, H, M, N), or as it was
     count = unit.shape[-2]
