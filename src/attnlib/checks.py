@@ -248,6 +248,14 @@ def check_grid(name: str, grid: Any, ranks: Sequence[int] = (1, 2, 3)) -> tuple[
     return sides
 
 
+def check_size(name: str, size: Any, least: int = 1) -> tuple[int, int]:
+    """(height, width) of an image, each at least ``least``."""
+    sides = check_ints(name, size, least=least)
+    if len(sides) != 2:
+        raise ValueError(f"{name} must be (height, width), got {sides}")
+    return sides[0], sides[1]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Tensors
 

@@ -31,7 +31,7 @@ def by_hand(maps, residual, regulariser):
 def test_the_equation(how):
     maps = random_maps()
     ours = attention_flow(iter(maps), "mean-max", 0.5, how)
-    torch.testing.assert_close(ours, by_hand(maps, 0.5, column_regulariser(9, how)), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(ours, by_hand(maps, 0.5, column_regulariser(9, how)), rtol=1e-7, atol=1e-8)
 
 
 def test_identities_stay_and_rows_sum_to_one():
@@ -146,6 +146,12 @@ def test_bad_input_is_refused_by_name():
         attention_flow([])
     with pytest.raises(ValueError, match=r"maps\[1\] must be \(B, H, N, N\)"):
         attention_flow([torch.rand(1, 1, 3, 3), torch.rand(1, 1, 4, 4)])
+    with pytest.raises(ValueError, match=r"maps\[1\] must be \(B, H, N, N\)"):
+        attention_flow([torch.rand(1, 1, 3, 3), torch.rand(2, 1, 3, 3)])
+    with pytest.raises(TypeError, match="maps must be maps"):
+        attention_flow(3)
+    with pytest.raises(ValueError, match=r"grid must be \(height, width\), got \(2, 2, 1\)"):
+        flow_map(torch.rand(1, 5, 5), torch.tensor([1]), torch.arange(4), (2, 2, 1))
     with pytest.raises(ValueError, match="regulariser"):
         Flow(regulariser="quadratic")
     with pytest.raises(ValueError, match="heads"):

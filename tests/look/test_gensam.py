@@ -307,6 +307,9 @@ def test_bad_input_is_refused_by_name():
         predict(torch.rand(8, 8, 3))(box=torch.tensor([4.0, 0.0, 2.0, 5.0]))
     with pytest.raises(ValueError, match="labels must be 1 like points"):
         predict(torch.rand(8, 8, 3))(torch.rand(1, 2))
+    nothing = GenSAM(lambda image: None, lambda *a: torch.full((4, 4), float("nan")), (["frog"], ["leaf"]))
+    with pytest.raises(ValueError, match="maps must give finite scores"):
+        nothing(torch.rand(8, 8, 3))
     with pytest.raises(TypeError, match="maps must be callable"):
         GenSAM(predict, None, (["a"], []))
     with pytest.raises(TypeError, match="names must be callable or a pair"):

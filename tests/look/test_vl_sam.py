@@ -130,6 +130,8 @@ def test_the_reader_is_the_flow_of_the_models_own_maps(family):
 def test_bad_input_is_refused_by_name():
     with pytest.raises(TypeError, match="reader must be callable"):
         VLSAM(Colours(), None)
+    with pytest.raises(ValueError, match=r"image_size must be \(height, width\)"):
+        corners((4, 4, 3))
     with pytest.raises(ValueError, match="questions must hold"):
         VLSAM(Colours(), reader, [])
     with pytest.raises(ValueError, match="part must be"):

@@ -355,6 +355,8 @@ def test_bad_input_is_told_by_name(model):
         (lambda: crop(PICTURE, (5, 5, 5, 9)), ValueError, "x1 < x2"),
         (lambda: crop(PICTURE, (0.0, 0.0, 0.5, 0.5)), TypeError, r"box\[2\] must be an integer"),
         (lambda: crop(PICTURE, (0, 0, 101, 9)), ValueError, "leaves the picture of 100 × 72"),
+        (lambda: crop(PICTURE, ("a", 0, 5, 9)), TypeError, r"box\[0\] must be an integer, got 'a'"),
+        (lambda: crop(PICTURE, (0, 0, 5, 9), (0, 4)), ValueError, r"size\[0\] must be"),
         (lambda: Views(8, "far"), ValueError, "view"),
     ]:
         with pytest.raises(error, match=message):

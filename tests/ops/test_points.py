@@ -173,6 +173,17 @@ def test_bfloat16_maps_have_pixels_told_apart():
     assert points.dtype == torch.float32 and torch.autograd.grad(points.sum(), features)[0].dtype == torch.bfloat16
 
 
+def test_points_beside_the_image_move_to_its_border():
+    far = torch.tensor([[[100.0, -50.0], [3.0, 0.0]]])
+    moved = continuous_points(torch.zeros(1, 4, 4), far)
+    torch.testing.assert_close(moved[0, 0], torch.tensor([3.0, 0.0]))
+
+
+def test_what_is_no_number_stays_so():
+    scaled = min_max(torch.tensor([[float("nan"), 1.0], [0.0, 2.0]]))
+    assert scaled[0].isnan().all() and scaled[1].tolist() == [0, 1]
+
+
 def test_an_empty_batch():
     none = torch.zeros(0, 4, 4)
     assert extreme_points(none, (8, 8), count=1).points.shape[0] == 0
@@ -194,6 +205,8 @@ def test_bad_input_is_refused_by_name():
         similarity_points(torch.zeros(1, 16, 3), torch.zeros(1, 3), (8, 8), downsample=5)
     with pytest.raises(ValueError, match=r"image_size must be \(height, width\)"):
         band_points(torch.zeros(1, 2, 2), (8,))
+    with pytest.raises(ValueError, match="cells points at cell 9; possible: 0 to 3"):
+        cell_centres(torch.tensor([9]), (2, 2), (8, 8))
     with pytest.raises(ValueError, match="negative must be"):
         band_points(torch.zeros(1, 2, 2), (8, 8), positive=0.1)
     with pytest.raises(ValueError, match="either count or threshold"):

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_int, check_real, check_type, describe, shaped
+from ..checks import check_choice, check_int, check_real, check_size, check_type, describe, shaped
 from ..hooks.intervention import Probe
 from ..hooks.site import Site
 from ..ops.points import min_max
@@ -132,11 +132,12 @@ def attention_flow(
     True
     """
     _check(heads, residual, regulariser)
+    check_type("maps", maps, Iterable, "maps (B, H, N, N) of every layer")
     flow, factors = None, None
     for number, layer in enumerate(maps):
         check_type(f"maps[{number}]", layer, Tensor, "a tensor (B, H, N, N)")
         wrong = layer.dim() != 4 or layer.shape[2] != layer.shape[3]
-        if wrong or (flow is not None and layer.shape[2] != flow.shape[1]):
+        if wrong or (flow is not None and (layer.shape[0], layer.shape[2]) != tuple(flow.shape[:2])):
             raise ValueError(f"maps[{number}] must be (B, H, N, N) like the others, got {tuple(layer.shape)}")
         layer = layer if layer.dtype == torch.float64 else layer.float()  # products of halves underflow
         if flow is None:
@@ -241,7 +242,7 @@ def flow_map(flow: Tensor, tokens: Tensor, image: Tensor, grid: Sequence[int]) -
     >>> flow_map(torch.eye(5)[None], torch.tensor([2]), torch.arange(4), (2, 2)).tolist()
     [[[0.0, 0.0], [1.0, 0.0]]]
     """
-    h, w = (check_int("grid", side, least=1) for side in grid)
+    h, w = check_size("grid", grid)
     if not len(tokens):
         raise ValueError("tokens must name at least one token, got none")
     if len(image) != h * w:

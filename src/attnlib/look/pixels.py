@@ -102,7 +102,8 @@ def check_box(name: str, box: Any, size: tuple[int, int] | None = None) -> Box:
         box = box.tolist()
     if not isinstance(box, (list, tuple)) or len(box) != 4:
         raise TypeError(f"{name} must be a box (x1, y1, x2, y2) in pixels, got {describe(box)}")
-    x1, y1, x2, y2 = (check_int(f"{name}[{i}]", int(v) if float(v).is_integer() else v) for i, v in enumerate(box))
+    whole = (int(v) if isinstance(v, (float, np.floating)) and float(v).is_integer() else v for v in box)
+    x1, y1, x2, y2 = (check_int(f"{name}[{i}]", v) for i, v in enumerate(whole))
     if x2 <= x1 or y2 <= y1:
         raise ValueError(f"{name} must have x1 < x2 and y1 < y2, got {(x1, y1, x2, y2)}")
     if size is not None and (x1 < 0 or y1 < 0 or x2 > size[1] or y2 > size[0]):

@@ -22,13 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_choice, check_flag, check_int, check_real, check_type, shaped
+from ..checks import check_choice, check_flag, check_int, check_real, check_size, check_type, shaped
 from ..extras import need
 from ..ops.points import (
     ABSENT,
     Points,
     _constant,
-    _size,
     band_points,
     cell_centres,
     continuous_points,
@@ -157,7 +156,7 @@ def component_boxes(parts: Tensor, image_size: Sequence[int], count: int | None 
     >>> component_boxes(torch.tensor([[[0, 1], [0, 0]]]), (10, 10)).tolist()
     [[[5.0, 0.0, 10.0, 5.0]]]
     """
-    height, width = _size("image_size", image_size)
+    height, width = check_size("image_size", image_size)
     b, h, w = parts.shape
     most = int(parts.max()) if parts.numel() else 0
     count = most if count is None else check_int("count", count, least=0)
@@ -228,7 +227,7 @@ def from_map(
     Raises:
         ValueError: an empty map; scores that are not finite; image tokens that fill no square.
     """
-    size = _size("image_size", image_size)
+    size = check_size("image_size", image_size)
     check_choice("rule", rule, RULES)
     check_flag("continuous", continuous)
     check_type("map", map, Tensor, "a tensor (B, h, w), (h, w) or (B, P)")
@@ -275,7 +274,7 @@ def _laid_out(map: Tensor, grid: Any) -> Tensor:
         return map[None]
     if map.dim() not in (1, 2):
         raise ValueError(f"map must be (B, h, w), (h, w) or, with grid, (B, P), got {tuple(map.shape)}")
-    h, w = _size("grid", grid) if grid is not None else square_grid(map.shape[-1], "map")
+    h, w = check_size("grid", grid) if grid is not None else square_grid(map.shape[-1], "map")
     if h * w != map.shape[-1]:
         raise ValueError(f"grid={(h, w)} has {h * w} cells, but map has {map.shape[-1]} image tokens")
     return map.reshape(-1, h, w)

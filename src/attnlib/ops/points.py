@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_choice, check_int, check_ints, check_real, shaped
+from ..checks import check_choice, check_int, check_real, check_size, check_within, shaped
 
 #: Label of a place in a batch that holds no point, as transformers' segmenters have it.
 ABSENT = -10
@@ -39,13 +39,6 @@ class Points(NamedTuple):
         return self.labels != ABSENT
 
 
-def _size(name: str, value: Any) -> tuple[int, int]:
-    sizes = check_ints(name, value, least=1)
-    if len(sizes) != 2:
-        raise ValueError(f"{name} must be (height, width), got {sizes}")
-    return sizes[0], sizes[1]
-
-
 def square_grid(count: int, name: str = "scores") -> tuple[int, int]:
     """The sides of a square of ``count`` tokens.
 
@@ -63,7 +56,7 @@ def square_grid(count: int, name: str = "scores") -> tuple[int, int]:
 
 @shaped(scores="float")
 def min_max(scores: Tensor, dim: int | Sequence[int] = -1) -> Tensor:
-    """``(s - min) / (max - min)`` along axes; zeros where all are equal, with zero gradient there.
+    """``(s - min) / (max - min)`` along axes; zeros where all are equal, with zero gradient there; NaN stays NaN.
 
     >>> min_max(torch.tensor([[1.0, 3.0, 2.0], [4.0, 4.0, 4.0]])).tolist()
     [[0.0, 1.0, 0.5], [0.0, 0.0, 0.0]]
@@ -73,7 +66,8 @@ def min_max(scores: Tensor, dim: int | Sequence[int] = -1) -> Tensor:
         return scores
     low, high = scores.amin(dim, keepdim=True), scores.amax(dim, keepdim=True)
     width = high - low
-    return torch.where(width > 0, (scores - low) / torch.where(width > 0, width, 1), 0)
+    same = width == 0
+    return torch.where(same, 0, (scores - low) / torch.where(same, 1, width))
 
 
 def _constant(scores: Tensor) -> Tensor:
@@ -101,8 +95,9 @@ def cell_centres(
     >>> cell_centres(torch.tensor([0, 5]), (2, 4), (100, 200)).tolist()
     [[25.0, 25.0], [75.0, 75.0]]
     """
-    (h, w), (height, width) = _size("grid", grid), _size("image_size", image_size)
+    (h, w), (height, width) = check_size("grid", grid), check_size("image_size", image_size)
     check_choice("compat", compat, (None, "authors"))
+    check_within("cells", cells, h * w, "cell")
     kind = dtype or torch.get_default_dtype()
     x = ((cells % w).to(kind) + 0.5) * (width / w)
     y = (torch.div(cells, w, rounding_mode="floor").to(kind) + 0.5) * (height / h)
@@ -253,6 +248,7 @@ def continuous_points(scores: Tensor, points: Tensor, radius: int = 8) -> Tensor
     points = points.to(kind)
     near = torch.arange(-r, r + 1, device=scores.device)
     middle = points.detach().round().long()
+    middle = torch.stack([middle[..., 0].clamp(0, width - 1), middle[..., 1].clamp(0, height - 1)], -1)
     xs, ys = middle[..., :1] + near, middle[..., 1:] + near  # (B, K, 2 r + 1)
     within = ((ys >= 0) & (ys < height))[..., :, None] & ((xs >= 0) & (xs < width))[..., None, :]
     place = ys.clamp(0, height - 1)[..., :, None] * width + xs.clamp(0, width - 1)[..., None, :]
@@ -281,7 +277,7 @@ def crop_in_image(scores: Tensor, image_size: Sequence[int], side: int, fill: fl
     >>> crop_in_image(torch.ones(1, 2, 2), (10, 20), 2, fill=-1.0)[0].tolist()
     [[-1.0, 1.0, 1.0, -1.0], [-1.0, 1.0, 1.0, -1.0]]
     """
-    height, width = _size("image_size", image_size)
+    height, width = check_size("image_size", image_size)
     check_int("side", side, least=1)
     if tuple(scores.shape[1:]) != (side, side):
         scores = F.interpolate(scores[:, None], (side, side), mode="bilinear")[:, 0]
@@ -336,9 +332,9 @@ def similarity_points(
     >>> points.round().tolist(), labels.tolist()
     ([[[40.0, 24.0]]], [[1]])
     """
-    size = _size("image_size", image_size)
+    size = check_size("image_size", image_size)
     check_int("downsample", downsample, least=1)
-    h, w = square_grid(features.shape[1], "features") if grid is None else _size("grid", grid)
+    h, w = square_grid(features.shape[1], "features") if grid is None else check_size("grid", grid)
     if h * w != features.shape[1]:
         raise ValueError(f"grid={(h, w)} has {h * w} cells, but features has {features.shape[1]} image tokens")
     if h // downsample < 1 or w // downsample < 1:

@@ -30,12 +30,26 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_axes, check_choice, check_float, check_int, check_real, check_type, check_valid, describe
+from ..checks import (
+    check_axes,
+    check_choice,
+    check_float,
+    check_int,
+    check_real,
+    check_size,
+    check_type,
+    check_valid,
+    check_width,
+    check_within,
+    describe,
+    shaped,
+)
 from ..hooks import IMAGE, Intervention, Probe, Site, with_keys
 from ..hooks.call import row_blocks, score_rows, weights_of
 from ..hooks.intervention import implements
 from ..hooks.tokens import is_text
 from ..nn.released import Released
+from ..ops.points import min_max
 from ..types import stats_dtype
 
 
@@ -58,6 +72,7 @@ class DetailProjection(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, P, dim) -> twice (B, num_kv_heads, P, head_dim)."""
+        check_width("x", x, self.dim)
         x = x.to(self.k.weight)
         heads = (self.num_kv_heads, self.head_dim)
         k, v = (m(x).unflatten(-1, heads).transpose(1, 2) for m in (self.k, self.v))
@@ -103,6 +118,7 @@ def convert_magnifier(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return theirs.close({name: value for name, value in out.items() if int(name.split(".")[0]) != first})
 
 
+@shaped(weights="float (B, H, N, M)", coarse="whole (B, V)")
 def select_coarse(weights: Tensor, coarse: Tensor, threshold: float = 96.0) -> Tensor:
     """Which coarse tokens each row looks at.
 
@@ -117,15 +133,14 @@ def select_coarse(weights: Tensor, coarse: Tensor, threshold: float = 96.0) -> T
     >>> select_coarse(torch.tensor([[[[0.5, 0.3, 0.2]]]]), torch.tensor([[0, 1, 2]])).tolist()
     [[[True, False, False]]]
     """
-    check_axes("coarse", coarse, B=len(weights), V=None)
+    check_real("threshold", threshold)
+    check_within("coarse", coarse, weights.shape[-1], "key")
     with torch.no_grad():
         total = weights.sum(1)
         seen = total.gather(-1, coarse[:, None].expand(-1, total.shape[1], -1))
         if not seen.numel():
             return torch.zeros_like(seen, dtype=torch.bool)
-        least, most = seen.amin(-1, keepdim=True), seen.amax(-1, keepdim=True)
-        share = torch.where(most > least, (seen - least) / torch.where(most > least, most - least, 1), 0)
-        return 255 * share > threshold
+        return 255 * min_max(seen) > threshold
 
 
 class SceneMagnifier(Intervention):
@@ -383,8 +398,8 @@ def detail_of_grid(fine: Tensor, grid: tuple[int, int]) -> Tensor:
     [[[0.0, 1.0, 4.0, 5.0], [2.0, 3.0, 6.0, 7.0]]]
     """
     check_axes("fine", fine, B=None, H=None, W=None, C=None)
-    rows, cols = grid
-    if not rows or not cols or fine.shape[1] % rows or fine.shape[2] % cols:
+    rows, cols = check_size("grid", grid)
+    if fine.shape[1] % rows or fine.shape[2] % cols:
         raise ValueError(f"fine is {fine.shape[1]} x {fine.shape[2]}, which are no multiples of grid={tuple(grid)}")
     cells = fine.unflatten(2, (cols, -1)).unflatten(1, (rows, -1)).transpose(2, 3)
     return cells.flatten(3, 4).flatten(1, 2)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_choice, check_flag, check_int, check_real, describe, shaped
+from ...checks import check_axes, check_choice, check_flag, check_int, check_real, describe, shaped
 from ...ops.points import ABSENT, extreme_points, min_max
 from ..prompts import component_boxes, components
 from ..speak import BaseSpeaker
@@ -231,6 +231,9 @@ def best(found: Segments) -> Tensor:
 
 def points_of(found: Tensor, size: tuple[int, int], threshold: float, upsample: float, compat: str | None) -> Any:
     """Points (K, 2) and labels (K,) of a map (h, w)."""
+    check_axes("what maps(...) gives", found, h=None, w=None)
+    if not bool(found.isfinite().all()):
+        raise ValueError("maps must give finite scores, but they hold NaN or infinity")
     wider = [max(1, int(n * upsample)) for n in found.shape]
     cells = min_max(F.interpolate(found[None, None], wider, mode="bilinear")[0], (1, 2))
     points, labels = extreme_points(cells, size, threshold=threshold, compat=compat)

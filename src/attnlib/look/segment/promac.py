@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_int, check_real, describe, shaped
+from ...checks import check_choice, check_int, check_real, check_size, describe, shaped
 from ...hooks.attach import attach
 from ...hooks.branches import OtherPixels
 from ...ops.points import min_max
@@ -77,7 +77,7 @@ def crops(image_size: Sequence[int], scales: Sequence[float] = (1, 2)) -> list[C
     >>> crops((10, 20), [1, 2])
     [(0, 0, 20, 10), (0, 0, 10, 10), (10, 0, 20, 10), (0, 0, 20, 5), (0, 5, 20, 10)]
     """
-    height, width = (check_int("image_size", n, least=2) for n in image_size)
+    height, width = check_size("image_size", image_size, least=2)
     found: list[Crop] = []
     for scale in scales:
         check_choice("scales", scale, SCALES)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_flag, check_int, check_real, describe, shaped
+from ...checks import check_flag, check_int, check_real, check_size, describe, shaped
 from ...hooks.attach import attach
 from ..flow import Flow, flow_map
 from ..prompts import from_map
@@ -68,7 +68,7 @@ def corners(image_size: Sequence[int]) -> list[Crop]:
     >>> corners((4, 6))
     [(0, 0, 6, 4), (0, 0, 3, 2), (3, 0, 6, 2), (0, 2, 3, 4), (3, 2, 6, 4)]
     """
-    height, width = (check_int("image_size", n, least=2) for n in image_size)
+    height, width = check_size("image_size", image_size, least=2)
     y, x = height // 2, width // 2
     return [(0, 0, width, height), (0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...checks import check_choice, check_int, check_real, describe
+from ...checks import check_choice, check_int, check_real, check_size, describe
 from ..pixels import Box, Picture, check_box, colour, cut, outline, resize, to_picture, to_square
 
 COLOURS = {"red": (1.0, 0.0, 0.0), "blue": (0.0, 0.0, 1.0), "green": (0.0, 0.5, 0.0), "yellow": (1.0, 1.0, 0.0)}
@@ -61,7 +61,7 @@ def crop(image: object, box: Sequence[int], size: tuple[int, int] | None = None)
     picture = to_picture(image)
     box = check_box("box", box, (picture.shape[0], picture.shape[1]))
     found = cut(picture, box)
-    return Crop(box, found if size is None else resize(found, size))
+    return Crop(box, found if size is None else resize(found, check_size("size", size)))
 
 
 def grown(box: Box, size: tuple[int, int], least: int, scale: float | None = None) -> Box:
