@@ -220,6 +220,15 @@ def test_bad_input_of_fusions():
         DualEnhancement(16, 20, pooling="before", compat="authors")
     with pytest.raises(ValueError, match="two odd numbers"):
         DualEnhancement(16, 20, sides=(3, 4))
+    for call, said in (
+        (lambda: checkerboard(x[:, :3], 1), "even side along axis=1"),
+        (lambda: checkerboard(x, 3), "axis=3"),
+        (lambda: checkerboard(x[0], 1), r"x must have shape \(B, H, W, C\)"),
+        (lambda: from_checkerboard(x, x[:, :3], 1), "first and second must be of one shape"),
+        (lambda: Focus(0, 1), "dim must be"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
 
 
 # ---- the model
@@ -327,6 +336,8 @@ def test_bad_input():
         model(x[0][..., :0], x[1][..., :0])
     with pytest.raises(ValueError, match="sides must be three"):
         small(sides=(20, 20))
+    with pytest.raises(ValueError, match="width must be a finite number above 0, got -1"):
+        small(width=-1)
     state = weights("single")
     with pytest.raises(ValueError, match=r"one\.of\.mine"):
         convert({**state, "model.one.of.mine": torch.zeros(1)}, model)

@@ -161,6 +161,10 @@ def test_bad_input():
         small(curve="cubic")
     with pytest.raises(ValueError, match="quarter must be what"):
         ScaleAggregation(4, 2)(torch.rand(1, 4, 30, 30), torch.rand(1, 4, 9, 9))
+    with pytest.raises(ValueError, match=r"x must be a tensor of shape \(B, C=4, H, W\)"):
+        ScaleAggregation(4, 2)(torch.rand(1, 3, 30, 30), torch.rand(1, 4, 9, 9))
+    with pytest.raises(TypeError, match="between must be a function"):
+        Enhanced(nn.Identity(), between=3)
     with pytest.raises(ValueError, match="key"):
         scale_weights(torch.zeros(1, 2, 3, 3, 4), 2, 2)
     with pytest.raises(ValueError, match=r"maps must be \(B, S, \*grid, C\)"):

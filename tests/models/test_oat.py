@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from parity import HERE, Fixture, synthetic
 
 from attnlib.models.perception import oat
-from attnlib.models.perception.oat import OAT, fit_table, gaussian, gaussian_table, table_loss
+from attnlib.models.perception.oat import OAT, PatchNet, fit_table, gaussian, gaussian_table, table_loss
 from attnlib.models.perception.scanpaths import (
     behaviour,
     behaviour_gap,
@@ -114,11 +114,18 @@ def test_measures_refuse_what_has_no_answer():
         (lambda: multimatch(torch.zeros(3, 2), torch.zeros(3, 2), (0, 3)), "size"),
         (lambda: behaviour([1, -1, 2], 1), "goes on behind its end"),
         (lambda: behaviour_gap(torch.ones(5), torch.zeros(5)), "all rates are 0"),
+        (lambda: behaviour_gap(torch.ones(5), torch.full((5,), math.nan)), "people must hold finite rates"),
+        (lambda: behaviour_rates([[1], [2]], [1]), "sought must be one object for each of 2 paths, got 1"),
+        (lambda: multimatch(torch.full((3, 2), math.nan), torch.zeros(3, 2), (4, 3)), "one must hold finite places"),
+        (lambda: multimatch(torch.zeros(3, 2), torch.zeros(3, 2), 4), "size must be a width and a height"),
+        (lambda: sequence_score([1], [2], gap=math.nan), "gap must be"),
     ):
         with pytest.raises(ValueError, match=match):
             call()
     with pytest.raises(TypeError, match="whole numbers"):
         behaviour([0.5], 1)
+    with pytest.raises(TypeError, match="path must hold whole numbers"):
+        behaviour(3, 1)
 
 
 @pytest.mark.parametrize(
@@ -244,9 +251,16 @@ def test_bad_input():
         (dict(patch_size=(20, 20)), "at least 29"),
         (dict(compat="mine"), "compat"),
         (dict(table_size=1), "table_size"),
+        (dict(patch_size=(30, 30, 30)), "patch_size must have 2 axes"),
     ):
         with pytest.raises(ValueError, match=match):
             small(**settings)
+    with pytest.raises(ValueError, match="depth must be two"):
+        OAT(24, 2, 16, (1, 1, 1), table_size=8)
+    with pytest.raises(ValueError, match="images has 4 channels"):
+        PatchNet(8)(torch.zeros(1, 20, 20, 4))
+    with pytest.raises(ValueError, match=r"table must be a tensor of shape \(R, W\)"):
+        table_loss(torch.zeros(3))
     with pytest.raises(ValueError, match="patch_size says"):
         small(patch_size=(31, 40))(images, places, sought, PATH)
     with pytest.raises(TypeError, match="path"):

@@ -9,7 +9,7 @@ import torch
 from parity import HERE, Fixture, synthetic
 from torch import nn
 
-from attnlib.models.meta import MetaLearner, Rated
+from attnlib.models.meta import MetaLearner, Rated, fast_weights
 from attnlib.models.pdmer import PDMER, BandAttention, Felt, band, scores
 from attnlib.models.protocol import Optimizers, total_loss, train_batch
 
@@ -232,6 +232,16 @@ def test_bad_input():
         (lambda: model.loss(model(mel, song), said[:, :4]), "target"),
         (lambda: model.predict(mel, song, hops=(5,)), "hops"),
         (lambda: model.predict(mel, song, hops=(0, 1)), "hops"),
+        (lambda: model.predict(mel, song, hops=(5, 11)), r"hops\[1\] must be .* at most 10, got 11"),
+        (lambda: scores(said, said[..., :1]), r"truth must be a tensor of shape \(B=3, S=8, K=2\)"),
+        (lambda: scores(said[:, :0], said[:, :0]), "prediction must hold at least one moment"),
+        (lambda: BandAttention(8, 3), "num_heads=3 does not divide dim=8"),
+        (lambda: BandAttention(8, 2, 4)(torch.zeros(1, 9, 8), band(9, 2)[None]), "max_distance=4"),
+        (lambda: fast_weights(model, dict, -1, 0.1), "steps must be"),
+        (
+            lambda: list(model.steps({**batch, "target": Rated(said[:2], torch.tensor([1, 1]))})),
+            "must share the batch, but target.annotator has 2",
+        ),
         (
             lambda: list(model.steps({**batch, "target": Rated(said, torch.tensor([1, 1, 2]))})),
             "annotator 2 has 1 sample",
@@ -245,6 +255,8 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=match):
             call()
+    with pytest.raises(TypeError, match="hops must be a sequence"):
+        model.predict(mel, song, hops=5)
     with pytest.raises(ValueError, match="must be finite"):
         broken = copy.deepcopy(model)
         broken.fc2.bias.data.fill_(float("nan"))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..checks import check_axes, check_int, check_real, check_type, check_whole
+from ..checks import check_axes, check_batch, check_int, check_real, check_type, check_whole
 from .protocol import Step, TaskModel, Terms, split_batch, total_loss, trained
 
 M = TypeVar("M", bound="MetaLearner")
@@ -44,6 +44,9 @@ def fast_weights(
         By name, those that want a gradient: the model's own plus numbers without one, so that gradients of what is
         computed with them are gradients of the model's own.
     """
+    check_type("model", model, nn.Module)
+    check_int("steps", steps, least=0)
+    check_real("lr", lr, least=0)
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moved = {name: torch.zeros_like(p) for name, p in own.items()}
     for step in range(steps):
@@ -87,6 +90,8 @@ class MetaLearner(TaskModel):
             yield from super().steps(batch)
             return
         groups = self._groups(target)
+        told = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        check_batch(**{"target.annotator": target.annotator, **told})
 
         def terms() -> Terms:
             total: Terms = {}

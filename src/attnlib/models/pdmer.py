@@ -54,6 +54,7 @@ class BandAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, max_distance: int = 512, relative: bool = True, drop: float = 0.1):
         super().__init__()
+        check_divides("num_heads", num_heads, "dim", dim)
         self.num_heads, self.max_distance, self.drop = num_heads, max_distance, drop
         self.query, self.key, self.value, self.proj = (nn.Linear(dim, dim) for _ in range(4))
         self.distance = nn.Embedding(2 * max_distance - 1, dim // num_heads) if relative else None
@@ -64,6 +65,8 @@ class BandAttention(nn.Module):
         q, k, v = (split_heads(m(x), self.num_heads) for m in (self.query, self.key, self.value))
         scale, bias, length = q.shape[-1] ** -0.5, None, x.shape[1]
         if self.distance is not None:
+            if length > self.max_distance:
+                raise ValueError(f"x has {length} frames, but keys reach max_distance={self.max_distance}")
             at = torch.arange(length, device=x.device)
             near = self.distance.weight[self.max_distance - length : self.max_distance + length - 1]
             steps = (at[:, None] - at + length - 1).expand(*q.shape[:2], -1, -1)
@@ -230,14 +233,14 @@ class PDMER(MetaLearner):
 
         Args:
             mel, song: as in ``forward``.
-            hops: frames between windows, of arousal and of valence.
+            hops: frames between windows, of arousal and of valence; a window at most.
             chunk: windows at once.
             compat: ``"authors"``: where a hop is more than one frame, windows end one frame late, so that answers stand
                 one frame early.
         """
         self._check(mel, song)
         check_choice("compat", compat, (None, "authors"))
-        hops = check_ints("hops", tuple(hops), least=1)
+        hops = check_ints("hops", hops, least=1, most=self.window)  # longer ones leave frames without an answer
         if len(hops) != 2:
             raise ValueError(f"hops must be two, of arousal and of valence, got {hops}")
         check_int("chunk", chunk, least=1)
@@ -317,14 +320,19 @@ def scores(prediction: Tensor, truth: Tensor, eps: float = 1e-8) -> Scores:
     >>> scores(x, x).ccc.allclose(torch.ones(1, 2))
     True
     """
-    check_axes("truth", truth, **{f"axis_{i}": n for i, n in enumerate(prediction.shape)})
+    check_float("prediction", prediction)
+    check_axes("prediction", prediction, B=None, S=None, K=None)
+    batch, length, channels = prediction.shape
+    check_float("truth", truth)
+    check_axes("truth", truth, B=batch, S=length, K=channels)
+    if not length:
+        raise ValueError(f"prediction must hold at least one moment, got {tuple(prediction.shape)}")
     p, y = (t.to(stats_dtype(t.dtype)) for t in (prediction, truth))
     dp, dy = p - p.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     both, pp, yy = (dp * dy).mean(1), dp.square().mean(1), dy.square().mean(1)
     apart = pp + yy + (p.mean(1) - y.mean(1)).square()
-    count = p.shape[1]
     ccc = 2 * both / apart.clamp(min=torch.finfo(p.dtype).tiny)
-    pcc = both * count / (_root(pp * count) * _root(yy * count) + eps)
+    pcc = both * length / (_root(pp * length) * _root(yy * length) + eps)
     return Scores(ccc, pcc, _root((p - y).square().mean(1)))
 
 

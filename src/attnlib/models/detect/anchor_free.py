@@ -19,7 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_flag, check_int, check_ints, check_real, check_type, check_whole, describe
+from ...checks import (
+    check_batch,
+    check_flag,
+    check_grid,
+    check_int,
+    check_ints,
+    check_real,
+    check_tensors,
+    check_type,
+    check_whole,
+    describe,
+)
 from ...types import stats_dtype
 from ..protocol import TaskModel
 from .boxes import complete_overlap, suppress_boxes
@@ -67,6 +78,8 @@ def grid_points(sizes: Sequence[Sequence[int]], strides: Sequence[int], like: Te
     >>> points.tolist(), strides.tolist()
     ([[4.0, 4.0], [12.0, 4.0], [8.0, 8.0]], [8.0, 8.0, 16.0])
     """
+    if len(sizes) != len(strides):
+        raise ValueError(f"sizes and strides must be of the same maps, got {len(sizes)} and {len(strides)}")
     dtype = stats_dtype(like.dtype)
     points, steps = [], []
     for (height, width), stride in zip(sizes, strides, strict=True):
@@ -118,11 +131,13 @@ class DecoupledHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Predicted:
         """What the points of all maps say."""
+        maps = check_tensors("maps", maps)
         found = [tuple(x.shape) for x in maps]
         if len(maps) != len(self.dims) or any(
             x.dim() != 4 or x.shape[-1] != d for x, d in zip(maps, self.dims, strict=True)
         ):
             raise ValueError(f"maps must be (B, H, W, C) with C={self.dims}, got {found}")
+        check_batch(**{f"maps[{i}]": x for i, x in enumerate(maps)})
         logits = torch.cat([f(x).flatten(1, 2) for f, x in zip(self.classes, maps, strict=True)], 1)
         bins = torch.cat([f(x).flatten(1, 2) for f, x in zip(self.boxes, maps, strict=True)], 1)
         points, strides = grid_points([x.shape[1:3] for x in maps], self.strides, logits)
@@ -199,6 +214,11 @@ def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
     >>> round(float(distribution_focal_loss(even, torch.tensor([1.25]))), 4)  # log 4
     1.3863
     """
+    if logits.shape[-1] < 2 or target.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"target must be (...) for logits (..., bins) of two bins at least, got {tuple(target.shape)} and "
+            f"{tuple(logits.shape)}"
+        )
     target = target.clamp(0, logits.shape[-1] - 1.01)
     below = target.long()
     chance = logits.log_softmax(-1)
@@ -252,6 +272,13 @@ def side_by_side(targets: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> tupl
     return labels, boxes, exists
 
 
+def check_weights(weights: Any) -> tuple[float, ...]:
+    """Weights of the three terms of the loss, 0 or more."""
+    if not isinstance(weights, Sequence) or len(weights) != 3:
+        raise ValueError(f"weights must be three, of boxes, classes and distributions, got {describe(weights)}")
+    return tuple(check_real("weights", w, least=0) for w in weights)
+
+
 def detection_terms(
     made: Predicted, target: Any, weights: Sequence[float] = (7.5, 0.5, 1.5), **assignment: Any
 ) -> dict[str, Tensor]:
@@ -270,6 +297,8 @@ def detection_terms(
     Raises:
         TypeError, ValueError: as :func:`check_targets`.
     """
+    check_type("made", made, Predicted)
+    weights = check_weights(weights)
     high = stats_dtype(made.logits.dtype)
     targets = check_targets(target, *made.logits.shape[::2])
     boxes, logits = made.boxes, made.logits.to(high)
@@ -316,7 +345,8 @@ def detections(
     check_real("threshold", threshold, least=0, most=1)
     check_flag("several", several)
     check_int("most", most, least=1)
-    height, width = size
+    check_int("candidates", candidates, least=1)
+    height, width = check_grid("size", size, (2,))
     boxes = made.boxes
     limit = boxes.new_tensor([width, height, width, height])
     out = []
@@ -367,12 +397,15 @@ class AnchorFreeDetector(TaskModel):
         if encoder is not None:
             self.encoder = encoder
         self.neck, self.head = neck, head
-        self.weights = tuple(check_real("weights", w, least=0) for w in weights)
-        if len(self.weights) != 3:
-            raise ValueError(f"weights must be of boxes, classes and distributions, got {self.weights}")
+        self.weights = check_weights(weights)
         self.assignment = dict(assignment or {})
         if unknown := sorted(set(self.assignment) - {"topk", "alpha", "beta"}):
             raise ValueError(f"assignment may have topk, alpha and beta, got {unknown}")
+        for name, value in self.assignment.items():
+            if name == "topk":
+                check_int("assignment['topk']", value, least=1)
+            else:
+                check_real(f"assignment[{name!r}]", value, least=0)
 
     def features(self, *images: Tensor) -> Sequence[Tensor]:
         """Maps for the neck."""

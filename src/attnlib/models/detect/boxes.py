@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...checks import check_int, check_real, describe
+from ...checks import check_axes, check_int, check_real, describe
 from ...extras import need
 from ...nn.dense.plain_detr import check_boxes
 
@@ -97,8 +97,8 @@ def suppress_boxes(
     if most is not None:
         check_int("most", most, least=1)
     for name, x in (("scores", scores), ("labels", labels)):
-        if x is not None and tuple(x.shape) != (len(boxes),):
-            raise ValueError(f"{name} must be (N,)={(len(boxes),)}, got {tuple(x.shape)}")
+        if x is not None:
+            check_axes(name, x, N=len(boxes))
     order = scores.sort(descending=True, stable=True).indices
     kept: list[Tensor] = []
     while len(order) and (most is None or len(kept) < most):

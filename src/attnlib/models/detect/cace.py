@@ -19,7 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_axes, check_choice, check_divides, check_float, check_int, check_real, check_whole, extremes
+from ...checks import (
+    check_axes,
+    check_choice,
+    check_divides,
+    check_float,
+    check_int,
+    check_ints,
+    check_real,
+    check_valid,
+    check_whole,
+    extremes,
+)
 from ...nn.gates.co_guidance import CoGuidance, convert_co_guidance
 from ...nn.released import Released
 from ...types import stats_dtype
@@ -136,9 +147,10 @@ class CACENet(TaskModel):
         self.num_classes = check_int("num_classes", num_classes, least=1)
         check_divides("num_heads", check_int("num_heads", num_heads, least=1), "dim", check_int("dim", dim, least=2))
         check_divides("2 (directions of the recurrent layers)", 2, "dim", dim)
-        if len(hidden) != 3:
+        widths = check_ints("hidden", hidden, least=1)
+        if len(widths) != 3:
             raise ValueError(f"hidden must be three widths (gates, encoders, readers), got {hidden}")
-        gates, encoder, reader = (check_int("hidden", h, least=1) for h in hidden)
+        gates, encoder, reader = widths
         self.video_dim, self.audio_dim, self.dim = check_int("video_dim", video_dim, least=4), audio_dim, dim
         self.alpha, self.gamma, self.enhance = (
             check_real(name, v) for name, v in (("alpha", alpha), ("gamma", gamma), ("enhance", enhance))
@@ -316,11 +328,16 @@ def event_contrast(query: Tensor, key: Tensor, here: Tensor, temperature: float 
     Returns:
         A number, float32 at least.
     """
-    check_axes("here", here, B=query.shape[0], T=query.shape[1])
+    check_float("query", query)
+    check_axes("query", query, B=None, T=None, D=None)
+    batch, length, width = query.shape
+    check_axes("key", key, B=batch, T=length, D=width)
+    check_axes("here", here, B=batch, T=length)
+    check_valid("here", here, (batch, length))
     high = stats_dtype(query.dtype)
     vectors = torch.cat([query, key], 1).to(high)
     scores = vectors @ vectors.mT / check_real("temperature", temperature, above=0)
     twice = torch.cat([here, here], 1)
     itself = torch.eye(twice.shape[1], dtype=torch.bool, device=here.device)
-    same = (twice.unsqueeze(1) & twice.unsqueeze(2)) | itself.roll(here.shape[1], 1)
+    same = (twice.unsqueeze(1) & twice.unsqueeze(2)) | itself.roll(length, 1)
     return pooled_contrast(scores, same & ~itself, ~itself.expand_as(same))

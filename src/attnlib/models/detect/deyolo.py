@@ -19,12 +19,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...checks import check_int, check_ints
-from ...nn.multimodal.deyolo import BiFocus, DualEnhancement, rules
+from ...checks import check_int, check_ints, check_real
+from ...nn.multimodal.deyolo import BiFocus, DualEnhancement, conv_rules, rules
 from ...nn.released import Released, Rule
 from ..build import register_models
 from .anchor_free import AnchorFreeDetector, DecoupledHead, Predicted
-from .pan import PAN, CSPBackbone, CSPBlock, block_rules, check_images, conv_rules
+from .pan import PAN, CSPBackbone, CSPBlock, block_rules, check_images
 
 #: Of all norms of the released detectors.
 NORM: dict[str, Any] = dict(eps=1e-3, momentum=0.03)
@@ -80,6 +80,9 @@ class DEYOLO(AnchorFreeDetector):
         weights: Sequence[float] = (7.5, 0.5, 1.5),
         assignment: Mapping[str, Any] | None = None,
     ):
+        check_real("width", width, above=0)
+        check_real("depth", depth, above=0)
+        check_int("max_dim", max_dim, least=1)
         dims = [max(8, math.ceil(min(d, max_dim) * width / 8) * 8) for d in DIMS]
         depths = [max(1, round(n * depth)) for n in DEPTHS]
         sides = check_ints("sides", sides, least=20)

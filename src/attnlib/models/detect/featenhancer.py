@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_divides, check_int, check_type
+from ...checks import check_axes, check_choice, check_divides, check_int, check_type, describe
 from ...nn.gates.scale_attention import attend_scales
 from ...nn.released import Released, Rule
 from ..build import register_models
@@ -50,12 +50,14 @@ class ScaleAggregation(nn.Module):
         super().__init__()
         check_int("dim", dim, least=1)
         check_divides("num_heads", num_heads, "dim", dim)
-        self.num_heads = num_heads
+        self.dim, self.num_heads = dim, num_heads
         self.fine = nn.Sequential(nn.Conv2d(dim, dim, 7, 4), nn.Conv2d(dim, dim, 3, 2))
         self.coarse = nn.Conv2d(dim, dim, 3, 2)
 
     def scales(self, x: Tensor, quarter: Tensor) -> Tensor:
         """(B, 2, h, w, C): what is mixed, the coarse one last, with which both are compared."""
+        check_axes("x", x, B=None, C=self.dim, H=None, W=None)
+        check_axes("quarter", quarter, B=len(x), C=self.dim, H=None, W=None)
         fine, coarse = self.fine(x), self.coarse(quarter)
         if fine.shape != coarse.shape:
             raise ValueError(
@@ -157,6 +159,8 @@ class Enhanced(TaskModel):
         check_type("model", model, nn.Module)
         if enhancer is not None:
             check_type("enhancer", enhancer, nn.Module)
+        if between is not None and not callable(between):
+            raise TypeError(f"between must be a function of images, or None, got {describe(between)}")
         self.enhancer = FeatEnHancer() if enhancer is None else enhancer
         self.model, self.between = model, between
 

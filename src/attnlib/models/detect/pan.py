@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from ...checks import check_int, check_ints, describe
 from ...nn.layers import ConvNorm, resize_map
+from ...nn.multimodal.deyolo import HELD, conv_rules
 from ...nn.released import Rule
-
-_HELD = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 
 
 def conv(dim: int, out_dim: int, kernel_size: int = 1, stride: int = 1, **norm: Any) -> ConvNorm:
@@ -58,6 +57,7 @@ class CSPBlock(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, depth: int = 1, shortcut: bool = False, **norm: Any):
         super().__init__()
+        check_int("dim", dim, least=1)
         check_int("out_dim", out_dim, least=2)
         check_int("depth", depth, least=0)
         half = out_dim // 2
@@ -87,6 +87,7 @@ class PoolPyramid(nn.Module):
         super().__init__()
         if check_int("side", side, least=1) % 2 == 0:
             raise ValueError(f"side must be odd, got {side}")
+        check_int("dim", dim, least=2)
         self.side = side
         self.reduce = conv(dim, dim // 2, **norm)
         self.join = conv(dim // 2 * 4, out_dim, **norm)
@@ -158,7 +159,10 @@ class PAN(nn.Module):
 
     def __init__(self, dims: Sequence[int], depth: int = 1, **norm: Any):
         super().__init__()
-        self.dims = fine, middle, coarse = check_ints("dims", dims, least=2)
+        self.dims = check_ints("dims", dims, least=2)
+        if len(self.dims) != 3:
+            raise ValueError(f"dims must be of three maps, finest first, got {self.dims}")
+        fine, middle, coarse = self.dims
         self.top_down = nn.ModuleList(
             [CSPBlock(coarse + middle, middle, depth, **norm), CSPBlock(middle + fine, fine, depth, **norm)]
         )
@@ -193,18 +197,13 @@ def check_images(name: str, x: Tensor, channels: int) -> None:
         raise ValueError(f"{name} must have a pixel at least, got {tuple(x.shape)}")
 
 
-def conv_rules(theirs: str, ours: str) -> dict[str, Rule]:
-    """Names of a convolution with its norm."""
-    return {rf"{theirs}\.conv\.weight": f"{ours}.conv.weight", rf"{theirs}\.bn\.{_HELD}": rf"{ours}.norm.\1"}
-
-
 def block_rules(theirs: str, ours: str) -> dict[str, Rule]:
     """Names of a :class:`CSPBlock`, with any number of bottlenecks."""
     out = conv_rules(rf"{theirs}\.cv1", f"{ours}.split") | conv_rules(rf"{theirs}\.cv2", f"{ours}.join")
     for j in (1, 2):
         into = rf"{ours}.blocks.\1.convs.{j - 1}"
         out[rf"{theirs}\.m\.(\d+)\.cv{j}\.conv\.weight"] = f"{into}.conv.weight"
-        out[rf"{theirs}\.m\.(\d+)\.cv{j}\.bn\.{_HELD}"] = rf"{into}.norm.\2"
+        out[rf"{theirs}\.m\.(\d+)\.cv{j}\.bn\.{HELD}"] = rf"{into}.norm.\2"
     return out
 
 

@@ -30,10 +30,13 @@ from ...checks import (
     check_choice,
     check_divides,
     check_float,
+    check_grid,
     check_int,
+    check_ints,
     check_real,
     check_valid,
     check_whole,
+    check_width,
     check_within,
     extremes,
     readable,
@@ -69,6 +72,8 @@ def gaussian_table(count: int, dim: int, sigma: float = 2.0, seed: int = 0) -> T
 
 def table_loss(table: Tensor, sigma: float = 2.0) -> Tensor:
     """What the release fits: squared errors of cosines, and the spread of lengths, over n (n - 1)."""
+    check_float("table", table)
+    check_axes("table", table, R=None, W=None)
     count = len(table)
     unit = F.normalize(table, dim=1)
     wrong = (unit @ unit.mT - gaussian(count, sigma).to(table)).square().sum()
@@ -116,10 +121,11 @@ class PatchNet(nn.Module):
     def __init__(self, dim: int, patch_size: tuple[int, int] | None = None, levels: int = 2):
         super().__init__()
         self.patch_size, self.levels = patch_size, check_int("levels", levels, least=1)
+        check_int("dim", dim, least=1)
         self.conv1, self.conv2 = nn.Conv2d(3, 16, 5), nn.Conv2d(16, 32, 3)
         cells = sum(4**i for i in range(levels))
         if patch_size is not None:
-            h, w = (check_int("patch_size", side, least=1) for side in patch_size)
+            h, w = check_grid("patch_size", patch_size, (2,))
             cells = (((h - 4) // 5 - 2) // 3) * (((w - 4) // 5 - 2) // 3) if min(h, w) >= 29 else 0
             if not cells:
                 raise ValueError(
@@ -128,6 +134,7 @@ class PatchNet(nn.Module):
         self.fc = nn.Linear(32 * cells, dim)
 
     def forward(self, images: Tensor) -> Tensor:
+        check_width("images", images, 3, "3 colours")
         h, w = images.shape[-3:-1]
         if self.patch_size is not None and (h, w) != tuple(self.patch_size):
             raise ValueError(
@@ -212,7 +219,9 @@ class OAT(TaskModel):
         self.patches = PatchNet(dim // 2, patch_size, levels)
         drop = check_real("drop", drop, least=0, below=1)
         more = dict(dim_feedforward=check_int("hidden", hidden, least=1), dropout=drop, batch_first=True)
-        layers = [check_int("depth", d, least=1) for d in depth]
+        layers = check_ints("depth", depth, least=1)
+        if len(layers) != 2:
+            raise ValueError(f"depth must be two numbers of layers, of encoder and decoder, got {depth}")
         self.encoder = nn.ModuleList(nn.TransformerEncoderLayer(dim, num_heads, **more) for _ in range(layers[0]))  # type: ignore[arg-type]
         self.decoder = nn.ModuleList(nn.TransformerDecoderLayer(dim, num_heads, **more) for _ in range(layers[1]))  # type: ignore[arg-type]
         self.dropout = nn.Dropout(drop)

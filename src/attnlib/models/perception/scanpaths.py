@@ -11,11 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...checks import check_axes, check_float, check_int, describe
+from ...checks import check_axes, check_float, check_int, check_real, describe
 
 
 def path_of(path: Tensor | Sequence[int], name: str = "path") -> list[int]:
     """A path as plain numbers; those behind the first below zero are padding."""
+    if not isinstance(path, (Tensor, Sequence)):
+        raise TypeError(f"{name} must hold whole numbers, one a fixation, got {describe(path)}")
     numbers = path.tolist() if isinstance(path, Tensor) else list(path)
     if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
         raise TypeError(f"{name} must hold whole numbers, one a fixation, got {describe(path)}")
@@ -66,6 +68,9 @@ def behaviour_rates(paths: Iterable[Tensor | Sequence[int]], sought: Iterable[in
         ValueError: no path, one without a fixation, or not as many objects sought as paths.
     """
     rows: list[list[float]] = []
+    paths, sought = list(paths), list(sought)
+    if len(paths) != len(sought):
+        raise ValueError(f"sought must be one object for each of {len(paths)} paths, got {len(sought)}")
     for path, thing in zip(paths, sought, strict=True):
         b = behaviour(path, int(thing))
         if not b.length:
@@ -85,6 +90,8 @@ def behaviour_gap(model: Tensor, people: Tensor) -> float:
     for name, rates in (("model", model), ("people", people)):
         check_float(name, rates)
         check_axes(name, rates, rates=5)
+        if not bool((rates.isfinite() & (rates >= 0)).all()):
+            raise ValueError(f"{name} must hold finite rates of 0 or more, got {rates.tolist()}")
     model, people = model.double(), people.double()
     shown = people > 0
     if not bool(shown.any()):
@@ -101,6 +108,7 @@ def sequence_score(one: Tensor | Sequence[int], other: Tensor | Sequence[int], g
     a, b = path_of(one, "one"), path_of(other, "other")
     if not a and not b:
         raise ValueError("one and other are both empty: there is nothing to compare")
+    check_real("gap", gap)
     before = [gap * j for j in range(len(b) + 1)]
     for i, x in enumerate(a, 1):
         row = [gap * i]
@@ -152,10 +160,12 @@ def multimatch(one: Tensor, other: Tensor, size: Sequence[float]) -> MultiMatch:
     >>> multimatch(path, path, (4, 4))
     MultiMatch(vector=1.0, direction=1.0, length=1.0, position=1.0)
     """
-    if len(size) != 2 or not all(s > 0 for s in size):
-        raise ValueError(f"size must be a width and a height above 0, got {tuple(size)}")
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(s > 0 for s in size):
+        raise ValueError(f"size must be a width and a height above 0, got {describe(size)}")
     for name, path in (("one", one), ("other", other)):
         check_axes(name, path, N=None, xy=2)
+        if not bool(path.isfinite().all()):
+            raise ValueError(f"{name} must hold finite places, got {path.tolist()}")
         if len(path) < 3:
             raise ValueError(f"{name} has {len(path)} fixations; MultiMatch compares paths of three at least")
     a, b = one.double().cpu(), other.double().cpu()

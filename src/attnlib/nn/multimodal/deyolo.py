@@ -28,7 +28,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_int, check_ints, check_real, check_valid, describe
+from ...checks import (
+    check_choice,
+    check_int,
+    check_ints,
+    check_rank,
+    check_real,
+    check_valid,
+    describe,
+)
 from ...types import Traits
 from ..base import Fusion
 from ..layers import ConvNorm, SqueezeExcite, masked_mean, zero_invalid
@@ -265,6 +273,10 @@ def checkerboard(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     >>> first.flatten().tolist(), second.flatten().tolist()
     ([0.0, 2.0, 5.0, 7.0], [1.0, 3.0, 4.0, 6.0])
     """
+    check_rank("x", x, 4, "(B, H, W, C)")
+    check_choice("axis", axis, (1, 2))
+    if x.shape[axis] % 2:
+        raise ValueError(f"x must have an even side along axis={axis}, got {tuple(x.shape)}")
     pairs = x.unflatten(axis, (x.shape[axis] // 2, 2))
     even, odd = pairs.unbind(axis + 1)
     crossed = _crossed(even, axis)
@@ -278,6 +290,10 @@ def from_checkerboard(first: Tensor, second: Tensor, axis: int) -> Tensor:
     >>> all(from_checkerboard(*checkerboard(x, axis), axis).equal(x) for axis in (1, 2))
     True
     """
+    check_choice("axis", axis, (1, 2))
+    check_rank("first", first, 4, "(B, H, W, C)")
+    if first.shape != second.shape:
+        raise ValueError(f"first and second must be of one shape, got {tuple(first.shape)} and {tuple(second.shape)}")
     crossed = _crossed(first, axis)
     pairs = [torch.where(crossed, second, first), torch.where(crossed, first, second)]
     return torch.stack(pairs, axis + 1).flatten(axis, axis + 1)
@@ -307,6 +323,7 @@ class Focus(nn.Module):
 
     def __init__(self, dim: int, axis: int, kernel_size: int = 3, **settings: Any):
         super().__init__()
+        check_int("dim", dim, least=1)
         check_choice("axis", axis, (1, 2))
         settings.setdefault("activation", nn.SiLU)
         self.axis = axis
