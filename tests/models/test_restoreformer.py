@@ -258,7 +258,20 @@ def test_bad_input():
     for settings in (dict(blur=(2.0, 1.0)), dict(haze=2.0), dict(down=(0.0, 2.0)), dict(noise=3.0)):
         with pytest.raises(ValueError, match=next(iter(settings))):
             Degradation(**settings)
-    with pytest.raises(ValueError, match="image"):
-        Degradation()(torch.zeros(2, 8, 8))
+    for settings in (dict(quality=(60, 101)), dict(quality=(60.5, 70)), dict(blur_size=(1.5, 3)), dict(square=None),
+                     dict(haze_alpha=(0.5, 1.5))):  # fmt: skip
+        with pytest.raises((ValueError, TypeError), match=next(iter(settings))):
+            Degradation(**settings)
+    for f in (Degradation(), lambda x: jpeg(x, 50)):
+        with pytest.raises(ValueError, match=r"x must be an image \(1 or 3, H, W\)"):
+            f(torch.zeros(2, 8, 8))
+        with pytest.raises(ValueError, match="x must be finite"):
+            f(torch.full((3, 8, 8), torch.nan))
+    with pytest.raises(ValueError, match="sigma must be two widths"):
+        gaussian_kernel(5, (1.0,))
+    with pytest.raises(ValueError, match="kernel must be .* odd"):
+        blurred(torch.zeros(3, 8, 8), gaussian_kernel(4, (1.0, 1.0)))
+    with pytest.raises(ValueError, match="mean being for 3"):
+        PerceptualLoss(nn.Conv2d(2, 2, 1), mean=(0.0, 0.0, 0.0))(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4))
     with pytest.raises(ValueError, match="mine"):
         convert({"mine": torch.zeros(1)}, model)

@@ -13,7 +13,14 @@ from torch import nn
 import attnlib
 from attnlib.models.build import load_pretrained
 from attnlib.models.restore import topiq
-from attnlib.models.restore.topiq import TOPIQ, GatedDifference, ScaleLayer, norm_in_norm_loss, score_of
+from attnlib.models.restore.topiq import (
+    TOPIQ,
+    GatedDifference,
+    ScaleLayer,
+    earth_movers_loss,
+    norm_in_norm_loss,
+    score_of,
+)
 from tests.parity import synthetic
 
 PATH = Path(__file__).parents[1] / "fixtures" / "models" / "topiq-cfanet.safetensors"
@@ -206,6 +213,15 @@ def test_norm_in_norm():
     assert norm_in_norm_loss(flat, flat).isfinite() and not norm_in_norm_loss(flat[:0], flat[:0])
 
 
+def test_what_is_not_a_number_stays_none():
+    assert norm_in_norm_loss(torch.tensor([1.0, torch.nan, 2.0]), torch.arange(3.0)).isnan()
+    assert earth_movers_loss(torch.full((1, 3), torch.nan), torch.full((1, 3), 1 / 3)).isnan()
+    with pytest.raises(ValueError, match=r"target must be \(3,\)"):
+        norm_in_norm_loss(torch.zeros(3), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"must be \(B, K\)"):
+        earth_movers_loss(torch.zeros(1, 3), torch.zeros(1, 2))
+
+
 def test_constant_images_and_features():
     for reference in (False, True):
         model = small(reference=reference)
@@ -291,7 +307,7 @@ def test_bad_input():
         TOPIQ(encoder=nn.Identity())
     with pytest.raises(ValueError, match="encoder_settings"):
         TOPIQ(encoder=Trunk(), encoder_settings={})
-    with pytest.raises(ValueError, match="must be a multiple|must divide|divide"):
+    with pytest.raises(ValueError, match=r"2 \* num_heads"):
         TOPIQ(dim=10, num_heads=4, encoder=Trunk())
     with pytest.raises(ValueError, match="std must"):
         small(std=(1, 0, 1))

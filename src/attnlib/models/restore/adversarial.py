@@ -163,9 +163,8 @@ class PerceptualLoss(nn.Module):
                                                      enumerate(weights)]  # fmt: skip
         self.distance, self.unit = distance, unit
         self.features = features.eval()
-        for i, s in enumerate(std):
-            check_real(f"std[{i}]", s, above=0)
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean = tuple(check_real(f"mean[{i}]", m) for i, m in enumerate(mean))
+        self.std = tuple(check_real(f"std[{i}]", s, above=0) for i, s in enumerate(std))
 
     def train(self, mode: bool = True) -> PerceptualLoss:
         super().train(mode)
@@ -188,6 +187,9 @@ class PerceptualLoss(nn.Module):
         check_float("x", x)
         if not isinstance(target, Tensor) or target.shape != x.shape:
             raise ValueError(f"target must be images {tuple(x.shape)}, got {describe(target)}")
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if x.dim() != 4 or len(numbers) not in (1, x.shape[1]):
+                raise ValueError(f"x must be images (B, C, H, W), {name} being for {len(numbers)}, got {describe(x)}")
         ours = self.maps(x)
         with torch.no_grad():
             theirs = self.maps(target.to(x.dtype))

@@ -143,6 +143,19 @@ def reflected(x: Tensor, more: tuple[int, int]) -> Tensor:
     return x
 
 
+def mirrored(x: Tensor, pad: int) -> Tensor:
+    """(B, C, H, W) with ``pad`` pixels mirrored on each side, again and again where the image is smaller than that."""
+    if not pad:
+        return x
+    if pad < min(x.shape[2:]):
+        return F.pad(x, (pad,) * 4, mode="reflect")
+    for axis in (2, 3):
+        n = x.shape[axis]
+        at = torch.arange(-pad, n + pad, device=x.device) % max(2 * n - 2, 1)
+        x = x.index_select(axis, torch.minimum(at, (2 * n - 2 - at).abs()))
+    return x
+
+
 def _with(x: Tensor, axis: int, size: int) -> list[int]:
     return [size if i == axis else n for i, n in enumerate(x.shape)]
 

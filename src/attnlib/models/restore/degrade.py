@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_axes, check_float, check_int, check_real
+from ...checks import check_axes, check_float, check_int, check_real, describe, readable
 from ...extras import need
+from .base import mirrored
 
 
 def gaussian_kernel(size: int, sigma: tuple[float, float], angle: float = 0.0) -> Tensor:
@@ -30,6 +32,8 @@ def gaussian_kernel(size: int, sigma: tuple[float, float], angle: float = 0.0) -
     (True, True)
     """
     check_int("size", size, least=1)
+    if not isinstance(sigma, (tuple, list)) or len(sigma) != 2:
+        raise ValueError(f"sigma must be two widths, got {sigma!r}")
     first, second = (check_real(f"sigma[{i}]", s, above=0) for i, s in enumerate(sigma))
     at = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     y, x = torch.meshgrid(at, at, indexing="ij")
@@ -40,21 +44,18 @@ def gaussian_kernel(size: int, sigma: tuple[float, float], angle: float = 0.0) -
 
 def blurred(x: Tensor, kernel: Tensor) -> Tensor:
     """(C, H, W) under a kernel of odd sides, mirrored at the borders without their pixels."""
-    pad = kernel.shape[0] // 2
-    wide = x[None]
-    while pad > 0:  # one mirror image is as wide as the image at most
-        step = min(pad, min(wide.shape[2:]) - 1)
-        if step < 1:
-            wide, pad = F.pad(wide, (pad,) * 4, mode="replicate"), 0
-        else:
-            wide, pad = F.pad(wide, (step,) * 4, mode="reflect"), pad - step
+    check_axes("x", x, C=None, H=None, W=None)
+    check_float("x", x)
+    if not isinstance(kernel, Tensor) or kernel.dim() != 2 or len(kernel) != kernel.shape[1] or len(kernel) % 2 == 0:
+        raise ValueError(f"kernel must be (k, k) with an odd k, got {describe(kernel)}")
     weight = kernel.to(x.dtype).expand(x.shape[0], 1, *kernel.shape)
-    return F.conv2d(wide, weight, groups=x.shape[0])[0]
+    return F.conv2d(mirrored(x[None], len(kernel) // 2), weight, groups=x.shape[0])[0]
 
 
 def jpeg(x: Tensor, quality: int) -> Tensor:
     """(C, H, W) of 1 or 3 channels, 0 to 1, as JPEG of a quality from 1 to 100 gives it back."""
     check_int("quality", quality, least=1, most=100)
+    _check_picture(x)
     image = need("PIL.Image", "jpeg")
     array = (x.clamp(0, 1) * 255).round().byte().movedim(0, -1).cpu().numpy()
     buffer = io.BytesIO()
@@ -110,20 +111,24 @@ class Degradation:
                 check_real(f.name, value, least=0, most=1)
             elif f.name in ("size", "shift_most"):
                 check_int(f.name, value, least=int(f.name == "size"))
-            elif value is not None:
-                _pair(f.name, value, above=0.0 if f.name in ("blur", "down", "quality") else None)
+            elif f.name in ("blur_size", "square"):
+                _pair(f.name, value, check_int, least=1)
+            elif f.name == "quality":
+                if value is not None:
+                    _pair(f.name, value, check_int, least=1, most=100)
+            elif f.name in ("blur", "down"):
+                _pair(f.name, value, check_real, above=0)
+            else:
+                _pair(f.name, value, check_real, least=0, most=1 if f.name == "haze_alpha" else None)
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """(C, H, W), 0 to 1, made worse and rounded to 256 levels; and what is right, which may have been moved or
         lost its colours with it.
 
         Raises:
-            ValueError: no image of 1 or 3 channels with a pixel.
+            ValueError: no image of 1 or 3 channels with a pixel, numbers that are not finite.
         """
-        check_axes("x", x, C=None, H=None, W=None)
-        check_float("x", x)
-        if x.shape[0] not in (1, 3) or not x.numel():
-            raise ValueError(f"x must be an image (1 or 3, H, W) with at least one pixel, got shape {tuple(x.shape)}")
+        _check_picture(x)
 
         def draw(low: float = 0.0, high: float = 1.0) -> float:
             return low + (high - low) * float(torch.rand((), generator=generator))
@@ -171,11 +176,20 @@ class Degradation:
         return (made * 255).round().clamp(0, 255) / 255, right
 
 
-def _pair(name: str, value: Sequence[float], above: float | None) -> None:
+def _check_picture(x: Tensor) -> None:
+    check_axes("x", x, C=None, H=None, W=None)
+    check_float("x", x)
+    if x.shape[0] not in (1, 3) or not x.numel():
+        raise ValueError(f"x must be an image (1 or 3, H, W) with at least one pixel, got shape {tuple(x.shape)}")
+    if readable(x) and not bool(x.isfinite().all()):
+        raise ValueError("x must be finite: what is not has no level of 256")
+
+
+def _pair(name: str, value: Sequence[float], check: Callable[..., Any], **bounds: Any) -> None:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"{name} must be a smallest and a largest number, got {value!r}")
     for i, v in enumerate(value):
-        check_real(f"{name}[{i}]", v, least=0) if above is None else check_real(f"{name}[{i}]", v, above=above)
+        check(f"{name}[{i}]", v, **bounds)
     if value[0] > value[1]:
         raise ValueError(f"{name} must be a smallest and a largest number, got {tuple(value)}")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checks import check_grid, check_int, describe, readable
+from ...checks import check_grid, check_int, check_ints, describe, readable
 
 
 def square_masks(count: int, size: Sequence[int], side: int = 128, generator: torch.Generator | None = None) -> Tensor:
@@ -47,19 +47,20 @@ def stroke_masks(
     end = torch.tensor(sides, dtype=torch.float32) - 1
     known = torch.ones(check_int("count", count, least=0), 1, *sides, dtype=torch.bool)
 
-    def pick(name: str, pair: tuple[int, int]) -> int:
-        low, high = (check_int(f"{name}[{i}]", v, least=1) for i, v in enumerate(pair))
-        if low > high:
+    for name, pair in (("strokes", strokes), ("turns", turns), ("length", length), ("width", width)):
+        if len(check_ints(name, pair, least=1)) != 2 or pair[0] > pair[1]:
             raise ValueError(f"{name} must be fewest and most, got {pair}")
+
+    def pick(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=generator))
 
     for mask in known:
-        for _ in range(pick("strokes", strokes)):
+        for _ in range(pick(*strokes)):
             here = torch.rand(2, generator=generator) * end
-            half = pick("width", width)
-            for _ in range(pick("turns", turns)):
+            half = pick(*width)
+            for _ in range(pick(*turns)):
                 angle = float(torch.rand((), generator=generator)) * 2 * math.pi
-                step = pick("length", length) * torch.tensor([math.sin(angle), math.cos(angle)])
+                step = pick(*length) * torch.tensor([math.sin(angle), math.cos(angle)])
                 there = (here + step).clamp(min=torch.zeros(2), max=end)
                 along = there - here
                 share = ((at - here) @ along / along.square().sum().clamp(min=1e-6)).clamp(0, 1)

@@ -32,6 +32,7 @@ from ...checks import check_choice, check_flag, check_grid, check_int, check_int
 from ...ops import patch_attention
 from ..build import register_models
 from .adversarial import AdversarialModel
+from .base import mirrored
 from .masks import checked_known
 
 
@@ -45,19 +46,6 @@ class Inpainted(NamedTuple):
     image: Tensor
     made: Tensor
     coarse: Tensor | None
-
-
-def mirrored(x: Tensor, pad: int) -> Tensor:
-    """(B, C, H, W) with ``pad`` pixels mirrored on each side, again and again where the image is smaller than that."""
-    if not pad:
-        return x
-    if pad < min(x.shape[2:]):
-        return F.pad(x, (pad,) * 4, mode="reflect")
-    for axis in (2, 3):
-        n = x.shape[axis]
-        at = torch.arange(-pad, n + pad, device=x.device) % max(2 * n - 2, 1)
-        x = x.index_select(axis, torch.minimum(at, (2 * n - 2 - at).abs()))
-    return x
 
 
 class MirroredConv(nn.Module):

@@ -73,13 +73,16 @@ def norm_in_norm_loss(prediction: Tensor, target: Tensor) -> Tensor:
     Args:
         prediction, target: (B,).
     """
+    check_float("prediction", prediction)
+    if not isinstance(target, Tensor) or target.shape != prediction.shape:
+        raise ValueError(f"target must be {tuple(prediction.shape)}, as prediction, got {describe(target)}")
     if prediction.numel() < 2:
         return (prediction - target).abs().sum() / max(prediction.numel(), 1)
 
     def unit(x: Tensor) -> Tensor:
         least = 8 * torch.finfo(x.dtype).eps * x.detach().norm()  # what rounding leaves of the mean
         x = x - x.mean()
-        some = x.detach().norm() > least
+        some = ~(x.detach().norm() <= least)  # what is not a number stays none
         return torch.where(some, x / torch.where(some, x, 1.0).norm(), 0.0)
 
     return (unit(prediction) - unit(target)).abs().sum() / (2 * prediction.numel() ** 0.5)
@@ -87,8 +90,11 @@ def norm_in_norm_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 def earth_movers_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """``mean sqrt(mean_k (P_k - T_k)^2)`` of the cumulated distributions (B, K); where they agree the gradient is 0."""
+    check_float("prediction", prediction)
+    if prediction.dim() != 2 or not isinstance(target, Tensor) or target.shape != prediction.shape:
+        raise ValueError(f"prediction and target must be (B, K), got {describe(prediction)} and {describe(target)}")
     apart = (prediction.cumsum(-1) - target.cumsum(-1)).square().mean(-1)
-    some = apart > 0
+    some = apart != 0  # what is not a number stays none
     root = torch.where(some, torch.where(some, apart, 1.0).sqrt(), 0.0)
     return root.sum() / max(len(root), 1)
 
