@@ -13,6 +13,7 @@ import importlib
 import json
 import math
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -170,6 +171,17 @@ def synthetic(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
             wave = 0.2 * wave
         out[name] = wave.float().reshape(shape)
     return out
+
+
+def by_name(key: str, shape: Sequence[int]) -> torch.Tensor:
+    """Float64 numbers of a state dict by the name of an entry, for recordings that keep the shapes alone."""
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    if key.endswith(("num_batches_tracked", "relative_position_index")):
+        return torch.zeros((), dtype=torch.long)
+    made = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if len(shape) > 1:
+        return made * (1.2 / made[0].numel()) ** 0.5
+    return 1 + made.abs() * 0.3 if "var" in key else made * 0.1 + ("weight" in key)
 
 
 class Models(Fixture):

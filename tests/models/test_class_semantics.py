@@ -88,7 +88,7 @@ def test_the_recogniser_gets_its_gradient_through_the_gates_alone():
     got = r.grad.clone()
     r.grad = None
     channel, time = m.gates(r)
-    (channel.sum(-1) * 0 + (x * channel + x * time).sum((1, 2))[:, None]).sum().backward()
+    (x * channel + x * time).sum().backward()
     torch.testing.assert_close(r.grad, got)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import attnlib
-from attnlib.models.dense.heads import FPNHead, FuseMaps, SegFormerHead, Segmenter, UPerHead
+from attnlib.models.dense.heads import FPNHead, FuseMaps, SegFormerHead, Segmenter, UPerHead, map_info
 
 DIMS = [8, 16, 24]
 HEADS = {"segformer": SegFormerHead, "fpn": FPNHead, "uper": UPerHead}
@@ -203,3 +203,22 @@ def test_a_new_number_of_classes():
 def test_bad_input(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+class OfSome(list):
+    """As timm's: of all maps that there are, with answers for those that are given."""
+
+    def get_dicts(self):
+        return self[1:3]
+
+
+def test_what_encoders_tell_of_their_maps():
+    encoder = torch.nn.Identity()
+    encoder.feature_info = OfSome({"num_chs": 8 * (i + 1), "reduction": 2**i} for i in range(4))
+    told = map_info(encoder)
+    assert told.channels() == [16, 24] and told.reduction() == [2, 4]
+    assert Segmenter(encoder, SegFormerHead([16, 24], 8, num_classes=2)).reductions == [2, 4]
+    encoder.feature_info = list(encoder.feature_info)  # plain dictionaries will do
+    assert map_info(encoder).channels() == [8, 16, 24, 32]
+    with pytest.raises(ValueError, match="trunk must have a feature_info of its maps.*got Identity"):
+        map_info(torch.nn.Identity(), "trunk")

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import zlib
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from torch import nn
 
 import attnlib
 from attnlib.models.dense.dmmi import DEAD, DMMI, DMMIPrediction, convert, referring_scores
+from tests.parity import by_name
 
 PATH = Path(__file__).parents[1] / "fixtures" / "models" / "dmmi.safetensors"
 with safe_open(PATH, "pt") as held:
@@ -21,24 +21,13 @@ with safe_open(PATH, "pt") as held:
 SMALL = dict(embed_dim=12, depths=(2, 1, 1, 1), num_heads=(2, 2, 4, 4), window_size=3, text_dim=24, drop_path_rate=0.0)
 
 
-def numbers(key, shape):
-    """The weights of the recording, by name."""
-    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-    if key.endswith(("num_batches_tracked", "relative_position_index")):
-        return torch.zeros((), dtype=torch.long)
-    made = torch.randn(shape, generator=generator, dtype=torch.float64)
-    if len(shape) > 1:
-        return made * (1.2 / made[0].numel()) ** 0.5
-    return 1 + made.abs() * 0.3 if "var" in key else made * 0.1 + ("weight" in key)
-
-
 def close(a, b, rtol=1e-8):
     torch.testing.assert_close(a, b, rtol=rtol, atol=1e-9)
 
 
 def authors():
     model = DMMI(**SMALL, compat="authors").double()
-    model.load_state_dict(convert({k: numbers(k, s) for k, s in META["model"].items()}, model), strict=True)
+    model.load_state_dict(convert({k: by_name(k, s) for k, s in META["model"].items()}, model), strict=True)
     g = torch.Generator().manual_seed(5)
     x = torch.rand(2, 3, 40, 40, generator=g, dtype=torch.float64)
     text, erased = (torch.randn(2, 24, 5, generator=g, dtype=torch.float64).mT.contiguous() for _ in range(2))
@@ -120,9 +109,8 @@ def test_padding_is_masked_and_compat_attends_to_it():
     close(made.rebuilt[1:, :3], short.rebuilt)
     close(made.words[1:, :3], short.words)
     target = torch.ones(2, 40, 33, dtype=torch.long)
-    close(model._contrast(made, torch.ones(2).double()), model._contrast(
-        made._replace(words=made.words.masked_fill(~VALID[..., None], 9.0)), torch.ones(2).double()
-    ))  # fmt: skip
+    far = made._replace(words=made.words.masked_fill(~VALID[..., None], 9.0))
+    close(model.loss(far, target)["contrast"], model.loss(made, target)["contrast"])
     far = made._replace(rebuilt=made.rebuilt.masked_fill(~VALID[..., None], 9.0))
     close(model.loss(far, target)["similarity"], model.loss(made, target)["similarity"])
     left = model(x, text.flip(1), VALID.flip(1))  # padding on the left
@@ -159,6 +147,9 @@ def test_cross_entropy_is_weighted():
     got = model.loss(logits, target)["cross_entropy"]
     torch.testing.assert_close(got, F.cross_entropy(logits, target, torch.tensor([0.9, 1.1])))
     assert model.loss(logits, torch.full((2, 4, 5), 255))["cross_entropy"] == 0
+    target[0] = -1
+    got = small(ignore_index=-1).loss(logits, target)["cross_entropy"]
+    torch.testing.assert_close(got, F.cross_entropy(logits[1:], target[1:], torch.tensor([0.9, 1.1])))
 
 
 def test_scores():
@@ -207,6 +198,7 @@ def test_any_size(size):
     assert y.shape == (2, 2, *size) and y.isfinite().all()
     torch.testing.assert_close(model(x[:1], text[:1]), y[:1], rtol=1e-4, atol=1e-5)
     found = model.predict(x, text, VALID)
+    assert model.train().predict(x, text, VALID).equal(found) and model.training
     assert found.dtype == torch.bool and found.shape == (2, *size)
 
 
@@ -238,7 +230,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="class 2"):
         model.loss(y, torch.full((2, 40, 33), 2))
     with pytest.raises(ValueError, match="target must be"):
-        model.loss(y, torch.zeros(2, 4, 4, dtype=torch.long))
+        model.loss(y, torch.zeros(2, 40, 33))
     with pytest.raises(ValueError, match="four stages"):
         small(depths=(1, 1))
     with pytest.raises(ValueError, match="does not have"):

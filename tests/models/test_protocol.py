@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from attnlib.models.protocol import Optimizers, Step, TaskModel, split_batch, total_loss, train_batch, trained, updating
+from attnlib.models.protocol import (
+    Optimizers,
+    Step,
+    TaskModel,
+    evaluating,
+    split_batch,
+    total_loss,
+    train_batch,
+    trained,
+    updating,
+)
 from attnlib.models.tiles import tiled
 
 
@@ -103,6 +113,19 @@ def test_what_is_frozen_stays_so_also_after_an_exception():
         raise KeyError
     assert [p.requires_grad for p in model.parameters()] == [True, True, True, False]
     assert len(trained(model.judge, model)) == 3
+
+
+def test_what_is_frozen_in_evaluation_stays_so():
+    model = Adversaries()
+    model.judge.eval()
+    for _ in range(2):
+        with pytest.raises(KeyError), evaluating(model):
+            assert not any(m.training for m in model.modules())
+            raise KeyError
+        assert model.training and model.maker.training and not model.judge.training
+    with evaluating(model.eval()):
+        pass
+    assert not any(m.training for m in model.modules())
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,6 @@ def test_open_gates_are_no_gates():
     gated, plain = small().eval(), small(attention=None).eval()
     plain.load_state_dict({k: v for k, v in gated.state_dict().items() if ".attention." not in k}, strict=True)
 
-    class Open(nn.Module):
-        def forward(self, x):
-            return x
-
     x = torch.randn(1, 4, 32, 32)
     assert not gated(x).equal(plain(x))
     for level in gated.levels:
@@ -53,7 +49,7 @@ def test_the_named_model():
     with torch.device("meta"):
         model = attnlib.models.build.model_entry("resunet_efficientnet_b0").make()
     trunk = sum(p.numel() for p in model.encoder.parameters())
-    assert trunk == 3_595_676 + 0 and model.encoder.dims == [16, 24, 40, 112, 320]
+    assert trunk == 3_595_676 and model.encoder.dims == [16, 24, 40, 112, 320]
     assert model.in_chans == 4 and [tuple(h.weight.shape) for h in model.heads] == [(4, 16, 1, 1)]
 
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-import zlib
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from attnlib.models.backbones.stages import FeatureInfo, Features
 from attnlib.models.dense.grounding import SentenceSegmenter, convert
 from attnlib.nn.gates.sentence import SentenceGate
 from attnlib.nn.gates.squeeze_excite import SqueezeExciteGate
+from tests.parity import by_name
 
 PATH = Path(__file__).parents[1] / "fixtures" / "models" / "sentence_attention.safetensors"
 with safe_open(PATH, "pt") as held:
@@ -25,19 +25,8 @@ with safe_open(PATH, "pt") as held:
     WANT = {k: held.get_tensor(k) for k in held.keys()}  # noqa: SIM118
 
 
-def numbers(key, shape):
-    """The weights of the recording, by name."""
-    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-    if key.endswith("num_batches_tracked"):
-        return torch.zeros((), dtype=torch.long)
-    made = torch.randn(shape, generator=generator, dtype=torch.float64)
-    if len(shape) > 1:
-        return made * (1.2 / made[0].numel()) ** 0.5
-    return 1 + made.abs() * 0.3 if "var" in key else made * 0.1 + ("weight" in key)
-
-
 def weights(tag):
-    return {k: numbers(k, s) for k, s in META[tag].items()}
+    return {k: by_name(k, s) for k, s in META[tag].items()}
 
 
 def close(a, b):

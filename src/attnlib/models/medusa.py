@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_int, check_type, describe
 from .dense.context import resized_maps
 from .dense.unet import UNet
-from .protocol import TaskModel
+from .protocol import TaskModel, evaluating
 
 FORMS, HEADS, LAYOUTS = ("residual", "multiply"), ("channel", "pixel"), ("NHWC", "NCHW")
 
@@ -94,6 +94,8 @@ class SharedAttention(TaskModel):
             raise ValueError(f"kernel_size={kernel_size} must be odd")
         self.layout, self.form, self.stage_names = layout, form, names
         self.body_chans = check_int("body_chans", body_chans, least=1)
+        if body is not None:
+            check_type("body", body, nn.Module)
         self.body_size = None if body_size is None else check_int("body_size", body_size, least=1)
         check_int("global_dim", global_dim, least=1)
         self.model = model
@@ -119,7 +121,7 @@ class SharedAttention(TaskModel):
             body_x = x.mean(1, keepdim=True) if self.body_chans == 1 else x
             if self.body_size is not None:
                 body_x = resized_maps(body_x, (self.body_size, self.body_size))
-        if body_x.dim() != 4 or body_x.shape[:2] != (x.shape[0], self.body_chans):
+        if not isinstance(body_x, Tensor) or body_x.dim() != 4 or body_x.shape[:2] != (x.shape[0], self.body_chans):
             raise ValueError(
                 f"body_x must be ({x.shape[0]}, {self.body_chans}, h, w), a copy of the images, got {describe(body_x)}"
             )
@@ -169,7 +171,8 @@ class SharedAttention(TaskModel):
         Raises:
             ValueError: a class that is none.
         """
-        if target.dtype.is_floating_point or target.shape != prediction.shape[:1]:
+        whole = isinstance(target, Tensor) and not target.is_floating_point()
+        if not whole or target.shape != prediction.shape[:1]:
             raise ValueError(f"target must be whole numbers ({prediction.shape[0]},), got {describe(target)}")
         wrong = target[(target < 0) | (target >= prediction.shape[1])]
         if wrong.numel():
@@ -179,4 +182,5 @@ class SharedAttention(TaskModel):
     @torch.no_grad()
     def predict(self, x: Tensor, body_x: Tensor | None = None) -> Tensor:
         """Classes (B,)."""
-        return self(x, body_x).argmax(1)
+        with evaluating(self):
+            return self(x, body_x).argmax(1)

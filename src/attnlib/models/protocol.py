@@ -150,6 +150,19 @@ def updating(model: nn.Module, params: Iterable[nn.Parameter]) -> Iterator[None]
             p.requires_grad_(True)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within: all of a model in evaluation; then every part as it was, also one that was frozen in evaluation."""
+    training, modes = model.training, [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)  # by the method, which models override
+        for module, mode in modes:
+            module.training = mode
+
+
 class Optimizers:
     """An optimizer for every name that steps have, made when it is first met; saved and loaded as one.
 

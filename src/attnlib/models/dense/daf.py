@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,9 @@ from ...nn.released import Released
 from ..backbones.resnet import resnet
 from ..backbones.stages import Features
 from ..build import register_models
-from ..protocol import TaskModel
+from ..protocol import TaskModel, evaluating
 from .context import resized_maps
-from .heads import pixel_cross_entropy
+from .heads import map_info, pixel_cross_entropy
 
 SCALES = 4
 
@@ -158,10 +158,9 @@ class DAF(TaskModel):
             encoder = Features(trunk, (1, 2, 3, 4))
             encoder.apply(_start)
         check_type("encoder", encoder, nn.Module)
-        info: Any = getattr(encoder, "feature_info", None)
-        channels = [] if info is None else list(info.channels())
+        channels = map_info(encoder).channels()
         if len(channels) != SCALES:
-            raise ValueError(f"encoder must have a feature_info of {SCALES} maps, got {channels or describe(info)}")
+            raise ValueError(f"encoder must have a feature_info of {SCALES} maps, got {len(channels)}")
         self.encoder = encoder
         self.down = nn.ModuleList(nn.Sequential(*_conv(c, dim, 1)) for c in channels)
         self.fuse = nn.Sequential(*_conv(SCALES * dim, dim), *_conv(dim, dim), *_conv(dim, dim, 1))
@@ -234,12 +233,8 @@ class DAF(TaskModel):
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Classes (B, H, W)."""
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             return self(x).argmax(1)
-        finally:
-            self.train(training)
 
 
 def _start(module: nn.Module) -> None:

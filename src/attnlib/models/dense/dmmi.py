@@ -38,7 +38,9 @@ from ...nn.released import Released, Rule
 from ..backbones import hosts
 from ..blocks import Place
 from ..build import register_models
-from ..protocol import TaskModel
+from ..protocol import TaskModel, evaluating
+from ..retrieval.contrast import symmetric_contrast
+from .heads import pixel_cross_entropy
 
 VISUAL, VERBAL = (1, 3, 5), (1, 2, 3)
 
@@ -392,43 +394,31 @@ class DMMI(TaskModel):
                 sample without a 1 names nothing: it is left out of the other two.
         """
         logits = prediction if isinstance(prediction, Tensor) else prediction.logits
-        whole = isinstance(target, Tensor) and not target.is_floating_point() and target.dtype != torch.bool
-        if not whole or target.shape != (logits.shape[0], *logits.shape[2:]):
-            raise ValueError(
-                f"target must be whole numbers {(logits.shape[0], *logits.shape[2:])}, got {describe(target)}"
-            )
-        wrong = target[(target != self.ignore_index) & ((target < 0) | (target > 1))]
-        if wrong.numel():
-            raise ValueError(
-                f"target holds the class {int(wrong[0])}; possible: 0, 1, and {self.ignore_index} for none"
-            )
-        weight = logits.new_tensor(self.class_weight)
-        share = (weight[target.clamp(max=1)] * (target != self.ignore_index)).sum()
-        total = F.cross_entropy(logits, target.long(), weight, ignore_index=self.ignore_index, reduction="sum")
-        terms = {"cross_entropy": total / torch.where(share == 0, 1.0, share)}
+        terms = {"cross_entropy": pixel_cross_entropy(logits, target, self.ignore_index, self.class_weight)}
         if isinstance(prediction, Tensor):
             return terms
-        flags = (target == 1).flatten(1).any(1).to(logits.dtype)
-        terms["contrast"] = self.contrast * self._contrast(prediction, flags)
+        named = (target == 1).flatten(1).any(1)
+        terms["contrast"] = self.contrast * self._contrast(prediction, named)
         if prediction.rebuilt is not None:
             there = prediction.valid
             alike = F.cosine_similarity(prediction.words.detach(), prediction.rebuilt, dim=-1, eps=1e-6)
             alike = alike.mean(1) if there is None else alike.masked_fill(~there, 0.0).sum(1) / there.sum(1)
-            terms["similarity"] = self.similarity * (1 - (alike * flags).mean())
+            terms["similarity"] = self.similarity * (1 - (alike * named).mean())
         return terms
 
-    def _contrast(self, prediction: DMMIPrediction, flags: Tensor) -> Tensor:
-        """InfoNCE both ways, each row and column times its flag."""
+    def _contrast(self, prediction: DMMIPrediction, named: Tensor) -> Tensor:
+        """InfoNCE both ways of the samples that name something among all; a mean over the whole batch."""
         mean = masked_mean(self.align(prediction.words), None if self.compat else prediction.valid)
         scores = F.normalize(prediction.seen, dim=1) @ F.normalize(mean, dim=1).mT / self.temperature
-        at = torch.arange(len(scores), device=scores.device)
-        both = [F.cross_entropy(s, at, reduction="none") for s in (scores, scores.mT)]
-        return ((both[0] + both[1]) * flags).mean()
+        if not named.any():
+            return 0.0 * scores.sum()
+        return 2 * named.to(scores.dtype).mean() * symmetric_contrast(scores, same=named.diag())
 
     @torch.no_grad()
     def predict(self, x: Tensor, text: Tensor, valid: Tensor | None = None, erased: Tensor | None = None) -> Tensor:
-        """(B, H, W) boolean: what the text names."""
-        return self.everything(x, text, valid).logits.argmax(1) == 1
+        """(B, H, W) boolean: what the text names; ``erased`` is for training and changes nothing."""
+        with evaluating(self):
+            return self(x, text, valid).argmax(1) == 1  # type: ignore[union-attr]
 
 
 def referring_scores(found: Tensor, truth: Tensor, at: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9)) -> dict[str, float]:

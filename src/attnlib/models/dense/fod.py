@@ -50,7 +50,8 @@ from ...types import stats_dtype
 from ..backbones.resnet import resnet
 from ..backbones.stages import Features
 from ..build import create_model, register_models
-from ..protocol import Step, TaskModel, Terms, trained
+from ..protocol import Step, TaskModel, Terms, evaluating, trained
+from .heads import map_info
 
 COMPAT = (None, "authors")
 TINY = 1e-4
@@ -318,10 +319,9 @@ class FOD(TaskModel):
             at = [steps.index(8), steps.index(16)]
             trunk = create_model(encoder, features_only=True, out_indices=at, in_chans=in_chans)
         check_type("encoder", trunk, nn.Module, "a module that gives maps, or the name of a backbone")
-        info: Any = getattr(trunk, "feature_info", None)
-        channels = [] if info is None else list(info.channels())
-        dims = check_ints("dims", dims, least=1)
-        if not channels or len(channels) != len(dims):
+        info, dims = map_info(trunk), check_ints("dims", dims, least=1)
+        channels = info.channels()
+        if len(channels) != len(dims):
             raise ValueError(f"dims has {len(dims)} levels, the encoder gives {len(channels)} maps with a feature_info")
         self.encoder = trunk.requires_grad_(False).eval()
         self.levels = nn.ModuleList(
@@ -463,12 +463,8 @@ class FOD(TaskModel):
             smooth: width of the Gaussian, in pixels; 0 for none. The scores of pixels are not smoothed.
         """
         check_real("smooth", smooth, least=0)
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             made = self._levels(x, (self.intra and not self.inter, self.inter))
-        finally:
-            self.train(training)
         size = tuple(x.shape[2:])
         up = [F.interpolate(self.scores(m)[:, None], size, mode="bilinear", align_corners=True)[:, 0] for m in made]
         pixels = torch.stack(up).mean(0)

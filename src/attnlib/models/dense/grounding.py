@@ -27,9 +27,9 @@ from ...nn.gates.sentence import SentenceGate
 from ...nn.released import Released, Rule
 from ..backbones.convs import InvertedResidual, blocks_of
 from ..build import create_model, register_models
-from ..protocol import TaskModel
+from ..protocol import TaskModel, evaluating
 from .context import resized_maps
-from .heads import pixel_cross_entropy
+from .heads import map_info, pixel_cross_entropy
 
 LEVELS = ("all", "last")
 Texts = Tensor | Sequence[Tensor]
@@ -101,10 +101,7 @@ class SentenceSegmenter(TaskModel):
         if isinstance(encoder, str):
             trunk = create_model(encoder, features_only=True, in_chans=in_chans, drop_path_rate=drop_path_rate)
         check_type("encoder", trunk, nn.Module)
-        info: Any = getattr(trunk, "feature_info", None)
-        if not info:
-            raise ValueError(f"encoder must have a feature_info, which tells its channels, got {describe(encoder)}")
-        dims = [int(f["num_chs"]) for f in info]
+        dims = map_info(trunk).channels()
         self.encoder, self.levels = trunk, levels
         used = dims if levels == "all" else dims[-1:]
         self.input_norm = nn.InstanceNorm2d(in_chans, track_running_stats=True) if input_norm else nn.Identity()
@@ -161,7 +158,8 @@ class SentenceSegmenter(TaskModel):
     @torch.no_grad()
     def predict(self, x: Tensor, text: Texts, has_text: Tensor | None = None) -> Tensor:
         """Classes (B, H, W)."""
-        return self(x, text, has_text).argmax(1)
+        with evaluating(self):
+            return self(x, text, has_text).argmax(1)
 
     @torch.no_grad()
     def ask(self, x: Tensor, questions: Sequence[str]) -> Tensor:

@@ -34,6 +34,7 @@ from ...checks import check_int, check_ints, check_real, check_type, check_valid
 from ...nn.base import Mechanism
 from ...nn.layers import ConvNorm, masked_batch_norm, plain, resize_map, strided_valid, zero_invalid
 from ...ops.reduced import adaptive_pool_tokens
+from ..backbones.stages import FeatureInfo
 from ..protocol import TaskModel
 
 Maps = Sequence[Tensor]
@@ -281,12 +282,12 @@ class Segmenter(TaskModel):
         super().__init__()
         for name, part in (("encoder", encoder), ("head", head)):
             check_type(name, part, nn.Module)
-        info: Any = getattr(encoder, "feature_info", None)
-        channels = None if info is None else [f["num_chs"] for f in info]
+        info = map_info(encoder) if getattr(encoder, "feature_info", None) else None
+        channels = None if info is None else info.channels()
         wanted = getattr(head, "in_dims", channels)
         if channels is not None and wanted != channels:
             raise ValueError(f"head reads maps of {wanted} channels, but encoder gives {channels}")
-        self.reductions = None if info is None else [f["reduction"] for f in info]
+        self.reductions = None if info is None else info.reduction()
         self.encoder, self.head = encoder, head
         self.ignore_index = check_int("ignore_index", ignore_index)
 
@@ -357,13 +358,31 @@ def resized_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
 
 
-def pixel_cross_entropy(prediction: Tensor, target: Tensor, ignore_index: int = 255) -> Tensor:
+def map_info(encoder: Any, name: str = "encoder") -> FeatureInfo:
+    """What an encoder tells of the maps that it gives: ours, and timm's, which knows of maps that it does not give.
+
+    Raises:
+        ValueError: it tells nothing.
+    """
+    info = getattr(encoder, "feature_info", None)
+    if not info:
+        raise ValueError(
+            f"{name} must have a feature_info of its maps, as attnlib.create_model(..., features_only=True) has, got "
+            f"{describe(encoder)}"
+        )
+    return FeatureInfo(info.get_dicts() if hasattr(info, "get_dicts") else info)
+
+
+def pixel_cross_entropy(
+    prediction: Tensor, target: Tensor, ignore_index: int = 255, weight: Sequence[float] | None = None
+) -> Tensor:
     """Mean cross entropy of the pixels that have a class; 0, with a gradient of 0, where none has.
 
     Args:
         prediction: logits (B, K, H, W), resized to the labels' size.
         target: (B, H', W') whole numbers.
         ignore_index: the label of pixels without a class.
+        weight: of every class, also in the mean; 1 by default.
 
     Raises:
         ValueError: shapes that do not fit, labels that are no class.
@@ -381,5 +400,9 @@ def pixel_cross_entropy(prediction: Tensor, target: Tensor, ignore_index: int = 
             f"target holds the class {int(wrong[0])}; possible: 0 to {classes - 1}, and {ignore_index} for none"
         )
     logits = resized_logits(prediction, target.shape[1:])
-    total = F.cross_entropy(logits, target.long(), ignore_index=ignore_index, reduction="sum")
-    return total / labelled.sum().clamp(min=1)
+    share = None if weight is None else logits.new_tensor(weight)
+    total = F.cross_entropy(logits, target.long(), share, ignore_index=ignore_index, reduction="sum")
+    if share is None:
+        return total / labelled.sum().clamp(min=1)
+    below = (share[target.long().masked_fill(~labelled, 0)] * labelled).sum()
+    return total / torch.where(below == 0, 1.0, below)

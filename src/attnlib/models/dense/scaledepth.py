@@ -33,8 +33,9 @@ from ...ops import attention
 from ...positions import sincos
 from ...types import stats_dtype
 from ..losses import silog_loss
-from ..protocol import TaskModel, Terms
+from ..protocol import TaskModel, Terms, evaluating
 from .context import resized_maps
+from .heads import map_info
 
 #: exp of more than this is no depth.
 MOST_LOG = 15.0
@@ -172,10 +173,7 @@ class ScaleDepth(TaskModel):
     ):
         super().__init__()
         check_type("encoder", encoder, nn.Module, "a module that gives maps")
-        info: Any = getattr(encoder, "feature_info", None)
-        dims = list(info.channels()) if hasattr(info, "channels") else []
-        if not dims:
-            raise ValueError(f"encoder must have a feature_info of its maps, got {describe(info)}")
+        dims = map_info(encoder).channels()
         if check_int("dim", dim, least=1) % 4:
             raise ValueError(f"dim must be a multiple of 4, for sines and cosines along two axes, got {dim}")
         check_divides("num_heads", check_int("num_heads", num_heads, least=1), "dim", dim)
@@ -354,9 +352,5 @@ class ScaleDepth(TaskModel):
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Depth (B, H, W)."""
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             return self(x).depth
-        finally:
-            self.train(training)

@@ -39,11 +39,11 @@ from ..backbones.stages import Features
 from ..blocks import Place
 from ..build import register_models
 from ..perception.foveation import similarity
-from ..protocol import Step, TaskModel, split_batch, trained
+from ..protocol import Step, TaskModel, evaluating, split_batch, trained
 from .context import resized_maps
 from .datr import convert as convert_segformer
 from .datr import datr_encoder
-from .heads import SegFormerHead, Segmenter, pixel_cross_entropy, resized_logits
+from .heads import SegFormerHead, Segmenter, map_info, pixel_cross_entropy, resized_logits
 
 MEAN, STD = (123.675 / 255, 116.28 / 255, 103.53 / 255), (58.395 / 255, 57.12 / 255, 57.375 / 255)
 
@@ -301,11 +301,9 @@ class SegMiF(TaskModel):
     ):
         super().__init__()
         check_type("segmenter", segmenter, nn.Module)
-        encoder = getattr(segmenter, "encoder", None)
-        info: Any = getattr(encoder, "feature_info", None)
-        channels = [] if info is None else [f["num_chs"] for f in info]
+        channels = map_info(getattr(segmenter, "encoder", None), "segmenter.encoder").channels()
         if len(channels) < 2:
-            raise ValueError(f"segmenter needs an encoder of two maps or more with a feature_info, got {channels}")
+            raise ValueError(f"segmenter.encoder must give two maps or more, got {len(channels)}")
         check_choice("compat", compat, (None, "authors"))
         check_choice("alternate", alternate, ("batch", "round"))
         self.segmenter, self.compat, self.alternate = segmenter, compat, alternate
@@ -408,7 +406,8 @@ class SegMiF(TaskModel):
     @torch.no_grad()
     def predict(self, visible: Tensor, infrared: Tensor, guide: Tensor | None = None) -> SegMiFAnswer:
         """Classes and picture."""
-        made = self(visible, infrared, guide)
+        with evaluating(self):
+            made = self(visible, infrared, guide)
         return SegMiFAnswer(made.logits.argmax(1), made.image.clamp(0, 1))
 
 

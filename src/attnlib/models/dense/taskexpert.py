@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ...checks import check_choice, check_int, check_real, check_type, describe, readable
 from ...nn.gates.memorial_experts import MemorialExperts
 from ...types import stats_dtype
-from ..protocol import TaskModel, Terms
+from ..protocol import TaskModel, Terms, evaluating
 from .context import resized_maps
-from .heads import pixel_cross_entropy
+from .heads import map_info, pixel_cross_entropy
 
 KINDS = ("classes", "balanced", "edges", "normals", "depth")
 IGNORED = 255
@@ -162,10 +162,7 @@ class TaskExpert(TaskModel):
             check_type(f"tasks[{name!r}]", task, DenseTask)
         self.tasks = dict(tasks)
         check_type("encoder", encoder, nn.Module, "a module that gives maps")
-        info: Any = getattr(encoder, "feature_info", None)
-        dims = list(info.channels()) if hasattr(info, "channels") else []
-        if not dims:
-            raise ValueError(f"encoder must have a feature_info of its maps, got {describe(info)}")
+        dims = map_info(encoder).channels()
         self.encoder = encoder
         settings = dict(
             num_experts=num_experts, expert_dim=expert_dim, memory_dim=memory_dim, memory=memory, gate=gate,
@@ -242,12 +239,8 @@ class TaskExpert(TaskModel):
     @torch.no_grad()
     def predict(self, x: Tensor) -> dict[str, Tensor]:
         """Classes (B, H, W), probabilities of edges (B, H, W), unit normals (B, 3, H, W), depth (B, H, W)."""
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             made = self(x)
-        finally:
-            self.train(training)
         out = {}
         for name, y in made.items():
             kind = self.tasks[name].kind

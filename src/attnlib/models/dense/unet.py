@@ -30,7 +30,7 @@ from ...checks import check_choice, check_flag, check_int, check_ints, check_rea
 from ...nn.gates.skip import AdditiveSkipGate
 from ..build import register_models
 from ..losses import dice_loss
-from ..protocol import TaskModel
+from ..protocol import TaskModel, evaluating
 from ..tiles import tiled
 from .context import ASPP, CONV, DROP, NORM, DualAttention, conv_norm_act, resized_maps
 from .ddrnet import DAPPM
@@ -160,12 +160,9 @@ class BackboneEncoder(nn.Module):
         if info is not None:
             self.dims, self.reductions = list(info.channels()), list(info.reduction())
             return
-        training = model.training
         like = next(model.parameters())
-        with torch.no_grad():
-            maps = self.eval()(torch.zeros(1, in_chans, *[side] * rank, dtype=like.dtype, device=like.device))
-        model.train(training)
-        self.train(training)
+        with torch.no_grad(), evaluating(model):
+            maps = self(torch.zeros(1, in_chans, *[side] * rank, dtype=like.dtype, device=like.device))
         self.dims = [m.shape[1] for m in maps]
         self.reductions = [round(side / m.shape[2]) for m in maps]
 
@@ -414,12 +411,8 @@ class UNet(TaskModel):
             tile, overlap, blend: of :func:`attnlib.models.tiles.tiled`, where it does not fit memory. What looks at the
                 whole image (attention at the bottom, means) looks at a tile then.
         """
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             logits = tiled(self, x, tile, overlap=overlap, blend=blend, align=2 ** len(self.levels))  # type: ignore[arg-type]
-        finally:
-            self.train(training)
         return (logits[:, 0] > 0).long() if self.num_classes == 1 else logits.argmax(1)
 
 
