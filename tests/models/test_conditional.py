@@ -32,12 +32,12 @@ def oracle(m, x, c, rows):
     e = m.conditions[c] + (0 if m.condition_bias is None else m.condition_bias)
     e = e.expand(len(x), rows, -1)
     n = F.layer_norm(x, (12,), m.norm.weight, m.norm.bias, 1e-6)
-    q, k, v = m.q(e), m.k(n), m.v(n)
+    q, k, v = m.attend.q(e), m.attend.k(n), m.attend.v(n)
     heads = []
     for h in range(3):
         s = slice(4 * h, 4 * h + 4)
         heads.append((q[..., s] @ k[..., s].mT / 2).softmax(-1) @ v[..., s])
-    y = m.proj(torch.cat(heads, -1))
+    y = m.attend.proj(torch.cat(heads, -1))
     y = y + (e if m.residual == "query" else x[:, :1] if m.residual == "token" else 0)
     y = y + m.mlp(F.layer_norm(y, (12,), m.norm2.weight, m.norm2.bias, 1e-6))
     z = m.head(F.layer_norm(y, (12,), m.final.weight, m.final.bias, 1e-6))
@@ -80,8 +80,9 @@ def test_a_condition_that_is_the_class_token_is_plain_pooling_by_it():
     x = torch.randn(1, 5, 12).double()
     m.conditions.data.copy_(x[:, 0])
     n = m.norm(x)
-    a = (m.q(x[:, :1]) @ m.k(n).mT / 12**0.5).softmax(-1)
-    y = m.proj(a @ m.v(n))
+    own = m.attend
+    a = (own.q(x[:, :1]) @ own.k(n).mT / 12**0.5).softmax(-1)
+    y = own.proj(a @ own.v(n))
     y = y + m.mlp(m.norm2(y))
     torch.testing.assert_close(m(x, 0).vectors, F.normalize(m.head(m.final(y)), dim=-1)[:, 0])
 

@@ -171,6 +171,11 @@ def test_it_searches_across_scales_clusters_and_goes_on():
     assert set(terms) == {"scale", "labels"}
     model.cluster()
     assert "clusters" in train_batch(model, batch, optimizers)["all"]
+    again = ScaleInvariantSearch(Small(), 16, MemoryBank(24, 8), 8, size=16)
+    again.load_state_dict(model.state_dict())  # clusters are kept with the rest
+    assert torch.equal(again.identity, model.identity) and "clusters" in again.loss(
+        again(images, boxes), batch["target"]
+    )
     big, small = (model.predict(*scenes(12, (s,), seed=5)[:2]) for s in (24, 8))
     same = which[:12, None] == which[None, :12]
     assert recall(small @ big.T, same) > 0.5  # by chance 1 / 6

@@ -62,12 +62,13 @@ def test_encoder_and_prior_are_their_formulas():
             torch.testing.assert_close(prior(bev, tokens, r.valid)[i], bev[i])
             continue
         x = torch.stack(found)
-        b = enc.blocks[0]
-        y = b.norm1(x)
+        mixer, mlp = enc.blocks[0].mixer, enc.blocks[0].mlp
+        y, b = mixer.norm(x), mixer.inner
         x = x + b.proj(attend(b.q(y), b.k(y), b.v(y)))
-        x = enc.norm(x + b.mlp(b.norm2(x)))
+        x = enc.norm(x + mlp.inner(mlp.norm(x)))
         torch.testing.assert_close(tokens[i, :n], x, rtol=1e-6, atol=1e-7)
-        q = flat + prior.proj(attend(prior.q(prior.norm(flat)), prior.k(x), prior.v(x)))
+        r2 = prior.read
+        q = flat + r2.proj(attend(r2.q(prior.norm(flat)), r2.k(x), r2.v(x)))
         torch.testing.assert_close(prior(bev, tokens, r.valid)[i].flatten(1).T, q, rtol=1e-6, atol=1e-7)
 
 
@@ -143,7 +144,7 @@ def test_resampling():
 def test_maps_recover_hidden_lanes():
     """Against none, after as many steps; the whole comparison is a study."""
     found = {}
-    for prior in ("none", "raster", "polyline"):
+    for prior in ("none", "raster"):
         torch.manual_seed(0)
         model = MappedLanes(2, 16, prior, reach=REACH)
         optimizers = Optimizers(lambda name, params: torch.optim.AdamW(params, 1e-2))
@@ -154,7 +155,6 @@ def test_maps_recover_hidden_lanes():
         bev, r, truth = lanes(32, torch.Generator().manual_seed(9))
         found[prior] = recovered(model.predict(bev, r), truth, bev[:, 1])
     assert found["raster"] > found["none"] + 0.1, found
-    assert found["polyline"] >= found["none"] - 0.05, found
 
 
 def test_traces():

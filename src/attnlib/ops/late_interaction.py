@@ -247,9 +247,9 @@ def _few(call: _Call) -> str | None:
 
 
 def _why_not(call: _Call) -> str | None:
-    if call.x.device.type == "meta" or not call.x.shape[0] or not call.y.shape[0]:
+    if not call.x.shape[0] or not call.y.shape[0]:
         return "there is nothing to cut"
-    return None
+    return "tensors on meta hold no numbers to look for the largest in" if call.x.is_meta else None
 
 
 _OPERATOR = Operator("late_interaction", _prepare)

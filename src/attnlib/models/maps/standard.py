@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from ...checks import (
     check_axes,
     check_choice,
-    check_divides,
     check_flag,
     check_float,
     check_int,
@@ -35,8 +34,8 @@ from ...checks import (
     check_whole,
     readable,
 )
-from ...nn.layers import Mlp, merge_heads, split_heads
-from ...ops import attention
+from ...nn.dense.softmax_attention import SoftmaxAttention
+from ..blocks import Block
 from ..protocol import TaskModel, Terms
 
 #: Classes of OpenStreetMap's roads, the widest first.
@@ -140,7 +139,6 @@ class PolylineEncoder(nn.Module):
     ):  # fmt: skip
         super().__init__()
         check_int("dim", dim, least=1)
-        check_divides("num_heads", check_int("num_heads", num_heads, least=1), "dim", dim)
         self.kinds, self.directed = check_int("kinds", kinds, least=1), check_flag("directed", directed)
         self.reach = tuple(check_real("reach", r, above=0) for r in reach)
         if len(self.reach) != 2:
@@ -149,7 +147,10 @@ class PolylineEncoder(nn.Module):
         self.point = nn.Sequential(nn.Linear(4 * frequencies, dim), nn.GELU(), nn.Linear(dim, dim))
         self.order = nn.Parameter(torch.zeros(2))  # how much the first and the last point weigh beside the mean
         self.kind = nn.Embedding(kinds, dim)
-        self.blocks = nn.ModuleList(_RoadBlock(dim, num_heads) for _ in range(check_int("depth", depth, least=0)))
+        self.blocks = nn.ModuleList(
+            Block(dim, SoftmaxAttention(dim, num_heads), mlp_ratio=2.0)
+            for _ in range(check_int("depth", depth, least=0))
+        )
         self.norm = nn.LayerNorm(dim)
 
     def _one_way(self, points: Tensor) -> Tensor:
@@ -175,24 +176,8 @@ class PolylineEncoder(nn.Module):
             token = (token + self._one_way(points.flip(-2))) / 2
         token = token + self.kind(kind.masked_fill(~valid, 0))
         for block in self.blocks:
-            token = block(token, valid)
+            token, _ = block(token, valid)
         return self.norm(token).masked_fill(~valid.unsqueeze(-1), 0.0)
-
-
-class _RoadBlock(nn.Module):
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
-        self.mlp = Mlp(dim, 2 * dim)
-
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        y = self.norm1(x)
-        q, k, v = (split_heads(m(y), self.num_heads) for m in (self.q, self.k, self.v))
-        x = x + self.proj(merge_heads(attention(q, k, v, valid=valid)))
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
 
 
 class PolylinePrior(nn.Module):
@@ -211,13 +196,10 @@ class PolylinePrior(nn.Module):
 
     def __init__(self, dim: int, road_dim: int | None = None, num_heads: int = 4):
         super().__init__()
-        check_int("dim", dim, least=1)
-        check_divides("num_heads", check_int("num_heads", num_heads, least=1), "dim", dim)
-        self.dim, self.num_heads = dim, num_heads
+        self.dim = check_int("dim", dim, least=1)
         self.road_dim = dim if road_dim is None else check_int("road_dim", road_dim, least=1)
         self.norm = nn.LayerNorm(dim)
-        self.q, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.k, self.v = nn.Linear(self.road_dim, dim), nn.Linear(self.road_dim, dim)
+        self.read = SoftmaxAttention(dim, num_heads, context_dim=self.road_dim)
 
     def forward(self, bev: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
         if bev.dim() == 4:
@@ -228,10 +210,7 @@ class PolylinePrior(nn.Module):
         check_valid("valid", valid, tokens.shape[:2])
         if not tokens.shape[1]:
             return bev
-        tokens = tokens.masked_fill(~valid.unsqueeze(-1), 0.0)
-        q = split_heads(self.q(self.norm(bev)), self.num_heads)
-        k, v = (split_heads(m(tokens), self.num_heads) for m in (self.k, self.v))
-        read = self.proj(merge_heads(attention(q, k, v, valid=valid)))
+        read = self.read(self.norm(bev), tokens, context_valid=valid)
         return torch.where(valid.any(1)[:, None, None], bev + read, bev)
 
 

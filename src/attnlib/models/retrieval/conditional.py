@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from ...checks import (
     check_axes,
     check_choice,
-    check_divides,
     check_int,
     check_real,
     check_tensor,
@@ -32,8 +31,8 @@ from ...checks import (
     describe,
     readable,
 )
-from ...nn.layers import Mlp, merge_heads, split_heads
-from ...ops import attention
+from ...nn.dense.softmax_attention import SoftmaxAttention
+from ...nn.layers import Mlp
 from ..protocol import TaskModel, Terms
 
 QUERIES = ("onehot", "table")
@@ -100,17 +99,16 @@ class ConditionalCrossAttention(TaskModel):
     ):  # fmt: skip
         super().__init__()
         check_int("dim", dim, least=1)
-        check_divides("num_heads", check_int("num_heads", num_heads, least=1), "dim", dim)
         check_choice("query", query, QUERIES)
         check_choice("residual", residual, RESIDUALS)
-        self.trunk, self.dim, self.num_heads, self.residual = trunk, dim, num_heads, residual
+        self.trunk, self.dim, self.residual = trunk, dim, residual
         self.num_conditions = check_int("num_conditions", num_conditions, least=1)
         self.margin = check_real("margin", margin, least=0)
         self.conditions = nn.Parameter(torch.empty(num_conditions, dim))
         nn.init.trunc_normal_(self.conditions, std=0.02)
         self.condition_bias = nn.Parameter(torch.zeros(dim)) if query == "onehot" else None
         self.norm, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.attend = SoftmaxAttention(dim, num_heads, context_dim=dim)
         self.mlp = Mlp(dim, round(dim * check_real("mlp_ratio", mlp_ratio, above=0)))
         self.final = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, check_int("embed_dim", embed_dim, least=1))
@@ -153,14 +151,10 @@ class ConditionalCrossAttention(TaskModel):
         """
         check_axes("tokens", tokens, B=None, N=None, C=self.dim)
         check_valid("valid", valid, tokens.shape[:2])
-        if valid is not None:
-            tokens = tokens.masked_fill(~valid.unsqueeze(-1), 0.0)
         numbers = self._conditions(condition, len(tokens), tokens.device)
         asked = self.queries().to(tokens.dtype)[numbers]
         asked = asked.expand(len(tokens), -1, -1) if condition is None else asked.unsqueeze(1)  # (B, 1 or K, dim)
-        x = self.norm(tokens)
-        q, k, v = (split_heads(m(t), self.num_heads) for m, t in ((self.q, asked), (self.k, x), (self.v, x)))
-        y = self.proj(merge_heads(attention(q, k, v, valid=valid)))
+        y = self.attend(asked, self.norm(tokens), context_valid=valid)
         if self.residual == "query":
             y = y + asked
         elif self.residual == "token":

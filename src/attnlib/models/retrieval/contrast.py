@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_flag, check_real, shaped
+from ...checks import check_flag, check_int, check_real, shaped
 
 
 @shaped(scores="float (P, Q)", same="bool (P, Q)")
@@ -100,7 +100,7 @@ def recall(scores: Tensor, same: Tensor | None = None, at: int = 1) -> Tensor:
         if scores.shape[0] != scores.shape[1]:
             raise ValueError(f"same must say which pairs belong together: scores {tuple(scores.shape)} are not square")
         same = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-    check_real("at", at, least=1)
+    check_int("at", at, least=1)
     scores, same = scores[same.any(1)].double(), same[same.any(1)]
     if not len(scores):
         raise ValueError("same has no positive pair: there is nothing to find")

@@ -17,6 +17,7 @@ arXiv 2302.12986. No code was released: which pieces there are is the paper's, t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -220,8 +221,6 @@ def falling(start: float, end: float, share: float) -> float:
     >>> falling(0.9, 0.5, 0.0), round(falling(0.9, 0.5, 0.5), 6), falling(0.9, 0.5, 1.0)
     (0.9, 0.7, 0.5)
     """
-    import math
-
     for name, value in (("start", start), ("end", end)):
         check_real(name, value, least=-1, most=1)
     check_real("share", share, least=0, most=1)
@@ -246,6 +245,8 @@ class ScaleInvariantSearch(TaskModel):
         :class:`Instances`. ``target`` of the loss: :class:`Known`.
     """
 
+    identity: Tensor
+
     def __init__(
         self, backbone: nn.Module, dim: int, bank: MemoryBank, embed_dim: int = 256, size: int = 64,
         scales: Sequence[float] = (1.0, 0.5, 0.75, 1.5), cells: int = 4, temperature: float = 0.1,
@@ -262,7 +263,7 @@ class ScaleInvariantSearch(TaskModel):
         if not self.scales:
             raise ValueError("scales must name one at least, got none")
         self.temperature = check_real("temperature", temperature, above=0)
-        self.labels: Tensor | None = None
+        self.register_buffer("identity", torch.full_like(bank.image, -1))
 
     def _boxes(self, images: Tensor, boxes: Tensor) -> None:
         check_axes("boxes", boxes, N=None, **{"image, left, top, right, bottom": 5})
@@ -306,8 +307,8 @@ class ScaleInvariantSearch(TaskModel):
             "scale": scale_invariant_loss(f, prediction.exemplars, self.temperature, same),
             "labels": multi_label_loss(f, bank.values, labels, bank.apart(number)),
         }
-        if self.labels is not None:
-            terms["clusters"] = cluster_contrast(f, number, self.labels, bank)
+        if bool((self.identity >= 0).any()):
+            terms["clusters"] = cluster_contrast(f, number, self.identity, bank)
         return terms
 
     def steps(self, batch: Mapping[str, Any]) -> Iterator[Step]:
@@ -325,8 +326,8 @@ class ScaleInvariantSearch(TaskModel):
 
     def cluster(self, eps: float = 0.5, min_samples: int = 2) -> Tensor:
         """Give every box of the bank an identity, from now on part of the loss; see :func:`identities`."""
-        self.labels = identities(self.bank, eps, min_samples)
-        return self.labels
+        self.identity.copy_(identities(self.bank, eps, min_samples))
+        return self.identity
 
     @torch.no_grad()
     def predict(self, images: Tensor, boxes: Tensor) -> Tensor:
