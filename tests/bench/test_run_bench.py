@@ -1,10 +1,10 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from attnlib import bench
 from attnlib.bench import models, run_bench, suites
-from attnlib.bench.studies import diffusion, multimodal_models, real, tasks
 from attnlib.bench.worlds.models import PARTS, missing_parts
 
 
@@ -28,9 +28,8 @@ def test_unknown_names():
 def test_lines_on_real_models_are_suites_and_an_absent_model_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("ATTNLIB_MODELS", str(tmp_path))
     assert "real" in suites() and set(bench.REAL) <= set(suites())
-    assert bench.REAL == tuple(f"real-{name.replace('_', '-')}" for name in real.LINES)
-    for name in real.LINES:
-        line = real.line(name)
+    for name in bench.REAL:
+        line = bench._module(name)
         assert line.QUESTION and all(m in models.MODELS for m in line.MODELS)
     for suite in ("conversion", "real", *bench.REAL):
         if bench.REAL or suite != "real":
@@ -41,23 +40,17 @@ def test_lines_on_real_models_are_suites_and_an_absent_model_is_named(monkeypatc
 def test_lines_on_trained_generators_are_suites(monkeypatch, tmp_path):
     monkeypatch.setenv("ATTNLIB_DIFFUSION_WEIGHTS", str(tmp_path))
     assert "diffusion" in suites() and set(bench.DIFFUSION) <= set(suites())
-    assert bench.DIFFUSION == tuple(f"diffusion-{name.replace('_', '-')}" for name in diffusion.LINES)
-    for name in diffusion.LINES:
-        line = diffusion.line(name)
+    for name in bench.DIFFUSION:
+        line = bench._module(name)
         assert line.QUESTION and missing_parts(line.PARTS) == list(line.PARTS)
         assert set(line.PARTS) <= {*PARTS, "judge"}
 
 
-def test_lines_on_multimodal_models_are_suites():
-    assert "multimodal-models" in suites() and set(bench.MULTIMODAL_MODELS) <= set(suites())
-    names = tuple(f"multimodal-models-{name.replace('_', '-')}" for name in multimodal_models.LINES)
-    assert bench.MULTIMODAL_MODELS == names and "judges" in multimodal_models.LINES
-    for name in multimodal_models.LINES:
-        assert multimodal_models.line(name).QUESTION
-
-
-def test_lines_on_tasks_are_suites():
-    assert "tasks" in suites() and set(bench.TASKS) <= set(suites())
-    assert bench.TASKS == tuple(f"tasks-{name.replace('_', '-')}" for name in tasks.LINES)
-    for name in tasks.LINES:
-        assert tasks.line(name).QUESTION
+@pytest.mark.parametrize("family", bench.FAMILIES)
+def test_families_hold_their_lines(family):
+    """A file for each line in the family's package, and nothing else."""
+    folder = Path(bench.__file__).parent / "studies" / family.replace("-", "_")
+    files = sorted(p.stem for p in folder.glob("[!_]*.py"))
+    assert list(bench.FAMILIES[family]) == [f"{family}-{name.replace('_', '-')}" for name in files] and files
+    assert all(bench._module(name).QUESTION for name in bench.FAMILIES[family])
+    assert family in suites() and set(bench.FAMILIES[family]) <= set(suites())

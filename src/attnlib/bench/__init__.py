@@ -25,34 +25,16 @@ STUDIES = tuple(
     if m.name not in ("language",) and not m.ispkg
 )
 
-#: Suites of :mod:`attnlib.bench.studies.real`, ``real-<line>``; the suite ``real`` is all of them.
-REAL = tuple(
-    f"real-{m.name.replace('_', '-')}"
-    for m in pkgutil.iter_modules([str(Path(__file__).parent / "studies" / "real")])
-    if not m.name.startswith("_")
-)
 
-#: Suites of :mod:`attnlib.bench.studies.diffusion`, ``diffusion-<line>``; the suite ``diffusion`` is all of them.
-DIFFUSION = tuple(
-    f"diffusion-{m.name.replace('_', '-')}"
-    for m in pkgutil.iter_modules([str(Path(__file__).parent / "studies" / "diffusion")])
-    if not m.name.startswith("_")
-)
+def _lines(family: str) -> tuple[str, ...]:
+    """``<family>-<line>`` of every module of the family's package in :mod:`attnlib.bench.studies`."""
+    found = pkgutil.iter_modules([str(Path(__file__).parent / "studies" / family.replace("-", "_"))])
+    return tuple(f"{family}-{m.name.replace('_', '-')}" for m in found if not m.name.startswith("_"))
 
-#: Suites of :mod:`attnlib.bench.studies.multimodal_models`, ``multimodal-models-<line>``; the suite
-#: ``multimodal-models`` is all of them.
-MULTIMODAL_MODELS = tuple(
-    f"multimodal-models-{m.name.replace('_', '-')}"
-    for m in pkgutil.iter_modules([str(Path(__file__).parent / "studies" / "multimodal_models")])
-    if not m.name.startswith("_")
-)
 
-#: Suites of :mod:`attnlib.bench.studies.tasks`, ``tasks-<line>``; the suite ``tasks`` is all of them.
-TASKS = tuple(
-    f"tasks-{m.name.replace('_', '-')}"
-    for m in pkgutil.iter_modules([str(Path(__file__).parent / "studies" / "tasks")])
-    if not m.name.startswith("_")
-)
+#: Suites of several lines, each a package of :mod:`attnlib.bench.studies`; the family's name is all of them.
+FAMILIES = {family: _lines(family) for family in ("real", "diffusion", "multimodal-models", "tasks")}
+REAL, DIFFUSION, MULTIMODAL_MODELS, TASKS = FAMILIES.values()
 
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
 ENGINES = (
@@ -72,10 +54,6 @@ NEEDS_HF = (
 NEEDS_MODELS = {
     "look": ("smollm2-135m",), "conversion": ("smollm2", "minilm"), "spans": ("smollm2",), "searching": ("hed-vgg16",),
 }  # fmt: skip
-
-
-#: Suites of several lines.
-FAMILIES = {"real": REAL, "diffusion": DIFFUSION, "multimodal-models": MULTIMODAL_MODELS, "tasks": TASKS}
 
 
 def suites() -> list[str]:

@@ -15,17 +15,3 @@ A line is a module of this package with
 
 Modules whose name begins with ``_`` are shared by lines and are none.
 """
-
-from __future__ import annotations
-
-import importlib
-import pkgutil
-from typing import Any
-
-#: Names of the lines.
-LINES = tuple(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
-
-
-def line(name: str) -> Any:
-    """The module of a line."""
-    return importlib.import_module(f".{name}", __name__)
