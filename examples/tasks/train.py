@@ -37,14 +37,20 @@ HELD_OUT = 2**40
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    def count(text: str) -> int:
+        number = int(text)
+        if number < 1:
+            raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+        return number
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=[*TASKS, "list"], metavar="NAME", help="a row of tasks.py, or `list`")
     parser.add_argument("--out", type=Path, help="folder for checkpoints, weights and the result")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, help="samples in a batch")
+    parser.add_argument("--steps", type=count, default=300)
+    parser.add_argument("--batch", type=count, help="samples in a batch")
     parser.add_argument("--lr", type=float)
-    parser.add_argument("--save-every", type=int, default=100)
-    parser.add_argument("--test", type=int, default=32, help="samples that the result is counted on")
+    parser.add_argument("--save-every", type=count, default=100)
+    parser.add_argument("--test", type=count, default=32, help="samples that the result is counted on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     if args.name != "list" and args.out is None:
@@ -73,6 +79,23 @@ def moved(value: Any, device: torch.device) -> Any:
         made = [moved(v, device) for v in value]
         return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
     return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def same_run(folder: Path, **settings: Any) -> None:
+    """Keep what a run depends on in its folder, or refuse to go on from another one.
+
+    Raises:
+        SystemExit: the folder holds a run with other settings.
+    """
+    file = folder / "settings.json"
+    if file.exists():
+        held = json.loads(file.read_text())
+        other = [f"{name}={held.get(name)!r}" for name, value in settings.items() if held.get(name) != value]
+        if other:
+            raise SystemExit(
+                f"--out {folder} holds a run with {', '.join(other)}: go on with that, or name another folder"
+            )
+    file.write_text(json.dumps(settings) + "\n")
 
 
 def save(accelerator: Accelerator, folder: Path) -> None:
@@ -105,9 +128,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     accelerator.register_for_checkpointing(model, optimizers, taken)
     folder = args.out / "checkpoint"
     args.out.mkdir(parents=True, exist_ok=True)
+    same_run(args.out, name=args.name, seed=args.seed, batch=count, lr=peak)
+    log_file = args.out / "log.jsonl"
     if folder.exists():
         accelerator.load_state(str(folder))
         accelerator.print(f"going on from step {taken.steps}")
+    if accelerator.is_main_process and log_file.exists():  # lines behind the checkpoint are written again
+        lines = log_file.read_text().splitlines(keepends=True)
+        log_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= taken.steps))
 
     def ready(step: Step) -> None:
         """The mean of the gradients of all processes, and this moment's rate."""
@@ -139,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             loss = " ".join(f"{name} {value:.3g}" for step in terms.values() for name, value in step.items())
             progress.update(bar, completed=taken.steps, loss=loss)
             if accelerator.is_main_process:
-                with (args.out / "log.jsonl").open("a") as log:
+                with log_file.open("a") as log:
                     log.write(json.dumps({"step": taken.steps, **terms}) + "\n")
             if taken.steps % args.save_every == 0 or taken.steps == args.steps:
                 save(accelerator, folder)

@@ -72,6 +72,10 @@ def test_encoder_and_prior_are_their_formulas():
         torch.testing.assert_close(prior(bev, tokens, r.valid)[i].flatten(1).T, q, rtol=1e-6, atol=1e-7)
 
 
+def test_widths_are_those_that_were_asked_for():
+    assert PolylineEncoder(8).blocks[0].mlp.inner.fc1.out_features == 16
+
+
 @pytest.mark.parametrize("prior", ["raster", "polyline"])
 def test_an_empty_map_leaves_all_as_it_was(prior):
     torch.manual_seed(0)

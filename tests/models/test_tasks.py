@@ -90,6 +90,8 @@ def test_a_run_that_stopped_ends_as_one_that_did_not(tmp_path):
         train.train_batch = steps
     again = run("fpn", tmp_path / "b", 3, "--save-every", "2")
     assert again["dice"] == whole["dice"]
+    logs = [(tmp_path / x / "log.jsonl").read_text() for x in "ab"]
+    assert logs[0] == logs[1]
     a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
     assert all(a[k].equal(b[k]) for k in a)
 
@@ -99,4 +101,11 @@ def test_what_is_asked_for_wrongly(tmp_path, capsys):
         with pytest.raises(SystemExit):
             train.main(words)
     assert "--out FOLDER is needed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("fpn", tmp_path, 0)
+    assert "--steps: must be at least 1, got 0" in capsys.readouterr().err
+    run("filip", tmp_path / "one", 1)
+    for other, said in (("fpn", "name='filip'"), ("filip", "seed=0")):
+        with pytest.raises(SystemExit, match=f"holds a run with .*{said}"):
+            run(other, tmp_path / "one", 2, "--seed", "1")
     assert train.main(["list"]) == {} and "fpn" in capsys.readouterr().out

@@ -109,7 +109,7 @@ class ConditionalCrossAttention(TaskModel):
         self.condition_bias = nn.Parameter(torch.zeros(dim)) if query == "onehot" else None
         self.norm, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attend = SoftmaxAttention(dim, num_heads, context_dim=dim)
-        self.mlp = Mlp(dim, round(dim * check_real("mlp_ratio", mlp_ratio, above=0)))
+        self.mlp = Mlp(dim, check_real("mlp_ratio", mlp_ratio, above=0))
         self.final = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, check_int("embed_dim", embed_dim, least=1))
 
