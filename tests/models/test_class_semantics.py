@@ -164,3 +164,7 @@ def test_bad_input():
         average_precision([], [])
     with pytest.raises(ValueError, match="attention='cbam'"):
         BoundaryDetector(8, attention="cbam")
+    with pytest.raises(ValueError, match=r"target\[0\] must be"):
+        average_precision([Segments(torch.zeros(0, 2), torch.zeros(0))], [torch.zeros(1, 3)])
+    with pytest.raises(ValueError, match="end must have shape"):
+        segments(torch.zeros(3), torch.zeros(4), torch.zeros(3))

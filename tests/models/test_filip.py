@@ -228,3 +228,7 @@ def test_bad_input():
         losses.contrast(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="no positive pair"):
         losses.contrast(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="back must have the shape"):
+        losses.symmetric_contrast(torch.zeros(3, 3), torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="hold NaN"):
+        losses.recall(torch.full((2, 2), float("nan")))

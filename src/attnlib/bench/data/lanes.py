@@ -27,6 +27,7 @@ def lanes(
         What sensors see (count, 2, size, size), which is lanes in noise and where nothing is seen; the maps; lanes
         (count, size, size).
     """
+    check_int("count", count, least=0)
     check_int("size", size, least=4)
     check_real("hidden", hidden, least=0, most=1)
     exact, coarse = [], []

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_axes, check_float, check_int, check_real, check_type, check_valid
+from ...checks import check_axes, check_float, check_int, check_real, check_type, check_valid, shaped
 from ...nn.gates.class_semantics import ClassSemanticsAttention
 from ..protocol import TaskModel, Terms
 
@@ -143,6 +143,7 @@ def sum_of_halves(each: Tensor, positive: Tensor, there: Tensor) -> Tensor:
     return total / 2
 
 
+@shaped(start="float (T)", end="float (T)", inside="float (T)")
 def segments(start: Tensor, end: Tensor, inside: Tensor, longest: int | None = None) -> Segments:
     """All pairs of a start and an end behind it, (T,) each, by ``start * end * mean of inside``."""
     length = len(start)
@@ -156,6 +157,7 @@ def segments(start: Tensor, end: Tensor, inside: Tensor, longest: int | None = N
     return Segments(torch.stack([i, j + 1], 1)[order].to(start.dtype), scores[order])
 
 
+@shaped(a="float (N, 2)", b="float (M, 2)")
 def overlap(a: Tensor, b: Tensor) -> Tensor:
     """(N, M) intersection over union in time of (N, 2) and (M, 2).
 
@@ -199,6 +201,8 @@ def average_precision(
     """
     if len(found) != len(target):
         raise ValueError(f"found and target must be of as many videos, got {len(found)} and {len(target)}")
+    for i, truth in enumerate(target):
+        check_axes(f"target[{i}]", truth, N=None, **{"begin, end": 2})
     count = sum(len(t) for t in target)
     if not count:
         raise ValueError("target has no action: there is nothing to find")

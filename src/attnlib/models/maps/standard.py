@@ -100,7 +100,9 @@ def moved(points: Tensor, angle: float = 0.0, shift: Sequence[float] = (0.0, 0.0
 
     Coarse maps are metres off; to train with random turns and shifts keeps a model from trusting them to the point.
     """
-    check_axes("points", points[..., :2].reshape(-1, points.shape[-1]), N=None, **{"x, y": 2})
+    check_float("points", points)
+    if not points.dim() or points.shape[-1] != 2:
+        raise ValueError(f"points must be (..., 2) metres, got {tuple(points.shape)}")
     check_real("angle", angle)
     turn = points.new_tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     return points @ turn.mT + points.new_tensor(list(shift))

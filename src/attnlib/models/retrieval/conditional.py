@@ -26,10 +26,12 @@ from ...checks import (
     check_int,
     check_real,
     check_tensor,
+    check_type,
     check_valid,
     check_whole,
     describe,
     readable,
+    shaped,
 )
 from ...nn.dense.softmax_attention import SoftmaxAttention
 from ...nn.layers import Mlp
@@ -207,6 +209,7 @@ class ConditionalCrossAttention(TaskModel):
         return self(images, condition)
 
 
+@shaped(vectors="float (B, D)", values="whole (B)")
 def triplets(vectors: Tensor, values: Tensor, margin: float) -> tuple[Tensor, int]:
     """The sum of ``[d(a, p) - d(a, n) + margin]_+`` over all triplets of a batch, Euclidean, and their number."""
     known = values >= 0
@@ -231,6 +234,7 @@ def compare(queries: Embeddings, gallery: Embeddings) -> Tensor:
         ValueError: embeddings of several conditions, or of others on both sides: their spaces have nothing in common.
     """
     for name, side in (("queries", queries), ("gallery", gallery)):
+        check_type(name, side, Embeddings)
         if side.vectors.dim() != 2:
             raise ValueError(f"{name} must answer one condition, got vectors {tuple(side.vectors.shape)}: choose one")
     asked = torch.cat([queries.conditions, gallery.conditions]).unique().tolist()

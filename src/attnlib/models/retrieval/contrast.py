@@ -59,6 +59,8 @@ def symmetric_contrast(
     4.0
     """
     back = scores if back is None else back
+    if back.shape != scores.shape:
+        raise ValueError(f"back must have the shape of scores {tuple(scores.shape)}, got {tuple(back.shape)}")
     theirs = None if same is None else same.mT
     return (contrast(scores, same, decoupled) + contrast(back.mT, theirs, decoupled)) / 2
 
@@ -101,6 +103,8 @@ def recall(scores: Tensor, same: Tensor | None = None, at: int = 1) -> Tensor:
             raise ValueError(f"same must say which pairs belong together: scores {tuple(scores.shape)} are not square")
         same = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
     check_int("at", at, least=1)
+    if bool(scores.isnan().any()):
+        raise ValueError("scores hold NaN: what comes first is not known")
     scores, same = scores[same.any(1)].double(), same[same.any(1)]
     if not len(scores):
         raise ValueError("same has no positive pair: there is nothing to find")

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_flag, check_int, check_real, check_tensor, check_valid, shaped
+from ...checks import check_flag, check_int, check_rank, check_real, check_tensor, check_valid, shaped
 from ...ops import late_interaction
 from ..protocol import TaskModel, Terms
 from .contrast import Scale, symmetric_contrast
@@ -242,4 +242,5 @@ def same_words(ids: Tensor) -> Tensor:
     >>> same_words(torch.tensor([[1, 2], [1, 3], [1, 2]])).int().tolist()
     [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
     """
+    check_rank("ids", ids, 2, "(B, M)")
     return (ids[:, None] == ids[None]).all(-1)

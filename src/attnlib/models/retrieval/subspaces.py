@@ -331,6 +331,8 @@ def clusters(
     check_axes("features", features, N=None, C=None)
     check_int("count", count, least=1, most=max(1, len(features)))
     check_choice("compat", compat, COMPAT)
+    if not bool(features.isfinite().all()):
+        raise ValueError("features hold numbers that are not finite: they lie in no cluster")
     numbers = torch.zeros(len(features), dtype=torch.long)
     if count > 1:
         kmeans = need("sklearn.cluster", "clusters").KMeans(count, n_init=5, random_state=seed)
