@@ -60,3 +60,7 @@ def test_what_must_be_seen():
     assert canvases.wanted("is there a digit 3 ?") == ("digit 3",)
     with pytest.raises(ValueError, match="text must name a shape"):
         canvases.wanted("list the objects")
+    with pytest.raises(ValueError, match="techniques='DC2' is not possible"):
+        canvases.measure(count=1, techniques=("DC2",))
+    with pytest.raises(ValueError, match="name='DC2' is not possible"):
+        canvases.measured("DC2", 0, None, "dev", 128)

@@ -64,3 +64,5 @@ def test_the_start_knows_which_patch_a_click_lies_in():
 def test_no_segmenter_is_said_so(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"segmenter\.py makes one"):
         segmenter.load(tmp_path)
+    with pytest.raises(ValueError, match="world='photos' is not possible"):
+        clicks.Contest("photos")

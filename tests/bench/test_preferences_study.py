@@ -55,3 +55,14 @@ def test_the_line_runs_and_goes_on(tmp_path):
     assert not told and again["rows"] == found["rows"] and list(rows) == ["plain", *given["names"]]
     assert rows["plain"]["invented"]["difference"] == 0
     assert {"recall", "Brier", "too sure", "yes to absent seconds"} <= set(rows["DPO"])
+    with pytest.raises(ValueError, match=r"rates must hold that of 'DPO', got \['SFT'\]"):
+        preferences.measure(names=("DPO",), rates={"SFT": 1e-3})
+    with pytest.raises(ValueError, match="seeds must hold at least one"):
+        preferences.measure(seeds=())
+
+
+def test_rates_are_chosen_beside_the_plain_model(tmp_path):
+    given = dict(tried=(1e-3,), names=("SFT",), scenes=2, steps=1, count=3, keep=tmp_path / "kept.jsonl")
+    found = preferences.choose_rates(**given)
+    assert [(r["name"], r["rate"]) for r in found["rows"]] == [("plain", 0.0), ("SFT", 1e-3)]
+    assert found["rates"] == {"SFT": 1e-3} and preferences.choose_rates(**given) == found

@@ -1,8 +1,9 @@
 """Looking again at large pictures: what it costs to find a small thing, and whether it is found.
 
 ``attnlib bench --suite multimodal-models-canvases --out benchmarks/results`` writes
-``multimodal-models-canvases-cpu.json`` and its picture. Canvases of 512 × 512 pixels hold eight things of 10 to 16
-pixels (:mod:`attnlib.bench.worlds.canvas`); the small model of :mod:`attnlib.bench.data.scenes` reads 64 × 64 pixels.
+``multimodal-models-canvases-cpu.json`` and its picture. Canvases of 512 × 512 pixels hold eight things, shapes of 10
+to 14 pixels and digits of 8 (:mod:`attnlib.bench.worlds.canvas`); the small model of :mod:`attnlib.bench.data.scenes`
+reads 64 × 64 pixels.
 Asked is what its bars hold for: whether a thing is there, once for one that is and once for one that is not, and which
 colour a shape has that stands there alone.
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ....checks import check_choice
 from ....hooks.hf.names import CACHE_ARGUMENTS
 from ....look.pixels import Picture, digest, resize, to_picture
 from ....look.speak import MARK, BaseSpeaker, Text
@@ -342,6 +344,7 @@ def _prepare(speaker: CanvasSpeaker, asked: Asked) -> None:
 
 def measured(name: str, number: int, speaker: CanvasSpeaker, part: str, side: int) -> dict[str, float]:
     """What a technique answers about a canvas, in percent, and what it reads for all three questions together."""
+    check_choice("name", name, TECHNIQUES)
     asked = Asked(number, part, side)
     speaker.begin()
     said = TECHNIQUES[name](speaker, asked)
@@ -383,6 +386,8 @@ def measure(
         Plain values, for JSON: per technique shares of right answers with intervals over canvases, the paired
         difference from the whole picture, and what was read per canvas.
     """
+    for name in techniques:
+        check_choice("techniques", name, TECHNIQUES)
     speaker = CanvasSpeaker(*(scenes.load_model() if model is None else model))
     asked = numbers(count, part, side, first)
     names = [WHOLE, *(n for n in TECHNIQUES if n in techniques and n != WHOLE)]
@@ -439,13 +444,3 @@ def table(result: dict[str, Any]) -> str:
             "| " + " | ".join([*cells, *(f"{row[k]['mean']:.0f}" for k in ("prompts", "visual tokens"))]) + " |"
         )
     return "\n".join(lines)
-
-
-def fill(page: str | Path, result: dict[str, Any]) -> None:
-    """Put the table between the markers of a page."""
-    path = Path(page)
-    text = path.read_text(encoding="utf-8")
-    before, rest = text.split("<!-- canvases -->", 1)
-    after = rest.split("<!-- end canvases -->", 1)[1]
-    whole = f"{before}<!-- canvases -->\n{table(result)}\n<!-- end canvases -->{after}"
-    path.write_text(whole, encoding="utf-8")

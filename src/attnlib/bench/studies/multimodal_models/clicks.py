@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ....checks import check_choice
 from ....look.flow import Flow
 from ....look.prompts import from_map
 from ....look.segment import VLSAM, FlowReader, GenSAM, Segmenter
@@ -25,7 +26,7 @@ from ....look.surgery import SurgeryMaps
 from ....ops.points import ABSENT
 from ...clock import machine
 from ...data import scenes
-from ...small import Progress, picture, study
+from ...small import Progress, picture, study, told
 from ...worlds import models, segmenter
 from ...worlds.segmenter import Sight, box_of, sights
 
@@ -116,6 +117,7 @@ class Contest:
     """
 
     def __init__(self, world: str, part: str = "test", model: Any = None, layers: int = LAYERS):
+        check_choice("world", world, CONTESTANTS)
         self.world, self.part = world, part
         made = segmenter.load() if model is None else model
         self.segmenter = Segmenter(made, segmenter.MEAN, segmenter.STD)
@@ -168,11 +170,11 @@ class Contest:
     def _scenes(self, image: Tensor, name: str, predict: Predict, true: Tensor) -> dict[str, tuple[float, float]]:
         out = dict.fromkeys(SCENES[len(CONTROLS) :], (0.0, 0.0))  # what is not named is not cut out
         question = "list the objects"
-        told = {label: dict(reader(image, question)) for label, reader in self.readers.items()}
-        mine = told["flow of VL-SAM"]
+        seen = {label: dict(reader(image, question)) for label, reader in self.readers.items()}
+        mine = seen["flow of VL-SAM"]
         if name not in mine:
             return out
-        out |= {f"{label}, peak": _peak(maps[name], predict, true) for label, maps in told.items()}
+        out |= {f"{label}, peak": _peak(maps[name], predict, true) for label, maps in seen.items()}
         out["flow of VL-SAM, component"] = _prompted(mine[name], "component", predict, true)
         for label, refine in (("VL-SAM", 1), ("VL-SAM, not refined", 0)):
             said = lambda picture, asked: [(name, mine[name])]  # noqa: E731
@@ -279,21 +281,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| what the segmenter is told | overlap % | against the middle | first click on the thing % |"]
     lines.append("|---|---|---|---|")
     for row in rows:
-        cells = [row["name"]]
-        for key in ("overlap", "against", "hit"):
-            held = row[key]
-            half = "" if held is None or held["half"] is None else f" ± {held['half']:.1f}"
-            cells.append("" if held is None else f"{held['mean']:.1f}{half}")
+        cells = [row["name"], *("" if row[k] is None else told(row, k) for k in ("overlap", "against", "hit"))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def fill(page: str | Path, result: Mapping[str, Any]) -> None:
-    """Put the tables between the markers of a page."""
-    path = Path(page)
-    text = path.read_text(encoding="utf-8")
-    for world in CONTESTANTS:
-        before, rest = text.split(f"<!-- clicks {world} -->", 1)
-        after = rest.split("<!-- end clicks -->", 1)[1]
-        text = f"{before}<!-- clicks {world} -->\n{table(result[world])}\n<!-- end clicks -->{after}"
-    path.write_text(text, encoding="utf-8")

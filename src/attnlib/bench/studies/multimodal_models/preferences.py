@@ -199,13 +199,13 @@ def choose_rates(
     """Errors per scene of the part "dev" for every recipe and rate, seed 0; the least decides.
 
     Returns:
-        ``rates`` by recipe, and ``rows``.
+        ``rates`` by recipe, and ``rows``, that of the plain model first.
     """
     kept, rows = Lines(keep), []
     mark = identity(["rates", scenes, steps, count])
     held = {(r["name"], r["rate"]): r for r in kept.rows() if r.get("key") == mark}
-    for rate in tried:
-        for name in names:
+    for rate in (0.0, *tried):
+        for name in names if rate else ("plain",):
             row = held.get((name, rate))
             if row is None:
                 told = _told(name, rate, 0, steps, count, _asked(scenes, DEV, "dev"), False)
@@ -215,7 +215,33 @@ def choose_rates(
                     progress(f"{name}, rate {rate:g}: {row}")
             rows.append({k: v for k, v in row.items() if k != "key"})
     best = {n: min((r for r in rows if r["name"] == n), key=lambda r: r["errors"])["rate"] for n in names}
-    return {"rates": best, "rows": rows, "scenes": 2 * scenes}
+    return {"rates": best, "rows": rows, "scenes": 2 * scenes, "part": "dev", "first": DEV}
+
+
+#: Rates of the table, what they are called there, and how they are written.
+COLUMNS = {
+    "invented second": ("second of a broken pair listed %", 100, 1), "invented": ("listed and not there %", 100, 1),
+    "recall": ("clear things listed %", 100, 1), "errors": ("errors per scene", 1, 3), "Brier": ("Brier", 1, 3),
+    "too sure": ("too sure", 1, 3), "yes to absent seconds": ("yes to absent seconds %", 100, 1),
+    "yes to what is there": ("yes to what is there %", 100, 1),
+}  # fmt: skip
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of :func:`measure` in Markdown; what differs from the plain model beyond its interval is bold."""
+    lines = [
+        f"| contestant | {' | '.join(title for title, *_ in COLUMNS.values())} |",
+        f"|{'---|' * (1 + len(COLUMNS))}",
+    ]
+    for row in rows:
+        cells = [row["name"]]
+        for key, (_, by, digits) in COLUMNS.items():
+            value, low, high = (f"{by * v:.{digits}f}" for v in (row[key]["value"], *row[key]["interval"]))
+            below, above = row[key]["difference_interval"]
+            text = f"{value} ({low} to {high})"
+            cells.append(f"**{text}**" if below > 0 or above < 0 else text)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def measure(
@@ -249,6 +275,10 @@ def measure(
     used = dict(RATES if rates is None else rates)
     for name in names:
         check_choice("names", name, CONTESTANTS)
+        if CONTESTANTS[name].rate not in used:
+            raise ValueError(f"rates must hold that of {CONTESTANTS[name].rate!r}, got {sorted(used)}")
+    if not seeds:
+        raise ValueError(f"seeds must hold at least one, got {seeds!r}")
     kept = Lines(keep)
     mark = identity(["preferences", scenes, steps, count, used])
     held = {(r["name"], r["seed"]): r for r in kept.rows() if r.get("key") == mark}

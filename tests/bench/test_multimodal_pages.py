@@ -1,0 +1,55 @@
+"""Tables of the pages on multimodal models are those of the results beside them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from attnlib.bench.studies.multimodal_models import canvases, clicks, preferences
+
+ROOT = Path(__file__).parents[2]
+PAGE, RESULTS = ROOT / "docs" / "multimodal-models.md", ROOT / "benchmarks" / "results"
+
+
+def held(name):
+    return json.loads((RESULTS / f"{name}-cpu.json").read_text(encoding="utf-8"))
+
+
+def on_page(name):
+    return re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end {name} -->", PAGE.read_text(encoding="utf-8"), re.S).group(1)
+
+
+def test_canvases_and_clicks():
+    assert on_page("canvases") == canvases.table(held("multimodal-models-canvases"))
+    found = held("multimodal-models-clicks")
+    for world in clicks.CONTESTANTS:
+        assert on_page(f"clicks {world}") == clicks.table(found[world])
+
+
+def test_preferences():
+    found = held("multimodal-models-preferences")
+    assert on_page("preferences") == preferences.table(found["rows"])
+    assert [row["name"] for row in found["rows"]] == ["plain", *preferences.CONTESTANTS]
+
+
+def test_rates_are_those_with_the_fewest_errors():
+    found = held("multimodal-models-preferences-rates")
+    errors = {(row["name"], row["rate"]): row["errors"] for row in found["rows"]}
+    page = PAGE.read_text(encoding="utf-8")
+    for name in preferences.MAIN:
+        best = min(preferences.TRIED, key=lambda rate: errors[name, rate])
+        assert preferences.RATES[name] == found["rates"][name] == best
+        cells = [f"{errors[name, rate]:.3f}" for rate in preferences.TRIED]
+        cells = [f"**{c}**" if rate == best else c for c, rate in zip(cells, preferences.TRIED, strict=True)]
+        assert f"| {' | '.join([name, *cells])} |" in page
+    assert errors["plain", 0.0] == 0.535
+
+
+@pytest.mark.parametrize("updates", [100, 300, 600, 1000, 1400, 1800, 2200])
+def test_how_the_small_model_learnt(updates):
+    row = next(r for r in held("multimodal-training")["decoder"] if r["step"] == updates)
+    page = (ROOT / "docs" / "multimodal.md").read_text(encoding="utf-8")
+    cells = re.search(rf"^\| {updates} \| (.*) \|$", page, re.M).group(1).split(" | ")
+    for kind, cell in zip(("presence", "colour", "count", "digit", "position", "content"), cells, strict=True):
+        assert abs(100 * row[kind] - int(cell)) <= 0.51, kind
