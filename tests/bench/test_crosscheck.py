@@ -254,3 +254,12 @@ def test_bad_rankings(change, error, word):
         cc.implicit(TWO, {}, ["q"])
     with pytest.raises(ValueError, match="as many as answers"):
         cc.implicit(TWO, {"a": cc.same_claim}, [])
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(ValueError, match="rates is empty"):
+        cc.simulate({})
+    with pytest.raises(TypeError, match="samples must be a sequence"):
+        cc.selfcheck("a is b.", "a is b.", cc.same_claim)
+    with pytest.raises(ValueError, match=r"reference must hold every system; it lacks \['y'\]"):
+        cc.Ranking(("x", "y"), np.zeros((2, 1))).by_answer({"x": [1.0]})

@@ -267,3 +267,11 @@ def test_bad_graphs_and_models(graphs, asked):
         emma.examine(asked, {})
     with pytest.raises(ValueError, match="share"):
         emma.split(graphs, 1.0)
+
+
+def test_blindness_and_words_are_named():
+    (graph,) = emma.painted(1)
+    with pytest.raises(TypeError, match="blind must be a sequence"):
+        emma.blurred(graph, "colour")
+    with pytest.raises(TypeError, match="words must be Vocabulary"):
+        emma.questions([graph], "painted")

@@ -204,3 +204,22 @@ def test_models_get_items_and_nothing_is_kept_without_a_file(tmp_path):
 
     assert evaluate(items, model, lambda text, item: text, batch=2).mean("right") == 1
     assert Lines(None).rows() == [] and Lines(None).add([{"x": 1}]) is None
+
+
+@pytest.mark.parametrize("call,error,word", [
+    (lambda: option("a", "ab"), TypeError, "options must be a sequence"),
+    (lambda: option("a", [1, 2]), TypeError, r"options\[0\] must be str, got 1"),
+    (lambda: read_lines("a: 1", "a"), TypeError, "names must be a sequence"),
+    (lambda: Judge(lambda p: p, "x", yes_no)(3), TypeError, "prompts must be a sequence"),
+    (lambda: summarise([1]), TypeError, "answers must be Evaluation"),
+    (lambda: paired_bootstrap({"q": math.nan}, {"q": 1.0}), ValueError, r"a\['q'\] must be a finite number"),
+])  # fmt: skip
+def test_what_is_wrong_is_named(call, error, word):
+    with pytest.raises(error, match=word):
+        call()
+
+
+def test_a_file_of_something_else_is_no_file_of_answers(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello\n")
+    with pytest.raises(ValueError, match=r"notes\.txt does not hold JSON lines"):
+        Lines(tmp_path / "notes.txt").rows()

@@ -209,3 +209,11 @@ def test_bad_input(cases, change, error, word):
         score(**given)
     with pytest.raises(ValueError, match="ids of their own"):
         score([cases[0]] * 2, ["x", "y"], pca.rule_judge(cases))
+
+
+def test_rules_know_their_own_cases():
+    cases = pca.own_instances(2)
+    with pytest.raises(ValueError, match="the rules know their own cases only"):
+        pca.score(pca.own_instances(2, seed=1), ["x", "y"], pca.rule_judge(cases))
+    with pytest.raises(TypeError, match="answer must be str"):
+        pca.keyword_perception(cases[0], None)

@@ -227,3 +227,25 @@ def test_pairs_of_the_models_own_answers_train_it():
         suppress_tokens=[0, *range(20, 64)],
     )  # fmt: skip
     assert same == []
+
+
+@pytest.mark.parametrize("call,error,word", [
+    (lambda: preference.mask_patches(torch.rand(4, 12), (3, 1, 2, 2), 2), ValueError, "ratio must be"),
+    (lambda: preference.mask_patches(torch.rand(4, 12), (3, 2, 2)), ValueError, "patch=.* names 3 axes"),
+    (lambda: preference.to_pairs([{"input_ids": [1]}], "dpo"), TypeError, "recipe must be Recipe, got 'dpo'"),
+    (lambda: preference.to_pairs([{"input_ids": [1], "chosen": ["a"], "rejected": [2]}], preference.dpo()), TypeError,
+     r"response 'chosen' of pairs\[0\] must be token ids"),
+    (lambda: preference.revise("a.", None), TypeError, "judge must be a callable"),
+    (lambda: preference.mask_words("a", [3]), TypeError, r"words\[0\] must be str, got 3"),
+    (lambda: preference.opa_dpo(anchor_signs=1), TypeError, "anchor_signs must be a sequence"),
+    (lambda: preference.opa_dpo(image_coefficient=-1), ValueError, "image_coefficient must be"),
+    (lambda: preference.opa_dpo(padded_to=896), ValueError, 'padded_to=896 is of compat="authors" alone'),
+    (lambda: preference.Recipe(preference.dpo().terms, optional="standard"), TypeError, "optional must be a sequence"),
+])  # fmt: skip
+def test_what_is_wrong_is_named(call, error, word):
+    with pytest.raises(error, match=word):
+        call()
+
+
+def test_words_may_be_drawn_once():
+    assert preference.mask_words("a cat", iter(["cat"])) == "a [MASK]"

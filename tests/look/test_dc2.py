@@ -278,3 +278,9 @@ def test_hr_bench_turns_options_and_scores_by_task():
     ]:
         with pytest.raises(ValueError, match=message):
             cyclic(bad)
+    with pytest.raises(ValueError, match="ask must hold {question} and {options}"):
+        cyclic(items[0], "Which?")
+    with pytest.raises(ValueError, match="seed must be"):
+        hr_bench(evaluate(turns, knows, read_option), seed=-1)
+    with pytest.raises(ValueError, match="must have the score 'right'"):
+        hr_bench(evaluate(turns, knows, read_option, score=lambda value, item: {"exact": 1.0}))

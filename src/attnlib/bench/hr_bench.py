@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..checks import check_type
+from ..checks import check_int, check_type
 from .evaluate import Evaluation, Item
 from .judge import Summary, lettered, summarise
 
@@ -33,6 +33,9 @@ def cyclic(item: Item, ask: str = ASK) -> list[Item]:
         ValueError: an answer that is no option, equal options, another task.
     """
     check_type("item", item, Item)
+    check_type("ask", ask, str)
+    if not all(place in ask for place in ("{question}", "{options}")):
+        raise ValueError(f"ask must hold {{question}} and {{options}}, got {ask!r}")
     if len(item.options) < 2 or len(set(item.options)) < len(item.options):
         raise ValueError(f"item {item.id!r} must have at least two different options, got {list(item.options)}")
     if item.answer not in item.options:
@@ -67,6 +70,9 @@ def hr_bench(answers: Evaluation, seed: int = 0) -> HRBench:
     check_type("answers", answers, Evaluation)
     if not answers.answers:
         raise ValueError("answers must hold answers, got none")
+    check_int("seed", seed, least=0)
+    if lacking := [a.item.id for a in answers.answers if a.scores is not None and "right" not in a.scores]:
+        raise ValueError(f"answers must have the score 'right', as evaluate gives it; it lacks at {lacking[:5]}")
     present: Sequence[str] = [t for t in TASKS if any(a.item.groups.get("task") == t for a in answers.answers)]
     right: dict[str, bool] = {}
     for one in answers.answers:

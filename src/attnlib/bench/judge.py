@@ -9,6 +9,7 @@ what it reads. Unreadable answers are told as a share of their own, never scored
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_choice, check_int, check_name, check_type, describe
+from ..checks import check_choice, check_int, check_name, check_type, describe, to_list
 from .data.files import DataError
 from .evaluate import Evaluation, Item, Unreadable, local_seed
 from .stats import above_chance, bootstrap_interval
@@ -155,6 +156,7 @@ def read_lines(text: str, names: Sequence[str | Sequence[str]]) -> list[str]:
     ['1', 'because: so']
     """
     check_type("text", text, str)
+    names = to_list("names", names, '["score"]') or []
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) != len(names):
         raise Unreadable(f"{len(lines)} lines, not {len(names)}")
@@ -219,6 +221,8 @@ def option(text: str, options: Sequence[str]) -> int:
     [1, 0, 1, 1]
     """
     check_type("text", text, str)
+    for i, words_of in enumerate(to_list("options", options, '["yes", "no"]') or []):
+        check_type(f"options[{i}]", words_of, str)
     words = [_bare(o) for o in options]
     if not 2 <= len(words) <= len(LETTERS) or len(set(words)) < len(words) or not all(words):
         raise ValueError(f"options must be 2 to {len(LETTERS)} different texts, got {list(options)}")
@@ -359,8 +363,7 @@ class Judge:
 
     def __call__(self, prompts: Sequence[str]) -> list[Judgement]:
         """A judgement of every prompt, in their order."""
-        if isinstance(prompts, str):
-            raise TypeError(f"prompts must be a sequence of texts, got {describe(prompts)}; write [{prompts!r}]")
+        prompts = to_list("prompts", prompts, '["Is it so?"]') or []
         for i, prompt in enumerate(prompts):
             check_type(f"prompts[{i}]", prompt, str)
         found: dict[str, Judgement] = {}
@@ -382,8 +385,6 @@ class Judge:
         return identity([self.id, prompt])
 
     def _ask(self, part: Sequence[str], attempt: int) -> None:
-        import inspect
-
         settings = {}
         if "seeds" in inspect.signature(self.call).parameters:
             settings["seeds"] = [local_seed(self.seed + attempt, p) for p in part]
@@ -460,6 +461,7 @@ def summarise(
         by_image: questions on one image (items' group ``"image"``) are drawn together.
         seed: of the draws.
     """
+    check_type("answers", answers, Evaluation)
     check_choice("unreadable", unreadable, ("wrong", "apart"))
     scores = answers.scores(metric, unreadable)
     items = {a.item.id: a.item for a in answers.answers}

@@ -229,6 +229,9 @@ def paired_bootstrap(
         raise ValueError("a and b share no question, so that nothing can be paired")
     if items is not None and (lacking := [q for q in shared if q not in items]):
         raise ValueError(f"items must tell what every question is about; it lacks {lacking[:5]}")
+    for name, scores in (("a", a), ("b", b)):
+        for q in shared:
+            check_real(f"{name}[{q!r}]", scores[q])
     gaps = [a[q] - b[q] for q in shared]
     about = None if items is None else [items[q] for q in shared]
     low, high = bootstrap_interval(gaps, confidence, draws, seed, about)

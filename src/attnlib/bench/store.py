@@ -96,7 +96,10 @@ class Lines:
         lines = self.path.read_text(encoding="utf-8").split("\n")
         if lines[-1]:
             self.path.write_text("\n".join([*lines[:-1], ""]), encoding="utf-8")
-        return [json.loads(line) for line in lines[:-1]]
+        try:
+            return [dict(json.loads(line)) for line in lines[:-1]]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.path} does not hold JSON lines, as a run keeps them: {error}") from None
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Put rows behind."""

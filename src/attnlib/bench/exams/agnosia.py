@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...checks import check_choice, check_int, check_name, check_real, check_type, describe
+from ...checks import check_choice, check_int, check_name, check_real, check_type, to_list
 from ..data import scenes as grid
 from ..evaluate import Evaluation, Item, Parser, evaluate, local_seed
 from ..judge import LETTERS, Summary, lettered, read_option, read_yes_no, summarise
@@ -423,6 +423,7 @@ def questions(
         check_choice("kinds", kind, KINDS)
     if per_kind is not None:
         check_int("per_kind", per_kind, least=1)
+    check_type("words", words, Vocabulary)
     images = [g.image for g in graphs]
     if not images or len(set(images)) < len(images):
         raise ValueError(f"graphs must be of different images, at least one, got {len(images)} of {len(set(images))}")
@@ -591,6 +592,7 @@ def examine(
 
 def blurred(graph: SceneGraph, blind: Sequence[str]) -> SceneGraph:
     """A graph as seen by who is blind to kinds of attributes, or to ``"place"`` and so to relations."""
+    blind = to_list("blind", blind, '("colour",)') or []
     entities, relations = list(graph.entities), graph.relations
     if "place" in blind:
         entities, relations = [dataclasses.replace(e, place=None) for e in entities], frozenset()
@@ -613,8 +615,7 @@ def answerer(
         lapses: share of answers that are guessed whatever is seen.
         mumbles: share of answers that cannot be read.
     """
-    if isinstance(blind, str):
-        raise TypeError(f"blind must be a sequence of names, got {describe(blind)}; write ({blind!r},)")
+    blind = to_list("blind", blind, '("colour",)') or []
     check_real("lapses", lapses, least=0, most=1)
     check_real("mumbles", mumbles, least=0, most=1)
     kinds = {k for g in graphs for e in g.entities for k in e.attributes}

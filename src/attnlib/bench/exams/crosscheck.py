@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...checks import check_choice, check_flag, check_int, check_real, check_type, describe
+from ...checks import check_choice, check_flag, check_int, check_real, check_type, describe, to_list
 from ..evaluate import local_seed
 from ..judge import Judge, check_judge, yes_no
 from ..stats import bootstrap_interval
@@ -351,6 +351,8 @@ class Ranking:
     def by_answer(self, reference: Mapping[str, Sequence[float]], kind: str = "spearman") -> float:
         """Correlation over all answers with something known of each, by system and query."""
         check_choice("kind", kind, ("spearman", "pearson"))
+        if lacking := [m for m in self.systems if m not in reference]:
+            raise ValueError(f"reference must hold every system; it lacks {lacking}")
         known = np.stack([np.asarray(reference[m], dtype=float) for m in self.systems])
         if known.shape != self.table.shape:
             raise ValueError(f"reference must hold a number per query, {self.table.shape[1]}, got {known.shape[1]}")
@@ -494,9 +496,10 @@ def selfcheck(
         samples: of the same system and query.
         judge, na: as in :func:`explicit` and :meth:`Evidence.rank`.
     """
+    samples = to_list("samples", samples, '["a text"]') or []
     parts = sentences(answer) if isinstance(answer, str) else list(answer)
     given = {"self": ["\n".join(parts)]}
-    evidence = explicit(given, {"self": [list(samples)]}, judge, split=lambda text: parts)
+    evidence = explicit(given, {"self": [samples]}, judge, split=lambda text: parts)
     return [float(v) for v in _filled(evidence.verdicts["self"][0], na)[:, 0]]
 
 
@@ -536,6 +539,8 @@ def simulate(
         families: who shares with whom; all with all by default.
         seed: of all draws.
     """
+    if not rates:
+        raise ValueError("rates is empty: there are no systems")
     for name, rate in rates.items():
         check_real(f"rates[{name!r}]", rate, least=0, most=1)
     check_int("queries", queries, least=1)

@@ -208,6 +208,7 @@ def make_judge(call: Callable[..., Sequence[str]] | None, id: str, tries: int = 
 
 def keyword_perception(case: Instance, answer: str) -> int:
     """1 where any key concept stands in an answer, in any case and as whole words: a baseline for P."""
+    check_type("answer", answer, str)
     said = " ".join(answer.casefold().split())
     return int(any(re.search(rf"(?<!\w){re.escape(' '.join(k.casefold().split()))}(?!\w)", said)
                    for k in case.key_concept))  # fmt: skip
@@ -439,7 +440,10 @@ def rule_judge(cases: Sequence[Instance], slips: float = 0.0, id: str = "rules-1
         answer = re.search(r"<<<\n(.*)\n>>>", prompt, re.S)
         if not (question and action and reason and answer):
             raise ValueError("the rules read prompts of judge_prompt only")
-        case, said = known[question.group(1), action.group(1), reason.group(1)], answer.group(1)
+        asked, said = (question.group(1), action.group(1), reason.group(1)), answer.group(1)
+        if asked not in known:
+            raise ValueError(f"the rules know their own cases only, got the question {asked[0][:60]!r}")
+        case = known[asked]
         try:
             chosen = option(said, case.actions)
         except Unreadable:

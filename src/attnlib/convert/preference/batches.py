@@ -114,7 +114,10 @@ def _row(inputs: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _ids(value: Any, name: str, where: str, vocabulary: int | None) -> Tensor:
     if isinstance(value, str):
         raise TypeError(f"response {name!r} of {where} is text, which needs processor=; or give its token ids")
-    ids = torch.as_tensor(value)
+    try:
+        ids = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"response {name!r} of {where} must be token ids (T,), got {describe(value)}") from None
     ids = ids[0] if ids.dim() == 2 and ids.shape[0] == 1 else ids
     if ids.dim() != 1 or (ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool)):
         raise ValueError(f"response {name!r} of {where} must be token ids (T,), got {describe(value)}")
@@ -142,6 +145,7 @@ def to_pairs(
     Raises:
         ValueError: no pairs, a response that is missing, empty, or equal to what it is preferred to.
     """
+    check_type("recipe", recipe, Recipe)
     if isinstance(pairs, (str, Mapping, Preference)) or not isinstance(pairs, Iterable):
         raise TypeError(f"pairs must be a list of Preference or of mappings, got {describe(pairs)}")
     listed = list(pairs)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checks import check_choice, check_int, check_type
+from ...checks import check_choice, check_int, check_type, describe
 from .batches import Preference, encode
 from .refill import encode_with_offsets, left_padded
 
@@ -107,6 +107,8 @@ def revise(answer: str, judge: Judge, split: Callable[[str], list[str]] = senten
         TypeError: a judge that gives no :class:`Segment`.
     """
     check_type("answer", answer, str)
+    if not callable(judge):
+        raise TypeError(f"judge must be a callable from a sentence to a Segment, got {describe(judge)}")
     parts = split(answer)
     if not parts:
         raise ValueError(f"answer is empty: {answer!r}")

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_choice, check_int, check_name, check_real, check_type
+from ...checks import check_choice, check_int, check_name, check_real, check_type, to_list
 from ...types import stats_dtype
 from .variants import MeanPixels, Variant
 
@@ -190,6 +190,8 @@ class Recipe:
             object.__setattr__(self, name, tuple(given))
             for part in getattr(self, name):
                 check_type(name, part, kind)
+        for name in ("optional", "alignment"):
+            object.__setattr__(self, name, tuple(to_list(name, getattr(self, name), '["chosen"]') or ()))
         names = [part.name for part in self.parts]
         if not names:
             raise ValueError("a recipe needs a term, an anchor or an imitation, got none")
@@ -457,7 +459,14 @@ def opa_dpo(
     Weights per token that pairs may hold: ``"severity"`` of chosen and rejected, ``"image"`` of chosen.
     """
     check_choice("compat", compat, (None, "authors"))
-    signs = tuple(anchor_signs)
+    signs = to_list("anchor_signs", anchor_signs, "(1, -1, 1, -1)") or []
+    for name, value in (
+        ("image_coefficient", image_coefficient), ("anchor_coefficient", anchor_coefficient),
+        ("standard_coefficient", standard_coefficient), ("revised_coefficient", revised_coefficient),
+    ):  # fmt: skip
+        check_real(name, value, least=0)
+    if padded_to and compat is None:
+        raise ValueError(f'padded_to={padded_to!r} is of compat="authors" alone: padding counts in nothing else')
     if len(signs) != 4:
         raise ValueError(f"anchor_signs must hold four signs, got {anchor_signs!r}")
     masked = MeanPixels(0.3) if image is None else image

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checks import check_flag, check_int, check_type
+from ...checks import check_flag, check_int, check_type, to_list
 from .batches import SEQUENCES, Preference, _row, _stack
 
 #: ``complete(image, prompt) -> text``.
@@ -27,11 +27,11 @@ PROMPT = (
 )
 
 
-def _mentions(text: str, words: Iterable[str]) -> list[tuple[int, int]]:
+def _mentions(text: str, words: Sequence[str]) -> list[tuple[int, int]]:
     """Where words stand in a text, as whole words, longest first where they overlap."""
     check_type("text", text, str)
-    if isinstance(words, str):
-        raise TypeError(f"words must be a list of words, got {words!r}")
+    for i, word in enumerate(words):
+        check_type(f"words[{i}]", word, str)
     listed = sorted({w for w in words if w}, key=len, reverse=True)
     if not listed:
         raise ValueError("words is empty: there is nothing to mask")
@@ -45,6 +45,7 @@ def mask_words(text: str, words: Iterable[str], mask: str = "[MASK]") -> str:
     >>> mask_words("A red cat sits by a catalogue.", ["cat", "red"])
     'A [MASK] [MASK] sits by a catalogue.'
     """
+    words = to_list("words", words, '["cat"]') or []
     spans = _mentions(text, words)
     if not spans:
         raise ValueError(f"text has none of the words {sorted(words)[:8]}, so nothing is masked: {text[:80]!r}")
@@ -60,6 +61,7 @@ def mask_tokens(tokenizer: Any, text: str, words: Iterable[str], end: bool = Tru
         tokenizer: a fast one of transformers, which knows where tokens stand in the text.
         end: put the end of sequence behind, unmasked.
     """
+    words = to_list("words", words, '["cat"]') or []
     spans = _mentions(text, words)
     ids, offsets = encode_with_offsets(tokenizer, text)
     masked = [any(a < e and s < b for s, e in spans) for a, b in offsets]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checks import check_float, check_int, check_rank, check_real
+from ...checks import check_float, check_int, check_rank, check_real, to_tuple
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def mask_patches(
 ) -> Tensor:
     """The same for one image of flattened patches (N, channels * frames * height * width)."""
     check_rank("patches", patches, 2, "(N, size of a patch)")
-    c, t, h, w = patch
+    check_real("ratio", ratio, least=0, most=1)
+    c, t, h, w = to_tuple("patch", patch, 4)
     if patches.shape[1] != c * t * h * w:
         raise ValueError(f"patches have {patches.shape[1]} numbers each, {c} x {t} x {h} x {w} were expected")
     seen = patches.view(-1, c, t, h, w)
