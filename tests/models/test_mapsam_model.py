@@ -69,16 +69,15 @@ def test_the_released_model(k):
     told = {n.split("/grad/")[1]: t for n, t in GIVEN.items() if n.startswith(f"k{k}/grad/")}
     for name, theirs in told.items():
         (mine,) = [n for n in convert_state_dict({name: theirs}) if "shared_image" not in n]
-        assert (grads[mine] - theirs).abs().max() <= 1e-6 * theirs.abs().max() + 1e-12, name
+        assert (grads[mine] - theirs).abs().max() <= 1e-7 * theirs.abs().max() + 1e-12, name
     assert k != 1 or len(told) > 20
 
 
 def test_the_released_losses():
-    model, low = released(1), GIVEN["k1/low"]
+    model = released(1)
     out = model(GIVEN["k1/x"].double().permute(0, 2, 3, 1))
     terms = model.loss(out, GIVEN["k1/target"])
     focal, dice = GIVEN["k1/losses"]
-    assert low.shape[-1] == 32
     torch.testing.assert_close(terms["focal"], 0.2 * focal, rtol=1e-9, atol=0)
     torch.testing.assert_close(terms["dice"], 0.8 * dice, rtol=1e-9, atol=0)
     assert set(terms) == {"focal", "dice", "coarse_focal", "coarse_dice"}

@@ -98,11 +98,11 @@ def test_points_masks_losses_and_gradients_are_the_release_s(theirs, loaded):
     close(terms["mask_dice"].detach(), held["dice"][0])
     loaded.zero_grad()
     sum(terms.values()).backward()
-    close(states.grad, held["dstates"], 1e-4)
+    close(states.grad, held["dstates"])
     for name, p in loaded.named_parameters():
         if f"dw/{name}" in held:
-            close(p.grad, held[f"dw/{name}"], 1e-4)
-    close(loaded.masks.mask_decoder.mask_tokens.weight.grad, held["dw/iou"], 1e-4)
+            close(p.grad, held[f"dw/{name}"])
+    close(loaded.masks.mask_decoder.mask_tokens.weight.grad, held["dw/iou"])
 
 
 def test_a_map_teaches_the_points_where_to_be(loaded, theirs):

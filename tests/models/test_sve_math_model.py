@@ -238,8 +238,9 @@ def test_copies_compilation_export_and_types():
 
 
 BAD = [
-    (lambda: small()(torch.zeros(2, 8, 16), maps()), "x has 8 tokens, which are no square"),
+    (lambda: small()(torch.zeros(2, 8, 16), maps()), "x has 8 image tokens, which fill no square"),
     (lambda: small()(torch.zeros(2, 8, 16), maps(), (3, 3)), r"grid=\(3, 3\) has 9 places"),
+    (lambda: small()(torch.zeros(2, 9, 16), maps(), (9,)), r"grid must be \(height, width\), got \(9,\)"),
     (lambda: small()(torch.zeros(2, 9, 16), maps(count=3)), "levels must be 4 maps, got 3"),
     (lambda: small()(torch.zeros(2, 9, 15), maps()), "dim=16"),
     (lambda: small()(torch.zeros(3, 9, 16), maps()), r"levels\[0\]"),

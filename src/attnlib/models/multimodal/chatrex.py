@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...checks import check_axes, check_choice, check_divides, check_flag, check_int, check_ints
 from ...hooks import Intervention
+from ...ops.points import square_grid
 from ..detect.boxes import to_centres
 from ..detect.regions import roi_align
 from .losses import UNITS, check_target_boxes
@@ -132,12 +133,7 @@ class DualVision(nn.Module):
         check_axes("low", low, B=None, P=None, C=self.low_dim)
         check_axes("high", high, B=len(low), C=self.high_dim, H=None, W=None)
         if grid is None:
-            side = round(low.shape[1] ** 0.5)
-            if side * side != low.shape[1]:
-                raise ValueError(
-                    f"low has {low.shape[1]} image tokens, which fill no square; give grid=(rows, columns)"
-                )
-            grid = (side, side)
+            grid = square_grid(low.shape[1], "low")
         rows, columns = check_size("grid", grid)
         if rows * columns != low.shape[1]:
             raise ValueError(f"grid={(rows, columns)} has {rows * columns} cells, and low {low.shape[1]} tokens")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...checks import check_choice, check_real, describe
 from ...types import stats_dtype
+from ..losses import dice_scores
 
 #: What boxes may be measured in: shares of the image, or its pixels.
 UNITS = ("share", "pixel")
@@ -135,8 +136,5 @@ def mask_loss(
     logits, truth = prediction.to(kind).flatten(1), target.to(kind).flatten(1)
     count = max(1, len(logits))
     entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1).sum() / count
-    share = logits.sigmoid()
-    above = 2 * (share / scale * truth).sum(1)
-    below = (share / scale).sum(1) + (truth / scale).sum(1)
-    overlap = (1 - (above + eps) / (below + eps)).sum() / count
+    overlap = (1 - dice_scores(logits.sigmoid(), truth, smooth=eps * scale, squared=False)).sum() / count
     return {"mask_bce": bce * entropy, "mask_dice": dice * overlap}

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from ...checks import check_axes, check_choice, check_float, check_int, check_real, check_type, describe
 from ...hooks.hf.names import named_implementation
 from ...ops.points import extreme_points
+from ..detect.plain_detr import focal_loss
+from ..losses import dice_scores
 from ..protocol import TaskModel, Terms
 
 
@@ -253,7 +255,7 @@ class MapSAM(TaskModel):
     ) -> tuple[Tensor, Tensor]:
         """The two-way decoder, (B, K, 4 h, 4 w) and (B, K)."""
         decoder, b = self.sam.mask_decoder, len(features)
-        two_way, k = decoder.transformer, decoder.num_mask_tokens
+        two_way = decoder.transformer
         tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(b, 1, -1, -1)
         tokens = torch.cat([tokens, sparse], 2)
         h, w = features.shape[2:]
@@ -285,7 +287,6 @@ class MapSAM(TaskModel):
         image = decoder.activation(decoder.upscale_conv2(image))
         maps = torch.stack([mlp(queries[:, 1 + n]) for n, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1)
         low = torch.einsum("bkc,bchw->bkhw", maps, image)
-        assert maps.shape[1] == k
         return low, decoder.iou_prediction_head(queries[:, 0])
 
     # ---- training
@@ -320,17 +321,11 @@ class MapSAM(TaskModel):
         }
 
     def _focal(self, logits: Tensor, truth: Tensor) -> Tensor:
-        share = logits.sigmoid()
-        right = share * truth + (1 - share) * (1 - truth)
-        side = self.alpha * truth + (1 - self.alpha) * (1 - truth)
-        return (
-            side * F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * (1 - right) ** self.gamma
-        ).mean()
+        return focal_loss(logits, truth, self.alpha, self.gamma).mean()
 
     @staticmethod
-    def _dice(logits: Tensor, truth: Tensor, smooth: float = 1e-6) -> Tensor:
-        share, truth = logits.sigmoid().flatten(1), truth.flatten(1)
-        return 1 - ((2 * (share * truth).sum(1) + smooth) / (share.sum(1) + truth.sum(1) + smooth)).mean()
+    def _dice(logits: Tensor, truth: Tensor) -> Tensor:
+        return 1 - dice_scores(logits.sigmoid(), truth, smooth=1e-6, squared=False).mean()
 
     @torch.no_grad()
     def predict(self, x: Tensor, threshold: float = 0.5) -> Tensor:  # type: ignore[override]

@@ -27,9 +27,10 @@ from ...nn.released import Released
 from ...nn.sampled.deformable_attention import DeformableAttention
 from ...ops.sampled import deformable_attention
 from ...types import stats_dtype
-from ..detect.boxes import match, overlaps, to_centres, to_corners
-from ..detect.plain_detr import inverse_sigmoid
+from ..detect.boxes import match, overlaps, suppress_boxes, to_centres, to_corners
+from ..detect.plain_detr import focal_loss, inverse_sigmoid
 from .losses import box_loss, check_target_boxes
+from .segmenter import check_sizes
 
 GRANULARITIES = ("fine", "coarse")
 
@@ -218,7 +219,8 @@ class UPN(nn.Module):
         if valid is None:
             exists = [torch.ones_like(m[:, 0], dtype=torch.bool) for m in levels]
         else:
-            if valid.dim() != 3 or valid.dtype != torch.bool or len(valid) != len(maps[0]):
+            shape = tuple(valid.shape) if isinstance(valid, Tensor) and valid.dtype == torch.bool else ()
+            if len(shape) != 3 or shape[0] != len(maps[0]):
                 raise ValueError(f"valid must be boolean (B, H, W) of the images, got {describe(valid)}")
             exists = [~(F.interpolate((~valid)[None].float(), m.shape[-2:])[0] > 0) for m in levels]
         return levels, exists
@@ -331,11 +333,7 @@ class UPN(nn.Module):
                 truth[i, rows] = 1
                 near.append(mine[rows])
                 wanted.append(t[columns].to(mine))
-            share = logits.sigmoid()
-            entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-            away = torch.where(truth > 0, 1 - share, share)
-            weight = torch.where(truth > 0, 0.25, 0.75)
-            found = {"focal": 2 * (weight * away.square() * entropy).sum() / count}
+            found = {"focal": 2 * focal_loss(logits, truth).sum() / count}
             if near:
                 found |= box_loss(torch.cat(near), torch.cat(wanted), l1=20.0, giou=2.0)  # a mean over four numbers
             for name, term in found.items():
@@ -373,24 +371,6 @@ class UPN(nn.Module):
         return {**theirs.close(out), "prompts": torch.cat(prompts)}
 
 
-def suppress(boxes: Tensor, scores: Tensor, threshold: float = 0.8) -> Tensor:
-    """Numbers of boxes (N, 4), corners, that no better one overlaps by more than ``threshold``; best first.
-
-    >>> boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 4.1], [5, 5, 6, 6]])
-    >>> suppress(boxes, torch.tensor([0.5, 0.9, 0.7])).tolist()
-    [1, 2]
-    """
-    check_real("threshold", threshold, least=0, most=1)
-    check_axes("scores", scores, N=len(boxes))
-    order = scores.argsort(descending=True, stable=True)
-    shares = overlaps(boxes[order], boxes[order])[0] > threshold
-    kept: list[int] = []
-    for i in range(len(order)):
-        if not bool(shares[i, kept].any()):
-            kept.append(i)
-    return order[kept]
-
-
 def chosen(
     found: Proposals,
     sizes: Sequence[Sequence[int]],
@@ -404,17 +384,16 @@ def chosen(
         found: of :class:`UPN`.
         sizes: (height, width) of every image.
         min_score: least score.
-        threshold: see :func:`suppress`.
+        threshold: boxes that a better one overlaps by more are dropped.
         most: boxes of an image.
     """
     check_real("min_score", min_score, least=0, most=1)
-    if len(sizes) != len(found.boxes):
-        raise ValueError(f"sizes must hold (height, width) of {len(found.boxes)} images, got {len(sizes)}")
+    known = check_sizes("sizes", sizes, len(found.boxes))
     out = []
-    for boxes, logits, (height, width) in zip(found.boxes, found.logits, sizes, strict=True):
+    for boxes, logits, (height, width) in zip(found.boxes, found.logits, known, strict=True):
         scores = logits.sigmoid()
         good = scores >= min_score
         corners = to_corners(boxes[good]) * boxes.new_tensor([width, height, width, height])
-        kept = suppress(corners, scores[good], threshold)[:most]
+        kept = suppress_boxes(corners, scores[good], threshold, most=most)
         out.append((corners[kept], scores[good][kept]))
     return out

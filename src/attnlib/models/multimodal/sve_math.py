@@ -23,7 +23,6 @@ after unless ``gate="before"``.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -33,7 +32,9 @@ from torch import Tensor, nn
 from ...checks import check_axes, check_choice, check_float, check_int, check_rank, check_type
 from ...nn.layers import resize_map
 from ...nn.released import Released
+from ...ops.points import square_grid
 from ...types import stats_dtype
+from .segmenter import check_size
 
 MERGES = ("channel", "sequence")
 
@@ -99,13 +100,11 @@ class FeatureRouter(nn.Module):
             return x.shape[1], x.shape[2]
         count = x.shape[1]
         if grid is None:
-            side = math.isqrt(count)
-            if side * side != count:
-                raise ValueError(f"x has {count} tokens, which are no square; give grid=(rows, columns)")
-            return side, side
-        if grid[0] * grid[1] != count:
-            raise ValueError(f"grid={tuple(grid)} has {grid[0] * grid[1]} places, but x has {count} tokens")
-        return grid[0], grid[1]
+            return square_grid(count, "x")
+        rows, cols = check_size("grid", grid)
+        if rows * cols != count:
+            raise ValueError(f"grid={(rows, cols)} has {rows * cols} places, but x has {count} tokens")
+        return rows, cols
 
     def forward(self, x: Tensor, levels: Sequence[Tensor], grid: tuple[int, int] | None = None) -> Routed:
         """Weigh the levels.

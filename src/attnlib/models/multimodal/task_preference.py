@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ...checks import check_axes, check_choice, check_divides, check_int, check_real, check_valid, describe
 from ...nn.released import Released
+from ...positions import sincos
 from ..detect.boxes import match
 from .losses import box_loss, check_target_boxes
 from .task_tokens import Taken, TaskTokens
@@ -138,7 +139,9 @@ class MomentHead(nn.Module):
         self, dim: int, video_dim: int, width: int = 256, num_heads: int = 8, depth: int = 2, num_queries: int = 10
     ):
         super().__init__()
+        check_int("dim", dim, least=1)
         check_divides("num_heads", num_heads, "width", width)
+        check_divides("2", 2, "width", width)
         check_int("depth", depth, least=1)
         self.width, self.video_dim = width, check_int("video_dim", video_dim, least=1)
         self.ask, self.video = nn.Linear(dim, width), nn.Linear(video_dim, width)
@@ -159,9 +162,7 @@ class MomentHead(nn.Module):
         if not video.shape[1] or (valid is not None and not bool(valid.any(1).all())):
             raise ValueError("video must have a frame for every token")
         k, frames = video.shape[:2]
-        at = torch.arange(frames, device=video.device, dtype=torch.float32)[:, None]
-        rate = torch.exp(torch.arange(0, self.width, 2, device=video.device) * (-math.log(1e4) / self.width))
-        place = torch.cat([(at * rate).sin(), (at * rate).cos()], 1)[:, : self.width].to(video.dtype)
+        place = sincos(torch.arange(frames, device=video.device)[:, None], self.width).to(video.dtype)
         x = torch.cat([asked.unsqueeze(1), self.video(video) + place], 1)
         absent = None if valid is None else F.pad(~valid, (1, 0), value=False)
         for layer in self.encoder:
