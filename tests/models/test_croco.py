@@ -306,6 +306,13 @@ def test_what_is_refused():
         m.loss(m(a, a), images(2, 3, 40, 40))
     with pytest.raises(ValueError, match="mask hides nothing"):
         m.loss(m(a[:0], a[:0]), a[:0])
+    for mask in (every[:, :4], every.double()):
+        with pytest.raises(ValueError, match=r"mask must be boolean \(2, 16\)"):
+            patch_error(torch.zeros(2, 16, 192), a, mask, 8)
+    with pytest.raises(ValueError, match=r"x must be \(B, C, \*grid\)"):
+        to_patches(torch.zeros(2, 3), 2)
+    with pytest.raises(ValueError, match=r"rows must be \(B, 4, 8\) for 2 channels"):
+        from_patches(torch.zeros(2, 4, 12), (4, 4), 2, 2)
     answer = CroCoMonocular(m)
     with pytest.raises(ValueError, match="no finite place"):
         answer.loss(answer(a), torch.full((2, 1, 32, 32), torch.nan))

@@ -132,6 +132,9 @@ def test_gradients_of_pictures_and_volumes():
     y = torch.zeros(1, 1, 4, 4, requires_grad=True)
     sobel(y).sum().backward()
     assert y.grad.isfinite().all()
+    hole = torch.zeros(1, 1, 6, 6)
+    hole[..., 0, 0] = torch.nan
+    assert int(sobel(hole).isnan().sum()) == 4  # what is not a number is not called flat
 
 
 def test_volumes_have_positions():
@@ -236,7 +239,7 @@ def test_what_is_refused():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             built(**settings)
-    with pytest.raises(ValueError, match="2, 3|rank|must be"):
+    with pytest.raises(ValueError, match=r"x must be \(B, C, H, W\) or \(B, C, H, W, D\)"):
         sobel(draw(2, 1, 5))
     with pytest.raises(TypeError, match="a Uni4Eye"):
         EyeClassifier(torch.nn.Linear(1, 1), 2)

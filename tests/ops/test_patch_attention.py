@@ -141,5 +141,7 @@ def test_bad_arguments():
             patch_attention(x, x, **settings)
     with pytest.raises(ValueError, match="context must be a tensor of shape"):
         patch_attention(x, torch.zeros(1, 4, 4, 3))
+    with pytest.raises(ValueError, match="x must hold at least one place"):
+        patch_attention(x[:, :0], x)
     with pytest.raises(TypeError, match="known must be a boolean"):
         patch_attention(x, x, known=torch.ones(1, 4, 4))

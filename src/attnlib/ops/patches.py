@@ -75,7 +75,7 @@ def patch_attention(
         (B, H, W, C); zeros where there is no key.
 
     Raises:
-        ValueError: a context smaller than a patch, channels that differ, an even kernel.
+        ValueError: no place in x, a context smaller than a patch, channels that differ, an even kernel.
 
     >>> x = torch.rand(1, 6, 7, 4)
     >>> patch_attention(x, x, known=torch.rand(1, 6, 7) > 0.2).shape
@@ -83,6 +83,8 @@ def patch_attention(
     """
     check_axes("x", x, B=None, H=None, W=None, C=None)
     check_float("x", x)
+    if not x.shape[1] or not x.shape[2]:
+        raise ValueError(f"x must hold at least one place, got shape {tuple(x.shape)}")
     check_axes("context", context, B=x.shape[0], h=None, w=None, C=x.shape[3])
     check_dtype(x=x, context=context)
     check_device(x=x, context=context, known=known)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_ints, describe, readable
+from ...checks import check_float, check_ints, describe, readable
 from ...positions import resized, sincos
 from ...types import stats_dtype
 
@@ -35,6 +35,8 @@ def to_patches(x: Tensor, size: int | Sequence[int]) -> Tensor:
     [[[0.0, 1.0, 4.0, 5.0], [2.0, 3.0, 6.0, 7.0]]]
     """
     rank = x.dim() - 2
+    if rank < 1:
+        raise ValueError(f"x must be (B, C, *grid), got {describe(x)}")
     sides = patch_sides("size", size, rank)
     x = padded(x, sides)
     for axis, side in enumerate(sides):
@@ -47,14 +49,19 @@ def from_patches(rows: Tensor, shape: Sequence[int], size: int | Sequence[int], 
     """The inverse of :func:`to_patches`: (B, N, P C) -> (B, C, *shape), without what was padded.
 
     Raises:
-        ValueError: rows of another number, or of a width that is no multiple of the patch.
+        ValueError: rows of another number, or of a width that is no multiple of the patch, or not of ``channels``.
     """
     sides = patch_sides("size", size, len(shape))
     grid = [-(-n // p) for n, p in zip(shape, sides, strict=True)]
     rank, pixels = len(shape), math.prod(sides)
-    if rows.dim() != 3 or rows.shape[1] != math.prod(grid) or rows.shape[2] % pixels:
-        raise ValueError(f"rows must be (B, {math.prod(grid)}, {pixels} C) for {tuple(shape)}, got {describe(rows)}")
-    x = rows.unflatten(2, (*sides, -1 if channels is None else channels)).unflatten(1, grid)
+    count = math.prod(grid)
+    if rows.dim() != 3 or rows.shape[1] != count or rows.shape[2] % pixels:
+        raise ValueError(f"rows must be (B, {count}, {pixels} C) for {tuple(shape)}, got {describe(rows)}")
+    if channels is not None and rows.shape[2] != pixels * channels:
+        raise ValueError(
+            f"rows must be (B, {count}, {pixels * channels}) for {channels} channels, got {describe(rows)}"
+        )
+    x = rows.unflatten(2, (*sides, -1)).unflatten(1, grid)
     order = [n for axis in range(rank) for n in (1 + axis, 1 + rank + axis)]
     x = x.permute(0, 1 + 2 * rank, *order)
     for axis in range(rank):
@@ -100,8 +107,11 @@ def patch_error(
     """
     sides = patch_sides("size", size, picture.dim() - 2)
     rows = to_patches(picture, sides)
+    check_float("prediction", prediction)
     if prediction.shape != rows.shape:
         raise ValueError(f"prediction must be {tuple(rows.shape)} for this picture, got {describe(prediction)}")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != rows.shape[:2]):
+        raise ValueError(f"mask must be boolean {tuple(rows.shape[:2])}, True for hidden, got {describe(mask)}")
     if mask is not None and readable(mask) and not bool(mask.any()):
         raise ValueError(f"mask hides nothing: there is nothing to compare, got {describe(mask)}")
     known = known_pixels(picture, sides)

@@ -65,7 +65,7 @@ def sobel(x: Tensor, slices: bool = False) -> Tensor:
             before, after = _moved(found, other, -1), _moved(found, other, 1)
             found = after - before if other == axis else before + 2 * found + after
         total = total + found.square()
-    some = total > 0
+    some = total != 0  # what is not a number stays none
     return torch.where(some, torch.where(some, total, 1.0).sqrt(), 0.0)
 
 
