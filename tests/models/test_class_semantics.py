@@ -152,6 +152,10 @@ def test_bad_input():
         built(kernel_size=2)
     with pytest.raises(ValueError, match="fusion"):
         built(fusion="mean")
+    with pytest.raises(TypeError, match="semantics must be"):
+        m(x, [1])
+    with pytest.raises(ValueError, match="length must be an integer of at least 1"):
+        m.gates(r, 0)
     with pytest.raises(ValueError, match="share the batch"):
         m(x, r[:1])
     with pytest.raises(ValueError, match="semantic_dim=5"):

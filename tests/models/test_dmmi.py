@@ -161,6 +161,10 @@ def test_scores():
     assert scores["oIoU"] == pytest.approx(12 / 16) and scores["mIoU"] == pytest.approx(0.75)
     assert scores["P@0.5"] == 1 and scores["P@0.6"] == 0.5 and scores["empty"] == 0.5
     assert list(referring_scores(found[2:], truth[2:])) == ["empty"]
+    with pytest.raises(ValueError, match="at must be"):
+        referring_scores(found, truth, (float("nan"),))
+    with pytest.raises(TypeError, match="at must be thresholds"):
+        referring_scores(found, truth, 0.5)
     with pytest.raises(ValueError, match="boolean masks"):
         referring_scores(found.long(), truth)
     with pytest.raises(ValueError, match="one shape"):

@@ -384,6 +384,10 @@ def test_copies_compile_and_export():
 
 
 def test_bad_input():
+    with pytest.raises(ValueError, match="sigma must be"):
+        smoothed(torch.zeros(1, 4, 4), -1.0)
+    with pytest.raises(ValueError, match="x must be a tensor of shape"):
+        smoothed(torch.zeros(4, 4), 1.0)
     model = ready()
     for wrong in (torch.zeros(1, 2, 16, 16), torch.zeros(3, 16, 16), torch.zeros(1, 3, 16, 16).long()):
         with pytest.raises(ValueError, match="x must be images"):

@@ -45,6 +45,7 @@ def test_the_released_dice_dies_where_the_mean_is_high():
     [
         ((2, 3, 4), torch.zeros(2, 5, dtype=torch.long), r"target must be classes \(2, 4\)"),
         ((2, 3, 4), torch.zeros(2, 4), "whole numbers"),
+        ((2, 1, 4), torch.full((2, 4), 0.5), "target must hold 0 and 1, got 0.5"),
         ((2, 3, 4), torch.full((2, 4), 3), "target holds the class 3; possible: 0 to 2"),
         ((2, 3, 4), torch.full((2, 4), -1), "target holds the class -1"),
         ((2, 3), torch.zeros(2, dtype=torch.long), "prediction must be logits"),
@@ -135,8 +136,11 @@ def test_cox_where_hazards_are_huge_and_by_weight():
         ([1.0], [1], {}, r"time must be \(2,\)"),
         ([1.0, 2.0], [1, 0], {"ties": "exact"}, "ties"),
         ([1.0, 2.0], [1, 0], {"weights": torch.tensor([0.0, 1.0])}, "weights must be"),
+        ([1.0, 2.0], [1, 0], {"weights": torch.tensor([torch.inf, 1.0])}, "weights must be finite"),
     ],
 )
 def test_bad_survival(time, event, settings, message):
     with pytest.raises(ValueError, match=message):
         cox_loss(torch.zeros(2), torch.tensor(time), torch.tensor(event), **settings)
+    with pytest.raises(ValueError, match="risk must be finite, got nan"):
+        cox_loss(torch.tensor([0.0, torch.nan]), torch.ones(2), torch.ones(2))

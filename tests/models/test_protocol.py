@@ -152,6 +152,8 @@ def test_bad_steps_and_terms():
     ):
         with pytest.raises(kind, match=message):
             total_loss(terms)
+    with pytest.raises(TypeError, match="make must give an optimizer"):
+        Optimizers(torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1))
     with pytest.raises(TypeError, match="terms must be a function"):
         Step("a", [], {})
     with pytest.raises(TypeError, match="params"):
@@ -185,6 +187,8 @@ def test_bad_tiles():
         (torch.zeros(1, 2, 4, 4), dict(tile=(2,)), "tile"),
         (torch.zeros(1, 2, 4, 4), dict(tile=2, overlap=1, blend=2), "blend"),
         (torch.zeros(1, 2, 4, 4), dict(tile=2, scale=2), "should become"),
+        (torch.zeros(1, 2, 4, 4), dict(tile=2, align=0), "align must be an integer of at least 1"),
+        (torch.zeros(1, 2, 4, 4), dict(tile=2.5), r"tile.* must be an integer"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             tiled(lambda t: t, x, **settings)

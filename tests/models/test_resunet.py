@@ -65,6 +65,11 @@ def test_masks_that_agree_and_that_do_not():
         mask_dice(one, one.float())
     with pytest.raises(ValueError, match="one shape"):
         surface_distance(one, one[1:])
+    for spacing in (-1.0, math.nan, (1, 1, 0.0)):
+        with pytest.raises(ValueError, match="spacing must be a finite number above 0"):
+            surface_distance(one, one, spacing=spacing)
+    with pytest.raises(TypeError, match="spacing must be"):
+        surface_distance(one, one, spacing="ab")
     with pytest.raises(ValueError, match="spacing"):
         surface_distance(one, one, spacing=(1, 1))
 

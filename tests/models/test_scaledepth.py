@@ -92,6 +92,8 @@ def test_true_relative_depth_gives_the_scale_back():
     half = torch.zeros(3, 5, 6, dtype=torch.bool)
     half[:, 3:] = True
     torch.testing.assert_close(scale_between(depth, relative, half), scale)
+    with pytest.raises(TypeError, match="relative must be"):
+        scale_between(depth, "relative")
     with pytest.raises(ValueError, match="image 1 has no place"):
         scale_between(torch.stack([depth[0], 0 * depth[0]]), relative[:2])
 

@@ -339,6 +339,9 @@ def test_bad_input():
     visible, infrared = pair()
     with pytest.raises(ValueError, match="infrared must be .* grid of visible"):
         model(visible, infrared[..., :-1])
+    for change, name in ((to_luminance, "rgb"), (from_luminance, "ycc")):
+        with pytest.raises(ValueError, match=f"{name} must be a tensor of shape"):
+            change(infrared)
     with pytest.raises(ValueError, match="guide must be"):
         model(visible, infrared, visible)
     with pytest.raises(ValueError, match="visible must be"):

@@ -315,6 +315,10 @@ def test_bad_input():
     with pytest.raises(ValueError, match="x must be images"):
         model(torch.zeros(3, 8, 8))
     y = model(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="prediction must be"):
+        balanced_cross_entropy(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4))
+    with pytest.raises(ValueError, match="positive must be"):
+        edge_loss(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4), 3.0)
     with pytest.raises(ValueError, match="target has no task"):
         model.loss(y, {})
     with pytest.raises(ValueError, match=r"target has \['flow'\]"):

@@ -43,7 +43,9 @@ def surface_distance(
     if not found.any() or not truth.any():
         return 0.0 if not (found.any() or truth.any()) else math.inf
     ndimage = need("scipy.ndimage", "surface_distance")
-    steps = [float(spacing)] * found.dim() if isinstance(spacing, (int, float)) else [float(s) for s in spacing]
+    several = isinstance(spacing, Sequence) and not isinstance(spacing, str)
+    steps = list(spacing) if several else [spacing] * found.dim()  # type: ignore[arg-type]
+    steps = [float(check_real("spacing", s, above=0)) for s in steps]
     if len(steps) != found.dim():
         raise ValueError(f"spacing must be one number for each of the {found.dim()} axes, got {list(steps)}")
     a, b = (m.cpu().numpy() for m in (found, truth))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_choice, check_float, check_int, check_real, describe, extremes, readable
+from ..checks import check_choice, check_flag, check_float, check_int, check_real, describe, extremes, readable
 from ..types import stats_dtype
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -65,6 +65,8 @@ def dice_loss(
     """
     check_choice("compat", compat, (None, "authors"))
     check_real("smooth", smooth, least=0)
+    for name, flag in (("foreground_only", foreground_only), ("squared", squared), ("per_sample", per_sample)):
+        check_flag(name, flag)
     share, truth = class_shares(prediction, target, ignore_index)
     if share.shape[1] > 1 and foreground_only and compat is None:
         share, truth = share[:, 1:], truth[:, 1:]
@@ -89,6 +91,8 @@ def class_shares(prediction: Tensor, target: Tensor, ignore_index: int | None = 
     if classes > 1 and (target.is_floating_point() or target.dtype == torch.bool):
         raise ValueError(f"target must be whole numbers {shape}, got {describe(target)}")
     labels = target.long()
+    if target.is_floating_point() and readable(target) and bool((target != labels).any()):
+        raise ValueError(f"target must hold 0 and 1, got {float(target[target != labels][0])}")
     known = None if ignore_index is None else labels != check_int("ignore_index", ignore_index)
     if known is not None:
         labels = labels.masked_fill(~known, 0)
@@ -131,6 +135,7 @@ def silog_loss(
     """
     check_float("prediction", prediction)
     check_real("focus", focus, least=0, most=1)
+    check_real("scale", scale, least=0)
     if not isinstance(target, Tensor) or target.shape != prediction.shape:
         raise ValueError(f"target must have the shape of prediction {tuple(prediction.shape)}, got {describe(target)}")
     target = target.to(stats_dtype(prediction.dtype))
@@ -191,6 +196,8 @@ def cox_loss(
         if not isinstance(given, Tensor) or given.shape != risk.shape:
             raise ValueError(f"{name} must be ({len(risk)},), got {describe(given)}")
     happened = event.bool()
+    if readable(risk) and not bool(risk.isfinite().all()):
+        raise ValueError(f"risk must be finite, got {float(risk.detach()[~risk.isfinite()][0])}")
     if readable(time):
         if time.is_floating_point() and not time.isfinite().all():
             raise ValueError("time must be finite")
@@ -200,8 +207,10 @@ def cox_loss(
             raise ValueError("event must hold 0 and 1 only")
         if not bool(happened.any()):
             raise ValueError("event holds none: a batch without an event has no partial likelihood")
-        if weights is not None and not bool((weights >= 0).all() and (weights[happened] > 0).any()):
-            raise ValueError("weights must be at least 0, and above 0 for some event")
+        if weights is not None and not bool(
+            ((weights >= 0) & weights.isfinite()).all() and (weights[happened] > 0).any()
+        ):
+            raise ValueError("weights must be finite, at least 0, and above 0 for some event")
     r = risk.to(stats_dtype(risk.dtype))
     order = torch.sort(time, descending=True, stable=True).indices
     r, happened, at = r[order], happened[order], time[order]

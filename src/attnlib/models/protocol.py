@@ -171,6 +171,8 @@ class Optimizers:
     """
 
     def __init__(self, make: Callable[[str, list[nn.Parameter]], torch.optim.Optimizer]):
+        if not callable(make):
+            raise TypeError(f"make must give an optimizer for a name and its parameters, got {describe(make)}")
         self.make = make
         self.held: dict[str, torch.optim.Optimizer] = {}
         self._loaded: dict[str, Any] = {}

@@ -47,12 +47,14 @@ def tiled(
     check_float("x", x)
     if x.dim() < 3 or not x.shape[2:].numel():
         raise ValueError(f"x must be (B, C, *grid) with at least one pixel, got {describe(x)}")
+    for name, value in (("align", align), ("scale", scale)):
+        check_int(name, value, least=1)
     overlap = check_int("overlap", overlap, least=0)
     blend = overlap // 2 if blend is None else check_int("blend", blend, least=0, most=overlap)
     if tile is None:
         return run(x)
     rank = x.dim() - 2
-    sides = check_ints("tile", (tile,) * rank if isinstance(tile, int) else tuple(tile), least=1)
+    sides = check_ints("tile", tile if isinstance(tile, Sequence) else (tile,) * rank, least=1)
     if len(sides) != rank:
         raise ValueError(f"tile={tuple(sides)} must have a side for each of the {rank} axes of x {tuple(x.shape)}")
     axes = [spans(n, side, overlap, blend, align, scale) for n, side in zip(x.shape[2:], sides, strict=True)]

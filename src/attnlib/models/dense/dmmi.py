@@ -438,6 +438,9 @@ def referring_scores(found: Tensor, truth: Tensor, at: Sequence[float] = (0.5, 0
             raise ValueError(f"{name} must be boolean masks (B, H, W), got {describe(t)}")
     if found.shape != truth.shape:
         raise ValueError(f"found and truth must have one shape, got {tuple(found.shape)} and {tuple(truth.shape)}")
+    check_type("at", at, Sequence, "thresholds")
+    for share in at:
+        check_real("at", share, least=0, most=1)
     named = truth.flatten(1).any(1)
     both, either = ((found & truth).flatten(1).sum(1).double(), (found | truth).flatten(1).sum(1).double())
     scores: dict[str, float] = {}

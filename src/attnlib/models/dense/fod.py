@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import (
+    check_axes,
     check_choice,
     check_divides,
     check_flag,
@@ -473,7 +474,8 @@ class FOD(TaskModel):
 
 def smoothed(x: Tensor, sigma: float) -> Tensor:
     """(B, H, W) under a Gaussian cut at 4 widths, mirrored at the borders, as scipy's ``gaussian_filter``."""
-    radius = int(4 * sigma + 0.5)
+    check_axes("x", x, B=None, H=None, W=None)
+    radius = int(4 * check_real("sigma", sigma, least=0) + 0.5)
     if not radius or not x.numel():
         return x
     at = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_divides, check_int, check_real, check_type, check_valid, describe, readable
+from ...checks import check_divides, check_float, check_int, check_real, check_type, check_valid, describe, readable
 from ...grids import coordinates
 from ...nn.layers import Mlp, merge_heads, split_heads
 from ...ops import attention
@@ -67,6 +67,7 @@ def bins(logits: Tensor) -> tuple[Tensor, Tensor]:
     >>> [t.tolist() for t in bins(torch.zeros(2))]
     [[0.5, 0.5], [0.25, 0.75]]
     """
+    check_float("logits", logits)
     widths = logits.to(stats_dtype(logits.dtype)).softmax(-1)
     return widths, widths.cumsum(-1) - widths / 2
 
@@ -84,6 +85,8 @@ def scale_between(depth: Tensor, relative: Tensor, valid: Tensor | None = None) 
     Raises:
         ValueError: shapes that differ, an image without a place.
     """
+    for name, t in (("depth", depth), ("relative", relative)):
+        check_float(name, t)
     if depth.shape != relative.shape or depth.dim() != 3:
         raise ValueError(f"depth and relative must be (B, H, W), got {describe(depth)} and {describe(relative)}")
     here = depth.isfinite() & (depth > 0) & relative.isfinite() & (relative > 0)

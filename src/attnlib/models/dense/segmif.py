@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_flag, check_int, check_ints, check_real, check_type, describe
+from ...checks import check_axes, check_choice, check_flag, check_int, check_ints, check_real, check_type, describe
 from ...nn.linear.hierarchical_interaction import HierarchicalInteraction
 from ...nn.reduced.spatial_reduction import SpatialReductionAttention
 from ...nn.released import Released, Rule
@@ -54,6 +54,7 @@ def to_luminance(rgb: Tensor) -> Tensor:
     >>> to_luminance(torch.full((1, 3, 1, 1), 0.25)).flatten().tolist()
     [0.25, 0.5, 0.5]
     """
+    check_axes("rgb", rgb, B=None, channels=3, H=None, W=None)
     r, g, b = rgb.unbind(1)
     y = 0.299 * r + 0.587 * g + 0.114 * b
     return torch.stack([y, (r - y) * 0.713 + 0.5, (b - y) * 0.564 + 0.5], 1)
@@ -61,6 +62,7 @@ def to_luminance(rgb: Tensor) -> Tensor:
 
 def from_luminance(ycc: Tensor) -> Tensor:
     """The way back, up to the rounding of its published constants; not clamped."""
+    check_axes("ycc", ycc, B=None, channels=3, H=None, W=None)
     y, red, blue = ycc.unbind(1)
     red, blue = red - 0.5, blue - 0.5
     return torch.stack([y + 1.403 * red, y - 0.714 * red - 0.344 * blue, y + 1.773 * blue], 1)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_int, check_real, check_type, describe, readable
+from ...checks import check_axes, check_choice, check_int, check_real, check_type, describe, readable
 from ...nn.gates.memorial_experts import MemorialExperts
 from ...types import stats_dtype
 from ..protocol import TaskModel, Terms, evaluating
@@ -84,6 +84,7 @@ def balanced_cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
         prediction: logits (B, 2, H, W).
         target: (B, H, W) of 0, 1 and 255 (none).
     """
+    check_axes("prediction", prediction, B=None, classes=2, H=None, W=None)
     known = _whole(prediction, target, 2)
     count = known.sum().clamp(min=1)
     positive = (known & (target == 1)).sum() / count
@@ -100,6 +101,8 @@ def edge_loss(prediction: Tensor, target: Tensor, positive: float = 0.95) -> Ten
         target: (B, H, W) of 0, 1 and 255 (none).
         positive: the weight.
     """
+    check_axes("prediction", prediction, B=None, channels=1, H=None, W=None)
+    check_real("positive", positive, above=0, below=1)
     known = _whole(prediction, target, 2)
     labels = torch.where(known, target, 0).to(prediction.dtype)
     weight = torch.where(labels > 0, positive, 1 - positive) * known

@@ -93,7 +93,7 @@ class ClassSemanticsAttention(nn.Module):
         check_float("semantics", semantics)
         if not semantics.shape[1]:
             raise ValueError("semantics must hold one point in time at least, got none")
-        length = semantics.shape[1] if length is None else length
+        length = semantics.shape[1] if length is None else check_int("length", length, least=1)
         if semantics.shape[1] != length:
             if valid is not None and not torch.compiler.is_compiling() and not bool(valid.all()):
                 raise ValueError(
@@ -117,6 +117,7 @@ class ClassSemanticsAttention(nn.Module):
         check_axes("x", x, B=None, T=None, C=self.dim)
         check_float("x", x)
         check_valid("valid", valid, x.shape[:2])
+        check_float("semantics", semantics)
         if semantics.shape[:1] != x.shape[:1]:
             raise ValueError(f"x and semantics must share the batch, got {tuple(x.shape)} and {tuple(semantics.shape)}")
         channel, time = self.gates(semantics, x.shape[1], valid)
