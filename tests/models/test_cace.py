@@ -241,7 +241,7 @@ def test_clips_stand_for_themselves_and_everything_copies():
         torch.testing.assert_close(a[1:], b)
     assert model(video[:, :2], audio[:, :2]).is_event.shape == (2, 2)  # fewer than top
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other.predict(video, audio), model.predict(video, audio))
+        assert torch.equal(other.train().predict(video, audio), model.predict(video, audio)) and other.training
     run = torch.compile(model, backend="eager")
     torch.testing.assert_close(run(video, audio).event, whole.event)
     half = model.bfloat16()

@@ -130,6 +130,9 @@ def test_a_detectors_loss_reaches_all_of_it():
     assert all(p.grad is not None and p.grad.any() for p in model.enhancer.parameters())
     found = model.train().predict(x, threshold=0.0, most=3)
     assert model.training and all(f.boxes.shape[0] <= 3 for f in found)
+    model.model.eval()  # a frozen reader
+    model.predict(x)
+    assert model.enhancer.training and not any(m.training for m in model.model.modules())
     plain = Enhanced(nn.Conv2d(3, 1, 1), small())
     assert plain.predict(x).shape == (2, 1, 40, 48)
     with pytest.raises(TypeError, match="model has no loss"):

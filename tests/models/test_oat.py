@@ -271,7 +271,7 @@ def test_copies_types_and_empty_batches():
     model, args = small(), given()
     want = model.predict(*args)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other.predict(*args), want)
+        assert torch.equal(other.train().predict(*args), want) and other.training
     empty = [t[:0] for t in args]
     assert model.predict(*empty, samples=3).shape == (0, 3, 32) and model(*empty, PATH[:0]).logits.shape == (0, 5, 7)
     with pytest.raises(ValueError, match="empty"):

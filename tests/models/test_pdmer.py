@@ -269,7 +269,8 @@ def test_songs_stand_for_themselves_and_everything_copies():
     whole = model(mel, song)
     torch.testing.assert_close(whole.values[1:2], model(mel[1:2], song[1:2]).values)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other.predict(mel, song), model.predict(mel, song))
+        assert torch.equal(other.train().predict(mel, song), model.predict(mel, song)) and other.training
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())  # statistics, too
     assert model.predict(mel[:0], song[:0]).shape == (0, 8, 2)
     run = torch.compile(model, backend="eager")
     torch.testing.assert_close(run(mel, song).values, whole.values)

@@ -31,7 +31,7 @@ from ..nn.released import Released
 from ..ops import attention
 from ..types import stats_dtype
 from .meta import MetaLearner, Rated
-from .protocol import Terms
+from .protocol import Terms, evaluating
 
 
 class Felt(NamedTuple):
@@ -246,14 +246,17 @@ class PDMER(MetaLearner):
         check_int("chunk", chunk, least=1)
         length, size = mel.shape[1], self.window
         if length <= size or not len(mel):
-            return self(mel, song).values
+            with evaluating(self):
+                return self(mel, song).values
         plans = [_spoken(length, size, hop, compat == "authors") for hop in hops]
         starts = sorted({start for plan in plans for start, _ in plan})
         parts = []
         for i in range(0, len(starts), chunk):
             some = starts[i : i + chunk]
             windows = torch.stack([mel[:, s : s + size] for s in some], 1).flatten(0, 1)
-            parts.append(self(windows, song.repeat_interleave(len(some), 0)).values.unflatten(0, (-1, len(some))))
+            with evaluating(self):
+                made = self(windows, song.repeat_interleave(len(some), 0)).values
+            parts.append(made.unflatten(0, (-1, len(some))))
         said, row = torch.cat(parts, 1), {start: i for i, start in enumerate(starts)}
         return torch.stack(
             [torch.cat([said[:, row[s], size - n :, k] for s, n in plan], 1) for k, plan in enumerate(plans)], -1

@@ -32,7 +32,7 @@ from ...checks import (
     describe,
 )
 from ...types import stats_dtype
-from ..protocol import TaskModel
+from ..protocol import TaskModel, evaluating
 from .boxes import complete_overlap, suppress_boxes
 from .pan import conv
 from .plain_detr import Detections
@@ -433,12 +433,8 @@ class AnchorFreeDetector(TaskModel):
         Images by position or by the names of :meth:`forward`.
         """
         inputs = {name: settings.pop(name) for name in list(settings) if isinstance(settings[name], Tensor)}
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             made = self(*images, **inputs)
-        finally:
-            self.train(training)
         return detections(made, (*images, *inputs.values())[0].shape[-2:], **settings)
 
 

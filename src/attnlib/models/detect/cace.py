@@ -34,7 +34,7 @@ from ...checks import (
 from ...nn.gates.co_guidance import CoGuidance, convert_co_guidance
 from ...nn.released import Released
 from ...types import stats_dtype
-from ..protocol import TaskModel, Terms
+from ..protocol import TaskModel, Terms, evaluating
 from ..retrieval.contrast import pooled_contrast
 
 
@@ -274,7 +274,8 @@ class CACENet(TaskModel):
     @torch.no_grad()
     def predict(self, video: Tensor, audio: Tensor) -> Tensor:
         """(B, T) event of each segment, K where there is none."""
-        found = self(video, audio)
+        with evaluating(self):
+            found = self(video, audio)
         return torch.where(found.is_event > 0, found.event.argmax(-1, keepdim=True), self.num_classes)
 
     @staticmethod
