@@ -97,7 +97,7 @@ def test_rows_of_a_batch_read_as_each_alone_also_with_left_padding(family):
                 image = pair.images["retrieved"] if read.image == "retrieved" else None
                 expected = one_by_one(model, pair, read.response, image)
                 ours = value[i][batch["valid"][read.response][i]]
-                torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
+                torch.testing.assert_close(ours, expected, atol=2e-6, rtol=1e-5)
 
 
 @FAMILIES
@@ -112,13 +112,13 @@ def test_hidden_image_tokens_keep_positions(family):
         with torch.no_grad():
             found.append(preference.read_batch(model, recipe, batch))
     plain, hidden = Read("chosen", MaskedAttention(0.0)), Read("chosen", MaskedAttention(1.0))
-    torch.testing.assert_close(found[0][plain], found[0][Read("chosen")], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[0][plain], found[0][Read("chosen")], atol=1e-6, rtol=1e-5)
     other = [preference.Preference({**p.inputs, **pixels(family, 99)}, p.responses) for p in pairs_of(family)]
     made, recipe = preference.to_pairs(other, rdpo(image=MaskedAttention(1.0)))
     with torch.no_grad():
         again = preference.read_batch(model, recipe, preference.Collator(recipe, preference.About.of(model))(made))
     here = torch.stack([torch.arange(4) < 2 + i for i in range(3)])
-    torch.testing.assert_close(again[hidden][here], found[1][hidden][here], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(again[hidden][here], found[1][hidden][here], atol=1e-6, rtol=1e-5)
     assert not torch.allclose(found[1][hidden][here], found[0][plain][here], atol=1e-4)
 
 
