@@ -125,9 +125,7 @@ def test_what_only_the_whole_names_is_not_remembered(depth):
     dc2 = DC2(CallableSpeaker(ask, features=_features), leaf=8, max_depth=depth, theta=0.0, objects=str.split)
     memory = dc2.observe(picture)
     assert "unicorn" not in memory.objects
-    (region,) = [r for r in memory.objects["dog"] if depth > 1] or [((0, 0, 32, 32),)]
-    if depth > 1:
-        assert region == ((0, 16, 16, 32),)
+    assert memory.objects["dog"] == [((0, 16, 16, 32),) if depth > 1 else ((0, 0, 32, 32),)]
     theirs = DC2(dc2.speaker, leaf=8, max_depth=1, theta=0.0, objects=str.split, compat="authors").observe(picture)
     assert theirs.objects["unicorn"] == [((0, 0, 32, 32),)]
 

@@ -358,6 +358,13 @@ def test_bad_input_is_told_by_name(model):
         (lambda: crop(PICTURE, ("a", 0, 5, 9)), TypeError, r"box\[0\] must be an integer, got 'a'"),
         (lambda: crop(PICTURE, (0, 0, 5, 9), (0, 4)), ValueError, r"size\[0\] must be"),
         (lambda: Views(8, "far"), ValueError, "view"),
+        (lambda: depth_weight(3, 2, 0.5), ValueError, "depth must be an integer of at least 0 and at most 2"),
+        (lambda: post_order(Tree((8, 8), 8), lambda n: float("nan")), ValueError, "exists must give numbers, got NaN"),
+        (
+            lambda: best_first(Tree((8, 8), 4), lambda n: float("nan"), lambda n: 0, upper=0, lower=0),
+            ValueError,
+            "answering must give numbers, got NaN",
+        ),
     ]:
         with pytest.raises(error, match=message):
             call()

@@ -225,7 +225,10 @@ class BaseSpeaker:
 
     def _asked(self, asked: Sequence[tuple[Any, Text]]) -> list[Any]:
         found = []
-        for image, text in asked:
+        for number, one in enumerate(asked):
+            if not isinstance(one, (tuple, list)) or len(one) != 2:
+                raise TypeError(f"asked[{number}] must be a pair (image, text), got {describe(one)}")
+            image, text = one
             images, text = to_pictures(image), check_text("text", text)
             marks = _said(text).count(MARK)
             if marks and marks != len(images):

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_axes, check_choice, check_flag, check_int, check_real, describe, shaped
+from ...checks import check_axes, check_choice, check_flag, check_int, check_real, check_size, describe, shaped
 from ...ops.points import ABSENT, extreme_points, min_max
 from ..prompts import component_boxes, components
 from ..speak import BaseSpeaker
@@ -213,6 +213,7 @@ def grown_box(box: Tensor, by: float, image_size: Sequence[int], compat: str | N
     """
     check_real("by", by, least=0)
     check_choice("compat", compat, (None, "authors"))
+    height, width = check_size("image_size", image_size)
     low, high = box[:2], box[2:]
     if compat == "authors":
         # In float64, as numpy has it: a tenth of 30 is 3 there, and 3.0000001 in float32, which is rounded up.
@@ -220,7 +221,7 @@ def grown_box(box: Tensor, by: float, image_size: Sequence[int], compat: str | N
         low = low - ((high - low) * by).floor()
         return torch.cat([low, high + ((high - low) * by).ceil()]).to(box)
     more = (high - low) * by
-    border = box.new_tensor([image_size[1], image_size[0]])
+    border = box.new_tensor([width, height])
     return torch.cat([(low - more).clamp(min=0), torch.minimum(high + more, border)])
 
 

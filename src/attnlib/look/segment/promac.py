@@ -174,6 +174,8 @@ def align(scores: Tensor, keep: float = 0.7) -> tuple[Tensor, Tensor]:
     check_real("keep", keep, least=0, most=1)
     if not len(scores):
         raise ValueError("scores must hold at least one crop, got none")
+    if not bool(scores.isfinite().all()):
+        raise ValueError(f"scores must be finite, got {scores.tolist()}")
     share = scores.softmax(0)
     value = min_max(share) if bool(share.max() > share.min()) else torch.ones_like(share)
     kept = value > keep

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...checks import check_choice, check_int, check_real, check_type, describe
+from ...checks import check_axes, check_choice, check_int, check_real, check_type, describe
 from ..pixels import Box, Picture, cut, to_picture
 from ..speak import BaseSpeaker, check_text, need_speaker
 from .zoom_eye import Answer
@@ -115,8 +115,7 @@ def cluster(features: Tensor, theta: float) -> list[list[int]]:
     >>> cluster(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]), 0.1)
     [[0, 2], [1]]
     """
-    if features.ndim != 2:
-        raise ValueError(f"features must be (n, D), got shape {tuple(features.shape)}")
+    check_axes("features", features, n=None, D=None)
     check_real("theta", theta, least=0)
     x = features.double()
     unit = x / x.norm(dim=1, keepdim=True).clamp(min=1e-300)
@@ -165,6 +164,8 @@ def retrieve(question: Tensor, objects: Tensor, alpha: float = 0.3, top: int = 2
     check_int("top", top, least=1)
     if not len(objects):
         return []
+    check_axes("question", question, D=None)
+    check_axes("objects", objects, n=None, D=len(question))
     scores = torch.nn.functional.cosine_similarity(question.double()[None], objects.double(), dim=1)
     order = scores.argsort(descending=True, stable=True)[:top].tolist()
     return [i for i in order if scores[i] >= alpha]

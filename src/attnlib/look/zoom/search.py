@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...checks import check_flag, check_int, check_real, describe
 from .tree import Node, Tree
 
 Scorer = Callable[[Node], float]
+
+
+def _told(name: str, value: Any) -> float:
+    """A number that a function gave; NaN would be found nowhere, without a word."""
+    value = float(value)
+    if math.isnan(value):
+        raise ValueError(f"{name} must give numbers, got NaN")
+    return value
 
 
 @dataclass
@@ -86,7 +96,7 @@ def best_first(
         last = node
         result.opened.append(node)
         asked = not (skip_root and node.is_root)
-        result.answering[node] = float(answering(node)) if asked else (-1.0 if node.is_root else 0.0)
+        result.answering[node] = _told("answering", answering(node)) if asked else (-1.0 if node.is_root else 0.0)
         if asked and result.answering[node] >= upper:
             result.found.append(node)
             if not to_bottom or bottom:
@@ -107,7 +117,7 @@ def best_first(
             queue += node.children
             new = [n for n in node.children if n not in known]
             values = priority(new) if batched else [priority(n) for n in new]  # type: ignore[arg-type, list-item]
-            known.update(zip(new, map(float, values), strict=True))  # type: ignore[arg-type]
+            known.update(zip(new, (_told("priority", value) for value in values), strict=True))  # type: ignore[arg-type, union-attr]
         queue.sort(key=lambda n: -known[n])
     return result
 
@@ -135,7 +145,7 @@ def post_order(tree: Tree, exists: Scorer, threshold: float = 0.6, max_depth: in
 
     def best(node: Node) -> float:
         below = max((best(child) for child in node.children), default=-1.0) if node.depth < max_depth else -1.0
-        value = float(exists(node))
+        value = _told("exists", exists(node))
         if value >= max(below, threshold):
             found.append(node)
         return max(below, value)

@@ -166,8 +166,8 @@ def confidence(yes: float, no: float) -> float:
 
 def depth_weight(depth: int, deepest: int, bias: float) -> float:
     """How much "exists" counts at a depth: ``bias`` at the root, 1 at the deepest."""
-    check_int("depth", depth, least=0)
     check_int("deepest", deepest, least=0)
+    check_int("depth", depth, least=0, most=deepest)
     return bias + (1 - bias) * (depth / deepest) ** 2 if deepest else bias
 
 
