@@ -79,7 +79,7 @@ def test_an_edit_reaches_the_masks_and_leaves(implementation, family):
     for layer in halved.vision_encoder.layers:
         layer.attn.proj.weight.data /= 2  # half of the weights is half of what goes into the projection
     with attnlib.attach(model, Halves(), part="vision_encoder"):
-        torch.testing.assert_close(run(model), run(halved), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(run(model), run(halved), rtol=1e-5, atol=1e-6)
     assert run(model).equal(before)
 
 
