@@ -21,7 +21,8 @@ def test_things_of_a_canvas_are_small_and_where_it_says():
         assert len({t.name for t in made.things}) == len({t.cell for t in made.things}) == 8
         for thing in made.things:
             left, top, right, bottom = thing.box
-            assert 5 <= right - left <= 16 and 5 <= bottom - top <= 16
+            low, high = ((4, 8), (8, 8)) if thing.name.startswith("digit") else ((9, 9), (14, 14))
+            assert low[0] <= right - left <= high[0] and low[1] <= bottom - top <= high[1]
             inside = made.image[:, top:bottom, left:right]
             assert float((inside - scenes.BACKGROUND).abs().amax(0).gt(0.4).float().mean()) > 0.2
         outside = torch.ones(512, 512, dtype=torch.bool)

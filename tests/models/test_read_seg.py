@@ -315,6 +315,10 @@ def test_bad_boxes_masks_and_settings_are_told():
         box_loss(torch.zeros(1, 4), torch.full((1, 4), float("nan")))
     with pytest.raises(ValueError, match="as many boxes"):
         box_loss(torch.zeros(2, 4), torch.tensor([[0.0, 0, 1, 1]]))
+    with pytest.raises(ValueError, match=r"a must be \(\.\.\., 4\)"):
+        generalized_iou([0, 0, 1, 1], torch.zeros(4))
+    with pytest.raises(ValueError, match="as many boxes"):
+        box_loss([[0.0, 0, 1, 1]], torch.tensor([[0.0, 0, 1, 1]]))
     with pytest.raises(ValueError, match=r"\(K, H, W\) alike"):
         mask_loss(torch.zeros(1, 4, 4), torch.zeros(2, 4, 4))
     read, pixels = reader(), torch.randn(1, 3, 64, 64)

@@ -28,8 +28,10 @@ def lanes(
         (count, size, size).
     """
     check_int("count", count, least=0)
+    check_int("count", count, least=0)
     check_int("size", size, least=4)
     check_real("hidden", hidden, least=0, most=1)
+    check_real("off", off, least=0)
     exact, coarse = [], []
     for _ in range(count):
         mine: list[tuple[Tensor, int]] = []

@@ -1,4 +1,4 @@
-"""Large pictures with small things: 512 × 512 pixels, things of 12 to 16, drawn as those of ``bench.data.scenes``.
+"""Large pictures with small things: 512 × 512 pixels, shapes of 9 to 14 and digits of 8, as ``bench.data.scenes`` does.
 
 Shrunk to the 64 pixels that a small model reads, a thing has two pixels and cannot be told; in a crop of 64 pixels at
 the right place it looks as in a scene. Questions come with options, one of which is right: about one thing

@@ -54,7 +54,7 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     [1.0, 0.0]
     """
     for name, boxes in (("a", a), ("b", b)):
-        if boxes.shape[-1] != 4:
+        if not isinstance(boxes, Tensor) or not boxes.dim() or boxes.shape[-1] != 4:
             raise ValueError(f"{name} must be (..., 4): x1, y1, x2, y2, got {describe(boxes)}")
     kind = stats_dtype(torch.promote_types(a.dtype, b.dtype))
     a, b = a.to(kind), b.to(kind)
@@ -89,7 +89,7 @@ def box_loss(
     check_real("l1", l1, least=0)
     check_real("giou", giou, least=0)
     check_target_boxes("target", target)
-    if prediction.shape != target.shape or prediction.dim() != 2:
+    if not isinstance(prediction, Tensor) or prediction.shape != target.shape or prediction.dim() != 2:
         raise ValueError(
             f"prediction must be (K, 4) with as many boxes as target, got {describe(prediction)} for {describe(target)}"
         )
@@ -128,7 +128,7 @@ def mask_loss(
     check_real("dice", dice, least=0)
     check_real("eps", eps, above=0)
     check_real("scale", scale, above=0)
-    if prediction.dim() != 3 or target.shape != prediction.shape:
+    if not isinstance(prediction, Tensor) or prediction.dim() != 3 or target.shape != prediction.shape:
         raise ValueError(
             f"prediction and target must be (K, H, W) alike, got {describe(prediction)} and {describe(target)}"
         )

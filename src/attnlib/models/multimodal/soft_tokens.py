@@ -406,6 +406,8 @@ def nucleus(logits: Tensor, top_p: float, generator: torch.Generator | None = No
     >>> nucleus(torch.tensor([[0.0, 2.0, 1.0]]), 0.0).tolist()
     [1]
     """
+    check_axes("logits", logits, B=None, K=None)
+    check_real("top_p", top_p, least=0, most=1)
     if not top_p or not logits.numel():
         return logits.argmax(-1)
     ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)

@@ -18,7 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_axes, check_choice, check_flag, check_float, check_int, check_real, check_valid
+from ...checks import (
+    check_axes,
+    check_choice,
+    check_flag,
+    check_float,
+    check_int,
+    check_real,
+    check_valid,
+    check_whole,
+    check_within,
+)
 from ...nn.quantizer import Quantized, VectorQuantizer
 from ...nn.released import Released
 
@@ -133,6 +143,9 @@ class VQVAE(nn.Module):
 
     def decode(self, indices: Tensor) -> Tensor:
         """Numbers (B, h, w) -> the map."""
+        check_axes("indices", indices, B=None, h=None, w=None)
+        check_whole("indices", indices)
+        check_within("indices", indices, self.quantizer.num_codes, "code")
         return self.render(self.quantizer.embed(indices))
 
     def decode_soft(self, logits: Tensor) -> Tensor:
