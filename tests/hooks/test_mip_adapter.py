@@ -175,8 +175,9 @@ def test_a_reference_rules_where_queries_are_like_its_name():
     with torch.no_grad(), attnlib.attach(attn, watch, adapter):
         keys = [attn.to_k(entities[0, r, 1]) for r in range(2)]
         x = torch.zeros(1, 16, 16)
-        x[0, :8], x[0, 8:] = 3 * torch.linalg.solve(attn.to_q.weight, keys[0]), 3 * torch.linalg.solve(
-            attn.to_q.weight, keys[1]
+        x[0, :8], x[0, 8:] = (
+            3 * torch.linalg.solve(attn.to_q.weight, keys[0]),
+            3 * torch.linalg.solve(attn.to_q.weight, keys[1]),
         )
         attn(x, encoder_hidden_states=torch.randn(1, 5, 16))
         site, q, _ = watch.seen[0]

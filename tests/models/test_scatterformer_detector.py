@@ -184,7 +184,7 @@ def test_from_points_to_boxes_scenes_apart_and_trained():
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     losses = []
-    for _ in range(25):
+    for _ in range(60):  # after 25 the overlap lies at 0 to 0.7, by rounding alone
         loss = sum(model.losses(points, sample, scenes).values())
         optimizer.zero_grad()
         loss.backward()

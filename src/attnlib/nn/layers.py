@@ -791,6 +791,11 @@ class BatchNormLinear(nn.Module):
         return out
 
 
+#: A strided pointwise convolution of fewer channels than this goes by indexing: where a block of channels is not full,
+#: its gradient in oneDNN overruns a buffer on CPUs with AVX2 (uxlfoundation/oneDNN#6035), and is wrong or ends the run.
+_BLOCK = 16
+
+
 def conv_any_size(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, same: bool = False) -> Tensor:
     """A convolution of (B, H, W, C) that leaves ``ceil(side / stride)`` tokens a side, whatever the side.
 
@@ -802,8 +807,12 @@ def conv_any_size(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | Non
         same: zeros are halved between both sides as TensorFlow does, instead of the convolution's padding.
     """
     own_weight(conv, "a convolution of any size")
-    if conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1:
-        return F.linear(x, weight.flatten(1), bias)
+    if conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1:
+        down, across = conv.stride
+        if down == across == 1:
+            return F.linear(x, weight.flatten(1), bias)
+        if weight.shape[1] < _BLOCK:
+            return F.linear(x[:, ::down, ::across], weight.flatten(1), bias)
     cuts: list[tuple[int, int]] = []  # of the output
     padding: list[int] = []
     more: list[int] = []  # zeros behind that the padding does not bring

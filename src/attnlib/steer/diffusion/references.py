@@ -330,11 +330,11 @@ class ReferenceBranches(Intervention, nn.Module):
             return out
         weights = self.weigh(site, q, out)
         keys, values = self.keys_values(site, q.shape[0])
-        if keys.shape[0] * keys.shape[3] <= FEW:
-            return out + self._by_maps(site, q, scales, weights)
-        for r, scale in enumerate(scales):
-            if not scale:
-                continue
+        acting = tuple(r for r, scale in enumerate(scales) if scale)
+        if len(acting) * keys.shape[3] <= FEW:
+            return out + self._by_maps(site, q, scales, acting, weights)
+        for r in acting:
+            scale = scales[r]
             branch = F.scaled_dot_product_attention(q, keys[r].to(q), values[r].to(q), scale=site.scale)
             if weights is None:
                 out = out + scale * branch
@@ -342,23 +342,25 @@ class ReferenceBranches(Intervention, nn.Module):
                 out = torch.addcmul(out, weights[:, r, None, :, None].to(out.dtype), branch, value=scale)
         return out
 
-    def _by_maps(self, site: Site, q: Tensor, scales: list[float], weights: Tensor | None) -> Tensor:
-        """All branches at once by their maps, which are small: (B, H, N, R T)."""
-        b, many = q.shape[0], len(scales)
+    def _by_maps(
+        self, site: Site, q: Tensor, scales: list[float], acting: tuple[int, ...], weights: Tensor | None
+    ) -> Tensor:
+        """The branches of some references at once by their maps, which are small: (B, H, N, R T)."""
+        b = q.shape[0]
 
         def side_by_side() -> tuple[Tensor, Tensor]:
-            k, v = (t.permute(1, 2, 0, 3, 4).flatten(2, 3) for t in self.keys_values(site, b))
+            k, v = (t[list(acting)].permute(1, 2, 0, 3, 4).flatten(2, 3) for t in self.keys_values(site, b))
             return (k * site.scale).transpose(-2, -1).to(q).contiguous(), v.to(q).contiguous()
 
         maps: Any = self.at(site)
         k, v = self._remembered(
-            ("beside", site.name, b, site.rows, site.prompts, q.dtype), [maps, self.project], side_by_side
+            ("beside", site.name, b, site.rows, site.prompts, q.dtype, acting), [maps, self.project], side_by_side
         )
-        scores = (q @ k).unflatten(-1, (many, -1))
+        scores = (q @ k).unflatten(-1, (len(acting), -1))
         probabilities = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
-        by = probabilities.new_tensor(scales)
+        by = probabilities.new_tensor([scales[r] for r in acting])
         if weights is not None:
-            by = by * weights.transpose(1, 2)[:, None].to(probabilities.dtype)  # (B, 1, N, R)
+            by = by * weights[:, list(acting)].transpose(1, 2)[:, None].to(probabilities.dtype)  # (B, 1, N, R)
         return (probabilities * by.unsqueeze(-1)).flatten(-2).to(q.dtype) @ v
 
     def __getstate__(self) -> dict[str, Any]:
