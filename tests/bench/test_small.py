@@ -8,7 +8,7 @@ from torch import nn
 
 from attnlib.bench import suites
 from attnlib.bench.data import worlds
-from attnlib.bench.small import fit, picture, study
+from attnlib.bench.small import fit, picture, sheet, study
 
 
 def test_fit_learns_and_repeats_itself():
@@ -69,6 +69,18 @@ def test_a_picture_stands_alone(tmp_path):
     picture(path, {"ours": [(1, 2.0, 0.1), (2, 3.0, None)], "theirs": [(1, 1.0, 0.1)]}, "size", "score", "t", log="x")
     assert path.read_text() == first
     picture(path, {"ours": [("a", 2.0, 0.1), ("b", 3.0, 0.2)]}, "size", "score", "t")
+
+
+def test_a_sheet_shows_grey_and_coloured_pictures_in_few_colours(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    rows = {"grey": torch.rand(2, 1, 8, 8), "coloured": torch.rand(1, 3, 8, 8)}
+    sheet(tmp_path / "all.png", rows, ["one", "two"])
+    sheet(tmp_path / "few.png", rows, ["one", "two"], colours=16)
+    with image.open(tmp_path / "all.png") as whole, image.open(tmp_path / "few.png") as few:
+        assert whole.size == few.size and len(few.convert("RGB").getcolors()) <= 16
+        assert len(whole.convert("RGB").getcolors(1 << 16)) > 64
+    with pytest.raises(ValueError, match="colours"):
+        sheet(tmp_path / "none.png", rows, colours=0)
 
 
 def test_the_worlds():

@@ -331,6 +331,58 @@ def heat_maps(
     _write(path, figure)
 
 
+def sheet(
+    path: str | Path,
+    rows: Mapping[str, Tensor],
+    titles: Sequence[str] = (),
+    zoom: float = 1.0,
+    wrap: int = 18,
+    colours: int | None = None,
+) -> None:
+    """Write a PNG of pictures: a row of them per name, titles above.
+
+    Args:
+        path: of the file.
+        rows: by name, pictures (n, 1 or 3, h, w) in [0, 1].
+        titles: n of them, broken into lines.
+        zoom: size of everything.
+        wrap: letters per line of a title.
+        colours: how many different ones the file has, at most 256, which makes it small; ``None``: all.
+    """
+    import textwrap
+
+    from matplotlib.figure import Figure
+
+    if colours is not None:
+        check_int("colours", colours, least=2, most=256)
+    count = max(len(v) for v in rows.values())
+    figure = Figure(figsize=(zoom * (0.9 * count + 0.9), zoom * (0.95 * len(rows) + 0.6)), layout="constrained")
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for i, axis in enumerate(line):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for side in axis.spines.values():
+                side.set_visible(False)
+            if i < len(images):
+                shown = images[i].expand(3, *images.shape[2:]).permute(1, 2, 0).clamp(0, 1)
+                axis.imshow(shown.numpy(), interpolation="nearest")
+        line[0].set_ylabel("\n".join(textwrap.wrap(name, 14)), fontsize=7)
+    for axis, title in zip(axes[0], titles, strict=False):
+        axis.set_title("\n".join(textwrap.wrap(title, wrap)), fontsize=5.5)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=140, format="png")
+    if colours is not None:
+        from PIL import Image
+
+        with Image.open(buffer) as full:
+            few = full.convert("RGB").quantize(colours)
+        buffer = io.BytesIO()
+        few.save(buffer, "PNG", optimize=True)
+    Path(path).write_bytes(buffer.getvalue())
+
+
 def _write(path: str | Path, figure: Any) -> None:
     import matplotlib
 

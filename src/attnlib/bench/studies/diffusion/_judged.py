@@ -142,37 +142,3 @@ def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
         y, x = (i // columns) * (h + gap), (i % columns) * (w + gap)
         out[:, y : y + h, x : x + w] = image
     return out
-
-
-def sheet(
-    path: str | Path, rows: Mapping[str, Tensor], titles: Sequence[str] = (), zoom: float = 1.0, wrap: int = 18
-) -> None:
-    """Write a PNG of pictures: a row of them per contestant, prompts above.
-
-    Args:
-        path: of the file.
-        rows: by name, pictures (n, 3, h, w) in [0, 1].
-        titles: n prompts, broken into lines.
-        zoom: size of everything.
-        wrap: letters per line of a prompt.
-    """
-    import textwrap
-
-    from matplotlib.figure import Figure
-
-    count = max(len(v) for v in rows.values())
-    figure = Figure(figsize=(zoom * (0.9 * count + 0.9), zoom * (0.95 * len(rows) + 0.6)), layout="constrained")
-    axes = figure.subplots(len(rows), count, squeeze=False)
-    for line, (name, images) in zip(axes, rows.items(), strict=True):
-        for i, axis in enumerate(line):
-            axis.set_xticks([])
-            axis.set_yticks([])
-            for side in axis.spines.values():
-                side.set_visible(False)
-            if i < len(images):
-                axis.imshow(images[i].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
-        line[0].set_ylabel("\n".join(textwrap.wrap(name, 14)), fontsize=7)
-    for axis, title in zip(axes[0], titles, strict=False):
-        axis.set_title("\n".join(textwrap.wrap(title, wrap)), fontsize=5.5)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)

@@ -16,12 +16,12 @@ from torch import Tensor
 from ....steer.diffusion.a_star import AStar, AttendExcite
 from ....steer.diffusion.structured_guidance import StructuredGuidance
 from ...clock import machine
-from ...small import Progress
+from ...small import Progress, sheet
 from ...worlds import models, painter
 from ...worlds.judge import load
 from ...worlds.painter import Prompt
 from ...worlds.prompts import prompts
-from ._judged import drawing, judged, sheet
+from ._judged import drawing, judged
 from .generators import SETTINGS
 
 QUESTION = "Do losses on maps, or edited values, bind attributes and save neglected things?"

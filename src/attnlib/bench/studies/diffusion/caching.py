@@ -22,12 +22,12 @@ from ....cache import DiffusersCache, FeatureInheritance, HarmoniCa, Router, Ste
 from ....cache.steps import every
 from ....hooks.intervention import Intervention
 from ...clock import machine
-from ...small import Progress, interval
+from ...small import Progress, interval, sheet
 from ...stats import mean_interval
 from ...worlds import models
 from ...worlds.judge import load
 from ...worlds.prompts import prompts
-from ._judged import Draw, drawing, judged, sheet
+from ._judged import Draw, drawing, judged
 from .generators import SETTINGS
 
 QUESTION = "What is lost when half of the modules of a denoiser hand on what they gave at an earlier step?"

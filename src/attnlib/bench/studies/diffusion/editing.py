@@ -29,14 +29,13 @@ from ....steer.diffusion.textcengen import TextCenGen, grey
 from ....steer.diffusion.uniform_maps import UniformMaps, masked_edit
 from ....steer.diffusion.vimaedit import ViMAEdit
 from ...clock import machine, now
-from ...small import Progress, interval
+from ...small import Progress, interval, sheet
 from ...stats import mean_interval, paired_interval
 from ...store import identity
 from ...worlds import models, painter
 from ...worlds.judge import load
 from ...worlds.painter import Prompt
 from ...worlds.prompts import prompts
-from ._judged import sheet
 from .generators import SETTINGS
 
 QUESTION = "Do editors that copy attention make the wanted change and keep the rest?"

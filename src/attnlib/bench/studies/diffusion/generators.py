@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from ...clock import machine
-from ...small import Progress, interval
+from ...small import Progress, interval, sheet
 from ...stats import mean_interval
 from ...worlds import judge as judging
 from ...worlds import models, painter
 from ...worlds.prompts import draw, prompts
-from ._judged import judged, sheet
+from ._judged import judged
 
 QUESTION = "Do the trained generators show what prompts ask for, well enough to measure techniques on them?"
 PARTS = ("clip", "vae", "unet", "sd3", "dit", "pixel", "judge")

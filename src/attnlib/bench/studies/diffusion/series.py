@@ -22,13 +22,13 @@ from ....checks import check_choice, check_int
 from ....steer.diffusion.ir_diffusion import IRDiffusion
 from ....steer.diffusion.references import SharedKeys
 from ...clock import machine, now
-from ...small import Progress, interval
+from ...small import Progress, interval, sheet
 from ...stats import mean_interval, paired_interval
 from ...store import identity
 from ...worlds import models, painter
 from ...worlds.judge import Found, Judge, load
 from ...worlds.painter import Prompt, Want
-from ._judged import drawing, sheet
+from ._judged import drawing
 from .generators import SETTINGS
 
 QUESTION = "Do two subjects of a series stay the same with isolation and reposition?"
