@@ -177,8 +177,9 @@ def test_short_margin_of_the_image_grows():
         return float(((found[Read("chosen")] - found[Read("chosen", "retrieved")]) * here).sum())
 
     before = margin(model)
-    out = preference.train(model, pairs, rdpo(beta=0.5), steps=20, lr=2e-2, dropout=0.0, **FAST)
-    assert margin(out.model) > before + 0.1
+    # At twice the rate, or after 20 steps, it grows or not by rounding alone; so it comes to 2 or more.
+    out = preference.train(model, pairs, rdpo(beta=0.5), steps=60, lr=1e-2, dropout=0.0, **FAST)
+    assert margin(out.model) > before + 1
 
 
 def test_opa_dpo_without_the_standard_answer_leaves_its_terms_out():

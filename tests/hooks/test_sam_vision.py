@@ -39,7 +39,7 @@ POINTS = torch.tensor([[[[20.0, 30.0]]], [[[5.0, 60.0]]]])
 
 
 def run(model):
-    return model(pixel_values=PIXELS, input_points=POINTS).pred_masks
+    return model(pixel_values=PIXELS.to(model.dtype), input_points=POINTS.to(model.dtype)).pred_masks
 
 
 class Halves(Intervention):
@@ -74,7 +74,7 @@ def test_weights_are_the_models_own(implementation):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["Sam", "SamHQ"])
 def test_an_edit_reaches_the_masks_and_leaves(implementation, family):
-    model = tiny(implementation, family)
+    model = tiny(implementation, family).double()
     before, halved = run(model), copy.deepcopy(model)
     for layer in halved.vision_encoder.layers:
         layer.attn.proj.weight.data /= 2  # half of the weights is half of what goes into the projection
