@@ -13,6 +13,7 @@ that all other rows are the same bits, and rows and heads are saved without the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -258,9 +259,11 @@ class UseTaskTokens(Intervention):
         self._kept: dict[tuple[int, ...], Tensor] = {}
         self._samples = 0
         self._call: tuple[Reading, Tensor] | None = None
+        self._asked: tuple[Tensor, bool] | None = None
 
     def reset(self) -> None:
         self.last, self._prompt, self._call, self._kept, self._samples = None, None, None, {}, 0
+        self._asked = None
 
     def results(self) -> Any:
         """``{name: how many were read}`` of the last call."""
@@ -307,6 +310,7 @@ class UseTaskTokens(Intervention):
         session.hook(head.register_forward_hook(scored))
 
     def on_embeddings(self, reading: Reading, embeds: Tensor) -> Tensor:
+        self._asked = None
         if not self._has(reading.ids) and (self.features is None or reading.phase == "decode"):
             return embeds
         if self.features is None:
@@ -327,8 +331,11 @@ class UseTaskTokens(Intervention):
         return self.tokens.embed(reading.ids, embeds, self.features, before, whole)
 
     def _has(self, ids: Tensor) -> bool:
-        """Whether one of the tokens is there; most steps of decoding read none."""
-        return bool(self.tokens.where(ids)[0].any())
+        """Whether one of the tokens is there; most steps of decoding read none, and ask twice."""
+        if self._asked is None or self._asked[0] is not ids:
+            known = set(self.tokens.tokens.values())
+            self._asked = ids, not known.isdisjoint(itertools.chain.from_iterable(ids.tolist()))
+        return self._asked[1]
 
     def on_states(self, reading: Reading, states: Tensor) -> Tensor:
         if self.session.branch is not None:
