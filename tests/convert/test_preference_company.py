@@ -6,17 +6,29 @@ import pytest
 import torch
 
 import attnlib
-from attnlib import cache, steer
+from attnlib import cache, reduce, steer
 from attnlib.convert import preference
+from attnlib.models.multimodal.chatrex import KnownObjects
+from attnlib.models.multimodal.task_tokens import TaskTokens, UseTaskTokens
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from hooks.llava import IMAGE_ID, outspoken_llava  # noqa: E402
 
+
+def task_tokens():
+    torch.manual_seed(3)
+    tokens = TaskTokens({"box": 58, "end": 57}, 32, {"box": torch.nn.Linear(32, 4), "end": None}, outputs=True)
+    return [UseTaskTokens(tokens), KnownObjects(range(10, 40), [4, 9])]
+
+
 COMPANY = {
     "SnapKV": lambda: [cache.SnapKV(cap=7, window_size=3, kernel_size=3)],
     "contrast": lambda: [steer.ContrastiveDecoding(steer.NoImage(), 1.5, -0.5, 0.1)],
+    "pruning": lambda: [reduce.ReduceByAttention({1: 2})],
+    "task tokens": task_tokens,
+    "pruning and task tokens": lambda: [reduce.ReduceByAttention({1: 2}), *task_tokens()],
     "both": lambda: [steer.ContrastiveDecoding(steer.NoImage(), 1.5, -0.5, 0.1),
                      cache.SnapKV(cap=7, window_size=3, kernel_size=3)],
 }  # fmt: skip

@@ -17,11 +17,13 @@ from attnlib.hooks import (  # noqa: E402
     TokenTypes,
     modality_mutual,
 )
+from attnlib.models.multimodal.chatrex import KnownObjects  # noqa: E402
+from attnlib.models.multimodal.task_tokens import TaskTokens, UseTaskTokens  # noqa: E402
 from attnlib.nn.multimodal.p_adapter import PLaplacianAdapter  # noqa: E402
 from attnlib.nn.multimodal.wings_lorra import LayerWings  # noqa: E402
 from hooks.pictures import IMAGE_ID, TOKENS, picture_inputs, picture_model  # noqa: E402
 
-LAYERS, NEW, ANSWER = 4, 3, 61
+LAYERS, NEW, ANSWER, SEG = 4, 3, 61, 60
 
 
 def random(modules):
@@ -52,6 +54,11 @@ def no(f):
 
 def yes(f):
     return torch.tensor([[0.0, 1.0]]).expand(len(f), 2)
+
+
+def task_tokens(whole=False):
+    tokens = TaskTokens({"box": ANSWER, "seg": SEG}, 32, {"box": torch.nn.Linear(32, 4), "seg": None}, outputs=True)
+    return UseTaskTokens(tokens, whole=whole)
 
 
 def flipped(pixels):
@@ -149,6 +156,8 @@ MAKE = {
     "ReduceByAttention": lambda model: reduce.ReduceByAttention({2: 6}),
     "ScheduledPruning": lambda model: reduce.ScheduledPruning(counts=[16, 16, 8, 4]),
     "Statistics": lambda model: look.Statistics(),
+    "UseTaskTokens": lambda model: task_tokens(),
+    "KnownObjects": lambda model: KnownObjects(range(10, 40), [4, 9]),
 }
 
 #: Exported, but nothing to attach by themselves: bases to derive from.
@@ -159,6 +168,19 @@ REDUCES = {"ATP", "VMTC", "VTCCLS", "DyVTE", "DyVTEByAttention", "Reduce", "Redu
 
 #: Those that only look.
 LOOKS = {"Record", "Statistics", "HeadDivergence"}
+
+#: Modules of models that bring techniques along.
+MODELS = ("models.multimodal.task_tokens", "models.multimodal.chatrex")
+
+#: Those that need every token of the prompt, in every layer.
+WHOLE = {
+    "Flow": look.Flow,
+    "Rollout": look.Rollout,
+    "UseTaskTokens": lambda: task_tokens(whole=True),
+}
+
+#: Those that do twice what they do once: what is ruled out stays so.
+ONCE = {"KnownObjects"}
 
 NAMES = [name for name, make in MAKE.items() if make is not None]
 
@@ -209,10 +231,12 @@ def alone(model, inputs):
 
 def exported():
     found = {}
-    for package in ("hooks", "cache", "steer", "reduce", "look"):
+    for package in ("hooks", "cache", "steer", "reduce", "look", *MODELS):
         module = importlib.import_module(f"attnlib.{package}")
-        for name in module.__all__:
+        for name in getattr(module, "__all__", vars(module)):
             cls = getattr(module, name)
+            if package in MODELS and getattr(cls, "__module__", None) != module.__name__:
+                continue
             if isinstance(cls, type) and issubclass(cls, Intervention):
                 found[name] = cls
     return found
@@ -227,6 +251,32 @@ def test_each_does_something_alone_and_leaves_nothing(model, inputs, plain, alon
     same = {name for name in NAMES if torch.equal(alone[name][0], plain[0])}
     assert same == LOOKS
     assert torch.equal(answers(model, inputs)[0], plain[0])
+
+
+@pytest.mark.parametrize("removing", sorted(REDUCES))
+@pytest.mark.parametrize("reading", WHOLE)
+def test_removed_tokens_are_refused_by_name_where_all_are_read(reading, removing, model):
+    for turned in (False, True):
+        pair = [WHOLE[reading](), make(removing, model)]
+        with pytest.raises(ValueError, match="cannot both act on this model") as refused:
+            attnlib.attach(model, *(reversed(pair) if turned else pair), token_types=TYPES)
+        assert f"{type(pair[1]).__name__} removes tokens of the prompt, and {type(pair[0]).__name__} needs" in str(
+            refused.value
+        )
+
+
+def test_every_technique_of_a_model_stands_in_the_table():
+    """Wherever a model brings a technique along, its module is one of those that the table looks through."""
+    import pkgutil
+
+    import attnlib.models
+
+    found = set()
+    for module in pkgutil.walk_packages(attnlib.models.__path__, "attnlib.models."):
+        for cls in vars(importlib.import_module(module.name)).values():
+            if isinstance(cls, type) and issubclass(cls, Intervention) and cls.__module__ == module.name:
+                found.add(module.name.removeprefix("attnlib."))
+    assert found == set(MODELS)
 
 
 def outcome(first, second, model, inputs, plain, alone):
@@ -260,6 +310,9 @@ def outcome(first, second, model, inputs, plain, alone):
         elif {first, second} <= REDUCES:
             if torch.equal(scores, plain[0]):
                 return "neither did anything"
+        elif first == second and first in ONCE:
+            if not torch.equal(scores, alone[first][0]):
+                return "twice is not once"
         elif torch.equal(scores, alone[first][0]):
             return f"{second} did nothing"
         elif first != second and torch.equal(scores, alone[second][0]):

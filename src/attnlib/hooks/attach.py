@@ -108,6 +108,16 @@ def _check_pair(site: Site | None, a: Intervention, b: Intervention) -> None:
         raise ValueError(f"{type(a).__name__} and {type(b).__name__} cannot both act on {where}: {reason}")
 
 
+def _check_removal(a: Intervention, b: Intervention) -> None:
+    """Who needs all tokens of the prompt meets nobody who removes some, at whatever layers they act."""
+    for one, other in ((a, b), (b, a)):
+        if one.all_tokens and implements(other, "on_tokens"):
+            raise ValueError(
+                f"{type(a).__name__} and {type(b).__name__} cannot both act on this model: {type(other).__name__} "
+                f"removes tokens of the prompt, and {type(one).__name__} needs all of them in every layer"
+            )
+
+
 def _spoken(layers: dict[int, str]) -> str:
     by_reason: dict[str, list[int]] = {}
     for layer, why in sorted(layers.items()):
@@ -231,6 +241,7 @@ def attach(
     able = [i for i in interventions if not i.identity]
     for number, a_ in enumerate(able):
         for b_ in able[number + 1 :]:
+            _check_removal(a_, b_)
             alone = _only_model_stages(a_) or _only_model_stages(b_)
             if alone or (implements(a_, "around_denoiser") and implements(b_, "around_denoiser")):
                 _check_pair(None, a_, b_)

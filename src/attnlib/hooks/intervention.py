@@ -139,6 +139,7 @@ class Intervention:
         companions: interventions that it brings along; they are attached with it, behind it.
         adds_keys: it calls the rest with more, fewer or other keys than the model's.
         own_keys: it needs the keys to be the model's own tokens, in their order.
+        all_tokens: it needs every token of the prompt in every layer; company that removes some is refused.
         moves_latents: it changes what a pipeline denoises, other than through the prediction; one may, at a time.
         differentiates: it runs the model with gradient.
         reuses_features: it keeps what the model computed at one step for another, so that no gradient passes there.
@@ -162,6 +163,7 @@ class Intervention:
     while_decoding: bool = False
     adds_keys: bool = False
     own_keys: bool = False
+    all_tokens: bool = False
     moves_latents: bool = False
     differentiates: bool = False
     reuses_features: bool = False

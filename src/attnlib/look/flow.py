@@ -162,7 +162,8 @@ class Flow(Probe):
     Results: (B, N, N); ``None`` before any call.
 
     Raises:
-        ValueError: in the call, a layer with other keys than its queries, or tokens that come and go between layers.
+        ValueError: in the call, a layer with other keys than its queries, or tokens that come and go between layers; at
+            attach, company that removes tokens.
 
     >>> Flow(heads="mean-max", regulariser="linear").residual
     0.5
@@ -170,6 +171,7 @@ class Flow(Probe):
 
     name: ClassVar[str] = "flow"
     kinds: ClassVar[tuple[str, ...]] = ("self",)
+    all_tokens = True
 
     def __init__(
         self,

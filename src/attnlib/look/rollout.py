@@ -27,13 +27,14 @@ class Rollout(Probe):
 
     Raises:
         ValueError: a share outside [0, 1); in the call, a layer with other keys than its queries, or tokens that come
-            and go between layers.
+            and go between layers; at attach, company that removes tokens.
 
     Reference: Abnar and Zuidema, 2020, arXiv 2005.00928.
     """
 
     name: ClassVar[str] = "rollout"
     kinds: ClassVar[tuple[str, ...]] = ("self",)
+    all_tokens = True
 
     def __init__(self, residual: float = 0.5, layers: Sequence[int | str] | None = None):
         self.residual, self.layers = check_real("residual", residual, least=0, below=1), layers

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from ...checks import check_axes, check_flag, check_int, check_real, check_whole, describe
 from ...hooks import Intervention, Reading
-from ...hooks.intervention import implements
 
 
 class Taken(NamedTuple):
@@ -253,7 +252,7 @@ class UseTaskTokens(Intervention):
     def __init__(self, tokens: TaskTokens, features: Mapping[str, Sequence[Tensor]] | None = None, whole: bool = False):
         if not isinstance(tokens, TaskTokens):
             raise TypeError(f"tokens must be TaskTokens, got {type(tokens).__name__}")
-        self.tokens, self.features, self.whole = tokens, features, check_flag("whole", whole)
+        self.tokens, self.features, self.all_tokens = tokens, features, check_flag("whole", whole)
         self.last: tuple[Tensor, Tensor] | None = None
         self._prompt: tuple[Tensor, Tensor] | None = None
         self._kept: dict[tuple[int, ...], Tensor] = {}
@@ -273,9 +272,10 @@ class UseTaskTokens(Intervention):
         return {name: int((ids == i).sum()) for name, i in self.tokens.tokens.items()}
 
     def conflicts(self, other: Intervention) -> str | None:
-        if self.whole and implements(other, "on_tokens"):
-            return f"{type(other).__name__} removes tokens of the prompt, and the last states of all are needed"
-        return None
+        if not isinstance(other, UseTaskTokens):
+            return None
+        both = sorted(set(self.tokens.tokens.values()) & set(other.tokens.tokens.values()))
+        return f"both put a learned row in place of tokens {both}; keep them in one TaskTokens" if both else None
 
     def meet(self, model: nn.Module) -> None:
         any_model: Any = model
