@@ -82,6 +82,11 @@ INF, NAN = float("inf"), float("nan")
         (C.to_tuple, "ab", dict(rank=2), TypeError),
         (C.to_tuple, None, dict(rank=2), TypeError),
         (C.to_list, 3, {}, TypeError),
+        (C.check_template, 3, dict(fields=["a"]), TypeError),
+        (C.check_template, "{b}", dict(fields=["a"]), ValueError),
+        (C.check_template, "{}", dict(fields=["a"]), ValueError),
+        (C.check_template, "{a", dict(fields=["a"]), ValueError),
+        (C.check_template, "all", dict(fields=["a"], needed=["a"]), ValueError),
     ],
 )
 def test_refusals_name_the_argument_and_what_was_given(check, value, kw, error):

@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import operator
+import string
 import types
 import typing
 from collections import abc
@@ -199,6 +200,30 @@ def check_name(name: str, value: Any) -> str:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Sequences
+
+
+def check_template(name: str, value: Any, fields: Sequence[str], needed: Sequence[str] = ()) -> str:
+    """``value``, unless it is no text that ``str.format`` can fill in from ``fields``, ``needed`` among them.
+
+    >>> check_template("prompt", "Is it {word}?", ("word", "question"))
+    'Is it {word}?'
+    """
+    possible = _and("{" + f + "}" for f in fields)
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a text with {possible} in it, got {describe(value)}")
+    try:
+        used = {
+            field.split(".")[0].split("[")[0] for _, field, _, _ in string.Formatter().parse(value) if field is not None
+        }
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be filled in ({error}): {value[:80]!r}; possible are {possible}") from None
+    if unknown := sorted(used - set(fields)):
+        raise ValueError(
+            f"{name} holds {{{unknown[0]}}}, which is not filled in: {value[:80]!r}; possible are {possible}"
+        )
+    if missing := [f for f in needed if f not in used]:
+        raise ValueError(f"{name} must hold {{{missing[0]}}}, got {value[:80]!r}")
+    return value
 
 
 def to_list(name: str, value: Iterable[Any] | None, example: str = "[0, 1]") -> list[Any] | None:

@@ -359,6 +359,8 @@ def gaussian_prior(sigma: Tensor, grid: Sequence[int], q_coords: Tensor | None =
         raise ValueError(f"sigma is for {sigma.shape[2]} queries and {sigma.shape[3]} axes, but {given}")
     if sigma.numel() and readable(sigma) and not bool((sigma > 0).all()):
         raise ValueError(f"sigma must be above 0, got {float(sigma.detach().min())}")
+    if q_coords is not None and at.is_floating_point() and readable(at) and not bool(at.isfinite().all()):
+        raise ValueError("q_coords must be finite places, got some that are NaN or infinite")
     widths = sigma.to(stats_dtype(sigma.dtype)).clamp(min=1e-6)  # less is a point on any grid, and has no square
     factors = []
     for axis, size in enumerate(sides):

@@ -211,3 +211,19 @@ def test_bad_input(samples, change, error, word):
         cp.records([samples[0], Sample("y", "q", "a", samples[0].box)])
     with pytest.raises(ValueError, match="tasks"):
         cp.records(samples[:2], ("smell",))
+    with pytest.raises(ValueError, match=r"prompts\['read'\] holds \{place\}"):
+        cp.queries(samples[:2], "read", {"read": "What stands at {place}?"})
+    with pytest.raises(ValueError, match="prompts must hold a wording for 'locate', it has"):
+        cp.records(samples[:2], prompts={"read": "What stands at {box}?"})
+
+
+@pytest.mark.parametrize("call,error,word", [
+    (lambda b: b.iou((0, 0, 1, 1)), TypeError, r"other must be Box, got \(0, 0, 1, 1\)"),
+    (lambda b: b.to("pixels", (0, 4)), ValueError, r"size\[0\] must be .*above 0, got 0"),
+    (lambda b: b.to("pixels", (4,)), ValueError, "size must be the width and height"),
+    (lambda b: b.to("pixels", 5), TypeError, "size"),
+    (lambda b: b.to("pixels", ("a", 4)), TypeError, r"size\[0\] must be .*got 'a'"),
+])  # fmt: skip
+def test_bad_boxes(call, error, word):
+    with pytest.raises(error, match=word):
+        call(cp.Box(0, 0, 1, 1, "unit"))

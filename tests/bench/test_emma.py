@@ -275,3 +275,13 @@ def test_blindness_and_words_are_named():
         emma.blurred(graph, "colour")
     with pytest.raises(TypeError, match="words must be Vocabulary"):
         emma.questions([graph], "painted")
+
+
+def test_wordings_that_cannot_be_filled_in_are_refused():
+    from attnlib.bench.exams.agnosia import Fact, words_of
+
+    fact = Fact("location", "star", "", "on the left")
+    with pytest.raises(ValueError, match=r"templates\['location'\] holds \{thing\}"):
+        words_of(fact, "yes-no", {"location": ("", "Is the {thing} there?", "")})
+    with pytest.raises(ValueError, match="templates must hold three wordings for 'location'"):
+        words_of(fact, "yes-no", {})

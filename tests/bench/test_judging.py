@@ -223,3 +223,15 @@ def test_a_file_of_something_else_is_no_file_of_answers(tmp_path):
     (tmp_path / "notes.txt").write_text("hello\n")
     with pytest.raises(ValueError, match=r"notes\.txt does not hold JSON lines"):
         Lines(tmp_path / "notes.txt").rows()
+
+
+def test_rows_that_lack_something_are_refused_by_line(tmp_path):
+    keep = tmp_path / "said.jsonl"
+    keep.write_text('{"judge": "j-1", "mark": "a", "answer": "yes"}\n{"judge": "j-1", "answer": "yes"}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*said.jsonl lacks 'mark'; it has \['judge', 'answer'\]"):
+        Judge(lambda prompts: ["yes"] * len(prompts), "j-1", yes_no, keep=keep)
+    with pytest.raises(ValueError, match="line 2 of .* lacks 'mark'"):
+        evaluate([Item("a", "?", "yes")], lambda prompts: ["yes"], keep=keep)
+    keep.write_text('{"judge": "j-1", "mark": "a", "answer": 1}\n')
+    with pytest.raises(TypeError, match="an answer kept in .* must be str, got 1"):
+        Judge(lambda prompts: ["yes"] * len(prompts), "j-1", yes_no, keep=keep)

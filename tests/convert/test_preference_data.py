@@ -120,6 +120,25 @@ def test_what_cannot_be_refilled_is_refused():
         preference.refill_pairs(model, bare, [[1]])
 
 
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        (dict(prompt="{question} {answer}"), ValueError, r"prompt holds \{answer\}.*possible are \{question\} and"),
+        (dict(prompt="{question}"), ValueError, r"prompt must hold \{masked\}"),
+        (dict(prompt="{masked"), ValueError, "prompt cannot be filled in"),
+        (dict(prompt=3), TypeError, "prompt must be a text"),
+        (dict(question=None), TypeError, "question must be str, got None"),
+        (dict(masked=None), TypeError, "masked must be str, got None"),
+        (dict(complete=None), TypeError, "complete must be a callable"),
+    ],
+)
+def test_what_cannot_be_asked_in_words_is_refused(change, error, words):
+    given = {"complete": lambda image, prompt: "a cat", "image": None, "question": "What?", "masked": "a [MASK]"}
+    assert preference.refill_text(**given, prompt="{masked}") == "a cat"
+    with pytest.raises(error, match=words):
+        preference.refill_text(**{**given, **change})
+
+
 def test_words_are_masked_in_text_and_in_tokens():
     tokenizer = a_tokenizer()
     ids, masked = preference.mask_tokens(tokenizer, "a red cat sits on the mat.", ["mat", "red"])

@@ -326,5 +326,5 @@ def test_bad_input_is_refused_by_name():
         consensus(torch.zeros(1, 4, 0))
     with pytest.raises(TypeError, match="lists of names"):
         SurgeryMaps(clip_model(), lambda t: t)(torch.rand(8, 8, 3), "frog")
-    with pytest.raises(ValueError, match="templates must be"):
+    with pytest.raises(ValueError, match=r"templates\[0\] must hold \{\}, got 'a photo'"):
         SurgeryMaps(clip_model(), lambda t: t, templates="a photo")

@@ -173,6 +173,11 @@ def test_gaussian_prior_where_sigma_is_tiny_or_huge_and_between_places():
 
 
 def test_gaussian_prior_refuses():
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="q_coords must be finite places"):
+            gaussian_prior(torch.ones(1, 1, 2, 2), (2, 2), torch.tensor([[0.0, 1.0], [bad, 0.0]]))
+    with pytest.raises(ValueError, match="sigma must be above 0, got nan"):
+        gaussian_prior(torch.full((1, 1, 4, 2), float("nan")), (2, 2))
     with pytest.raises(ValueError, match="3 widths per query, but grid"):
         gaussian_prior(torch.ones(1, 1, 4, 3), (2, 2))
     with pytest.raises(ValueError, match="for 5 queries"):

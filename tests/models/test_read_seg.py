@@ -273,6 +273,49 @@ def test_boxes_prompt_and_sizes_go_back():
     torch.testing.assert_close(low, direct.pred_masks[0, :, 0])
 
 
+IDS, STATES = torch.tensor([[IMAGE_ID] * 16 + [SEG]]), torch.zeros(1, 17, 32)
+PIXELS, ONE = torch.zeros(1, 3, 64, 64), [(40, 60)]
+POINTS, LABELS = torch.ones(1, 2, 2), torch.ones(1, 2, dtype=torch.long)
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda r: r(IDS, STATES[:, :9], ONE, PIXELS), ValueError, r"states must be .*\(B=1, N=17, C=32\)"),
+        (lambda r: r(IDS, STATES[..., :9], ONE, PIXELS), ValueError, "states must be .*C=32"),
+        (lambda r: r(IDS, STATES.repeat(2, 1, 1), ONE, PIXELS), ValueError, "states must be .*B=1"),
+        (lambda r: r(IDS, None, ONE, PIXELS), TypeError, "states must be .*got None"),
+        (lambda r: r(IDS, STATES.long(), ONE, PIXELS), TypeError, "states must be a floating-point tensor"),
+        (lambda r: r(IDS, STATES * NAN, ONE, PIXELS), ValueError, "states must be finite"),
+        (lambda r: r(IDS.float(), STATES, ONE, PIXELS), TypeError, "ids must be an integer tensor"),
+        (lambda r: r(IDS, STATES, ONE, PIXELS[:, :, :32]), ValueError, "pixel_values must be .*height=64"),
+        (lambda r: r(IDS, STATES, ONE, None, PIXELS), ValueError, r"image must be .*C=16, h=8, w=8"),
+        (lambda r: r.similarity(STATES[0, :16], STATES[0, :2, :9]), ValueError, "asked must be .*C=32"),
+        (lambda r: r.answer(reader().use(), IDS, ONE, PIXELS), ValueError, "use must be what use"),
+        (lambda r: r.answer(None, IDS, ONE, PIXELS), TypeError, "use must be what use"),
+        (lambda r: r.loss(3, []), TypeError, "prediction must be a sequence"),
+        (lambda r: r.masks.point_prompts(POINTS.long(), LABELS, (20, 30)), TypeError, "points must be a floating"),
+        (lambda r: r.masks.point_prompts(POINTS * NAN, LABELS, (20, 30)), ValueError, "points must be finite"),
+        (lambda r: r.masks.point_prompts(POINTS[..., :1], LABELS, (20, 30)), ValueError, "points must be .*xy=2"),
+        (lambda r: r.masks.point_prompts(POINTS, LABELS[:, :1], (20, 30)), ValueError, "labels must be .*P=2"),
+        (lambda r: r.masks.point_prompts(POINTS, LABELS.float(), (20, 30)), TypeError, "labels must be an integer"),
+        (lambda r: r.masks.point_prompts(POINTS, LABELS * 7, (20, 30)), ValueError, r"labels must be 1, 0 or -1, got"),
+        (lambda r: r.masks.point_prompts(POINTS, LABELS, 5), TypeError, "size must be"),
+        (lambda r: r.masks.place(POINTS, (0, 3)), ValueError, r"size\[0\] must be .*at least 1, got 0"),
+        (lambda r: r.masks.place([1, 2], (20, 30)), TypeError, "points must be a floating"),
+        (lambda r: r.masks.box_prompts(torch.ones(1, 5), (20, 30)), ValueError, "boxes must be .*corners=4"),
+        (lambda r: r.masks.box_prompts(LABELS.repeat(1, 2), (20, 30)), TypeError, "boxes must be a floating"),
+        (lambda r: r.masks.box_prompts(torch.ones(1, 4), (20, 30)), ValueError, "boxes must be .*x2 > x1"),
+        (lambda r: r.masks.decode(PIXELS[0], POINTS), ValueError, "image must be .*C=16"),
+        (lambda r: r.masks.full_size(POINTS[0], (20, 30)), ValueError, "low must be .*K, h, w"),
+    ],
+)
+def test_states_points_and_boxes_that_do_not_fit_are_refused_by_name(call, error, words):
+    with pytest.raises(error, match=words):
+        call(reader())
+
+
 # ---- losses
 
 

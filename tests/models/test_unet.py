@@ -232,6 +232,25 @@ def test_one_convolution_is_what_aspp_of_rate_one_is():
         ASPP(4, 3, (), pointwise=False, pooled=False)
 
 
+@pytest.mark.parametrize(
+    "make, error, words",
+    [
+        (lambda: ASPP(0, 4), ValueError, "dim must be an integer of at least 1, got 0"),
+        (lambda: ASPP(8, 2.5), TypeError, "out_dim must be an integer of at least 1, got 2.5"),
+        (lambda: DualAttention(8, eps=-1), ValueError, "eps must be .*at least 0, got -1"),
+        (lambda: ASPP(8, 4)(torch.zeros(1, 3, 4, 7)), ValueError, "x has 7 channels .* dim=8"),
+        (lambda: ASPP(8, 4)(torch.zeros(1, 3, 4, 5, 8)), ValueError, r"x must have shape \(B, H, W, 8\)"),
+        (lambda: ASPP(8, 4)(torch.zeros(1, 0, 4, 8)), ValueError, "x must hold at least one place"),
+        (lambda: ASPP(8, 4)(torch.zeros(1, 3, 4, 8).long()), TypeError, "x must be a floating-point tensor"),
+        (lambda: DualAttention(8)(torch.zeros(1, 2, 3, 4, 7)), ValueError, "x has 7 channels .* dim=8"),
+        (lambda: DualAttention(8)(torch.zeros(1, 3, 4, 8)), ValueError, r"x must have shape \(B, D, H, W, 8\)"),
+    ],
+)
+def test_bad_channels_and_grids_of_the_bottom_are_refused_by_name(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
 def test_a_sphere_is_learnt():
     """32^3, seconds on one thread, Dice above 0.9."""
     torch.manual_seed(0)

@@ -234,7 +234,7 @@ def _asked(
 ) -> dict[str, str]:  # fmt: skip
     lines = Lines(keep)
     marks = {item.id: identity([item.id, item.prompt, seed, key]) for item in items}
-    kept = {row["mark"]: row["answer"] for row in lines.rows()}
+    kept = {row["mark"]: row["answer"] for row in lines.rows("mark", "answer")}
     texts = {item.id: kept[marks[item.id]] for item in items if marks[item.id] in kept}
     todo = [item for item in items if item.id not in texts]
     known = inspect.signature(model).parameters

@@ -357,8 +357,9 @@ class Judge:
         self.lines = Lines(keep)
         self.calls = 0
         self._kept: dict[str, list[str]] = {}
-        for row in self.lines.rows():
-            if row.get("judge") == self.id:
+        for row in self.lines.rows("judge", "mark", "answer"):
+            if row["judge"] == self.id:
+                check_type(f"an answer kept in {keep}", row["answer"], str)
                 self._kept.setdefault(row["mark"], []).append(row["answer"])
 
     def __call__(self, prompts: Sequence[str]) -> list[Judgement]:

@@ -89,17 +89,30 @@ class Lines:
     def __init__(self, path: str | Path | None) -> None:
         self.path = None if path is None else Path(path)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """What the file holds; a last line without an end was cut off while it was written, and is taken out."""
+    def rows(self, *needed: str) -> list[dict[str, Any]]:
+        """What the file holds; a last line without an end was cut off while it was written, and is taken out.
+
+        Args:
+            needed: what every row must have.
+
+        Raises:
+            ValueError: something else than JSON lines, or a row that lacks something.
+        """
         if self.path is None or not self.path.exists():
             return []
         lines = self.path.read_text(encoding="utf-8").split("\n")
         if lines[-1]:
             self.path.write_text("\n".join([*lines[:-1], ""]), encoding="utf-8")
         try:
-            return [dict(json.loads(line)) for line in lines[:-1]]
+            rows = [dict(json.loads(line)) for line in lines[:-1]]
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.path} does not hold JSON lines, as a run keeps them: {error}") from None
+        for number, row in enumerate(rows, 1):
+            if missing := [name for name in needed if name not in row]:
+                raise ValueError(
+                    f"line {number} of {self.path} lacks {missing[0]!r}; it has {list(row)}, give another file"
+                )
+        return rows
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Put rows behind."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_flag, check_int, check_type, describe, shaped
+from ..checks import check_choice, check_flag, check_int, check_template, check_type, describe, shaped
 from ..ops import attention
 from ..ops.points import min_max
 
@@ -153,8 +153,10 @@ class SurgeryMaps:
         check_choice("path", path, PATHS)
         check_choice("compat", compat, (None, "authors"))
         templates = (templates,) if isinstance(templates, str) else tuple(templates)
-        if not templates or any("{}" not in t for t in templates):
-            raise ValueError(f"templates must be sentences with {{}} for the name, got {describe(templates)}")
+        if not templates:
+            raise ValueError("templates must be sentences with {} for the name, got none")
+        for i, template in enumerate(templates):
+            check_template(f"templates[{i}]", template, ("",), needed=("",))
         if not callable(tokenize):
             raise TypeError(f"tokenize must be callable on a list of strings, got {describe(tokenize)}")
         self.clip: Any = clip

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...checks import check_choice, check_int, check_name, check_real, check_type, to_list
+from ...checks import check_choice, check_int, check_name, check_real, check_template, check_type, describe, to_list
 from ..data import scenes as grid
 from ..evaluate import Evaluation, Item, Parser, evaluate, local_seed
 from ..judge import LETTERS, Summary, lettered, read_option, read_yes_no, summarise
@@ -380,7 +380,16 @@ def words_of(fact: Fact, form: str, templates: Mapping[str, tuple[str, str, str]
     'Is the star on the left?'
     """
     check_choice("form", form, (*FORMS, "statement"))
-    template = templates[fact.kind][(*FORMS, "statement").index(form)]
+    check_type("templates", templates, Mapping)
+    wordings = templates.get(fact.kind)
+    if not isinstance(wordings, (list, tuple)) or len(wordings) != len(FORMS) + 1:
+        raise ValueError(
+            f"templates must hold three wordings for {fact.kind!r}, of {', '.join(FORMS)} and statement, "
+            f"got {describe(wordings)}"
+        )
+    template = check_template(
+        f"templates[{fact.kind!r}]", wordings[(*FORMS, "statement").index(form)], ("subject", "slot", "value")
+    )
     subject = fact.subject
     if fact.kind == "count" and subject.endswith(("s", "x", "ch", "sh")):
         template = template.replace("{subject}s", "{subject}es")

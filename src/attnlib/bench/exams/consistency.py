@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ...checks import check_choice, check_real, check_type, describe
+from ...checks import check_choice, check_real, check_template, check_type, describe, to_list
 from ..evaluate import Item, Unreadable
 from ..judge import Summary, read_json, yes_no
 from ..stats import Difference, bootstrap_interval, paired_bootstrap, share_interval
@@ -71,6 +71,12 @@ class Box:
         check_choice("units", units, UNITS)
         if units == self.units:
             return self
+        if size is not None:
+            sides = to_list("size", size, "(640, 480)") or []
+            if len(sides) != 2:
+                raise ValueError(f"size must be the width and height of the picture, got {describe(size)}")
+            for axis, given in enumerate(sides):
+                check_real(f"size[{axis}]", given, above=0)
         if size is None and "pixels" in (units, self.units):
             raise ValueError(f"size must be given, the width and height of the picture, from {self.units} to {units}")
 
@@ -83,6 +89,7 @@ class Box:
 
     def iou(self, other: Box) -> float:
         """Intersection over union with a box of the same units."""
+        check_type("other", other, Box)
         if self.units != other.units:
             raise ValueError(f"boxes must be of the same units, got {self.units} and {other.units}; see Box.to")
         across = max(0.0, min(self.right, other.right) - max(self.left, other.left))
@@ -241,6 +248,14 @@ PROMPTS: Mapping[str, str] = {
 }
 
 
+def _prompt(prompts: Mapping[str, str], kind: str) -> str:
+    """The wording of a kind of question."""
+    check_type("prompts", prompts, Mapping, f"a mapping with {list(PROMPTS)}")
+    if kind not in prompts:
+        raise ValueError(f"prompts must hold a wording for {kind!r}, it has {list(prompts)}")
+    return check_template(f"prompts[{kind!r}]", prompts[kind], ("question", "box", "units", "text"))
+
+
 def queries(samples: Sequence[Sample], what: str, prompts: Mapping[str, str] = PROMPTS) -> list[Item]:
     """Samples as items of :func:`attnlib.bench.evaluate.evaluate`.
 
@@ -250,9 +265,10 @@ def queries(samples: Sequence[Sample], what: str, prompts: Mapping[str, str] = P
         prompts: other wordings.
     """
     check_choice("what", what, ("answer", "read", "locate"))
+    prompt = _prompt(prompts, what)
     return [
         Item(
-            s.id, prompts[what].format(question=s.question, box=s.box, units=s.box.units, text=s.answer), s.answer,
+            s.id, prompt.format(question=s.question, box=s.box, units=s.box.units, text=s.answer), s.answer,
             {"task": what}, (), s.image,
         )
         for s in samples
@@ -487,6 +503,7 @@ def records(
     names = [s.id for s in samples]
     if len(set(names)) < len(names):
         raise ValueError("samples must be of different ids")
+    wordings = {kind: _prompt(prompts, kind) for task in tasks for kind in TASKS[task]}
     made = []
     for number, s in enumerate(samples):
         if opening in s.answer or closing in s.answer:
@@ -504,7 +521,7 @@ def records(
         for task in tasks:
             for kind in TASKS[task]:
                 text = asked if kind == "verify" else s.answer
-                prompt = prompts[kind].format(question=s.question, box=box, units=box.units, text=text)
+                prompt = wordings[kind].format(question=s.question, box=box, units=box.units, text=text)
                 made.append(Record(task, kind, s.id, prompt, targets[kind], s.answer, box, s.image))
     return made
 

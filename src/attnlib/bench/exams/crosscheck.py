@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...checks import check_choice, check_flag, check_int, check_real, check_type, describe, to_list
+from ...checks import check_choice, check_flag, check_int, check_real, check_template, check_type, describe, to_list
 from ..evaluate import local_seed
 from ..judge import Judge, check_judge, yes_no
 from ..stats import bootstrap_interval
@@ -88,9 +88,8 @@ class Support:
 
     def __init__(self, judge: Judge | None, template: str = TEMPLATE):
         check_type("judge", check_judge(judge), Judge, "a Judge, Judge(call, id, read_support)")
-        if "{context}" not in template or "{sentence}" not in template:
-            raise ValueError(f"template must hold {{context}} and {{sentence}}, got {describe(template)}")
-        self.judge, self.template = check_judge(judge), template
+        both = ("context", "sentence")
+        self.judge, self.template = check_judge(judge), check_template("template", template, both, needed=both)
         self.unreadable = 0
 
     def pairs(self, pairs: Sequence[tuple[str, Any]]) -> list[float | None]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checks import check_flag, check_int, check_type, to_list
+from ...checks import check_flag, check_int, check_template, check_type, describe, to_list
 from .batches import SEQUENCES, Preference, _row, _stack
 
 #: ``complete(image, prompt) -> text``.
@@ -88,9 +88,22 @@ def encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tupl
 def refill_text(complete: Complete, image: Any, question: str, masked: str, prompt: str = PROMPT) -> str:
     """The completed answer of a model that is asked in words, under (a retrieved) ``image``.
 
+    Args:
+        complete: what answers.
+        image: that it looks at.
+        question: what was asked.
+        masked: the answer with marks.
+        prompt: with ``{masked}`` and, if it likes, ``{question}``.
+
     Raises:
-        ValueError: the masked answer has no mark, or the completion is empty or keeps one.
+        ValueError: the masked answer has no mark, the completion is empty or keeps one, or a prompt that cannot be
+            filled in.
     """
+    if not callable(complete):
+        raise TypeError(f"complete must be a callable from (image, prompt) to a text, got {describe(complete)}")
+    check_type("question", question, str)
+    check_type("masked", masked, str)
+    check_template("prompt", prompt, ("question", "masked"), needed=("masked",))
     if "[MASK]" not in masked:
         raise ValueError(f"masked has no [MASK]: {masked[:80]!r}")
     said = complete(image, prompt.format(question=question, masked=masked))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_flag, check_int, check_ints, check_real
+from ...checks import check_choice, check_flag, check_float, check_int, check_ints, check_rank, check_real, check_width
 from ...nn.dense.danet import PositionAttention
 from ...nn.modulation.danet import ChannelAttention
 
@@ -22,11 +22,26 @@ NORM: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 DROP: dict[int, Any] = {1: nn.Dropout1d, 2: nn.Dropout2d, 3: nn.Dropout3d}
 
 
+def _channels_first(x: Tensor, dim: int, rank: int) -> Tensor:
+    """(B, *grid, dim) with ``rank`` axes of a grid that is not empty -> (B, dim, *grid)."""
+    check_float("x", x)
+    check_rank("x", x, rank + 2, f"(B, {', '.join('DHW'[-rank:])}, {dim})")
+    check_width("x", x, dim)
+    if not all(x.shape[1:-1]):
+        raise ValueError(f"x must hold at least one place of every axis, got {tuple(x.shape)}")
+    return x.movedim(-1, 1)
+
+
 def conv_norm_act(
     rank: int, dim: int, out_dim: int, kernel: int = 3, *, rate: int = 1, bias: bool = True, norm: bool = True,
     act: bool = True, eps: float = 1e-5, momentum: float = 0.1,
 ) -> nn.Sequential:  # fmt: skip
     """Convolution that keeps the grid, BatchNorm and ReLU, on (B, C, *grid) of ``rank`` axes."""
+    check_choice("rank", rank, tuple(CONV))
+    for name, count in (("dim", dim), ("out_dim", out_dim), ("kernel", kernel), ("rate", rate)):
+        check_int(name, count, least=1)
+    check_real("eps", eps, least=0)
+    check_real("momentum", momentum, least=0, most=1)
     layers: list[nn.Module] = [CONV[rank](dim, out_dim, kernel, 1, rate * (kernel // 2), rate, bias=bias)]
     if norm:
         layers.append(NORM[rank](out_dim, eps, momentum))
@@ -60,6 +75,8 @@ class ASPP(nn.Module):
     ):  # fmt: skip
         super().__init__()
         check_choice("rank", rank, (1, 2, 3))
+        self.dim, self.rank = check_int("dim", dim, least=1), rank
+        check_int("out_dim", out_dim, least=1)
         last_dim = out_dim if last_dim is None else check_int("last_dim", last_dim, least=1)
         rates = check_ints("rates", rates, least=1)
         for name, flag in (("pointwise", pointwise), ("pooled", pooled), ("project", project),
@@ -77,7 +94,7 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, dim) -> (B, *grid, last_dim)."""
-        x = x.movedim(-1, 1)
+        x = _channels_first(x, self.dim, self.rank)
         parts = [branch(x) for branch in self.branches]
         if self.mean is not None:
             mean = self.mean(x.flatten(2).mean(-1).view(*x.shape[:2], *[1] * (x.dim() - 2)))
@@ -105,7 +122,7 @@ class DualAttention(nn.Module):
         drop: float = 0.5, eps: float = 1e-3, momentum: float = 0.01,
     ):  # fmt: skip
         super().__init__()
-        check_int("dim", dim, least=1)
+        self.dim, self.rank = check_int("dim", dim, least=1), rank
         check_choice("rank", rank, (1, 2, 3))
         check_real("drop", drop, least=0, below=1)
         options: dict[str, Any] = dict(eps=eps, momentum=momentum)
@@ -122,6 +139,7 @@ class DualAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, dim) -> the same."""
+        _channels_first(x, self.dim, self.rank)
         p = self.position_convs(self.position(x).movedim(-1, 1))
         c = self.channel_convs(self.channel(x).movedim(-1, 1))
         return self.project(self.drop(p + c)).movedim(1, -1)

@@ -21,7 +21,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_axes, check_choice, check_flag, check_int, check_real
+from ...checks import (
+    check_axes,
+    check_choice,
+    check_flag,
+    check_float,
+    check_int,
+    check_real,
+    check_type,
+    check_whole,
+    readable,
+)
 from ...nn.released import Released
 from ...ops.points import similarity_points, square_grid
 from .losses import mask_loss
@@ -126,10 +136,18 @@ class READ(nn.Module):
 
     def image_states(self, ids: Tensor, states: Tensor) -> list[Tensor]:
         """Of every sample, the (P, C) last states of its image tokens."""
+        check_whole("ids", ids)
+        check_axes("ids", ids, B=None, N=None)
+        check_axes("states", states, B=ids.shape[0], N=ids.shape[1], C=self.dim)
+        check_float("states", states)
+        if readable(states) and not bool(states[(ids == self.image_token) | (ids == self.seg_token)].isfinite().all()):
+            raise ValueError("states must be finite where image tokens and mask tokens stand, got NaN or infinity")
         return [s[i == self.image_token] for i, s in zip(ids, states, strict=True)]
 
     def similarity(self, image: Tensor, asked: Tensor) -> Tensor:
         """(K, h, w) maps of tokens (K, C) over image tokens (P, C)."""
+        check_axes("image", image, P=None, C=self.dim)
+        check_axes("asked", asked, K=None, C=self.dim)
         grid = square_grid(len(image), "image")
         return (asked.float() @ image.float().T).unflatten(1, grid)
 
@@ -153,8 +171,8 @@ class READ(nn.Module):
         Raises:
             ValueError: neither or both of ``pixel_values`` and ``embeddings``; image tokens that fill no square.
         """
-        sample, slots = (ids == self.seg_token).nonzero(as_tuple=True)
         image = self.image_states(ids, states)
+        sample, slots = (ids == self.seg_token).nonzero(as_tuple=True)
         return self.segment(states[sample, slots], sample, slots, image, sizes, pixel_values, embeddings)
 
     def answer(
@@ -166,11 +184,16 @@ class READ(nn.Module):
         embeddings: Tensor | None = None,
     ) -> list[Segmented]:
         """Masks of sequences (R, L) that ``generate`` gave; sizes and images are those of the R / copies samples."""
+        check_type("use", use, UseTaskTokens, "what use() of this READ gave")
+        if use.tokens is not self.tokens:
+            raise ValueError("use must be what use() of this READ gave, got that of other tokens")
         found = use.found(sequences, ["seg"])
         prompt_ids, prompt_states = use.prompt
         rows = len(sequences)
         if not len(sizes) or rows % len(sizes):
             raise ValueError(f"sizes holds {len(sizes)} images, and there are {rows} sequences")
+        if len(prompt_ids) % len(sizes):
+            raise ValueError(f"sizes holds {len(sizes)} images, and {len(prompt_ids)} rows of prompts were read")
         copies, beams = rows // len(sizes), len(prompt_ids) // len(sizes)
         image = self.image_states(prompt_ids[::beams], prompt_states[::beams])
         if embeddings is None and pixel_values is not None:
@@ -200,6 +223,12 @@ class READ(nn.Module):
         if (pixel_values is None) == (embeddings is None):
             raise ValueError("give either pixel_values or embeddings, which the segmenter made of them")
         batch = len(image)
+        check_axes("asked", asked, K=None, C=self.dim)
+        for name, numbers in (("sample", sample), ("slots", slots)):
+            check_axes(name, numbers, K=len(asked))
+            check_whole(name, numbers)
+        for b, states in enumerate(image):
+            check_axes(f"image[{b}]", states, P=None, C=self.dim)
         known = check_sizes("sizes", sizes, batch)
         if embeddings is None:
             assert pixel_values is not None
@@ -244,6 +273,8 @@ class READ(nn.Module):
         Raises:
             ValueError: numbers of masks that differ.
         """
+        for name, given in (("prediction", prediction), ("target", target)):
+            check_type(name, given, Sequence, "a sequence, one for each sample")
         if len(prediction) != len(target):
             raise ValueError(f"target holds masks of {len(target)} samples, prediction of {len(prediction)}")
         total: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_axes, check_flag, check_ints, describe
+from ...checks import check_axes, check_flag, check_float, check_ints, check_whole, readable
 
 
 def check_size(name: str, size: Any) -> tuple[int, int]:
@@ -90,11 +90,19 @@ class PromptedMasks(nn.Module):
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """(B, C, h, w) embeddings of images (B, 3, side, side), without gradient."""
+        check_float("pixel_values", pixel_values)
+        check_axes("pixel_values", pixel_values, B=None, channels=3, height=self.side, width=self.side)
         with torch.no_grad():
             return self.segmenter.get_image_embeddings(pixel_values)
 
     def place(self, points: Tensor, size: Sequence[int]) -> Tensor:
         """Points (..., 2) of ``x, y`` in pixels of an image, in those of what the segmenter reads."""
+        size = check_size("size", size)
+        check_float("points", points)
+        if not points.dim() or points.shape[-1] != 2:
+            raise ValueError(f"points must be (..., 2) of x, y, got {tuple(points.shape)}")
+        if readable(points) and not bool(points.isfinite().all()):
+            raise ValueError("points must be finite, got some that are NaN or infinite; label absent ones -1")
         height, width = resized_size(size, self.side)
         return points * points.new_tensor([width / size[1], height / size[0]])
 
@@ -103,10 +111,14 @@ class PromptedMasks(nn.Module):
 
         Args:
             points: (K, P, 2) of ``x, y`` in pixels of the image; gradients pass.
-            labels: (K, P).
+            labels: (K, P): 1 on what is meant, 0 off it, -1 for a point that says nothing.
             size: (height, width) of the image.
         """
         check_axes("points", points, K=None, P=None, xy=2)
+        check_axes("labels", labels, K=points.shape[0], P=points.shape[1])
+        check_whole("labels", labels)
+        if readable(labels) and bool(((labels < -1) | (labels > 1)).any()):
+            raise ValueError(f"labels must be 1, 0 or -1, got {labels.unique().tolist()}")
         placed = self.place(points, size).unsqueeze(0)
         sparse, _ = self.segmenter.prompt_encoder(
             input_points=placed, input_labels=labels.unsqueeze(0), input_boxes=None, input_masks=None
@@ -115,6 +127,10 @@ class PromptedMasks(nn.Module):
 
     def box_prompts(self, boxes: Tensor, size: Sequence[int]) -> Tensor:
         """(K, 2, C): the embeddings of boxes (K, 4), corners in pixels of the image."""
+        check_axes("boxes", boxes, K=None, corners=4)
+        check_float("boxes", boxes)
+        if readable(boxes) and not bool((boxes[:, 2:] > boxes[:, :2]).all()):
+            raise ValueError("boxes must be x1, y1, x2, y2 with x2 > x1 and y2 > y1, got some that are not")
         placed = self.place(boxes.unflatten(-1, (2, 2)), size).flatten(-2)
         # Their encoder writes into what it made.
         with torch.no_grad():
@@ -125,8 +141,8 @@ class PromptedMasks(nn.Module):
 
     def decode(self, image: Tensor, prompts: Tensor) -> Tensor:
         """(K, h', w') logits of masks of K prompts (K, N, C) in one image (C, h, w), at the decoder's size."""
-        if image.dim() != 3:
-            raise ValueError(f"image must be the embedding (C, h, w) of one image, got {describe(image)}")
+        h, w = self.segmenter.prompt_encoder.image_embedding_size
+        check_axes("image", image, C=self.prompt_dim, h=h, w=w)
         check_axes("prompts", prompts, K=None, N=None, C=self.prompt_dim)
         model = self.segmenter
         _, dense = model.prompt_encoder(input_points=None, input_labels=None, input_boxes=None, input_masks=None)
@@ -142,6 +158,7 @@ class PromptedMasks(nn.Module):
     def full_size(self, low: Tensor, size: Sequence[int]) -> Tensor:
         """(K, height, width) of masks (K, h', w'), without the padding."""
         size = check_size("size", size)
+        check_axes("low", low, K=None, h=None, w=None)
         if not len(low):
             return low.new_zeros(0, *size)
         height, width = resized_size(size, self.side)

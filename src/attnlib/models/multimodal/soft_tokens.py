@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from ...checks import (
     check_axes,
     check_choice,
+    check_flag,
     check_float,
     check_int,
     check_real,
+    check_size,
     check_type,
     check_valid,
     check_whole,
@@ -200,6 +202,14 @@ class Solver(nn.Module):
         self.vocabulary = Vocabulary() if vocabulary is None else vocabulary
         check_type("vocabulary", self.vocabulary, Vocabulary)
         head_dim_of(dim, num_heads)
+        grid = check_size("grid", grid)
+        for name, count in (("in_dim", in_dim), ("hidden", hidden)):
+            check_int(name, count, least=1)
+        for name, count in (("encoder_depth", encoder_depth), ("decoder_depth", decoder_depth)):
+            check_int(name, count, least=0)
+        for name, share in (("drop", drop), ("drop_path", drop_path)):
+            check_real(name, share, least=0, below=1)
+        check_flag("parallel", parallel)
         check_choice("positions", positions, ("sine", "learned"))
         check_int("max_length", max_length, least=1)
         check_int("num_tasks", num_tasks, least=len(TASKS))

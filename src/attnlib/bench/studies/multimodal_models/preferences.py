@@ -203,7 +203,7 @@ def choose_rates(
     """
     kept, rows = Lines(keep), []
     mark = identity(["rates", scenes, steps, count])
-    held = {(r["name"], r["rate"]): r for r in kept.rows() if r.get("key") == mark}
+    held = {(r["name"], r["rate"]): r for r in kept.rows("key", "name", "rate") if r["key"] == mark}
     for rate in (0.0, *tried):
         for name in names if rate else ("plain",):
             row = held.get((name, rate))
@@ -281,7 +281,7 @@ def measure(
         raise ValueError(f"seeds must hold at least one, got {seeds!r}")
     kept = Lines(keep)
     mark = identity(["preferences", scenes, steps, count, used])
-    held = {(r["name"], r["seed"]): r for r in kept.rows() if r.get("key") == mark}
+    held = {(r["name"], r["seed"]): r for r in kept.rows("key", "name", "seed") if r["key"] == mark}
     for seed in seeds:
         asked = _asked(scenes, TEST + 10_000 * seed, "test")
         for name in ("plain", *names):
