@@ -11,13 +11,19 @@ from safetensors import safe_open
 from torch import nn
 
 import attnlib
+from attnlib.models.build import model_entry
 from attnlib.models.dense.dmmi import DEAD, DMMI, DMMIPrediction, convert, referring_scores
 from tests.parity import by_name
 
-PATH = Path(__file__).parents[1] / "fixtures" / "models" / "dmmi.safetensors"
-with safe_open(PATH, "pt") as held:
-    META = json.loads(held.metadata()["shapes"])
-    WANT = {k: held.get_tensor(k) for k in held.keys()}  # noqa: SIM118
+FOLDER = Path(__file__).parents[1] / "fixtures" / "models"
+
+
+def recorded(name):
+    with safe_open(FOLDER / f"{name}.safetensors", "pt") as held:
+        return json.loads(held.metadata()["shapes"]), {k: held.get_tensor(k) for k in held.keys()}  # noqa: SIM118
+
+
+META, WANT = recorded("dmmi")
 SMALL = dict(embed_dim=12, depths=(2, 1, 1, 1), num_heads=(2, 2, 4, 4), window_size=3, text_dim=24, drop_path_rate=0.0)
 
 
@@ -25,9 +31,12 @@ def close(a, b, rtol=1e-8):
     torch.testing.assert_close(a, b, rtol=rtol, atol=1e-9)
 
 
-def authors():
-    model = DMMI(**SMALL, compat="authors").double()
-    model.load_state_dict(convert({k: by_name(k, s) for k, s in META["model"].items()}, model), strict=True)
+RESNET = dict(trunk="resnet", embed_dim=4, depths=(2, 1, 1, 1), text_dim=24)
+
+
+def authors(meta, settings):
+    model = DMMI(**settings, compat="authors").double()
+    model.load_state_dict(convert({k: by_name(k, s) for k, s in meta["model"].items()}, model), strict=True)
     g = torch.Generator().manual_seed(5)
     x = torch.rand(2, 3, 40, 40, generator=g, dtype=torch.float64)
     text, erased = (torch.randn(2, 24, 5, generator=g, dtype=torch.float64).mT.contiguous() for _ in range(2))
@@ -38,30 +47,32 @@ def authors():
 VALID = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
 
 
-def test_the_authors_whole_network():
-    model, x, text, erased, target = authors()
+@pytest.mark.parametrize(("name", "settings"), [("dmmi", SMALL), ("dmmi-resnet", RESNET)])
+def test_the_authors_whole_network(name, settings):
+    meta, want = recorded(name)
+    model, x, text, erased, target = authors(meta, settings)
     x.requires_grad_(True)
     text.requires_grad_(True)
     words, maps = model.backbone(x, text, VALID)
-    close(words.mT, WANT["l1"])
+    close(words.mT, want["l1"])
     for i, m in enumerate(maps):
-        close(m[:, ::6, ::2, ::2], WANT[f"c{i}"])
+        close(m[:, ::6, ::2, ::2], want[f"c{i}"])
     made = model.everything(x, text, VALID, erased)
-    close(made.logits[:, :, ::4, ::4], WANT["y"])
+    close(made.logits[:, :, ::4, ::4], want["y"])
     terms = model.loss(made, target)
-    close(terms["cross_entropy"], WANT["ce"])
-    close(terms["contrast"] / 0.01, WANT["one.con"])
-    close(terms["similarity"] / 0.01, WANT["one.sim"])
+    close(terms["cross_entropy"], want["ce"])
+    close(terms["contrast"] / 0.01, want["one.con"])
+    close(terms["similarity"] / 0.01, want["one.sim"])
     nothing = target.clone()
     nothing[1] = 0  # the second sample names nothing
     flagged = model.loss(made, nothing)
-    close(flagged["contrast"] / 0.01, WANT["zero.con"])
-    close(flagged["similarity"] / 0.01, WANT["zero.sim"])
+    close(flagged["contrast"] / 0.01, want["zero.con"])
+    close(flagged["similarity"] / 0.01, want["zero.sim"])
     (terms["cross_entropy"] + flagged["contrast"] + flagged["similarity"]).backward()
-    torch.testing.assert_close(x.grad[:, :, ::4, ::4], WANT["gx"], rtol=1e-7, atol=1e-9)
-    torch.testing.assert_close(text.grad.mT, WANT["gl"], rtol=1e-7, atol=1e-9)
-    marks = {n: torch.full(tuple(s), -1.0) for n, s in META["model"].items()}
-    marks |= {n: torch.full(tuple(META["model"][n]), float(i)) for i, n in enumerate(META["names"])}
+    torch.testing.assert_close(x.grad[:, :, ::4, ::4], want["gx"], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(text.grad.mT, want["gl"], rtol=1e-7, atol=1e-9)
+    marks = {n: torch.full(tuple(s), -1.0) for n, s in meta["model"].items()}
+    marks |= {n: torch.full(tuple(meta["model"][n]), float(i)) for i, n in enumerate(meta["names"])}
     params, seen = dict(model.named_parameters()), set()
     for name, mark in convert(marks, model).items():
         i = int(mark.flatten()[0])
@@ -70,11 +81,11 @@ def test_the_authors_whole_network():
         assert i >= 0
         seen.add(i)
         grad = params[name].grad
-        torch.testing.assert_close(grad.norm(), WANT["norms"][i], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(grad.norm(), want["norms"][i], rtol=1e-6, atol=1e-9)
         if not name.endswith("rel_bias"):  # ours is laid out otherwise
             wave = torch.cos(torch.arange(grad.numel(), dtype=torch.float64)).view_as(grad)
-            torch.testing.assert_close((grad * wave).sum(), WANT["sums"][i], rtol=1e-6, atol=1e-8)
-    assert len(seen) == len(META["names"]) == len(params)
+            torch.testing.assert_close((grad * wave).sum(), want["sums"][i], rtol=1e-6, atol=1e-8)
+    assert len(seen) == len(meta["names"]) == len(params)
 
 
 def test_named_models_and_what_never_runs():
@@ -83,6 +94,38 @@ def test_named_models_and_what_never_runs():
     with torch.device("meta"):
         model = attnlib.create_model("dmmi_swin_base")
     assert model.compat == "authors" and model.stages[2].blocks[1].mixer.inner.shift == (6, 6)
+    for name in attnlib.list_models(family="dmmi-ris"):
+        with torch.device("meta"):
+            held = sum(p.numel() for p in attnlib.create_model(name).parameters())
+        assert held == model_entry(name).params
+
+
+def test_checkpoints_of_their_training():
+    meta, _ = recorded("dmmi-resnet")
+    state = {k: by_name(k, s) for k, s in meta["model"].items()}
+    model = DMMI(**RESNET).double()
+    model.load_state_dict(convert({"model": {f"module.{k}": v for k, v in state.items()}, "bert_model": {}}, model))
+    other = DMMI(**RESNET).double()
+    other.load_state_dict(convert(state, other))
+    assert all(a.equal(b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match="is of trunk='resnet', the model has trunk='swin'"):
+        convert(state, DMMI(**SMALL))
+
+
+def test_a_resnet():
+    torch.manual_seed(0)
+    model, (x, text) = DMMI(**RESNET).eval(), sample()
+    y = model(x, text, VALID)
+    assert y.shape == (2, 2, 40, 33) and y.isfinite().all()
+    torch.testing.assert_close(model(x[1:], text[1:, :3]), y[1:], rtol=1e-4, atol=1e-5)
+    words, maps = model.backbone(x, text)
+    assert [m.shape[1] for m in maps] == [16, 32, 64, 128] and words.shape == text.shape
+    made = model.train()(x, text, VALID, text.flip(0))
+    sum(model.loss(made, torch.ones(2, 40, 33, dtype=torch.long)).values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    for name, value in (("num_heads", (1, 1, 1, 1)), ("window_size", 7)):
+        with pytest.raises(ValueError, match=f"{name}=.* of a Swin"):
+            DMMI(**RESNET, **{name: value})
 
 
 # ---- words

@@ -1,16 +1,17 @@
 """DMMI: referring segmentation for expressions that name nothing, one thing or many.
 
-Hu et al., 2023, "Beyond One-to-One: Rethinking the Referring Image Segmentation", arXiv 2308.13853. A Swin whose stages
-exchange with the words of a sentence, and two decoders: pixels read the words and become a mask; words of the sentence
-with its naming phrase erased read the pixels, and are to become the words of the whole sentence. A vector of what
-the mask decoder saw is held against the mean word of the sentence, in a batch (InfoNCE).
+Hu et al., 2023, "Beyond One-to-One: Rethinking the Referring Image Segmentation", arXiv 2308.13853. A Swin, or a
+ResNet, whose stages exchange with the words of a sentence, and two decoders: pixels read the words and become a mask;
+words of the sentence with its naming phrase erased read the pixels, and are to become the words of the whole sentence.
+A vector of what the mask decoder saw is held against the mean word of the sentence, in a batch (InfoNCE).
 
 Behind every stage, for its map x and the words l (LAVT's fusion, in both directions and at three extents):
 
     ``S_k = softmax(q_k(x) key_k(l)^T)``,   ``x_l = IN(W sum_k a_k S_k v(l))``,   ``r = f(g(x) * x_l)``,
     ``T_k = softmax(q'_k(l) key'_k(x)^T)``, ``l <- l + W_l W_2 sum_k b_k T_k v'(x)``, ``x <- x + gate(r) * r``,
 
-where q_k is a k x k convolution (k = 1, 3, 5) and q'_k one of 1, 2 and 3 neighbouring words; r goes to the decoders.
+where q_k is a k x k convolution (k = 1, 3, 5) and q'_k one of 1, 2 and 3 neighbouring words. Decoders get LN(r) of a
+Swin, the new x of a ResNet.
 
 Loss, with f = 1 for samples that name something: cross entropy, weighted 0.9 to 1.1;
 0.01 ``(1 - mean_b f_b mean_t cos(sg l_t, rebuilt_t))``; and 0.01 of InfoNCE, each sample's terms times f.
@@ -18,12 +19,13 @@ Loss, with f = 1 for samples that name something: cross entropy, weighted 0.9 to
 Differs from the authors' code, whose arithmetic ``compat="authors"`` reproduces: its decoders attend to padding, its
 mean word counts it, and extents of words reach into it (here beyond the ends of a sentence its end words stand); zeros
 that fill up windows take part in attention. Any grid, where theirs needs squares. Left out is what never runs: a second
-copy of every decoder layer, and the last stage's gate. Gates start as their Swin does, not at zero, where both layers
-would stay.
+copy of every decoder layer, and the gate of a Swin's last stage. Gates start as their Swin does, not at zero, where
+both layers would stay. Their numbers of heads of the fusion (``mha``) change nothing: all heads read by one map.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +38,8 @@ from ...nn.layers import masked_mean, zero_invalid
 from ...nn.partition.maxvit import PartitionAttention
 from ...nn.released import Released, Rule
 from ..backbones import hosts
+from ..backbones.resnet import convert as convert_resnet
+from ..backbones.resnet import resnet
 from ..blocks import Place
 from ..build import register_models
 from ..protocol import TaskModel, evaluating
@@ -43,6 +47,7 @@ from ..retrieval.contrast import symmetric_contrast
 from .heads import pixel_cross_entropy
 
 VISUAL, VERBAL = (1, 3, 5), (1, 2, 3)
+TRUNKS = ("swin", "resnet")
 
 
 def _standard(x: Tensor) -> Tensor:
@@ -136,12 +141,19 @@ class WordPixelFusion(nn.Module):
 
 
 class FusedStage(nn.Module):
-    """A fusion, its gate into the map, and its way into the words."""
+    """A fusion, its gate into the map, and its way into the words.
 
-    def __init__(self, dim: int, text_dim: int, drop: float, last: bool):
+    Args:
+        dim, text_dim, drop: of the fusion.
+        gated: whether the map changes.
+        normed: decoders get the norm of what was fused, or the new map.
+    """
+
+    def __init__(self, dim: int, text_dim: int, drop: float, gated: bool, normed: bool = True):
         super().__init__()
-        self.fusion, self.norm = WordPixelFusion(dim, text_dim, drop), nn.LayerNorm(dim)
-        self.gate = None if last else nn.Sequential(
+        self.fusion = WordPixelFusion(dim, text_dim, drop)
+        self.norm = nn.LayerNorm(dim) if normed else None
+        self.gate = None if not gated else nn.Sequential(
             nn.Linear(dim, dim, bias=False), nn.ReLU(), nn.Linear(dim, dim, bias=False), nn.Tanh()
         )  # fmt: skip
         self.words = nn.Linear(text_dim, text_dim)
@@ -152,9 +164,9 @@ class FusedStage(nn.Module):
         """Map (B, H, W, C) for the next stage, words for it, and the map (B, C, H, W) for decoders."""
         grid = x.shape[1:3]
         mixed, told = self.fusion(x.flatten(1, 2), text, grid, valid, ends)
-        out = self.norm(mixed).mT.unflatten(2, grid)
         if self.gate is not None:
             x = x + (self.gate(mixed) * mixed).unflatten(1, grid)
+        out = x.movedim(-1, 1) if self.norm is None else self.norm(mixed).mT.unflatten(2, grid)
         return x, text + F.gelu(self.words(told)), out
 
 
@@ -197,7 +209,10 @@ class DMMI(TaskModel):
     """Images (B, in_chans, H, W) and words to logits (B, 2, H, W); in training a :class:`DMMIPrediction`.
 
     Args:
-        embed_dim, depths, num_heads, window_size: of the Swin.
+        trunk: ``"swin"``, or ``"resnet"`` of bottlenecks.
+        embed_dim, depths: of the trunk; 128 and (2, 2, 18, 2) of a Swin, 64 and (3, 4, 23, 3) of a ResNet by default,
+            whose maps have four times as many channels.
+        num_heads, window_size: of the Swin; (4, 8, 16, 32) and 12 by default.
         text_dim: width E of words.
         text_heads, ff_dim, drop: of the decoders' layers.
         fusion_drop: dropout in the fusions.
@@ -211,15 +226,16 @@ class DMMI(TaskModel):
         compat: ``"authors"``: padding takes part, see above.
 
     Raises:
-        ValueError: shapes that do not fit, a sentence without words, ids without an encoder.
+        ValueError: shapes that do not fit, a sentence without words, ids without an encoder, heads or windows of a
+            ResNet.
     """
 
     def __init__(
         self,
-        embed_dim: int = 128,
-        depths: Sequence[int] = (2, 2, 18, 2),
-        num_heads: Sequence[int] = (4, 8, 16, 32),
-        window_size: int = 12,
+        embed_dim: int | None = None,
+        depths: Sequence[int] | None = None,
+        num_heads: Sequence[int] | None = None,
+        window_size: int | None = None,
         text_dim: int = 768,
         text_heads: int = 8,
         ff_dim: int = 2048,
@@ -227,17 +243,27 @@ class DMMI(TaskModel):
         fusion_drop: float = 0.0,
         text_encoder: nn.Module | None = None,
         in_chans: int = 3,
-        drop_path_rate: float = 0.3,
+        drop_path_rate: float | None = None,
         class_weight: Sequence[float] = (0.9, 1.1),
         similarity: float = 0.01,
         contrast: float = 0.01,
         temperature: float = 0.05,
         ignore_index: int = 255,
         compat: str | None = None,
+        trunk: str = "swin",
     ):
         super().__init__()
         check_choice("compat", compat, (None, "authors"))
-        check_int("window_size", window_size, least=1)
+        check_choice("trunk", trunk, TRUNKS)
+        own = trunk == "swin"
+        for name, value in (("num_heads", num_heads), ("window_size", window_size)):
+            if not own and value is not None:
+                raise ValueError(f"{name}={value} is of a Swin, and trunk={trunk!r} has none")
+        embed_dim = (128 if own else 64) if embed_dim is None else check_int("embed_dim", embed_dim, least=1)
+        depths = ((2, 2, 18, 2) if own else (3, 4, 23, 3)) if depths is None else depths
+        heads = (4, 8, 16, 32) if num_heads is None else num_heads
+        side = 12 if window_size is None else check_int("window_size", window_size, least=1)
+        drop_path_rate = (0.3 if own else 0.0) if drop_path_rate is None else drop_path_rate
         if len(check_ints("depths", depths, least=1)) != 4:
             raise ValueError(f"depths={tuple(depths)} must be four stages")
         if text_encoder is not None:
@@ -257,18 +283,23 @@ class DMMI(TaskModel):
         self.temperature = check_real("temperature", temperature, above=0)
 
         def windows(place: Place) -> nn.Module:
-            shift = window_size // 2 if place.block % 2 else 0
+            shift = side // 2 if place.block % 2 else 0
             pad = "mask" if compat is None else "zeros"
-            return PartitionAttention(place.dim, place.num_heads, window_size, rank=2, shift=shift, pad=pad)
+            return PartitionAttention(place.dim, place.num_heads, side, rank=2, shift=shift, pad=pad)
 
-        trunk = hosts.swin(
-            windows, embed_dim, depths, num_heads, 4.0, drop_path_rate, in_chans, num_classes=0, img_size=(480, 480),
-            drop_rate=0.0, global_pool="avg",
-        )  # fmt: skip
-        self.stem, self.stages = trunk.stem, trunk.stages
-        dims = [embed_dim * 2**i for i in range(4)]
-        self.fused = nn.ModuleList(FusedStage(c, text_dim, fusion_drop, i == 3) for i, c in enumerate(dims))
-        for stage in self.fused:
+        rest: dict[str, Any] = dict(num_classes=0, img_size=(480, 480), drop_rate=0.0, global_pool="avg")
+        if own:
+            body = hosts.swin(windows, embed_dim, depths, heads, 4.0, drop_path_rate, in_chans, **rest)
+            dims = [embed_dim * 2**i for i in range(4)]
+        else:
+            widths = [embed_dim * 2**i for i in range(4)]
+            body = resnet(widths, depths, in_chans=in_chans, drop_path_rate=drop_path_rate, stem_dim=embed_dim, **rest)
+            dims = [4 * width for width in widths]
+        self.trunk, self.stem, self.stages = trunk, body.stem, body.stages
+        self.fused = nn.ModuleList(
+            FusedStage(c, text_dim, fusion_drop, not own or i < 3, own) for i, c in enumerate(dims)
+        )
+        for stage in self.fused if own else ():
             for module in stage.gate or ():  # type: ignore[union-attr]
                 if isinstance(module, nn.Linear):
                     nn.init.trunc_normal_(module.weight, std=0.02)
@@ -458,14 +489,33 @@ def referring_scores(found: Tensor, truth: Tensor, at: Sequence[float] = (0.5, 0
 DEAD = (r"(classifier\.\w+\.decoder_layer|backbone\.layers\.3\.res_gate)\..*", r".*relative_position_index")
 
 
+def _trunk(theirs: Released, model: DMMI) -> dict[str, Tensor]:
+    if model.trunk == "swin":
+        kept = r"backbone\.(patch_embed\..+|layers\.\d\.(?:blocks|downsample)\..+)"
+        swin = {m[1]: v for m, v in theirs.matching(kept)}
+        return hosts.convert_swin(swin, "the authors' Swin", hosts.own_attention) if swin else {}
+    named = {f"{('conv1', 'bn1')[int(m[1])]}.{m[2]}": v for m, v in theirs.matching(r"backbone\.layer1\.([01])\.(\w+)")}
+    named |= {f"layer1.{m[1]}": v for m, v in theirs.matching(r"backbone\.layer1\.4\.(.+)")}
+    named |= {m[1]: v for m, v in theirs.matching(r"backbone\.(layer[234]\..+)")}
+    return convert_resnet(named, model) if named else {}
+
+
 def convert(state_dict: Mapping[str, Tensor], model: DMMI) -> dict[str, Tensor]:
-    """From the authors' ``DMMI`` over Swin; BERT is a file of its own and goes into ``text_encoder``."""
+    """From the authors' ``DMMI`` over Swin or ResNet, also inside a checkpoint of their training.
+
+    BERT is a file of its own, or ``bert_model`` in that checkpoint, and goes into ``text_encoder``.
+    """
     check_type("state_dict", state_dict, Mapping)
+    if isinstance(inner := state_dict.get("model"), Mapping):  # {"model", "bert_model", "optimizer", ...}
+        state_dict = inner
     theirs = Released(state_dict, "the authors' DMMI")
+    fused = {"swin": r"backbone\.layers\.", "resnet": r"backbone\.all_fusion"}
+    for kind, lead in fused.items():
+        if kind != model.trunk and any(re.match(lead, name) for name in theirs):
+            raise ValueError(f"state_dict is of trunk={kind!r}, the model has trunk={model.trunk!r}")
     for pattern in DEAD:
         theirs.leave(pattern, because="it never runs, or holds places")
-    swin = {m[1]: v for m, v in theirs.matching(r"backbone\.(patch_embed\..+|layers\.\d\.(?:blocks|downsample)\..+)")}
-    out = hosts.convert_swin(swin, "the authors' Swin", hosts.own_attention) if swin else {}
+    out = _trunk(theirs, model)
     own = model.state_dict()
 
     def fit(name: str) -> Rule:
@@ -475,6 +525,12 @@ def convert(state_dict: Mapping[str, Tensor], model: DMMI) -> dict[str, Tensor]:
 
         return rule
 
+    entries: dict[str, Tensor] = {}
+    for name in theirs:  # a ResNet's stages are counted from 1
+        late = re.match(r"backbone\.all_fusion(\d)\.", name)
+        put = f"backbone.layers.{int(late[1]) - 1}.{name[late.end() :]}" if late else name
+        entries[put] = theirs.take(name)
+    theirs = Released(entries, theirs.source)
     lead, fusion = r"backbone\.layers\.(\d)\.", r"fused.\1.fusion"
     att = lead + r"fusion\.image_lang_att\."
     last = r"\.(weight|bias)"
@@ -515,13 +571,22 @@ def convert(state_dict: Mapping[str, Tensor], model: DMMI) -> dict[str, Tensor]:
 _SIZES: dict[str, dict[str, Any]] = {
     "dmmi_swin_base": {},
     "dmmi_swin_tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=7),
+    "dmmi_swin_small": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), window_size=7),
+    "dmmi_swin_large": dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
+    "dmmi_resnet101": dict(trunk="resnet"),
 }
 register_models(
     "dmmi-ris",
     DMMI,
     {name: dict(compat="authors", **size) for name, size in _SIZES.items()},
-    # The released classes have 231,686,512 and 153,006,140, of which 25,730,816 and 24,813,312 never run.
-    params={"dmmi_swin_base": 205_955_696, "dmmi_swin_tiny": 128_192_828},
+    # The released classes have 25,730,816, 24,813,312, 24,813,312, 28,352,256 and 23,633,664 more, which never run.
+    params={
+        "dmmi_swin_base": 205_955_696,
+        "dmmi_swin_tiny": 128_192_828,
+        "dmmi_swin_small": 149_510_732,
+        "dmmi_swin_large": 359_976_350,
+        "dmmi_resnet101": 273_184_792,
+    },
     source="toggle1995/RIS-DMMI",
     convert=convert,  # type: ignore[arg-type]
     img_size=480,
