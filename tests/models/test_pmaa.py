@@ -46,6 +46,30 @@ def test_as_released(case):
     whole.holds(case, model, rule, everything, renamer(rule, whole.state(case)))
 
 
+@pytest.mark.parametrize("case", ["old", "first"])
+def test_colours_alone(case):
+    """Sen2_MTC_Old: four bands in, three out; and the head as it was before the release's first fix."""
+    whole = Whole("pmaa-old")
+    model = still(small(**whole.cases[case]["note"]))
+
+    def rule(state):
+        return convert(state, model)
+
+    whole.holds(case, model, rule, everything, renamer(rule, whole.state(case)))
+    x, y = dates(2, 3, 4, 16, 16), dates(2, 3, 16, 16, seed=1)
+    made = model(x)
+    model.aux = 50.0
+    wanted = 50 * sum((made.dates[:, t, :3] - y).abs().mean() for t in range(3))
+    torch.testing.assert_close(model.loss(made, y)["aux"], wanted)
+    judge = PatchDiscriminator(15, (4, 8))
+    assert judge(model.shown(made.image.float(), {"x": x})).isfinite().all()
+    with pytest.raises(ValueError, match="target must be an image"):
+        model.loss(made, x[:, 0])
+    for wrong in (dict(out_chans=5), dict(head_kernel=2)):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            small(**wrong)
+
+
 def test_the_extractor_that_teaches_masks():
     whole = Whole("pmaa")
     rule = CloudExtractor.convert_state_dict
@@ -83,6 +107,7 @@ def test_parameters():
     assert counts["batch", True] == 3_471_881 and counts["instance_noact", True] == 3_439_689
     assert counts["batch", False] == 3_471_881 - 3456 and counts["instance_noact", False] == 3_439_689 - 1152
     assert counts["instance_noact", False] == counted_params(model_entry("pmaa"))
+    assert counted_params(model_entry("pmaa_old")) == model_entry("pmaa_old").params == 3_439_656 - 1152
     assert sum(p.numel() for p in model.extractor.parameters()) == 219_717
 
 

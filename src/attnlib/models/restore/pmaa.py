@@ -15,6 +15,10 @@ separable convolutions would hold the ReLU (where timm puts one there; timm 1.0 
 the published model, ``"batch"`` the one of the paper, ``"batch_noact"`` what the class is under timm 1.0 before norms
 are replaced, and ``"instance"`` has the norms and the ReLU.
 
+Their two data sets ask for two models: images of all four bands (Sen2_MTC_New), and colours alone (Sen2_MTC_Old,
+``out_chans=3``), of which the extractor still gives all bands. Up to its first fix the release read images off the last
+map by a 7 x 7 convolution (``head_kernel=7``), since then by one of 1 x 1.
+
 Differs from the authors' code: any number of dates; sides need not be multiples of 16; a single pixel at the coarsest
 grid is normed to zero instead of refused. The release begins the decoder with the second coarsest scale, so that
 x of the coarsest is never read: its injection is left out, and the converter says so. ``coarsest=True`` begins with it.
@@ -45,7 +49,7 @@ NORMS = ("batch", "batch_noact", "instance", "instance_noact")
 class CloudPrediction(NamedTuple):
     """What :class:`PMAA` gives.
 
-    ``image`` (B, C, H, W) without clouds, -1 to 1; ``masks`` (B, T, 1, H, W), 1 where a date shows clouds; ``dates``
+    ``image`` (B, C', H, W) without clouds, -1 to 1; ``masks`` (B, T, 1, H, W), 1 where a date shows clouds; ``dates``
     (B, T, C, H, W), what the extractor alone makes of every date.
     """
 
@@ -251,13 +255,15 @@ class PMAA(AdversarialModel):
     Args:
         in_chans: C, bands.
         num_dates: T.
+        out_chans: C', the first bands of the image that is made; all by default.
+        head_kernel: sides of the last convolution, odd.
         dim: channels of the maps.
         depth: scales of an autoencoder.
         norm: ``"batch"``, ``"instance"``, and these with ``"_noact"``; ``"instance_noact"`` is the published one.
         drop_path: stochastic depth of MAM.
         coarsest: whether decoders begin with the coarsest scale; the release does not.
         l1, mask, aux: weights of the terms of the loss.
-        discriminator: judges all dates and an image, ``(T + 1) C`` channels; none by default.
+        discriminator: judges all dates and an image, ``T C + C'`` channels; none by default.
         gan_kind, gan_weight, gan_start: of :class:`attnlib.models.restore.adversarial.AdversarialModel`.
 
     Raises:
@@ -273,12 +279,15 @@ class PMAA(AdversarialModel):
         self, in_chans: int = 4, num_dates: int = 3, dim: int = 32, depth: int = 5, norm: str = "instance_noact",
         drop_path: float = 0.1, coarsest: bool = False, l1: float = 100.0, mask: float = 1.0, aux: float = 0.0,
         discriminator: nn.Module | None = None, gan_kind: str = "least-squares", gan_weight: float = 1.0,
-        gan_start: float = 0.0,
+        gan_start: float = 0.0, out_chans: int | None = None, head_kernel: int = 1,
     ):  # fmt: skip
         super().__init__(discriminator, gan_kind, gan_weight, 0.5, gan_start)
         check_choice("norm", norm, NORMS)
         check_flag("coarsest", coarsest)
         self.in_chans = check_int("in_chans", in_chans, least=1)
+        self.out_chans = in_chans if out_chans is None else check_int("out_chans", out_chans, least=1, most=in_chans)
+        if not check_int("head_kernel", head_kernel, least=1) % 2:
+            raise ValueError(f"head_kernel must be odd, got {head_kernel}")
         self.num_dates, dim = check_int("num_dates", num_dates, least=1), check_int("dim", dim, least=1)
         depth = check_int("depth", depth, least=3)
         self.l1, self.mask, self.aux = (
@@ -289,7 +298,7 @@ class PMAA(AdversarialModel):
         options: dict[str, Any] = dict(act=not norm.endswith("noact"), drop_path=drop_path, coarsest=coarsest)
         widths = (num_dates * dim, dim, dim)
         self.stages = nn.Sequential(*(ScaleBlock(w, 4 * dim, dim, depth, **options) for w in widths))
-        self.head = nn.Conv2d(dim, in_chans, 1)
+        self.head = nn.Conv2d(dim, self.out_chans, head_kernel, padding=head_kernel // 2)
         if norm.startswith("instance"):
             for part in (self.extractor, self.stages):
                 _instance_norms(part)
@@ -312,7 +321,7 @@ class PMAA(AdversarialModel):
 
         Args:
             prediction: of :meth:`forward`.
-            target: the image without clouds (B, C, H, W), or that and masks (B, T, 1, H, W) of a trained extractor
+            target: the image without clouds (B, C', H, W), or that and masks (B, T, 1, H, W) of a trained extractor
                 (:func:`cloud_masks`), 0 to 1.
         """
         image, masks = (target, None) if isinstance(target, Tensor) else target
@@ -326,7 +335,8 @@ class PMAA(AdversarialModel):
             square = (prediction.masks - masks.to(prediction.masks.dtype)).square()
             terms["masks"] = self.mask * square.mean((0, 2, 3, 4)).sum()
         if self.aux:
-            terms["aux"] = self.aux * (prediction.dates - image[:, None]).abs().mean((0, 2, 3, 4)).sum()
+            seen = prediction.dates[:, :, : self.out_chans]
+            terms["aux"] = self.aux * (seen - image[:, None]).abs().mean((0, 2, 3, 4)).sum()
         return terms
 
     def image_of(self, prediction: CloudPrediction, inputs: Mapping[str, Any]) -> Tensor:
@@ -340,7 +350,7 @@ class PMAA(AdversarialModel):
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """The image without clouds (B, C, H, W)."""
+        """The image without clouds (B, C', H, W)."""
         training = self.training
         self.eval()
         try:
@@ -421,8 +431,9 @@ def convert(state_dict: Mapping[str, Tensor], model: PMAA) -> dict[str, Tensor]:
 register_models(
     "pmaa",
     PMAA,
-    {"pmaa": dict(in_chans=4)},
-    params={"pmaa": 3_438_537},  # the released class has 3,439,689, 1,152 of which never run
+    {"pmaa": dict(in_chans=4), "pmaa_old": dict(in_chans=4, out_chans=3)},
+    # The released classes have 1,152 more, which never run.
+    params={"pmaa": 3_438_537, "pmaa_old": 3_438_504},
     license="MIT",
     source="XavierJiezou/PMAA",
     convert=convert,  # type: ignore[arg-type]
