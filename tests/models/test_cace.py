@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import HERE, Fixture, synthetic
+from whole import Whole, renamer
 
-from attnlib.models.detect.cace import CACENet, event_contrast
+from attnlib.models.detect.cace import CACENet, WeakCACENet, event_contrast
 from attnlib.models.protocol import Optimizers, train_batch
 from attnlib.models.retrieval.contrast import pooled_contrast
 from attnlib.nn.gates.co_guidance import CoGuidance
@@ -81,6 +82,71 @@ def test_predictions_losses_and_gradients_are_the_authors(case, monkeypatch):
     idle = UNHEARD if case == "audio" else []
     assert not any(F_.tensors[f"{case}/dw/{name}"].any() for name in idle)  # it multiplies them by psi = 0
     assert compared == len(F_.under(f"{case}/dw")) - len(idle)
+
+
+def test_one_direction_alone_and_cells_of_another_width_are_the_authors():
+    whole = Whole("cace-net-more")
+
+    def rule(state):
+        return CoGuidance.convert_state_dict(state, "audio")
+
+    def sees(module, inputs):
+        return {"video": module(inputs["video"], inputs["audio"]).video}
+
+    whole.holds("audio", CoGuidance(guide="audio").eval(), rule, sees, renamer(rule, whole.state("audio")))
+
+    def rule(state):
+        return CACENet.convert_state_dict(state, "visual")
+
+    def found(module, inputs):
+        made = module(inputs["video"], inputs["audio"])._asdict()
+        return {name: made[name] for name in ("is_event", "event", "gate", "score")}
+
+    model = CACENet(**whole.cases["narrow"]["note"])
+    whole.holds("narrow", model, rule, found, renamer(rule, whole.state("narrow")))
+
+
+def test_the_weakly_supervised_model_is_the_authors(monkeypatch):
+    whole = Whole("cace-net-more")
+    noise = 0.1 * wave(2, 4, 256, k=0.531)
+    monkeypatch.setattr(WeakCACENet, "unit_vectors", lambda m, x: F.normalize(m.vectors(x + noise).relu(), dim=-1))
+
+    def found(module, inputs):
+        return module(inputs["video"], inputs["audio"])._asdict()
+
+    rule = WeakCACENet.convert_state_dict
+    model = WeakCACENet(**whole.cases["weak"]["note"])
+    whole.holds("weak", model, rule, found, renamer(rule, whole.state("weak")))
+
+
+def test_the_weakly_supervised_model_learns_from_clips():
+    torch.manual_seed(0)
+    model = WeakCACENet(3, 16, 8, 8, 2, (6, 16, 8), contrast_weight=0.1, enhance=0.2)
+    g = torch.Generator().manual_seed(0)
+    target = torch.arange(16) % 4
+    video, audio = 0.3 * torch.randn(16, 6, 2, 2, 16, generator=g), 0.3 * torch.randn(16, 6, 8, generator=g)
+    for i, k in enumerate(target.tolist()):
+        if k < 3:  # in the second half of the clip
+            video[i, 3:, 0, 0, k], audio[i, 3:, k] = 3.0, 3.0
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    first = None
+    for _ in range(60):
+        terms = model.loss(model(video, audio), target)
+        assert set(terms) == {"event", "contrast"}
+        first = first or float(terms["event"].detach())
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+    assert float(terms["event"].detach()) < 0.5 * first
+    found = model.predict(video, audio)
+    assert found.shape == (16, 6) and model.training and int(found.max()) <= 3
+    assert model.eval()(video, audio).event.argmax(-1).eq(target).float().mean() > 0.7
+    for wrong, match in ((torch.tensor([4] * 16), "class 4"), (target[:3], "B=16"), (target.float(), "target")):
+        with pytest.raises((TypeError, ValueError), match=match):
+            model.loss(model(video, audio), wrong)
+    with pytest.raises(ValueError, match="guide"):
+        WeakCACENet(guide="visual")
 
 
 def test_float32_is_near_float64_where_theirs_overflows():

@@ -8,12 +8,16 @@ contrastive loss draws together for segments of the event and away from backgrou
 Reference: He et al., 2024, "CACE-Net: Co-guidance Attention and Contrastive Enhancement for Effective Audio-Visual
 Event Localization", arXiv 2408.01952; ``supv_main_model`` and ``supv_main.py`` of Brain-Cog-Lab/CACE-Net. Theirs
 exponentiates scores over a temperature of 0.01, which float32 cannot hold, and therefore trains in float64.
+
+:class:`WeakCACENet` is told the event of a clip alone, not of its segments (``weak_main_model``, without recurrent
+layers and gates between modalities). As released it cannot be built: it asks for a setting that it was never given, and
+for a class that does not exist, in whose place ``Only_Audio_Guided_Attention`` stands. Its training is not released.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +36,7 @@ from ...checks import (
     extremes,
 )
 from ...nn.gates.co_guidance import CoGuidance, convert_co_guidance
-from ...nn.released import Released
+from ...nn.released import Released, Rule
 from ...types import stats_dtype
 from ..protocol import TaskModel, Terms, evaluating
 from ..retrieval.contrast import pooled_contrast
@@ -112,6 +116,7 @@ class CACENet(TaskModel):
     Args:
         num_classes: K, events; the class of background in targets and answers is K.
         video_dim, audio_dim: channels of the cells of pictures, and of vectors of sound.
+        cell_dim: channels of the cells as they are given, mapped to ``video_dim``, which they have by default.
         dim: D, width of the model, even.
         num_heads: of all Transformer layers.
         hidden: of the gates of the co-guidance, and of the feed-forwards: (encoders, readers).
@@ -127,7 +132,7 @@ class CACENet(TaskModel):
             for who calls :meth:`set_progress`, otherwise they are there from the start.
 
     Shape:
-        video: (B, T, H, W, video_dim). audio: (B, T, audio_dim). Returns :class:`Located`. ``target``: (B, T) whole
+        video: (B, T, H, W, cell_dim). audio: (B, T, audio_dim). Returns :class:`Located`. ``target``: (B, T) whole
         numbers, the event of each segment, or K where there is none; a clip has one event at most.
 
     >>> model = CACENet(5, video_dim=16, audio_dim=8, dim=8, num_heads=2, hidden=(4, 16, 8)).eval()
@@ -142,6 +147,7 @@ class CACENet(TaskModel):
         hidden: tuple[int, int, int] = (256, 1024, 512), guide: str = "both", beta: float = 0.4, psi: float = 0.3,
         alpha: float = 0.1, gamma: float = 0.3, enhance: float = 0.6, top: int = 4, noise: float = 0.1,
         temperature: float = 0.01, contrast_weight: float = 1.0, contrast_from: float = 0.125,
+        cell_dim: int | None = None,
     ):  # fmt: skip
         super().__init__()
         self.num_classes = check_int("num_classes", num_classes, least=1)
@@ -160,7 +166,8 @@ class CACENet(TaskModel):
         self.contrast_weight = check_real("contrast_weight", contrast_weight, least=0)
         self.contrast_from = check_real("contrast_from", contrast_from, least=0, most=1)
         self.register_buffer("progress", torch.ones(()))
-        self.video_fc, self.dropout = nn.Linear(video_dim, video_dim), nn.Dropout(0.2)
+        self.cell_dim = video_dim if cell_dim is None else check_int("cell_dim", cell_dim, least=1)
+        self.video_fc, self.dropout = nn.Linear(self.cell_dim, video_dim), nn.Dropout(0.2)
         self.guidance = CoGuidance(video_dim, audio_dim, gates, beta, psi, guide)
         self.audio_rnn = nn.LSTM(audio_dim, dim // 2, batch_first=True, bidirectional=True)
         self.video_rnn = nn.LSTM(video_dim, dim, batch_first=True, bidirectional=True)
@@ -184,7 +191,7 @@ class CACENet(TaskModel):
 
     def forward(self, video: Tensor, audio: Tensor) -> Located:
         check_float("video", video)
-        check_axes("video", video, B=None, T=None, H=None, W=None, video_dim=self.video_dim)
+        check_axes("video", video, B=None, T=None, H=None, W=None, cell_dim=self.cell_dim)
         fused, gate, score = self._fuse(self.dropout(self.video_fc(video).relu()), audio)
         query = self.vectors(fused).relu()
         is_event = self.is_event(fused + self.enhance * self._on() * query).squeeze(-1)
@@ -285,34 +292,198 @@ class CACENet(TaskModel):
         out = {"progress": torch.ones(())}
         if guide != "none":
             out |= convert_co_guidance(theirs, guide, "spatial_channel_att.", "guidance.")
-        both, kind = r"(audio|video)", r"(weight|bias)"
-        theirs.leave(r"a_fc\..*", because="it is never called")
-        theirs.leave(both + r"_(?:en|de)coder\.(?:en|de)coder_layer\..*", because="its copies are what is called")
-        theirs.leave(both + r"_decoder\.decoder\.layers\.0\.self_attn\..*", because="it is never called")
-        cross = both + r"_decoder\.decoder\.layers\.0\."
+        _leave_idle(theirs)
         out |= theirs.renamed(
             {
-                rf"v_fc\.{kind}": r"video_fc.\1",
+                **_SHARED,
                 r"audio_visual_rnn_layer\.audio_rnn\.(.*)": r"audio_rnn.\1",
                 r"audio_visual_rnn_layer\.visual_rnn\.(.*)": r"video_rnn.\1",
-                both + rf"_encoder\.affine_matrix\.{kind}": r"\1_encoder.map.\2",
-                both + r"_encoder\.encoder\.layers\.(\d+)\.(.*)": r"\1_encoder.layers.\2.\3",
-                both + rf"_decoder\.affine_matrix\.{kind}": r"\1_reader.map.\2",
-                cross + r"multihead_attn\.(.*)": r"\1_reader.attn.\2",
-                cross + rf"linear([12])\.{kind}": r"\1_reader.fc\2.\3",
-                cross + rf"norm([12])\.{kind}": r"\1_reader.norm\2.\3",
-                both + rf"_gated\.0\.{kind}": r"\1_gate.\2",
-                both + rf"_cas\.{kind}": r"\1_score.\2",
-                r"AVInter\.video_multihead\.(.*)": r"video_together.attn.\1",
-                rf"AVInter\.norm1\.{kind}": r"video_together.norm.\1",
-                r"VAInter\.video_multihead\.(.*)": r"audio_together.attn.\1",
-                rf"VAInter\.norm1\.{kind}": r"audio_together.norm.\1",
-                rf"localize_module\.encoder_q\.0\.{kind}": r"vectors.\1",
-                rf"localize_module\.classifier\.{kind}": r"is_event.\1",
-                rf"localize_module\.event_classifier\.{kind}": r"event.\1",
+                rf"{_BOTH}_gated\.0\.{_KIND}": r"\1_gate.\2",
+                rf"localize_module\.event_classifier\.{_KIND}": r"event.\1",
             }
         )
         return theirs.close(out)
+
+
+_BOTH, _KIND = r"(audio|video)", r"(weight|bias)"
+_CROSS = _BOTH + r"_decoder\.decoder\.layers\.0\."
+_SHARED: dict[str, Rule] = {
+    rf"v_fc\.{_KIND}": r"video_fc.\1",
+    _BOTH + rf"_encoder\.affine_matrix\.{_KIND}": r"\1_encoder.map.\2",
+    _BOTH + r"_encoder\.encoder\.layers\.(\d+)\.(.*)": r"\1_encoder.layers.\2.\3",
+    _BOTH + rf"_decoder\.affine_matrix\.{_KIND}": r"\1_reader.map.\2",
+    _CROSS + r"multihead_attn\.(.*)": r"\1_reader.attn.\2",
+    _CROSS + rf"linear([12])\.{_KIND}": r"\1_reader.fc\2.\3",
+    _CROSS + rf"norm([12])\.{_KIND}": r"\1_reader.norm\2.\3",
+    _BOTH + rf"_cas\.{_KIND}": r"\1_score.\2",
+    r"AVInter\.video_multihead\.(.*)": r"video_together.attn.\1",
+    rf"AVInter\.norm1\.{_KIND}": r"video_together.norm.\1",
+    r"VAInter\.video_multihead\.(.*)": r"audio_together.attn.\1",
+    rf"VAInter\.norm1\.{_KIND}": r"audio_together.norm.\1",
+    rf"localize_module\.encoder_q\.0\.{_KIND}": r"vectors.\1",
+    rf"localize_module\.classifier\.{_KIND}": r"is_event.\1",
+}
+
+
+def _leave_idle(theirs: Released) -> None:
+    """What both of their models build and never run."""
+    theirs.leave(r"a_fc\..*", because="it is never called")
+    theirs.leave(_BOTH + r"_(?:en|de)coder\.(?:en|de)coder_layer\..*", because="its copies are what is called")
+    theirs.leave(_BOTH + r"_decoder\.decoder\.layers\.0\.self_attn\..*", because="it is never called")
+
+
+class WeaklyLocated(NamedTuple):
+    """Of clips with T segments and K events.
+
+    Args:
+        is_event: (B, T) logits, whether a segment holds the event.
+        raw: (B, K + 1) logits of the clip by its best segments, background last.
+        event: (B, K + 1) probabilities: ``softmax(max_t sigmoid(is_event) raw)``.
+        query, key: (B, T, D) unit vectors of segments, and of the same with noise (in training; the same otherwise).
+    """
+
+    is_event: Tensor
+    raw: Tensor
+    event: Tensor
+    query: Tensor
+    key: Tensor
+
+
+class WeakCACENet(TaskModel):
+    """Localises an event in a clip with sound, and learns it from the event of the clip alone.
+
+    Both modalities guide one another, are encoded, and read one another's encodings; each then says for every segment
+    and class how far it believes in it, and these beliefs weigh the scores of what both say together:
+
+        ``raw = mean of the best (sigmoid(S_v v) / 2 + sigmoid(S_a a) / 2) * S f`` over segments.
+
+    Args:
+        num_classes: K, events; class K is background.
+        video_dim, audio_dim, cell_dim, dim, beta, psi, top, noise, temperature: as of :class:`CACENet`.
+        num_heads: of encoders and readers; ``together_heads``: of what reads both modalities.
+        hidden: of the gates of the co-guidance, and of the feed-forwards: (encoders, readers).
+        guide: ``"both"`` or ``"audio"``.
+        enhance: eta, how much the vectors of the contrastive loss add to what tells events from background.
+        contrast_weight: of the contrastive loss (our reading: of segments that the model takes for the event, in clips
+            that have one); 0 leaves it out, and ``enhance`` with it.
+
+    Shape:
+        video: (B, T, H, W, cell_dim). audio: (B, T, audio_dim). Returns :class:`WeaklyLocated`. ``target``: (B,) whole
+        numbers, the event of each clip, or K where it has none.
+
+    >>> model = WeakCACENet(5, video_dim=16, audio_dim=8, dim=8, num_heads=2, hidden=(4, 16, 8)).eval()
+    >>> model(torch.randn(2, 6, 3, 3, 16), torch.randn(2, 6, 8)).event.shape
+    torch.Size([2, 6])
+    """
+
+    def __init__(
+        self, num_classes: int = 28, video_dim: int = 512, audio_dim: int = 128, dim: int = 256, num_heads: int = 4,
+        hidden: tuple[int, int, int] = (256, 1024, 1024), guide: str = "both", beta: float = 0.4, psi: float = 0.3,
+        enhance: float = 0.0, top: int = 4, noise: float = 0.1, temperature: float = 0.01,
+        contrast_weight: float = 0.0, together_heads: int = 2, cell_dim: int | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.num_classes = check_int("num_classes", num_classes, least=1)
+        check_int("dim", dim, least=2)
+        for name, heads in (("num_heads", num_heads), ("together_heads", together_heads)):
+            check_divides(name, check_int(name, heads, least=1), "dim", dim)
+        widths = check_ints("hidden", hidden, least=1)
+        if len(widths) != 3:
+            raise ValueError(f"hidden must be three widths (gates, encoders, readers), got {hidden}")
+        check_choice("guide", guide, ("both", "audio"))
+        gates, encoder, reader = widths
+        self.enhance, self.top = check_real("enhance", enhance), check_int("top", top, least=1)
+        self.noise = check_real("noise", noise, least=0)
+        self.temperature = check_real("temperature", temperature, above=0)
+        self.contrast_weight = check_real("contrast_weight", contrast_weight, least=0)
+        check_int("video_dim", video_dim, least=4)
+        self.cell_dim = video_dim if cell_dim is None else check_int("cell_dim", cell_dim, least=1)
+        self.video_fc, self.dropout = nn.Linear(self.cell_dim, video_dim), nn.Dropout(0.2)
+        self.guidance = CoGuidance(video_dim, audio_dim, gates, beta, psi, guide)
+        self.video_encoder = _Encoder(video_dim, dim, num_heads, encoder, 2)
+        self.audio_encoder = _Encoder(audio_dim, dim, num_heads, encoder, 2)
+        self.video_reader = _CrossReader(video_dim, dim, num_heads, reader)
+        self.audio_reader = _CrossReader(audio_dim, dim, num_heads, reader)
+        self.video_score, self.audio_score = (nn.Linear(dim, num_classes + 1) for _ in range(2))
+        self.video_together, self.audio_together = _Together(dim, together_heads), _Together(dim, together_heads)
+        self.vectors, self.is_event = nn.Linear(dim, dim), nn.Linear(dim, 1)
+        self.score = nn.Linear(dim, num_classes + 1, bias=False)
+
+    def forward(self, video: Tensor, audio: Tensor) -> WeaklyLocated:
+        check_float("video", video)
+        check_axes("video", video, B=None, T=None, H=None, W=None, cell_dim=self.cell_dim)
+        video, audio = self.guidance(self.dropout(self.video_fc(video).relu()), audio)
+        seen, heard = self.video_encoder(video), self.audio_encoder(audio)
+        audio, video = self.audio_reader(audio, seen), self.video_reader(video, heard)
+        belief = 0.5 * self.video_score(video).sigmoid(), 0.5 * self.audio_score(audio).sigmoid()
+        video = self.video_together(video, audio)
+        audio = self.audio_together(audio, video)
+        fused = (video + audio) / 2
+        score = self.score(fused)
+        score = belief[0] * score + belief[1] * score
+        query = self.vectors(fused).relu()
+        told = fused + self.enhance * query if self.contrast_weight > 0 else fused
+        is_event = self.is_event(told)
+        raw = score.topk(min(self.top, score.shape[1]), dim=1).values.mean(1)
+        event = (is_event.sigmoid() * raw.unsqueeze(1)).amax(1).softmax(-1)
+        noisy = told + self.noise * torch.randn_like(told) if self.training else told
+        return WeaklyLocated(is_event.squeeze(-1), raw, event, F.normalize(query, dim=-1), self.unit_vectors(noisy))
+
+    def unit_vectors(self, told: Tensor) -> Tensor:
+        """(B, T, D): what the contrastive loss compares."""
+        return F.normalize(self.vectors(told).relu(), dim=-1)
+
+    def loss(self, prediction: WeaklyLocated, target: Tensor) -> Terms:
+        """``{"event"}``, the cross-entropy of clips, and ``"contrast"`` where it has a weight; our reading.
+
+        Args:
+            prediction: of ``forward``.
+            target: (B,), 0 to K.
+
+        Raises:
+            ValueError: classes outside 0 to K, an empty batch.
+        """
+        check_whole("target", target)
+        check_axes("target", target, B=len(prediction.event))
+        if not target.numel():
+            raise ValueError("target is empty: there is nothing to learn from")
+        low, high = extremes(target, (0, 0))
+        if low < 0 or high > self.num_classes:
+            raise ValueError(
+                f"target holds the class {low if low < 0 else high}; possible: 0 to {self.num_classes - 1}, "
+                f"and {self.num_classes} for clips without an event"
+            )
+        wide = stats_dtype(prediction.raw.dtype)
+        logits = (prediction.is_event.to(wide).sigmoid().unsqueeze(-1) * prediction.raw.to(wide).unsqueeze(1)).amax(1)
+        terms = {"event": F.cross_entropy(logits, target)}
+        if self.contrast_weight > 0:
+            here = (prediction.is_event > 0) & (target < self.num_classes).unsqueeze(1)
+            term = event_contrast(prediction.query, prediction.key, here, self.temperature)
+            terms["contrast"] = self.contrast_weight * term
+        return terms
+
+    @torch.no_grad()
+    def predict(self, video: Tensor, audio: Tensor) -> Tensor:
+        """(B, T) event of each segment, K where there is none."""
+        with evaluating(self):
+            found = self(video, audio)
+        return torch.where(found.is_event > 0, found.event.argmax(-1, keepdim=True), self.num_classes)
+
+    @staticmethod
+    def convert_state_dict(state_dict: Mapping[str, Tensor], guide: str = "both") -> dict[str, Tensor]:
+        """From the authors' ``weak_main_model``, over ``Co_Guided_Attention`` or ``Only_Audio_Guided_Attention``."""
+        check_choice("guide", guide, ("both", "audio"))
+        theirs = Released(state_dict, "the authors' weak_main_model")
+        out = convert_co_guidance(theirs, guide, "spatial_channel_att.", "guidance.")
+        _leave_idle(theirs)
+        theirs.leave(_BOTH + r"_gated\..*", because="it is never called")
+        theirs.leave(r"localize_module\.(?:event_classifier|W3)\..*", because="it is never called")
+        rules = {**_SHARED, r"localize_module\.CAS_model\.classifier\.0\.weight": _squeezed}
+        return theirs.close(out | theirs.renamed(rules))
+
+
+def _squeezed(match: Any, value: Tensor) -> dict[str, Tensor]:
+    return {"score.weight": value.flatten(1)}
 
 
 def event_contrast(query: Tensor, key: Tensor, here: Tensor, temperature: float = 0.01) -> Tensor:

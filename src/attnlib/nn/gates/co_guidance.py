@@ -162,7 +162,11 @@ class CoGuidance(nn.Module):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor], guide: str = "both") -> dict[str, Tensor]:
-        """From the authors' ``Co_Guided_Attention``, or ``Only_Visual_Guided_Attention`` for ``guide="visual"``."""
+        """From the authors' ``Co_Guided_Attention``, or of one direction.
+
+        These are ``Only_Audio_Guided_Attention`` for ``guide="audio"`` and ``Only_Visual_Guided_Attention`` for
+        ``guide="visual"``.
+        """
         check_choice("guide", guide, ("both", "audio", "visual"))
         theirs = Released(state_dict, "the authors' Co_Guided_Attention")
         return theirs.close(convert_co_guidance(theirs, guide))
@@ -185,6 +189,7 @@ def convert_co_guidance(theirs: Released, guide: str = "both", there: str = "", 
         "affine_v_s_att": "space", "affine_video_ave": "own_mean", "affine_video_3": "own_cells", "ave_v_att": "own",
     }  # fmt: skip
     first = "cells" if sees else "guiding_cells"
+    norm = "norm" if f"{there}norm.weight" in theirs else "v_norm"  # of Only_Audio_Guided_Attention, of the others
     read = {f"video_{part}": f"{first}.{part}" for part in ("query", "key", "value")}
     second = {f"video_{part}2": f"guiding_cells.{part}" for part in ("query", "key", "value")}
     heard = {
@@ -195,7 +200,7 @@ def convert_co_guidance(theirs: Released, guide: str = "both", there: str = "", 
         (own, sees),
         (second, hears and sees),
         (heard, hears),
-        ({**read, "v_norm": "video_norm"}, True),
+        ({**read, norm: "video_norm"}, True),
     ):
         if used:
             names |= group
