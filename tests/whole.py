@@ -89,11 +89,18 @@ def record_whole(cases: dict[str, dict], path, **origin) -> None:
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=meta)
 
 
-class Whole:
+class Recorded:
+    """Tensors and metadata of a recording."""
+
     def __init__(self, name: str):
         with safe_open(FOLDER / f"{name}.safetensors", "pt") as f:
             self.tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
             self.meta = f.metadata()
+
+
+class Whole(Recorded):
+    def __init__(self, name: str):
+        super().__init__(name)
         self.cases = json.loads(self.meta["cases"])
 
     def under(self, prefix: str) -> dict[str, torch.Tensor]:

@@ -1,6 +1,8 @@
 """RestoreFormer and ++ against the authors' classes, what their card asks, and the degradations of faces."""
 
 import copy
+import json
+import math
 import pickle
 
 import pytest
@@ -11,10 +13,15 @@ from torch import nn
 import attnlib
 from attnlib.models.build import counted_params, model_entry
 from attnlib.models.protocol import Optimizers, train_batch
-from attnlib.models.restore.adversarial import PatchDiscriminator, PerceptualLoss
+from attnlib.models.restore.adversarial import (
+    PartDiscriminator,
+    PatchDiscriminator,
+    PerceptualLoss,
+    discriminator_loss,
+)
 from attnlib.models.restore.degrade import Degradation, blurred, gaussian_kernel, jpeg
-from attnlib.models.restore.restoreformer import PriorAttention, RestoreFormer, convert
-from tests.whole import Whole, renamer
+from attnlib.models.restore.restoreformer import PriorAttention, RestoreFormer, convert, face_parts
+from tests.whole import Recorded, Whole, drawn, renamer, told, weights
 
 TINY = dict(dim=8, mults=(1, 2), depth=1, num_codes=6, code_dim=4, num_heads=2, groups=4)
 
@@ -53,6 +60,118 @@ def test_as_released(case):
     whole.holds(case, model, rule, everything, renamer(rule, whole.state(case)))
     inside = {f"vqvae.{k}": v for k, v in whole.state(case).items()} | {"loss.discriminator.x": torch.zeros(1)}
     assert rule(inside).keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("case", ["levels", "no_middle", "dictionary"])
+def test_other_levels_and_no_middle(case):
+    whole = Whole("restoreformer-more")
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in whole.cases[case]["note"].items()}
+    sizes = dict(dim=32, depth=1, num_codes=12, code_dim=8, num_heads=2, frozen=(), compat="authors")
+    model = RestoreFormer(**sizes, **settings)
+
+    def rule(state):
+        return convert(state, model)
+
+    whole.holds(case, model, rule, everything, renamer(rule, whole.state(case)))
+
+
+def test_a_judge_of_parts():
+    whole = Whole("restoreformer-more")
+    rule = PartDiscriminator.convert_state_dict
+
+    def call(model, inputs):
+        return dict(zip(("middle", "coarse", "score"), model.maps(inputs["x"]), strict=True))
+
+    whole.holds("part", PartDiscriminator(), rule, call, renamer(rule, whole.state("part")))
+    shapes = whole.cases["part"]["shapes"]
+    assert sum(p.numel() for p in PartDiscriminator().parameters()) == sum(math.prod(s) for s in shapes.values())
+    with pytest.raises(ValueError, match="three widths"):
+        PartDiscriminator(3, (4, 8))
+    with pytest.raises(ValueError, match="x must be crops"):
+        PartDiscriminator(3)(torch.zeros(1, 1, 8, 8))
+
+
+def test_terms_of_parts():
+    """Crops, terms and their gradient against the release's loss, whose judges have waves by name as weights."""
+    held = Recorded("restoreformer-parts")
+    boxes = torch.tensor(json.loads(held.meta["boxes"]), dtype=torch.float64)
+    model = tiny(parts=True, parts_weight=1.5, parts_style=2000.0).double()
+    for name, judge in model.parts.items():
+        shapes = {f"{name}.{k}": list(v.shape) for k, v in theirs_of(judge).items()}
+        judge.load_state_dict(judge.convert_state_dict({k[len(name) + 1 :]: v for k, v in weights(shapes).items()}))
+    fake, real = (drawn(name, (2, 3, 64, 64)) for name in ("fake", "real"))
+    fake.requires_grad_()
+    crops = [face_parts(t, boxes, "authors") for t in (fake, real)]
+    for name, theirs in (("left_eye", "left_eyes"), ("right_eye", "right_eyes"), ("mouth", "mouths")):
+        torch.testing.assert_close(told(crops[0][name]), held.tensors[f"crop/{theirs}"], rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(told(crops[1][name]), held.tensors[f"crop/{theirs}_gt"], rtol=1e-9, atol=1e-10)
+        loss = discriminator_loss(model.parts[name](crops[1][name]), model.parts[name](crops[0][name]), "logistic")
+        wanted = held.tensors[f"judge/{name.split('_')[0]}"][0]
+        torch.testing.assert_close(loss, wanted, rtol=1e-9, atol=1e-9)
+    terms = model.part_terms(*crops)
+    torch.testing.assert_close(terms["parts"], held.tensors["parts"][0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(terms["parts_style"], held.tensors["style"][0], rtol=1e-9, atol=1e-9)
+    (grad,) = torch.autograd.grad(sum(terms.values()), fake)
+    torch.testing.assert_close(told(grad), held.tensors["dx"], rtol=1e-7, atol=1e-9)
+    plain = face_parts(real, boxes)
+    torch.testing.assert_close(plain["mouth"] * 64 / 512, crops[1]["mouth"])
+    for wrong, match in ((boxes[:1], "boxes must be"), (boxes.flip(-1), "right > left")):
+        with pytest.raises(ValueError, match=match):
+            face_parts(real, wrong)
+
+
+def theirs_of(judge):
+    """Entries of their class by name: the bias of an activation lies behind its convolution."""
+    ours = dict(judge.state_dict())
+    at = {
+        "first": "conv1.0",
+        "middle.0": "conv2.1",
+        "middle.1": "conv3.0",
+        "coarse.0": "conv4.1",
+        "coarse.1": "conv5.0",
+    }
+    out = {f"final_conv.0.{k}": ours[f"last.{k}"] for k in ("weight", "bias")}
+    for name, theirs in at.items():
+        part, number = theirs.split(".")
+        out |= {f"{theirs}.weight": ours[f"{name}.weight"], f"{part}.{int(number) + 1}.bias": ours[f"{name}.bias"]}
+    return out
+
+
+def test_parts_take_turns_and_come_out_of_checkpoints():
+    model = tiny(parts=True, parts_style=1.0, gan_start=0.5, discriminator=PatchDiscriminator(3, (4, 8), (2, 1)))
+    x, y = faces(2, 3, 16, 16), faces(2, 3, 16, 16, seed=1)
+    boxes = torch.tensor([[[1, 2, 6, 7], [9, 2, 14, 7], [4, 9, 12, 14]]]).expand(2, 3, 4)
+    batch = {"x": x, "target": (y, boxes)}
+    sgd = Optimizers(lambda name, params: torch.optim.SGD(params, 0.01))
+    assert list(train_batch(model, batch, sgd)) == ["generator"]
+    model.set_progress(0.5)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    big = {"x": faces(1, 3, 64, 64), "target": (faces(1, 3, 64, 64, seed=1), 4 * boxes[:1])}
+    seen = train_batch(model, big, sgd)
+    assert list(seen) == ["discriminator", "left_eye", "right_eye", "mouth", "generator"]
+    assert set(seen["generator"]) == {"l1", "codes", "adversarial", "parts", "parts_style"}
+    moved = {n for n, p in model.named_parameters() if not p.equal(before[n])}
+    assert all(any(n.startswith(f"parts.{part}.") for n in moved) for part in model.parts)
+    judges = {id(p) for p in [*model.parts.parameters(), *model.discriminator.parameters()]}
+    assert not judges & {id(p) for p in model.generator_params()}
+    with pytest.raises(ValueError, match=r"target must be \(image, boxes"):
+        train_batch(model, {"x": x, "target": y}, sgd)
+    whole = Whole("restoreformer")
+    theirs = whole.state("plusplus")
+    judge = {f"loss.net_d_mouth.{k}": v + 1 for k, v in theirs_of(model.parts["mouth"]).items()}
+    rest = {f"loss.discriminator.main.{k}": v + 1 for k, v in model.discriminator.layers.state_dict().items()}
+    note = whole.cases["plusplus"]["note"]
+    large = RestoreFormer(
+        dim=32, depth=1, num_codes=12, code_dim=8, parts=True, discriminator=PatchDiscriminator(3, (4, 8), (2, 1)),
+        **{**note, "mults": tuple(note["mults"])},
+    )  # fmt: skip
+    given = {f"vqvae.{k}": v for k, v in theirs.items()} | judge | rest | {"loss.identity.bn.weight": torch.zeros(1)}
+    large.load_state_dict(convert(given, large), strict=True)
+    assert large.parts["mouth"].last.bias.equal(judge["loss.net_d_mouth.final_conv.0.bias"])
+    assert large.discriminator.layers[0].weight.equal(rest["loss.discriminator.main.0.weight"])
+    for wrong in (dict(strides=(3,)), dict(strides=()), dict(middle=False)):
+        with pytest.raises(ValueError, match="strides"):
+            tiny(**wrong)
 
 
 def test_the_discriminator():

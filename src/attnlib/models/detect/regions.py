@@ -41,7 +41,9 @@ def mil_loss(logits: Tensor, positive: Tensor) -> Tensor:
     return rows.sum() / has.sum().clamp(min=1)
 
 
-def roi_align(x: Tensor, boxes: Tensor, size: int = 7, scale: float = 1.0, samples: int = 2) -> Tensor:
+def roi_align(
+    x: Tensor, boxes: Tensor, size: int = 7, scale: float = 1.0, samples: int | None = 2, aligned: bool = True
+) -> Tensor:
     """Means of bilinear samples in the cells of boxes.
 
     Args:
@@ -49,7 +51,8 @@ def roi_align(x: Tensor, boxes: Tensor, size: int = 7, scale: float = 1.0, sampl
         boxes: (R, 5): number of the image, then left, top, right, bottom in pixels.
         size: cells along each side.
         scale: map sides over image sides.
-        samples: along each side of a cell.
+        samples: along each side of a cell; ``None`` for as many as a cell of that box has tokens.
+        aligned: the first token's middle is at half a pixel; else at zero, and boxes are one token wide at least.
 
     Returns:
         (R, C, size, size); what lies outside the map by more than one token counts as zero.
@@ -58,21 +61,29 @@ def roi_align(x: Tensor, boxes: Tensor, size: int = 7, scale: float = 1.0, sampl
         raise ValueError(f"boxes must be (R, 5): image, left, top, right, bottom; got {describe(boxes)}")
     high = stats_dtype(x.dtype)
     height, width = x.shape[2:]
-    at = (torch.arange(size * samples, device=x.device, dtype=high) + 0.5) / samples
-    start, end = boxes[:, 1:3].to(high) * scale - 0.5, boxes[:, 3:5].to(high) * scale - 0.5
-    places = start[:, None] + (end - start)[:, None] / size * at[:, None]  # (R, size * samples, 2) of columns, rows
+    shift = 0.5 if aligned else 0.0
+    start, end = boxes[:, 1:3].to(high) * scale - shift, boxes[:, 3:5].to(high) * scale - shift
+    sides = end - start if aligned else (end - start).clamp(min=1)  # (R, 2) of columns, rows
+    if samples is None:
+        counts = (sides / size).ceil().clamp(min=1)
+        most = int(counts.max()) if len(boxes) else 1
+    else:
+        counts, most = torch.full_like(sides, samples), samples
+    at = torch.arange(most, device=x.device, dtype=high)
+    taken = at < counts.unsqueeze(-1)  # (R, 2, S)
+    inside_cell = (at + 0.5) / counts.unsqueeze(-1)
+    cells = torch.arange(size, device=x.device, dtype=high)[:, None] + inside_cell.unsqueeze(2)
+    places = start[..., None, None] + (sides / size)[..., None, None] * cells  # (R, 2, size, S)
 
-    def weights(p: Tensor, count: int) -> Tensor:
-        """(R, S, count) shares of the tokens along an axis."""
-        inside = (p >= -1) & (p <= count)
+    def weights(p: Tensor, axis: int, count: int) -> Tensor:
+        """(R, size, count) shares of the tokens along an axis."""
+        inside = (p >= -1) & (p <= count) & taken[:, axis, None]
         p = p.clamp(0, max(0, count - 1))
         tokens = torch.arange(count, device=p.device, dtype=p.dtype)
-        return (1 - (p.unsqueeze(-1) - tokens).abs()).clamp(min=0) * inside.unsqueeze(-1)
+        near = (1 - (p.unsqueeze(-1) - tokens).abs()).clamp(min=0) * inside.unsqueeze(-1)
+        return near.sum(2) / counts[:, axis, None, None]
 
-    def cells(w: Tensor) -> Tensor:
-        return w.unflatten(1, (size, samples)).mean(2)
-
-    across, down = cells(weights(places[..., 0], width)), cells(weights(places[..., 1], height))
+    across, down = weights(places[:, 0], 0, width), weights(places[:, 1], 1, height)
     held = x.to(high).index_select(0, boxes[:, 0].long())
     return torch.einsum("rchw,rih,rjw->rcij", held, down, across).to(x.dtype)
 

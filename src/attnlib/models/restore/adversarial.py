@@ -3,6 +3,8 @@
 - Losses of a discriminator and of what it judges: hinge (Lim and Ye, 2017, arXiv 1705.02894), least squares (Mao et
   al., 2017, arXiv 1611.04076), logistic (Goodfellow et al., 2014, arXiv 1406.2661, the form that does not saturate).
 - :class:`PatchDiscriminator`: Isola et al., 2017, arXiv 1611.07004: one score for every patch.
+- :class:`PartDiscriminator`: of small crops, with the convolutions of StyleGAN2 (Karras et al., 2019, arXiv
+  1912.04958), whose maps also tell textures (:func:`gram`; Gatys et al., 2015, arXiv 1508.06576).
 - :class:`PerceptualLoss`: Johnson et al., 2016, arXiv 1603.08155, and with unit vectors Zhang et al., 2018, arXiv
   1801.03924, on any net of features that the user gives.
 - :class:`AdversarialModel`: a task model with a discriminator, which takes turns with it.
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_float, check_int, check_ints, check_real, check_type, describe
+from ...nn.released import Released, Rule
 from ...types import stats_dtype
 from ..protocol import Step, TaskModel, split_batch, trained
 
@@ -134,6 +137,78 @@ class PatchDiscriminator(nn.Module):
                 if min(sides) < 1:
                     raise ValueError(f"x of {tuple(x.shape[2:])} pixels is too small for this discriminator")
         return self.layers(x)
+
+
+class _EqualConv(nn.Module):
+    """A 3 x 3 convolution whose weights are N(0, 1) and divided by the root of their fan-in when they are used.
+
+    With ``down`` maps are smoothed by (1, 3, 3, 1) along each side and halved. With ``act`` the bias comes before
+    ``sqrt(2) leaky_relu(., 0.2)``.
+    """
+
+    def __init__(self, dim: int, out_dim: int, down: bool = False, act: bool = True):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(out_dim, dim, 3, 3)), nn.Parameter(torch.zeros(out_dim))
+        self.down, self.act, self.scale = down, act, (9 * dim) ** -0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.down:
+            row = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / 8
+            dim = x.shape[1]
+            x = F.conv2d(F.pad(x, (2, 2, 2, 2)), (row[:, None] * row).expand(dim, 1, 4, 4), groups=dim)
+        y = F.conv2d(x, self.weight * self.scale, self.bias, 2 if self.down else 1, 0 if self.down else 1)
+        return F.leaky_relu(y, 0.2) * 2**0.5 if self.act else y
+
+
+class PartDiscriminator(nn.Module):
+    """Crops (B, in_chans, h, w) to scores (B, 1, h // 4, w // 4).
+
+    Args:
+        in_chans: channels of crops.
+        dims: of the maps at full size, at a half and at a quarter.
+
+    >>> PartDiscriminator(3, (4, 8, 8))(torch.zeros(2, 3, 10, 12)).shape
+    torch.Size([2, 1, 2, 3])
+    """
+
+    def __init__(self, in_chans: int = 3, dims: Sequence[int] = (64, 128, 256)):
+        super().__init__()
+        self.in_chans, dims = check_int("in_chans", in_chans, least=1), check_ints("dims", dims, least=1)
+        if len(dims) != 3:
+            raise ValueError(f"dims must hold three widths, got {tuple(dims)}")
+        first, second, third = dims
+        self.first = _EqualConv(in_chans, first)
+        self.middle = nn.Sequential(_EqualConv(first, second, down=True), _EqualConv(second, second))
+        self.coarse = nn.Sequential(_EqualConv(second, third, down=True), _EqualConv(third, third))
+        self.last = _EqualConv(third, 1, act=False)
+
+    def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps at a half and at a quarter, and the scores."""
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"x must be crops (B, {self.in_chans}, h, w), got {describe(x)}")
+        middle = self.middle(self.first(x))
+        coarse = self.coarse(middle)
+        return middle, coarse, self.last(coarse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maps(x)[2]
+
+    @staticmethod
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From the authors' ``FacialComponentDiscriminator``, with or without buffers of the smoothing."""
+        theirs = Released(state_dict, "the authors' FacialComponentDiscriminator")
+        parts = {"conv1": "first", "conv2": "middle.0", "conv3": "middle.1", "conv4": "coarse.0", "conv5": "coarse.1"}
+        rules: dict[str, Rule] = {r"final_conv\.0\.(weight|bias)": r"last.\1"}
+        for part, ours in parts.items():  # the convolution, and behind it the bias of its activation
+            rules |= {rf"{part}\.\d\.weight": f"{ours}.weight", rf"{part}\.\d\.bias": f"{ours}.bias"}
+        theirs.leave(r"conv[24]\.0\.kernel", because="the smoothing is a constant")
+        return theirs.close(theirs.renamed(rules))
+
+
+def gram(x: Tensor) -> Tensor:
+    """(B, C, H, W) to how channels go together over all places: ``f f^T / (C H W)``, (B, C, C)."""
+    flat = x.flatten(2)
+    return flat @ flat.mT / (flat.shape[1] * flat.shape[2])
 
 
 class PerceptualLoss(nn.Module):

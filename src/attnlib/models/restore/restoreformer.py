@@ -7,32 +7,59 @@ Wang et al., 2023, "RestoreFormer++: Towards Real-World Blind Face Restoration f
 2. The restorer: the codebook is kept, and in the decoder the dictionary's map x is read by the degraded face's map y of
    the same size: ``q = W_q norm(y), k = W_k norm(x), v = W_v norm(x)``, ``x + W_o softmax(q k^T / sqrt(d)) v``.
 
-RestoreFormer reads at stride 32, RestoreFormer++ at stride 16 too (``extra_scales=1``).
+RestoreFormer reads at stride 32, RestoreFormer++ at stride 16 too (``extra_scales=1``). Eyes and mouth, where targets
+say where they are, have judges of their own (``parts=True``), whose maps are held against those of the undegraded face
+by their Gram matrices (``parts_style``), as RestoreFormer's training does.
 
 Differs from the authors' code: of several extra scales all are kept, where the release reads at the first and the last
 one only; the codebook's loss weighs the commitment, ``|e - sg z|^2 + .25 |sg e - z|^2``, where the release has weights
 the other way round (``compat="authors"`` has both slips); any size; norms of queries that self-attention never reads
-are left out, and named by the converter. Discriminators of eyes and mouth are not here, and features (LPIPS, ArcFace)
-are nets that the user gives.
+are left out, and named by the converter. Features (LPIPS, ArcFace) are nets that the user gives. All judges see the
+image of one forward pass, where theirs make it anew for each; crops of images of other sizes than 512 are not dimmed by
+that share.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_flag, check_int, check_ints, check_real, check_type, describe
+from ...checks import (
+    check_choice,
+    check_divides,
+    check_flag,
+    check_float,
+    check_int,
+    check_ints,
+    check_real,
+    check_type,
+    describe,
+)
 from ...nn.quantizer import VectorQuantizer
 from ...nn.released import Released
 from ...ops import attention
 from ..build import register_models
-from .adversarial import AdversarialModel, adaptive_weight
+from ..detect.regions import roi_align
+from ..protocol import Step, split_batch, trained
+from .adversarial import (
+    AdversarialModel,
+    PartDiscriminator,
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    gram,
+)
 from .base import reflected
+
+#: Parts of faces that are judged by themselves, and the sides of their crops in images of 512 pixels.
+PARTS = {"left_eye": 80, "right_eye": 80, "mouth": 120}
 
 
 class Restored(NamedTuple):
@@ -133,7 +160,7 @@ class FaceEncoder(nn.Module):
 
     def __init__(
         self, in_chans: int, dim: int, mults: Sequence[int], depth: int, code_dim: int, strides: Sequence[int],
-        num_heads: int, groups: int, drop: float,
+        num_heads: int, groups: int, drop: float, middle: bool = True,
     ):  # fmt: skip
         super().__init__()
         self.conv_in = nn.Conv2d(in_chans, dim, 3, padding=1)
@@ -145,7 +172,7 @@ class FaceEncoder(nn.Module):
             down = nn.Conv2d(width, width, 3, 2) if i < len(widths) - 1 else None
             levels.append(_Level(blocks, heads, down))
         self.levels = nn.ModuleList(levels)
-        self.middle = _Middle(widths[-1], num_heads, False, groups, drop)
+        self.middle = _Middle(widths[-1], num_heads, False, groups, drop) if middle else None
         self.norm_out, self.conv_out = _norm(widths[-1], groups), nn.Conv2d(widths[-1], code_dim, 3, padding=1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -158,10 +185,11 @@ class FaceEncoder(nn.Module):
             if level.resize is not None:
                 maps.append(x)
                 x = level.resize(F.pad(x, (0, 1, 0, 1)))  # type: ignore[operator]
-        x = self.middle.block1(x)
-        maps.append(x)
-        x = self.middle.block2(self.middle.attention(x))
-        maps.append(x)
+        if self.middle is not None:
+            x = self.middle.block1(x)
+            maps.append(x)
+            x = self.middle.block2(self.middle.attention(x))
+            maps.append(x)
         return self.conv_out(F.silu(self.norm_out(x))), maps
 
 
@@ -170,13 +198,13 @@ class FaceDecoder(nn.Module):
 
     def __init__(
         self, out_chans: int, dim: int, mults: Sequence[int], depth: int, code_dim: int, strides: Sequence[int],
-        num_heads: int, groups: int, drop: float, cross: bool,
+        num_heads: int, groups: int, drop: float, cross: bool, middle: bool = True,
     ):  # fmt: skip
         super().__init__()
         widths = [dim * m for m in mults]
         self.cross = cross
         self.conv_in = nn.Conv2d(code_dim, widths[-1], 3, padding=1)
-        self.middle = _Middle(widths[-1], num_heads, cross, groups, drop)
+        self.middle = _Middle(widths[-1], num_heads, cross, groups, drop) if middle else None
         levels = []
         for i, width in enumerate(widths):
             before = widths[min(i + 1, len(widths) - 1)]
@@ -191,8 +219,9 @@ class FaceDecoder(nn.Module):
         def read(layer: Any, x: Tensor, at: int) -> Tensor:
             return layer(x, maps[at]) if self.cross else layer(x)
 
-        x = self.middle.block1(self.conv_in(z))
-        x = self.middle.block2(read(self.middle.attention, x, -1))
+        x = self.conv_in(z)
+        if self.middle is not None:
+            x = self.middle.block2(read(self.middle.attention, self.middle.block1(x), -1))
         for i in range(len(self.levels) - 1, -1, -1):
             level: Any = self.levels[i]
             for j, block in enumerate(level.blocks):
@@ -216,7 +245,12 @@ class RestoreFormer(AdversarialModel):
         depth: residual blocks of a level of the encoder; the decoder has one more.
         num_codes, code_dim: of the dictionary.
         num_heads: of all attention.
-        extra_scales: levels above the coarsest where the decoder reads: 0 is RestoreFormer, 1 RestoreFormer++.
+        extra_scales: levels above the finest of ``strides`` where the decoder reads, too: 0 is RestoreFormer, 1
+            RestoreFormer++.
+        strides: of the maps with attention behind every block, powers of two; the coarsest by default.
+        middle: two blocks with attention between them, behind the coarsest level and before it.
+        z_dim: channels of the features before and behind the dictionary; ``code_dim`` by default.
+        out_chans: of images that are made; ``in_chans`` by default.
         cross: False: the dictionary's stage.
         frozen: what has no gradient: of ``"dictionary"`` (the default of the second stage), ``"encoder"``,
             ``"decoder"`` (with the dictionary); a sequence.
@@ -228,7 +262,10 @@ class RestoreFormer(AdversarialModel):
         discriminator: of images.
         gan_weight, gan_start: of the adversarial term; it is weighed so that it pulls at the last layer as much as the
             images' difference does, times ``gan_weight``.
-        compat: ``"authors"``: their weights of the codes' loss, and their scales where ``extra_scales`` is above 1.
+        parts: eyes and mouth are judged, each by its own; targets are then (image, boxes) in training.
+        parts_weight, parts_style: of what these judges say, and of the distance of Gram matrices of their maps.
+        compat: ``"authors"``: their weights of the codes' loss, their scales where ``extra_scales`` is above 1, and
+            their crops.
 
     >>> model = RestoreFormer(dim=8, mults=(1, 2), num_codes=6, code_dim=4, num_heads=2, groups=4).eval()
     >>> made = model(torch.zeros(1, 3, 10, 13))
@@ -242,7 +279,9 @@ class RestoreFormer(AdversarialModel):
         frozen: Sequence[str] | None = None, groups: int = 32, drop: float = 0.0, perceptual: nn.Module | None = None,
         identity: nn.Module | None = None, l1: float = 1.0, codes: float = 1.0, perceptual_weight: float = 1.0,
         identity_weight: float = 1.0, discriminator: nn.Module | None = None, gan_weight: float = 0.8,
-        gan_start: float = 0.0, compat: str | None = None,
+        gan_start: float = 0.0, compat: str | None = None, strides: Sequence[int] | None = None, middle: bool = True,
+        z_dim: int | None = None, out_chans: int | None = None, parts: bool = False, parts_weight: float = 1.0,
+        parts_style: float = 0.0,
     ):  # fmt: skip
         super().__init__(discriminator, "hinge", gan_weight, 0.5, gan_start)
         self.in_chans = check_int("in_chans", in_chans, least=1)
@@ -251,14 +290,22 @@ class RestoreFormer(AdversarialModel):
         mults = check_ints("mults", mults, least=1)
         if not mults:
             raise ValueError("mults must hold one number for every level, got none")
-        self.cross = check_flag("cross", cross)
+        self.cross, self.compat = check_flag("cross", cross), compat
         most = len(mults) - 1
-        extra = check_int("extra_scales", extra_scales, least=0, most=most) if cross else 0
         check_choice("compat", compat, (None, "authors"))
         self.step = 2**most
-        self.strides = [self.step >> e for e in range(extra + 1)]
-        if compat is not None and extra > 1:
-            self.strides = [self.strides[0], self.strides[-1]]
+        held = (self.step,) if strides is None else check_ints("strides", strides, least=1)
+        for stride in held:
+            check_divides("strides", stride, "the coarsest stride", self.step)
+        if not held:
+            raise ValueError("strides must hold at least one, got none")
+        finest = min(held)
+        extra = check_int("extra_scales", extra_scales, least=0, most=finest.bit_length() - 1) if cross else 0
+        self.strides = [*held, *(finest >> e for e in range(1, extra + 1))]
+        if compat is not None and extra:
+            self.strides = [held[0], held[-1] >> extra]
+        if cross and not check_flag("middle", middle) and self.step in self.strides:
+            raise ValueError(f"middle=False leaves no map to read at stride {self.step}; choose other strides")
         weights = [check_real(n, v, least=0) for n, v in (
             ("l1", l1), ("codes", codes), ("perceptual_weight", perceptual_weight), ("identity_weight", identity_weight)
         )]  # fmt: skip
@@ -266,22 +313,29 @@ class RestoreFormer(AdversarialModel):
         for name, net in (("perceptual", perceptual), ("identity", identity)):
             if net is not None:
                 check_type(name, net, nn.Module)
-        sizes = (in_chans, dim, mults, depth, code_dim)
-        self.encoder = FaceEncoder(*sizes, (self.step,), num_heads, groups, drop)
-        self.decoder = FaceDecoder(*sizes, self.strides, num_heads, groups, drop, cross)
+        z_dim = code_dim if z_dim is None else check_int("z_dim", z_dim, least=1)
+        self.out_chans = in_chans if out_chans is None else check_int("out_chans", out_chans, least=1)
+        sizes = (dim, mults, depth, z_dim)
+        self.encoder = FaceEncoder(in_chans, *sizes, held, num_heads, groups, drop, middle)
+        self.decoder = FaceDecoder(self.out_chans, *sizes, self.strides, num_heads, groups, drop, cross, middle)
         commitment, codebook = (0.25, 1.0) if compat is None else (1.0, 0.25)
         self.quantizer = VectorQuantizer(num_codes, code_dim, 0.0, commitment, codebook_weight=codebook)
-        self.quant_in, self.quant_out = nn.Conv2d(code_dim, code_dim, 1), nn.Conv2d(code_dim, code_dim, 1)
+        self.quant_in, self.quant_out = nn.Conv2d(z_dim, code_dim, 1), nn.Conv2d(code_dim, z_dim, 1)
+        self.parts_weight, self.parts_style = (
+            check_real(n, v, least=0) for n, v in (("parts_weight", parts_weight), ("parts_style", parts_style))
+        )
+        judges = {name: PartDiscriminator(self.out_chans) for name in PARTS} if check_flag("parts", parts) else {}
+        self.parts = nn.ModuleDict(judges)
         self.perceptual, self.identity = perceptual, identity
         if frozen is None:
             frozen = ("dictionary",) if cross else ()
-        parts: dict[str, list[nn.Module]] = {
+        sections: dict[str, list[nn.Module]] = {
             "dictionary": [self.quantizer], "encoder": [self.encoder, self.quant_in],
             "decoder": [self.decoder, self.quant_out, self.quantizer],
         }  # fmt: skip
         for i, part in enumerate(frozen):
-            check_choice(f"frozen[{i}]", part, parts)
-            for module in parts[part]:
+            check_choice(f"frozen[{i}]", part, sections)
+            for module in sections[part]:
                 module.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Restored:
@@ -305,7 +359,7 @@ class RestoreFormer(AdversarialModel):
         if dictionary.cross:
             raise ValueError("dictionary must be a model of the first stage (cross=False)")
         own, given = self.state_dict(), dictionary.state_dict()
-        judge = ("discriminator.", "perceptual.", "identity.")
+        judge = ("discriminator.", "perceptual.", "identity.", "parts.")
         given = {k: v for k, v in given.items() if not k.startswith(judge)}
         wrong = [k for k, v in given.items() if k not in own or own[k].shape != v.shape]
         if wrong:
@@ -313,14 +367,14 @@ class RestoreFormer(AdversarialModel):
         self.load_state_dict({**own, **given})
         return [k for k in own if k not in given and not k.startswith(judge)]
 
-    def loss(self, prediction: Restored, target: Tensor) -> dict[str, Tensor]:
+    def loss(self, prediction: Restored, target: Tensor | tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """``{"l1", "codes"}``, and ``"perceptual"`` and ``"identity"`` where there are nets for them.
 
         Args:
             prediction: of :meth:`forward`.
-            target: (B, in_chans, H, W), undegraded.
+            target: (B, out_chans, H, W), undegraded; or that and boxes, which only :meth:`steps` reads.
         """
-        image = prediction.image
+        image, target = prediction.image, self.truth_of(target)
         if not isinstance(target, Tensor) or target.shape != image.shape:
             raise ValueError(f"target must be images {tuple(image.shape)}, got {describe(target)}")
         target = target.to(image.dtype)
@@ -335,6 +389,61 @@ class RestoreFormer(AdversarialModel):
 
     def image_of(self, prediction: Restored, inputs: Mapping[str, Any]) -> Tensor:
         return prediction.image
+
+    def truth_of(self, target: Any) -> Tensor:
+        return target[0] if isinstance(target, (tuple, list)) else target
+
+    def generator_params(self) -> list[nn.Parameter]:
+        judges = {id(p) for p in self.parts.parameters()}
+        return [p for p in super().generator_params() if id(p) not in judges]
+
+    def steps(self, batch: Mapping[str, Any]) -> Iterator[Step]:
+        """As of :class:`AdversarialModel`; before the generator's turn that of every part's judge, by its name.
+
+        Args:
+            batch: its ``"target"`` is (image, boxes) where parts are judged, boxes (B, 3, 4): left, top, right and
+                bottom, in pixels, of the left eye, the right eye and the mouth.
+        """
+        if not len(self.parts) or self.progress < self.gan_start:
+            yield from super().steps(batch)
+            return
+        inputs, target = split_batch(self, batch)
+        if not isinstance(target, (tuple, list)) or len(target) != 2:
+            raise ValueError(f"target must be (image, boxes (B, 3, 4)) where parts are judged, got {describe(target)}")
+        made = self(**inputs)
+        image, truth = made.image, self.truth_of(target).to(made.image.dtype)
+        fake, real = (face_parts(t, target[1], self.compat) for t in (image, truth))
+
+        def judged(judge: Any, name: str, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+            weight, kind = (self.judge_weight, self.gan_kind) if name == "discriminator" else (1.0, "logistic")
+            return {name: weight * discriminator_loss(judge(second), judge(first.detach()), kind)}
+
+        def fooled() -> dict[str, Tensor]:
+            found = self.loss(made, (target[0], target[1]))
+            if self.discriminator is not None:
+                adversarial = generator_loss(self.discriminator(image), self.gan_kind)
+                found["adversarial"] = self.pull(found, adversarial) * adversarial
+            return {**found, **self.part_terms(fake, real)}
+
+        pairs = {name: (judge, fake[name], real[name]) for name, judge in self.parts.items()}
+        if self.discriminator is not None:
+            pairs = {"discriminator": (self.discriminator, image, truth), **pairs}
+        for name, (judge, first, second) in pairs.items():
+            yield Step(name, trained(judge), functools.partial(judged, judge, name, first, second))
+        yield Step("generator", self.generator_params(), fooled)
+
+    def part_terms(self, fake: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``{"parts"}``, and ``"parts_style"`` where it has a weight, of crops by name (:func:`face_parts`)."""
+        scores, styles = [], []
+        for name, judge in self.parts.items():
+            middle, coarse, score = judge.maps(fake[name])  # type: ignore[operator,union-attr]
+            scores.append(generator_loss(score, "logistic"))
+            if self.parts_style:
+                with torch.no_grad():
+                    right = judge.maps(real[name])  # type: ignore[operator,union-attr]
+                styles.append(0.5 * F.l1_loss(gram(middle), gram(right[0])) + F.l1_loss(gram(coarse), gram(right[1])))
+        terms = {"parts": self.parts_weight * torch.stack(scores).sum()}
+        return {**terms, "parts_style": self.parts_style * torch.stack(styles).sum()} if styles else terms
 
     def pull(self, terms: Mapping[str, Tensor], adversarial: Tensor) -> Tensor | float:
         last = self.decoder.conv_out.weight
@@ -354,6 +463,32 @@ class RestoreFormer(AdversarialModel):
             self.train(training)
 
 
+def face_parts(x: Tensor, boxes: Tensor, compat: str | None = None) -> dict[str, Tensor]:
+    """Crops of :data:`PARTS` by name, (B, C, s, s): s is 80 for eyes and 120 for mouths in images of 512 pixels.
+
+    Args:
+        x: faces (B, C, H, W).
+        boxes: (B, 3, 4) left, top, right and bottom in pixels, of the left eye, the right eye and the mouth.
+        compat: ``"authors"``: crops are multiplied by ``W / 512``.
+
+    Raises:
+        ValueError: boxes of another shape, or that are empty.
+    """
+    check_float("x", x)
+    if not isinstance(boxes, Tensor) or boxes.shape != (len(x), len(PARTS), 4):
+        raise ValueError(f"boxes must be ({len(x)}, {len(PARTS)}, 4), got {describe(boxes)}")
+    if not bool((boxes[..., 2:] > boxes[..., :2]).all()):
+        raise ValueError("boxes must be left, top, right, bottom with right > left and bottom > top")
+    share = x.shape[-1] / 512
+    owner = torch.arange(len(x), device=x.device, dtype=x.dtype)[:, None]
+    out = {}
+    for i, (name, side) in enumerate(PARTS.items()):
+        rows = torch.cat([owner, boxes[:, i].to(x)], 1)
+        crop = roi_align(x, rows, max(1, int(side * share)), samples=None, aligned=False)
+        out[name] = crop if compat is None else crop * share
+    return out
+
+
 def grey_faces(x: Tensor, size: int = 128) -> Tensor:
     """(B, 3, H, W) to grey (B, 1, size, size), as nets of identity read faces; grey images only change their size."""
     if x.shape[1] == 3:
@@ -364,11 +499,15 @@ def grey_faces(x: Tensor, size: int = 128) -> Tensor:
 def convert(state_dict: Mapping[str, Tensor], model: RestoreFormer) -> dict[str, Tensor]:
     """From the authors' ``VQVAEGANMultiHeadTransformer`` or ``VQVAEGAN``, also inside a checkpoint of their training.
 
-    Left out: norms of queries in self-attention, which never run, and of a checkpoint the parts of the loss.
+    Left out: norms of queries in self-attention, which never run, and of a checkpoint the nets of the loss that the
+    model does not have. What the model trains against and no checkpoint holds stays as it is.
     """
-    entries = dict(state_dict)
+    entries, kept = dict(state_dict), {}
     if any(str(k).startswith("vqvae.") for k in entries):
+        kept = _judges({str(k)[5:]: v for k, v in entries.items() if str(k).startswith("loss.")}, model)
         entries = {(k[6:] if k.startswith("vqvae.") else k): v for k, v in entries.items() if not k.startswith("loss.")}
+    nets = ("discriminator.", "parts.", "perceptual.", "identity.")
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(nets)}
     theirs = Released(entries, "the authors' RestoreFormer")
     theirs.leave(r"encoder\.(down\.\d\.attn\.\d|mid\.attn_1)\.norm2\..*", because="self-attention reads one norm")
     if not model.cross:
@@ -398,7 +537,21 @@ def convert(state_dict: Mapping[str, Tensor], model: RestoreFormer) -> dict[str,
             r"quantize\.embedding\.weight": "quantizer.codebook",
         }
     )
-    return theirs.close(out)
+    return {**own, **kept, **theirs.close(out)}
+
+
+def _judges(held: Mapping[str, Tensor], model: RestoreFormer) -> dict[str, Tensor]:
+    """Of the parts of a checkpoint's loss, what the model has: the judge of images, and those of eyes and mouth."""
+    out: dict[str, Tensor] = {}
+    if isinstance(model.discriminator, PatchDiscriminator):
+        lead = "discriminator.main."
+        out |= {f"discriminator.layers.{k[len(lead) :]}": v for k, v in held.items() if k.startswith(lead)}
+    for name in model.parts:
+        lead = f"net_d_{name}."
+        part = {k[len(lead) :]: v for k, v in held.items() if k.startswith(lead)}
+        if part:
+            out |= {f"parts.{name}.{k}": v for k, v in PartDiscriminator.convert_state_dict(part).items()}
+    return out
 
 
 register_models(
