@@ -23,17 +23,18 @@ def test_half_of_a_table():
     assert other.sum() == 15 and torch.equal(other, caching.at_random(6, 5)) and not torch.equal(other, table)
 
 
-def test_contestants_do_equal_work(untrained_generators, tmp_path):
+@pytest.mark.parametrize("generator", ["unet", "dit"])
+def test_contestants_do_equal_work(untrained_generators, tmp_path, generator):
     told = []
     found = caching.measure(
-        told.append, tmp_path / "kept.jsonl", tmp_path, count=1, near=1, folder=untrained_generators,
-        settings={"num_inference_steps": 4}, training={"epochs": 1}, batch=2,
+        told.append, tmp_path / "kept.jsonl", tmp_path, generator=generator, count=1, near=1,
+        folder=untrained_generators, settings={"num_inference_steps": 4}, training={"epochs": 1}, batch=2,
     )  # fmt: skip
     json.dumps(found)
     shares = {row["name"]: row["executed"] for row in found["rows"]}
     assert shares.pop("full") == 1.0 and 0.5 < shares.pop("attention broadcast") < 1
     assert 0.5 <= shares.pop("TaylorSeer") <= 0.75
-    assert set(shares.values()) == {0.5} and len(shares) == 5
+    assert set(shares.values()) == {0.5} and len(shares) == (5 if generator == "unet" else 4)
     assert all("near" in row and "against" in row for row in found["rows"] if row["name"] != "full")
     assert len(found["router"]["per step"]) == 4 and found["router"]["per step"][0] == 1.0
     assert (tmp_path / "diffusion-caching-cpu.png").exists() and "diffusion-caching" in suites()

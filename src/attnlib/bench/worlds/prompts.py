@@ -63,6 +63,20 @@ def _one(kind: str, draw: np.random.Generator) -> Prompt:
     return write(_things(draw, count, kind == "held-out"))
 
 
+def class_name(prompt: Prompt | str) -> str:
+    """What a generator of classes is asked for in place of a prompt: colour and shape of its one thing.
+
+    Raises:
+        ValueError: several things, or one whose colour or shape is left open.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    (want,) = prompt.wants if len(prompt.wants) == 1 else (Want(),)
+    if want.colour is None or want.shape is None:
+        raise ValueError(f"a class is one thing of one colour and shape, and the prompt asks for {prompt.text!r}")
+    return f"{want.colour} {want.shape}"
+
+
 def draw(
     pipe: Any,
     asked: Sequence[Prompt] | Sequence[str],
@@ -73,7 +87,8 @@ def draw(
     """Pictures (B, 3, h, w) in [0, 1] of prompts, each from a seed of its own, whatever else is in the batch.
 
     Args:
-        pipe: of :func:`attnlib.bench.worlds.models.pipeline`; a ``DiTPipeline`` takes names of classes.
+        pipe: of :func:`attnlib.bench.worlds.models.pipeline`; a ``DiTPipeline`` takes prompts that are a class, see
+            :func:`class_name`.
         asked: prompts.
         seeds: of starting noise; 0, 1, ... by default.
         batch: pictures at a time.
@@ -87,7 +102,7 @@ def draw(
     for i in range(0, len(texts), batch):
         generators = [torch.Generator().manual_seed(s) for s in own[i : i + batch]]
         if hasattr(pipe, "get_label_ids"):
-            labels = pipe.get_label_ids(texts[i : i + batch])
+            labels = pipe.get_label_ids([class_name(p) for p in asked[i : i + batch]])
             images = pipe(labels, generator=generators, output_type="np", **given).images
             out.append(torch.from_numpy(images).permute(0, 3, 1, 2))
         else:

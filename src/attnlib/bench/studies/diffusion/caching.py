@@ -1,10 +1,10 @@
 """Time against judged quality at equal executed work: what is lost when half of all modules hand on old features?
 
 ``attnlib bench --suite diffusion-caching --out benchmarks/results`` writes ``diffusion-caching-cpu.json`` and its
-pictures. All contestants but the full sampling run half of the attentions, feed-forwards and resnets, or take
-half of the steps in full: what a sceptic would do. HarmoniCa's router is learnt on prompts of training, and runs the
-half that it scores highest; beside it stands a table of as many entries at random. A contestant is judged on the same
-prompts and seeds as the full sampling, and by how near its pictures come to it.
+pictures. All contestants but the full sampling run half of the attentions, feed-forwards and (in a U-Net) resnets, or
+take half of the steps in full: what a sceptic would do. HarmoniCa's router is learnt on prompts of training, and runs
+the half that it scores highest; beside it stands a table of as many entries at random. A contestant is judged on the
+same prompts and seeds as the full sampling, and by how near its pictures come to it.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ import attnlib
 
 from ....cache import DiffusersCache, FeatureInheritance, HarmoniCa, Router, StepCache, train_router
 from ....cache.steps import every
+from ....checks import check_choice
 from ....hooks.intervention import Intervention
 from ...clock import machine
 from ...small import Progress, interval, sheet
 from ...stats import mean_interval
 from ...worlds import models
 from ...worlds.judge import load
-from ...worlds.prompts import prompts
+from ...worlds.prompts import class_name, prompts
 from ._judged import Draw, drawing, judged
 from .generators import SETTINGS
 
 QUESTION = "What is lost when half of the modules of a denoiser hand on what they gave at an earlier step?"
-PARTS = ("clip", "vae", "unet", "judge")
+PARTS = ("vae", "dit", "judge")
 BASELINE = "full"
-#: What has a column of its own.
-MODULES = ("attention", "feed-forward", "resnet")
+#: By generator, what has a column of its own in a table.
+MODULES = {"dit": ("attention", "feed-forward"), "unet": ("attention", "feed-forward", "resnet")}
+#: By generator, the set of prompts.
+ASKED = {"dit": "one", "unet": "two"}
 #: Of the router, to be chosen on ``"dev"``.
 TRAINING: dict[str, Any] = {"epochs": 24, "lr": 0.1, "beta": 1e-4, "seed": 0}
 
@@ -63,10 +66,15 @@ def at_random(steps: int, modules: int, seed: int = 0) -> Tensor:
 
 
 def learn(
-    pipe: Any, steps: int, given: Mapping[str, Any], progress: Progress | None = None, **training: Any
+    pipe: Any,
+    steps: int,
+    given: Mapping[str, Any],
+    progress: Progress | None = None,
+    name: str = "dit",
+    **training: Any,
 ) -> tuple[Router, list[dict[str, float]]]:
-    """A router for a pipeline, on prompts that no contestant is judged on."""
-    with attnlib.attach(pipe, StepCache(every(2), MODULES)) as session:
+    """A router for a generator, on prompts that no contestant is judged on."""
+    with attnlib.attach(pipe, StepCache(every(2), MODULES[name])) as session:
         modules = len(session.interventions[0].columns)
     router = Router(steps, modules, 0.5)
     with torch.no_grad():
@@ -74,17 +82,27 @@ def learn(
             router.row(step).zero_()
     settings = {**TRAINING, **training}
     epochs = settings.pop("epochs")
-    asked = [p.text for p in prompts("two", 2 * epochs, "train")]
+    asked = prompts(ASKED[name], 2 * epochs, "train")
 
     def some(epoch: int) -> dict[str, Any]:
-        return {"prompt": asked[2 * epoch : 2 * epoch + 2], **given}
+        own = asked[2 * epoch : 2 * epoch + 2]
+        if name == "dit":
+            return {"class_labels": pipe.get_label_ids([class_name(p) for p in own]), **given}
+        return {"prompt": [p.text for p in own], **given}
 
     def told(epoch: int, losses: list[dict[str, float]]) -> None:
         if progress is not None:
             progress(f"router, epoch {epoch}: data {sum(one['data'] for one in losses):.4g}")
 
     history = train_router(
-        pipe, router, some, epochs, refresh=steps * max(1, epochs // 2), progress=told, acts_on=MODULES, **settings
+        pipe,
+        router,
+        some,
+        epochs,
+        refresh=steps * max(1, epochs // 2),
+        progress=told,
+        acts_on=MODULES[name],
+        **settings,
     )
     return router, history
 
@@ -92,41 +110,44 @@ def learn(
 class Learnt(HarmoniCa):
     """A router's table of half of all entries, whatever its threshold says."""
 
-    def __init__(self, router: Router):
-        super().__init__(router, MODULES)
+    def __init__(self, router: Router, acts_on: Sequence[str]):
+        super().__init__(router, acts_on)
         self.table = half(router)
 
 
-def contestants(steps: int, router: Router) -> dict[str, Callable[[], list[Intervention]]]:
-    """By name, what is attached."""
+def contestants(steps: int, router: Router, name: str = "dit") -> dict[str, Callable[[], list[Intervention]]]:
+    """By name, what is attached to a generator."""
     import diffusers.hooks as caches
 
-    everywhere = (-1, 1001)
+    modules, everywhere = MODULES[name], (-1, 1001)
 
     def broadcast() -> list[Intervention]:
         config = caches.PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=2, cross_attention_block_skip_range=2,
             spatial_attention_timestep_skip_range=everywhere, cross_attention_timestep_skip_range=everywhere,
         )  # fmt: skip
-        return [DiffusersCache(config, MODULES)]
+        return [DiffusersCache(config, modules)]
 
     def taylor() -> list[Intervention]:
         config = caches.TaylorSeerCacheConfig(
             cache_interval=2, disable_cache_before_step=2, max_order=1, taylor_factors_dtype=torch.float32,
             cache_identifiers=[r".*\.attn[12]", r".*\.ff", r".*resnets\.\d+"],
         )  # fmt: skip
-        return [DiffusersCache(config, MODULES)]
+        return [DiffusersCache(config, modules)]
 
-    return {
+    made: dict[str, Callable[[], list[Intervention]]] = {
         BASELINE: lambda: [],
         "half of the steps": lambda: [],
-        "every second step": lambda: [StepCache(every(2), MODULES)],
-        "at random": lambda: [StepCache(at_random(steps, router.modules_count), MODULES)],
-        "HarmoniCa": lambda: [Learnt(router)],
+        "every second step": lambda: [StepCache(every(2), modules)],
+        "at random": lambda: [StepCache(at_random(steps, router.modules_count), modules)],
+        "HarmoniCa": lambda: [Learnt(router, modules)],
         "inherited resolutions": lambda: [FeatureInheritance("block", every(2))],
         "TaylorSeer": taylor,
         "attention broadcast": broadcast,
     }
+    if name != "unet":
+        del made["inherited resolutions"]  # a transformer has one resolution
+    return made
 
 
 def decibels(a: Tensor, b: Tensor) -> list[float]:
@@ -139,7 +160,7 @@ def measure(
     keep: str | Path | None = None,
     pictures: str | Path | None = None,
     names: Sequence[str] | None = None,
-    kind: str = "two",
+    generator: str = "dit",
     count: int = 64,
     near: int = 16,
     part: str = "test",
@@ -155,7 +176,7 @@ def measure(
         keep: file to go on from.
         pictures: folder for ``diffusion-caching-cpu.png``.
         names: of :func:`contestants`, all by default.
-        kind: of :data:`attnlib.bench.worlds.prompts.KINDS`.
+        generator: of :data:`MODULES`; the class-conditional one is asked for one thing, the other for two.
         count: prompts.
         near: of them, for the distance from the full sampling.
         part: of prompts.
@@ -168,14 +189,16 @@ def measure(
         Plain values, for JSON: rows with intervals and paired differences from the full sampling, ``executed`` shares,
         and ``near``, decibels to its pictures.
     """
-    chosen = {**SETTINGS["unet"], **(settings or {})}
+    check_choice("generator", generator, tuple(MODULES))
+    kind = ASKED[generator]
+    chosen = {**SETTINGS[generator], **(settings or {})}
     steps = chosen["num_inference_steps"]
-    pipe, judge = models.pipeline("unet", folder), load(folder)
+    pipe, judge = models.pipeline(generator, folder), load(folder)
     router, history = learn(
-        pipe, steps, {"guidance_scale": chosen["guidance_scale"]}, progress, **(training or {})
+        pipe, steps, {"guidance_scale": chosen["guidance_scale"]}, progress, generator, **(training or {})
     )  # fmt: skip
     table = half(router)
-    made = contestants(steps, router)
+    made = contestants(steps, router, generator)
     wanted = list(made if names is None else names)
     executed: dict[str, float] = {}
 
@@ -192,7 +215,7 @@ def measure(
 
     asked = prompts(kind, count, part)
     drawn = {name: drawn_by(name) for name in wanted}
-    key = [part, kind, chosen, {**TRAINING, **(training or {})}]
+    key = [part, generator, chosen, {**TRAINING, **(training or {})}]
     result = judged(drawn, asked, BASELINE, judge, batch, progress=progress, keep=keep, key=key)
     first = asked[: min(near, count)]
     shown = {name: sketch(first, range(len(first))) for name, sketch in drawn.items()}
@@ -203,7 +226,13 @@ def measure(
     if pictures is not None:
         some = {name: images[:8] for name, images in shown.items()}
         sheet(Path(pictures) / "diffusion-caching-cpu.png", some, [p.text for p in first[:8]])
-    settings_of = {"part": part, "kind": kind, **chosen, "training": {**TRAINING, **(training or {})}}
+    settings_of = {
+        "part": part,
+        "generator": generator,
+        "kind": kind,
+        **chosen,
+        "training": {**TRAINING, **(training or {})},
+    }
     kinds = {"per step": table.float().mean(1).tolist(), "per module": table.float().mean(0).tolist()}
     data = {e: sum(h["data"] for h in history if h["epoch"] == e) for e in {h["epoch"] for h in history}}
     return {

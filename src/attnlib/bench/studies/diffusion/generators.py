@@ -106,10 +106,7 @@ def measure(
             asked = prompts(kind, count, part)
 
             def sketch(some: Sequence[painter.Prompt], seeds: Sequence[int], name: str = name, pipe: Any = pipe) -> Any:
-                words: Any = some
-                if name == "dit":
-                    words = [f"{p.wants[0].colour} {p.wants[0].shape}" for p in some]
-                return enlarged(draw(pipe, words, seeds, batch=len(some), **chosen[name]))
+                return enlarged(draw(pipe, some, seeds, batch=len(some), **chosen[name]))
 
             found = judged(
                 {name: sketch}, asked, None, judge, 16, progress=progress, keep=keep, key=[part, kind, chosen[name]]
