@@ -8,6 +8,7 @@ at several numbers of steps.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,30 @@ class Encoder(nn.Module):
         return [x]
 
 
-def average_precision(found: list[Detections], targets: list[dict[str, Tensor]], overlap: float = 0.5) -> float:
-    """Percent: area under precision by recall of one class, every target being found once at most."""
-    total = sum(len(t["boxes"]) for t in targets)
+def average_precision(
+    found: Sequence[Detections], targets: Sequence[Mapping[str, Tensor]], overlap: float = 0.5
+) -> float:
+    """Percent: area under precision by recall of one class, every target being found once at most.
+
+    Args:
+        found: of every picture, best first.
+        targets: ``boxes`` (n, 4) of every picture, and ``counted`` (n,) boolean where some are neither to be found nor
+            wrong when they are.
+        overlap: from which on a box has found a target.
+    """
+    total = 0
     rows: list[tuple[float, bool]] = []
     for one, target in zip(found, targets, strict=True):
-        free = torch.ones(len(target["boxes"]), dtype=torch.bool)
-        for box, score in zip(one.boxes, one.scores, strict=True):
-            iou = overlaps(box[None], target["boxes"])[0][0].masked_fill(~free, -1.0)
-            hit = bool(iou.numel()) and float(iou.max()) >= overlap
+        counted = target.get("counted", torch.ones(len(target["boxes"]), dtype=torch.bool))
+        total += int(counted.sum())
+        free, iou = counted.clone(), overlaps(one.boxes, target["boxes"])[0]
+        for score, own in zip(one.scores, iou, strict=True):
+            best = own.masked_fill(~free, -1.0)
+            hit = bool(best.numel()) and float(best.max()) >= overlap
             if hit:
-                free[iou.argmax()] = False
+                free[best.argmax()] = False
+            elif bool((own[~counted] >= overlap).any()):
+                continue
             rows.append((float(score), hit))
     rows.sort(key=lambda r: -r[0])
     hits = torch.tensor([r[1] for r in rows], dtype=torch.float64).cumsum(0)
