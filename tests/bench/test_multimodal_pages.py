@@ -33,6 +33,17 @@ def test_preferences():
     assert [row["name"] for row in found["rows"]] == ["plain", *preferences.CONTESTANTS]
 
 
+def test_what_anchors_keep():
+    rows = held("multimodal-models-preferences")["against"]
+    row = next(r for r in rows if (r["name"], r["of"]) == ("OPA-DPO without anchors", "OPA-DPO"))
+    less, (most, least) = row["recall"]["difference"], row["recall"]["difference_interval"]
+    said = f"{-100 * less:.1f} points fewer of the clear things ({-100 * least:.1f} to {-100 * most:.1f})"
+    gap, (low, high) = row["invented second"]["difference"], row["invented second"]["difference_interval"]
+    also = f"({100 * gap:.1f} points, {100 * low:.1f} to {100 * high:.1f})"
+    page = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert said in page and also in page
+
+
 def test_rates_are_those_with_the_fewest_errors():
     found = held("multimodal-models-preferences-rates")
     errors = {(row["name"], row["rate"]): row["errors"] for row in found["rows"]}
