@@ -192,12 +192,14 @@ def routed(model, merge="channel", holder="model.multi_modal_projector"):
     return projector
 
 
-def test_llava_sees_levels_with_padding_and_beams():
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+def test_a_language_model_sees_levels_with_padding_and_beams(family):
     pytest.importorskip("transformers")
+    from hooks.internvl import internvl, internvl_inputs
     from hooks.llava import llava, llava_inputs
 
-    model = llava()
-    inputs = llava_inputs(model)
+    model = llava() if family == "llava" else internvl()
+    inputs = (llava_inputs if family == "llava" else internvl_inputs)(model)
     inputs["input_ids"][0, :2] = 0
     inputs["attention_mask"][0, :2] = 0
     projector = routed(model)
