@@ -1,15 +1,20 @@
 """The protocol of task models: default step, turns, what gets gradients, and what is refused."""
 
+import ast
 import copy
+import inspect
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import attnlib
 from attnlib.models.protocol import (
     Optimizers,
     Step,
     TaskModel,
+    answering,
     evaluating,
     split_batch,
     total_loss,
@@ -126,6 +131,108 @@ def test_what_is_frozen_in_evaluation_stays_so():
     with evaluating(model.eval()):
         pass
     assert not any(m.training for m in model.modules())
+
+
+class Dropping(Line):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.map(self.drop(x))
+
+
+class Noisy(Dropping):
+    """Answers by a method of its own, and says in which modes it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.frozen = nn.BatchNorm1d(1), nn.BatchNorm1d(1).eval()
+
+    def predict(self, x: torch.Tensor, *, sign: float = 1.0) -> torch.Tensor:
+        """The sign of it."""
+        self.seen = [m.training for m in self.modules()], torch.is_grad_enabled()
+        if not sign:
+            raise KeyError("sign")
+        return sign * self.frozen(self.norm(self(x)))
+
+
+class Signs:
+    def predict(self, x):
+        return self(x).sign()
+
+
+class Mixed(Signs, Dropping):
+    pass
+
+
+class Louder(Noisy):
+    def predict(self, x, **settings):
+        return 2 * super().predict(x, **settings)
+
+
+@pytest.mark.parametrize("cls", [Dropping, Noisy, Mixed, Louder])
+def test_answers_are_those_of_evaluation_without_gradient(cls):
+    torch.manual_seed(0)
+    model, x = cls(), torch.randn(64, 2)
+    answer = model.predict(x)
+    assert answer.equal(model.predict(x)) and not answer.requires_grad  # no dropout
+    assert model.training and not model(x).equal(model(x))  # outside there is
+    assert answer.equal(model.eval().predict(x)) and not model.training
+
+
+def test_an_answer_leaves_modes_and_buffers_as_they_were():
+    model = Noisy()
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    for sign in (1.0, 0.0):
+        for mode in (True, False):
+            model.norm.train(mode)  # one part of a model that trains, frozen or not
+            if sign:
+                model.predict(torch.randn(8, 2), sign=sign)
+            else:
+                with pytest.raises(KeyError, match="sign"):
+                    model.predict(torch.randn(8, 2), sign=sign)
+            assert model.seen == ([False] * 5, False)
+            assert model.training and model.drop.training and not model.frozen.training
+            assert model.norm.training == mode and torch.is_grad_enabled()
+    assert all(b.equal(before[n]) for n, b in model.named_buffers())
+    model.train().predict(torch.randn(8, 2))
+    assert not model.seen[0][0] and model.frozen.training
+
+
+def test_an_answer_keeps_its_signature_and_its_docstring():
+    assert inspect.getdoc(Noisy.predict) == "The sign of it." and Noisy.predict.__name__ == "predict"
+    signature = inspect.signature(Noisy.predict)
+    assert list(signature.parameters) == ["self", "x", "sign"]
+    assert signature.parameters["sign"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert Noisy.predict.__qualname__ == "Noisy.predict" and Noisy.predict.__module__ == __name__
+    assert "inputs of any size" in TaskModel.predict.__doc__
+
+    class Teacher(nn.Module):
+        @answering
+        def taught(self, x: int) -> bool:
+            """What it says."""
+            return self.training
+
+    teacher = Teacher()
+    assert teacher.taught(0) is False and teacher.training and Teacher.taught.__doc__ == "What it says."
+
+
+def test_no_model_sees_to_modes_by_itself():
+    """``answering`` and ``evaluating`` give every part its mode back, after an error too."""
+    found = []
+    folder = Path(attnlib.__file__).parent
+    for path in sorted((*(folder / "models").rglob("*.py"), *(folder / "bench" / "worlds").rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text())):
+            given = [ast.unparse(a) for a in node.args] if isinstance(node, ast.Call) else []
+            if given == ["training"] and ast.unparse(node.func).endswith(".train") and path.name != "protocol.py":
+                found.append(f"{path.relative_to(folder)}:{node.lineno}")
+            if isinstance(node, ast.FunctionDef) and node.name == "predict":
+                marks = [ast.unparse(d) for d in node.decorator_list]
+                own = "torch.no_grad()" in marks or "evaluating(self)" in ast.unparse(node)
+                if own and path.name != "exits.py":  # which refuses to answer in training
+                    found.append(f"{path.relative_to(folder)}:{node.lineno}")
+    assert not found, "use answering or evaluating of attnlib.models.protocol"
 
 
 @pytest.mark.parametrize(

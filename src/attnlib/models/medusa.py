@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_int, check_type, describe
 from .dense.context import resized_maps
 from .dense.unet import UNet
-from .protocol import TaskModel, evaluating
+from .protocol import TaskModel
 
 FORMS, HEADS, LAYOUTS = ("residual", "multiply"), ("channel", "pixel"), ("NHWC", "NCHW")
 
@@ -179,8 +179,6 @@ class SharedAttention(TaskModel):
             raise ValueError(f"target holds the class {int(wrong[0])}; possible: 0 to {prediction.shape[1] - 1}")
         return {"cross_entropy": F.cross_entropy(prediction, target.long())}
 
-    @torch.no_grad()
     def predict(self, x: Tensor, body_x: Tensor | None = None) -> Tensor:
         """Classes (B,)."""
-        with evaluating(self):
-            return self(x, body_x).argmax(1)
+        return self(x, body_x).argmax(1)

@@ -31,7 +31,7 @@ from ..nn.released import Released
 from ..ops import attention
 from ..types import stats_dtype
 from .meta import MetaLearner, Rated
-from .protocol import Terms, evaluating
+from .protocol import Terms
 
 
 class Felt(NamedTuple):
@@ -222,7 +222,6 @@ class PDMER(MetaLearner):
             terms[name] = self.attention_weight * (mean - wanted).square().mean()
         return terms
 
-    @torch.no_grad()
     def predict(
         self, mel: Tensor, song: Tensor, hops: Sequence[int] = (5, 1), chunk: int = 32, compat: str | None = None
     ) -> Tensor:
@@ -246,16 +245,14 @@ class PDMER(MetaLearner):
         check_int("chunk", chunk, least=1)
         length, size = mel.shape[1], self.window
         if length <= size or not len(mel):
-            with evaluating(self):
-                return self(mel, song).values
+            return self(mel, song).values
         plans = [_spoken(length, size, hop, compat == "authors") for hop in hops]
         starts = sorted({start for plan in plans for start, _ in plan})
         parts = []
         for i in range(0, len(starts), chunk):
             some = starts[i : i + chunk]
             windows = torch.stack([mel[:, s : s + size] for s in some], 1).flatten(0, 1)
-            with evaluating(self):
-                made = self(windows, song.repeat_interleave(len(some), 0)).values
+            made = self(windows, song.repeat_interleave(len(some), 0)).values
             parts.append(made.unflatten(0, (-1, len(some))))
         said, row = torch.cat(parts, 1), {start: i for i, start in enumerate(starts)}
         return torch.stack(

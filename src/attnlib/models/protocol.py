@@ -20,17 +20,19 @@ discriminator, the two halves of a minimax, the stages of a schedule, an inner a
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_real, check_type, describe
 
+F = TypeVar("F", bound=Callable[..., Any])
 Terms = dict[str, Tensor]
 
 
@@ -60,20 +62,66 @@ class Step:
             object.__setattr__(self, key, value)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within: all of a model in evaluation; then every part as it was, also one that was frozen in evaluation."""
+    training, modes = model.training, [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)  # by the method, which models override
+        for module, mode in modes:
+            module.training = mode
+
+
+def answering(method: F) -> F:
+    """A method of a model that runs without a gradient, the model in evaluation meanwhile (see :func:`evaluating`).
+
+    :meth:`TaskModel.predict` is one in every subclass, without a word; this is for other methods that answer.
+
+    >>> class Noisy(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.drop = nn.Dropout(0.5)
+    ...     @answering
+    ...     def clean(self, x): return self.drop(x)
+    >>> model = Noisy()
+    >>> model.clean(torch.ones(2)), model.training
+    (tensor([1., 1.]), True)
+    """
+
+    @functools.wraps(method)
+    def answer(self: nn.Module, *inputs: Any, **settings: Any) -> Any:
+        with torch.no_grad(), evaluating(self):
+            return method(self, *inputs, **settings)
+
+    return answer  # type: ignore[return-value]
+
+
 class TaskModel(nn.Module):
     """A model of a task.
 
     A subclass has ``forward(...) -> prediction``, :meth:`loss` and, where an answer is more than the prediction,
-    :meth:`predict`. What trains in turns overrides :meth:`steps`.
+    :meth:`predict`, which needs no ``no_grad`` and no ``eval``: it is an answer (see :func:`answering`) in every
+    subclass. What trains in turns overrides :meth:`steps`.
     """
+
+    def __init_subclass__(cls, **settings: Any):
+        super().__init_subclass__(**settings)
+        for owner in cls.__mro__:
+            if "predict" in vars(owner):
+                if not issubclass(owner, TaskModel) or owner is cls:  # its own, or that of a class it is mixed with
+                    cls.predict = answering(vars(owner)["predict"])  # type: ignore[method-assign]
+                break
 
     def loss(self, prediction: Any, target: Any) -> Terms:
         """Terms of the loss by name, each a number; their sum is trained."""
         raise NotImplementedError(f"{type(self).__name__} has no loss(prediction, target)")
 
-    @torch.no_grad()
+    @answering
     def predict(self, *inputs: Any, **settings: Any) -> Any:
-        """The answer to inputs of any size, without a gradient; the prediction as it is, by default."""
+        """The answer to inputs of any size, without a gradient, as in evaluation; the prediction, by default."""
         return self(*inputs, **settings)
 
     def steps(self, batch: Mapping[str, Any]) -> Iterator[Step]:
@@ -148,19 +196,6 @@ def updating(model: nn.Module, params: Iterable[nn.Parameter]) -> Iterator[None]
     finally:
         for p in still:
             p.requires_grad_(True)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within: all of a model in evaluation; then every part as it was, also one that was frozen in evaluation."""
-    training, modes = model.training, [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)  # by the method, which models override
-        for module, mode in modes:
-            module.training = mode
 
 
 class Optimizers:

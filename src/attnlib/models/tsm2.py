@@ -22,6 +22,7 @@ from ..checks import check_flag, check_int, check_rank, check_real
 from ..nn.released import Released, Rule
 from ..nn.scan.mamba import BiMamba, Mamba
 from ..nn.scan.mambamixer import Averages
+from .protocol import answering
 
 
 class BothNorms(nn.Module):
@@ -178,14 +179,10 @@ class TSM2(nn.Module):
             raise ValueError(f"target must be as the prediction, {tuple(prediction.shape)}, got {tuple(target.shape)}")
         return {"mse": F.mse_loss(prediction, target)}
 
-    @torch.no_grad()
+    @answering
     def predict(self, x: Tensor, static: Tensor | None = None, future: Tensor | None = None) -> Tensor:
         """The forecast in evaluation mode."""
-        training = self.training
-        try:
-            return self.eval()(x, static, future)
-        finally:
-            self.train(training)
+        return self(x, static, future)
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_int, check_type
+from ...models.protocol import answering
 from ..small import interval
 from ..stats import mean_interval
 from . import painter
@@ -129,7 +130,7 @@ class Judge(nn.Module):
         out = self.heads(self.blocks(self.stem(images.to(self.heads.weight.dtype) * 2 - 1)))
         return dict(zip(_HEADS, out.split(list(_HEADS.values()), 1), strict=True))
 
-    @torch.no_grad()
+    @answering
     def look(self, images: Tensor, threshold: float = 0.4, limit: int = 24) -> list[list[Found]]:
         """Things in pictures, the surest first.
 
@@ -149,8 +150,6 @@ class Judge(nn.Module):
         if images.numel() and not (float(images.min()) > -0.01 and float(images.max()) < 1.01):
             low, high = float(images.min()), float(images.max())
             raise ValueError(f"images must lie in [0, 1], got {low:.3g} to {high:.3g}")
-        training = self.training
-        self.eval()
         out = []
         for part in images.split(64):
             raw = self.heads(self.blocks(self.stem(part.to(self.heads.weight.dtype) * 2 - 1)))
@@ -159,7 +158,6 @@ class Judge(nn.Module):
             peaks = (heat == F.max_pool2d(heat[:, None], 3, 1, 1)[:, 0]) & (heat > threshold)
             for i in range(len(part)):
                 out.append(self._read(heads, heat[i], peaks[i], i, limit))
-        self.train(training)
         return out
 
     def _read(self, heads: dict[str, Tensor], heat: Tensor, peaks: Tensor, i: int, limit: int) -> list[Found]:

@@ -146,7 +146,6 @@ class ACMIL(TaskModel):
             terms["diversity"] = diversity(weights)
         return terms
 
-    @torch.no_grad()
     def predict(self, bags: Tensor, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """(B, classes) probabilities."""
         return self(bags, valid).logits.softmax(-1)

@@ -338,7 +338,6 @@ class FeatureVAE(TaskModel):
         divergence = -0.5 * (1 + log_var - mean.square() - log_var.exp()).sum()
         return {"reconstruction": (found - target).square().sum(), "divergence": self.beta * divergence}
 
-    @torch.no_grad()
     def predict(self, features: Tensor) -> Tensor:  # type: ignore[override]
         """(..., dim), the means."""
         self._check(features)

@@ -33,7 +33,7 @@ from ...nn.released import Released
 from ..backbones.resnet import resnet
 from ..backbones.stages import Features
 from ..build import register_models
-from ..protocol import TaskModel, evaluating
+from ..protocol import TaskModel
 from .context import resized_maps
 from .heads import map_info, pixel_cross_entropy
 
@@ -230,11 +230,9 @@ class DAF(TaskModel):
             "reconstruct": self.reconstruct * distance(prediction.copies),
         }  # fmt: skip
 
-    @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Classes (B, H, W)."""
-        with evaluating(self):
-            return self(x).argmax(1)
+        return self(x).argmax(1)
 
 
 def _start(module: nn.Module) -> None:

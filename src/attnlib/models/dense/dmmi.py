@@ -42,7 +42,7 @@ from ..backbones.resnet import convert as convert_resnet
 from ..backbones.resnet import resnet
 from ..blocks import Place
 from ..build import register_models
-from ..protocol import TaskModel, evaluating
+from ..protocol import TaskModel
 from ..retrieval.contrast import symmetric_contrast
 from .heads import pixel_cross_entropy
 
@@ -445,11 +445,9 @@ class DMMI(TaskModel):
             return 0.0 * scores.sum()
         return 2 * named.to(scores.dtype).mean() * symmetric_contrast(scores, same=named.diag())
 
-    @torch.no_grad()
     def predict(self, x: Tensor, text: Tensor, valid: Tensor | None = None, erased: Tensor | None = None) -> Tensor:
         """(B, H, W) boolean: what the text names; ``erased`` is for training and changes nothing."""
-        with evaluating(self):
-            return self(x, text, valid).argmax(1) == 1  # type: ignore[union-attr]
+        return self(x, text, valid).argmax(1) == 1  # type: ignore[union-attr]
 
 
 def referring_scores(found: Tensor, truth: Tensor, at: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9)) -> dict[str, float]:

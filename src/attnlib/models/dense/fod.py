@@ -51,7 +51,7 @@ from ...types import stats_dtype
 from ..backbones.resnet import resnet
 from ..backbones.stages import Features
 from ..build import create_model, register_models
-from ..protocol import Step, TaskModel, Terms, evaluating, trained
+from ..protocol import Step, TaskModel, Terms, trained
 from .heads import map_info
 
 COMPAT = (None, "authors")
@@ -455,7 +455,6 @@ class FOD(TaskModel):
             weight = most - weight
         return wrong * weight.view_as(wrong)
 
-    @torch.no_grad()
     def predict(self, x: Tensor, *, smooth: float = 4.0) -> Anomalies:
         """Scores of pixels, a mean over levels, and of images: the largest after smoothing.
 
@@ -464,8 +463,7 @@ class FOD(TaskModel):
             smooth: width of the Gaussian, in pixels; 0 for none. The scores of pixels are not smoothed.
         """
         check_real("smooth", smooth, least=0)
-        with evaluating(self):
-            made = self._levels(x, (self.intra and not self.inter, self.inter))
+        made = self._levels(x, (self.intra and not self.inter, self.inter))
         size = tuple(x.shape[2:])
         up = [F.interpolate(self.scores(m)[:, None], size, mode="bilinear", align_corners=True)[:, 0] for m in made]
         pixels = torch.stack(up).mean(0)

@@ -19,7 +19,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_int, check_real, check_type, describe
@@ -27,7 +26,7 @@ from ...nn.gates.sentence import SentenceGate
 from ...nn.released import Released, Rule
 from ..backbones.convs import InvertedResidual, blocks_of
 from ..build import create_model, register_models
-from ..protocol import TaskModel, evaluating
+from ..protocol import TaskModel, answering
 from .context import resized_maps
 from .heads import map_info, pixel_cross_entropy
 
@@ -155,13 +154,11 @@ class SentenceSegmenter(TaskModel):
         """Cross entropy; ``target`` is (B, H, W) classes, ``ignore_index`` where a pixel has none."""
         return {"cross_entropy": pixel_cross_entropy(prediction, target, self.ignore_index)}
 
-    @torch.no_grad()
     def predict(self, x: Tensor, text: Texts, has_text: Tensor | None = None) -> Tensor:
         """Classes (B, H, W)."""
-        with evaluating(self):
-            return self(x, text, has_text).argmax(1)
+        return self(x, text, has_text).argmax(1)
 
-    @torch.no_grad()
+    @answering
     def ask(self, x: Tensor, questions: Sequence[str]) -> Tensor:
         """Classes (B, H, W) of questions in words, one for every image.
 

@@ -331,7 +331,6 @@ class Segmenter(TaskModel):
         """
         return {"cross_entropy": pixel_cross_entropy(prediction, target, self.ignore_index)}
 
-    @torch.no_grad()
     def predict(self, x: Tensor, size: Sequence[int] | None = None, valid: Tensor | None = None) -> Tensor:
         """Classes (B, *size) of images (B, in_chans, H, W), at their own size by default."""
         logits = self.head(*self._maps(x, valid))

@@ -44,6 +44,7 @@ from ...nn.released import Released, split_rule
 from ..backbones.vit import TokenHead, VisionTransformer, start
 from ..blocks import Block, Make, Place, places
 from ..build import register_models
+from ..protocol import answering, evaluating
 from .clicks import Click, check_click, clicked, next_click, predicted, unknown
 from .heads import UPerHead, resized_logits
 
@@ -397,9 +398,7 @@ class InterFormer(nn.Module):
         check_real("decay", decay, above=0, most=1)
         odds = decay ** torch.arange(most + 1, dtype=torch.float64)
         count = int(torch.multinomial(odds, 1, generator=generator))
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             held = self.encode(images) if count else None
             found = torch.zeros_like(target)
             labels = [unknown(t.shape).to(t.device) for t in target]
@@ -413,8 +412,6 @@ class InterFormer(nn.Module):
                 if step < count and held is not None:
                     found = self.decode(held, torch.stack(labels)).argmax(1).to(target.dtype)
                     labels = [predicted(label, p) for label, p in zip(labels, found, strict=True)]
-        finally:
-            self.train(training)
         return torch.stack(labels)
 
     def steps(self, batch: dict[str, Any]) -> tuple[Any, Tensor]:
@@ -434,7 +431,7 @@ class InterFormer(nn.Module):
             terms["auxiliary"] = 0.4 * normalized_focal_loss(beside, target)
         return terms
 
-    @torch.no_grad()
+    @answering
     def predict(self, images: Tensor, label: Tensor) -> Tensor:
         """(B, H, W) boolean: what is foreground."""
         return self(images, label).argmax(1) == 1

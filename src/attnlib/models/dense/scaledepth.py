@@ -33,7 +33,7 @@ from ...ops import attention
 from ...positions import sincos
 from ...types import stats_dtype
 from ..losses import silog_loss
-from ..protocol import TaskModel, Terms, evaluating
+from ..protocol import TaskModel, Terms
 from .context import resized_maps
 from .heads import map_info
 
@@ -352,8 +352,6 @@ class ScaleDepth(TaskModel):
             out["text"] = self.text_weight * F.cross_entropy(logits, scene.long())
         return out
 
-    @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Depth (B, H, W)."""
-        with evaluating(self):
-            return self(x).depth
+        return self(x).depth

@@ -39,7 +39,7 @@ from ..backbones.stages import Features
 from ..blocks import Place
 from ..build import register_models
 from ..perception.foveation import similarity
-from ..protocol import Step, TaskModel, evaluating, split_batch, trained
+from ..protocol import Step, TaskModel, split_batch, trained
 from .context import resized_maps
 from .datr import convert as convert_segformer
 from .datr import datr_encoder
@@ -405,11 +405,9 @@ class SegMiF(TaskModel):
         if phase != "fusion":
             yield Step("segment", trained(self.segmenter), segment)
 
-    @torch.no_grad()
     def predict(self, visible: Tensor, infrared: Tensor, guide: Tensor | None = None) -> SegMiFAnswer:
         """Classes and picture."""
-        with evaluating(self):
-            made = self(visible, infrared, guide)
+        made = self(visible, infrared, guide)
         return SegMiFAnswer(made.logits.argmax(1), made.image.clamp(0, 1))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...checks import check_axes, check_choice, check_int, check_real, check_type, describe, readable
 from ...nn.gates.memorial_experts import MemorialExperts
 from ...types import stats_dtype
-from ..protocol import TaskModel, Terms, evaluating
+from ..protocol import TaskModel, Terms
 from .context import resized_maps
 from .heads import map_info, pixel_cross_entropy
 
@@ -239,11 +239,9 @@ class TaskExpert(TaskModel):
             out[name] = task.weight * term
         return out
 
-    @torch.no_grad()
     def predict(self, x: Tensor) -> dict[str, Tensor]:
         """Classes (B, H, W), probabilities of edges (B, H, W), unit normals (B, 3, H, W), depth (B, H, W)."""
-        with evaluating(self):
-            made = self(x)
+        made = self(x)
         out = {}
         for name, y in made.items():
             kind = self.tasks[name].kind

@@ -400,7 +400,6 @@ class UNet(TaskModel):
                 terms[f"cross_entropy{tail}"] = _cross_entropy(logits, labels, self.ignore_index)
         return terms
 
-    @torch.no_grad()
     def predict(
         self, x: Tensor, *, tile: int | Sequence[int] | None = None, overlap: int = 32, blend: int | None = None
     ) -> Tensor:
@@ -411,8 +410,7 @@ class UNet(TaskModel):
             tile, overlap, blend: of :func:`attnlib.models.tiles.tiled`, where it does not fit memory. What looks at the
                 whole image (attention at the bottom, means) looks at a tile then.
         """
-        with evaluating(self):
-            logits = tiled(self, x, tile, overlap=overlap, blend=blend, align=2 ** len(self.levels))  # type: ignore[arg-type]
+        logits = tiled(self, x, tile, overlap=overlap, blend=blend, align=2 ** len(self.levels))  # type: ignore[arg-type]
         return (logits[:, 0] > 0).long() if self.num_classes == 1 else logits.argmax(1)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from ...nn.scan.mhs_vm import MultiHeadScan
 from ..backbones.stages import Stage
 from ..blocks import Block, Make, Place, init_weights, places
 from ..build import register_models
+from ..protocol import answering
 from .heads import pixel_cross_entropy, resized_logits
 
 
@@ -190,7 +190,7 @@ class VMUNet(nn.Module):
         score = (2 * (share * truth).sum(1) + 1) / (share.sum(1) + truth.sum(1) + 1)
         return {"bce": F.binary_cross_entropy_with_logits(logits, truth), "dice": 1 - score.mean()}
 
-    @torch.no_grad()
+    @answering
     def predict(self, x: Tensor, size: Sequence[int] | None = None, valid: Tensor | None = None) -> Tensor:
         """Classes (B, *size) of images, at their own size by default; of one class, whether a pixel is foreground."""
         logits = self(x, valid)

@@ -32,7 +32,7 @@ from ...checks import (
     describe,
 )
 from ...types import stats_dtype
-from ..protocol import TaskModel, evaluating
+from ..protocol import TaskModel
 from .boxes import complete_overlap, suppress_boxes
 from .pan import conv
 from .plain_detr import Detections
@@ -426,15 +426,13 @@ class AnchorFreeDetector(TaskModel):
         """
         return detection_terms(prediction, target, self.weights, **self.assignment)
 
-    @torch.no_grad()
     def predict(self, *images: Tensor, **settings: Any) -> list[Detections]:
         """Boxes of every image; settings of :func:`detections`: ``threshold``, ``overlap``, ``most``, ``several``.
 
         Images by position or by the names of :meth:`forward`.
         """
         inputs = {name: settings.pop(name) for name in list(settings) if isinstance(settings[name], Tensor)}
-        with evaluating(self):
-            made = self(*images, **inputs)
+        made = self(*images, **inputs)
         return detections(made, (*images, *inputs.values())[0].shape[-2:], **settings)
 
 

@@ -38,7 +38,7 @@ from ...checks import (
 from ...nn.gates.co_guidance import CoGuidance, convert_co_guidance
 from ...nn.released import Released, Rule
 from ...types import stats_dtype
-from ..protocol import TaskModel, Terms, evaluating
+from ..protocol import TaskModel, Terms
 from ..retrieval.contrast import pooled_contrast
 
 
@@ -278,11 +278,9 @@ class CACENet(TaskModel):
             raise ValueError(f"target has several events in clip {i}: {target[i].tolist()}; possible: one a clip")
         return here, which
 
-    @torch.no_grad()
     def predict(self, video: Tensor, audio: Tensor) -> Tensor:
         """(B, T) event of each segment, K where there is none."""
-        with evaluating(self):
-            found = self(video, audio)
+        found = self(video, audio)
         return torch.where(found.is_event > 0, found.event.argmax(-1, keepdim=True), self.num_classes)
 
     @staticmethod
@@ -462,11 +460,9 @@ class WeakCACENet(TaskModel):
             terms["contrast"] = self.contrast_weight * term
         return terms
 
-    @torch.no_grad()
     def predict(self, video: Tensor, audio: Tensor) -> Tensor:
         """(B, T) event of each segment, K where there is none."""
-        with evaluating(self):
-            found = self(video, audio)
+        found = self(video, audio)
         return torch.where(found.is_event > 0, found.event.argmax(-1, keepdim=True), self.num_classes)
 
     @staticmethod

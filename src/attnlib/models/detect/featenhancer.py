@@ -25,7 +25,7 @@ from ...checks import check_axes, check_choice, check_divides, check_int, check_
 from ...nn.gates.scale_attention import attend_scales
 from ...nn.released import Released, Rule
 from ..build import register_models
-from ..protocol import TaskModel, evaluating
+from ..protocol import TaskModel
 from .pan import check_images
 
 CURVES = ("sum", "quadratic")
@@ -181,12 +181,10 @@ class Enhanced(TaskModel):
         terms: dict[str, Tensor] = model.loss(prediction, target)
         return terms
 
-    @torch.no_grad()
     def predict(self, x: Tensor, *more: Any, **settings: Any) -> Any:
         """The model's own answer."""
         answer: Any = getattr(self.model, "predict", self.model)
-        with evaluating(self):
-            return answer(self.enhanced(x), *more, **settings)
+        return answer(self.enhanced(x), *more, **settings)
 
 
 def convert(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from ...grids import coordinates
 from ...nn.dense.plain_detr import BoxAttention
 from ...nn.released import Released
 from ...positions import resized, sincos
+from ..protocol import answering
 from .boxes import apply_deltas, deltas_between, match, overlaps, spans, to_centres, to_corners
 
 NORMS = ("pre", "post")
@@ -735,7 +736,7 @@ class PlainDETR(nn.Module):
             if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
                 raise ValueError(f"targets[{i}] has labels {labels.tolist()}; possible: 0 to {self.num_classes - 1}")
 
-    @torch.no_grad()
+    @answering
     def predict(
         self, images: Tensor, top: int = 100, threshold: float = 0.0, valid: Tensor | None = None
     ) -> list[Detections]:

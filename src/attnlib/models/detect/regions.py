@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...checks import check_int, check_real, describe
 from ...types import stats_dtype
+from ..protocol import answering
 
 
 def mil_loss(logits: Tensor, positive: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ class RegionClassifier(nn.Module):
             terms["mil"] = self.mil_weight * (mil_loss(near, own) + mil_loss(near.T, own.T)) / 2
         return terms
 
-    @torch.no_grad()
+    @answering
     def predict(self, x: Tensor, boxes: Tensor) -> Tensor:
         """(R,) classes."""
         return self(x, boxes).argmax(-1)

@@ -92,7 +92,6 @@ class BoundaryDetector(TaskModel):
             terms[kind] = sum_of_halves(each, wanted[..., i] > 0.5, there)
         return terms
 
-    @torch.no_grad()
     def predict(
         self, features: Tensor, valid: Tensor | None = None, most: int = 20, longest: int | None = None,
         sigma: float = 0.4,

@@ -37,7 +37,7 @@ from ...checks import (
     readable,
 )
 from ...types import stats_dtype
-from ..protocol import Step, trained
+from ..protocol import Step, answering, trained
 from ..restore.adversarial import AdversarialModel
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -303,16 +303,11 @@ class OneStepUpscaler(AdversarialModel):
         weigh = self.weight if callable(self.weight) else WEIGHTS[self.weight]
         return {"clean": (weigh(snr) * square.flatten(1).mean(1)).mean()}
 
-    @torch.no_grad()
+    @answering
     def taught(self, target: Tensor, noisy: Tensor, timesteps: Tensor, condition: Tensor | None = None) -> Tensor:
         """What this model says of noisy latents, as in evaluation, by its own smaller picture of the target."""
-        training = self.training
-        self.eval()
-        try:
-            hint = self.hint(self.down(target, self.factor), tuple(target.shape[2:]))
-            return self.clean(noisy, hint, timesteps, condition)
-        finally:
-            self.train(training)
+        hint = self.hint(self.down(target, self.factor), tuple(target.shape[2:]))
+        return self.clean(noisy, hint, timesteps, condition)
 
     def generator_params(self) -> list[nn.Parameter]:
         return self.decoder_params() if self.stage == "decoder" else trained(self.denoiser)

@@ -340,7 +340,6 @@ class MappedLanes(TaskModel):
             raise ValueError(f"target must be {tuple(prediction.shape)}, got {tuple(target.shape)}")
         return {"lanes": F.binary_cross_entropy_with_logits(prediction, target.to(prediction))}
 
-    @torch.no_grad()
     def predict(self, bev: Tensor, roads: Roads | None = None) -> Tensor:
         """(B, H, W) probabilities of lanes."""
         return self(bev, roads).sigmoid()

@@ -28,6 +28,7 @@ from ...checks import check_axes, check_choice, check_flag, check_int, check_rea
 from ...types import stats_dtype
 from ..detect.regions import roi_align
 from ..losses import dice_scores, silog_loss
+from ..protocol import answering
 from .soft_tokens import TASKS, Solver, Vocabulary
 from .vqvae import VQVAE
 
@@ -419,7 +420,7 @@ class AiT(nn.Module):
 
     # ---- answers
 
-    @torch.no_grad()
+    @answering
     def predict(
         self, images: Tensor, task: str, size: Sequence[int] | None = None, count: int = 100, top_p: float = 0.0,
         flip: bool = False, windows: int = 1, generator: torch.Generator | None = None,

@@ -327,7 +327,6 @@ class MapSAM(TaskModel):
     def _dice(logits: Tensor, truth: Tensor) -> Tensor:
         return 1 - dice_scores(logits.sigmoid(), truth, smooth=1e-6, squared=False).mean()
 
-    @torch.no_grad()
     def predict(self, x: Tensor, threshold: float = 0.5) -> Tensor:  # type: ignore[override]
         """(B, K, H, W) bool masks of images (B, H, W, 3) of any size, which are resized to the model's and back."""
         check_float("x", x)

@@ -31,6 +31,7 @@ from ...checks import (
 )
 from ...nn.quantizer import Quantized, VectorQuantizer
 from ...nn.released import Released
+from ..protocol import answering
 
 
 class ResBlock(nn.Module):
@@ -123,18 +124,10 @@ class VQVAE(nn.Module):
         x = self._inside(self._checked("x", x))
         return self.encoder(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
-    @torch.no_grad()
+    @answering
     def encode(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H / ratio, W / ratio) numbers of codes, as in evaluation; no mode or buffer changes."""
-        if not self.training:
-            return self.quantizer.indices(self.features(x))
-        modes = [(m, m.training) for m in self.modules()]
-        try:
-            self.eval()
-            return self.quantizer.indices(self.features(x))
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        return self.quantizer.indices(self.features(x))
 
     def render(self, codes: Tensor) -> Tensor:
         """Vectors (B, h, w, dim) -> the map (B, h * ratio, w * ratio, C)."""

@@ -43,7 +43,7 @@ from ...checks import (
 )
 from ...nn.released import Released
 from ...types import stats_dtype
-from ..protocol import TaskModel, Terms, evaluating
+from ..protocol import TaskModel, Terms
 
 
 def gaussian(count: int, sigma: float = 2.0) -> Tensor:
@@ -370,7 +370,6 @@ class OAT(TaskModel):
             logits = torch.cat([logits, blank.to(logits.dtype).expand(batch, length + 1, 1)], -1)
         return {"next": F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-1)}
 
-    @torch.no_grad()
     def predict(
         self, images: Tensor, places: Tensor, sought: Tensor, path: Tensor | None = None, valid: Tensor | None = None,
         start: Tensor | None = None, max_steps: int | None = None, samples: int | None = None,
@@ -390,25 +389,22 @@ class OAT(TaskModel):
         """
         steps = self.max_steps if max_steps is None else check_int("max_steps", max_steps, least=1)
         many = 1 if samples is None else check_int("samples", samples, least=1)
-        with evaluating(self):
-            tokens, given, there = (
-                t.repeat_interleave(many, 0) for t in self.read(images, places, sought, valid, start)
-            )
-            batch, count = len(tokens), images.shape[1]
-            path = torch.full((batch, 0), -1, dtype=torch.long, device=images.device)
-            going = torch.ones(batch, dtype=torch.bool, device=images.device)
-            for step in range(steps):
-                logits = self.point(tokens, given, there, path).logits[:, -1].float()
-                if not step:
-                    logits = logits[:, :-1]
-                if samples is None or not batch:
-                    chosen = logits.argmax(-1)
-                else:
-                    chosen = logits.softmax(-1).multinomial(1, generator=generator).squeeze(1)
-                going = going & (chosen < count)
-                path = torch.cat([path, chosen.masked_fill(~going, -1).unsqueeze(1)], 1)
-                if not bool(going.any()):
-                    break
+        tokens, given, there = (t.repeat_interleave(many, 0) for t in self.read(images, places, sought, valid, start))
+        batch, count = len(tokens), images.shape[1]
+        path = torch.full((batch, 0), -1, dtype=torch.long, device=images.device)
+        going = torch.ones(batch, dtype=torch.bool, device=images.device)
+        for step in range(steps):
+            logits = self.point(tokens, given, there, path).logits[:, -1].float()
+            if not step:
+                logits = logits[:, :-1]
+            if samples is None or not batch:
+                chosen = logits.argmax(-1)
+            else:
+                chosen = logits.softmax(-1).multinomial(1, generator=generator).squeeze(1)
+            going = going & (chosen < count)
+            path = torch.cat([path, chosen.masked_fill(~going, -1).unsqueeze(1)], 1)
+            if not bool(going.any()):
+                break
         path = F.pad(path, (0, steps - path.shape[1]), value=-1)
         return path if samples is None else path.unflatten(0, (-1, many) if batch else (0, many))
 

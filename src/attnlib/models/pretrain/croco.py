@@ -242,7 +242,6 @@ class CroCo(TaskModel):
         size = self.encoder.patch_size
         return {"pixels": patch_error(prediction.patches, target, prediction.mask, size, self.norm_targets)}
 
-    @torch.no_grad()
     def predict(self, image1: Tensor, image2: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """(B, in_chans, H, W): the first view, its hidden patches as they are predicted."""
         found, size = self(image1, image2, mask), self.encoder.patch_size

@@ -306,7 +306,6 @@ class Uni4Eye(TaskModel):
 
             yield Step("all", params, terms)
 
-    @torch.no_grad()
     def predict(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """``x`` with its hidden patches as they are predicted (standardized ones, with ``norm_targets``)."""
         found, size = self(x, mask), self.encoder.patch_size

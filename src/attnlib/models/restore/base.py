@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...checks import check_flag, check_int, check_real, describe
 from ...nn.recompute import checkpointed
 from ...nn.released import Rule
-from ..protocol import TaskModel
+from ..protocol import TaskModel, answering
 from ..tiles import tiled
 
 #: Mean colour of DIV2K, which super-resolution models subtract.
@@ -93,7 +93,7 @@ class Restorer(TaskModel):
         """:meth:`restore`."""
         return self.restore(x, **settings)
 
-    @torch.no_grad()
+    @answering
     def restore(
         self,
         image: Tensor,

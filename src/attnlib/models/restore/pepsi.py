@@ -233,15 +233,9 @@ class PEPSI(AdversarialModel):
     def image_of(self, prediction: Inpainted, inputs: Mapping[str, Any]) -> Tensor:
         return prediction.image
 
-    @torch.no_grad()
     def predict(self, x: Tensor, known: Tensor) -> Tensor:
         """Images with their holes filled (B, in_chans, H, W)."""
-        training = self.training
-        self.eval()
-        try:
-            return self(x, known).image
-        finally:
-            self.train(training)
+        return self(x, known).image
 
 
 class SpectralConv(nn.Module):

@@ -41,6 +41,7 @@ from ...nn.released import Released
 from ...types import stats_dtype
 from ..build import register_models
 from ..dense.context import ASPP, conv_norm_act
+from ..protocol import evaluating
 from .adversarial import AdversarialModel
 
 NORMS = ("batch", "batch_noact", "instance", "instance_noact")
@@ -348,26 +349,16 @@ class PMAA(AdversarialModel):
     def shown(self, image: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         return torch.cat([inputs["x"].flatten(1, 2).to(image.dtype), image], 1)
 
-    @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """The image without clouds (B, C', H, W)."""
-        training = self.training
-        self.eval()
-        try:
-            return self(x).image
-        finally:
-            self.train(training)
+        return self(x).image
 
 
 @torch.no_grad()
 def cloud_masks(teacher: CloudExtractor, x: Tensor) -> Tensor:
     """Masks (B, T, 1, H, W) that a trained extractor gives for dates (B, T, C, H, W), as in evaluation."""
-    training = teacher.training
-    teacher.eval()
-    try:
+    with evaluating(teacher):
         return teacher(x.flatten(0, 1))[0].unflatten(0, x.shape[:2])
-    finally:
-        teacher.train(training)
 
 
 def _instance_norms(module: nn.Module) -> None:

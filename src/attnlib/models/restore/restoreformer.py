@@ -452,15 +452,9 @@ class RestoreFormer(AdversarialModel):
         seen = [terms[name] for name in ("l1", "perceptual") if name in terms]
         return self.gan_weight * adaptive_weight(torch.stack(seen).sum(), adversarial, last)
 
-    @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """The restored image (B, in_chans, H, W), -1 to 1."""
-        training = self.training
-        self.eval()
-        try:
-            return self(x).image.clamp(-1, 1)
-        finally:
-            self.train(training)
+        return self(x).image.clamp(-1, 1)
 
 
 def face_parts(x: Tensor, boxes: Tensor, compat: str | None = None) -> dict[str, Tensor]:

@@ -364,7 +364,6 @@ class TOPIQ(TaskModel):
         square = (a - b).square().sum() / max(len(a), 1)
         return {"square": square, "norm_in_norm": norm_in_norm_loss(a, b)}
 
-    @torch.no_grad()
     def predict(
         self, x: Tensor, reference: Tensor | None = None, *, crops: int = 1, crop_size: int | tuple[int, int] = 256
     ) -> Tensor:
@@ -375,16 +374,11 @@ class TOPIQ(TaskModel):
             crops: number of crops, laid over the image in a square pattern.
             crop_size: their side, or (height, width); smaller images are made larger.
         """
-        training = self.training
-        self.eval()
-        try:
-            if check_int("crops", crops, least=1) == 1:
-                return score_of(self(x, reference))
-            parts = [None if t is None else _crops(t, crops, crop_size) for t in (x, reference)]
-            y = self(*parts)  # type: ignore[arg-type]
-            return score_of(y.unflatten(0, (-1, crops)).mean(1))
-        finally:
-            self.train(training)
+        if check_int("crops", crops, least=1) == 1:
+            return score_of(self(x, reference))
+        parts = [None if t is None else _crops(t, crops, crop_size) for t in (x, reference)]
+        y = self(*parts)  # type: ignore[arg-type]
+        return score_of(y.unflatten(0, (-1, crops)).mean(1))
 
 
 def _colours(name: str, given: Sequence[float] | None, count: int, default: Sequence[float]) -> tuple[float, ...]:

@@ -203,7 +203,6 @@ class ConditionalCrossAttention(TaskModel):
             raise ValueError("target leaves no triplet: no condition has two images of one value and one of another")
         return {"triplet": total / count}
 
-    @torch.no_grad()
     def predict(self, images: Any, condition: int | Tensor | None = None) -> Embeddings:
         """Embeddings without a gradient."""
         return self(images, condition)

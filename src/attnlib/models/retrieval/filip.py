@@ -207,7 +207,6 @@ class FILIP(TaskModel):
         """
         return {"contrast": symmetric_contrast(prediction.image, prediction.text, target, self.decoupled)}
 
-    @torch.no_grad()
     def predict(self, images: Any, texts: Any, text_valid: Tensor | None = None, direction: str = "mean") -> Tensor:
         """(images, texts): one score for every image and text, between -1 and 1; see :meth:`rank`."""
         return self.rank(self.encode_images(images), self.encode_texts(texts, text_valid), direction)

@@ -329,7 +329,6 @@ class ScaleInvariantSearch(TaskModel):
         self.identity.copy_(identities(self.bank, eps, min_samples))
         return self.identity
 
-    @torch.no_grad()
     def predict(self, images: Tensor, boxes: Tensor) -> Tensor:
         """(N, D) features to search by, of unit length."""
         return self.embed(images, boxes)

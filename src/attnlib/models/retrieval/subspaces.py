@@ -162,7 +162,6 @@ class SubspaceEmbedding(TaskModel):
         given: dict[str, Any] = dict(margin=self.margin, beta=self.beta, cutoff=self.cutoff, compat=self.compat)
         return {"margin": margin_loss(F.normalize(vectors, dim=1), target, **given)}
 
-    @torch.no_grad()
     def predict(self, images: Any, learner: int | None = None) -> Embedded:
         """Vectors to compare, the map, and features to cluster, without a gradient."""
         return self(images, learner)

@@ -174,7 +174,6 @@ class TEFAL(TaskModel):
         """The contrastive loss in both directions; ``target``: (T, V) boolean, by default text i is of video i."""
         return {"contrast": symmetric_contrast(prediction, same=target)}
 
-    @torch.no_grad()
     def predict(
         self, text: Tensor, frames: Tensor, audio: Tensor | None = None, frames_valid: Tensor | None = None,
         audio_valid: Tensor | None = None,
