@@ -23,12 +23,17 @@ from attnlib.models.restore.topiq import (
 )
 from tests.parity import synthetic
 
-PATH = Path(__file__).parents[1] / "fixtures" / "models" / "topiq-cfanet.safetensors"
-with safe_open(PATH, "pt") as held:
-    CASES = json.loads(held.metadata()["cases"])
-    WANT = {k: held.get_tensor(k) for k in held.keys()}  # noqa: SIM118
+FOLDER = Path(__file__).parents[1] / "fixtures" / "models"
+CASES, WANT = {}, {}
+for name in ("topiq-cfanet", "topiq-cfanet-more"):
+    with safe_open(FOLDER / f"{name}.safetensors", "pt") as held:
+        CASES |= json.loads(held.metadata()["cases"])
+        WANT |= {k: held.get_tensor(k) for k in held.keys()}  # noqa: SIM118
 #: Buffers, frozen norms, and what never runs.
-UNTRAINED = re.compile(r"running_|num_batches|\.bn\d|downsample\.1|^attn_blks.*\.self_attn\.")
+UNTRAINED = re.compile(
+    r"running_|num_batches|\.bn\d|downsample\.1\.|^attn_blks.*\.self_attn\.|^semantic_model\.(norm|head)\.|attn_mask"
+    r"|relative_position_index"
+)
 
 
 class Trunk(nn.Module):
@@ -84,6 +89,8 @@ def test_as_released(case):
     for i, parts in seen.items():
         whole = torch.cat(parts)
         torch.testing.assert_close(whole.norm(), WANT[f"{case}/norms"][i], rtol=1e-8, atol=1e-9)
+        if "relative_position_bias_table" in names[i]:
+            continue  # ours is laid out otherwise
         wave = torch.cos(torch.arange(whole.numel(), dtype=torch.float64))
         rounding = 1e-10 * float(whole.norm()) * len(whole) ** 0.5
         torch.testing.assert_close((whole * wave).sum(), WANT[f"{case}/sums"][i], rtol=0, atol=rounding + 1e-12)
@@ -101,7 +108,40 @@ def test_every_entry_is_accounted_for():
         load_pretrained(model, short)
 
 
+def test_what_is_resized_in_evaluation():
+    x = torch.rand(1, 3, 50, 40)
+    assert topiq.resized_to(x, 34).shape == (1, 3, 42, 34) and topiq.resized_to(x, 40) is x
+    assert topiq.resized_to(x, (64, 20)).shape == (1, 3, 64, 20)
+    model = small(eval_size=20, reference=True).eval()
+    other, sized = torch.rand(1, 3, 50, 40), topiq.resized_to(x, 20)
+    want = model(sized, topiq.resized_to(other, 20))  # as it is, with the right shorter side
+    torch.testing.assert_close(model(x, other), want)
+    assert model.tokens(x, other)[0].shape[1] < model.train().tokens(x, other)[0].shape[1]
+    for wrong in ((1, 2, 3), 0):
+        with pytest.raises(ValueError, match="eval_size"):
+            small(eval_size=wrong)
+    with pytest.raises(ValueError, match="activation"):
+        small(activation="tanh")
+
+
+def test_a_swin_takes_any_size_and_one_conversion():
+    settings = CASES["swin"]["settings"]
+    model = attnlib.create_model("topiq_face_swin_base", **{**settings, "eval_size": None}).eval()
+    assert model(torch.rand(2, 3, 70, 41)).isfinite().all()
+    plain = attnlib.create_model("topiq_nr_resnet50", **CASES["nr"]["settings"])
+    with pytest.raises(ValueError, match="does not have"):
+        topiq.convert(synthetic(CASES["swin"]["shapes"]), plain)
+    with torch.device("meta"):
+        base = attnlib.create_model("topiq_iaa_swin_base")
+    assert base.encoder.feature_info.channels() == [256, 512, 1024, 1024]
+    assert base.encoder.stages[3].blocks[1].mixer.inner.window_size == (12, 12)
+
+
 def test_parameters():
+    for name in attnlib.list_models(family="topiq-cfanet"):
+        with torch.device("meta"):
+            count = sum(p.numel() for p in attnlib.create_model(name).parameters())
+        assert count == attnlib.models.build.model_entry(name).params, name
     for name, released in (("topiq_nr_resnet50", 45_196_934), ("topiq_fr_resnet50", 36_038_662)):
         with torch.device("meta"):
             model = attnlib.create_model(name)

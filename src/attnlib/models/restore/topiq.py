@@ -9,10 +9,13 @@ then the tokens of f_L ask those of the finer maps one after another, ``q = t_L`
 to 0; the score is an MLP of the mean of ``SA(q)``. With a reference r: ``d = sqrt((f - r)^2 + 1e-12)``,
 ``g = [f, r, d] * w(d)``. CSA is ``q += MHA(LN q, LN t)``, ``q += MLP(LN q)``.
 
-Norms of the backbone stay as they were trained. A map whose grid is not larger than that of f_L on both axes is not
-pooled, as released. Differs from the authors' code: the self-attention that their decoder layers hold and never run is
+Over a Swin (:class:`SwinMaps`) the maps are those behind its mergings, and the last; released models of faces and of
+aesthetics have one, or resize what they judge (``eval_size``). Norms of the backbone stay as they were trained. A map
+whose grid is not larger than that of f_L on both axes is not pooled, as released.
+
+Differs from the authors' code: the self-attention that their decoder layers hold and never run is
 left out (the converter drops it); distances are float32 at least, where 1e-12 is not zero; terms of the loss have
-finite gradients where all scores agree.
+finite gradients where all scores agree. With a reference both images are resized, the release resizes the judged one.
 """
 
 from __future__ import annotations
@@ -27,10 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import (
+    check_choice,
     check_divides,
     check_flag,
     check_float,
     check_int,
+    check_ints,
     check_real,
     check_tensor,
     check_type,
@@ -42,10 +47,14 @@ from ...nn.layers import Mlp
 from ...nn.released import PLAIN, Released
 from ...positions import resized
 from ...types import stats_dtype
+from ..backbones import hosts
 from ..backbones.resnet import convert as convert_resnet
-from ..backbones.stages import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from ..backbones.stages import IMAGENET_MEAN, IMAGENET_STD, Backbone, FeatureInfo
+from ..blocks import Place
 from ..build import create_model, register_models
 from ..protocol import TaskModel, Terms
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 #: Width of what weighs the places of a map, and side of the table of positions.
 GATE_DIM, TABLE_SIDE = 64, 32
@@ -132,11 +141,12 @@ class GatedDifference(nn.Module):
 
     Args:
         dim: channels of both.
+        act: activation of what weighs.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, act: type[nn.Module] = nn.GELU):
         super().__init__()
-        self.weigh = _weigher(dim)
+        self.weigh = _weigher(dim, act)
 
     def forward(self, x: Tensor, reference: Tensor) -> Tensor:
         """(B, dim, H, W) twice -> (B, 3 dim, H, W)."""
@@ -153,14 +163,15 @@ class ScaleLayer(nn.Module):
         cross: whether it reads other tokens than its own.
         hidden: width of the MLP.
         drop: of weights, of both branches, and of the hidden layer.
+        act: activation of the MLP.
     """
 
-    def __init__(self, dim: int, num_heads: int, cross: bool, hidden: int, drop: float):
+    def __init__(self, dim: int, num_heads: int, cross: bool, hidden: int, drop: float, act: type[nn.Module] = nn.GELU):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.norm_context = nn.LayerNorm(dim) if cross else None
         self.attention = SoftmaxAttention(dim, num_heads, attn_drop=drop)
-        self.mlp, self.drop = Mlp(dim, hidden / dim, drop=drop, drop_hidden=True), nn.Dropout(drop)
+        self.mlp, self.drop = Mlp(dim, hidden / dim, act, drop=drop, drop_hidden=True), nn.Dropout(drop)
         bound = (6 / (4 * dim)) ** 0.5  # Xavier's over the three maps together, as torch starts them
         for part in (self.attention.q, self.attention.k, self.attention.v):
             nn.init.uniform_(part.weight, -bound, bound)
@@ -182,6 +193,53 @@ def _stacks(layer: ScaleLayer, count: int, depth: int) -> nn.ModuleList:
     return nn.ModuleList(nn.ModuleList(copy.deepcopy(layer) for _ in range(depth)) for _ in range(count))
 
 
+class SwinMaps(nn.Module):
+    """A Swin for maps (B, C_i, h, w): those behind every merging of 2 x 2 places, of strides 8 to 32, and the last.
+
+    Args:
+        embed_dim: channels behind the first 4 x 4 pixels; maps have 2, 4, 8 and 8 times as many.
+        depths, num_heads: per stage.
+        window_size: of all stages, smaller where a map of ``img_size`` is.
+        img_size: side of images, or (height, width).
+        in_chans: channels of images.
+
+    >>> [tuple(m.shape) for m in SwinMaps(4, (1, 1, 1, 1), (1, 1, 1, 1), 2, 64)(torch.zeros(1, 3, 64, 64))]
+    [(1, 8, 8, 8), (1, 16, 4, 4), (1, 32, 2, 2), (1, 32, 2, 2)]
+    """
+
+    def __init__(
+        self, embed_dim: int = 128, depths: Sequence[int] = (2, 2, 18, 2), num_heads: Sequence[int] = (4, 8, 16, 32),
+        window_size: int = 12, img_size: int | tuple[int, int] = 384, in_chans: int = 3,
+    ):  # fmt: skip
+        super().__init__()
+        check_int("window_size", window_size, least=1)
+        image, grids = hosts.sides(img_size, len(depths))
+
+        def windows(place: Place) -> nn.Module:
+            return hosts.shifted_windows(place, window_size, grids[place.stage])
+
+        body = hosts.swin(
+            windows, embed_dim, depths, num_heads, 4.0, 0.0, in_chans, num_classes=0, img_size=image, drop_rate=0.0,
+            global_pool="avg",
+        )  # fmt: skip
+        self.stem, self.stages = body.stem, body.stages
+        dims = [embed_dim * 2**i for i in range(1, len(depths))]
+        info = [{"num_chs": c, "reduction": 8 * 2**i} for i, c in enumerate(dims)]
+        self.feature_info = FeatureInfo([*info, info[-1]])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Maps, finest first."""
+        y, _ = self.stem(x.movedim(1, -1).contiguous(), None)
+        maps = []
+        for stage in self.stages:
+            if stage.downsample is not None:
+                y, _ = stage.downsample(y, None)  # type: ignore[operator]
+                maps.append(y)
+            for block in stage.blocks:  # type: ignore[union-attr]
+                y, _ = block(y, None, None, None)
+        return [m.movedim(-1, 1) for m in (*maps, y)]
+
+
 class TOPIQ(TaskModel):
     """Images (B, 3, H, W) from 0 to 1, of any size, to (B, num_classes): a score, or a distribution over grades.
 
@@ -192,8 +250,11 @@ class TOPIQ(TaskModel):
         depth: layers of each stack.
         drop: dropout.
         positive: softplus on a score.
-        encoder: name of a backbone, built without weights, or what gives maps, finest first, with a ``feature_info``.
-        encoder_settings: of a backbone given by name, as of :func:`attnlib.create_model`.
+        encoder: name of a backbone, built without weights, ``"swin"`` for :class:`SwinMaps`, or what gives maps, finest
+            first, with a ``feature_info``.
+        encoder_settings: of a backbone given by name, as of :func:`attnlib.create_model`, or of :class:`SwinMaps`.
+        activation: ``"gelu"`` or ``"relu"``, of all but the gates of single images.
+        eval_size: what images are resized to in evaluation: their shorter side, or (height, width); none by default.
         in_chans: channels of images.
         mean, std: of the channels, for the backbone; ImageNet's by default, 0 and 1 where ``in_chans`` is not 3.
         freeze_norms: the backbone always answers as in evaluation, and its batch norms do not train.
@@ -223,8 +284,13 @@ class TOPIQ(TaskModel):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         freeze_norms: bool = True,
+        activation: str = "gelu",
+        eval_size: int | tuple[int, int] | None = None,
     ):
         super().__init__()
+        check_choice("activation", activation, ACTIVATIONS)
+        act = ACTIVATIONS[activation]
+        self.eval_size = eval_size if eval_size is None else check_size(eval_size)
         self.reference, self.freeze_norms = check_flag("reference", reference), check_flag("freeze_norms", freeze_norms)
         self.num_classes, self.in_chans = check_int("num_classes", num_classes, 1), check_int("in_chans", in_chans, 1)
         check_divides("2 * num_heads", 2 * check_int("num_heads", num_heads, 1), "dim", check_int("dim", dim, 2))
@@ -233,7 +299,9 @@ class TOPIQ(TaskModel):
         if check_flag("positive", positive) and num_classes > 1:
             raise ValueError(f"positive is for a score, got num_classes={num_classes}")
         trunk: Any = encoder
-        if isinstance(encoder, str):
+        if encoder == "swin":
+            trunk = SwinMaps(in_chans=in_chans, **dict(encoder_settings or {}))
+        elif isinstance(encoder, str):
             trunk = create_model(encoder, features_only=True, in_chans=in_chans, **dict(encoder_settings or {}))
         elif encoder_settings is not None:
             raise ValueError("encoder_settings is for an encoder given by name")
@@ -248,15 +316,15 @@ class TOPIQ(TaskModel):
         if min(self.std) <= 0:
             raise ValueError(f"std must be above 0, got {self.std}")
         self.encoder = trunk
-        gate: Any = GatedDifference if reference else GatedPool
-        self.gates = nn.ModuleList(gate(d) for d in dims)
+        self.gates = nn.ModuleList(GatedDifference(d, act) if reference else GatedPool(d) for d in dims)
+        self.act = act()
         self.reduce = nn.ModuleList(nn.Conv2d(d * (3 if reference else 1), dim, 1) for d in dims)
         hidden = min(4 * dim, 2048)
-        within, across = (ScaleLayer(dim, num_heads, cross, hidden, drop) for cross in (False, True))
+        within, across = (ScaleLayer(dim, num_heads, cross, hidden, drop, act) for cross in (False, True))
         self.within, self.across = _stacks(within, len(dims), depth), _stacks(across, len(dims) - 1, depth)
-        self.last = ScaleLayer(dim, num_heads, False, hidden, drop)
+        self.last = ScaleLayer(dim, num_heads, False, hidden, drop, act)
         self.head = nn.Sequential(
-            nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(),
+            nn.LayerNorm(dim), nn.Linear(dim, dim), act(), nn.LayerNorm(dim), nn.Linear(dim, dim), act(),
             nn.Linear(dim, num_classes),
         )  # fmt: skip
         self.positive = positive
@@ -286,6 +354,8 @@ class TOPIQ(TaskModel):
         return self.judge(self.tokens(x, reference))
 
     def _maps(self, x: Tensor) -> list[Tensor]:
+        if self.eval_size is not None and not self.training:
+            x = resized_to(x, self.eval_size)
         mean, std = (torch.tensor(t, dtype=x.dtype, device=x.device).view(1, -1, 1, 1) for t in (self.mean, self.std))
         return self.encoder((x - mean) / std)
 
@@ -308,7 +378,7 @@ class TOPIQ(TaskModel):
             y = self.gates[i](maps[i]) if beside is None else self.gates[i](maps[i], beside[i])
             if y.shape[2] > least[0] and y.shape[3] > least[1]:
                 y = F.adaptive_avg_pool2d(y, (least[0], least[1]))
-            y = F.gelu(self.reduce[i](y)).permute(0, 2, 3, 1)
+            y = self.act(self.reduce[i](y)).permute(0, 2, 3, 1)
             made.append((y + self._positions(y.shape[1], y.shape[2]).to(y.dtype)).flatten(1, 2))
         return made
 
@@ -381,6 +451,27 @@ class TOPIQ(TaskModel):
         return score_of(y.unflatten(0, (-1, crops)).mean(1))
 
 
+def check_size(size: int | tuple[int, int]) -> int | tuple[int, int]:
+    """A shorter side, or (height, width)."""
+    if isinstance(size, int):
+        return check_int("eval_size", size, least=1)
+    sides = check_ints("eval_size", size, least=1)
+    if len(sides) != 2:
+        raise ValueError(f"eval_size must be the shorter side or (height, width), got {size}")
+    return sides[0], sides[1]
+
+
+def resized_to(x: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Images (B, C, H, W) of (height, width), or whose shorter side is ``size``; bilinear, antialiased."""
+    height, width = x.shape[2:]
+    if isinstance(size, int):
+        least = min(height, width)
+        size = (int(size * height / least), int(size * width / least))
+    if tuple(size) == (height, width):
+        return x
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False, antialias=True)
+
+
 def _colours(name: str, given: Sequence[float] | None, count: int, default: Sequence[float]) -> tuple[float, ...]:
     values = tuple(check_real(name, v) for v in (default if given is None else given))
     if len(values) != count:
@@ -404,14 +495,24 @@ def _crops(x: Tensor, count: int, size: int | tuple[int, int]) -> Tensor:
 
 
 def convert(state_dict: Mapping[str, Tensor], model: TOPIQ) -> dict[str, Tensor]:
-    """From the authors' ``CFANet`` over a ResNet; the self-attention that never runs is dropped."""
+    """From the authors' ``CFANet`` over a ResNet or a Swin; the self-attention that never runs is dropped."""
     theirs = Released(state_dict, "the authors' CFANet")
     trunk = getattr(model.encoder, "model", None)
-    if not isinstance(trunk, Backbone):
-        raise ValueError("encoder must be a ResNet of this library to take the authors' weights")
+    swin = isinstance(model.encoder, SwinMaps)
+    if not swin and not isinstance(trunk, Backbone):
+        raise ValueError("encoder must be a ResNet of this library, or 'swin', to take the authors' weights")
     theirs.leave(r"attn_blks\.\d+\.layers\.\d+\.(self_attn\..*)", because="it never runs")
+    if swin:
+        theirs.leave(r"semantic_model\.(?:norm|head)\..*", because="they come behind the maps")
+        theirs.leave(r"semantic_model\..*\.(?:attn_mask|relative_position_index)", because="they hold places")
     held = {m[1]: value for m, value in theirs.matching(r"semantic_model\.(.*)")}
-    out = {f"encoder.model.{k}": v for k, v in (convert_resnet(held, trunk) if held else {}).items()}
+    if not held:
+        out = {}
+    elif swin:
+        made = hosts.convert_swin(held, "the authors' Swin", hosts.own_attention)
+        out = {f"encoder.{k}": v for k, v in made.items()}
+    else:
+        out = {f"encoder.model.{k}": v for k, v in convert_resnet(held, trunk).items()}
 
     def table(match: Any, value: Tensor) -> dict[str, Tensor]:
         return {{"h": "rows", "w": "columns"}[match[1]]: value.flatten(1).view(value.shape[1], -1)}
@@ -454,10 +555,23 @@ register_models(
     {
         "topiq_nr_resnet50": {},
         "topiq_fr_resnet50": dict(reference=True),
-        "topiq_iaa_resnet50": dict(num_classes=10, dim=512, num_heads=8),
+        "topiq_iaa_resnet50": dict(num_classes=10, dim=512, num_heads=8, eval_size=384),
+        "topiq_flive_resnet50": dict(eval_size=384),
+        "topiq_face_resnet50": dict(eval_size=512),
+        "topiq_face_swin_base": dict(encoder="swin", eval_size=(384, 384)),
+        "topiq_iaa_swin_base": dict(encoder="swin", num_classes=10, dim=512, num_heads=8, eval_size=(384, 384)),
     },
-    # The released classes have 45,196,934 and 36,038,662; 1,052,672 of each never run.
-    params={"topiq_nr_resnet50": 44_144_262, "topiq_fr_resnet50": 34_985_990},
+    # The released classes have 1,052,672 more, which never run; 4,202,496 at width 512, and over a Swin 1,816,552 and
+    # 4,178,920 with its last norm and its classifier.
+    params={
+        "topiq_nr_resnet50": 44_144_262,
+        "topiq_fr_resnet50": 34_985_990,
+        "topiq_iaa_resnet50": 69_181_071,
+        "topiq_flive_resnet50": 44_144_262,
+        "topiq_face_resnet50": 44_144_262,
+        "topiq_face_swin_base": 99_244_925,
+        "topiq_iaa_swin_base": 119_277_190,
+    },
     license="PolyForm-Noncommercial-1.0.0",
     source="chaofengc/IQA-PyTorch",
     convert=convert,  # type: ignore[arg-type]
