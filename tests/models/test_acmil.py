@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import Fixture
+from whole import Whole, renamer
 
 import attnlib
-from attnlib.models.bags.acmil import ACMIL
-from attnlib.models.build import load_pretrained
+from attnlib.models.bags.acmil import ACMIL, convert
+from attnlib.models.build import counted_params, load_pretrained, model_entry
 from attnlib.models.protocol import Optimizers, train_batch
 from attnlib.nn.pools.acmil import ACMILHeads, ACMILPool, diversity, hide_top
 
@@ -25,6 +26,29 @@ def built(**settings):
 
 def bags(*shape, seed=1):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_one_query_that_reads_the_bag_is_the_authors_mha():
+    whole = Whole("acmil-mha-mil")
+    model = attnlib.create_model("mha_mil", in_chans=12, dim=16, num_classes=3)
+
+    def rule(state):
+        return convert(state, model)
+
+    def call(model, inputs):
+        return {"logits": model(inputs["bags"]).logits}
+
+    whole.holds("mha", model, rule, call, renamer(rule, whole.state("mha")))
+    load_pretrained(model.float(), {f"module.{k}": v.float() for k, v in whole.state("mha").items()})
+    assert counted_params(model_entry("mha_mil")) == model_entry("mha_mil").params
+    with pytest.raises(ValueError, match="bag_values=False is for a single branch"):
+        ACMILHeads(8, 2, bag_values=False)
+    with pytest.raises(ValueError, match="bag_values=False is for attention='multihead'"):
+        built(bag_values=False)
+    pool = ACMILHeads(8, 1, 2, bag_values=False).eval()
+    x = torch.randn(2, 5, 8)
+    found = pool.branches(x)
+    assert found.bag.equal(found.branches[:, 0]) and pool(x).equal(found.bag)
 
 
 @pytest.mark.parametrize("case", RECORDED.config)

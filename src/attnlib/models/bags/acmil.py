@@ -64,6 +64,7 @@ class ACMIL(TaskModel):
         mask_ratio: p, the share of them that is.
         drop: dropout before the heads.
         bias: of the first map; the release has none.
+        bag_values: of ``"multihead"``: the bag has values of its own; without them a single branch is the bag.
 
     Shape:
         bags: (B, N, in_chans), ``valid`` (B, N) boolean: which instances exist, one of every bag at least. Returns
@@ -80,10 +81,12 @@ class ACMIL(TaskModel):
     def __init__(
         self, in_chans: int = 384, num_classes: int = 2, dim: int = 128, attention: str = "gated",
         num_branches: int = 5, hidden_dim: int = 128, num_heads: int = 8, top_k: int = 10, mask_ratio: float = 0.6,
-        drop: float = 0.0, bias: bool = False,
+        drop: float = 0.0, bias: bool = False, bag_values: bool = True,
     ):  # fmt: skip
         super().__init__()
         check_choice("attention", attention, ("gated", "multihead"))
+        if attention == "gated" and not bag_values:
+            raise ValueError("bag_values=False is for attention='multihead'; gated branches have no values")
         self.in_chans = check_int("in_chans", in_chans, least=1)
         self.num_classes = check_int("num_classes", num_classes, least=1)
         self.embed = nn.Linear(in_chans, check_int("dim", dim, least=1), bias=bias)
@@ -91,7 +94,7 @@ class ACMIL(TaskModel):
         if attention == "gated":
             self.pool = ACMILPool(dim, num_branches, hidden_dim, top_k, mask_ratio)
         else:
-            self.pool = ACMILHeads(dim, num_branches, num_heads, top_k, mask_ratio)
+            self.pool = ACMILHeads(dim, num_branches, num_heads, top_k, mask_ratio, bag_values=bag_values)
         self.drop = nn.Dropout(check_real("drop", drop, least=0, below=1))
         self.branch_heads = nn.ModuleList(
             nn.Linear(dim, num_classes) for _ in range(num_branches if num_branches > 1 else 0)
@@ -152,7 +155,7 @@ class ACMIL(TaskModel):
 
 
 def convert(state_dict: Any, model: ACMIL) -> dict[str, Tensor]:
-    """From the authors' ``ACMIL_GA``, ``ACMIL_MHA`` or ``ABMIL``.
+    """From the authors' ``ACMIL_GA``, ``ACMIL_MHA``, ``ABMIL`` or ``MHA``.
 
     The head of a single branch has no counterpart: nothing trains it.
     """
@@ -166,10 +169,11 @@ def convert(state_dict: Any, model: ACMIL) -> dict[str, Tensor]:
             r"classifier\.(\d+)\.fc\.(weight|bias)": r"branch_heads.\1.\2",
         }
         out |= theirs.renamed(rules)
-    else:  # ABMIL has one head
+    else:  # ABMIL and MHA have one head
         out |= theirs.renamed({r"classifier\.fc\.(weight|bias)": r"head.\1"})
+    heads = r"((?:q$|sub_attention\.|bag_attention\.|attention\.(?:[qkv]_proj|out_proj|layer_norm)\.).*)"
+    out |= theirs.parts(heads, "pool", ACMILHeads.convert_state_dict)
     out |= theirs.parts(r"attention\.(.*)", "pool", ACMILPool.convert_state_dict)
-    out |= theirs.parts(r"((?:q$|sub_attention\.|bag_attention\.).*)", "pool", ACMILHeads.convert_state_dict)
     return theirs.close(out)
 
 
@@ -180,9 +184,10 @@ register_models(
         "acmil": dict(in_chans=384),
         "acmil_mha": dict(in_chans=384, attention="multihead"),
         "abmil": dict(in_chans=384, num_branches=1, top_k=0),
+        "mha_mil": dict(in_chans=384, attention="multihead", num_branches=1, top_k=0, bag_values=False),
     },
     # The release with the same settings, counted; all that it has is used.
-    params={"acmil": 84_369, "acmil_mha": 416_140, "abmil": 82_563},
+    params={"acmil": 84_369, "acmil_mha": 416_140, "abmil": 82_563, "mha_mil": 115_842},
     source="dazhangyu123/ACMIL",
     convert=convert,  # type: ignore[arg-type]
     task="bags",

@@ -19,7 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_axes, check_divides, check_float, check_int, check_real, check_valid, describe, readable
+from ...checks import (
+    check_axes,
+    check_divides,
+    check_flag,
+    check_float,
+    check_int,
+    check_real,
+    check_valid,
+    describe,
+    readable,
+)
 from ...types import stats_dtype
 from ..layers import merge_heads, split_heads
 from ..registry import register
@@ -227,8 +237,10 @@ class ACMILHeads(_Challenged):
         top_k: K, how many of a head's highest scores may be hidden in training; 0 hides none.
         mask_ratio: p, the share of them that is.
         drop: dropout behind the output map.
+        bag_values: the bag has values of its own; without them, of a single branch, it is what the branch reads.
 
-    Reference: Zhang et al., 2024, arXiv 2311.07125; ``ACMIL_MHA`` of the authors' code.
+    Reference: Zhang et al., 2024, arXiv 2311.07125; ``ACMIL_MHA`` of the authors' code, and ``MHA`` without
+    ``bag_values``.
 
     >>> ACMILHeads(dim=16).eval()(torch.randn(2, 9, 16)).shape
     torch.Size([2, 16])
@@ -236,14 +248,16 @@ class ACMILHeads(_Challenged):
 
     def __init__(
         self, dim: int, num_branches: int = 5, num_heads: int = 8, top_k: int = 10, mask_ratio: float = 0.6,
-        drop: float = 0.1,
+        drop: float = 0.1, bag_values: bool = True,
     ):  # fmt: skip
         super().__init__(dim, num_branches, top_k, mask_ratio)
+        if not check_flag("bag_values", bag_values) and num_branches > 1:
+            raise ValueError(f"bag_values=False is for a single branch, got num_branches={num_branches}")
         check_divides("num_heads", check_int("num_heads", num_heads, least=1), "dim", dim)
         check_real("drop", drop, least=0, below=1)
         self.queries = nn.Parameter(1e-6 * torch.randn(num_branches, dim))
         self.askers = nn.ModuleList(_Asker(dim, num_heads, drop) for _ in range(num_branches))
-        self.bag = _Reader(dim, num_heads, drop)
+        self.bag = _Reader(dim, num_heads, drop) if bag_values else None
 
     def scores(self, x: Tensor) -> Tensor:
         each = zip(self.askers, self.queries, strict=True)
@@ -251,17 +265,22 @@ class ACMILHeads(_Challenged):
 
     def read(self, x: Tensor, weights: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         each = zip(self.askers, weights.unbind(1), strict=True)
-        return self.bag(x, mean), torch.stack([asker(x, own) for asker, own in each], 1)
+        branches = torch.stack([asker(x, own) for asker, own in each], 1)
+        return branches[:, 0] if self.bag is None else self.bag(x, mean), branches
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From the pooling parts of the authors' ``ACMIL_MHA``: ``q``, ``sub_attention``, ``bag_attention``."""
+        """From the pooling parts of the authors' ``ACMIL_MHA``: ``q``, ``sub_attention``, ``bag_attention``.
+
+        Also from those of their ``MHA``: ``q`` and ``attention``.
+        """
         theirs = Released(state_dict, "the authors' ACMIL_MHA")
         ours = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "proj", "layer_norm": "norm"}
         rules: dict[str, Rule] = {r"q": lambda match, value: {"queries": value.squeeze(0)}}
         for name, to in ours.items():
             rules[rf"sub_attention\.(\d+)\.{name}\.(weight|bias)"] = rf"askers.\1.{to}.\2"
             rules[rf"bag_attention\.{name}\.(weight|bias)"] = rf"bag.{to}.\1"
+            rules[rf"attention\.{name}\.(weight|bias)"] = rf"askers.0.{to}.\1"
         return theirs.close(theirs.renamed(rules))
 
 
