@@ -5,12 +5,14 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 
 import attnlib
 from attnlib.models.build import load_pretrained
-from attnlib.models.pretrain.croco import CroCo, CroCoBinocular, CroCoMonocular, convert
+from attnlib.models.losses import laplacian_loss
+from attnlib.models.pretrain.croco import Completed, CroCo, CroCoBinocular, CroCoMonocular, convert
 from attnlib.models.pretrain.masks import random_mask
 from attnlib.models.pretrain.patches import (
     fixed_positions,
@@ -21,6 +23,7 @@ from attnlib.models.pretrain.patches import (
 )
 from attnlib.models.protocol import Optimizers, train_batch
 from tests.parity import HERE, synthetic
+from tests.whole import Recorded, drawn
 
 with safe_open(HERE / "pretraining" / "croco.safetensors", "pt") as f:
     RECORDED = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
@@ -88,6 +91,74 @@ def test_the_authors_downstream_forms(case, form):
     for i, x in enumerate(xs):
         torch.testing.assert_close(x.grad.flatten(1)[:, ::11], held[f"dx{i}"], **NEAR)
     same_gradients(case, model, 4)
+
+
+STEREO = Recorded("croco-stereoflow").tensors
+
+
+@pytest.mark.parametrize("case", ["log", "log_most", "bounded", "bounded-log", "bounded-log_most"])
+def test_the_authors_laplacian_losses(case):
+    kind, most = case.removesuffix("_most"), {"log_most": 3.0, "bounded-log_most": 4.0, "bounded": 1e4}.get(case)
+    p, c, target = drawn("p", (2, 2, 5, 6)), 2 * drawn("c", (2, 1, 5, 6)), 3 * drawn("t", (2, 2, 5, 6))
+    target[0, :, 1, 2] = torch.inf
+    p.requires_grad_(), c.requires_grad_()
+    loss = laplacian_loss(p, c, target, kind, most)
+    torch.testing.assert_close(loss, STEREO[f"{case}/loss"][0], **NEAR)
+    for ours, name in zip(torch.autograd.grad(loss, [p, c]), ("dp", "dc"), strict=True):
+        torch.testing.assert_close(ours, STEREO[f"{case}/{name}"], **NEAR)
+    for wrong, match in ((target[:1], "target must be"), (torch.full_like(target, torch.nan), "no finite place")):
+        with pytest.raises(ValueError, match=match):
+            laplacian_loss(p, c, wrong, kind, most)
+    with pytest.raises(ValueError, match="spread must be"):
+        laplacian_loss(p, c[:, 0], target, kind, most)
+
+
+@pytest.mark.parametrize(
+    ("case", "tile", "overlap", "trust"), [("stereo", (8, 10), 0.5, (15, 3)), ("flow", 9, 0.3, (10, 5))]
+)
+def test_tiles_are_weighed_as_the_authors_do(case, tile, overlap, trust, monkeypatch):
+    """A convolution stands in for the network, here and in the recording."""
+    w = drawn("w", (3, 3, 3, 3))
+    model = CroCoBinocular(built(img_size=16, positions="rotary"), 2, spread="bounded").double()
+    monkeypatch.setattr(model, "forward", lambda a, b: F.conv2d(a - 2 * b, w, padding=1))
+    a, b = drawn("a", (2, 3, 21, 26)), drawn("b", (2, 3, 21, 26))
+    torch.testing.assert_close(model.predict(a, b, tile, overlap, trust), STEREO[f"tiles/{case}"], **NEAR)
+    assert model.predict(a, b).equal(model(a, b)[:, :2])
+    torch.testing.assert_close(model.predict(a, b, 99), model(a, b)[:, :2])  # no larger than the pictures
+    for wrong in (dict(overlap=1.0), dict(tile=0), dict(trust=(-1.0, 3.0))):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            model.predict(a, b, **{"tile": 9, **wrong})
+
+
+def test_a_spread_is_one_more_channel_and_is_learned():
+    torch.manual_seed(0)
+    model = CroCoBinocular(built(img_size=16, positions="rotary").float(), spread="log", most=50.0)
+    a, b = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    y = model(a, b)
+    assert y.shape == (2, 2, 16, 16) and model.predict(a, b, 8).shape == (2, 1, 16, 16) and model.training
+    target = torch.zeros(2, 1, 16, 16)
+    target[..., :8] = torch.randn(2, 1, 16, 8) * 10  # what cannot be known
+    a[..., :8] = 0  # and where
+    adam = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(60):
+        adam.zero_grad()
+        (loss,) = model.loss(model(a, b), target).values()
+        loss.backward()
+        adam.step()
+    spread = model(a, b)[:, 1].detach()
+    assert float(spread[..., :8].mean()) > float(spread[..., 8:].mean()) + 1
+    assert set(CroCoBinocular(built()).loss(y[:, :1], target)) == {"l1"}
+    with pytest.raises(ValueError, match="spread"):
+        CroCoBinocular(built(), spread="wide")
+
+
+def test_all_patches_may_be_compared():
+    x, y = drawn("x", (2, 4, 12)), drawn("y", (2, 4, 12))
+    model = CroCo(4, 2, dim=8, depth=1, num_heads=1, decoder_dim=8, decoder_depth=1, decoder_heads=1, masked=False)
+    mask = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 1]], dtype=torch.bool)
+    image = from_patches(y, (4, 4), 2)
+    (loss,) = model.double().loss(Completed(x, mask), image).values()
+    torch.testing.assert_close(loss, STEREO["all"][0], **NEAR)
 
 
 def test_every_entry_is_accounted_for():

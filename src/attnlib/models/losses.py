@@ -1,4 +1,4 @@
-"""Losses that several tasks share: overlap of masks, depth up to a scale, survival.
+"""Losses that several tasks share: overlap of masks, depth up to a scale, survival, answers with a spread.
 
 Each gives one number and refuses what has none: no NaN comes out of a batch without labels, depth or events.
 """
@@ -234,3 +234,52 @@ def cox_loss(
         log_sum = log_sum + torch.where(happened & (rank > 0), torch.log1p(-part * ratio), 0.0)
     w = happened.to(r.dtype) if weights is None else torch.where(happened, weights[order].to(r.dtype), 0.0)
     return (w * (log_sum - r)).sum() / w.sum()
+
+
+#: How a number c becomes the spread of a Laplacian: ``e^c``; between .25 and 4; ``e^c'`` with c' between -3 and 3.
+SPREADS = ("log", "bounded", "bounded-log")
+
+
+def laplacian_loss(
+    prediction: Tensor, spread: Tensor, target: Tensor, kind: str = "log", most: float | None = None
+) -> Tensor:
+    """``mean |p - t|_1 / s + log s``: how likely the truth is under a Laplacian of spread s about the prediction.
+
+    Weinzaepfel et al., 2023, "CroCo v2", arXiv 2211.10408, without the constant log 2. Kendall and Gal, 2017, arXiv
+    1703.04977.
+
+    Args:
+        prediction: (B, C, *grid).
+        spread: (B, 1, *grid), any numbers c: ``"log"``: ``s = e^c``; ``"bounded"``: ``s = 3.75 sigmoid(c) + .25``;
+            ``"bounded-log"``: ``log s = 6 sigmoid(c / 3) - 3``.
+        target: (B, C, *grid); where its first channel is not finite nothing counts.
+        kind: of ``SPREADS``.
+        most: places whose target is this long or longer do not count, either.
+
+    Raises:
+        ValueError: shapes that do not fit, or no place that counts.
+
+    >>> x = torch.zeros(1, 2, 3, 3)
+    >>> float(laplacian_loss(x, torch.zeros(1, 1, 3, 3), x + 1))
+    2.0
+    """
+    check_choice("kind", kind, SPREADS)
+    check_float("prediction", prediction)
+    if not isinstance(target, Tensor) or target.shape != prediction.shape:
+        raise ValueError(f"target must be {tuple(prediction.shape)}, got {describe(target)}")
+    place = (len(prediction), 1, *prediction.shape[2:])
+    if not isinstance(spread, Tensor) or tuple(spread.shape) != place:
+        raise ValueError(f"spread must be {place}, got {describe(spread)}")
+    known = target[:, 0].isfinite()
+    if most is not None:
+        known = known & (target.norm(dim=1) < check_real("most", most, above=0))
+    if not bool(known.any()):
+        raise ValueError("target has no finite place to learn from")
+    high = stats_dtype(prediction.dtype)
+    gap = (prediction - torch.where(known.unsqueeze(1), target, 0.0)).to(high).abs().sum(1)[known]
+    c = spread.squeeze(1).to(high)[known]
+    if kind == "bounded":
+        size = 3.75 * c.sigmoid() + 0.25
+        return (gap / size + size.log()).mean()
+    log = c if kind == "log" else 6 * (c / 3).sigmoid() - 3
+    return (gap * (-log).exp() + log).mean()

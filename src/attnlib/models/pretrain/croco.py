@@ -12,6 +12,7 @@ Completion", arXiv 2210.10716; Weinzaepfel et al., 2023, "CroCo v2", arXiv 2211.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from ...checks import (
 from ...nn.released import Released
 from ..build import register_models
 from ..dense.dpt import DPTHead, from_dpt
+from ..losses import SPREADS, laplacian_loss
 from ..protocol import TaskModel, Terms
 from .decoder import AsymmetricDecoder, TokenEncoder, init_like_mae
 from .masks import check_mask, random_mask, take, visible_first
@@ -160,6 +162,7 @@ class CroCo(TaskModel):
         rotary_base: of wavelengths, for the latter.
         norm_memory: a norm of the second view in every block of the decoder.
         norm_targets: patches are standardized before they are compared.
+        masked: hidden patches alone are compared; else all of them.
 
     Shape:
         image1, image2: (B, in_chans, H, W), of any sizes. Returns :class:`Completed`. Sides that are no multiple of the
@@ -174,12 +177,12 @@ class CroCo(TaskModel):
         self, img_size: int | Sequence[int] = 224, patch_size: int = 16, in_chans: int = 3, dim: int = 768,
         depth: int = 12, num_heads: int = 12, decoder_dim: int = 512, decoder_depth: int = 8, decoder_heads: int = 16,
         mlp_ratio: float = 4.0, mask_ratio: float = 0.9, positions: str = "cosine", rotary_base: float = 100.0,
-        norm_memory: bool = True, norm_targets: bool = False,
+        norm_memory: bool = True, norm_targets: bool = False, masked: bool = True,
     ):  # fmt: skip
         super().__init__()
         check_choice("positions", positions, ("cosine", "rotary"))
         self.mask_ratio = check_real("mask_ratio", mask_ratio, above=0, below=1)
-        self.norm_targets = check_flag("norm_targets", norm_targets)
+        self.norm_targets, self.masked = check_flag("norm_targets", norm_targets), check_flag("masked", masked)
         base = None
         if positions == "rotary":
             base = check_real("rotary_base", rotary_base, above=0)
@@ -232,7 +235,7 @@ class CroCo(TaskModel):
         return Completed(self.head(self.decoder.views(first, second, mask)[-1]), mask)
 
     def loss(self, prediction: Completed, target: Tensor) -> Terms:
-        """``pixels``: mean squared error of hidden patches.
+        """``pixels``: mean squared error of hidden patches, or of all.
 
         Args:
             prediction: of :meth:`forward`.
@@ -240,7 +243,8 @@ class CroCo(TaskModel):
         """
         _check_image("target", target, self.encoder)
         size = self.encoder.patch_size
-        return {"pixels": patch_error(prediction.patches, target, prediction.mask, size, self.norm_targets)}
+        counted = prediction.mask if self.masked else torch.ones_like(prediction.mask)
+        return {"pixels": patch_error(prediction.patches, target, counted, size, self.norm_targets)}
 
     def predict(self, image1: Tensor, image2: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """(B, in_chans, H, W): the first view, its hidden patches as they are predicted."""
@@ -360,17 +364,24 @@ class CroCoBinocular(_Downstream):
         out_channels: of the answer: 1 for disparity, 2 for flow.
         head: ``"linear"`` per patch, or ``"dpt"``.
         levels: which four blocks, of the encoder and then of the decoder, a DPT reads; as in the release by default.
+        spread: one more channel says how far to trust the others, by a Laplacian: ``"log"``, ``"bounded"`` or
+            ``"bounded-log"``, as :func:`attnlib.models.losses.laplacian_loss` reads it. In the release the stereo of
+            ETH3D, flow, and the other stereo; ``None``: there is none.
+        most: of that loss.
         settings: of the DPT.
 
     Shape:
-        image1, image2: (B, in_chans, H, W) -> (B, out_channels, H, W).
+        image1, image2: (B, in_chans, H, W) -> (B, out_channels, H, W), or one channel more.
     """
 
     def __init__(
         self, model: CroCo, out_channels: int = 1, head: str = "linear", levels: Sequence[int] | None = None,
-        **settings: Any,
+        spread: str | None = None, most: float | None = None, **settings: Any,
     ):  # fmt: skip
         super().__init__()
+        check_choice("spread", spread, (None, *SPREADS))
+        self.spread, self.most = spread, None if most is None else check_real("most", most, above=0)
+        self.out_channels = check_int("out_channels", out_channels, least=1)
         check_type("model", model, CroCo, "a CroCo")
         self.encoder, self.decoder = copy.deepcopy(model.encoder), copy.deepcopy(model.decoder)
         self.decoder.mask_token = None
@@ -379,7 +390,8 @@ class CroCoBinocular(_Downstream):
             step = {8: 3, 12: 4, 24: 8}.get(more, max(more // 3, 1))
             levels = [max(depth + more - 1 - i * step, 0) for i in range(3, -1, -1)]
         dims = [self.encoder.dim] * depth + [self.decoder.dim] * more
-        self.head = PixelHead(head, dims, self.encoder.patch_size, out_channels, levels, **settings)
+        channels = out_channels + (spread is not None)
+        self.head = PixelHead(head, dims, self.encoder.patch_size, channels, levels, **settings)
         self.head.to(self.encoder.stem.weight)  # where the model is, and in its type
 
     def forward(self, image1: Tensor, image2: Tensor) -> Tensor:
@@ -389,6 +401,57 @@ class CroCoBinocular(_Downstream):
             raise ValueError(f"image1 and image2 must be equally many, got {len(image1)} and {len(image2)}")
         first, second = self.encoder(image1), self.encoder(image2)
         return self.head([*first.levels, *self.decoder.views(first, second)], first.grid, image1.shape[2:])
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Terms:
+        """``l1`` where the target is finite; with a spread ``laplacian``.
+
+        Raises:
+            ValueError: another shape, or no finite place.
+        """
+        if self.spread is None:
+            return super().loss(prediction, target)
+        check_axes("prediction", prediction, B=None, C=self.out_channels + 1, H=None, W=None)
+        answer, spread = prediction[:, :-1], prediction[:, -1:]
+        return {"laplacian": laplacian_loss(answer, spread, target, self.spread, self.most)}
+
+    def predict(  # type: ignore[override]
+        self, image1: Tensor, image2: Tensor, tile: int | tuple[int, int] | None = None, overlap: float = 0.5,
+        trust: tuple[float, float] = (15.0, 3.0),
+    ) -> Tensor:  # fmt: skip
+        """(B, out_channels, H, W), at once or from tiles, which are weighed by ``exp(-a (2 sigmoid(c / b) - 1))``.
+
+        Args:
+            image1, image2: (B, in_chans, H, W), of one size.
+            tile: sides of tiles, one for both or (height, width); no larger than the pictures are.
+            overlap: share of a tile that its neighbour covers at least, from 0 to below 1.
+            trust: a and b, with c the channel of the spread; 15 and 3 are the release's for stereo, 10 and 5 for flow.
+                Without a spread all weigh the same.
+        """
+        a, b = (check_real(f"trust[{i}]", v, least=0) for i, v in enumerate(trust))
+        check_real("overlap", overlap, least=0, below=1)
+        if image1.shape != image2.shape:
+            raise ValueError(f"image2 must be of the shape of image1, {tuple(image1.shape)}, got {describe(image2)}")
+        if tile is None:
+            return self(image1, image2)[:, : self.out_channels]
+        sides = check_ints("tile", (tile,) * 2 if isinstance(tile, int) else tile, least=1)
+        rows, columns = (_windows(n, min(s, n), overlap) for n, s in zip(image1.shape[2:], sides, strict=True))
+        total = image1.new_zeros(len(image1), self.out_channels, *image1.shape[2:])
+        weights = image1.new_zeros(len(image1), 1, *image1.shape[2:])
+        for row in rows:
+            for column in columns:
+                made = self(image1[..., row, column], image2[..., row, column])
+                answer, c = made[:, : self.out_channels], made[:, self.out_channels :]
+                weight = torch.exp(-a * (2 * (c / b).sigmoid() - 1)) if self.spread else torch.ones_like(made[:, :1])
+                total[..., row, column] += answer * weight
+                weights[..., row, column] += weight
+        return total / weights
+
+
+def _windows(total: int, side: int, overlap: float) -> list[slice]:
+    """Equally spread windows over an axis, the first at its start and the last at its end."""
+    count = 1 + math.ceil((total - side) / ((1 - overlap) * side))
+    starts = [round(i * (total - side) / max(count - 1, 1)) for i in range(count)]
+    return [slice(start, start + side) for start in starts]
 
 
 def convert(state_dict: Any, model: nn.Module) -> dict[str, Tensor]:
