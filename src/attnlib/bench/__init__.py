@@ -46,13 +46,14 @@ ENGINES = (
 #: Those that run models of transformers.
 NEEDS_HF = (
     "multimodal", "cache", "hooks", "steps", "enlarged", "references", "conversion", "spans", "finetuning", "look",
-    "choices", "attribution", "rounding", *REAL, *DIFFUSION,
+    "choices", "attribution", "rounding", "tasks-sentence", *REAL, *DIFFUSION,
     *(name for name in MULTIMODAL_MODELS if name != "multimodal-models-judges"),
 )  # fmt: skip
 
 #: Those that load models which ``make models`` fetches, and which.
 NEEDS_MODELS = {
     "look": ("smollm2-135m",), "conversion": ("smollm2", "minilm"), "spans": ("smollm2",), "searching": ("hed-vgg16",),
+    "tasks-sentence": ("minilm",),
 }  # fmt: skip
 
 

@@ -133,6 +133,13 @@ def _shape(name: str, dy: int, dx: int, radius: int) -> np.ndarray:
     return inside.astype(np.float32)
 
 
+def coverage(thing: Thing) -> np.ndarray:
+    """(16, 16) the pixels of its cell that a shape covers, 0 or 1; digits have no such mask."""
+    first, shape = thing.name.split()
+    check_choice("thing", first, tuple(COLOURS))
+    return _shape(shape, *thing.shift, 5 + thing.sample % 3)
+
+
 def stamp(image: np.ndarray, thing: Thing, top: int, left: int, part: str) -> None:
     """Paint a thing into ``image`` (3, H, W), in place, in the cell that begins at ``(top, left)``."""
     first, second = thing.name.split()
@@ -143,7 +150,7 @@ def stamp(image: np.ndarray, thing: Thing, top: int, left: int, part: str) -> No
         cover[y : y + PATCH, x : x + PATCH] = samples[thing.sample // 4 % len(samples)]
         colour: tuple[float, float, float] = (1.0, 1.0, 1.0)
     else:
-        cover = _shape(second, *thing.shift, 5 + thing.sample % 3)
+        cover = coverage(thing)
         colour = COLOURS[first]
     cell = image[:, top : top + CELL, left : left + CELL]
     cell += thing.contrast * cover * (np.asarray(colour, dtype=np.float32)[:, None, None] - cell)
