@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from attnlib.bench.data.bags import digit_bags, tissue_bags
-from attnlib.bench.studies.tasks import bags
+from attnlib.bench.data.patients import Patients, excess, load, patches
+from attnlib.bench.studies.tasks import bags, survival
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +23,7 @@ def held(name):
     return json.loads((ROOT / "benchmarks" / "results" / f"tasks-{name}-cpu.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(("line", "page"), [(bags, "tasks-bags")])
+@pytest.mark.parametrize(("line", "page"), [(bags, "tasks-bags"), (survival, "tasks-bags")])
 def test_tables_are_of_the_results(line, page):
     name = line.__name__.rpartition(".")[2]
     assert on_page(page, name) == line.table(held(name))
@@ -62,3 +63,58 @@ def test_bags_name_what_cannot_be():
         digit_bags(2, torch.Generator(), size=10, positives=(3, 12))
     with pytest.raises(ValueError, match="strength"):
         tissue_bags(2, torch.Generator(), strength=2.0)
+
+
+def test_survival(tmp_path):
+    told = []
+    given = dict(steps=1, seeds=(0, 1), parts=2, count=4, source="generated", keep=tmp_path / "kept")
+    found = survival.measure(told.append, **given, pictures=tmp_path)
+    assert set(found["parts"]) == {"noise", "telling"} and found["source"] == "generated" and "generated" in told[0]
+    for part in found["parts"].values():
+        assert [r["name"] for r in part["rows"]] == list(survival.NAMES)
+        assert all(0 <= r["c-index"]["mean"] <= 100 for r in part["rows"])
+    assert len(list(tmp_path.glob("tasks-survival-cpu.*"))) == 2 and json.dumps(found)
+    assert survival.measure(**given)["parts"] == found["parts"] and len(survival.table(found).splitlines()) == 8
+
+
+def test_cox_finds_what_risks_were_made_of():
+    known = load("generated")
+    w = survival.cox(torch.cat([known.genes[:, :8], known.clinical], 1), known.time, known.event, 0.1)
+    assert set(w.abs().topk(4).indices.tolist()) == {0, 1, 2, 8} and bool((w[[0, 1, 2, 8]] > 0).all())
+    # At the optimum of one coefficient the likelihood has no slope; a larger ridge makes it smaller.
+    one, other = (survival.cox(known.genes[:, :1], known.time, known.event, r) for r in (1e-3, 1.0))
+    assert 0 < float(other) < float(one)
+
+
+def test_folds_part_patients_and_spread_events():
+    event = (torch.arange(41) < 12).float()
+    parts = survival.folds(event, 4, seed=1)
+    assert sorted(torch.cat(parts).tolist()) == list(range(41)) and {int(event[p].sum()) for p in parts} == {3}
+
+
+def test_patches_show_the_outcome_where_they_are_to():
+    known = load("generated")
+    silent, telling = (patches(known, 40, shown, seed=1) for shown in (0.0, 3.0))
+    residual = excess(known.time, known.event)
+    assert float(residual.mean()) == pytest.approx(0, abs=1e-5)  # martingale residuals add up to nothing
+    marked = telling[..., 0] > 2
+    says = (telling[..., 1] * marked).sum(1) / marked.sum(1).clamp(min=1)
+    assert float(torch.corrcoef(torch.stack([says, residual]))[0, 1]) > 0.4
+    assert abs(float(torch.corrcoef(torch.stack([silent[..., 1].mean(1), residual]))[0, 1])) < 0.25
+
+
+def test_patients_come_from_where_they_are_said_to(monkeypatch):
+    from attnlib.bench.data import patients
+
+    assert isinstance(load("generated"), Patients) and len(load("generated").time) == 198
+    with pytest.raises(ValueError, match="GSE7390"):
+        load("TCGA")
+    monkeypatch.setattr(patients, "_file", lambda: None)
+    assert patients.sources() == ["generated"]
+    with pytest.raises(ImportError, match="scikit-survival"):
+        load("GSE7390")
+
+
+def test_kaplan_meier_counts_who_is_still_there():
+    at, left = survival.kaplan_meier(torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    assert at.tolist() == [0, 1, 2, 3] and left.tolist() == pytest.approx([1, 0.75, 0.5, 0])
