@@ -132,7 +132,7 @@ def measure(
     pictures: str | Path | None = None,
     steps: int = 300,
     batch: int = 16,
-    tuning: int = 200,
+    tuning: int = 150,
     seeds: Sequence[int] = (1, 2, 3),
     tested: int = 128,
     lr: float = 3e-3,
