@@ -19,8 +19,8 @@ from tests.parity import synthetic
 FOLDER = Path(__file__).parent / "fixtures" / "models"
 
 
-def wave(t: torch.Tensor) -> torch.Tensor:
-    return torch.cos(torch.arange(t.numel(), dtype=torch.float64) * 0.9).view_as(t)
+def wave(t: torch.Tensor, start: int = 0) -> torch.Tensor:
+    return torch.cos(torch.arange(start, start + t.numel(), dtype=torch.float64) * 0.9).view_as(t)
 
 
 def drawn(name: str, shape) -> torch.Tensor:
@@ -110,7 +110,7 @@ class Whole(Recorded):
         """Their state dict."""
         return weights(self.cases[case]["shapes"])
 
-    def holds(self, case: str, model, convert, call, rename, atol: float = 1e-9) -> None:
+    def holds(self, case: str, model, convert, call, rename, atol: float = 1e-9, start=lambda name, t: 0) -> None:
         """Strict load, outputs, gradients and what buffers are afterwards, in float64.
 
         Args:
@@ -118,6 +118,7 @@ class Whole(Recorded):
             convert: from their state dict to ours.
             call: ``(model, inputs)`` to outputs by name.
             rename: from a name of theirs to ours, ``None`` where ours has no such part.
+            start: from our name and tensor to the number of its first entry in theirs, where ours is a part of it.
         """
         run = self.cases[case]
         model = model.double().train(run["train"])
@@ -139,7 +140,7 @@ class Whole(Recorded):
             seen.add(name)
             for what, a, b in (
                 ("norm", dw[name].norm(), norms[i]),
-                ("sum", (dw[name] * wave(dw[name])).sum(), sums[i]),
+                ("sum", (dw[name] * wave(dw[name], start(name, dw[name]))).sum(), sums[i]),
             ):
                 error = abs(float(a - b)) / max(float(norms[i]), least)
                 assert error <= 10 * atol, f"{what} of the gradient of {name} differs by {error:.1e}"

@@ -26,6 +26,7 @@ from attnlib.models.protocol import Optimizers, train_batch
 from attnlib.nn.linear.hierarchical_interaction import HierarchicalInteraction
 from attnlib.ops import channel_attention, context_attention
 from tests.parity import by_name
+from tests.whole import Whole, renamer
 
 PATH = Path(__file__).parents[1] / "fixtures" / "models" / "segmif.safetensors"
 with safe_open(PATH, "pt") as held:
@@ -80,6 +81,41 @@ def test_attention_is_the_authors(branches):
     for i in range(len(names)):  # every one of theirs is one of ours
         (name,) = [n for n, t in ours.items() if t.flatten()[0] == i]
         assert grads[name].norm().item() == pytest.approx(WANT[f"{branches}.norms"][i].item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("case", ["network3", "soam", "moam", "concatenate", "add", "gate", "none"])
+def test_other_networks_of_the_release(case):
+    """Half as wide with two last convolutions, one branch of the attention, what it is compared with, and nothing."""
+    whole = Whole("segmif-forms")
+    note = whole.cases[case]["note"]
+    model = FusionNet(**note)
+    branches = note.get("branches", "both")
+
+    def rule(state):
+        return FusionNet.convert_state_dict(state, branches)
+
+    def call(model, inputs):
+        maps = [] if case == "none" else [inputs["first"], inputs["second"]]
+        return {"y": model(inputs["infrared"], inputs["visible"], maps)}
+
+    def start(name, t):  # of the projections of a branch alone the half that feeds it is here: MoAM's is the second
+        return t.numel() if branches == "moam" and ".proj." in name else 0
+
+    whole.holds(case, model, rule, call, renamer(rule, whole.state(case)), start=start)
+
+
+def test_joins_are_refused_where_they_do_not_fit():
+    x = torch.rand(1, 1, 8, 8)
+    with pytest.raises(ValueError, match="join='mean'"):
+        FusionNet(8, join="mean")
+    with pytest.raises(ValueError, match="head_dims must end in 1"):
+        FusionNet(8, head_dims=(8, 2))
+    with pytest.raises(ValueError, match=r"maps must have \[\] channels"):
+        FusionNet(8, 4, join="none")(x, x, [torch.rand(1, 64, 8, 8), torch.rand(1, 128, 8, 8)])
+    with pytest.raises(ValueError, match=r"maps must have \[64, 128\] channels"):
+        FusionNet(8, 4, 2)(x, x)
+    y = FusionNet(8, 4, join="gate")(x, x, [torch.rand(1, 64, 4, 4), torch.rand(1, 128, 2, 2)])  # resized
+    assert y.shape == x.shape and y.isfinite().all()
 
 
 def test_attention_at_64_channels():

@@ -45,6 +45,9 @@ from .datr import convert as convert_segformer
 from .datr import datr_encoder
 from .heads import SegFormerHead, Segmenter, map_info, pixel_cross_entropy, resized_logits
 
+#: How a semantic map may meet a stream but by attention.
+JOINS = ("concatenate", "add", "gate")
+
 MEAN, STD = (123.675 / 255, 116.28 / 255, 103.53 / 255), (58.395 / 255, 57.12 / 255, 57.375 / 255)
 
 
@@ -102,6 +105,36 @@ class DilatedDenseBlock(nn.Module):
         return x + self.out(held).relu()
 
 
+class SemanticJoin(nn.Module):
+    """What the release compares its attention with: a stream x and semantic features s of one shape, (B, dim, H, W).
+
+    Args:
+        dim: channels.
+        kind: ``"concatenate"``: ``conv([x, s])``; ``"add"``: ``conv(x + s)``; ``"gate"``: ``g(x) + g(s)``, each with
+            two convolutions of its own, ``g(t) = sigmoid(c) c`` of ``c = conv(relu(conv(t)))``. All are 3 x 3.
+    """
+
+    def __init__(self, dim: int, kind: str):
+        super().__init__()
+        check_choice("kind", kind, JOINS)
+        self.kind = kind
+
+        def conv(wide: int = 1) -> nn.Conv2d:
+            return nn.Conv2d(wide * dim, dim, 3, padding=1)
+
+        if kind == "gate":
+            self.gates = nn.ModuleList(nn.Sequential(conv(), nn.ReLU(), conv()) for _ in range(2))
+        else:
+            self.conv = conv(2 if kind == "concatenate" else 1)
+
+    def forward(self, x: Tensor, semantic: Tensor) -> Tensor:
+        """The stream."""
+        if self.kind != "gate":
+            return self.conv(torch.cat([x, semantic], 1) if self.kind == "concatenate" else x + semantic)
+        made = [gate(t) for gate, t in zip(self.gates, (x, semantic), strict=True)]
+        return made[0].sigmoid() * made[0] + made[1].sigmoid() * made[1]
+
+
 class FusionNet(nn.Module):
     """One luminance of two images, with two semantic maps.
 
@@ -112,6 +145,9 @@ class FusionNet(nn.Module):
         semantic_dims: channels of the two semantic maps.
         share_hia: both attentions are one module, as released.
         branches: of :class:`HierarchicalInteraction`.
+        join: what semantic maps meet the streams in: ``"hia"``, the attention; ``"concatenate"``, ``"add"`` or
+            ``"gate"`` (:class:`SemanticJoin`), one for each stream and map; ``"none"``: there are no semantic maps.
+        head_dims: channels of the convolutions that make one luminance; ``(dim, dim // 2, 1)`` by default.
 
     Raises:
         ValueError: images of different sizes, maps of other channels.
@@ -119,9 +155,11 @@ class FusionNet(nn.Module):
 
     def __init__(
         self, dim: int = 64, growth: int = 32, num_heads: int = 8, semantic_dims: Sequence[int] = (64, 128),
-        share_hia: bool = True, branches: str = "both",
+        share_hia: bool = True, branches: str = "both", join: str = "hia", head_dims: Sequence[int] | None = None,
     ):  # fmt: skip
         super().__init__()
+        check_choice("join", join, ("hia", *JOINS, "none"))
+        self.join = join
         self.semantic_dims = check_ints("semantic_dims", semantic_dims, least=1)
         if len(self.semantic_dims) != 2:
             raise ValueError(f"semantic_dims must be two numbers of channels, got {self.semantic_dims}")
@@ -130,15 +168,20 @@ class FusionNet(nn.Module):
         self.stems = nn.ModuleList(nn.Conv2d(1, dim, 3, padding=1) for _ in range(2))
         self.blocks = nn.ModuleList(nn.ModuleList(DilatedDenseBlock(dim, growth) for _ in range(2)) for _ in range(2))
         self.act = nn.PReLU()
-        self.hia = nn.ModuleList(
-            HierarchicalInteraction(dim, num_heads, branches=branches) for _ in range(1 if share_hia else 2)
+        attends = 0 if join != "hia" else 1 if share_hia else 2
+        self.hia = nn.ModuleList(HierarchicalInteraction(dim, num_heads, branches=branches) for _ in range(attends))
+        self.joins = nn.ModuleList(
+            nn.ModuleList(SemanticJoin(dim, join) for _ in range(2)) for _ in range(2 if join in JOINS else 0)
         )
-        self.semantic = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in self.semantic_dims)
-        widths = (2 * dim, dim, dim // 2, 1)
+        self.semantic = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in self.semantic_dims if join != "none")
+        tail = (dim, dim // 2, 1) if head_dims is None else check_ints("head_dims", head_dims, least=1)
+        if not tail or tail[-1] != 1:
+            raise ValueError(f"head_dims must end in 1, the luminance, got {tail}")
+        widths = (2 * dim, *tail)
         self.out = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:], strict=False))
 
-    def forward(self, infrared: Tensor, luminance: Tensor, maps: Sequence[Tensor]) -> Tensor:
-        """(B, 1, H, W) twice and two maps (B, C_i, h_i, w_i) of any size -> (B, 1, H, W)."""
+    def forward(self, infrared: Tensor, luminance: Tensor, maps: Sequence[Tensor] = ()) -> Tensor:
+        """(B, 1, H, W) twice and two maps (B, C_i, h_i, w_i) of any size, or none -> (B, 1, H, W)."""
         for name, x in (("infrared", infrared), ("luminance", luminance)):
             if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != 1 or not x.is_floating_point():
                 raise ValueError(f"{name} must be (B, 1, H, W) of floating point, got {describe(x)}")
@@ -146,14 +189,19 @@ class FusionNet(nn.Module):
             raise ValueError(
                 f"infrared and luminance must have one grid, got {tuple(infrared.shape)} and {tuple(luminance.shape)}"
             )
-        given = [tuple(m.shape[:2]) for m in maps]
-        if given != [(infrared.shape[0], c) for c in self.semantic_dims]:
-            raise ValueError(f"maps must have {list(self.semantic_dims)} channels, in a batch, got {given}")
+        given, wanted = [tuple(m.shape[:2]) for m in maps], self.semantic_dims if self.join != "none" else ()
+        if given != [(infrared.shape[0], c) for c in wanted]:
+            raise ValueError(f"maps must have {list(wanted)} channels, in a batch, got {given}")
         size = infrared.shape[2:]
         streams = [self.act(stem(x)) for stem, x in zip(self.stems, (infrared, luminance), strict=True)]
-        for i, (blocks, proj, m) in enumerate(zip(self.blocks, self.semantic, maps, strict=True)):
+        for i, blocks in enumerate(self.blocks):
             streams = [block(x) for block, x in zip(blocks, streams, strict=True)]  # type: ignore[call-overload]
-            known = resized_maps(proj(m), size)
+            if self.join == "none":
+                continue
+            known = resized_maps(self.semantic[i](maps[i]), size)
+            if self.join != "hia":
+                streams = [join(x, known) for join, x in zip(self.joins[i], streams, strict=True)]  # type: ignore[call-overload]
+                continue
             hia = self.hia[i % len(self.hia)]
             a, b = hia(*(x.permute(0, 2, 3, 1) for x in streams), semantic=known.permute(0, 2, 3, 1))
             streams = [a.permute(0, 3, 1, 2), b.permute(0, 3, 1, 2)]
@@ -163,11 +211,19 @@ class FusionNet(nn.Module):
         return y
 
     @staticmethod
-    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From the authors' ``Fusion_Network3_ac``."""
+    def convert_state_dict(state_dict: Mapping[str, Tensor], branches: str = "both") -> dict[str, Tensor]:
+        """From the authors' ``Fusion_Network3_ac``, or another of theirs.
+
+        These are ``Fusion_Network3`` (dim 32, head_dims (32, 1)), its ``_S`` and ``_M`` (``branches``), ``_Con``,
+        ``_Add`` and ``_Average`` (``join``), and ``Fusion_Network_rmseg`` (``join="none"``).
+        """
         theirs = Released(state_dict, "the authors' Fusion_Network3_ac")
         theirs.leave(r"ffm2\..*", because="the second attention calls the first module")
-        out = theirs.parts(r"ffm()\.(.+)", r"hia.0\1", HierarchicalInteraction.convert_state_dict)
+
+        def attention(part: dict[str, Tensor]) -> dict[str, Tensor]:
+            return HierarchicalInteraction.convert_state_dict(part, branches)
+
+        out = theirs.parts(r"ffm()\.(.+)", r"hia.0\1", attention)
         rules: dict[str, Rule] = {
             r"conv1_ir\.(weight|bias)": r"stems.0.\1", r"conv1_vis\.(weight|bias)": r"stems.1.\1",
             r"conv2\.(weight|bias)": r"out.0.\1", r"conv21\.(weight|bias)": r"out.1.\1",
@@ -175,6 +231,12 @@ class FusionNet(nn.Module):
             r"conv4\.(weight|bias)": r"semantic.1.\1", r"relu\.weight": "act.weight",
             r"DRDB(\d)\.Dcov(\d)\.(weight|bias)": lambda m, v: {
                 f"blocks.{(int(m[1]) - 1) // 2}.{(int(m[1]) - 1) % 2}.convs.{int(m[2]) - 1}.{m[3]}": v
+            },
+            r"conv([24])([12])1\.(weight|bias)": lambda m, v: {
+                f"joins.{int(m[1]) // 2 - 1}.{int(m[2]) - 1}.conv.{m[3]}": v
+            },
+            r"att([1-8])\.conv\.(\d)\.(weight|bias)": lambda m, v: {
+                f"joins.{(int(m[1]) - 1) // 4}.{(int(m[1]) - 1) // 2 % 2}.gates.{(int(m[1]) - 1) % 2}.{m[2]}.{m[3]}": v
             },
             r"DRDB(\d)\.conv\.(weight|bias)": lambda m, v: {
                 f"blocks.{(int(m[1]) - 1) // 2}.{(int(m[1]) - 1) % 2}.out.{m[2]}": v
