@@ -8,6 +8,7 @@ import pytest
 import torch
 from parity import HERE, Fixture, synthetic
 from torch import nn
+from whole import Whole, renamer
 
 from attnlib.models.meta import MetaLearner, Rated, fast_weights
 from attnlib.models.pdmer import PDMER, BandAttention, Felt, band, scores
@@ -63,6 +64,29 @@ def test_outputs_loss_and_gradients_are_the_authors(case):
     torch.testing.assert_close(mel.grad.sum(-1), THEIRS.tensors[f"{case}/dx/mel"], rtol=1e-7, atol=1e-10)
     torch.testing.assert_close(song.grad, THEIRS.tensors[f"{case}/dx/song"], rtol=1e-7, atol=1e-10)
     holds_gradients(model, case, THEIRS.config[case]["shapes"])
+
+
+@pytest.mark.parametrize("case", ["key_query", "local", "wide", "none"])
+def test_other_scales_and_keys_are_the_authors(case):
+    """Keys that read distances, too; one scale alone; ReLU; and attention to all."""
+    whole = Whole("pdmer-forms")
+    note = whole.cases[case]["note"]
+    model = PDMER(16, 4, 2, local=2, wide=5, max_distance=90, **note)
+    last = "multi_scale_attention.multi_scale_attention.local_attention."  # of three names what is loaded last counts
+
+    def rule(state):
+        held = {k.replace(last, "multi_scale_attention.encoder."): v for k, v in state.items() if k.startswith(last)}
+        return PDMER.convert_state_dict({**state, **held})
+
+    def call(model, inputs):
+        found = model(inputs["mel"], inputs["song"])
+        return {"y": found.values} | ({"local": found.local, "wide": found.wide} if case == "key_query" else {})
+
+    whole.holds(case, model, rule, call, renamer(PDMER.convert_state_dict, whole.state(case)))
+    x = model.float().train()
+    terms = x.loss(x(torch.randn(2, 8, 51, 128), torch.randn(2, 16)), torch.rand(2, 8, 2))
+    assert set(terms) == {"score"} | {"key_query": {"local", "wide"}, "none": set()}.get(case, {case})
+    assert x(torch.randn(0, 8, 51, 128), torch.randn(0, 16)).values.shape == (0, 8, 2)
 
 
 def annotators():
@@ -261,6 +285,9 @@ def test_bad_input():
         broken = copy.deepcopy(model)
         broken.fc2.bias.data.fill_(float("nan"))
         broken.adapt(batch)
+    for name, value in (("scales", "far"), ("activation", "tanh"), ("relative", "query")):
+        with pytest.raises(ValueError, match=name):
+            PDMER(16, 4, 2, 32, **{name: value})
 
 
 def test_songs_stand_for_themselves_and_everything_copies():

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_axes, check_choice, check_divides, check_flag, check_float, check_int, check_ints, check_real
+from ..checks import check_axes, check_choice, check_divides, check_float, check_int, check_ints, check_real
 from ..nn.layers import merge_heads, split_heads
 from ..nn.released import Released
 from ..ops import attention
@@ -33,13 +33,17 @@ from ..types import stats_dtype
 from .meta import MetaLearner, Rated
 from .protocol import Terms
 
+#: What keys of distances are read by; which scales there are.
+RELATIVE, SCALES = ("key", "key-query"), ("both", "local", "wide", "none")
+
 
 class Felt(NamedTuple):
-    """(B, S, 2) arousal and valence; and how much a frame attends to itself in the last layer, (B, S), by scale."""
+    """(B, S, 2) arousal and valence; and how much a frame attends to itself in the last layer, (B, S), by scale, or
+    ``None`` where a model does not have it."""
 
     values: Tensor
-    local: Tensor
-    wide: Tensor
+    local: Tensor | None
+    wide: Tensor | None
 
 
 class BandAttention(nn.Module):
@@ -48,20 +52,26 @@ class BandAttention(nn.Module):
     Args:
         dim, num_heads: width and heads.
         max_distance: frames at most; distances below it have a key each.
-        relative: whether there are such keys; otherwise frames have no position but their band.
+        relative: ``"key"`` (or True): queries read such keys; ``"key-query"``: keys read them, too; False: frames have
+            no position but their band.
         drop: dropout of weights, and behind the output.
     """
 
-    def __init__(self, dim: int, num_heads: int, max_distance: int = 512, relative: bool = True, drop: float = 0.1):
+    def __init__(
+        self, dim: int, num_heads: int, max_distance: int = 512, relative: bool | str = True, drop: float = 0.1
+    ):
         super().__init__()
         check_divides("num_heads", num_heads, "dim", dim)
+        if not isinstance(relative, bool):
+            check_choice("relative", relative, (True, False, *RELATIVE))
+        self.both = relative == "key-query"
         self.num_heads, self.max_distance, self.drop = num_heads, max_distance, drop
         self.query, self.key, self.value, self.proj = (nn.Linear(dim, dim) for _ in range(4))
         self.distance = nn.Embedding(2 * max_distance - 1, dim // num_heads) if relative else None
 
-    def forward(self, x: Tensor, mask: Tensor, own: bool = False) -> tuple[Tensor, Tensor | None]:
-        """(B, S, C) attending where ``mask`` (B or 1, S, S) allows; and with ``own`` the weights of frames for
-        themselves, (B, S), the mean over heads."""
+    def forward(self, x: Tensor, mask: Tensor | None, own: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(B, S, C) attending where ``mask`` (B or 1, S, S) allows, or everywhere; and with ``own`` the weights of
+        frames for themselves, (B, S), the mean over heads."""
         q, k, v = (split_heads(m(x), self.num_heads) for m in (self.query, self.key, self.value))
         scale, bias, length = q.shape[-1] ** -0.5, None, x.shape[1]
         if self.distance is not None:
@@ -71,30 +81,37 @@ class BandAttention(nn.Module):
             near = self.distance.weight[self.max_distance - length : self.max_distance + length - 1]
             steps = (at[:, None] - at + length - 1).expand(*q.shape[:2], -1, -1)
             bias = (q @ near.mT).gather(-1, steps) * scale
+            if self.both:
+                bias = bias + (k @ near.mT).gather(-1, steps.mT).mT * scale
         dropped = self.drop if self.training else 0.0
         out = self.proj(merge_heads(attention(q, k, v, mask=mask, bias=bias, dropout_p=dropped)))
         if not own:
             return out, None
         scores = (q @ k.mT).to(stats_dtype(q.dtype)) * scale
         scores = scores if bias is None else scores + bias
-        itself = scores.diagonal(dim1=-2, dim2=-1) - scores.masked_fill(~mask.unsqueeze(1), float("-inf")).logsumexp(-1)
+        seen = scores if mask is None else scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+        itself = scores.diagonal(dim1=-2, dim2=-1) - seen.logsumexp(-1)
         return out, itself.exp().mean(1).to(x.dtype)
 
 
 class _Layer(nn.Module):
     """BERT's: norms behind both parts."""
 
-    def __init__(self, dim: int, num_heads: int, hidden: int, max_distance: int, relative: bool, drop: float):
+    def __init__(
+        self, dim: int, num_heads: int, hidden: int, max_distance: int, relative: bool | str, drop: float,
+        act: type[nn.Module],
+    ):  # fmt: skip
         super().__init__()
+        self.act = act()
         self.attn = BandAttention(dim, num_heads, max_distance, relative, drop)
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-12), nn.LayerNorm(dim, eps=1e-12)
         self.dropout = nn.Dropout(drop)
 
-    def forward(self, x: Tensor, mask: Tensor, own: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, mask: Tensor | None, own: bool) -> tuple[Tensor, Tensor | None]:
         read, itself = self.attn(x, mask, own)
         x = self.norm1(x + self.dropout(read))
-        return self.norm2(x + self.dropout(self.fc2(F.gelu(self.fc1(x))))), itself
+        return self.norm2(x + self.dropout(self.fc2(self.act(self.fc1(x))))), itself
 
 
 def band(length: int, reach: int, device: torch.device | None = None) -> Tensor:
@@ -112,7 +129,10 @@ class PDMER(MetaLearner):
         local, wide: how many frames to each side the two scales see.
         mel_size: height (time within a frame) and width (bands) of spectrograms.
         max_distance: frames at most in one pass.
-        relative: keys for distances; without, frames have no position but their band.
+        relative: of :class:`BandAttention`.
+        scales: ``"both"``, added and squashed; ``"local"`` or ``"wide"`` alone, not squashed; ``"none"``: frames attend
+            to all.
+        activation: of the feed-forwards, ``"gelu"`` or ``"relu"``.
         window: frames of a pass of :meth:`predict`.
         drop: dropout.
         attention_weight: of the two terms that pull how much frames attend to themselves to 0.9 and 0.1.
@@ -133,13 +153,16 @@ class PDMER(MetaLearner):
 
     def __init__(
         self, dim: int = 1024, num_heads: int = 16, depth: int = 3, hidden: int = 2048, local: int = 5, wide: int = 30,
-        mel_size: tuple[int, int] = (51, 128), max_distance: int = 512, relative: bool = True, window: int = 60,
-        drop: float = 0.1, attention_weight: float = 1.0, inner_steps: int = 16, inner_lr: float = 5e-3, shots: int = 1,
+        mel_size: tuple[int, int] = (51, 128), max_distance: int = 512, relative: bool | str = True,
+        window: int = 60, drop: float = 0.1, attention_weight: float = 1.0, inner_steps: int = 16,
+        inner_lr: float = 5e-3, shots: int = 1, scales: str = "both", activation: str = "gelu",
     ):  # fmt: skip
         super().__init__(inner_steps, inner_lr, shots)
         check_divides("num_heads", check_int("num_heads", num_heads, least=1), "dim", check_int("dim", dim, least=4))
         check_divides("4 (the head's halvings)", 4, "dim", dim)
-        check_flag("relative", relative)
+        check_choice("scales", scales, SCALES)
+        check_choice("activation", activation, ("gelu", "relu"))
+        self.scales = scales
         self.dim, self.mel_size = dim, check_ints("mel_size", mel_size, least=1)
         if len(self.mel_size) != 2:
             raise ValueError(f"mel_size must be a height and a width, got {mel_size}")
@@ -155,7 +178,7 @@ class PDMER(MetaLearner):
         self.mel_map, self.fused_map = nn.Linear(cells[0] * cells[1], dim), nn.Linear(dim, dim)
         check_int("hidden", hidden, least=1)
         self.layers = nn.ModuleList(
-            _Layer(dim, num_heads, hidden, max_distance, relative, drop)
+            _Layer(dim, num_heads, hidden, max_distance, relative, drop, nn.GELU if activation == "gelu" else nn.ReLU)
             for _ in range(check_int("depth", depth, least=1))
         )
         self.rnn = nn.LSTM(dim, dim // 4, batch_first=True, bidirectional=True)
@@ -178,10 +201,15 @@ class PDMER(MetaLearner):
         return self.fused_map((sound + song.unsqueeze(1)).sigmoid())
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Fused frames at both scales, side by side in the batch: (2 B, S, dim); attention to oneself (2 B, S)."""
+        """Fused frames at all scales, side by side in the batch: (2 B, S, dim); attention to oneself (2 B, S)."""
         batch, length = x.shape[:2]
-        masks = torch.stack([band(length, reach, x.device) for reach in (self.local, self.wide)])
-        mask, x = masks.repeat_interleave(batch, 0), torch.cat([x, x])
+        reaches = {"both": (self.local, self.wide), "local": (self.local,), "wide": (self.wide,), "none": ()}[
+            self.scales
+        ]
+        mask = None
+        if reaches:
+            mask = torch.stack([band(length, reach, x.device) for reach in reaches]).repeat_interleave(batch, 0)
+            x = torch.cat([x] * len(reaches))
         own: Tensor | None = None
         for i, layer in enumerate(self.layers):
             x, own = layer(x, mask, i == len(self.layers) - 1)
@@ -198,17 +226,24 @@ class PDMER(MetaLearner):
         batch = len(mel)
         if not batch:  # recurrent layers take no empty batch
             none = mel.new_zeros(0, mel.shape[1], 2)
-            return Felt(none, none[..., 0], none[..., 0])
-        both, own = self.encode(self.fuse(mel, song))
-        seen = (both[:batch] + both[batch:]).sigmoid()
+            return Felt(none, *self._by_scale(none[..., 0]))
+        seen, own = self.encode(self.fuse(mel, song))
+        if self.scales == "both":
+            seen = (seen[:batch] + seen[batch:]).sigmoid()
         values = self.fc2(self.dropout(self.fc1(self.rnn(seen)[0])))
-        return Felt(values, own[:batch], own[batch:])
+        return Felt(values, *self._by_scale(own))
+
+    def _by_scale(self, own: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self.scales == "both":
+            near, far = own.chunk(2) if len(own) else (own, own)
+            return near, far
+        return own if self.scales == "local" else None, own if self.scales == "wide" else None
 
     def loss(self, prediction: Felt, target: Tensor | Rated) -> Terms:
         """One minus the mean of scores, and how far attention to oneself is from 0.9 nearby and 0.1 at large.
 
         The scores are concordance, correlation and one minus the error, of arousal and of valence, each by song. Where
-        nothing varies, correlation is 0.
+        nothing varies, correlation is 0. A scale that a model does not have has no term.
         """
         said = target.values if isinstance(target, Rated) else target
         check_float("target", said)
@@ -218,6 +253,8 @@ class PDMER(MetaLearner):
         marks = scores(prediction.values, said)
         terms = {"score": 1 - (marks.ccc + marks.pcc + 1 - marks.rmse).mean() / 3}
         for name, own, wanted in (("local", prediction.local, 0.9), ("wide", prediction.wide, 0.1)):
+            if own is None:
+                continue
             mean = own.to(terms["score"].dtype).mean(0)  # over the songs of a batch, as in the release
             terms[name] = self.attention_weight * (mean - wanted).square().mean()
         return terms
