@@ -270,12 +270,19 @@ def _segmenter(model):
 
 
 def test_named_model():
-    assert attnlib.list_models(family="segmif-him") == ["segmif_mit_b3"]
+    assert attnlib.list_models(family="segmif-him") == [f"segmif_mit_b{n}" for n in range(1, 6)]
     with torch.device("meta"):
         model = attnlib.create_model("segmif_mit_b3", num_classes=15)
     assert model.num_classes == 15
     with pytest.raises(ValueError, match="in_chans=4"):
         attnlib.create_model("segmif_mit_b3", in_chans=4)
+
+
+def test_counts_of_all_sizes():
+    for name in attnlib.list_models(family="segmif-him"):
+        with torch.device("meta"):
+            count = sum(p.numel() for p in attnlib.create_model(name).parameters())
+        assert count == attnlib.models.build.model_entry(name).params, name
 
 
 def test_shared_attention_and_colours():

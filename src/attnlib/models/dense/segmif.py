@@ -514,13 +514,17 @@ def convert(state_dict: Mapping[str, Tensor], model: Any = None) -> dict[str, Te
     return out | {k: own[k] for k in ("round", "progress", "weights.seen", "weights.count") if k in own}
 
 
+_DEPTHS = {1: (2, 2, 2, 2), 2: (3, 4, 6, 3), 3: (3, 4, 18, 3), 4: (3, 8, 27, 3), 5: (3, 6, 40, 3)}
 register_models(
     "segmif-him",
     segmif,
-    {"segmif_mit_b3": dict(compat="authors")},
-    # Both released classes: 1,034,370 and 44,604,873, of which 66,304 and 4,608 never run.
-    params={"segmif_mit_b3": 45_568_331},
+    {f"segmif_mit_b{n}": dict(compat="authors", encoder=dict(depths=depths)) for n, depths in _DEPTHS.items()},
+    # Both released classes together, less 66,304 and 4,608 (a second attention and a classifier), which never run.
+    params={
+        "segmif_mit_b1": 14_647_627, "segmif_mit_b2": 25_692_491, "segmif_mit_b3": 45_568_331,
+        "segmif_mit_b4": 62_338_891, "segmif_mit_b5": 82_939_211,
+    },
     source="JinyuanLiu-CV/SegMiF",
     convert=convert,  # type: ignore[arg-type]
     task="segment",
-)
+)  # fmt: skip
