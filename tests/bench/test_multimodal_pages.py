@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from attnlib.bench.studies.multimodal_models import canvases, clicks, preferences
+from attnlib.bench.studies.multimodal_models import canvases, clicks, depth, preferences
 
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS = ROOT / "docs" / "multimodal-models.md", ROOT / "benchmarks" / "results"
@@ -31,6 +31,12 @@ def test_preferences():
     found = held("multimodal-models-preferences")
     assert on_page("preferences") == preferences.table(found["rows"])
     assert [row["name"] for row in found["rows"]] == ["plain", *preferences.CONTESTANTS]
+
+
+def test_depth():
+    found = held("multimodal-models-depth")
+    assert on_page("depth") == depth.table(found["rows"])
+    assert [row["name"] for row in found["rows"]] == list(depth.CONTESTANTS)
 
 
 def test_what_anchors_keep():

@@ -47,7 +47,7 @@ ENGINES = (
 NEEDS_HF = (
     "multimodal", "cache", "hooks", "steps", "enlarged", "references", "conversion", "spans", "finetuning", "look",
     "choices", "attribution", "rounding", "tasks-sentence", *REAL, *DIFFUSION,
-    *(name for name in MULTIMODAL_MODELS if name != "multimodal-models-judges"),
+    *(name for name in MULTIMODAL_MODELS if name.split("-")[-1] not in ("judges", "depth", "geometry")),
 )  # fmt: skip
 
 #: Those that load models which ``make models`` fetches, and which.
