@@ -20,7 +20,7 @@ from attnlib.bench.worlds.pairs import make_pair
 from attnlib.models.backbones.resnet import resnet
 from attnlib.models.backbones.stages import Features
 from attnlib.models.bags.acmil import ACMIL
-from attnlib.models.bags.biofusionnet import BioFusionNet, Survival, concordance
+from attnlib.models.bags.biofusionnet import BioFusionNet, Survival
 from attnlib.models.dense.daf import DAF
 from attnlib.models.dense.dmmi import DMMI, referring_scores
 from attnlib.models.dense.fod import FOD
@@ -38,6 +38,7 @@ from attnlib.models.detect.pan import PAN, CSPBackbone
 from attnlib.models.detect.sdanet import SelectiveNeck
 from attnlib.models.detect.temporal import BoundaryDetector, average_precision
 from attnlib.models.diffusion.scale_distillation import OneStepUpscaler, smaller, zero_terminal_snr
+from attnlib.models.losses import concordance
 from attnlib.models.maps.standard import MappedLanes
 from attnlib.models.medusa import SharedAttention
 from attnlib.models.meta import Rated

@@ -682,3 +682,14 @@ def log_polar_windows(
         )
     total = (total / total.sum(0)).float().unflatten(1, small)
     return LogPolarWindows(total, torch.cat(areas).float(), torch.cat(numbers))
+
+
+def mirrored_places(first: int, stop: int, size: int, device: torch.device | None = None) -> Tensor:
+    """(stop - first,) places on an axis of ``size`` tokens that is mirrored at both last ones, again and again.
+
+    >>> mirrored_places(-1, 7, 3).tolist(), mirrored_places(0, 3, 1).tolist()
+    ([1, 0, 1, 2, 1, 0, 1, 2], [0, 0, 0])
+    """
+    period = max(2 * size - 2, 1)
+    at = torch.arange(first, stop, device=device) % period
+    return torch.minimum(at, (2 * size - 2 - at).abs())

@@ -21,6 +21,7 @@ from .checks import (
     check_choice,
     check_dense,
     check_device,
+    check_divides,
     check_flag,
     check_float,
     check_int,
@@ -800,6 +801,21 @@ def rotate(x: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
     return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], -1).to(x.dtype)
 
 
+def rotate_grid(x: Tensor, coords: Tensor, base: float) -> Tensor:
+    """Rotary positions on a grid: every axis turns an equal part of the channels of x (B, H, N, D).
+
+    Args:
+        x: (B, H, N, D).
+        coords: (N, r) or (B, N, r).
+        base: of wavelengths.
+    """
+    axes = coords.shape[-1]
+    frequency = rotary_frequencies(x.shape[-1] // axes, base, device=x.device)
+    angles = (coords.unsqueeze(-1).to(torch.float32) * frequency).to(torch.promote_types(x.dtype, torch.float32))
+    parts = zip(x.chunk(axes, -1), angles.unbind(-2), strict=True)
+    return torch.cat([rotate(part, turn) for part, turn in parts], -1)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Fixed encodings
 
@@ -832,6 +848,18 @@ def sincos(coords: Tensor, dim: int, base: float = 10000.0) -> Tensor:
         angle = coords[:, axis, None].to(work) * frequency
         parts += [angle.sin(), angle.cos()]
     return torch.cat(parts, -1)
+
+
+def sines(values: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
+    """(..., dim) of angles (...): sine and cosine in turn, at falling frequencies.
+
+    >>> sines(torch.zeros(1), 4).tolist()
+    [[0.0, 1.0, 0.0, 1.0]]
+    """
+    check_divides("2", 2, "dim", dim)
+    step = torch.arange(dim // 2, device=values.device, dtype=values.dtype)
+    angles = values.unsqueeze(-1) / temperature ** (2 * step / dim)
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
 
 
 def resized(table: Tensor, sides: Sequence[int], mode: str = "bicubic", antialias: bool = False) -> Tensor:

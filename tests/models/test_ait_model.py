@@ -12,8 +12,9 @@ from safetensors import safe_open
 from torch import nn
 
 from attnlib.models.multimodal.ait import AiT, ObjectTokens, dice, noise_boxes, paste_masks, silog
-from attnlib.models.multimodal.soft_tokens import Solver, Vocabulary, nucleus
+from attnlib.models.multimodal.soft_tokens import Solver, Vocabulary
 from attnlib.models.multimodal.vqvae import VQVAE, hide_patches
+from attnlib.models.sampling import nucleus
 from attnlib.nn.quantizer import VectorQuantizer
 
 with safe_open(HERE / "ait-soft-token.safetensors", "pt") as f:

@@ -14,12 +14,11 @@ from attnlib.models.bags.biofusionnet import (
     BioFusionNet,
     FeatureVAE,
     Survival,
-    concordance,
     convert_vae,
     weighted_cox_loss,
 )
 from attnlib.models.build import load_pretrained
-from attnlib.models.losses import cox_loss
+from attnlib.models.losses import concordance, cox_loss
 from attnlib.models.protocol import Optimizers, train_batch
 from tests.parity import HERE, synthetic
 

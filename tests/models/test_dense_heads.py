@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import attnlib
-from attnlib.models.dense.heads import FPNHead, FuseMaps, SegFormerHead, Segmenter, UPerHead, map_info
+from attnlib.models.backbones.stages import map_info
+from attnlib.models.dense.heads import FPNHead, FuseMaps, SegFormerHead, Segmenter, UPerHead
 
 DIMS = [8, 16, 24]
 HEADS = {"segformer": SegFormerHead, "fpn": FPNHead, "uper": UPerHead}

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import attnlib
-from attnlib.nn.reduced.favit import WindowReader, reflected
+from attnlib.grids import mirrored_places
+from attnlib.nn.reduced.favit import WindowReader
 
 F64 = torch.float64
 #: Work of the fused product on the CPU, which torch's counter does not know.
@@ -153,7 +154,7 @@ def test_any_size(grid, compat):
 
 def test_reflection_is_that_of_torch_where_torch_reflects():
     x = torch.arange(5.0)
-    assert x[reflected(9, 5)].equal(F.pad(x[None, None], (0, 4), mode="reflect")[0, 0])
+    assert x[mirrored_places(0, 9, 5)].equal(F.pad(x[None, None], (0, 4), mode="reflect")[0, 0])
 
 
 def test_a_key_of_tokens_that_do_not_exist_is_not_read():

@@ -62,7 +62,7 @@ def check_branches(model: Any, who: str, what: str) -> None:
         )
 
 
-class Reading(NamedTuple):
+class BranchInputs(NamedTuple):
     """What a branch reads: inputs of the model (ids or embeddings of tokens, images) and types (B, K) of the tokens."""
 
     inputs: dict[str, Any]
@@ -98,7 +98,7 @@ class Prompt:
         assert self.ids is not None
         return self.model.get_input_embeddings()(self.ids)  # type: ignore[operator]
 
-    def pick(self, index: Tensor) -> Reading:
+    def pick(self, index: Tensor) -> BranchInputs:
         """A reading of chosen tokens.
 
         Args:
@@ -109,9 +109,9 @@ class Prompt:
         rest = {name: value.gather(1, at) for name, value in self.per_token().items()}
         if self.embeds is None:
             assert self.ids is not None
-            return Reading({**rest, "input_ids": self.ids.gather(1, at)}, types)
+            return BranchInputs({**rest, "input_ids": self.ids.gather(1, at)}, types)
         embeds = self.embeds.gather(1, at[..., None].expand(-1, -1, self.embeds.shape[-1]))
-        return Reading({**rest, "inputs_embeds": embeds.masked_fill((index < 0)[..., None], 0)}, types)
+        return BranchInputs({**rest, "inputs_embeds": embeds.masked_fill((index < 0)[..., None], 0)}, types)
 
     def per_token(self) -> dict[str, Tensor]:
         """Inputs of the model that hold one number (B, L) per token."""
@@ -146,7 +146,7 @@ class Branch:
     def watch(self, session: Session) -> None:
         """Called when attached, to look at more than the prompt; hooks go through ``session.hook``."""
 
-    def read(self, prompt: Prompt) -> Reading:
+    def read(self, prompt: Prompt) -> BranchInputs:
         raise NotImplementedError
 
 
@@ -155,7 +155,7 @@ class NoImage(Branch):
 
     name = "no-image"
 
-    def read(self, prompt: Prompt) -> Reading:
+    def read(self, prompt: Prompt) -> BranchInputs:
         slots = torch.arange(prompt.types.shape[1], device=prompt.types.device, dtype=torch.float64)
         return prompt.pick(prompt.order(slots.expand(prompt.types.shape).masked_fill(prompt.types == IMAGE, torch.inf)))
 
@@ -178,7 +178,7 @@ class ImageTokens(Branch):
         check_choice("order", order, ("score", "place"))
         self.k, self.scores, self.order = k, scores, order
 
-    def read(self, prompt: Prompt) -> Reading:
+    def read(self, prompt: Prompt) -> BranchInputs:
         answer = self.scores(prompt)
         scores, size, k = (*answer, self.k, self.k)[:3] if isinstance(answer, tuple) else (answer, None, self.k)
         if scores.shape != prompt.types.shape:
@@ -230,7 +230,7 @@ class NullTokens(Branch):
     def embedding(self) -> Tensor:
         return self.source if isinstance(self.source, Tensor) else self.source.embedding  # type: ignore[return-value]
 
-    def read(self, prompt: Prompt) -> Reading:
+    def read(self, prompt: Prompt) -> BranchInputs:
         embeds, null = prompt.embedded(), self.embedding
         size, width = null.shape
         if width != embeds.shape[-1]:
@@ -245,7 +245,7 @@ class NullTokens(Branch):
         slots = torch.arange(image.shape[1], device=image.device)
         at = torch.where(image, (slots - runs) % size, 0)
         embeds = torch.where(image[..., None], null.to(embeds)[at], embeds)
-        return Reading({**prompt.per_token(), "inputs_embeds": embeds}, prompt.types)
+        return BranchInputs({**prompt.per_token(), "inputs_embeds": embeds}, prompt.types)
 
 
 class OtherPixels(Branch):
@@ -283,7 +283,7 @@ class OtherPixels(Branch):
 
         session.hook(found[0].register_forward_pre_hook(look, with_kwargs=True))
 
-    def read(self, prompt: Prompt) -> Reading:
+    def read(self, prompt: Prompt) -> BranchInputs:
         given = prompt.inputs
         encoded = encoded_images(given)
         own = given.get("pixel_values")
@@ -313,7 +313,7 @@ class OtherPixels(Branch):
             pixels = per_sample.repeat_interleave(repeats, 0).flatten(0, 1)
         rest = {k: v for k, v in given.items() if k not in OWN_INPUTS and k not in (ENCODED, "pixel_values")}
         rest.update(prompt.per_token(), input_ids=prompt.ids, pixel_values=pixels.to(self._like(prompt)))
-        return Reading(rest, prompt.types)
+        return BranchInputs(rest, prompt.types)
 
     @staticmethod
     def _like(prompt: Prompt) -> Tensor:
@@ -331,7 +331,7 @@ class BlockPass:
         branch: under which name.
     """
 
-    def __init__(self, session: Session, reading: Reading, branch: str):
+    def __init__(self, session: Session, reading: BranchInputs, branch: str):
         self.session, self.branch, self.types = session, branch, reading.types
         self.stepping, self.done = False, -1
         sites = {s.layer: s for s in session.sites if s.kind == "self"}

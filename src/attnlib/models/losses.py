@@ -1,15 +1,27 @@
-"""Losses that several tasks share: overlap of masks, depth up to a scale, survival, answers with a spread.
+"""Losses and scores that several tasks share: masks, depth up to a scale, survival, answers with a spread, pictures.
 
 Each gives one number and refuses what has none: no NaN comes out of a batch without labels, depth or events.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_choice, check_flag, check_float, check_int, check_real, describe, extremes, readable
+from ..checks import (
+    check_axes,
+    check_choice,
+    check_flag,
+    check_float,
+    check_int,
+    check_real,
+    describe,
+    extremes,
+    readable,
+)
 from ..types import stats_dtype
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -236,6 +248,35 @@ def cox_loss(
     return (w * (log_sum - r)).sum() / w.sum()
 
 
+def concordance(risk: Tensor, time: Tensor, event: Tensor) -> Tensor:
+    """Harrell's C: of the pairs whose order is known, the share that the risks put in it; equal risks count half.
+
+    Args:
+        risk, time, event: (N,); finite, events of 0 and 1.
+
+    Raises:
+        ValueError: shapes that differ, other numbers, no pair whose order is known.
+
+    >>> float(concordance(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 3.0]), torch.ones(3)))
+    1.0
+    """
+    check_axes("risk", risk, N=None)
+    for name, given in (("time", time), ("event", event)):
+        check_axes(name, given, N=len(risk))
+    for name, given in (("risk", risk), ("time", time)):
+        if not bool(given.isfinite().all()):
+            raise ValueError(f"{name} must be finite: what is not has no place in an order")
+    if not bool(((event == 0) | (event == 1)).all()):
+        raise ValueError("event must hold 0 and 1 only")
+    happened = event.bool()
+    known = happened[:, None] & ((time[:, None] < time) | ((time[:, None] == time) & ~happened))
+    if not bool(known.any()):
+        raise ValueError("time and event leave no pair of patients whose order is known")
+    gap = risk[:, None] - risk
+    agreed = (gap > 0).double() + 0.5 * (gap == 0).double()
+    return (agreed * known).sum() / known.sum()
+
+
 #: How a number c becomes the spread of a Laplacian: ``e^c``; between .25 and 4; ``e^c'`` with c' between -3 and 3.
 SPREADS = ("log", "bounded", "bounded-log")
 
@@ -283,3 +324,28 @@ def laplacian_loss(
         return (gap / size + size.log()).mean()
     log = c if kind == "log" else 6 * (c / 3).sigmoid() - 3
     return (gap * (-log).exp() + log).mean()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def local_similarity(a: Tensor, b: Tensor, mean: Callable[[Tensor], Tensor], share: float = 1.0) -> Tensor:
+    """Structural similarity of pictures in [0, 1] around every place (Wang et al., 2004, IEEE TIP 13(4)).
+
+    ``(2 m_a m_b + .01^2) (2 c + .03^2) / ((m_a^2 + m_b^2 + .01^2) (v_a + v_b + .03^2))`` of local means m, variances v
+    and the covariance c.
+
+    Args:
+        a, b: pictures, of one shape.
+        mean: of the window around every place.
+        share: what variances are multiplied by: 1, or ``n / (n - 1)`` of n pixels for those of samples.
+
+    >>> x = torch.rand(1, 1, 4, 4)
+    >>> local_similarity(x, x, lambda t: F.avg_pool2d(t, 3, 1)).allclose(torch.ones(1, 1, 2, 2))
+    True
+    """
+    ma, mb = mean(a), mean(b)
+    va, vb, both = (share * (mean(x * y) - m * n) for x, y, m, n in ((a, a, ma, ma), (b, b, mb, mb), (a, b, ma, mb)))
+    one, two = 0.01**2, 0.03**2
+    return (2 * ma * mb + one) * (2 * both + two) / ((ma**2 + mb**2 + one) * (va + vb + two))

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ...checks import check_choice, check_real, check_template, check_type, describe, to_list
+from ...look.zoom.iris import box_iou
 from ..evaluate import Item, Unreadable
 from ..judge import Summary, read_json, yes_no
 from ..stats import Difference, bootstrap_interval, paired_bootstrap, share_interval
@@ -92,10 +93,7 @@ class Box:
         check_type("other", other, Box)
         if self.units != other.units:
             raise ValueError(f"boxes must be of the same units, got {self.units} and {other.units}; see Box.to")
-        across = max(0.0, min(self.right, other.right) - max(self.left, other.left))
-        down = max(0.0, min(self.bottom, other.bottom) - max(self.top, other.top))
-        areas = [(b.right - b.left) * (b.bottom - b.top) for b in (self, other)]
-        return across * down / (sum(areas) - across * down)
+        return box_iou(self.corners, other.corners)
 
     def __str__(self) -> str:
         return "[" + ", ".join(f"{v:.3f}" if self.units == "unit" else f"{v:.0f}" for v in self.corners) + "]"

@@ -370,6 +370,21 @@ class FeatureInfo(list):
         return [dict(f) for f in self]
 
 
+def map_info(encoder: Any, name: str = "encoder") -> FeatureInfo:
+    """What an encoder tells of the maps that it gives: ours, and timm's, which knows of maps that it does not give.
+
+    Raises:
+        ValueError: it tells nothing.
+    """
+    info = getattr(encoder, "feature_info", None)
+    if not info:
+        raise ValueError(
+            f"{name} must have a feature_info of its maps, as attnlib.create_model(..., features_only=True) has, got "
+            f"{describe(encoder)}"
+        )
+    return FeatureInfo(info.get_dicts() if hasattr(info, "get_dicts") else info)
+
+
 class Features(nn.Module):
     """The maps of chosen stages of a backbone: ``(B, C, H, W) -> [(B, C_i, H_i, W_i), ...]``, channels-last in memory.
 

@@ -94,35 +94,6 @@ def weighted_cox_loss(
     return loss + (e * w.log()).sum() / e.sum()
 
 
-def concordance(risk: Tensor, time: Tensor, event: Tensor) -> Tensor:
-    """Harrell's C: of the pairs whose order is known, the share that the risks put in it; equal risks count half.
-
-    Args:
-        risk, time, event: (N,); finite, events of 0 and 1.
-
-    Raises:
-        ValueError: shapes that differ, other numbers, no pair whose order is known.
-
-    >>> float(concordance(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 3.0]), torch.ones(3)))
-    1.0
-    """
-    check_axes("risk", risk, N=None)
-    for name, given in (("time", time), ("event", event)):
-        check_axes(name, given, N=len(risk))
-    for name, given in (("risk", risk), ("time", time)):
-        if not bool(given.isfinite().all()):
-            raise ValueError(f"{name} must be finite: what is not has no place in an order")
-    if not bool(((event == 0) | (event == 1)).all()):
-        raise ValueError("event must hold 0 and 1 only")
-    happened = event.bool()
-    known = happened[:, None] & ((time[:, None] < time) | ((time[:, None] == time) & ~happened))
-    if not bool(known.any()):
-        raise ValueError("time and event leave no pair of patients whose order is known")
-    gap = risk[:, None] - risk
-    agreed = (gap > 0).double() + 0.5 * (gap == 0).double()
-    return (agreed * known).sum() / known.sum()
-
-
 class _Attend(nn.Module):
     """One head with maps of its own.
 

@@ -31,11 +31,11 @@ from ...nn.dense.danet import PositionAttention
 from ...nn.modulation.danet import ChannelAttention
 from ...nn.released import Released
 from ..backbones.resnet import resnet
-from ..backbones.stages import Features
+from ..backbones.stages import Features, map_info
 from ..build import register_models
 from ..protocol import TaskModel
 from .context import resized_maps
-from .heads import map_info, pixel_cross_entropy
+from .heads import pixel_cross_entropy
 
 SCALES = 4
 

@@ -49,10 +49,9 @@ from ...ops import attention
 from ...positions import gaussian_prior, resized, sincos
 from ...types import stats_dtype
 from ..backbones.resnet import resnet
-from ..backbones.stages import Features
+from ..backbones.stages import Features, map_info
 from ..build import create_model, register_models
 from ..protocol import Step, TaskModel, Terms, trained
-from .heads import map_info
 
 COMPAT = (None, "authors")
 TINY = 1e-4

@@ -25,10 +25,11 @@ from ...checks import check_choice, check_int, check_real, check_type, describe
 from ...nn.gates.sentence import SentenceGate
 from ...nn.released import Released, Rule
 from ..backbones.convs import InvertedResidual, blocks_of
+from ..backbones.stages import map_info
 from ..build import create_model, register_models
 from ..protocol import TaskModel, answering
 from .context import resized_maps
-from .heads import map_info, pixel_cross_entropy
+from .heads import pixel_cross_entropy
 
 LEVELS = ("all", "last")
 Texts = Tensor | Sequence[Tensor]

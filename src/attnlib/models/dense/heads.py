@@ -34,7 +34,7 @@ from ...checks import check_int, check_ints, check_real, check_type, check_valid
 from ...nn.base import Mechanism
 from ...nn.layers import ConvNorm, masked_batch_norm, plain, resize_map, strided_valid, zero_invalid
 from ...ops.reduced import adaptive_pool_tokens
-from ..backbones.stages import FeatureInfo
+from ..backbones.stages import map_info
 from ..protocol import TaskModel
 
 Maps = Sequence[Tensor]
@@ -355,21 +355,6 @@ def resized_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
     if tuple(logits.shape[2:]) == tuple(size):
         return logits
     return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
-
-
-def map_info(encoder: Any, name: str = "encoder") -> FeatureInfo:
-    """What an encoder tells of the maps that it gives: ours, and timm's, which knows of maps that it does not give.
-
-    Raises:
-        ValueError: it tells nothing.
-    """
-    info = getattr(encoder, "feature_info", None)
-    if not info:
-        raise ValueError(
-            f"{name} must have a feature_info of its maps, as attnlib.create_model(..., features_only=True) has, got "
-            f"{describe(encoder)}"
-        )
-    return FeatureInfo(info.get_dicts() if hasattr(info, "get_dicts") else info)
 
 
 def pixel_cross_entropy(

@@ -32,10 +32,10 @@ from ...nn.layers import Mlp, merge_heads, split_heads
 from ...ops import attention
 from ...positions import sincos
 from ...types import stats_dtype
+from ..backbones.stages import map_info
 from ..losses import silog_loss
 from ..protocol import TaskModel, Terms
 from .context import resized_maps
-from .heads import map_info
 
 #: exp of more than this is no depth.
 MOST_LOG = 15.0

@@ -35,7 +35,7 @@ from ...checks import check_axes, check_choice, check_flag, check_int, check_int
 from ...nn.linear.hierarchical_interaction import HierarchicalInteraction
 from ...nn.reduced.spatial_reduction import SpatialReductionAttention
 from ...nn.released import Released, Rule
-from ..backbones.stages import Features
+from ..backbones.stages import Features, map_info
 from ..blocks import Place
 from ..build import register_models
 from ..perception.foveation import similarity
@@ -43,7 +43,7 @@ from ..protocol import Step, TaskModel, split_batch, trained
 from .context import resized_maps
 from .datr import convert as convert_segformer
 from .datr import datr_encoder
-from .heads import SegFormerHead, Segmenter, map_info, pixel_cross_entropy, resized_logits
+from .heads import SegFormerHead, Segmenter, pixel_cross_entropy, resized_logits
 
 #: How a semantic map may meet a stream but by attention.
 JOINS = ("concatenate", "add", "gate")

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ...checks import check_axes, check_choice, check_int, check_real, check_type, describe, readable
 from ...nn.gates.memorial_experts import MemorialExperts
 from ...types import stats_dtype
+from ..backbones.stages import map_info
 from ..protocol import TaskModel, Terms
 from .context import resized_maps
-from .heads import map_info, pixel_cross_entropy
+from .heads import pixel_cross_entropy
 
 KINDS = ("classes", "balanced", "edges", "normals", "depth")
 IGNORED = 255

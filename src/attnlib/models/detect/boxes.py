@@ -6,7 +6,7 @@ A box is (x1, y1, x2, y2) here, corners, unless a name says centres: (cx, cy, w,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,13 +41,35 @@ def overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """
     check_boxes("a", a)
     check_boxes("b", b)
-    sizes = [(x[:, 2:] - x[:, :2]).prod(-1) for x in (a, b)]
-    inner = (torch.min(a[:, None, 2:], b[:, 2:]) - torch.max(a[:, None, :2], b[:, :2])).clamp(min=0).prod(-1)
-    union = sizes[0][:, None] + sizes[1] - inner
-    around = (torch.max(a[:, None, 2:], b[:, 2:]) - torch.min(a[:, None, :2], b[:, :2])).prod(-1)
+    return pair_overlaps(a[:, None], b)
+
+
+def common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How much both boxes of pairs hold, one or the other, and their hull: (..., 2 r), (..., 2 r) -> three of (...).
+
+    Args:
+        a, b: intervals, boxes or blocks of r axes, which broadcast: first all lower ends, then all upper ones.
+
+    >>> common(torch.tensor([0.0, 2.0]), torch.tensor([[1.0, 3.0], [3.0, 4.0]]))
+    (tensor([1., 0.]), tensor([3., 3.]), tensor([3., 4.]))
+    """
+    r = a.shape[-1] // 2
+    sizes = [(x[..., r:] - x[..., :r]).prod(-1) for x in (a, b)]
+    inner = (torch.min(a[..., r:], b[..., r:]) - torch.max(a[..., :r], b[..., :r])).clamp(min=0).prod(-1)
+    hull = (torch.max(a[..., r:], b[..., r:]) - torch.min(a[..., :r], b[..., :r])).prod(-1)
+    return inner, sizes[0] + sizes[1] - inner, hull
+
+
+def pair_overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Intersection over union, and the generalized one, of pairs that broadcast, as :func:`common` takes them.
+
+    >>> [x.tolist() for x in pair_overlaps(torch.tensor([0.0, 2.0]), torch.tensor([[0.0, 2.0], [3.0, 4.0]]))]
+    [[1.0, 0.0], [1.0, -0.25]]
+    """
+    inner, union, hull = common(a, b)
     tiny = torch.finfo(a.dtype).tiny
     iou = inner / union.clamp(min=tiny)
-    return iou, iou - (around - union) / around.clamp(min=tiny)
+    return iou, iou - (hull - union) / hull.clamp(min=tiny)
 
 
 def complete_overlap(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
@@ -99,16 +121,32 @@ def suppress_boxes(
     for name, x in (("scores", scores), ("labels", labels)):
         if x is not None:
             check_axes(name, x, N=len(boxes))
-    order = scores.sort(descending=True, stable=True).indices
+
+    def near(first: Tensor, others: Tensor) -> Tensor:
+        same = overlaps(boxes[first][None], boxes[others])[0][0] > threshold
+        return same if labels is None else same & (labels[others] == labels[first])
+
+    return keep_best(scores, near, most)
+
+
+def keep_best(scores: Tensor, near: Callable[[Tensor, Tensor], Tensor], most: int | None = None) -> Tensor:
+    """(K,) what stays, best first: what no better one that stays is near to.
+
+    Args:
+        scores: (N,).
+        near: called with one's number and those of others, worse ones; says (n,) which of these are near it.
+        most: how many may stay.
+
+    >>> keep_best(torch.tensor([0.5, 0.9, 0.1]), lambda first, others: (others - first).abs() == 1).tolist()
+    [1]
+    """
+    left = scores.sort(descending=True, stable=True).indices
     kept: list[Tensor] = []
-    while len(order) and (most is None or len(kept) < most):
-        first, order = order[0], order[1:]
+    while len(left) and (most is None or len(kept) < most):
+        first, left = left[0], left[1:]
         kept.append(first)
-        near = overlaps(boxes[first][None], boxes[order])[0][0] > threshold
-        if labels is not None:
-            near = near & (labels[order] == labels[first])
-        order = order[~near]
-    return torch.stack(kept) if kept else order
+        left = left[~near(first, left)]
+    return torch.stack(kept) if kept else left
 
 
 def spans(size: Sequence[float] | Tensor, like: Tensor) -> Tensor:

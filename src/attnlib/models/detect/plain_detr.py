@@ -34,6 +34,7 @@ from ...grids import coordinates
 from ...nn.dense.plain_detr import BoxAttention
 from ...nn.released import Released
 from ...positions import resized, sincos
+from ..backbones.stages import map_info
 from ..protocol import answering
 from .boxes import apply_deltas, deltas_between, match, overlaps, spans, to_centres, to_corners
 
@@ -537,12 +538,7 @@ class PlainDETR(nn.Module):
         compat: str | None = None,
     ):
         super().__init__()
-        info: Any = getattr(encoder, "feature_info", None)
-        if not info:
-            raise ValueError(
-                f"encoder must tell its maps by feature_info, as create_model(..., features_only=True) does, got "
-                f"{type(encoder).__name__}"
-            )
+        info = map_info(encoder)
         check_int("num_classes", num_classes, least=1)
         if check_int("dim", dim, least=1) % 4:
             raise ValueError(f"dim={dim} must be a multiple of 4: sines and cosines of rows and of columns share it")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...checks import check_int, check_real, describe
 from ...types import stats_dtype
+from ..backbones.stages import map_info
 from ..protocol import answering
 
 
@@ -118,9 +119,7 @@ class RegionClassifier(nn.Module):
         mil_weight: float = 0.5,
     ):
         super().__init__()
-        info: Any = getattr(encoder, "feature_info", None)
-        if info is None:
-            raise ValueError("encoder must have a feature_info: attnlib.create_model(..., features_only=True)")
+        info = map_info(encoder)
         self.encoder, self.size = encoder, check_int("size", size, least=1)
         self.num_classes = check_int("num_classes", num_classes, least=1)
         self.smoothing = check_real("smoothing", smoothing, least=0, below=1)

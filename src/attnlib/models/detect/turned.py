@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_int, check_real
+from .boxes import keep_best
 
 #: Corners of a square of side one, counterclockwise.
 _SQUARE = ((0.5, 0.5), (-0.5, 0.5), (-0.5, -0.5), (0.5, -0.5))
@@ -135,18 +136,15 @@ def suppress(boxes: Tensor, scores: Tensor, threshold: float, most: int | None =
         check_int("most", most, least=1)
     if tuple(scores.shape) != (len(boxes),):
         raise ValueError(f"scores must be (N,)={(len(boxes),)}, got {tuple(scores.shape)}")
-    kept: list[Tensor] = []
-    left = scores.sort(descending=True, stable=True).indices
     reach = boxes[:, 3:5].norm(dim=1) / 2
-    while len(left) and (most is None or len(kept) < most):
-        first, left = left[0], left[1:]
-        kept.append(first)
-        near = (boxes[left, :2] - boxes[first, :2]).norm(dim=1) < reach[left] + reach[first]
-        others = left[near]
-        gone = near.clone()
-        gone[near] = overlap_above(boxes[first].expand(len(others), -1), boxes[others]) > threshold
-        left = left[~gone]
-    return torch.stack(kept) if kept else left
+
+    def near(first: Tensor, others: Tensor) -> Tensor:
+        gone = (boxes[others, :2] - boxes[first, :2]).norm(dim=1) < reach[others] + reach[first]
+        others = others[gone]
+        gone[gone.clone()] = overlap_above(boxes[first].expand(len(others), -1), boxes[others]) > threshold
+        return gone
+
+    return keep_best(scores, near, most)
 
 
 __all__ = [

@@ -32,6 +32,7 @@ from ...checks import check_axes, check_float, check_int, check_ints, check_rank
 from ...hooks.hf.names import cache_argument, cache_out
 from ...nn.released import Released
 from ...types import check_divides
+from ..sampling import in_nucleus
 
 #: What the first two numbers of a decision are for.
 DECISIONS = ("generate", "retrieve")
@@ -346,8 +347,8 @@ def _drawn(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
         return int(logits.argmax())
     shares = (logits / temperature).softmax(-1)
     if top_p < 1:
-        ordered, places = shares.sort(descending=True)
-        shares = shares.index_fill(0, places[ordered.cumsum(0) - ordered > top_p], 0)
+        _, places, kept = in_nucleus(shares, top_p)
+        shares = shares.index_fill(0, places[~kept], 0)
     return int(torch.multinomial(shares, 1, generator=generator))
 
 

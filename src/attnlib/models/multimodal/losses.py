@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...checks import check_choice, check_real, describe
 from ...types import stats_dtype
+from ..detect.boxes import common
 from ..losses import dice_scores
 
 #: What boxes may be measured in: shares of the image, or its pixels.
@@ -58,10 +59,7 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
             raise ValueError(f"{name} must be (..., 4): x1, y1, x2, y2, got {describe(boxes)}")
     kind = stats_dtype(torch.promote_types(a.dtype, b.dtype))
     a, b = a.to(kind), b.to(kind)
-    area_a, area_b = ((x[..., 2:] - x[..., :2]).prod(-1) for x in (a, b))
-    inner = (torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    hull = (torch.max(a[..., 2:], b[..., 2:]) - torch.min(a[..., :2], b[..., :2])).prod(-1)
-    union = area_a + area_b - inner
+    inner, union, hull = common(a, b)
     share = torch.where(union > 0, inner / torch.where(union > 0, union, 1), (hull == 0).to(kind))
     empty = torch.where(hull > 0, (hull - union) / torch.where(hull > 0, hull, 1), 0)
     return share - empty

@@ -26,6 +26,7 @@ from ...nn.layers import merge_heads, split_heads
 from ...nn.released import Released
 from ...nn.sampled.deformable_attention import DeformableAttention
 from ...ops.sampled import deformable_attention
+from ...positions import sines
 from ...types import stats_dtype
 from ..detect.boxes import match, overlaps, suppress_boxes, to_centres, to_corners
 from ..detect.plain_detr import focal_loss, inverse_sigmoid
@@ -44,18 +45,6 @@ class Proposals(NamedTuple):
     boxes: Tensor
     logits: Tensor
     layers: tuple[tuple[Tensor, Tensor], ...] = ()
-
-
-def sines(values: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
-    """(..., dim) of angles (...): sine and cosine in turn, at falling frequencies.
-
-    >>> sines(torch.zeros(1), 4).tolist()
-    [[0.0, 1.0, 0.0, 1.0]]
-    """
-    check_divides("2", 2, "dim", dim)
-    step = torch.arange(dim // 2, device=values.device, dtype=values.dtype)
-    angles = values.unsqueeze(-1) / temperature ** (2 * step / dim)
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
 
 
 def box_sines(boxes: Tensor, dim: int) -> Tensor:

@@ -41,6 +41,8 @@ from ...masks import causal
 from ...nn.layers import DropPath, Mlp, head_dim_of, merge_heads, split_heads, through
 from ...nn.released import Released
 from ...ops import attention
+from ...positions import sines
+from ..sampling import nucleus
 
 #: What a task's number is in the authors' tables, and how they start a sequence of it; the fourth is unused.
 TASKS = ("boxes", "objects", "depth")
@@ -216,7 +218,7 @@ class Solver(nn.Module):
         if positions == "sine" and dim % 4:
             raise ValueError(f"dim={dim} must be a multiple of 4 for sine positions on two axes")
         self.in_dim, self.dim, self.grid = in_dim, dim, grid
-        table = torch.empty(1, *grid, dim) if positions == "learned" else _sines(grid, dim)
+        table = torch.empty(1, *grid, dim) if positions == "learned" else _places(grid, dim)
         if positions == "learned":
             self.enc_embed = nn.Parameter(table)
         else:
@@ -410,31 +412,7 @@ class _Writer:
         return Written(tokens, held, torch.stack(self.scores, 1) if self.scores else like.new_zeros(len(tokens), 0))
 
 
-def nucleus(logits: Tensor, top_p: float, generator: torch.Generator | None = None) -> Tensor:
-    """Numbers (B,) drawn from the smallest sets of (B, K) whose probability exceeds ``top_p``; 0: the likeliest.
-
-    >>> nucleus(torch.tensor([[0.0, 2.0, 1.0]]), 0.0).tolist()
-    [1]
-    """
-    check_axes("logits", logits, B=None, K=None)
-    check_real("top_p", top_p, least=0, most=1)
-    if not top_p or not logits.numel():
-        return logits.argmax(-1)
-    ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered
-    kept = (before <= top_p).index_fill(-1, torch.zeros(1, dtype=torch.long, device=logits.device), True)
-    drawn = torch.multinomial((ordered * kept).float(), 1, generator=generator)
-    return order.gather(1, drawn)[:, 0]
-
-
-def _sines(grid: tuple[int, int], dim: int) -> Tensor:
-    """(1, rows, columns, dim): rows in the first half, sine and cosine side by side."""
-    half = dim // 2
-    frequency = 10000.0 ** (2 * (torch.arange(half, dtype=torch.float32) // 2) / half)
-
-    def along(count: int) -> Tensor:
-        angle = torch.arange(count, dtype=torch.float32)[:, None] / frequency
-        return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], -1).flatten(1)
-
-    rows, cols = along(grid[0]), along(grid[1])
-    return torch.cat([rows[:, None].expand(*grid, half), cols[None].expand(*grid, half)], -1)[None]
+def _places(grid: tuple[int, int], dim: int) -> Tensor:
+    """(1, rows, columns, dim) encodings of places, of rows in the first half."""
+    rows, cols = (sines(torch.arange(n, dtype=torch.float32), dim // 2) for n in grid)
+    return torch.cat([rows[:, None].expand(*grid, -1), cols[None].expand(*grid, -1)], -1)[None]

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ...checks import check_axes, check_choice, check_divides, check_int, check_real, check_valid, describe
 from ...nn.released import Released
 from ...positions import sincos
-from ..detect.boxes import match
+from ..detect.boxes import match, pair_overlaps
 from .losses import box_loss, check_target_boxes
 from .task_tokens import Taken, TaskTokens
 
@@ -197,7 +197,7 @@ class MomentHead(nn.Module):
             spans, t = prediction.spans[i], t.to(prediction.spans)
             inside.append(((middle >= t[:, :1]) & (middle < t[:, 1:])).any(0))
             distance = (spans[:, None] - t).abs().sum(-1)
-            overlap = _span_giou(spans[:, None], t)
+            overlap = pair_overlaps(spans[:, None], t)[1]
             cost = 10 * distance + 1 - overlap - 4 * prediction.logits[i].softmax(-1)[:, :1]
             rows, columns = match(cost.detach())
             labels[i, rows] = 0
@@ -223,14 +223,6 @@ def check_spans(name: str, spans: Tensor) -> None:
     wrong = ~((spans[:, 1] > spans[:, 0]) & (spans >= 0).all(1) & (spans <= 1).all(1))
     if bool(wrong.any()):
         raise ValueError(f"{name} holds {spans[wrong][0].tolist()}; spans are shares of the video, start before end")
-
-
-def _span_giou(a: Tensor, b: Tensor) -> Tensor:
-    inner = (torch.min(a[..., 1], b[..., 1]) - torch.max(a[..., 0], b[..., 0])).clamp(min=0)
-    union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - inner
-    hull = torch.max(a[..., 1], b[..., 1]) - torch.min(a[..., 0], b[..., 0])
-    tiny = torch.finfo(a.dtype).tiny
-    return inner / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
 class TaskPreference(TaskTokens):

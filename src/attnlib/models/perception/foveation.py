@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from ...checks import check_axes, check_choice, check_int, check_real, check_type
 from ...grids import LogPolarWindows
+from ..losses import local_similarity
 
 #: An image (B, 3, H, W) to an image.
 Stage = Callable[[Tensor], Tensor]
@@ -115,10 +116,7 @@ def similarity(a: Tensor, b: Tensor, pad: bool = False) -> Tensor:
         x = F.conv2d(x.flatten(0, 1).unsqueeze(1), line.view(1, 1, -1, 1), padding=(5 * pad, 0))
         return F.conv2d(x, line.view(1, 1, 1, -1), padding=(0, 5 * pad)).view(a.shape[0], -1)
 
-    ma, mb = mean(a), mean(b)
-    va, vb, both = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
-    one, two = 0.01**2, 0.03**2
-    return ((2 * ma * mb + one) * (2 * both + two) / ((ma**2 + mb**2 + one) * (va + vb + two))).mean(1)
+    return local_similarity(a, b, mean).mean(1)
 
 
 def match_strength(

@@ -13,23 +13,8 @@ from torch import Tensor, nn
 from ...checks import check_divides, check_int, check_real
 from ...nn.layers import Mlp, merge_heads, split_heads
 from ...ops import attention
-from ...positions import rotary_frequencies, rotate
+from ...positions import rotate_grid
 from .masks import take, visible_first
-
-
-def rotated(x: Tensor, coords: Tensor, base: float) -> Tensor:
-    """Rotary positions on a grid: every axis turns an equal part of the channels of x (B, H, N, D).
-
-    Args:
-        x: (B, H, N, D).
-        coords: (N, r) or (B, N, r).
-        base: of wavelengths.
-    """
-    axes = coords.shape[-1]
-    frequency = rotary_frequencies(x.shape[-1] // axes, base, device=x.device)
-    angles = (coords.unsqueeze(-1).to(torch.float32) * frequency).to(torch.promote_types(x.dtype, torch.float32))
-    parts = zip(x.chunk(axes, -1), angles.unbind(-2), strict=True)
-    return torch.cat([rotate(part, turn) for part, turn in parts], -1)
 
 
 class PlacedAttention(nn.Module):
@@ -62,7 +47,7 @@ class PlacedAttention(nn.Module):
         q, k, v = (split_heads(t, self.num_heads) for t in (q, k, v))
         if self.base is not None:
             assert coords is not None and memory_coords is not None
-            q, k = rotated(q, coords, self.base), rotated(k, memory_coords, self.base)
+            q, k = rotate_grid(q, coords, self.base), rotate_grid(k, memory_coords, self.base)
         return self.proj(merge_heads(attention(q, k, v)))
 
 

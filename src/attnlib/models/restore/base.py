@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_flag, check_int, check_real, describe
+from ...grids import mirrored_places
 from ...nn.recompute import checkpointed
 from ...nn.released import Rule
 from ..protocol import TaskModel, answering
@@ -132,32 +134,22 @@ class Restorer(TaskModel):
 
 def reflected(x: Tensor, more: tuple[int, int]) -> Tensor:
     """(B, C, H, W) with ``more`` rows and columns, mirrored at the last ones, again where one is too short."""
-    for axis, count in zip((2, 3), more, strict=True):
-        while count > 0:
-            step = min(count, x.shape[axis] - 1)
-            if step == 0:  # one pixel has no mirror image but itself
-                x, count = torch.cat([x, x.narrow(axis, 0, 1).expand(*_with(x, axis, count))], axis), 0
-                continue
-            pads = [0, step, 0, 0] if axis == 3 else [0, 0, 0, step]
-            x, count = F.pad(x, pads, mode="reflect"), count - step
-    return x
+    return _mirrored(x, [(0, count) for count in more])
 
 
 def mirrored(x: Tensor, pad: int) -> Tensor:
     """(B, C, H, W) with ``pad`` pixels mirrored on each side, again and again where the image is smaller than that."""
-    if not pad:
-        return x
-    if pad < min(x.shape[2:]):
-        return F.pad(x, (pad,) * 4, mode="reflect")
-    for axis in (2, 3):
+    return _mirrored(x, [(pad, pad)] * 2)
+
+
+def _mirrored(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
+    """With so many rows and columns more, before and behind."""
+    if all(max(pad) < n for pad, n in zip(pads, x.shape[2:], strict=True)):
+        return F.pad(x, (*pads[1], *pads[0]), mode="reflect") if any(map(any, pads)) else x
+    for axis, (before, behind) in enumerate(pads, 2):
         n = x.shape[axis]
-        at = torch.arange(-pad, n + pad, device=x.device) % max(2 * n - 2, 1)
-        x = x.index_select(axis, torch.minimum(at, (2 * n - 2 - at).abs()))
+        x = x.index_select(axis, mirrored_places(-before, n + behind, n, x.device))
     return x
-
-
-def _with(x: Tensor, axis: int, size: int) -> list[int]:
-    return [size if i == axis else n for i, n in enumerate(x.shape)]
 
 
 class PixelShuffleHead(nn.Module):

@@ -49,7 +49,7 @@ from ...positions import resized
 from ...types import stats_dtype
 from ..backbones import hosts
 from ..backbones.resnet import convert as convert_resnet
-from ..backbones.stages import IMAGENET_MEAN, IMAGENET_STD, Backbone, FeatureInfo
+from ..backbones.stages import IMAGENET_MEAN, IMAGENET_STD, Backbone, FeatureInfo, map_info
 from ..blocks import Place
 from ..build import create_model, register_models
 from ..protocol import TaskModel, Terms
@@ -306,10 +306,7 @@ class TOPIQ(TaskModel):
         elif encoder_settings is not None:
             raise ValueError("encoder_settings is for an encoder given by name")
         check_type("encoder", trunk, nn.Module, "the name of a backbone or a module that gives maps")
-        info: Any = getattr(trunk, "feature_info", None)
-        dims = [] if info is None else list(info.channels())
-        if not dims:
-            raise ValueError(f"encoder must have a feature_info of its maps, got {describe(info)}")
+        dims = map_info(trunk).channels()
         plain = in_chans != 3
         self.mean = _colours("mean", mean, in_chans, (0.0,) * in_chans if plain else IMAGENET_MEAN)
         self.std = _colours("std", std, in_chans, (1.0,) * in_chans if plain else IMAGENET_STD)

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_flag, check_int
+from ...grids import mirrored_places
 from ...ops import attention
 from ...types import Traits, check_divides
 from ..base import Mechanism
@@ -52,17 +53,6 @@ from ..registry import register
 from ..released import Released, Rule
 
 Project = Callable[[Tensor], Tensor]
-
-
-def reflected(count: int, size: int, device: torch.device | None = None) -> Tensor:
-    """(count,) places on an axis of ``size`` tokens that is reflected at both ends, again and again.
-
-    >>> reflected(8, 3).tolist(), reflected(3, 1).tolist()
-    ([0, 1, 2, 1, 0, 1, 2, 1], [0, 0, 0])
-    """
-    period = max(1, 2 * (size - 1))
-    at = torch.arange(count, device=device) % period
-    return torch.minimum(at, period - at) if size > 1 else at
 
 
 class WindowReader(nn.Module):
@@ -92,7 +82,7 @@ class WindowReader(nn.Module):
         """(windows, window_size) tokens along an axis of ``size``."""
         reach = self.dilation * (self.window_size - 1) + 1
         starts = torch.arange(0, size, reach, device=device)
-        at = reflected(-(-size // reach) * reach, size, device)
+        at = mirrored_places(0, -(-size // reach) * reach, size, device)
         return at[starts[:, None] + torch.arange(self.window_size, device=device) * self.dilation]
 
     def shares(self, size: int, like: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...checks import check_int, check_ints, check_real, shaped
+from ...models.losses import local_similarity
 from .maps import js, normalize, of_spans, resized
 from .personalize import Example, Personalize, Seen, Term
 from .prompts import find, holds
@@ -104,12 +105,7 @@ def ssim(a: Tensor, b: Tensor, window: int = 7) -> float:
     def mean(x: Tensor) -> Tensor:
         return F.avg_pool2d(x[None], window, 1)[0]
 
-    ma, mb = mean(a), mean(b)
-    part = count / (count - 1)
-    va, vb, both = (part * (mean(x * y) - m * n) for x, y, m, n in ((a, a, ma, ma), (b, b, mb, mb), (a, b, ma, mb)))
-    one, two = 0.01**2, 0.03**2
-    every = (2 * ma * mb + one) * (2 * both + two) / ((ma**2 + mb**2 + one) * (va + vb + two))
-    return float(every.mean())
+    return float(local_similarity(a, b, mean, share=count / (count - 1)).mean())
 
 
 @shaped(maps="float (K, h, w)", masks="tensor (K, h, w)")
