@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 import attnlib
-from attnlib.models.build import model_entry
+from attnlib.models.build import load_pretrained, model_entry
 from attnlib.models.dense.dmmi import DEAD, DMMI, DMMIPrediction, convert, referring_scores
 from tests.parity import by_name
 
@@ -103,8 +103,8 @@ def test_named_models_and_what_never_runs():
 def test_checkpoints_of_their_training():
     meta, _ = recorded("dmmi-resnet")
     state = {k: by_name(k, s) for k, s in meta["model"].items()}
-    model = DMMI(**RESNET).double()
-    model.load_state_dict(convert({"model": {f"module.{k}": v for k, v in state.items()}, "bert_model": {}}, model))
+    model = attnlib.create_model("dmmi_resnet101", **RESNET, compat=None).double()
+    load_pretrained(model, {"model": {f"module.{k}": v for k, v in state.items()}, "bert_model": {}, "epoch": 3})
     other = DMMI(**RESNET).double()
     other.load_state_dict(convert(state, other))
     assert all(a.equal(b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))

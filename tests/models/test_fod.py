@@ -22,6 +22,7 @@ from attnlib.models.dense.fod import (
     LevelPrediction,
     PriorAttention,
     convert,
+    convert_levels,
     discrepancy,
     smoothed,
 )
@@ -69,6 +70,20 @@ def around(level, **settings):
     model = small(intra=settings["intra"], inter=settings["inter"], compat="authors")
     model.levels = nn.ModuleList([level])
     return model
+
+
+def test_a_checkpoint_of_their_training_holds_all_levels():
+    config = CASES["both"] if "both" in CASES else next(c for c in CASES.values() if c["intra"] and c["inter"])
+    model = small(compat="authors")
+    model.levels = nn.ModuleList(FODLevel(6, 8, 2, 2, compat="authors") for _ in range(2))
+    first = synthetic(config["shapes"])
+    second = {k: v + 1 for k, v in first.items()}
+    model.load_state_dict(convert_levels([first, {f"module.{k}": v for k, v in second.items()}], model), strict=True)
+    for level, state in zip(model.levels, (first, second), strict=True):
+        assert level.embed.bias.equal(state["embedding.project_embedding.project.bias"])
+    for wrong in ([first], first):
+        with pytest.raises(ValueError, match="states must be a list of 2"):
+            convert_levels(wrong, model)
 
 
 @pytest.mark.parametrize("case", CASES)

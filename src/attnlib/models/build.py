@@ -318,6 +318,14 @@ class Loaded:
     dropped: list[str] = field(default_factory=list)
 
 
+def _inside(held: Any) -> Any:
+    """The state dict within a training checkpoint; what is none as it is."""
+    for key in ("state_dict_ema", "model_ema", "params_ema", "state_dict", "model", "params"):
+        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
+            return held[key]
+    return held
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file: ``.safetensors``, or what ``torch.save`` wrote, also inside a training checkpoint.
 
@@ -332,11 +340,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    held = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict_ema", "model_ema", "params_ema", "state_dict", "model", "params"):
-        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
-            held = held[key]
-            break
+    held = _inside(torch.load(path, map_location="cpu", weights_only=True))
     if not isinstance(held, Mapping) or not all(isinstance(v, Tensor) for v in held.values()):
         raise ValueError(f"{path} holds no state dict: a mapping from names to tensors was expected")
     return dict(held)
@@ -347,7 +351,8 @@ def load_pretrained(model: Any, source: str | Path | Mapping[str, Tensor] | None
 
     Args:
         model: ours.
-        source: file, or state dict, in the authors', in timm's or in our names; ``None`` to fetch it from the hub.
+        source: file, state dict, or training checkpoint with one, in the authors', in timm's or in our names; ``None``
+            to fetch it from the hub.
 
     Raises:
         ValueError: entries that are missing, left over or of another shape; all are named.
@@ -356,7 +361,7 @@ def load_pretrained(model: Any, source: str | Path | Mapping[str, Tensor] | None
     entry: ModelEntry = model.entry
     if source is None:
         source = _fetch(entry)
-    state = dict(source) if isinstance(source, Mapping) else read_weights(source)
+    state = dict(_inside(source)) if isinstance(source, Mapping) else read_weights(source)
     own, head = model.state_dict(), tuple(getattr(model, "head_names", ()))
     theirs = {key for key in unwrapped(state) if key not in own and not (head and key.startswith(head))}
     state = entry.convert(state, model) if theirs and entry.convert is not None else unwrapped(state)

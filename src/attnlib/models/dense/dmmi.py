@@ -499,13 +499,11 @@ def _trunk(theirs: Released, model: DMMI) -> dict[str, Tensor]:
 
 
 def convert(state_dict: Mapping[str, Tensor], model: DMMI) -> dict[str, Tensor]:
-    """From the authors' ``DMMI`` over Swin or ResNet, also inside a checkpoint of their training.
+    """From the authors' ``DMMI`` over Swin or ResNet, which is ``model`` in a checkpoint of their training.
 
-    BERT is a file of its own, or ``bert_model`` in that checkpoint, and goes into ``text_encoder``.
+    BERT is ``bert_model`` there, and goes into ``text_encoder``.
     """
     check_type("state_dict", state_dict, Mapping)
-    if isinstance(inner := state_dict.get("model"), Mapping):  # {"model", "bert_model", "optimizer", ...}
-        state_dict = inner
     theirs = Released(state_dict, "the authors' DMMI")
     fused = {"swin": r"backbone\.layers\.", "resnet": r"backbone\.all_fusion"}
     for kind, lead in fused.items():

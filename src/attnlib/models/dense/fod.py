@@ -516,6 +516,24 @@ def convert(state_dict: Mapping[str, Tensor], model: FODLevel) -> dict[str, Tens
     return theirs.close(theirs.renamed(rules))
 
 
+def convert_levels(states: Sequence[Mapping[str, Tensor]], model: FOD) -> dict[str, Tensor]:
+    """From ``state_dict`` of a checkpoint of the authors' training: one of their ``FOD`` for each level.
+
+    The backbone and the memory of what is normal are no part of it: they stay as the model has them.
+
+    Raises:
+        ValueError: another number of levels.
+    """
+    if not isinstance(states, (list, tuple)) or len(states) != len(model.levels):
+        raise ValueError(
+            f"states must be a list of {len(model.levels)} state dicts, one a level, got {describe(states)}"
+        )
+    out = {k: v for k, v in model.state_dict().items() if not k.startswith("levels.")}
+    for i, (state, level) in enumerate(zip(states, model.levels, strict=True)):
+        out |= {f"levels.{i}.{k}": v for k, v in convert(state, level).items()}  # type: ignore[arg-type]
+    return out
+
+
 register_models(
     "fod-i2correlation",
     FOD,
