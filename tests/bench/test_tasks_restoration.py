@@ -40,7 +40,7 @@ def test_a_line_runs_goes_on_where_it_stopped_and_is_drawn(line, tmp_path):
     json.dumps(found)
 
 
-@pytest.mark.parametrize("page", ["restoration"])
+@pytest.mark.parametrize("page", ["restoration", "pretraining"])
 def test_tables_of_the_pages_are_those_of_the_results(page):
     text = (ROOT / "docs" / f"tasks-{page}.md").read_text(encoding="utf-8")
     tables = dict(re.findall(r"<!-- (?!end )([\w ]+) -->\n(.*?)\n<!-- end \1 -->", text, re.S))
