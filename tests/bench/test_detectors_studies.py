@@ -66,7 +66,10 @@ def test_classes_of_pixels_are_those_of_the_things():
 
 
 def test_dark_pictures_have_less_light():
-    ((images,), targets), light = dark.pictures_of(8, "dev")
+    ((images,), targets), light, exposure = dark.pictures_of(8, "dev")
+    assert dark.EXPOSURE[0] <= float(exposure.min()) < float(exposure.max()) <= dark.EXPOSURE[1]
+    most = dark.in_the_dark(light, torch.ones(8), torch.Generator().manual_seed(0))
+    assert bool((images.mean((1, 2, 3)) < most.mean((1, 2, 3))).all()) and float((most - light).abs().mean()) < 0.03
     assert float(images.mean()) < 0.5 * float(light.mean()) and all(len(t["boxes"]) for t in targets)
     assert torch.equal((255 * images).round() / 255, images)
     assert torch.equal(dark.Gamma()(images) > images, (images > 0) & (images < 1))
@@ -89,7 +92,7 @@ def test_lines_run_and_go_on(line, tmp_path):
             assert 0 <= row[own["metric"]]["mean"] <= 100 and row["parameters"]["mean"] < 100_000
 
 
-@pytest.mark.parametrize("line", ["fusion"])
+@pytest.mark.parametrize("line", LINES)
 def test_tables_of_the_page(line):
     held = json.loads((ROOT / "benchmarks" / "results" / f"tasks-{line}-cpu.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "tasks-detection.md").read_text(encoding="utf-8")

@@ -67,18 +67,23 @@ class Convolutions(nn.Module):
         return y
 
 
-def in_the_dark(light: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures (n, 3, H, W) in [0, 1] as a camera keeps them after too short an exposure, another one for each."""
+def exposures(count: int, generator: torch.Generator) -> Tensor:
+    """(count,) shares of the light, their logarithms evenly spread."""
     low, high = (torch.tensor(e).log() for e in EXPOSURE)
-    share = (low + (high - low) * torch.rand(len(light), 1, 1, 1, generator=generator)).exp()
+    return (low + (high - low) * torch.rand(count, generator=generator)).exp()
+
+
+def in_the_dark(light: Tensor, exposure: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures (n, 3, H, W) in [0, 1] as a camera keeps them after too short exposures (n,)."""
+    share = exposure[:, None, None, None]
     counted = torch.poisson(light**CAMERA * share * PHOTONS, generator=generator) / PHOTONS
     counted = counted + READ * torch.randn(light.shape, generator=generator)
     return (255 * counted.clamp(0, 1) ** (1 / CAMERA)).round() / 255
 
 
 @functools.lru_cache(maxsize=4)
-def pictures_of(count: int, part: str) -> tuple[Batch, Tensor]:
-    """Dark pictures with their digits, and the same in daylight.
+def pictures_of(count: int, part: str) -> tuple[Batch, Tensor, Tensor]:
+    """Dark pictures with their digits, the same in daylight, and their exposures.
 
     Args:
         count: pictures.
@@ -111,7 +116,8 @@ def pictures_of(count: int, part: str) -> tuple[Batch, Tensor]:
             place[:] = place * (1 - ink) + colour * ink
             boxes.append([x, y, x + DIGIT, y + DIGIT])
         targets.append({"boxes": torch.tensor(boxes).float(), "labels": torch.zeros(len(boxes), dtype=torch.long)})
-    return ((in_the_dark(light, generator),), targets), light
+    exposure = exposures(count, generator)
+    return ((in_the_dark(light, exposure, generator),), targets), light, exposure
 
 
 def contestant(name: str) -> Enhanced:
@@ -154,16 +160,15 @@ def measure(
     Returns:
         Plain values, for JSON.
     """
-    (images, targets), light = pictures_of(tested, "test")
-    # Half of the pictures are darker than the other.
-    shine = images[0].mean((1, 2, 3))
-    darker = shine < shine.median()
+    (images, targets), light, exposure = pictures_of(tested, "test")
+    darker = exposure < exposure.median()
     split = {"darker": [i for i in range(tested) if darker[i]], "brighter": [i for i in range(tested) if not darker[i]]}
     models: dict[str, Enhanced] = {}  # of the first seed, for the pictures
 
     def run(name: str, seed: int) -> dict[str, float]:
         model = train(name, seed, steps, trained)
-        models.setdefault(name, model)
+        if seed == seeds[0]:
+            models[name] = model
         found = found_by(model, images)
         out = {"precision": mean_precision(found, targets, 1)}
         out |= {k: mean_precision([found[i] for i in v], [targets[i] for i in v], 1) for k, v in split.items()}
@@ -171,7 +176,7 @@ def measure(
 
     result: dict[str, Any] = {"question": QUESTION, "machine": machine(), "steps": steps, "trained": trained}
     result |= {"tested": tested, "exposure": list(EXPOSURE), "photons": PHOTONS, "read noise": READ, "gamma": GAMMA}
-    key = (steps, trained, tested, EXPOSURE, PHOTONS, READ, GAMMA)
+    key = ("by exposure", steps, trained, tested, EXPOSURE, PHOTONS, READ, GAMMA)
     result |= study(NAMES, run, "precision", BASELINE, seeds, progress, keep, key)
     if pictures is not None:
         curves = {
@@ -216,4 +221,4 @@ def table(part: Mapping[str, Any]) -> str:
 #: Tables of the page: by name, the part of the result, and what writes it.
 TABLES = {"dark": ("", table)}
 
-__all__ = ["Convolutions", "Gamma", "contestant", "in_the_dark", "measure", "pictures_of", "table"]
+__all__ = ["Convolutions", "Gamma", "contestant", "exposures", "in_the_dark", "measure", "pictures_of", "table"]

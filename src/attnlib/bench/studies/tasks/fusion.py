@@ -245,7 +245,8 @@ def measure(
 
     def boxes(name: str, seed: int) -> dict[str, float]:
         model = detect(name, seed, steps[0], trained)
-        models.setdefault(("boxes", name), model)
+        if seed == seeds[0]:
+            models["boxes", name] = model
         found = found_by(model, images)
         return {
             "alone": mean_precision(found, targets, 2, "alone"), "all": mean_precision(found, targets, 2),
@@ -254,7 +255,8 @@ def measure(
 
     def pixels(name: str, seed: int) -> dict[str, float]:
         model = segment(name, seed, steps[1], trained)
-        models.setdefault(("pixels", name), model)
+        if seed == seeds[0]:
+            models["pixels", name] = model
         classes = classes_of(model, name, images)
         everything = [{**t, "alone": torch.ones_like(t["alone"])} for t in targets]
         return {
