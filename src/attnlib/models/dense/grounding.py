@@ -215,8 +215,14 @@ def convert(state_dict: Mapping[str, Tensor], model: SentenceSegmenter) -> dict[
 register_models(
     "sentence-attention-block",
     SentenceSegmenter,
-    {"sentence_attention_efficientnet_b7": {}},
-    params={"sentence_attention_efficientnet_b7": 66_856_978},
+    {f"sentence_attention_efficientnet_b{n}": dict(encoder=f"tf_efficientnet_b{n}") for n in range(3, 8)},
+    params={
+        "sentence_attention_efficientnet_b3": 14_096_170,
+        "sentence_attention_efficientnet_b4": 20_904_810,
+        "sentence_attention_efficientnet_b5": 31_620_018,
+        "sentence_attention_efficientnet_b6": 43_924_706,
+        "sentence_attention_efficientnet_b7": 66_856_978,
+    },
     source="khoshsirat/embedding-attention-blocks",
     convert=convert,  # type: ignore[arg-type]
     task="segment",
