@@ -146,6 +146,22 @@ def operations(call: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
+def training_step(model: nn.Module, loss: Callable[[Any], Tensor]) -> Callable[[], None]:
+    """A call for clocks: ``loss(model)`` forward and back, with gradients of the parameters made anew.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> run = training_step(model, lambda m: m(torch.tensor([1.0, 2.0])).sum())
+    >>> run(), run(), model.weight.grad.tolist()
+    (None, None, [[1.0, 2.0]])
+    """
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        loss(model).backward()
+
+    return run
+
+
 @torch.no_grad()
 def scored(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
     """``accuracy``, in percent, and ``loss``, the cross-entropy, of a classifier, which is put into evaluation mode."""

@@ -28,7 +28,7 @@ from ...models.backbones.uniformer import uniformer
 from ...models.backbones.van import van
 from ..clock import interleave, machine, peak_bytes
 from ..data.worlds import TEXTURES, texture_crops
-from ..small import Progress, accuracy, fit, parameters, picture, started_small, study
+from ..small import Progress, accuracy, fit, parameters, picture, started_small, study, training_step
 
 SIDE, BASELINE = 48, "residual network"
 _GIVEN: dict[str, Any] = dict(num_classes=len(TEXTURES), in_chans=1, img_size=SIDE)
@@ -66,13 +66,6 @@ def costs(batch: int = 8, repeats: int = 5) -> dict[str, dict[str, float]]:
     """Seconds and bytes of a training step, and seconds of one image in evaluation, all contestants in turn."""
     x, one = torch.randn(batch, 1, SIDE, SIDE), torch.randn(1, 1, SIDE, SIDE)
 
-    def step(model: nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            model.zero_grad(set_to_none=True)
-            model(x).square().sum().backward()
-
-        return run
-
     def call(model: nn.Module) -> Callable[[], None]:
         @torch.no_grad()
         def run() -> None:
@@ -83,7 +76,7 @@ def costs(batch: int = 8, repeats: int = 5) -> dict[str, dict[str, float]]:
     steps, calls = {}, {}
     for name, make in CONTESTANTS.items():
         torch.manual_seed(0)
-        steps[name], calls[name] = step(make()), call(make().eval())
+        steps[name], calls[name] = training_step(make(), lambda m: m(x).square().sum()), call(make().eval())
     trained, shown = interleave(steps, repeats, "cpu"), interleave(calls, 2 * repeats, "cpu")
     return {
         name: {

@@ -26,7 +26,7 @@ from ...nn.partition.maxvit import PartitionAttention
 from ..clock import interleave, machine, peak_bytes
 from ..data.worlds import TEXTURES, cluttered_digits, texture_crops
 from ..fields import mean_distance, squared_gradients
-from ..small import Progress, accuracy, fit, parameters, picture, study
+from ..small import Progress, accuracy, fit, parameters, picture, study, training_step
 
 SIDE, PATCH, DIM, HEADS, DEPTH, RATIO = 24, 2, 48, 4, 2, 3.0
 
@@ -140,17 +140,10 @@ def costs(goal: int, side: int = 64, batch: int = 4, repeats: int = 5) -> dict[s
     """Seconds and bytes of a training step at ``side`` pixels, all contestants in turn."""
     x = torch.randn(batch, 1, side, side)
 
-    def step(model: nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            model.zero_grad(set_to_none=True)
-            model(x).square().sum().backward()
-
-        return run
-
     steps = {}
     for name in CONTESTANTS:
         torch.manual_seed(0)
-        steps[name] = step(build(name, 10, width_for(name, goal, 10), side))
+        steps[name] = training_step(build(name, 10, width_for(name, goal, 10), side), lambda m: m(x).square().sum())
     times = interleave(steps, repeats)
     plain = times[BASELINE].minimum
     return {

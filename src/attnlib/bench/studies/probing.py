@@ -9,19 +9,18 @@ what efficient probing is held against; both are timed at the width of ViT-B, fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...nn.registry import create
 from ..clock import interleave, machine
 from ..data.files import digits
 from ..probing import Labelled, cached_tokens, linear, nearest_neighbours, probe
-from ..small import Progress, picture, study
+from ..small import Progress, picture, study, training_step
 from .pretraining import DIM, PATCH, SIDE, build, pretrained, train_on
 
 NEIGHBOURS, LINEAR, BASELINE, OURS = "nearest neighbours", "linear", "aim-pool", "efficient-probing"
@@ -50,16 +49,11 @@ def times(repeats: int, batch: int = 8, tokens: int = 196, dim: int = 768) -> di
     """Seconds of a forward and a backward pass at the width of ViT-B."""
     x = torch.randn(batch, tokens, dim)
 
-    def step(pool: nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            pool.zero_grad(set_to_none=True)
-            pool(x).square().sum().backward()
-
-        return run
-
     torch.manual_seed(0)
     pools = {name: create(name, dim=dim) for name in (OURS, BASELINE)}
-    taken = interleave({name: step(pool) for name, pool in pools.items()}, repeats)
+    taken = interleave(
+        {name: training_step(pool, lambda m: m(x).square().sum()) for name, pool in pools.items()}, repeats
+    )
     found: dict[str, Any] = {
         name: {"step_seconds": taken[name].median, "parameters": sum(p.numel() for p in pools[name].parameters())}
         for name in pools

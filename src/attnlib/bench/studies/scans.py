@@ -21,7 +21,7 @@ from ...models.backbones.stages import Backbone
 from ...models.blocks import Place, fitted
 from ...nn.scan.mhs_vm import FAMILIES
 from ..clock import interleave, machine
-from ..small import Progress, parameters
+from ..small import Progress, parameters, training_step
 from .mixers import SIDE, backbone, draw_tasks, on_tasks
 
 BASELINE = "four routes (VMamba)"
@@ -61,17 +61,10 @@ def costs(names: list[str], goal: int, side: int = SIDE, batch: int = 8, repeats
     """Seconds of a training step, all contestants in turn."""
     x = torch.randn(batch, 1, side, side)
 
-    def step(model: nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            model.zero_grad(set_to_none=True)
-            model(x).square().sum().backward()
-
-        return run
-
     steps = {}
     for name in names:
         torch.manual_seed(0)
-        steps[name] = step(build(name, 10, width_for(name, goal, 10), side))
+        steps[name] = training_step(build(name, 10, width_for(name, goal, 10), side), lambda m: m(x).square().sum())
     times = interleave(steps, repeats)
     plain = times[BASELINE].minimum
     return {n: {"step_seconds": t.minimum, "x_four_routes": t.minimum / plain} for n, t in times.items()}

@@ -25,7 +25,7 @@ from ...models.dense.upsample import UpsampleHead
 from ...models.dense.vwformer import VWFormerHead
 from ..clock import interleave, machine
 from ..data.masks import CLASSES, mean_iou, shape_scenes
-from ..small import Progress, fit, picture, study
+from ..small import Progress, fit, picture, study, training_step
 
 SIDE, WIDTH, TINT = 64, 32, 0.4
 DIMS, HEADS = (16, 24, 32, 48), (1, 1, 2, 3)
@@ -69,14 +69,9 @@ def costs(makes: dict[str, Make], batch: int = 4, repeats: int = 5) -> dict[str,
     """Seconds of a training step, all in turn."""
     x = shape_scenes(batch, (SIDE, SIDE), tint=TINT, generator=torch.Generator().manual_seed(0))
 
-    def step(model: nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            model.zero_grad(set_to_none=True)
-            _loss(model, x).backward()
-
-        return run
-
-    times = interleave({name: step(build(make)) for name, make in makes.items()}, repeats)
+    times = interleave(
+        {name: training_step(build(make), lambda m: _loss(m, x)) for name, make in makes.items()}, repeats
+    )
     return {name: t.minimum for name, t in times.items()}
 
 

@@ -23,7 +23,7 @@ from ...models.detect.scatterformer import ResidualVoxels, ScatterStage, Voxels
 from ...nn.layers import merge_heads, split_heads
 from ...ops.voxels import conv_sites, window_segments
 from ..clock import interleave, machine
-from ..small import Progress, fit, parameters, study
+from ..small import Progress, fit, parameters, study, training_step
 from .clouds import SURFACES, surfaces
 
 SHAPE, WINDOW, DIM, HEADS, DEPTH = (12, 32, 32), 8, 32, 4, 2
@@ -157,17 +157,10 @@ def costs(given: Scenes, repeats: int = 5) -> dict[str, dict[str, float]]:
     """Seconds of a training step, all contestants in turn; and the share of places that voxels fill."""
     lengths = window_segments(given.coords, SHAPE, WINDOW)[1].diff().double()
 
-    def step(model: nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            model.zero_grad(set_to_none=True)
-            F.cross_entropy(model(given), given.labels).backward()
-
-        return run
-
     steps = {}
     for name in NAMES:
         torch.manual_seed(0)
-        steps[name] = step(Teller(name))
+        steps[name] = training_step(Teller(name), lambda m: F.cross_entropy(m(given), given.labels))
     times = interleave(steps, repeats, clock="cpu")
     filled = {
         BASELINE: float(lengths.mean() / lengths.max()), LIMITED: float(lengths.clamp(max=LIMIT).mean() / LIMIT),
