@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import HERE, Fixture, synthetic
+from whole import Recorded
 
 from attnlib.models.perception import oat
-from attnlib.models.perception.oat import OAT, PatchNet, fit_table, gaussian, gaussian_table, table_loss
+from attnlib.models.perception.oat import OAT, PatchNet, fit_table, gaussian, gaussian_table, sinusoid_table, table_loss
 from attnlib.models.perception.scanpaths import (
     behaviour,
     behaviour_gap,
@@ -34,6 +35,23 @@ PATH = torch.tensor([[0, 3, 3, 4], [5, 1, -1, -1]])
 
 def wave(*shape, k):
     return torch.sin(torch.arange(math.prod(shape), dtype=torch.float64) * k).reshape(shape)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "kind", "alpha"),
+    [("original", "geometric", 0.9), ("linear", "linear", 0.9), ("exp1", "power", 0.9), ("exp2", "share-power", 0.7)],
+)
+def test_sines_of_places_are_the_authors(theirs, kind, alpha):
+    """Every place of their shelf of 3 x 11, marked or not, against what a model with our table gives them."""
+    want = Recorded("oat-sinusoids").tensors[theirs]  # (3, 11, 2, 20)
+    table = sinusoid_table(14, 8, kind, alpha)
+    model = OAT(40, 2, 16, (1, 1), table=table, compat="authors")
+    rows, columns, flags = torch.meshgrid(torch.arange(3), torch.arange(11), torch.arange(2), indexing="ij")
+    ours = model.codes(torch.stack([rows, columns], -1).float(), flags)
+    torch.testing.assert_close(ours, want, rtol=0, atol=2e-6)  # theirs rounds angles to float32
+    for wrong, match in ((dict(kind="sine"), "kind"), (dict(dim=7), "2 .sines")):
+        with pytest.raises(ValueError, match=match):
+            sinusoid_table(**{"count": 4, "dim": 8, **wrong})
 
 
 @pytest.mark.parametrize("case", ["pyramid2", "pyramid3", "flat"])

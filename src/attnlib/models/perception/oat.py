@@ -70,6 +70,31 @@ def gaussian_table(count: int, dim: int, sigma: float = 2.0, seed: int = 0) -> T
     return (F.normalize(root @ turn, dim=1) * math.sqrt(dim)).float()
 
 
+def sinusoid_table(count: int, dim: int, kind: str = "geometric", alpha: float = 0.9) -> Tensor:
+    """(count, dim) sines and cosines in turn, the codes that the release compares its fitted table with.
+
+    Args:
+        count, dim: rows and their width, which is even.
+        kind: rates of pair i of d / 2, with j = 2 i: ``"geometric"``: ``10000 ** (-j / d)`` ("original" there);
+            ``"linear"``: ``alpha j / d``; ``"power"``: ``j ** alpha / d`` ("exp1"); ``"share-power"``:
+            ``(j / d) ** alpha`` ("exp2").
+        alpha: of the latter three.
+
+    >>> sinusoid_table(3, 4)[0].tolist()
+    [0.0, 1.0, 0.0, 1.0]
+    """
+    check_choice("kind", kind, ("geometric", "linear", "power", "share-power"))
+    check_divides("2 (sines and cosines)", 2, "dim", check_int("dim", dim, least=2))
+    check_real("alpha", alpha)
+    at = torch.arange(check_int("count", count, least=1), dtype=torch.float64)[:, None]
+    j = torch.arange(0, dim, 2, dtype=torch.float64)
+    rates = {
+        "geometric": 10000 ** (-j / dim), "linear": alpha * j / dim, "power": j**alpha / dim,
+        "share-power": (j / dim) ** alpha,
+    }[kind]  # fmt: skip
+    return torch.stack([(at * rates).sin(), (at * rates).cos()], -1).flatten(1).float()
+
+
 def table_loss(table: Tensor, sigma: float = 2.0) -> Tensor:
     """What the release fits: squared errors of cosines, and the spread of lengths, over n (n - 1)."""
     check_float("table", table)
@@ -172,7 +197,8 @@ class OAT(TaskModel):
         scale: of pointing; ``dim ** -0.5`` by default.
         patch_size: of images of objects; ``None`` takes any, by pooling of ``levels``.
         levels: see :class:`PatchNet`.
-        table: (R, W) codes of rows, columns and flags with ``3 W >= dim / 2``; :func:`gaussian_table` by default.
+        table: (R, W) codes of rows, columns and flags with ``3 W >= dim / 2``; :func:`gaussian_table` by default,
+            :func:`fit_table` or :func:`sinusoid_table`.
         table_size: R of that default: places lie between 0 and R - 1.
         drop: dropout.
         max_steps: fixations of an answer, at most.
