@@ -118,6 +118,11 @@ def test_a_resnet():
     y = model(x, text, VALID)
     assert y.shape == (2, 2, 40, 33) and y.isfinite().all()
     torch.testing.assert_close(model(x[1:], text[1:, :3]), y[1:], rtol=1e-4, atol=1e-5)
+    norms = [m.weight for m in model.stages.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 3 * 5 + 4 and all(w.eq(1).all() for w in norms)  # as torchvision's ResNet starts
+    for conv in (m for m in model.stages.modules() if isinstance(m, nn.Conv2d)):
+        fan = conv.out_channels * conv.kernel_size[0] ** 2
+        assert float(conv.weight.detach().std()) == pytest.approx((2 / fan) ** 0.5, rel=0.3)
     words, maps = model.backbone(x, text)
     assert [m.shape[1] for m in maps] == [16, 32, 64, 128] and words.shape == text.shape
     made = model.train()(x, text, VALID, text.flip(0))

@@ -295,6 +295,9 @@ class DMMI(TaskModel):
             widths = [embed_dim * 2**i for i in range(4)]
             body = resnet(widths, depths, in_chans=in_chans, drop_path_rate=drop_path_rate, stem_dim=embed_dim, **rest)
             dims = [4 * width for width in widths]
+            for part in body.modules():
+                if isinstance(part, nn.BatchNorm2d):
+                    nn.init.ones_(part.weight)  # torchvision's start: no branch begins at zero
         self.trunk, self.stem, self.stages = trunk, body.stem, body.stages
         self.fused = nn.ModuleList(
             FusedStage(c, text_dim, fusion_drop, not own or i < 3, own) for i, c in enumerate(dims)
