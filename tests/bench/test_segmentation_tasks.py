@@ -3,6 +3,7 @@
 import gzip
 import json
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from attnlib.bench.data import brain, referring
 from attnlib.bench.data.files import DataError
 from attnlib.bench.data.scenes import BACKGROUND, make_scene
 from attnlib.bench.studies.tasks import lesions, sentence
+
+ROOT = Path(__file__).parents[2]
 
 
 def rng(seed=0):
@@ -178,3 +181,12 @@ def test_only_gates_and_what_is_added_hear_the_sentence():
             with torch.no_grad():
                 answers.append(net.eval()(**given))
         assert torch.equal(*answers) == (name == "none"), name
+
+
+@pytest.mark.parametrize("line", ["sentence"])
+def test_the_page_has_the_table_of_the_results(line):
+    found = json.loads((ROOT / "benchmarks" / "results" / f"tasks-{line}-cpu.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "tasks-segmentation.md").read_text(encoding="utf-8")
+    module = {"lesions": lesions, "sentence": sentence}[line]
+    assert f"<!-- {line} -->\n{module.table(found)}\n<!-- end {line} -->" in page
+    assert [row["name"] for row in found["rows"]] == list(module.SHOWN)

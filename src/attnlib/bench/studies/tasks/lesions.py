@@ -201,7 +201,7 @@ def _drawn(
 
     rows = {"image": grey, "truth": marked(truth)}
     rows |= {SHOWN[n]: marked(answer(n, x)) for n in ("unet", "deep", "agunet", "dagunet", "medusa") if n in names}
-    sheet(path, rows, [k for k in exam for _ in range(each)], zoom=0.8, colours=48)
+    sheet(path, rows, [k for k in exam for _ in range(each)], zoom=0.5, colours=48)
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -204,7 +204,7 @@ def _drawn(path: Path, names: Sequence[str], exam: Referred, answer: Callable[[s
 
     rows = {"scene": scenes, "truth": marked(exam.masks[chosen])}
     rows |= {SHOWN[n]: marked(answer(n, chosen)) for n in ("none", "added", "softmax*C", "dmmi") if n in names}
-    sheet(path, rows, [exam.sentences[i] for i in chosen.tolist()], zoom=0.8, colours=64)
+    sheet(path, rows, [exam.sentences[i] for i in chosen.tolist()], zoom=0.5, colours=48)
 
 
 def table(result: Mapping[str, Any]) -> str:
