@@ -61,6 +61,34 @@ def test_boxes_stand_apart_and_most_are_seen():
     assert seen / total > 0.8
 
 
+def test_normals_are_those_of_what_is_seen():
+    for number in range(5):
+        room = rooms.make_room(number, noise=0.0)
+        points = room.points()
+        # Off edges, the cross product of differences between neighbours.
+        right, down = points[1:-1, 2:] - points[1:-1, :-2], points[2:, 1:-1] - points[:-2, 1:-1]
+        made = torch.nn.functional.normalize(torch.linalg.cross(down, right), dim=-1)
+        flat = torch.stack([room.normals.roll((a, b), (1, 2)) for a in (-1, 0, 1) for b in (-1, 0, 1)])
+        same = room.owner.unfold(0, 3, 1).unfold(1, 3, 1).flatten(2)
+        inside = (same == same[..., :1]).all(-1) & (flat == flat[:1]).all(0).all(0)[1:-1, 1:-1]
+        given = room.normals.movedim(0, -1)[1:-1, 1:-1]
+        assert float(inside.float().mean()) > 0.5 and torch.equal(given.norm(dim=-1), torch.ones_like(given[..., 0]))
+        assert float((made - given)[inside].abs().max()) < 1e-3
+        assert bool((given * points[1:-1, 1:-1]).sum(-1).lt(0).all())  # towards the camera
+
+
+def test_larger_rooms_differ_in_tiles_alone():
+    small, large = rooms.make_room(4, noise=0.0), rooms.make_room(4, noise=0.0, scale=8.0)
+    torch.testing.assert_close(large.depth, 8 * small.depth)
+    torch.testing.assert_close(large.points(), 8 * small.points())
+    assert large.back == 8 * small.back and large.boxes[0].high == tuple(8 * v for v in small.boxes[0].high)
+    ground = (small.owner == -1) & (small.normals[1] == -1)
+    apart = (large.image != small.image).any(0)
+    assert bool(apart.any()) and not bool(apart[~ground].any())
+    with pytest.raises(ValueError, match="scale must"):
+        rooms.make_room(0, scale=0.0)
+
+
 def test_clouds():
     room = rooms.make_room(2, noise=0.0)
     flat = torch.cat([room.points(), room.image.permute(1, 2, 0)], -1).flatten(0, 1)

@@ -1,7 +1,7 @@
 """Rooms with coloured boxes on the floor, seen by a camera: pictures, depth, masks, and clouds of coloured points.
 
-The camera stands at the origin and looks along z; x goes right, y down, lengths are metres. Rays are cast, so depth and
-masks are exact.
+The camera stands at the origin and looks along z; x goes right, y down, lengths are metres. Rays are cast, so depth,
+normals and masks are exact. A room may be larger in all but the tiles of its floor, which alone tell how large it is.
 
 >>> room = make_room(0)
 >>> room.image.shape, room.depth.shape, float(room.depth.min()) > 0
@@ -52,6 +52,7 @@ class Room:
         owner: (side, side), number of the box that is seen, -1 for walls, floor and ceiling.
         focal: focal length in pixels; the optical axis goes through the middle.
         back: z of the far wall.
+        normals: (3, side, side) unit vectors off what is seen, towards the camera's side.
     """
 
     boxes: tuple[Box, ...]
@@ -60,6 +61,7 @@ class Room:
     owner: Tensor
     focal: float
     back: float
+    normals: Tensor
 
     def points(self) -> Tensor:
         """(side, side, 3), where every pixel is."""
@@ -69,7 +71,7 @@ class Room:
         return torch.stack([x * self.depth, y * self.depth, self.depth], -1)
 
 
-def make_room(number: int, part: str = "train", side: int = 64, noise: float = 0.02) -> Room:
+def make_room(number: int, part: str = "train", side: int = 64, noise: float = 0.02, scale: float = 1.0) -> Room:
     """The room of a number: two to five boxes.
 
     Args:
@@ -77,9 +79,11 @@ def make_room(number: int, part: str = "train", side: int = 64, noise: float = 0
         part: ``"train"``, ``"dev"`` or ``"test"``: other rooms.
         side: height and width of the picture.
         noise: standard deviation, of the picture alone.
+        scale: of all lengths but the side of the floor's tiles, half a metre; at 1 the far wall is 5 to 8 m away.
     """
     check_int("side", side, least=16)
     check_real("noise", noise, least=0.0)
+    check_real("scale", scale, above=0.0)
     rng = generator("rooms", number, part)
     back = float(rng.uniform(5.0, 8.0))
     names = [list(COLOURS)[i] for i in rng.permutation(len(COLOURS))[: rng.integers(2, 6)]]
@@ -102,7 +106,7 @@ def make_room(number: int, part: str = "train", side: int = 64, noise: float = 0
     tint = rng.uniform(0.55, 0.85, (3, 3))
     image = tint[face] * np.array(list(_FACES.values()))[face][..., None]
     ground = (face == 1) & (ray[..., 1] > 0)
-    tiles = (np.floor(ray[..., 0] * depth * 2) + np.floor(depth * 2)) % 2
+    tiles = (np.floor(ray[..., 0] * depth * 2 * scale) + np.floor(depth * 2 * scale)) % 2
     image = np.where(ground[..., None], image * (0.8 + 0.2 * tiles[..., None]), image)
     owner = np.full((side, side), -1)
     for i, box in enumerate(boxes):
@@ -110,13 +114,16 @@ def make_room(number: int, part: str = "train", side: int = 64, noise: float = 0
         near, far = planes.min(0), planes.max(0)
         enter, side_seen = near.max(-1), near.argmax(-1)
         hit = (enter < far.min(-1)) & (enter > 0) & (enter < depth)
-        depth, owner = np.where(hit, enter, depth), np.where(hit, i, owner)
+        depth, owner, face = np.where(hit, enter, depth), np.where(hit, i, owner), np.where(hit, side_seen, face)
         shade = np.array(list(_FACES.values()))[side_seen][..., None]
         image = np.where(hit[..., None], np.array(COLOURS[box.colour]) * shade, image)
     image = np.clip(image + noise * rng.standard_normal(image.shape), 0, 1).astype(np.float32)
+    normals = -np.sign(np.take_along_axis(ray, face[..., None], -1)) * np.eye(3)[face]
+    larger = [Box(b.colour, *(tuple(scale * v for v in end) for end in (b.low, b.high))) for b in boxes]  # type: ignore[arg-type]
     return Room(
-        tuple(boxes), torch.from_numpy(image).permute(2, 0, 1).contiguous(),
-        torch.from_numpy(depth.astype(np.float32)), torch.from_numpy(owner), focal, back,
+        tuple(larger), torch.from_numpy(image).permute(2, 0, 1).contiguous(),
+        torch.from_numpy((scale * depth).astype(np.float32)), torch.from_numpy(owner), focal, scale * back,
+        torch.from_numpy(normals.astype(np.float32)).permute(2, 0, 1).contiguous(),
     )  # fmt: skip
 
 
