@@ -183,10 +183,10 @@ def test_only_gates_and_what_is_added_hear_the_sentence():
         assert torch.equal(*answers) == (name == "none"), name
 
 
-@pytest.mark.parametrize("line", ["sentence"])
+@pytest.mark.parametrize("line", ["lesions", "sentence"])
 def test_the_page_has_the_table_of_the_results(line):
     found = json.loads((ROOT / "benchmarks" / "results" / f"tasks-{line}-cpu.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "tasks-segmentation.md").read_text(encoding="utf-8")
-    module = {"lesions": lesions, "sentence": sentence}[line]
+    module, names = {"lesions": (lesions, lesions.NAMES), "sentence": (sentence, tuple(sentence.SHOWN))}[line]
     assert f"<!-- {line} -->\n{module.table(found)}\n<!-- end {line} -->" in page
-    assert [row["name"] for row in found["rows"]] == list(module.SHOWN)
+    assert [row["name"] for row in found["rows"]] == list(names)

@@ -35,6 +35,8 @@ SHOWN = {
     "dagunet": "DAGUNet", "eca": "U-Net, ECA and ASPP (ResUNet's)",
     "medusa": "U-Net, MEDUSA",
 }  # fmt: skip
+#: Those that are measured by default.
+NAMES = ("unet", "deep", "agunet", "dagunet")
 #: What a contestant differs from in its attention alone.
 BESIDE = {"agunet": "deep", "daunet": "deep", "dagunet": "deep"}
 
@@ -99,7 +101,7 @@ def measure(
     seeds: Sequence[int] = (1, 2, 3),
     tested: int = 64,
     made: int = 800,
-    names: Sequence[str] = tuple(SHOWN),
+    names: Sequence[str] = NAMES,
     head: Head | None = None,
     lr: float = 1e-2,
 ) -> dict[str, Any]:
@@ -112,7 +114,7 @@ def measure(
         steps, seeds: of training.
         tested: images with one lesion, of each size, and images without.
         made: images to train on.
-        names: contestants; ``"unet"`` must be among them.
+        names: contestants, of :data:`SHOWN`; ``"unet"`` must be among them.
         head: where lesions are planted; the MNI template by default, or a made-up head where nilearn is not installed.
         lr: learning rate.
 
@@ -200,7 +202,7 @@ def _drawn(
         return torch.where(mask[:, None], 0.35 * grey + 0.65 * torch.tensor([1.0, 0.1, 0.1])[:, None, None], grey)
 
     rows = {"image": grey, "truth": marked(truth)}
-    rows |= {SHOWN[n]: marked(answer(n, x)) for n in ("unet", "deep", "agunet", "dagunet", "medusa") if n in names}
+    rows |= {SHOWN[n]: marked(answer(n, x)) for n in NAMES if n in names}
     sheet(path, rows, [k for k in exam for _ in range(each)], zoom=0.5, colours=48)
 
 
