@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from attnlib.bench.studies.multimodal_models import canvases, clicks, depth, preferences
+from attnlib.bench.studies.multimodal_models import canvases, clicks, depth, geometry, preferences
 
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS = ROOT / "docs" / "multimodal-models.md", ROOT / "benchmarks" / "results"
@@ -37,6 +37,12 @@ def test_depth():
     found = held("multimodal-models-depth")
     assert on_page("depth") == depth.table(found["rows"])
     assert [row["name"] for row in found["rows"]] == list(depth.CONTESTANTS)
+
+
+def test_geometry():
+    found = held("multimodal-models-geometry")
+    for world in geometry.WORLDS:
+        assert on_page(f"geometry {world}") == geometry.table(found[world]["rows"])
 
 
 def test_what_anchors_keep():
