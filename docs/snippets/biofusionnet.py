@@ -1,7 +1,8 @@
 import torch
 
 import attnlib
-from attnlib.models.bags.biofusionnet import FeatureVAE, Survival, concordance
+from attnlib.models.bags.biofusionnet import FeatureVAE, Survival
+from attnlib.models.losses import concordance
 
 fused = FeatureVAE().predict(torch.randn(6, 20, 1152))  # three features of every patch to one of 256
 genes, clinical = torch.randn(6, 138), torch.randn(6, 4)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....models.bags.biofusionnet import BioFusionNet, Survival, concordance
-from ....models.losses import cox_loss
+from ....models.bags.biofusionnet import BioFusionNet, Survival
+from ....models.losses import concordance, cox_loss
 from ...clock import machine
 from ...data.patients import Patients, load, patches, sources
 from ...small import Progress, fit, interval, parameters, picture, study, told
