@@ -347,6 +347,20 @@ def heat_maps(
     _write(path, figure)
 
 
+def write_png(figure: Any, path: str | Path, dpi: int, colours: int | None = None) -> None:
+    """Write a figure of matplotlib as a PNG, of so many different colours (at most 256), which makes it small."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi, format="png", facecolor="white")
+    if colours is None:
+        Path(path).write_bytes(buffer.getvalue())
+        return
+    from PIL import Image
+
+    with Image.open(buffer) as full:
+        full.convert("RGB").quantize(colours).save(path, "PNG", optimize=True)
+
+
 def sheet(
     path: str | Path,
     rows: Mapping[str, Tensor],
@@ -386,17 +400,7 @@ def sheet(
         line[0].set_ylabel("\n".join(textwrap.wrap(name, 14)), fontsize=7)
     for axis, title in zip(axes[0], titles, strict=False):
         axis.set_title("\n".join(textwrap.wrap(title, wrap)), fontsize=5.5)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=140, format="png")
-    if colours is not None:
-        from PIL import Image
-
-        with Image.open(buffer) as full:
-            few = full.convert("RGB").quantize(colours)
-        buffer = io.BytesIO()
-        few.save(buffer, "PNG", optimize=True)
-    Path(path).write_bytes(buffer.getvalue())
+    write_png(figure, path, 140, colours)
 
 
 def _write(path: str | Path, figure: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ...small import write_png
 
 
 @contextmanager
@@ -22,7 +23,6 @@ def sheet(
         dpi: dots an inch.
     """
     from matplotlib.figure import Figure
-    from PIL import Image
 
     figure = Figure(figsize=(cell[0] * len(columns) + 0.3, cell[1] * len(rows) + 0.3), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
@@ -34,9 +34,4 @@ def sheet(
     for axis, label in zip(axes[:, 0], rows, strict=True):
         axis.set_ylabel(label, fontsize=7)
     yield axes
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dpi, format="png", facecolor="white")
-    with Image.open(buffer) as full:
-        few = full.convert("RGB").quantize(128)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    few.save(path, "PNG", optimize=True)
+    write_png(figure, path, dpi, 128)
