@@ -157,7 +157,7 @@ MAKE = {
     "ScheduledPruning": lambda model: reduce.ScheduledPruning(counts=[16, 16, 8, 4]),
     "Statistics": lambda model: look.Statistics(),
     "UseTaskTokens": lambda model: task_tokens(),
-    "KnownObjects": lambda model: KnownObjects(range(10, 40), [4, 9]),
+    "KnownObjects": lambda model: KnownObjects(range(10, 40), [4]),
 }
 
 #: Exported, but nothing to attach by themselves: bases to derive from.

@@ -66,27 +66,29 @@ def test_the_mappers_size_is_the_papers():
 @pytest.mark.parametrize("mode", ["caption", "retrieval", "generation"])
 def test_losses_and_gradients_equal_the_authors(mode, released):
     close = dict(atol=1e-9, rtol=1e-9)
+    # transformers computes the loss over tokens in float32, whose sums differ by processor: what comes through it does.
+    single = dict(atol=1e-7, rtol=1e-6)
     released.zero_grad()
     ids, features = HELD["ids"], HELD["features"]
     if mode == "caption":
         total = released.caption_loss(features, ids, PAD)
-        torch.testing.assert_close(total.reshape(1), HELD["caption/tokens"], **close)
+        torch.testing.assert_close(total.reshape(1), HELD["caption/tokens"], **single)
     else:
         given = {"features": features} if mode == "retrieval" else {"target": HELD["target"]}
         found = released.losses(ids, PAD, **given)
         assert found.keys() == {"tokens", mode}
-        torch.testing.assert_close(found["tokens"].reshape(1), 0.5 * HELD[f"{mode}/tokens"], **close)
+        torch.testing.assert_close(found["tokens"].reshape(1), 0.5 * HELD[f"{mode}/tokens"], **single)
         torch.testing.assert_close(found[mode].reshape(1), HELD[f"{mode}/loss"], **close)
         total = sum(found.values())
     total.backward()
-    torch.testing.assert_close(released.image_tokens.grad, HELD[f"{mode}/tokens_grad"], **close)
+    torch.testing.assert_close(released.image_tokens.grad, HELD[f"{mode}/tokens_grad"], **single)
     names = {"visual_embeddings": "visual", "visual_fc": "visual_retrieval"}
     for name in (k for k in HELD if k.startswith(f"{mode}/dw/")):
         path = name.removeprefix(f"{mode}/dw/").replace("ret_text_hidden_fcs.0.model", "retrieval")
         path = path.replace("gen_text_hidden_fcs.0", "mapper")
         head = path.partition(".")[0]
         own = released.get_parameter(path.replace(head, names.get(head, head), 1))
-        torch.testing.assert_close(own.grad, HELD[name], **close)
+        torch.testing.assert_close(own.grad, HELD[name], **(single if mode == "caption" else close))
     assert all(p.grad is None for p in released.lm.parameters())
 
 
