@@ -53,10 +53,11 @@ class Referred(NamedTuple):
 
 
 def mask(scene: Scene, names: Sequence[str]) -> Tensor:
-    """(64, 64) boolean: where the things of these names stand.
+    """(64, 64) boolean: where the things of these names, of shapes, stand; digits have no mask.
 
     >>> scene = make_scene(0)
-    >>> bool(mask(scene, scene.names).any()), bool(mask(scene, ()).any())
+    >>> shaped = [name for name in scene.names if not name.startswith("digit")]
+    >>> bool(mask(scene, shaped).any()), bool(mask(scene, ()).any())
     (True, False)
     """
     out = np.zeros((SIDE, SIDE), dtype=bool)
