@@ -9,7 +9,6 @@ inputs in our layout and named as the arguments of the call.
 from __future__ import annotations
 
 import copy
-import functools
 import importlib
 import json
 import math
@@ -219,96 +218,70 @@ class Models(Fixture):
     def model_holds(self, case: str, atol: float = 1e-5) -> None:
         """Output, maps, the gradient of the images, and the recorded gradients of weights and buffers.
 
-        Recordings in float64 are held in float64, where no rounding decides, and their output in float32 too. One in
-        float32 that is further off than ``atol``, by at most three times as much, has to hold in float64. In float32
-        nothing can be closer than what rounding makes of this model (see :meth:`_rounding`), on whichever side.
+        Recordings in float64 are held in float64, where no rounding decides, and their output in float32 too, to twice
+        ``atol`` or to what rounding makes of this model. One in float32 that is further off than ``atol``, by at most
+        three times as much, has to hold in float64.
         """
         if self.config[case].get("double", False):
-            self._model_holds(case, self._run(case, torch.float64), atol)
-            x = self.tensors[f"{case}/x"]
-            with torch.no_grad():
-                single = self.build_model(case)(x, **self.under(f"{case}/with"))
-                single = torch.cat(single, 1) if isinstance(single, tuple) else single
+            self._model_holds(case, atol, torch.float64)
+            single, theirs = self._output(case, torch.float32), self.tensors[f"{case}/y"]
             try:
-                self._close(single, self.tensors[f"{case}/y"], 2 * atol, "y in float32")
+                self._close(single, theirs, 2 * atol, "y in float32")
             except AssertionError:
-                rounding = self._rounding(case)["y"]
-                self._close(single, self.tensors[f"{case}/y"], max(2 * atol, 3 * rounding), "y in float32")
+                plain, moved = (self._output(case, torch.float64, rounded) for rounded in (False, True))
+                rounding = float((plain - moved).abs().max() / plain.abs().max())
+                self._close(single, theirs, 3 * rounding, "y in float32")
             return
-        ours = self._run(case, torch.float32)
         try:
-            self._model_holds(case, ours, atol)
+            self._model_holds(case, atol, torch.float32)
         except AssertionError:
-            rounding = self._rounding(case)
-            self._model_holds(case, ours, 3 * atol, rounding)
-            self._model_holds(case, self._run(case, torch.float64), atol, rounding)
+            self._model_holds(case, 3 * atol, torch.float32)
+            self._model_holds(case, atol, torch.float64)
 
-    def _run(self, case: str, dtype: torch.dtype, rounded: bool = False) -> dict[str, torch.Tensor]:
-        """What is compared, by name: y, dx, our gradients, buffers after a pass in training, and maps."""
+    @torch.no_grad()
+    def _output(self, case: str, dtype: torch.dtype, rounded: bool = False) -> torch.Tensor:
         module = self.build_model(case).to(dtype)
         if rounded:
             round_off(module)
+        y = module(self.tensors[f"{case}/x"].to(dtype), **self.under(f"{case}/with"))
+        return torch.cat(y, 1) if isinstance(y, tuple) else y  # two classifiers in training
+
+    def _model_holds(self, case: str, atol: float, dtype: torch.dtype) -> None:
+        module = self.build_model(case).to(dtype)
         x = self.tensors[f"{case}/x"].to(dtype, copy=True).requires_grad_()
-        y = module(x, **self.under(f"{case}/with"))
+        beside = self.under(f"{case}/with")
+        y = module(x, **beside)
         y = torch.cat(y, 1) if isinstance(y, tuple) else y  # two classifiers in training
+        self._close(y.detach(), self.tensors[f"{case}/y"], atol, "y")
         (y * self.tensors[f"{case}/g"]).sum().backward()
-        out = {"y": y.detach(), "dx": x.grad}
-        assert self.under(f"{case}/dw"), "no weight gradient to compare"
+        self._close(x.grad, self.tensors[f"{case}/dx"], atol, "dx")
         grads = {name: p.grad for name, p in module.named_parameters()}
-        out |= self._converted(case, "dw", module, grads)
-        out |= self._converted(case, "after", module, dict(module.named_buffers()))
+        assert self.under(f"{case}/dw"), "no weight gradient to compare"
+        self._same(case, "dw", module, grads, atol)
+        self._same(case, "after", module, dict(module.named_buffers()), atol)
         if maps := self.under(f"{case}/map"):
             with torch.no_grad():
-                module = self.build_model(case).to(dtype)
-                if rounded:
-                    round_off(module)
-                held = module.forward_intermediates(x, intermediates_only=True)
-            out |= {f"map {i}": held[int(i)] for i in maps}
-        return out
+                ours = self.build_model(case).to(dtype).forward_intermediates(x, intermediates_only=True)
+            for i, expected in maps.items():
+                self._close(ours[int(i)], expected, atol, f"map {i}")
 
-    def _model_holds(
-        self, case: str, ours: dict[str, torch.Tensor], atol: float, rounding: dict[str, float] | None = None
-    ) -> None:
-        for name, value in ours.items():
-            expected, least = self._expected[case, name]
-            allowed = max(atol, 3 * (rounding or {}).get(name, 0.0))
-            self._close(value, expected, allowed, name, least)
-
-    def _rounding(self, case: str) -> dict[str, float]:
-        """By name, how far rounding to float32 moves it, as a share of its scale: float64 with and without it."""
-        plain, moved = self._run(case, torch.float64), self._run(case, torch.float64, rounded=True)
-        out = {}
-        for name, value in plain.items():
-            scale = max(float(value.abs().max()), self._expected[case, name][1]) or 1.0
-            out[name] = float((value - moved[name]).abs().max()) / scale
-        return out
-
-    def _converted(self, case: str, what: str, module, held: dict) -> dict[str, torch.Tensor]:
-        """Of what ``held`` has in our names, what was recorded under ``what`` in theirs; notes what is expected."""
+    def _same(self, case: str, what: str, module, held: dict, atol: float) -> None:
+        """What was recorded under ``what`` in their names equals what ``held`` has in ours."""
         theirs = self.under(f"{case}/{what}")
         if not theirs:
-            return {}
+            return
         shapes = self.config[case]["shapes"]
         unknown = {k: torch.full(s, torch.nan) for k, s in shapes.items() if k not in theirs}
         converted = module.entry.convert({**unknown, **theirs}, module)
         largest = max(float(t.abs().max()) for t in theirs.values())
-        out = {}
+        compared = 0
         for name, expected in converted.items():
             known = ~expected.isnan()
             if name not in held or not known.any():
                 continue
-            out[name] = held[name][known].detach()
-            self._expected[case, name] = expected[known], 3e-2 * largest
-        assert len(out) >= len(theirs), f"{len(theirs)} of {what} were recorded, {len(out)} compared"
-        return out
-
-    @functools.cached_property
-    def _expected(self) -> dict[tuple[str, str], tuple[torch.Tensor, float]]:
-        """By case and name, what was recorded and the least scale it is compared at."""
-        names = ("y", "dx")
-        known = {(case, name): (self.tensors[f"{case}/{name}"], 0.0) for case in self.config for name in names}
-        maps = {(c, f"map {i}"): (t, 0.0) for c in self.config for i, t in self.under(f"{c}/map").items()}
-        return known | maps
+            compared += 1
+            self._close(held[name][known], expected[known], atol, name, 3e-2 * largest)
+        assert compared >= len(theirs), f"{len(theirs)} of {what} were recorded, {compared} compared"
 
 
 def round_off(module: torch.nn.Module, seed: int = 0) -> None:

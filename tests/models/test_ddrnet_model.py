@@ -42,7 +42,7 @@ class Training(Models):
 
 def test_training_with_two_classifiers_is_the_authors():
     recorded = Training("ddrnet-training")
-    recorded._model_holds("segment", recorded._run("segment", torch.float64), 1e-5)
+    recorded._model_holds("segment", 1e-5, torch.float64)
 
 
 def test_the_auxiliary_classifier_of_a_release_may_be_left_out():
