@@ -7,8 +7,8 @@ from attnlib.bench import suites
 from attnlib.bench.studies.diffusion import _judged, generators
 from attnlib.bench.worlds import models
 from attnlib.bench.worlds.judge import NOTHING, Found
-from attnlib.bench.worlds.painter import HELD_OUT, PLACES, paint, sample
-from attnlib.bench.worlds.prompts import KINDS, draw, prompts
+from attnlib.bench.worlds.painter import HELD_OUT, PLACES, Prompt, Want, paint, sample
+from attnlib.bench.worlds.prompts import KINDS, class_name, draw, prompts
 
 pytest.importorskip("diffusers")
 
@@ -39,6 +39,13 @@ def test_sets_of_prompts_are_the_same_everywhere_and_parts_differ():
     assert all(p.relation for p in prompts("relations", 9)) and {len(p.wants) for p in prompts("counts", 30)} == {2, 3}
     shown = sample(range(60), "test", wants=prompts("relations", 60), geometric=True)
     assert paint(shown, "test").images.shape == (60, 3, 64, 64) and (shown.count == 2).all()
+
+
+def test_a_prompt_of_one_thing_names_its_class():
+    assert {class_name(p) for p in prompts("one", 30)} <= set(models.CLASSES)
+    for asked in (prompts("two", 1)[0], Prompt("a star", (Want(shape="star"),))):
+        with pytest.raises(ValueError, match=f"one thing of one colour and shape, .*{asked.text}"):
+            class_name(asked)
 
 
 def test_contestants_are_held_against_each_other_prompt_by_prompt_and_go_on(tmp_path):
