@@ -14,6 +14,7 @@ import attnlib
 from attnlib.models.backbones.efficientnet import efficientnet
 from attnlib.models.backbones.resnet import resnet
 from attnlib.models.backbones.stages import FeatureInfo, Features
+from attnlib.models.build import model_entry
 from attnlib.models.dense.grounding import SentenceSegmenter, convert
 from attnlib.nn.gates.sentence import SentenceGate
 from attnlib.nn.gates.squeeze_excite import SqueezeExciteGate
@@ -123,6 +124,10 @@ def test_parameters():
     assert count(model.merges) == 167_424 and count(model.classifier) == 66
     assert count(model) - count(model.encoder) == 4_713_538
     assert [g.dim for g in low.gates] == [16, 24, 40, 112, 320]
+    for size in range(3, 8):
+        entry = model_entry(f"sentence_attention_efficientnet_b{size}")
+        with torch.device("meta"):
+            assert count(attnlib.create_model(entry.name)) == entry.params, entry.name
 
 
 # ---- the gate
