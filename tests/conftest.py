@@ -1,6 +1,7 @@
 """Shared by all tests: one thread per worker, because the suite runs a worker per core and its tensors are tiny."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +10,22 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def _shown(root):
+    return {p.name for p in Path(root).iterdir() if not p.name.startswith(".") and p.suffix != ".xml"}
+
+
+def pytest_sessionstart(session):
+    session.config.shown_before = _shown(session.config.rootpath)
+
+
+def pytest_sessionfinish(session):
+    """No test leaves anything in the repository: the next run would find it."""
+    left = _shown(session.config.rootpath) - session.config.shown_before
+    if left and not hasattr(session.config, "workerinput"):
+        print(f"\ntests left {sorted(left)} in {session.config.rootpath}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(autouse=True)

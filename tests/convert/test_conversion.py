@@ -407,12 +407,13 @@ def test_interventions_act_on_converted_layers():
     assert torch.equal(predict(model, batch), want)
 
 
-def test_mixers_of_one_s_own():
+def test_mixers_of_one_s_own(tmp_path):
     model, batch = llama(), ids()
     made = convert.swap(model, lambda site: LoLCATsHeads(site.heads, site.head_dim, site.kv_heads, window_size=3), [0])
     assert list(made.sockets) == ["model.layers.0.self_attn"]
     with pytest.raises(ValueError, match="attnlib.convert.target"):
-        convert.Conversion(made, "mine").save("nowhere")
+        convert.Conversion(made, "mine").save(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
     with pytest.raises(TypeError, match="HeadMixer"):
         convert.swap(model, lambda site: torch.nn.Identity(), [1])
     made.restore()
@@ -437,7 +438,7 @@ def test_masks_are_read_as_order_and_padding(valid, causal):
         validity(torch.randn(2, 1, 6, 6), 6, 0, causal, "here")
 
 
-def test_refusals():
+def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="to must be one of|'to'|to="):
         convert.linearize(llama(), "nothing")
     with pytest.raises(ValueError, match="cannot become 'lolcats'.*not possible"):
@@ -462,7 +463,8 @@ def test_refusals():
     with pytest.raises(ValueError, match="restored"):
         conversion.fit([ids()])
     with pytest.raises(ValueError, match="restored"):
-        conversion.save("nowhere")
+        conversion.save(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
     linear = TinyBackbone(16, 1, lambda: attnlib.create("lightning-attention-2", dim=16, num_heads=2))
     with pytest.raises(ValueError, match="no layer that can be converted"):
         convert.linearize(linear)

@@ -463,11 +463,12 @@ class Conversion:
         folder = Path(path)
         if not self.swap.active:
             raise ValueError("the model was restored; there is nothing converted to save")
+        plan = plan_of(self.swap)  # refuses what cannot be saved, before anything is written
         folder.mkdir(parents=True, exist_ok=True)
         if any(cls.__module__.split(".")[0] == "transformers" for cls in type(self.model).__mro__):
             save_transformers(self.model, self.swap, folder, self._lora)
         else:
-            entry = {"to": self.to, "layers": plan_of(self.swap), "adapters": self._lora}
+            entry = {"to": self.to, "layers": plan, "adapters": self._lora}
             (folder / "attnlib_conversion.json").write_text(json.dumps(entry, indent=2) + "\n")
             state = {name: t.contiguous() for name, t in self.model.state_dict().items()}
             save_file({name: t.clone() for name, t in state.items()}, folder / "model.safetensors")
