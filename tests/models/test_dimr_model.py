@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
-from parity import Fixture
+from parity import Fixture, synthetic
 
 from attnlib.models.diffusion.dimr import (
     SIZES,
@@ -64,6 +65,50 @@ def test_output_and_gradients_are_the_authors(their, case):
         if bool(wanted.any()):
             close(grads[name], wanted.reshape(grads[name].shape))
     close(model.at(x, s[:1], classes).sample, their.tensors[f"{case}/same"])  # one time for all
+
+
+@pytest.mark.parametrize("case", ["ada", "axial", "both", "text"])
+def test_settings_that_no_released_model_uses_are_the_authors(case):
+    """Gains of the first token, rotary positions along both axes, both, and tokens of a text beside the map's."""
+    their = Their("dimr-blocks")
+    config = their.config[case]
+    shapes, first = config.pop("shapes"), config.pop("first")
+    model = DiMR(**settings_of({**config, "stage_configs": config.pop("stages")}), sample_size=8).double()
+    ours = {
+        "norm.linear.weight": "norm.map.weight",
+        "pos_emb.freqs_h": "mixer.rows",
+        "qk_norm.scale": "mixer.log_scale",
+    }
+    for name, (mean, std) in first.items():  # as they start
+        match = re.fullmatch(r"stages\.0\.blocks\.(\d)\.block1\.(.*)", name)
+        if match and match[2] in ours:
+            own = model.get_parameter(f"branches.0.blocks.{match[1]}.{ours[match[2]]}").detach()
+            assert (float(own.mean()), float(own.std(unbiased=False))) == pytest.approx((mean, std), abs=1e-6), name
+    raised = {"axial": 2.3, "both": 5.0}.get(case, 0.0)
+    weights = {n: v.double() + (raised if "qk_norm" in n else 0.0) for n, v in synthetic(shapes).items()}
+    model.load_released(weights)
+    x, s, classes = their.inputs(case)
+    text = {}
+    if f"{case}/text" in their.tensors:
+        text = {"context": their.tensors[f"{case}/text"], "context_valid": their.tensors[f"{case}/mask"]}
+    x = x.clone().requires_grad_()
+    found = model.at(x, s, classes, **text)
+    g = their.under(f"{case}/g")
+    for i, level in enumerate(found.levels):
+        close(level, their.tensors[f"{case}/out/{i}"])
+    sum((level * g[str(i)]).sum() for i, level in enumerate(found.levels)).backward()
+    close(x.grad, their.tensors[f"{case}/dx"])
+    recorded = their.under(f"{case}/dw")
+    assert recorded
+    zeros = {n: torch.zeros(shape).double() for n, shape in shapes.items()}
+    own = dict(model.named_parameters())
+    for name, wanted in model.convert_state_dict(zeros | recorded).items():
+        if bool(wanted.any()):
+            close(own[name].grad, wanted.reshape(own[name].shape))
+    for name, wanted in model.convert_state_dict(zeros | their.under(f"{case}/after")).items():
+        if "log_scale" in name:
+            close(own[name], wanted)
+    model.at(x, s[:1], classes).sample.sum().backward()  # one time for all, no text
 
 
 def test_the_loss_is_the_authors(their):
@@ -253,11 +298,23 @@ def test_errors():
         (lambda: TimeNorm(3)(torch.randn(2, 4, 3), torch.zeros(3)), "time must be one number or one for each of 2"),
         (lambda: noise_at(torch.ones(1, 1, 4, 4), (0, 0)), "size must be an integer of at least 1, got 0"),
         (lambda: log_snr(torch.tensor([0.5]))(torch.tensor([5])), "timestep points at step 5; possible: 0 to 0"),
-        (lambda: settings_of({"condition_dim": 8}), "condition_dim=8 is not served"),
+        (lambda: settings_of({"pe_type": "RoPE"}), "pe_type='RoPE' is not possible"),
+        (lambda: dimr_tiny(positions="axial-rotary"), "num_classes=1001 puts a token of the class"),
+        (lambda: dimr_tiny(positions="sines"), "positions='sines' is not possible"),
+        (lambda: DiMR([Branch(8, 8, 1, 8)], num_classes=0, context_dim=3), "context_dim=3 needs a transformer branch"),
+        (lambda: model(x, 1, y, encoder_hidden_states=torch.randn(1, 2, 3)), "need context_dim, which is 0"),
+        (
+            lambda: dimr_tiny(context_dim=3)(x, 1, y, encoder_hidden_states=torch.randn(1, 2, 4)),
+            "encoder_hidden_states.*context_dim=3",
+        ),
+        (
+            lambda: model(x, 1, y, encoder_attention_mask=torch.ones(1, 2)),
+            "encoder_attention_mask is given without encoder_hidden_states",
+        ),
         (lambda: settings_of({}), r"config must have stage_configs, got \[\]"),
         (lambda: dimr("dimr_s"), "name"),
         (lambda: noise_at(torch.ones(1, 1, 9, 9), (4, 4)), r"size \(4, 4\) must divide \(9, 9\)"),
-        (lambda: settings_of({"norm_type": "ADARMSN"}), "norm_type='ADARMSN' with pe_type='APE' is not served"),
+        (lambda: settings_of({"norm_type": "BN"}), "norm_type"),
         (
             lambda: DiMR([Branch(8, 8, 1, 4, num_heads=1, patch_size=3), Branch(8, 8, 1, 8, patch_size=2)]),
             "by a whole factor, got 3 and 2 pixels",

@@ -17,12 +17,18 @@ where s is the log of the signal-to-noise ratio by the paper, and in the authors
 ``n = norm(x)``. The loss sums mean squares over resolutions; noise at half the side is the sum of 2 x 2 over 2, so that
 its variance stays 1.
 
+Two settings of the authors' blocks that no released configuration uses are here too: an RMS norm whose gain is
+``1 + W c`` for the first token c (``norm="ada-rms"``), and queries and keys of length ``exp(s / 2) D^(1/4)`` that
+learned frequencies turn along height and width (``positions="axial-rotary"``). Tokens of a text, whose keys and values
+stand beside a transformer branch's own, are in their attention, but not in their model (``context_dim``).
+
 Differs from the authors' code: time is handed down, not left in the modules; attention is in the type of the weights
 (theirs casts to float32); nothing is recomputed unless ``torch.utils.checkpoint`` is asked for.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -46,16 +52,24 @@ from ...checks import (
     to_list,
 )
 from ...nn.dense.softmax_attention import SoftmaxAttention
-from ...nn.layers import DepthwiseConv, Mlp, through
+from ...nn.frame import HeadCall
+from ...nn.layers import DepthwiseConv, Mlp, split_heads, through
 from ...nn.released import Released
-from ...types import to_tuple
+from ...positions import rotate
+from ...types import Output, Traits, to_tuple
 
-#: Norms of blocks: time-dependent RMS norm (the released configurations), time-dependent layer norm (the paper), or RMS
-#: norm without time.
-NORMS = ("td-rms", "td-layer", "rms")
+#: Norms of blocks: time-dependent RMS norm (the released configurations), time-dependent layer norm (the paper), RMS
+#: norm without time, or RMS norm whose gain is the first token's.
+NORMS = ("td-rms", "td-layer", "rms", "ada-rms")
 
 #: Epsilon of each.
-EPS = {"td-rms": 1e-8, "td-layer": 1e-5, "rms": 1e-8}
+EPS = {"td-rms": 1e-8, "td-layer": 1e-5, "rms": 1e-8, "ada-rms": 1e-6}
+
+#: How transformer branches tell places: a learned table, or rotary positions along both axes.
+POSITIONS = ("table", "axial-rotary")
+
+#: Log of the largest scale of normed queries and keys.
+LARGEST_SCALE = math.log(100.0)
 
 
 class TimeParameter(nn.Module):
@@ -89,7 +103,7 @@ class TimeNorm(nn.Module):
 
     Args:
         dim: width.
-        kind: one of :data:`NORMS`; ``"rms"`` has a plain gain.
+        kind: ``"td-rms"``, ``"td-layer"`` or ``"rms"``, which has a plain gain.
 
     >>> TimeNorm(4, "td-rms")(torch.ones(1, 2, 4), torch.zeros(1))[0, 0].tolist()
     [1.0, 1.0, 1.0, 1.0]
@@ -97,7 +111,7 @@ class TimeNorm(nn.Module):
 
     def __init__(self, dim: int, kind: str = "td-layer"):
         super().__init__()
-        check_choice("kind", kind, NORMS)
+        check_choice("kind", kind, NORMS[:3])
         self.dim, self.kind = check_int("dim", dim, least=1), kind
         self.weight: nn.Module | nn.Parameter = (
             nn.Parameter(torch.ones(dim)) if kind == "rms" else TimeParameter(dim, 1)
@@ -124,6 +138,127 @@ class TimeNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, kind={self.kind!r}"
+
+
+class FirstTokenNorm(nn.Module):
+    """RMS norm whose gain is 1 plus a map of the first token; of a map of places, of the first place of each column.
+
+    The map starts at zero.
+
+    Args:
+        dim: width.
+
+    >>> FirstTokenNorm(4)(torch.ones(1, 2, 4), torch.zeros(1))[0, 0].tolist() == [1 / (1 + 1e-6) ** 0.5] * 4
+    True
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.map = nn.Linear(check_int("dim", dim, least=1), dim, bias=False)
+        self.reset()
+
+    def reset(self) -> None:
+        nn.init.zeros_(self.map.weight)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """(B, *grid, dim) and times, which it does not read -> (B, *grid, dim)."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        size = (wide.square().mean(-1, keepdim=True) + EPS["ada-rms"]).rsqrt()
+        return x * ((1 + self.map(x[:, :1])).to(wide.dtype) * size).to(x.dtype)
+
+
+def block_norm(dim: int, kind: str) -> nn.Module:
+    """A norm of :data:`NORMS`."""
+    return FirstTokenNorm(dim) if kind == "ada-rms" else TimeNorm(dim, kind)
+
+
+def places_in_box(height: int, width: int) -> Tensor:
+    """(height * width, 2) centres of cells in a box whose longer side goes from -1 to 1.
+
+    >>> places_in_box(1, 2).tolist()
+    [[0.0, -0.5], [0.0, 0.5]]
+    """
+    longest = max(check_int("height", height, least=1), check_int("width", width, least=1))
+    rows, columns = (
+        (torch.arange(n, dtype=torch.float64) * 2 + 1 - n) / longest for n in (height, width)
+    )  # fmt: skip
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
+
+
+class BranchAttention(SoftmaxAttention):
+    """Attention of a branch with tokens of a text beside its own, with axial rotary positions, or both.
+
+    Args:
+        dim, num_heads: as ever; no biases but the output's.
+        text_dim: width of the text; 0 for none.
+        axial: norm queries and keys, with a scale that each head learns, and turn them by learned frequencies.
+
+    >>> BranchAttention(8, 2, text_dim=3)(torch.randn(1, 2, 2, 8), torch.randn(1, 5, 3)).shape
+    torch.Size([1, 2, 2, 8])
+    """
+
+    class_traits = Traits(
+        patterns=frozenset({"noncausal-self", "noncausal-cross"}), grid_ranks=frozenset({1, 2}), weights=True,
+        work={"N": 2}, memory={"N": 1},
+    )  # fmt: skip
+    zero_is_off = ("text_dim",)
+
+    def __init__(self, dim: int, num_heads: int, text_dim: int = 0, axial: bool = False):
+        super().__init__(dim, num_heads, qkv_bias=False)
+        self.axial = axial
+        self.text: nn.Linear | None = None
+        if text_dim:
+            self.text, self.context_dim = nn.Linear(text_dim, 2 * dim, bias=False), text_dim
+        if axial:
+            frequencies = torch.linspace(math.log(math.pi), math.log(5 * math.pi), self.head_dim // 4)
+            self.rows, self.columns = (nn.Parameter(frequencies.repeat(num_heads, 1)) for _ in range(2))
+            self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(10.0)))
+
+    @property
+    def traits(self) -> Traits:
+        patterns = {"noncausal-self"} | ({"noncausal-cross"} if self.text is not None else set())
+        return self.class_traits.but(
+            patterns=frozenset(patterns),
+            grid_ranks=frozenset({2} if self.axial else {1, 2}),
+            permutation_equivariant=not self.axial,
+        )
+
+    def _parts(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super()._parts(x, source)
+        if not self.axial:
+            return q, k, v
+        with torch.no_grad():  # a scale at its limit still gets a gradient
+            self.log_scale.clamp_(max=LARGEST_SCALE)
+        gain = torch.exp(0.5 * self.log_scale - 0.25 * math.log(self.head_dim))[:, None, None]
+        places = places_in_box(*x.shape[1:3]).to(self.rows)
+        angles = torch.cat([places[:, i, None] * f.exp()[:, None] for i, f in enumerate((self.rows, self.columns))], -1)
+        q, k = (self._placed(split_heads(t, self.num_heads), gain, angles) for t in (q, k))
+        return q, k, v
+
+    def _placed(self, x: Tensor, gain: Tensor, angles: Tensor) -> Tensor:
+        """(B, H, N, D) of one length and turned, as (B, N, H D)."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        x = x * (gain.to(wide.dtype) * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
+        turned, rest = x.split([2 * angles.shape[-1], x.shape[-1] - 2 * angles.shape[-1]], -1)
+        return torch.cat([rotate(turned, angles[None], interleaved=True), rest], -1).transpose(1, 2).flatten(2)
+
+    def mix(
+        self, x: Tensor, context: Tensor | None = None, *, context_valid: Tensor | None = None,
+        returns: tuple[str, ...] = (),
+    ) -> Output:  # fmt: skip
+        q, k, v, notes, _ = self._read(x, None, None, None, None, None, returns)
+        exists: Tensor | None = None
+        if context is not None:
+            assert self.text is not None
+            keys, values = self.text(context).chunk(2, -1)
+            k, v = (torch.cat([a, split_heads(b, self.num_heads)], 2) for a, b in ((k, keys), (v, values)))
+            if context_valid is not None:
+                exists = torch.cat([context_valid.new_ones(len(x), q.shape[2]), context_valid], 1)
+        call = HeadCall(valid=exists, return_weights="weights" in returns)
+        out, weights = self._mix_heads(q, k, v, call, notes), None
+        if call.return_weights:
+            out, weights = out
+        return Output(self._project(out, notes, x.shape[1:-1]), weights=weights)
 
 
 @dataclass(frozen=True)
@@ -183,22 +318,43 @@ class DiMRBlock(nn.Module):
     Args:
         branch: of which it is.
         norm: see :data:`NORMS`.
+        positions: see :data:`POSITIONS`.
+        context_dim: width of a text that a transformer block reads beside; 0 for none.
     """
 
-    def __init__(self, branch: Branch, norm: str):
+    def __init__(self, branch: Branch, norm: str, positions: str = "table", context_dim: int = 0):
         super().__init__()
+        self.axial = bool(branch.num_heads) and positions == "axial-rotary"
         if branch.num_heads:
-            self.norm: nn.Module | None = TimeNorm(branch.dim, norm)
-            self.mixer: nn.Module = SoftmaxAttention(branch.dim, branch.num_heads, qkv_bias=False)
+            self.norm: nn.Module | None = block_norm(branch.dim, norm)
+            self.mixer: nn.Module = (
+                BranchAttention(branch.dim, branch.num_heads, context_dim, self.axial)
+                if self.axial or context_dim
+                else SoftmaxAttention(branch.dim, branch.num_heads, qkv_bias=False)
+            )
         else:
             self.norm, self.mixer = None, DepthwiseConv(branch.dim, branch.kernel_size)
-        self.mlp_norm = TimeNorm(branch.dim, norm)
+        self.mlp_norm = block_norm(branch.dim, norm)
         self.mlp = Mlp(branch.dim, hidden=branch.hidden, gated=True)
         self.drop = nn.Dropout(branch.drop)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """(B, N, dim), or (B, H, W, dim) for convolutions, and (B,) or (1,) -> the same as ``x``."""
-        x = x + through(self.drop, self.mixer(x if self.norm is None else self.norm(x, time)))
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        grid: Sequence[int] = (),
+        context: Tensor | None = None,
+        context_valid: Tensor | None = None,
+    ) -> Tensor:
+        """(B, N, dim), or (B, H, W, dim) for convolutions, and (B,) or (1,) -> the same as ``x``.
+
+        ``grid`` is (H, W) of the tokens, ``context`` (B, M, context_dim) the text, ``context_valid`` (B, M) which of
+        its tokens exist.
+        """
+        y = x if self.norm is None else self.norm(x, time)
+        y = y.unflatten(1, tuple(grid)) if self.axial else y
+        text = {} if context is None or self.norm is None else dict(context=context, context_valid=context_valid)
+        x = x + through(self.drop, self.mixer(y, **text)).reshape(x.shape)
         return x + through(self.drop, self.mlp(self.mlp_norm(x, time)))
 
 
@@ -233,15 +389,27 @@ class DiMRBranch(nn.Module):
         norm: see :data:`NORMS`.
         classes: of a transformer branch's class token; 0 for none.
         before: the branch before, ``None`` for the first.
+        positions: see :data:`POSITIONS`.
+        context_dim: width of a text; 0 for none.
     """
 
-    def __init__(self, branch: Branch, channels: int, norm: str, classes: int = 0, before: Branch | None = None):
+    def __init__(
+        self,
+        branch: Branch,
+        channels: int,
+        norm: str,
+        classes: int = 0,
+        before: Branch | None = None,
+        positions: str = "table",
+        context_dim: int = 0,
+    ):
         super().__init__()
         dim, patch = branch.dim, branch.patch_size
         height, width = to_tuple("size", branch.size, 2)
         self.settings = branch
         self.embed = nn.Conv2d(channels, dim, patch, patch)
-        self.pos_embed = nn.Parameter(torch.empty(height, width, dim))
+        axial = bool(branch.num_heads) and positions == "axial-rotary"
+        self.pos_embed = None if axial else nn.Parameter(torch.empty(height, width, dim))
         self.class_embed = nn.Embedding(classes, dim) if classes and branch.num_heads else None
         self.up: ShuffleUp | None = None
         if before is not None:
@@ -251,13 +419,19 @@ class DiMRBranch(nn.Module):
                     f"{before.scale} and {branch.scale} pixels"
                 )
             self.up = ShuffleUp(before.dim * (before.blocks + 1), dim, before.scale // branch.scale)
-        self.blocks = nn.ModuleList(DiMRBlock(branch, norm) for _ in range(branch.blocks))
+        self.blocks = nn.ModuleList(DiMRBlock(branch, norm, positions, context_dim) for _ in range(branch.blocks))
         self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(branch.blocks // 2))
         self.out_norm = TimeNorm(dim)
         self.out = nn.Conv2d(dim, channels, branch.final_kernel_size, padding=branch.final_kernel_size // 2)
 
     def forward(
-        self, image: Tensor, time: Tensor, classes: Tensor | None = None, below: Tensor | None = None
+        self,
+        image: Tensor,
+        time: Tensor,
+        classes: Tensor | None = None,
+        below: Tensor | None = None,
+        context: Tensor | None = None,
+        context_valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(B, C, H, W), (B,) or (1,), (B,), (B, h, w, D) -> noise (B, C, H', W') and all features (B, H', W', D')."""
         if self.settings.downscale > 1:
@@ -266,12 +440,13 @@ class DiMRBranch(nn.Module):
             )
         x = self.embed(image).permute(0, 2, 3, 1)
         h, w = x.shape[1:3]
-        if h > self.pos_embed.shape[0] or w > self.pos_embed.shape[1]:
-            raise ValueError(
-                f"a map of {h} x {w} tokens is larger than the {self.pos_embed.shape[0]} x {self.pos_embed.shape[1]} "
-                "that this branch has positions for"
-            )
-        x = x + self.pos_embed[:h, :w]
+        if self.pos_embed is not None:
+            if h > self.pos_embed.shape[0] or w > self.pos_embed.shape[1]:
+                raise ValueError(
+                    f"a map of {h} x {w} tokens is larger than the {self.pos_embed.shape[0]} x "
+                    f"{self.pos_embed.shape[1]} that this branch has positions for"
+                )
+            x = x + self.pos_embed[:h, :w]
         if self.up is not None:
             assert below is not None
             x = x + self.up(below, time)
@@ -285,7 +460,7 @@ class DiMRBranch(nn.Module):
         for number, block in enumerate(self.blocks):
             if number > half:
                 x = self.skips[number - half - 1](torch.cat([x, seen[2 * half + 1 - number]], -1))
-            x = block(x, time)
+            x = block(x, time, (h, w), context, context_valid)
             seen.append(x)
         features = torch.cat(seen, -1)
         if flat:
@@ -352,10 +527,12 @@ class DiMR(nn.Module):
         stop_gradient: branches learn nothing from the next.
         loss_weights: of each resolution's loss; ``None`` for 1 at the full one and its share of the
             places below.
+        positions: of transformer branches, see :data:`POSITIONS`; rotary ones have no place for the token of a class.
+        context_dim: width of a text whose tokens transformer branches read beside their own; 0 for none.
 
     Raises:
-        ValueError: no branch, unfit sizes or weights; when called, latents of other channels or larger than the tables
-            of positions, or labels out of range.
+        ValueError: no branch, unfit sizes or weights, classes with rotary positions; when called, latents of other
+            channels or larger than the tables of positions, or labels out of range.
 
     Reference: Liu et al., 2024, arXiv 2406.09416; held to its code.
 
@@ -375,9 +552,13 @@ class DiMR(nn.Module):
         time: Callable[[Tensor], Tensor] = linear_time,
         stop_gradient: bool = False,
         loss_weights: Sequence[float] | None = None,
+        positions: str = "table",
+        context_dim: int = 0,
     ):
         super().__init__()
         check_choice("norm", norm, NORMS)
+        check_choice("positions", positions, POSITIONS)
+        check_int("context_dim", context_dim, least=0)
         check_int("channels", channels, least=1)
         check_int("num_classes", num_classes, least=0)
         check_int("sample_size", sample_size, least=1)
@@ -388,10 +569,20 @@ class DiMR(nn.Module):
             raise ValueError(f"branches must hold at least one Branch, got {branches!r:.80}")
         if num_classes and not any(b.num_heads for b in branches):
             raise ValueError("classes enter as a token of a transformer branch, and no branch has num_heads")
+        if num_classes and positions == "axial-rotary":
+            raise ValueError(
+                f"num_classes={num_classes} puts a token of the class among those of the map, which "
+                'positions="axial-rotary" gives no place; possible: num_classes=0, or positions="table"'
+            )
+        if context_dim and not any(b.num_heads for b in branches):
+            raise ValueError(f"context_dim={context_dim} needs a transformer branch, and no branch has num_heads")
+        self.context_dim = context_dim
         self.time, self.stop_gradient = time, check_flag("stop_gradient", stop_gradient)
         self.num_classes = num_classes
         pairs = zip(branches, [None, *branches], strict=False)
-        self.branches = nn.ModuleList(DiMRBranch(b, channels, norm, num_classes, before) for b, before in pairs)
+        self.branches = nn.ModuleList(
+            DiMRBranch(b, channels, norm, num_classes, before, positions, context_dim) for b, before in pairs
+        )
         finest = branches[-1].scale
         shares = [(finest / b.scale) ** 2 for b in branches]
         weights = to_list("loss_weights", shares if loss_weights is None else loss_weights) or []
@@ -404,7 +595,11 @@ class DiMR(nn.Module):
         )
         self.apply(self._start)
         for branch in self._each:
-            nn.init.trunc_normal_(branch.pos_embed, std=0.02)
+            if branch.pos_embed is not None:
+                nn.init.trunc_normal_(branch.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, FirstTokenNorm):
+                module.reset()
 
     @staticmethod
     def _start(module: nn.Module) -> None:
@@ -419,11 +614,11 @@ class DiMR(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._each[0].pos_embed.dtype
+        return self._each[0].embed.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._each[0].pos_embed.device
+        return self._each[0].embed.weight.device
 
     def forward(
         self,
@@ -431,6 +626,8 @@ class DiMR(nn.Module):
         timestep: Tensor | float,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
     ) -> Prediction | tuple[Tensor, list[Tensor]]:
         """Noise in latents.
 
@@ -439,6 +636,8 @@ class DiMR(nn.Module):
             timestep: of a scheduler with 1000, (B,), (1,) or a number.
             class_labels: (B,) integers below ``num_classes``.
             return_dict: a :class:`Prediction`, or a tuple of the same.
+            encoder_hidden_states: (B, M, context_dim) of a text; without it, none is read.
+            encoder_attention_mask: (B, M) boolean, which of its tokens exist.
         """
         x = hidden_states
         check_float("hidden_states", x)
@@ -459,10 +658,25 @@ class DiMR(nn.Module):
                     f"class_labels must be {len(x)} integers below {self.num_classes}, got "
                     f"{class_labels.tolist()!r:.60}"
                 )
-        return self.at(x, self.time(t), class_labels, return_dict)
+        if encoder_hidden_states is not None:
+            if not self.context_dim:
+                raise ValueError("encoder_hidden_states need context_dim, which is 0: this model reads no text")
+            check_axes("encoder_hidden_states", encoder_hidden_states, B=len(x), M=None, context_dim=self.context_dim)
+        if encoder_attention_mask is not None:
+            if encoder_hidden_states is None:
+                raise ValueError("encoder_attention_mask is given without encoder_hidden_states")
+            check_axes("encoder_attention_mask", encoder_attention_mask, B=len(x), M=encoder_hidden_states.shape[1])
+            encoder_attention_mask = encoder_attention_mask.bool()
+        return self.at(x, self.time(t), class_labels, return_dict, encoder_hidden_states, encoder_attention_mask)
 
     def at(
-        self, x: Tensor, s: Tensor, classes: Tensor | None = None, return_dict: bool = True
+        self,
+        x: Tensor,
+        s: Tensor,
+        classes: Tensor | None = None,
+        return_dict: bool = True,
+        context: Tensor | None = None,
+        context_valid: Tensor | None = None,
     ) -> Prediction | tuple[Tensor, list[Tensor]]:
         """The same at times given as s, (B,) or (1,)."""
         time = s.to(x.dtype) / 4
@@ -471,7 +685,7 @@ class DiMR(nn.Module):
         for branch in self._each:
             if below is not None and self.stop_gradient:
                 below = below.detach()
-            level, below = branch(x, time, classes, below)
+            level, below = branch(x, time, classes, below, context, context_valid)
             levels.append(level)
         return Prediction(levels[-1], levels) if return_dict else (levels[-1], levels)
 
@@ -503,8 +717,9 @@ class DiMR(nn.Module):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From the authors' ``MRModel`` with learned positions."""
+        """From the authors' ``MRModel``."""
         theirs = Released(state_dict, "the authors' MRModel")
+        theirs.leave(r"stages\.\d+\.pos_emb\.freqs_[hw]", because="made beside those of the blocks, and read nowhere")
 
         def norm(ours: str) -> Callable[[re.Match[str], Tensor], dict[str, Tensor]]:
             parts = {"param0": "first", "param1": "second", "nodecay_weight": "slope", "nodecay_bias": "offset"}
@@ -543,10 +758,16 @@ class DiMR(nn.Module):
                 stage + r"\.skip_denses\.(?P<n>\d+)\.(?P<kind>weight|bias)": ours + r".skips.\g<n>.\g<kind>",
                 stage + r"\.output_layer\.0\." + leaf: norm(ours + ".out_norm"),
                 stage + r"\.output_layer\.2\.(?P<kind>weight|bias)": ours + r".out.\g<kind>",
+                block + r"\.block1\.norm\.linear\.weight": mine + ".norm.map.weight",
                 block + r"\.block1\.norm\." + leaf: norm(mine + ".norm"),
+                block + r"\.block1\.pos_emb\.freqs_h": mine + ".mixer.rows",
+                block + r"\.block1\.pos_emb\.freqs_w": mine + ".mixer.columns",
+                block + r"\.block1\.qk_norm\.scale": mine + ".mixer.log_scale",
+                block + r"\.block1\.condition_key_value\.weight": mine + ".mixer.text.weight",
                 block + r"\.block1\.query_key_value\.weight": maps,
                 block + r"\.block1\.dense\.(?P<kind>weight|bias)": mine + r".mixer.proj.\g<kind>",
                 block + r"\.block1\.1\.(?P<kind>weight|bias)": mine + r".mixer.\g<kind>",
+                block + r"\.block2\.norm\.linear\.weight": mine + ".mlp_norm.map.weight",
                 block + r"\.block2\.norm\." + leaf: norm(mine + ".mlp_norm"),
                 block + r"\.block2\.w(?P<half>[01])\.(?P<kind>weight|bias)": gate,
                 block + r"\.block2\.w2\.(?P<kind>weight|bias)": mine + r".mlp.fc2.\g<kind>",
@@ -559,7 +780,7 @@ class DiMR(nn.Module):
         new = self.convert_state_dict(state_dict)
         for number, branch in enumerate(self._each):
             name = f"branches.{number}.pos_embed"
-            if name in new and new[name].numel() == branch.pos_embed.numel():
+            if name in new and branch.pos_embed is not None and new[name].numel() == branch.pos_embed.numel():
                 new[name] = new[name].reshape(branch.pos_embed.shape)
         self.load_state_dict(new)
 
@@ -602,15 +823,11 @@ def dimr(name: str = "dimr_xl_2r", **changes: Any) -> DiMR:
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of :class:`DiMR` from the authors' configuration of a model, as nested mappings."""
-    norms = {"TDRMSN": "td-rms", "LN": "td-layer", "RMSN": "rms"}
-    kind = config.get("norm_type", "LN")
-    if kind not in norms or config.get("pe_type", "APE") != "APE":
-        raise ValueError(
-            f"norm_type={kind!r} with pe_type={config.get('pe_type', 'APE')!r} is not served; possible: norm_type in "
-            f"{sorted(norms)} with pe_type='APE'"
-        )
-    if "condition_dim" in config:
-        raise ValueError(f"condition_dim={config['condition_dim']} is not served: text conditions are left out")
+    norms = {"TDRMSN": "td-rms", "LN": "td-layer", "RMSN": "rms", "ADARMSN": "ada-rms"}
+    places = {"APE": "table", "Axial_RoPE": "axial-rotary"}
+    kind, place = config.get("norm_type", "LN"), config.get("pe_type", "APE")
+    check_choice("norm_type", kind, norms)
+    check_choice("pe_type", place, places)
     if "stage_configs" not in config:
         raise ValueError(f"config must have stage_configs, got {sorted(config)}")
     known = {f.name for f in fields(Branch)}
@@ -628,5 +845,6 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
         branches.append(Branch(**{name: value for name, value in given.items() if name in known}))
     return {
         "branches": branches, "channels": config["channels"], "num_classes": config.get("num_classes", 0),
-        "norm": norms[kind], "stop_gradient": config["block_grad_to_lowres"],
+        "norm": norms[kind], "stop_gradient": config["block_grad_to_lowres"], "positions": places[place],
+        "context_dim": config.get("condition_dim", 0),
     }  # fmt: skip
