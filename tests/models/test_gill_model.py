@@ -15,6 +15,9 @@ transformers = pytest.importorskip("transformers")
 with safe_open(HERE / "gill.safetensors", "pt") as f:
     HELD = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     SAID = {k: json.loads(f.metadata()[k]) for k in ("shapes", "lm", "opt", "runs")}
+with safe_open(HERE / "gill-modes.safetensors", "pt") as f:
+    MODES = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    MODES_SAID = {"shapes": json.loads(f.metadata()["shapes"])}
 PAD = 1
 TOKENS = (40, 41, 42)
 
@@ -90,6 +93,76 @@ def test_losses_and_gradients_equal_the_authors(mode, released):
         own = released.get_parameter(path.replace(head, names.get(head, head), 1))
         torch.testing.assert_close(own.grad, HELD[name], **(single if mode == "caption" else close))
     assert all(p.grad is None for p in released.lm.parameters())
+
+
+def of_mode(mode, **settings):
+    """With the authors' weights, in float64: of a recording of other heads and language models."""
+    shapes, narrow = MODES_SAID["shapes"], mode == "narrow"
+    torch.manual_seed(0)
+    lm = transformers.OPTForCausalLM(transformers.OPTConfig(**(shapes["narrow_opt"] if narrow else SAID["opt"]))).eval()
+    weights = synthetic(shapes["narrow_lm" if narrow else "lm"])
+    weights["model.decoder.embed_tokens.weight"] = weights["model.decoder.embed_tokens.weight"][:40]
+    lm.load_state_dict(weights | {"lm_head.weight": weights["model.decoder.embed_tokens.weight"]})
+    made = small(lm, out_dim=8, **{"num_tokens": 6} | settings)
+    held = GILL.convert_state_dict(synthetic(shapes[mode]) | {"logit_scale": torch.tensor(2.3)}, 3)
+    made.load_state_dict(held | {k: v for k, v in made.state_dict().items() if k.startswith("decision")})
+    lm.double()
+    return made.double().train()
+
+
+@pytest.mark.parametrize(
+    ("case", "heads", "options"),
+    [
+        ("swapped/generation", {"head": "linear", "retrieval_head": "transformer"}, {}),
+        ("swapped/retrieval", {"head": "linear", "retrieval_head": "transformer"}, {}),
+        ("narrow/captioning", {}, {}), ("narrow/generation", {}, {}),
+        *((f"plain/{how}/{what}", {}, {how: True}) for how in ("pairs", "prefix")
+          for what in ("captioning", "retrieval", "generation")),
+    ],
+)  # fmt: skip
+def test_heads_pairs_and_prefixes_equal_the_authors(case, heads, options):
+    """Either head linear or a transformer, captions two by two, words before, states narrower than layers."""
+    made = of_mode(case.partition("/")[0], **heads)
+    what = case.rpartition("/")[2]
+    single = dict(atol=1e-6, rtol=1e-6)  # through transformers' loss in float32
+    options = {k: torch.tensor([7, 8]) if k == "prefix" else True for k in options}
+    ids, features = MODES["ids"], MODES["features"]
+    if what == "captioning":
+        total = made.caption_loss(features, ids, PAD, **options)
+        torch.testing.assert_close(total.reshape(1), MODES[f"{case}/tokens"], **single)
+    else:
+        given = {"features": features} if what == "retrieval" else {"target": MODES["target"]}
+        found = made.losses(ids, PAD, **given, **options)
+        torch.testing.assert_close(found["tokens"].reshape(1), 0.5 * MODES[f"{case}/tokens"], **single)
+        torch.testing.assert_close(found[what].reshape(1), MODES[f"{case}/loss"], atol=1e-9, rtol=1e-9)
+        total = sum(found.values())
+    total.backward()
+    torch.testing.assert_close(made.image_tokens.grad, MODES[f"{case}/tokens_grad"], **single)
+    theirs = {k.removeprefix(f"{case}/dw/"): v for k, v in MODES.items() if k.startswith(f"{case}/dw/")}
+    alone = {"ret_text_hidden_fcs.0.query_embs": torch.zeros(0)} if heads else {}  # tells the converter which head
+    named = GILL.convert_state_dict(alone | theirs, 3)
+    assert len(theirs)
+    for name, wanted in named.items():
+        if wanted.numel():
+            torch.testing.assert_close(made.get_parameter(name).grad, wanted, atol=1e-7, rtol=1e-6)
+
+
+def test_likelihood_of_texts_and_images_equals_the_authors():
+    made, features = of_mode("plain"), MODES["features"]
+    parts = [features[:1], torch.tensor([[2, 5, 9]]), features[1:2], torch.tensor([[11, 4]])]
+    torch.testing.assert_close(made.likelihood(parts).reshape(1), MODES["likelihood"], atol=1e-6, rtol=1e-6)
+
+
+def test_drawings_are_ranked_and_prompts_are_lengthened():
+    made = of_mode("plain").eval()
+    states, features = torch.randn(1, 3, 16).double(), torch.randn(5, 12).double()
+    order, cosines = made.best_of(states, features)
+    wanted = F.cosine_similarity(made.retrieval(states[:, 0]), made.visual_retrieval(features), dim=-1)
+    torch.testing.assert_close(cosines, wanted[order])
+    assert bool((cosines[1:] <= cosines[:-1]).all()) and sorted(order.tolist()) == [0, 1, 2, 3, 4]
+    longer = made.prompt_embeds(states, 9)
+    assert longer.shape == (1, 9, 8) and torch.equal(longer[:, :6], made.prompt_embeds(states))
+    assert not bool(longer[:, 6:].any())
 
 
 def test_states_and_prompts_equal_the_authors(released):
@@ -197,13 +270,24 @@ def test_untied_models_have_outputs_of_their_own():
     assert made.write([torch.tensor([[2, 5]])], 2, scale=1e6).ids.tolist() == [*TOKENS, *TOKENS]
 
 
+def of_two_widths():
+    lm = language_model()
+    lm.lm_head = torch.nn.Linear(5, 40)
+    return lm
+
+
 def test_bad_input(released):
     made = small()
     ids = HELD["ids"]
     for call, message in (
         (lambda: small(hidden=30), "num_heads"), (lambda: GILL(language_model(), ()), "tokens"),
         (lambda: GILL(language_model(), (4, 4)), "tokens"), (lambda: GILL(torch.nn.Linear(2, 2), (4,)), "lm"),
-        (lambda: GILL(language_model(word_embed_proj_dim=8), (4,)), "several widths"),
+        (lambda: GILL(of_two_widths(), (4,)), "several widths"), (lambda: small(head="mlp"), "head='mlp'"),
+        (lambda: small(retrieval_head="mlp"), "retrieval_head"), (lambda: small(head="linear", out_dim=7), "count"),
+        (lambda: made.losses(ids, PAD, features=torch.randn(3, 12), pairs=True), "even number of captions, got 3"),
+        (lambda: made.caption_loss(torch.randn(3, 12), ids, PAD, ids), "prefix"),
+        (lambda: made.likelihood([]), "parts"), (lambda: made.best_of(torch.randn(2, 3, 16), ids), "states"),
+        (lambda: made.prompt_embeds(torch.randn(1, 3, 16), 3), "length must be an integer of at least 4"),
         (lambda: made.embed(torch.tensor([[43]])), "43"), (lambda: made.states_at(ids[:, :6]), "once and in order"),
         (lambda: made.losses(ids, PAD), "target or features"),
         (lambda: made.losses(ids, PAD, target=torch.zeros(3, 5, 768)), "target"),

@@ -13,6 +13,9 @@ Only these maps and the embeddings of the new tokens are trained:
     generation: mean |prompt - prompt of the caption|,    retrieval: cross-entropy of scaled cosines both ways, halved,
     tokens: cross-entropy of the caption and [IMG0], halved,    caption: cross-entropy of the caption behind an image.
 
+Half of the authors' batches read captions in pairs, one behind the other (``pairs=True``). Both heads can be the
+transformer or a linear map: of a linear mapper, states of all r tokens side by side are the prompt.
+
 ``pipe(prompt_embeds=gill.prompt_embeds(states))`` draws. Differs from the authors' code: any causal language model of
 transformers, and prompts of any width; the new tokens are a parameter of their own, beside a table that nothing
 touches; generation keeps a cache, and has the states of an image that was written last.
@@ -28,7 +31,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_axes, check_float, check_int, check_ints, check_rank, check_real, check_type, check_whole
+from ...checks import (
+    check_axes,
+    check_choice,
+    check_flag,
+    check_float,
+    check_int,
+    check_ints,
+    check_rank,
+    check_real,
+    check_type,
+    check_whole,
+)
 from ...hooks.hf.names import cache_argument, cache_out
 from ...nn.released import Released
 from ...types import check_divides
@@ -36,6 +50,9 @@ from ..sampling import in_nucleus
 
 #: What the first two numbers of a decision are for.
 DECISIONS = ("generate", "retrieve")
+
+#: What prompts and queries are made by.
+HEADS = ("transformer", "linear")
 
 
 class GILLMapper(nn.Module):
@@ -71,6 +88,26 @@ class GILLMapper(nn.Module):
         return self.model(self.tfm(u, self.query_embs.expand(len(u), -1, -1)))
 
 
+class LinearMapper(nn.Module):
+    """From states at image tokens to a prompt by one linear map, whose outputs stand side by side.
+
+    Args:
+        dim: of the states.
+        out_dim, num_tokens: of the prompt.
+        count: of the states; its first ``num_tokens`` are read where it is larger.
+    """
+
+    def __init__(self, dim: int, out_dim: int, num_tokens: int, count: int):
+        super().__init__()
+        self.shape, self.read = (num_tokens, out_dim), min(count, num_tokens)
+        check_divides("count", self.read, "num_tokens * out_dim", num_tokens * out_dim)
+        self.model = nn.Linear(dim, num_tokens * out_dim // self.read)
+
+    def forward(self, states: Tensor, embeddings: Tensor | None = None) -> Tensor:
+        """(B, r, dim) -> (B, num_tokens, out_dim); embeddings are not read."""
+        return self.model(states)[:, : self.read].reshape(len(states), *self.shape)
+
+
 class Written(NamedTuple):
     """What :meth:`GILL.write` wrote: (T,) token numbers, and (n, r, D) states of the images among them."""
 
@@ -85,9 +122,12 @@ class GILL(nn.Module):
         lm: a causal language model of transformers.
         tokens: numbers of the new tokens, inside its table or beyond.
         vision_dim: of the pooled features of an image.
-        out_dim, num_tokens, hidden, depth, num_heads: of :class:`GILLMapper`.
+        out_dim, num_tokens: of the prompt.
+        hidden, depth, num_heads: of :class:`GILLMapper`.
         retrieval_dim: of queries and keys.
         visual_tokens: of an image that is read.
+        head: of prompts, one of :data:`HEADS`.
+        retrieval_head: of queries.
     """
 
     lm: Any
@@ -95,6 +135,7 @@ class GILL(nn.Module):
     def __init__(
         self, lm: Any, tokens: Sequence[int], vision_dim: int = 1024, out_dim: int = 768, num_tokens: int = 77,
         retrieval_dim: int = 256, visual_tokens: int = 4, hidden: int = 512, depth: int = 4, num_heads: int = 4,
+        head: str = "transformer", retrieval_head: str = "linear",
     ):  # fmt: skip
         super().__init__()
         check_type("lm", lm, nn.Module)
@@ -106,19 +147,31 @@ class GILL(nn.Module):
         check_int("retrieval_dim", retrieval_dim, least=1)
         if not self.tokens or len(set(self.tokens)) != len(self.tokens):
             raise ValueError(f"tokens must be numbers, each once, got {tuple(tokens)}")
-        table, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+        check_choice("head", head, HEADS)
+        check_choice("retrieval_head", retrieval_head, HEADS)
+        table, outputs = lm.get_input_embeddings(), lm.get_output_embeddings()
         dim = table.embedding_dim
-        widths = {dim, head.in_features, getattr(lm.config, "hidden_size", dim)}
-        if len(widths) > 1:
-            raise ValueError(f"lm has embeddings and states of several widths, {sorted(widths)}; GILL adds both")
+        if outputs.in_features != dim:
+            raise ValueError(
+                f"lm has embeddings and last states of several widths, {dim} and {outputs.in_features}; GILL adds both"
+            )
         self.dim, self.visual_tokens = dim, check_int("visual_tokens", visual_tokens, least=1)
         mean = table.weight.detach().mean(0)
         spread = table.weight.detach().std() if table.weight.numel() > 1 else mean.new_ones(())
         self.image_tokens = nn.Parameter(mean + spread * torch.randn(len(self.tokens), dim).to(mean))
-        tied = head.weight is table.weight
+        tied = outputs.weight is table.weight
         self.image_outputs = None if tied else nn.Parameter(self.image_tokens.detach().clone())
-        self.mapper = GILLMapper(dim, out_dim, num_tokens, hidden, depth, num_heads)
-        self.retrieval = nn.Linear(dim, retrieval_dim)
+        self.mapper: nn.Module = (
+            GILLMapper(dim, out_dim, num_tokens, hidden, depth, num_heads)
+            if head == "transformer"
+            else LinearMapper(dim, out_dim, num_tokens, len(self.tokens))
+        )
+        self.retrieval_dim = retrieval_dim
+        self.retrieval: nn.Module = (
+            GILLMapper(dim, retrieval_dim, 1, hidden, depth, num_heads)
+            if retrieval_head == "transformer"
+            else nn.Linear(dim, retrieval_dim)
+        )
         self.visual = nn.Linear(vision_dim, dim * visual_tokens)
         self.visual_retrieval = nn.Linear(vision_dim, retrieval_dim)
         self.decision = nn.Sequential(nn.Dropout(0.5), nn.Linear(dim, len(DECISIONS)))
@@ -184,9 +237,18 @@ class GILL(nn.Module):
 
     # ---- what becomes of the states
 
-    def prompt_embeds(self, states: Tensor) -> Tensor:
-        """(B, r, D) -> (B, num_tokens, out_dim), as pipelines of diffusers take it."""
-        return self.mapper(self._checked(states), self.image_tokens)
+    def prompt_embeds(self, states: Tensor, length: int | None = None) -> Tensor:
+        """(B, r, D) -> (B, num_tokens, out_dim), as pipelines of diffusers take it.
+
+        Args:
+            states: of images to draw.
+            length: tokens of the prompt, zeros behind those of the mapper.
+        """
+        prompt = self.mapper(self._checked(states), self.image_tokens)
+        if length is None:
+            return prompt
+        check_int("length", length, least=prompt.shape[1])
+        return F.pad(prompt, (0, 0, 0, length - prompt.shape[1]))
 
     def _checked(self, states: Tensor) -> Tensor:
         check_float("states", states)
@@ -195,7 +257,10 @@ class GILL(nn.Module):
 
     def query(self, states: Tensor) -> Tensor:
         """(B, r, D) -> (B, retrieval_dim), of length 1."""
-        return F.normalize(self.retrieval(self._checked(states)[:, 0]), dim=-1)
+        states = self._checked(states)
+        if isinstance(self.retrieval, GILLMapper):
+            return F.normalize(self.retrieval(states, self.image_tokens)[:, 0], dim=-1)
+        return F.normalize(self.retrieval(states[:, 0]), dim=-1)
 
     def key(self, features: Tensor) -> Tensor:
         """(B, vision_dim) -> (B, retrieval_dim), of length 1."""
@@ -204,8 +269,22 @@ class GILL(nn.Module):
 
     def scores(self, states: Tensor, keys: Tensor) -> Tensor:
         """(B, M) scaled cosines of images to show with (M, retrieval_dim) keys."""
-        check_axes("keys", keys, M=None, retrieval_dim=self.retrieval.out_features)
+        check_axes("keys", keys, M=None, retrieval_dim=self.retrieval_dim)
         return self.logit_scale.exp() * self.query(states) @ keys.mT
+
+    def best_of(self, states: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of several drawings of one image is most like what was asked for.
+
+        Args:
+            states: (1, r, D) of the image.
+            features: (M, vision_dim) of its drawings.
+
+        Returns:
+            (M,) their numbers, the likest first, and (M,) their cosines, in that order.
+        """
+        check_axes("states", states, B=1, r=len(self.tokens), D=self.dim)
+        found = (self.key(features) @ self.query(states).mT)[:, 0].sort(descending=True)
+        return found.indices, found.values
 
     def decide(self, states: Tensor) -> Tensor:
         """(B, 2) probabilities that an image is better generated, or retrieved."""
@@ -213,27 +292,45 @@ class GILL(nn.Module):
 
     # ---- losses
 
-    def caption_loss(self, features: Tensor, ids: Tensor, pad: int) -> Tensor:
-        """Cross-entropy of a caption behind its image; padding, and image tokens on, count nothing."""
-        words = self.embed(ids)
+    def caption_loss(
+        self, features: Tensor, ids: Tensor, pad: int, prefix: Tensor | None = None, pairs: bool = False
+    ) -> Tensor:
+        """Cross-entropy of a caption behind its image; padding, and image tokens on, count nothing.
+
+        Args:
+            features: (B, vision_dim) of images.
+            ids: (B, N) captions.
+            pad: number of the padding token.
+            prefix: (P,) token numbers between image and caption.
+            pairs: captions are read two by two; see :meth:`losses`.
+        """
+        words = self._behind(prefix, self.embed(ids))
         check_axes("features", features, B=len(ids), vision_dim=self.visual.in_features)
         ends = (ids == pad) | (self._which(ids) >= 0)
-        return self._language(torch.cat([self.see(features), words], 1), ids, ends)[0]
+        return self._language(torch.cat([self.see(features), words], 1), ids, ends, ends, pairs)[0]
 
     def losses(
-        self, ids: Tensor, pad: int, target: Tensor | None = None, features: Tensor | None = None
-    ) -> dict[str, Tensor]:
+        self, ids: Tensor, pad: int, target: Tensor | None = None, features: Tensor | None = None,
+        prefix: Tensor | None = None, pairs: bool = False,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Of captions with image tokens behind: ``tokens``, and ``generation`` or ``retrieval``, or both.
+
+        In pairs, an odd row (0, 1, ...) is read behind the row before it, without the token that begins it. Of the
+        tokens, the first caption of a pair alone counts here, as in the authors' code; in :meth:`caption_loss`, both.
 
         Args:
             ids: (B, N).
             pad: number of the padding token.
             target: (B, num_tokens, out_dim) prompts that the denoiser's own encoder makes of the captions.
             features: (B, vision_dim) of their images.
+            prefix: (P,) token numbers before each caption; they are not learnt.
+            pairs: captions are read two by two.
         """
         if target is None and features is None:
             raise ValueError("target or features must be given")
-        loss, states = self._language(self.embed(ids), ids, (ids == pad) | (self._which(ids) > 0))
+        loss, states = self._language(
+            self._behind(prefix, self.embed(ids)), ids, ids == pad, (ids == pad) | (self._which(ids) > 0), pairs
+        )
         given = self._taken(ids, states)
         found = {"tokens": 0.5 * ((target is not None) + (features is not None)) * loss}
         if target is not None:
@@ -247,12 +344,68 @@ class GILL(nn.Module):
             found["retrieval"] = (F.cross_entropy(scores, own) + F.cross_entropy(scores.mT, own)) / 2
         return found
 
-    def _language(self, embeddings: Tensor, ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of next tokens before the first that ends each row, and states."""
-        states, logits, _ = self._read(embeddings)
+    def _behind(self, prefix: Tensor | None, words: Tensor) -> Tensor:
+        """(B, N, D) words behind a prefix."""
+        if prefix is None:
+            return words
+        check_axes("prefix", prefix, P=None)
+        return torch.cat([self.embed(prefix[None]).expand(len(words), -1, -1), words], 1)
+
+    def _language(
+        self, embeddings: Tensor, ids: Tensor, padding: Tensor, ends: Tensor, pairs: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of next tokens before the first that ends each row (B, N), and states at the words (B, N, D).
+
+        ``padding`` is where a caption is over, and the other one of a pair begins.
+        """
         before = embeddings.shape[1] - ids.shape[1]
-        labels = F.pad(ids.masked_fill(ends.cummax(1).values, -100), (before, 0), value=-100)
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()), states
+        labels = F.pad(ids.masked_fill(padding.cummax(1).values, -100), (before, 0), value=-100)
+        ends = F.pad(ends, (before, 0))
+        if not check_flag("pairs", pairs):
+            states, logits, _ = self._read(embeddings)
+            return self._next(logits, labels, ends), states[:, before:]
+        if len(ids) % 2:
+            raise ValueError(f"pairs=True needs an even number of captions, got {len(ids)}")
+        order = _two_by_two(padding, before)
+        rows, columns = torch.arange(len(order), device=ids.device)[:, None], order
+        joined = [t.unflatten(0, (-1, 2)).flatten(1, 2)[rows, columns] for t in (embeddings, labels, ends)]
+        states, logits, _ = self._read(joined[0])
+        apart = states.new_zeros(len(order), 2 * embeddings.shape[1], states.shape[-1])
+        apart = apart.index_put((rows, columns), states).view(len(ids), -1, states.shape[-1])
+        return self._next(logits, *joined[1:]), apart[:, before:]
+
+    @staticmethod
+    def _next(logits: Tensor, labels: Tensor, ends: Tensor) -> Tensor:
+        labels = labels.masked_fill(ends.cummax(1).values, -100)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+    def likelihood(self, parts: Sequence[Tensor]) -> Tensor:
+        """Mean log likelihood of the words of texts and images, each given all before it.
+
+        Args:
+            parts: in order: (1, N) token numbers, or (1, vision_dim) features of an image.
+        """
+        embeddings = self._joined(parts)
+        labels = torch.cat(
+            [
+                p.new_full((1, self.visual_tokens), -100, dtype=torch.long) if p.is_floating_point() else p
+                for p in parts
+            ],
+            1,
+        )
+        logits = self._read(embeddings)[1]
+        return -F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Embeddings (1, N, D) of texts and images."""
+        if not len(parts):
+            raise ValueError("parts must hold at least one text or image")
+        for i, part in enumerate(parts):
+            check_rank(f"parts[{i}]", part, 2, "(1, N) or (1, vision_dim)")
+        made = torch.cat([self.see(p) if p.is_floating_point() else self.embed(p) for p in parts], 1)
+        if made.shape[0] != 1:
+            raise ValueError(f"parts must be of one sample, got {made.shape[0]}")
+        return made
 
     # ---- writing
 
@@ -281,14 +434,8 @@ class GILL(nn.Module):
         check_real("top_p", top_p, above=0, most=1)
         if top_p < 1 and not temperature:
             raise ValueError(f"top_p={top_p} needs a temperature above 0")
-        if not len(parts):
-            raise ValueError("parts must hold at least one text or image")
-        for i, part in enumerate(parts):
-            check_rank(f"parts[{i}]", part, 2, "(1, N) or (1, vision_dim)")
         first, *rest = self.tokens
-        new = torch.cat([self.see(p) if p.is_floating_point() else self.embed(p) for p in parts], 1)
-        if new.shape[0] != 1:
-            raise ValueError(f"parts must be of one sample, got {new.shape[0]}")
+        new = self._joined(parts)
         cache: Any = None
         ids: list[int] = []
         held: list[Tensor] = []
@@ -328,11 +475,13 @@ class GILL(nn.Module):
         held = {k.removeprefix("module.").removeprefix("model."): v for k, v in state_dict.items()}
         theirs = Released(held, "GILLModel")
         theirs.leave(r"(?:lm|visual_model)\..*", because="frozen")
+        retrieval = r"retrieval.model.\1" if "ret_text_hidden_fcs.0.query_embs" in theirs else r"retrieval.\1"
         return theirs.close(
             theirs.renamed(
                 {
                     r"gen_text_hidden_fcs\.0\.((?:fc|tfm|model)\..+|query_embs)": r"mapper.\1",
-                    r"ret_text_hidden_fcs\.0\.model\.(weight|bias)": r"retrieval.\1",
+                    r"ret_text_hidden_fcs\.0\.model\.(weight|bias)": retrieval,
+                    r"ret_text_hidden_fcs\.0\.((?:fc|tfm)\..+|query_embs)": r"retrieval.\1",
                     r"visual_embeddings\.(weight|bias)": r"visual.\1",
                     r"visual_fc\.(weight|bias)": r"visual_retrieval.\1",
                     r"input_embeddings\.weight": lambda match, value: {"image_tokens": value[-count:]},
@@ -340,6 +489,22 @@ class GILL(nn.Module):
                 }
             )
         )
+
+
+def _two_by_two(padding: Tensor, before: int) -> Tensor:
+    """(B / 2, 2 W - 1) places of two rows of W = before + N, one behind the other, without the second's first word.
+
+    What is behind the end of each comes last.
+    """
+    b, n = padding.shape
+    width = before + n
+    lengths = torch.where(padding.any(1), padding.to(torch.int8).argmax(1), n) + before
+    place = torch.arange(width, device=padding.device)
+    out = []
+    for first, second in lengths.view(-1, 2).tolist():
+        kept = place[:second][place[:second] != before]
+        out.append(torch.cat([place[:first], width + kept, place[first:], width + place[second:]]))
+    return torch.stack(out)
 
 
 def _drawn(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
@@ -352,4 +517,4 @@ def _drawn(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     return int(torch.multinomial(shares, 1, generator=generator))
 
 
-__all__ = ["DECISIONS", "GILL", "GILLMapper", "Written"]
+__all__ = ["DECISIONS", "GILL", "HEADS", "GILLMapper", "LinearMapper", "Written"]
