@@ -23,6 +23,7 @@ from attnlib.models.dense.segmif import (
 )
 from attnlib.models.perception.foveation import similarity
 from attnlib.models.protocol import Optimizers, train_batch
+from attnlib.nn.linear import hierarchical_interaction
 from attnlib.nn.linear.hierarchical_interaction import HierarchicalInteraction
 from attnlib.ops import channel_attention, context_attention
 from tests.parity import by_name
@@ -141,6 +142,21 @@ def test_context_is_a_softmax_over_the_features_of_keys():
     close(some, (q * m) @ ((k * m).mT @ v * 6**-0.5).softmax(-2))
     with pytest.raises(ValueError, match="share"):
         context_attention(q, k[:, :, :4], v)
+
+
+@pytest.mark.parametrize("branches", ["both", "soam", "moam"])
+def test_heads_in_one_product_are_the_heads_one_by_one(branches, monkeypatch):
+    layer = HierarchicalInteraction(12, 3, qkv_bias=True, branches=branches).double()
+    for p in layer.parameters():
+        p.data.normal_()
+    xs = torch.randn(3, 2, 5, 4, 12, dtype=torch.float64)
+    for valid in (None, torch.rand(2, 5, 4) > 0.3):
+        made = []
+        for width in (12, 11):  # up to the first, and from above the second
+            monkeypatch.setattr(hierarchical_interaction, "ONE_PRODUCT", width)
+            made.append(layer(*xs[:2], semantic=xs[2], valid=valid))
+        for a, b in zip(*made, strict=True):
+            close(a, b)
 
 
 def test_cost_is_linear_in_places():

@@ -13,19 +13,21 @@ not projected. ``z`` asks with semantics (SoAM), ``v`` with the modality (MoAM).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_flag, check_int, check_valid, describe
 from ...ops import context_attention
-from ...types import check_divides
+from ...types import check_divides, stats_dtype
 from ..base import Fusion
 from ..layers import flat_valid, head_dim_of, merge_heads, split_heads, zero_invalid
 from ..released import Released, Rule
 
 BRANCHES = ("both", "soam", "moam")
+#: Width up to which the maps of all heads are made and read in one product.
+ONE_PRODUCT = 128
 
 
 class HierarchicalInteraction(Fusion):
@@ -79,9 +81,26 @@ class HierarchicalInteraction(Fusion):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def _read(self, q: Tensor, source: Tensor, kv: nn.Module, valid: Tensor | None) -> Tensor:
-        q, k, v = (split_heads(t, self.num_heads) for t in (q, *kv(source).chunk(2, -1)))
-        return merge_heads(context_attention(q, k, v, valid=flat_valid(valid)))
+    def _context(self, source: Tensor, kv: nn.Module, valid: Tensor | None) -> Tensor:
+        """The maps of all heads, as blocks of one (B, inner, inner) with zeros around them."""
+        k, v = kv(source).chunk(2, -1)
+        if valid is not None:
+            k = zero_invalid(k, valid)
+        dim = self.inner // self.num_heads
+        scores = (k.mT @ v).to(stats_dtype(v.dtype)) * dim**-0.5
+        head = torch.arange(self.inner, device=v.device) // dim
+        return scores.masked_fill(head[:, None] != head, float("-inf")).softmax(1).to(v.dtype)
+
+    def _reader(self, source: Tensor, kv: nn.Module, valid: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """What queries (B, N, inner) read of one source.
+
+        Narrow heads are one product of all of them, which is faster than many small ones up to some width.
+        """
+        if self.inner <= ONE_PRODUCT:
+            context = self._context(source, kv, valid)
+            return lambda q: q @ context
+        k, v = (split_heads(t, self.num_heads) for t in kv(source).chunk(2, -1))
+        return lambda q: merge_heads(context_attention(split_heads(q, self.num_heads), k, v, valid=valid))
 
     def forward(  # type: ignore[override]
         self, *streams: Tensor, semantic: Tensor, valid: Tensor | None = None
@@ -95,21 +114,22 @@ class HierarchicalInteraction(Fusion):
         """
         self._check(streams, semantic)
         check_valid("valid", valid, semantic.shape[:-1])
-        given = [zero_invalid(t, valid) for t in (*streams, semantic)]
-        grid = semantic.shape[1:-1]
-        made = [f(t).relu().flatten(1, -2) for f, t in zip(self.proj, given, strict=True)]
-        own, known = made[:2], made[2]
+        grid, exists = semantic.shape[1:-1], flat_valid(valid)
+        given = [zero_invalid(t, valid).flatten(1, -2).contiguous() for t in (*streams, semantic)]
+        made = [f(t).relu() for f, t in zip(self.proj, given, strict=True)]
+        # First halves are for semantics that ask, second ones for modalities that do; with one branch all is its.
+        asked, asking = zip(*((t.chunk(2, -1) if self.branches == "both" else (t, t)) for t in made), strict=True)
         parts: list[list[Tensor]] = [[], []]
-        for i, kv in enumerate(self.modal_kv):
-            parts[i].append(self._read(known[..., : self.inner], own[i][..., : self.inner], kv, valid))
+        for part, own, kv in zip(parts, asked, self.modal_kv, strict=False):
+            part.append(self._reader(own, kv, exists)(asked[2]))
         if self.semantic_kv is not None:
-            for i in range(2):
-                asks, told = own[i][..., -self.inner :], known[..., -self.inner :]
-                parts[i].append(self._read(asks, told, self.semantic_kv, valid))
+            reads = self._reader(asking[2], self.semantic_kv, exists)
+            for part, own in zip(parts, asking, strict=False):
+                part.append(reads(own))
         out = []
         for x, part, proj, norm in zip(given[:2], parts, self.out, self.norm, strict=True):
-            y = proj(torch.cat(part, -1)).unflatten(1, grid)
-            out.append(zero_invalid(norm(x + y), valid))
+            y = norm(proj(torch.cat(part, -1)) + x).unflatten(1, grid)
+            out.append(zero_invalid(y, valid))
         return tuple(out)
 
     def _check(self, streams: Sequence[Tensor], semantic: Tensor) -> None:
