@@ -3,7 +3,8 @@
 Liu et al., 2022, "Swin Transformer V2: Scaling Up Capacity and Resolution", arXiv 2111.09883. The pyramid of Swin with
 :class:`attnlib.nn.partition.swinv2.CosineWindowAttention` in its blocks, every second one of them with windows moved by
 half; norms stand behind attention, MLP and the merging of patches, and those of blocks start at zero. Plain-DETR
-(arXiv 2308.01904) has it with attention to the whole map in the last stage (``global_blocks``).
+(arXiv 2308.01904) has it with attention to the whole map in the last stage (``global_blocks``), AiT (arXiv 2301.02229)
+with windows of their own in every stage, of which the last two are not moved (``shifts``).
 
 As in timm's class, a window is no larger than the map of the images that a model is made for. Differs: any size.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...checks import check_ints
+from ...checks import check_flag, check_ints
 from ...nn.layers import Patchify, PatchMerging
 from ...nn.partition.swinv2 import CosineWindowAttention
 from ...nn.released import Released
@@ -29,8 +30,10 @@ def swinv2(
     embed_dim: int = 96,
     depths: Sequence[int] = (2, 2, 6, 2),
     num_heads: Sequence[int] = (3, 6, 12, 24),
-    window_size: int = 8,
+    window_size: int | Sequence[int] = 8,
     pretrained_windows: Sequence[int] = (0, 0, 0, 0),
+    shifts: bool | Sequence[bool] = True,
+    keep_shift: bool = False,
     global_blocks: Sequence[Sequence[int]] = ((), (), (), ()),
     mlp_ratio: float = 4.0,
     qkv_bias: bool = True,
@@ -51,8 +54,10 @@ def swinv2(
     Args:
         embed_dim: width of the first stage; it doubles from stage to stage.
         depths, num_heads: per stage.
-        window_size: sides of windows.
+        window_size: sides of windows, of all stages or per stage.
         pretrained_windows: per stage, the window that displacements are measured by; 0 for the model's own.
+        shifts: whether windows of every second block are moved, in all stages or per stage.
+        keep_shift: as of :class:`attnlib.nn.partition.swinv2.CosineWindowAttention`.
         global_blocks: per stage, which blocks attend to the whole map, from 0.
         mlp_ratio: hidden width of MLPs over the width.
         qkv_bias, pad: as of :class:`attnlib.nn.partition.swinv2.CosineWindowAttention`.
@@ -65,19 +70,28 @@ def swinv2(
     count = len(depths)
     rows, columns = check_ints("img_size", (img_size,) * 2 if isinstance(img_size, int) else img_size, least=1)
     sides = (rows, columns)
-    for name, given in (("pretrained_windows", pretrained_windows), ("global_blocks", global_blocks)):
+    sized = (window_size,) * count if isinstance(window_size, int) else tuple(window_size)
+    moved = (shifts,) * count if isinstance(shifts, bool) else tuple(shifts)
+    given: Sequence[Any]
+    for name, given in (
+        ("window_size", sized), ("pretrained_windows", pretrained_windows), ("shifts", moved),
+        ("global_blocks", global_blocks),
+    ):  # fmt: skip
         if len(given) != count:
             raise ValueError(f"{name}={tuple(given)} must have one entry for each of {count} stages")
+    for i, flag in enumerate(moved):
+        check_flag(f"shifts[{i}]", flag)
     norm = functools.partial(nn.LayerNorm, eps=eps)
 
     def own(place: Place) -> nn.Module:
         grid = [-(-side // (4 * 2**place.stage)) for side in sides]
-        window = tuple(min(window_size, n) if clip_windows else window_size for n in grid)
-        odd = place.block % 2
+        side = sized[place.stage]
+        window = tuple(min(side, n) if clip_windows else side for n in grid)
+        odd = place.block % 2 and moved[place.stage]
         return CosineWindowAttention(
             place.dim, place.num_heads, window, shift=tuple(w // 2 if odd else 0 for w in window),
             pretrained_window=pretrained_windows[place.stage], whole=place.block in global_blocks[place.stage],
-            qkv_bias=qkv_bias, pad=pad, eps=length_eps,
+            qkv_bias=qkv_bias, pad=pad, eps=length_eps, keep_shift=keep_shift,
         )  # fmt: skip
 
     make = mechanism or own
