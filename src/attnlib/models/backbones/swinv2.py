@@ -116,7 +116,11 @@ def swinv2(
 
 
 def convert(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """From timm's or the authors' ``SwinTransformerV2``, or that of Plain-DETR."""
+    """From timm's or the authors' ``SwinTransformerV2``, that of Plain-DETR or AiT's ``SwinV2TransformerRPE2FC``.
+
+    ``model`` has the stages, or is their number.
+    """
+    stages = model if isinstance(model, int) else len(model.stages)
     theirs = Released(state_dict, "SwinTransformerV2")
     theirs.leave(r"layers\.\d+\.blocks\.\d+\.attn_mask", because="a constant of a size")
     behind = "layers.0.downsample.norm.weight" in theirs  # the authors merge behind a stage, timm before the next
@@ -138,7 +142,7 @@ def convert(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
                 rf"{block}\.norm2\.(weight|bias)": r"stages.\1.blocks.\2.mlp.norm.\3",
                 rf"{block}\.mlp\.(fc[12]\.(?:weight|bias))": r"stages.\1.blocks.\2.mlp.inner.\3",
                 r"layers\.(\d+)\.downsample\.((?:reduction|norm)\.(?:weight|bias))": merged,
-                rf"norm{len(model.stages) - 1}?\.(weight|bias)": r"norm.\1",
+                rf"norm{stages - 1}?\.(weight|bias)": r"norm.\1",
                 r"head\.(?:fc\.)?(weight|bias)": r"head.fc.\1",
             }
         )

@@ -10,6 +10,8 @@ Solver` the tokens, :class:`attnlib.models.multimodal.vqvae.VQVAE` depth maps an
   (Dice + squared error) of the rendered mask.
 - boxes: the same without masks.
 
+:func:`released_ait` makes the nine released configurations, Swin V2 among them (:func:`swin_v2`).
+
 Differs from the authors' code: the auxiliary loss of masks takes batches of any size, theirs one image; training with
 the mask before the class works, theirs returns no loss; masks are cropped with 4 samples a cell, theirs with a number
 that depends on the box; a box without an area has an empty mask, theirs fails.
@@ -17,7 +19,8 @@ that depends on the box; a box without an area has an empty mask, theirs fails.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_axes, check_choice, check_flag, check_int, check_real, check_type, check_within, readable
+from ...nn.released import Released
 from ...types import stats_dtype
+from ..backbones.swinv2 import convert as convert_swin
+from ..backbones.swinv2 import swinv2
+from ..detect.plain_detr import LastMap
 from ..detect.regions import roi_align
 from ..losses import dice_scores, silog_loss
 from ..protocol import answering
@@ -274,6 +281,17 @@ class AiT(nn.Module):
             raise ValueError(f"this AiT has no {name}_vae, which {name} maps are rendered by")
         return vae
 
+    @staticmethod
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From the authors' ``AiT`` with its Swin V2, for what :func:`released_ait` makes."""
+        theirs = Released(state_dict, "the authors' AiT")
+        theirs.leave(r"\w+_head\.(?:transformer\..+|loss_seq\.weight)", because="the same weights again, and settings")
+        out = theirs.parts(r"backbone\.(.+)", "backbone.model", _swin_state)
+        out |= theirs.parts(r"transformer\.(.+)", "solver", Solver.convert_state_dict)
+        for name, vae in (("depth", "depth_vae"), ("insseg", "mask_vae")):
+            out |= theirs.parts(rf"{name}_head\.vqvae\.(.+)", vae, VQVAE.convert_state_dict)
+        return theirs.close(out)
+
     # ---- depth
 
     def depth_tokens(self, depth: Tensor) -> Tensor:
@@ -491,3 +509,122 @@ class AiT(nn.Module):
             total[..., s : s + height] += part
             times[s : s + height] += 1
         return total / times.clamp(min=1)
+
+
+# ---- the released configurations
+
+
+def swin_v2(
+    embed_dim: int = 128, depths: Sequence[int] = (2, 2, 18, 2), num_heads: Sequence[int] = (4, 8, 16, 32),
+    window_size: Sequence[int] = (30, 30, 30, 15), pretrained_windows: Sequence[int] = (12, 12, 12, 6),
+    shifts: bool | Sequence[bool] = True, drop_path_rate: float = 0.3,
+) -> LastMap:  # fmt: skip
+    """The authors' Swin V2 as a backbone: the normed map of the last stage.
+
+    Windows are filled up with zeros that take part and are moved wherever a block moves them; norms start at ones and
+    the rest as torch's layers do, which is how the authors' class starts without its weights.
+
+    Args:
+        embed_dim, depths, num_heads, window_size, pretrained_windows, shifts, drop_path_rate: of
+            :func:`attnlib.models.backbones.swinv2.swinv2`.
+
+    >>> swin_v2(8, (1, 1), (1, 2), (4, 2), (3, 3))(torch.randn(1, 3, 32, 32))[0].shape
+    torch.Size([1, 16, 4, 4])
+    """
+    model = swinv2(
+        embed_dim, depths, num_heads, tuple(window_size), tuple(pretrained_windows), shifts, keep_shift=True,
+        global_blocks=((),) * len(depths), eps=1e-6, pad="zeros", clip_windows=False, length_eps=5e-5, num_classes=0,
+        img_size=640, drop_path_rate=drop_path_rate,
+    )  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm)):
+            module.reset_parameters()
+    return LastMap(model)
+
+
+def _swin_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    stages = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("layers."))
+    return convert_swin(dict(state_dict), stages)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    """Of one released file."""
+
+    large: bool = False
+    depth: bool = False
+    masks: bool = False
+    soft: bool = True
+    soft_feed: bool = True
+    parallel: bool = False
+    tau: float = 1.0
+    render: bool = True
+    silog: bool = True
+
+
+_DEPTH = dict(depth=True, tau=0.8)
+_PARALLEL: dict[str, Any] = dict(depth=True, tau=0.8, parallel=True, soft_feed=False)
+CONFIGS: dict[str, _Config] = {
+    "swinv2b_480reso_depthonly": _Config(**_DEPTH),
+    "swinv2b_480reso_depthonly_wosoft": _Config(depth=True, soft=False, soft_feed=False, silog=False),
+    "swinv2b_480reso_parallel_depthonly": _Config(**_PARALLEL),
+    "swinv2b_640reso_detonly": _Config(soft=False, soft_feed=False),
+    "swinv2b_640reso_inssegonly": _Config(masks=True),
+    "swinv2b_640reso_inssegonly_wosoft": _Config(masks=True, soft=False, soft_feed=False, render=False),
+    "swinv2b_640reso_joint": _Config(depth=True, masks=True),
+    "swinv2l_480reso_depthonly": _Config(large=True, **_DEPTH),
+    "swinv2l_480reso_parallel_depthonly": _Config(large=True, **_PARALLEL),
+}
+
+
+def released_ait(
+    name: str, backbone: nn.Module | None = None, vocabulary: Vocabulary | None = None,
+    solver: Mapping[str, Any] | None = None, depth_vae: Mapping[str, Any] | None = None,
+    mask_vae: Mapping[str, Any] | None = None, **settings: Any,
+) -> AiT:  # fmt: skip
+    """An :class:`AiT` as one of the released configuration files makes it.
+
+    Args:
+        name: of the file, such as ``"swinv2b_480reso_depthonly"``.
+        backbone: in place of its Swin V2, :func:`swin_v2`.
+        vocabulary: in place of its own.
+        solver, depth_vae, mask_vae: settings of the :class:`~attnlib.models.multimodal.soft_tokens.Solver` and of the
+            :class:`~attnlib.models.multimodal.vqvae.VQVAE` s beside those of the file.
+        settings: of :class:`AiT` beside those of the file.
+
+    >>> with torch.device("meta"):
+    ...     model = released_ait("swinv2b_480reso_depthonly")
+    >>> sum(p.numel() for p in model.parameters())
+    109251084
+    """
+    check_choice("name", name, CONFIGS)
+    config = CONFIGS[name]
+    alone = config.depth and not config.masks
+    if backbone is None:
+        size: dict[str, Any] = dict(embed_dim=192, num_heads=(6, 12, 24, 48)) if config.large else {}
+        if alone:
+            size |= dict(shifts=(True, True, False, False), drop_path_rate=0.1)
+        backbone = swin_v2(**size)
+    words = Vocabulary(other_codes=0 if alone else 128) if vocabulary is None else vocabulary
+    grid = (15, 15) if alone else (20, 20)
+    made = Solver(
+        **{
+            **dict(in_dim=1536 if config.large else 1024, vocabulary=words, grid=grid, parallel=config.parallel),
+            **dict(solver or {}),
+        }
+    )
+    vaes: dict[str, VQVAE] = {}
+    if config.depth:
+        kind = dict(num_codes=words.depth_codes, tau=config.tau, ratio=32, ignore_zero=True)
+        vaes["depth_vae"] = VQVAE(**{**kind, **dict(depth_vae or {})})
+    if config.masks:
+        vaes["mask_vae"] = VQVAE(
+            **{**dict(num_codes=words.mask_codes, ratio=16, normalize=True), **dict(mask_vae or {})}
+        )
+    own: dict[str, Any] = dict(
+        soft=config.soft,
+        soft_feed=config.soft_feed,
+        silog_weight=float(config.silog),
+        render_weight=5.0 * config.render,
+    )
+    return AiT(backbone, made, **vaes, **{**own, **settings})

@@ -17,6 +17,7 @@ takes one pass, where theirs takes one for every token; greedy writing draws no 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -122,15 +123,20 @@ class _Heads(nn.Module):
         self.num_heads = num_heads
         self.wq, self.wk, self.wv, self.proj = (nn.Linear(dim, dim) for _ in range(4))
 
-    def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return split_heads(self.wk(x), self.num_heads), split_heads(self.wv(x), self.num_heads)
+    def keys(self, x: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return split_heads(self.wk(_at(x, places)), self.num_heads), split_heads(self.wv(x), self.num_heads)
 
     def forward(
-        self, x: Tensor, keys: tuple[Tensor, Tensor], ordered: bool = False, valid: Tensor | None = None
-    ) -> Tensor:
-        q, (k, v) = split_heads(self.wq(x), self.num_heads), keys
+        self, x: Tensor, keys: tuple[Tensor, Tensor], ordered: bool = False, valid: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        q, (k, v) = split_heads(self.wq(_at(x, places)), self.num_heads), keys
         mask = causal() if ordered and q.shape[2] > 1 else None
         return self.proj(merge_heads(attention(q, k, v, mask=mask, valid=valid)))
+
+
+def _at(x: Tensor, places: Tensor | None) -> Tensor:
+    return x if places is None else x + places
 
 
 class _EncoderBlock(nn.Module):
@@ -141,9 +147,9 @@ class _EncoderBlock(nn.Module):
         self.mlp = _mlp(dim, hidden, drop)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, valid: Tensor | None, places: Tensor | None = None) -> Tensor:
         z = self.norm1(x)
-        x = x + self.drop_path(self.attn(z, self.attn.keys(z), valid=valid))
+        x = x + self.drop_path(self.attn(z, self.attn.keys(z, places), valid=valid, places=places))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -155,19 +161,20 @@ class _DecoderBlock(nn.Module):
         self.mlp = _mlp(dim, hidden, drop)
         self.drop_path = DropPath(drop_path)
 
-    def image(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def image(self, z: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # The image passes the same norm as the tokens, as released.
-        return self.crossattn.keys(self.norm2(z))
+        return self.crossattn.keys(self.norm2(z), places)
 
     def forward(
-        self, x: Tensor, image: tuple[Tensor, Tensor], valid: Tensor | None, past: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self, x: Tensor, image: tuple[Tensor, Tensor], valid: Tensor | None, past: tuple[Tensor, Tensor] | None = None,
+        places: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
         z = self.norm1(x)
-        k, v = self.attn.keys(z)
+        k, v = self.attn.keys(z, places)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        x = x + self.drop_path(self.attn(z, (k, v), ordered=past is None))
-        x = x + self.drop_path(self.crossattn(self.norm2(x), image, valid=valid))
+        x = x + self.drop_path(self.attn(z, (k, v), ordered=past is None, places=places))
+        x = x + self.drop_path(self.crossattn(self.norm2(x), image, valid=valid, places=places))
         return x + self.drop_path(self.mlp(self.norm3(x))), (k, v)
 
 
@@ -185,9 +192,12 @@ class Solver(nn.Module):
         grid: the largest (rows, columns) of features.
         max_length: tokens of a sequence, the start among them.
         num_tasks: start tokens and tables of positions.
-        positions: of features: ``"sine"``, or ``"learned"``.
+        positions: of features: ``"sine"``, ``"sine-norm"`` of places as shares of the grid, or ``"learned"``.
         parallel: the embedding that stands for every token that is not known yet.
         drop, drop_path: in training.
+        token_positions: tokens have positions, a table per task.
+        inside: positions are added to queries and keys of every block, in place of what the first block reads.
+        linear_drop_path: ``drop_path`` rises from 0 in the first block of encoder and decoder to its value in the last.
 
     >>> solver = Solver(8, Vocabulary(10, 3, 4, 4), 16, 2, 32, 1, 1, grid=(4, 4), max_length=20)
     >>> logits = solver(torch.randn(2, 4, 4, 8), "depth", torch.randint(18, 22, (2, 8)))
@@ -199,6 +209,7 @@ class Solver(nn.Module):
         self, in_dim: int, vocabulary: Vocabulary | None = None, dim: int = 256, num_heads: int = 8, hidden: int = 1024,
         encoder_depth: int = 6, decoder_depth: int = 6, grid: tuple[int, int] = (20, 20), max_length: int = 2100,
         num_tasks: int = 4, positions: str = "sine", parallel: bool = False, drop: float = 0.1, drop_path: float = 0.1,
+        token_positions: bool = True, inside: bool = False, linear_drop_path: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.vocabulary = Vocabulary() if vocabulary is None else vocabulary
@@ -212,13 +223,16 @@ class Solver(nn.Module):
         for name, share in (("drop", drop), ("drop_path", drop_path)):
             check_real(name, share, least=0, below=1)
         check_flag("parallel", parallel)
-        check_choice("positions", positions, ("sine", "learned"))
+        check_flag("token_positions", token_positions)
+        check_flag("linear_drop_path", linear_drop_path)
+        self.inside = check_flag("inside", inside)
+        check_choice("positions", positions, ("sine", "sine-norm", "learned"))
         check_int("max_length", max_length, least=1)
         check_int("num_tasks", num_tasks, least=len(TASKS))
-        if positions == "sine" and dim % 4:
+        if positions != "learned" and dim % 4:
             raise ValueError(f"dim={dim} must be a multiple of 4 for sine positions on two axes")
         self.in_dim, self.dim, self.grid = in_dim, dim, grid
-        table = torch.empty(1, *grid, dim) if positions == "learned" else _places(grid, dim)
+        table = torch.empty(1, *grid, dim) if positions == "learned" else _places(grid, dim, positions == "sine-norm")
         if positions == "learned":
             self.enc_embed = nn.Parameter(table)
         else:
@@ -226,12 +240,16 @@ class Solver(nn.Module):
         self.mask_embed = nn.Parameter(torch.empty(1, 1, dim)) if parallel else None
         self.det_embed = nn.Parameter(torch.empty(num_tasks, 1, dim))
         self.voc_embed = nn.Parameter(torch.empty(len(self.vocabulary), dim))
-        self.dec_embed = nn.Parameter(torch.empty(num_tasks, max_length, dim))
+        self.max_length = max_length
+        self.dec_embed = nn.Parameter(torch.empty(num_tasks, max_length, dim)) if token_positions else None
         self.outp_bias = nn.Parameter(torch.empty(len(self.vocabulary)))
         self.input_proj, self.proj = nn.Linear(in_dim, dim), nn.Linear(dim, dim)
-        rest = (num_heads, hidden, drop_path, drop)
-        self.encoder = nn.ModuleList(_EncoderBlock(dim, *rest) for _ in range(encoder_depth))
-        self.decoder = nn.ModuleList(_DecoderBlock(dim, *rest) for _ in range(decoder_depth))
+
+        def rates(depth: int) -> list[float]:
+            return torch.linspace(0, drop_path, depth).tolist() if linear_drop_path else [drop_path] * depth
+
+        self.encoder = nn.ModuleList(_EncoderBlock(dim, num_heads, hidden, p, drop) for p in rates(encoder_depth))
+        self.decoder = nn.ModuleList(_DecoderBlock(dim, num_heads, hidden, p, drop) for p in rates(decoder_depth))
         self.stem_ln, self.encout_ln, self.proj_ln, self.proj_mlp_ln, self.norm = (nn.LayerNorm(dim) for _ in range(5))
         self.proj_mlp = _mlp(dim, hidden, drop)
         self.drop, self.drop_path = nn.Dropout(drop), DropPath(drop_path)
@@ -259,12 +277,16 @@ class Solver(nn.Module):
         if there is not None:
             x = x.masked_fill(~valid.unsqueeze(-1), 0.0)  # type: ignore[union-attr]
         places = self.enc_embed[:, :rows, :cols].flatten(1, 2).to(x.dtype)
-        z = self.stem_ln(self.input_proj(through(self.drop, x.flatten(1, 2)))) + places
+        z = self.stem_ln(self.input_proj(through(self.drop, x.flatten(1, 2))))
+        if not self.inside:
+            z = z + places
+        own = places if self.inside else None
         for block in self.encoder:
-            z = block(z, there)
+            z = block(z, there, own)
         z = self.proj_ln(self.proj(self.encout_ln(z))) + places
         z = z + self.drop_path(self.proj_mlp(self.proj_mlp_ln(z)))
-        images: list[tuple[Tensor, Tensor]] = [cast(_DecoderBlock, block).image(z) for block in self.decoder]
+        own = own if self.dec_embed is not None else None  # as released: without a table none stands in the decoder
+        images: list[tuple[Tensor, Tensor]] = [cast(_DecoderBlock, block).image(z, own) for block in self.decoder]
         return images, there
 
     def score(self, x: Tensor) -> Tensor:
@@ -277,9 +299,16 @@ class Solver(nn.Module):
         if isinstance(number, str):
             check_choice("task", task, TASKS)
         number = check_int("task", number, least=0, most=len(self.det_embed) - 1)
-        if length > self.dec_embed.shape[1]:
-            raise ValueError(f"{length} tokens are more than max_length={self.dec_embed.shape[1]}")
+        if length > self.max_length and self.dec_embed is not None:
+            raise ValueError(f"{length} tokens are more than max_length={self.max_length}")
         return number
+
+    def _placed(self, z: Tensor, number: int, first: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, T, dim) from place ``first`` on as the first block reads them, and what is added inside."""
+        if self.dec_embed is None:
+            return z, None
+        places = self.dec_embed[number, first : first + z.shape[1]].to(z.dtype)
+        return (z, places) if self.inside else (z + places, None)
 
     def _start(self, number: int, like: Tensor, batch: int) -> Tensor:
         return self.det_embed[number].to(like).expand(batch, 1, -1)
@@ -306,9 +335,9 @@ class Solver(nn.Module):
         if self.mask_embed is not None:
             known = self.mask_embed.expand_as(known)
         z = torch.cat([self._start(number, known, len(known)), known], 1).to(x.dtype)
-        z = z + self.dec_embed[number, : z.shape[1]].to(z.dtype)
+        z, places = self._placed(z, number)
         for block, image in zip(self.decoder, images, strict=True):
-            z, _ = block(z, image, there)
+            z, _ = block(z, image, there, places=places)
         return self.score(z)
 
     # ---- writing
@@ -342,19 +371,19 @@ class Solver(nn.Module):
         z = self._start(number, x, len(x))
         if self.mask_embed is not None:
             z = torch.cat([z, self.mask_embed.to(z).expand(len(z), len(plan) - 1, -1)], 1)
-            z = z + self.dec_embed[number, : len(plan)].to(z.dtype)
+            z, places = self._placed(z, number)
             for block, image in zip(self.decoder, images, strict=True):
-                z, _ = block(z, image, there)
+                z, _ = block(z, image, there, places=places)
             logits = self.score(z)
             for i, name in enumerate(plan):
                 written.choose(name, logits[:, i])
             return written.done()
         past: list[tuple[Tensor, Tensor]] = []
         for i, name in enumerate(plan):
-            z = z + self.dec_embed[number, i].to(z.dtype)
+            z, places = self._placed(z, number, i)
             held = []
             for j, (block, image) in enumerate(zip(self.decoder, images, strict=True)):
-                z, kv = block(z, image, there, past[j] if past else None)
+                z, kv = block(z, image, there, past[j] if past else None, places)
                 held.append(kv)
             past = held
             token, own = written.choose(name, self.score(z)[:, 0])
@@ -412,7 +441,8 @@ class _Writer:
         return Written(tokens, held, torch.stack(self.scores, 1) if self.scores else like.new_zeros(len(tokens), 0))
 
 
-def _places(grid: tuple[int, int], dim: int) -> Tensor:
-    """(1, rows, columns, dim) encodings of places, of rows in the first half."""
-    rows, cols = (sines(torch.arange(n, dtype=torch.float32), dim // 2) for n in grid)
+def _places(grid: tuple[int, int], dim: int, shares: bool = False) -> Tensor:
+    """(1, rows, columns, dim) encodings of places, of rows in the first half; of shares of a side, up to 2 pi."""
+    at = (torch.arange(n, dtype=torch.float32) for n in grid)
+    rows, cols = (sines(p / max(len(p) - 1, 1) * 2 * math.pi if shares else p, dim // 2) for p in at)
     return torch.cat([rows[:, None].expand(*grid, -1), cols[None].expand(*grid, -1)], -1)[None]

@@ -86,6 +86,7 @@ class PartitionAttention(Mechanism):
         rank: axes of the grid; 2, unless ``window_size`` is a tuple.
         shift: how far windows of ``kind="block"`` are moved, as every second layer of Swin does by half a window;
             along an axis with one window alone they stay.
+        keep_shift: they are moved there too, so that the window's two ends do not meet, as in most released Swins.
         rel_bias: learn a relative bias per head: a table, or with ``"mlp"`` a function of the displacement
             (:class:`attnlib.nn.layers.PositionMlp`), as timm's ``rmlp`` models.
         qkv_bias: bias of the query, key and value projections.
@@ -135,8 +136,10 @@ class PartitionAttention(Mechanism):
         rel_drop: float = 0.125,
         attn_dim: int | None = None,
         out_dim: int | None = None,
+        keep_shift: bool = False,
     ):
         super().__init__(dim)
+        self.keep_shift = check_flag("keep_shift", keep_shift)
         width, out_dim = (dim if given is None else given for given in (attn_dim, out_dim))
         check_choice("kind", kind, KINDS)
         check_choice("pad", pad, PADS)
@@ -204,9 +207,13 @@ class PartitionAttention(Mechanism):
     ) -> Tensor:
         grid = tuple(x.shape[1:-1])
         check_windows(grid, self.window_size)
-        shift = tuple(0 if n <= w else s for n, w, s in zip(grid, self.window_size, self.shift, strict=True))
-        windows = Windows(grid, self.window_size, self.kind, shift)
+        windows = Windows(grid, self.window_size, self.kind, self._shift_on(grid))
         return attend_in_windows(self, x, windows, self._bias(), self.head_dim**-0.5, valid, mask)
+
+    def _shift_on(self, grid: Sequence[int]) -> tuple[int, ...]:
+        """How far windows are moved on a grid that they divide."""
+        sides = zip(grid, self.window_size, self.shift, strict=True)
+        return tuple(s if n > w or self.keep_shift else 0 for n, w, s in sides)
 
     @staticmethod
     def convert_state_dict(

@@ -51,8 +51,7 @@ class CosineWindowAttention(PartitionAttention):
         rel_hidden: hidden width of the function.
         attn_drop, proj_drop, pad: as of :class:`attnlib.nn.partition.maxvit.PartitionAttention`.
         eps: added to the lengths of queries and keys; 0 for a least length of 1e-12 instead.
-        keep_shift: windows are moved also along an axis with one of them alone, whose two ends then do not meet, as in
-            the backbone of AiT; they stay there otherwise.
+        keep_shift: as of :class:`attnlib.nn.partition.maxvit.PartitionAttention`.
 
     >>> CosineWindowAttention(dim=16, num_heads=2, window_size=4)(torch.randn(2, 8, 12, 16)).shape
     torch.Size([2, 8, 12, 16])
@@ -76,13 +75,12 @@ class CosineWindowAttention(PartitionAttention):
     ):
         super().__init__(
             dim, num_heads, window_size, rank=2, rel_bias=False, qkv_bias=False, attn_drop=attn_drop,
-            proj_drop=proj_drop, pad=pad, shift=shift,
+            proj_drop=proj_drop, pad=pad, shift=shift, keep_shift=keep_shift,
         )  # fmt: skip
         self.pretrained_window = check_ints(
             "pretrained_window", to_tuple("pretrained_window", pretrained_window, 2), least=0
         )
         self.whole, self.eps = check_flag("whole", whole), check_real("eps", eps, least=0)
-        self.keep_shift = check_flag("keep_shift", keep_shift)
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10.0)))
         self.position = nn.Sequential(nn.Linear(2, rel_hidden), nn.ReLU(), nn.Linear(rel_hidden, num_heads, bias=False))
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
@@ -138,8 +136,7 @@ class CosineWindowAttention(PartitionAttention):
         grid = (x.shape[1], x.shape[2])
         size = grid if self.whole else self.window_size
         check_windows(grid, size)
-        stays = (n <= w and (self.whole or not self.keep_shift) for n, w in zip(grid, size, strict=True))
-        shift = tuple(0 if still else s for still, s in zip(stays, self.shift, strict=True))
+        shift = (0, 0) if self.whole else self._shift_on(grid)
         windows = Windows(grid, size, "block", shift)
         q, k, v = self.qkv(windows.cut(x)).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(3, 0, 1, 4, 2, 5)
         if self.q_bias is not None and self.v_bias is not None:
