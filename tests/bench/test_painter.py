@@ -57,6 +57,16 @@ def test_parts_share_neither_individuals_nor_held_out_pairings(scenes):
     assert len(set(looks)) == painter.SUBJECTS
 
 
+def test_plain_scenes_are_large_geometric_things_on_two_backgrounds():
+    found = painter.sample(200, plain=True)
+    there = found.present
+    assert int(found.count.max()) == 2 and set(found.background.tolist()) == {0, 1}
+    assert (found.shape[there] < painter.CREATURE).all() and not found.texture.any() and (found.size == 1).all()
+    asked = painter.write([painter.Want("red", "star", "small", "striped")], background="tiles")
+    one = painter.sample(1, plain=True, wants=[asked])
+    assert int(one.size[0, 0]) == 0 and int(one.texture[0, 0]) == 1 and int(one.background) == 3
+
+
 def test_masks_boxes_depth_and_normals_tell_what_was_painted(scenes, painting):
     some, empty = scenes[:96], painter.paint(scenes[:96].change(count=torch.zeros(96, dtype=torch.long)))
     bare = painting.masks.sum(1) == 0

@@ -119,7 +119,7 @@ def build(name: str, **changes: Any) -> nn.Module:
             sample_size=painter.SIDE, mid_block_add_attention=False, shift_factor=0.0,
         ),
         "unet": dict(
-            sample_size=16, block_out_channels=(48, 96), layers_per_block=1, cross_attention_dim=WIDTH,
+            sample_size=16, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=WIDTH,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D",) * 2,
             attention_head_dim=(2, 4), norm_num_groups=8,
         ),

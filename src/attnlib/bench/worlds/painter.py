@@ -40,6 +40,8 @@ CREATURE = SHAPES.index("creature")
 SIZES = ("small", "large")
 TEXTURES = ("plain", "striped", "dotted")
 BACKGROUNDS = ("paper", "slate", "stripes", "tiles")
+#: Backgrounds of plain scenes, see :func:`sample`.
+PLAIN = BACKGROUNDS[:2]
 #: Individuals: the first 200 are of training, the last 40 are never painted in the part ``"train"``.
 SUBJECTS, TRAIN_SUBJECTS = 240, 200
 #: Where in the picture: (column, row) with 0 left or top, 1 middle, 2 right or bottom.
@@ -237,6 +239,7 @@ def sample(
     wants: Sequence[Prompt] | None = None,
     geometric: bool = False,
     most: int = SLOTS,
+    plain: bool = False,
 ) -> Scenes:
     """Scenes by number.
 
@@ -249,8 +252,11 @@ def sample(
         wants: per scene a prompt that it is to show; what the prompt leaves open is drawn.
         geometric: no creatures and no digits where nothing is wanted.
         most: things in a scene, at most.
+        plain: large geometric things without texture, two at most, on paper or slate where nothing else is wanted:
+            what a small generator can learn within an hour.
     """
     check_choice("part", part, PARTS)
+    geometric, most = geometric or plain, min(most, 2) if plain else most
     pairings = pairings or ("never" if part == "train" else "any")
     check_choice("pairings", pairings, ("never", "any"))
     index = _numbers(numbers)
@@ -272,7 +278,9 @@ def sample(
     shape, colour, texture, size = (torch.where(same, t[:, :1], t) for t in (shape, colour, texture, size))
     size[:, 1:] = torch.where((count == 3)[:, None], 0, size[:, 1:])
     size[:, 0] = torch.where((count == 3) & same[:, 0], 0, size[:, 0])
-    background = _pick(u[:, 41], 4)
+    background = _pick(u[:, 41], len(PLAIN if plain else BACKGROUNDS))
+    if plain:
+        size, texture = torch.ones_like(size), torch.zeros_like(texture)
     wanted_texture = torch.zeros(b, SLOTS, dtype=torch.bool)
     if wants is not None:
         if len(wants) != b:

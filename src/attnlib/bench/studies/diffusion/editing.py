@@ -51,6 +51,7 @@ class Task:
 
     Args:
         source, target: prompts that differ in a colour or a shape.
+        scene: that is painted, one.
         image: (3, h, w) in [0, 1].
         mask: (h, w) what the change may touch.
         latents: (1, C, h, w) of the image.
@@ -59,6 +60,7 @@ class Task:
 
     source: Prompt
     target: Prompt
+    scene: painter.Scenes
     image: Tensor
     mask: Tensor
     latents: Tensor
@@ -113,11 +115,12 @@ class Studio:
         if number % 2 and want.shape in shapes:
             other = replace(want, shape=shapes[(shapes.index(want.shape) + 2) % len(shapes)])
         target = painter.write([other], background=prompt.background)
-        done = painter.paint(painter.sample([number], part, wants=[prompt], most=1), part)
+        scene = painter.sample([number], part, wants=[prompt], plain=True)
+        done = painter.paint(scene, part)
         mask = F.max_pool2d(done.masks[:, :1], 7, 1, 3)[0, 0] > 0.05
         latents = self.encoded(done.images[0])
         path = ddim_invert(self.predict(prompt.text), self.pipe.scheduler, latents, self.steps)
-        return Task(prompt, target, done.images[0], mask, latents, path)
+        return Task(prompt, target, scene, done.images[0], mask, latents, path)
 
 
 # ---- editors: from a studio and a task to a picture
@@ -204,9 +207,9 @@ def inverted(studio: Studio, task: Task) -> dict[str, dict[str, float]]:
 
 def composed(studio: Studio, task: Task, number: int, part: str) -> tuple[dict[str, dict[str, float]], Tensor]:
     """The thing of a task on another background: pasted into the latents, and composed."""
-    ground = painter.BACKGROUNDS[(painter.BACKGROUNDS.index(task.source.background or "paper") + 1) % 4]
+    ground = next(b for b in painter.PLAIN if b != painter.BACKGROUNDS[int(task.scene.background)])
     asked = painter.write([replace(task.source.wants[0], place=None)], background=ground)
-    scene = painter.sample([number], part, wants=[asked], most=1)
+    scene = painter.sample([number], part, wants=[asked], plain=True)
     behind = painter.paint(scene.change(count=torch.zeros_like(scene.count)), part).images[0]
     latents = studio.encoded(behind)
     path = ddim_invert(studio.predict(""), studio.pipe.scheduler, latents, studio.steps)

@@ -67,7 +67,9 @@ def latents(vae: Any, count: int, part: str) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed({"train": 0, "dev": 1, "test": 2}[part])
     labels = torch.randint(CLASSES, (count,), generator=g)
     pairs = [models.CLASSES[n].split(" ") for n in labels.tolist()]
-    scenes = painter.sample(count, part, "any", wants=[write([Want(colour, shape)]) for colour, shape in pairs])
+    scenes = painter.sample(
+        count, part, "any", plain=True, wants=[write([Want(colour, shape)]) for colour, shape in pairs]
+    )
     images = painter.paint(scenes, part).images
     z = torch.cat([vae.encode(x * 2 - 1).latent_dist.mode() for x in images.split(32)])
     return z * vae.config.scaling_factor, labels

@@ -1,8 +1,8 @@
 """A series of pictures: do its two subjects stay the same where a prompt leaves open what they look like?
 
 ``attnlib bench --suite diffusion-series --out benchmarks/results`` writes ``diffusion-series-cpu.json`` and its
-pictures. Prompts of a series name the same two shapes, without colours, lying otherwise and on other
-backgrounds; the first picture is the reference. Told is how often a subject has the reference's colour in the other
+pictures. Prompts of a series name the same two shapes, without colours, lying otherwise and on one of
+two backgrounds; the first picture is the reference. Told is how often a subject has the reference's colour in the other
 pictures, how often it has that of the other subject, and whether the prompt is still followed. The sceptic's baselines
 are pictures drawn by themselves, and pictures that read all of the reference.
 """
@@ -58,10 +58,10 @@ def series(count: int, part: str = "test", length: int = 3) -> list[list[Prompt]
     for _ in range(check_int("count", count, least=1)):
         wants = [Want(shape=painter.GEOMETRIC[i]) for i in rng.permutation(len(painter.GEOMETRIC))[:2]]
         relations = rng.permutation(len(painter.RELATIONS))[:length]
-        grounds = rng.permutation(len(painter.BACKGROUNDS))[:length]
+        grounds = rng.integers(len(painter.PLAIN), size=length)
         found.append(
             [
-                painter.write(wants, painter.RELATIONS[r], painter.BACKGROUNDS[g])
+                painter.write(wants, painter.RELATIONS[r], painter.PLAIN[g])
                 for r, g in zip(relations, grounds, strict=True)
             ]
         )
