@@ -8,7 +8,7 @@ import torch
 from parity import HERE, synthetic
 from safetensors import safe_open
 
-from attnlib.models.multimodal.sve_math import FeatureRouter, RoutedProjector
+from attnlib.models.multimodal.sve_math import FeatureRouter, Routed, RoutedProjector
 
 with safe_open(HERE / "sve-math.safetensors", "pt") as f:
     HELD = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
@@ -258,3 +258,29 @@ BAD = [
 def test_bad_input_is_refused_by_name(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+with safe_open(HERE / "sve-math-projectors.safetensors", "pt") as f:
+    PROJECTED = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    LAYERS = json.loads(f.metadata()["shapes"])
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_projectors_of_any_depth_equal_the_authors(case):
+    kind, form = case.split("/")
+    depth = 1 if kind == "linear" else int(kind[3])
+    router = FeatureRouter(6, 3, 4, merge=form.removeprefix("identify_"))
+    made = RoutedProjector(router, 5, depth).double()
+    own = made.models.state_dict()
+    made.models.load_state_dict(
+        {k.removeprefix("models."): v for k, v in RoutedProjector.convert_state_dict(synthetic(LAYERS[case])).items()}
+    )
+    assert len(own) == 2 * depth * len(made.models)
+    parts = list(PROJECTED[f"{case}/parts"])
+    router.forward = lambda x, levels, grid=None: Routed(parts, x)
+    same(made(parts[0], [parts[0]]), PROJECTED[f"{case}/y"])
+
+
+def test_projectors_have_a_layer():
+    with pytest.raises(ValueError, match="depth must be"):
+        RoutedProjector(FeatureRouter(6, 3, 2), 5, 0)

@@ -23,6 +23,7 @@ after unless ``gate="before"``.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -170,6 +171,7 @@ class RoutedProjector(nn.Module):
     Args:
         router: of the levels.
         out_dim: of the language model.
+        depth: linear maps of each projector, GELUs between them; 1 is the release's ``linear``, n its ``mlpnx_gelu``.
 
     In the channel form a model keeps its number of image tokens; in the sequence form it has twice as many, which the
     prompt must hold.
@@ -179,17 +181,21 @@ class RoutedProjector(nn.Module):
     torch.Size([2, 9, 16])
     """
 
-    def __init__(self, router: FeatureRouter, out_dim: int):
+    def __init__(self, router: FeatureRouter, out_dim: int, depth: int = 2):
         super().__init__()
         check_type("router", router, FeatureRouter)
         check_int("out_dim", out_dim, least=1)
+        check_int("depth", depth, least=1)
         self.router = router
         wide, count = router.dim * (len(router.aggregate) + 1), 1
         if router.merge == "sequence":
             wide, count = router.dim, 2
-        self.models = nn.ModuleList(
-            nn.Sequential(nn.Linear(wide, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim)) for _ in range(count)
-        )
+        self.models = nn.ModuleList()
+        for _ in range(count):
+            layers: list[nn.Module] = [nn.Linear(wide, out_dim)]
+            for _ in range(depth - 1):
+                layers += [nn.GELU(), nn.Linear(out_dim, out_dim)]
+            self.models.append(nn.Sequential(*layers))
         self._seen: list[Tensor] | None = None
 
     @contextlib.contextmanager
@@ -221,7 +227,22 @@ class RoutedProjector(nn.Module):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The authors' Vision_projectors, without the router."""
+        """The authors' Vision_projectors, without the router.
+
+        Of linear projectors in the sequence form, of which the release makes one more than there are levels, it reads
+        the first two.
+        """
         theirs = Released(state_dict, "the authors' Vision_projectors")
-        rules = {r"models\.(\d+\.\d+\..+)": r"models.\1", r"models\.(\d+\.(?:weight|bias))": r"models.0.\1"}
+        wide = [k for k, v in state_dict.items() if re.search(r"models\.\d+\.weight$", k)]
+        # One number counts layers of a projector, every second of which is a GELU, or linear projectors.
+        alike = any(re.search(r"models\.1\.weight$", k) for k in wide)
+        rules = {
+            r"models\.(\d+\.\d+\..+)": r"models.\1",
+            r"models\.(weight|bias)": r"models.0.0.\1",
+        }
+        if alike:
+            theirs.leave(r"models\.(?:[2-9]|\d\d+)\.(?:weight|bias)", because="never read")
+            rules[r"models\.([01])\.(weight|bias)"] = r"models.\1.0.\2"
+        else:
+            rules[r"models\.(\d+\.(?:weight|bias))"] = r"models.0.\1"
         return theirs.close(theirs.renamed(dict(rules)))
