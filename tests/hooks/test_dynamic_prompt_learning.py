@@ -11,17 +11,22 @@ pytest.importorskip("transformers")
 
 import attnlib  # noqa: E402
 from attnlib.hooks import Maps  # noqa: E402
-from attnlib.steer import DynamicPrompt, LearntPrompt, PromptToPrompt  # noqa: E402
+from attnlib.steer import DynamicPrompt, LearntPrompt, LocatedPrompt, PromptToPrompt  # noqa: E402
 from attnlib.steer.diffusion.dynamic_prompt import (  # noqa: E402
     background_mask,
     balance,
     disjointness,
     leakage,
+    misplaced,
+    outside,
+    profile_divergence,
+    unbound,
 )
 from attnlib.steer.diffusion.invert import ddim_invert, noise_predictor  # noqa: E402
 from hooks import pipes  # noqa: E402
 
 RECORDED = load_file(Path(__file__).parent.parent / "fixtures" / "dynamic-prompt-learning.safetensors")
+LOCATED = load_file(Path(__file__).parent.parent / "fixtures" / "dpl-located.safetensors")
 PROMPT, WORDS, SPANS = "a red circle and a blue square", ("circle", "square"), [[3], [7]]
 
 
@@ -60,6 +65,23 @@ def test_losses_and_slopes_are_the_authors():
     assert (
         abs(float(gauss.detach() - found["balance.max.blur"].detach())) > 1e-3
     )  # the Gaussian that they name is narrower
+
+
+def test_losses_of_masks_are_the_authors():
+    """Those of their scripts for segmented and for detected objects, and their slopes."""
+    maps, masks = LOCATED["maps"].clone().requires_grad_(), LOCATED["masks"]
+    nouns, adjectives = maps[[3, 6]], maps[[2, 5]]
+    found = {
+        "segments/misplaced": misplaced(nouns, masks), "boxes/misplaced": misplaced(nouns, masks, "boxes"),
+        "segments/outside": outside(nouns, masks), "boxes/outside": outside(nouns, masks),
+        "segments/profiles": profile_divergence(nouns, masks), "segments/unbound": unbound(nouns, adjectives),
+        "boxes/disjoint": disjointness(nouns),
+    }  # fmt: skip
+    for name, loss in found.items():
+        (slope,) = torch.autograd.grad(loss, maps, retain_graph=True)
+        torch.testing.assert_close(loss, LOCATED[name].reshape(()), atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(slope[[2, 3, 5, 6]], LOCATED[name + ".grad"], atol=1e-9, rtol=1e-9)
+        assert not bool(slope[[0, 1, 4, 7, 8]].any())
 
 
 def test_losses_at_their_ends():
@@ -204,6 +226,50 @@ def test_losses_below_their_thresholds_move_nothing(pipe):
     assert late.inner == 21 and late.weights == (1.0, 0.05, 0.05)
 
 
+def test_nouns_learn_to_look_at_their_masks(pipe):
+    """One step of AdamW by hand on the weighted losses; what is below its threshold, or never asks, moves nothing."""
+    masks = torch.zeros(2, 8, 8)
+    masks[0, :4], masks[1, 4:] = 1, 1
+    settings = dict(
+        words=WORDS, masks=masks, adjectives=True, weights=(1.0, 0.5, 0.2, 0.3, 2.0), beta=(0.0,) * 5, lr=0.05, inner=1,
+        resolution=8,
+    )  # fmt: skip
+    noise = torch.randn(1, 4, 8, 8)
+    pipe.scheduler.set_timesteps(1)
+    t = pipe.scheduler.timesteps[0]
+    ids = pipe.tokenizer(PROMPT, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    table = pipe.text_encoder.get_input_embeddings().weight
+    for kind in ("segments", "boxes"):
+        it = LocatedPrompt(kind=kind, **settings)
+        with attnlib.attach(pipe, it):
+            pipes.sample(pipe, PROMPT, steps=1, latents=noise)
+        own, seen = table.detach()[ids[0, [3, 7]]].clone().requires_grad_(), Maps(8)
+
+        def put(module, args, out, own=own):
+            return out.index_copy(1, torch.tensor([3, 7]), own[None])
+
+        handle = pipe.text_encoder.get_input_embeddings().register_forward_hook(put)
+        with attnlib.attach(pipe.unet, seen):
+            pipe.unet(noise, t, encoder_hidden_states=pipe.text_encoder(ids)[0])
+            maps = seen.take()[0]
+        handle.remove()
+        nouns = maps[[3, 7]]
+        loss = misplaced(nouns, masks, kind) + 0.5 * outside(nouns, masks) + 0.2 * profile_divergence(nouns, masks)
+        loss = loss + 0.3 * disjointness(nouns) + 2 * unbound(nouns, maps[[2, 6]])
+        (own.grad,) = torch.autograd.grad(loss, [own])
+        torch.optim.AdamW([own], lr=0.05).step()
+        torch.testing.assert_close(it.embeddings[0][0][0], own.detach(), atol=1e-5, rtol=1e-4)
+        assert (own.detach() - table[ids[0, [3, 7]]]).abs().max() > 0.01
+    plain = pipes.sample(pipe, PROMPT, steps=1, latents=noise)
+    low = dict(beta=(9.0, 9.0, -9.0, -9.0, 9.0))
+    with attnlib.attach(pipe, LocatedPrompt(**{**settings, **low})):
+        torch.testing.assert_close(pipes.sample(pipe, PROMPT, steps=1, latents=noise), plain, atol=1e-5, rtol=1e-5)
+    assert LocatedPrompt(**{**settings, "weights": (0.0, 0.0, 1.0, 1.0, 1.0)}).identity
+    assert LocatedPrompt(WORDS, masks).thresholds(25) == pytest.approx(
+        {"misplaced": 0.7 * 2.718281828**-0.5, "outside": 0.7 / 2.718281828}
+    )
+
+
 def test_prompts_and_images_learn_by_themselves(pipe):
     other = "a cat and a dog"
     noise = torch.randn(4, 4, 8, 8)
@@ -247,6 +313,8 @@ def test_bad_input(pipe):
             pipes.sample(pipe, prompt, steps=steps, **given)
 
     path = [torch.randn(1, 4, 8, 8)] * 3
+    one = torch.ones(1, 4, 4)
+    fails(LocatedPrompt(WORDS, one, resolution=8), "masks hold 1 objects, the prompt has 2 words")
     fails(learner(words=("frog",)), "'frog' is not in the prompt")
     fails(learner(words=("dog",)), "beyond the 77 tokens", prompt="a circle " + "in " * 80 + "of a dog")
     fails(learner(resolution=5), "no attention to the text was seen", error=RuntimeError)
@@ -268,3 +336,10 @@ def test_bad_input(pipe):
         LearntPrompt([[2]], [])
     with pytest.raises(ValueError, match="empty holds 1 embeddings, and there are 2"):
         LearntPrompt(WORDS, [[torch.zeros(1, 2, 16)]] * 2, [torch.zeros(1, 77, 16)])
+    for wrong, match in (
+        (dict(masks=torch.zeros(1, 4, 4)), "none of them empty"), (dict(masks=torch.ones(4, 4)), "masks must be"),
+        (dict(kind="boxed"), "kind='boxed'"), (dict(weights=(1.0,)), "weights must be five numbers"),
+        (dict(adjectives=3), "adjectives"),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=match):
+            LocatedPrompt(**{"words": ("cat",), "masks": one, **wrong})

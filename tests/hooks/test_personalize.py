@@ -77,8 +77,16 @@ def test_noise_loss_is_the_equation():
 # ---- the loop, held to one by hand
 
 
-def by_hand(pipe, drawn, steps, lr, kind):
-    """Training with diffusers' processors and the whole table of embeddings, of which other rows get no gradient."""
+def first_token_detached(module, args, out):
+    return torch.cat([out[:, :1].detach(), out[:, 1:]], 1)
+
+
+def by_hand(pipe, drawn, steps, lr, kind, train="kv", self_attention=False):
+    """Training with diffusers' processors and the whole table of embeddings, of which other rows get no gradient.
+
+    They know keys and values, alone or with queries and outputs; others are the model's own parameters by their names,
+    as in DisenDiff's and AttenCraft's settings.
+    """
     unet, encoder, tokenizer = pipe.unet, pipe.text_encoder, pipe.tokenizer
     tokenizer.add_tokens("<new1>")
     new = tokenizer.convert_tokens_to_ids("<new1>")
@@ -86,18 +94,37 @@ def by_hand(pipe, drawn, steps, lr, kind):
     table = encoder.get_input_embeddings().weight
     with torch.no_grad():
         table[new] = table[tokenizer("cat", add_special_tokens=False)["input_ids"]].mean(0)
-    processors = {}
-    for name in unet.attn_processors:
+    processors, plain = {}, train not in ("kv", "qkvo") or self_attention
+    if plain:
+        unet.requires_grad_(False)
+        parts = {"q": "to_q.", "k": "to_k.", "v": "to_v.", "o": "to_out."}
+        for name, p in unet.named_parameters():
+            block, _, rest = name.partition(".attn2." if ".attn2." in name else ".attn1.")
+            if rest and (self_attention or ".attn2." in name) and rest.startswith(tuple(parts[w] for w in train)):
+                key = f"{block}.{'attn2' if '.attn2.' in name else 'attn1'}.processor"
+                part, _, last = rest.rpartition(".")
+                head, dot, number = part.partition(".")
+                processors.setdefault(key, {})[f"{head}_custom_diffusion{dot}{number}.{last}"] = p.requires_grad_()
+        for name, module in unet.named_modules():
+            if name.endswith((".attn2.to_k", ".attn2.to_v")):
+                module.register_forward_hook(first_token_detached)
+    for name in () if plain else unet.attn_processors:
         attn = unet.get_submodule(name.removesuffix(".processor"))
         if not attn.is_cross_attention:
             processors[name] = CustomDiffusionAttnProcessor(train_kv=False, train_q_out=False)
             continue
         width, dim = attn.to_k.weight.shape
-        processors[name] = one = CustomDiffusionAttnProcessor(True, False, width, dim).double()
+        processors[name] = one = CustomDiffusionAttnProcessor(True, train == "qkvo", width, dim).double()
         one.to_k_custom_diffusion.weight.data = attn.to_k.weight.data.clone()
         one.to_v_custom_diffusion.weight.data = attn.to_v.weight.data.clone()
-    unet.set_attn_processor(dict(processors))  # which empties it
-    own = [p for one in processors.values() for p in one.parameters()]
+        if train == "qkvo":
+            one.to_q_custom_diffusion.weight.data = attn.to_q.weight.data.clone()
+            one.to_out_custom_diffusion[0].weight.data = attn.to_out[0].weight.data.clone()
+            one.to_out_custom_diffusion[0].bias.data = attn.to_out[0].bias.data.clone()
+    if not plain:
+        unet.set_attn_processor(dict(processors))  # which empties it
+    named = processors if plain else {name: dict(one.named_parameters()) for name, one in processors.items()}
+    own = [p for one in named.values() for p in one.values()]
     optimizer = torch.optim.AdamW([{"params": own}, {"params": [table], "lr": 3 * lr}], lr=lr, weight_decay=0)
     levels = personalize._noise_plan(pipe).alphas_cumprod.double()
     for step in range(steps):
@@ -124,7 +151,7 @@ def by_hand(pipe, drawn, steps, lr, kind):
         table.grad[:new] = 0
         torch.nn.utils.clip_grad_norm_([*own, table], 1.0)
         optimizer.step()
-    return {n: p for n, one in processors.items() for p in [dict(one.named_parameters())] if p}, table.detach()
+    return {name: one for name, one in named.items() if one}, table.detach()
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -159,6 +186,43 @@ def test_training_is_that_of_diffusers_processors(folder, kind):
             torch.testing.assert_close(ours[f"{name}.{key}"], value, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(learner.rows["clip_l"].rows[0], table[-1], atol=1e-9, rtol=1e-9)
     assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[:-1], table[:-1])
+
+
+@pytest.mark.parametrize(
+    ("train", "self_attention", "layers", "values"),
+    [("qkvo", False, 7, 5), ("k", False, 7, 1), ("qkv", False, 7, 3), ("qkv", True, 14, 3), ("vo", False, 7, 3)],
+)
+def test_other_projections_are_trained_by_their_letters(folder, tmp_path, train, self_attention, layers, values):
+    """Settings of DisenDiff (k, kv, qkv, qkv of both kinds, all) and of AttenCraft (any of them), saved and merged."""
+    pipe, other, third = make(folder), make(folder), make(folder)
+    for p in (pipe, other, third):
+        for part in (p.unet, p.text_encoder, p.vae):
+            part.double()
+    some = examples(mask=False)
+    drawn = Draws(some[:2], some[2:], batch=2)
+    learner = Personalize(pipe, {"<new1>": "cat"}, train, prior_weight=0.5, self_attention=self_attention)
+    learner.fit(drawn, 1, lr=1e-2, token_lr=3e-2, weight_decay=0, seed=7)
+    processors, table = by_hand(other, drawn, 1, 1e-2, "epsilon", train, self_attention)
+    ours = learner._custom_diffusion()
+    assert len(processors) == layers and sum(v.numel() > 0 for v in ours.values()) == layers * values
+    for name, weights in processors.items():
+        assert len(weights) == values
+        for key, value in weights.items():
+            torch.testing.assert_close(ours[f"{name}.{key}"], value.detach(), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(learner.rows["clip_l"].rows[0], table[-1], atol=1e-9, rtol=1e-9)
+    learner.save(tmp_path)
+    learner.merge()
+    load_personalized(third, tmp_path)
+    assert same([third.unet.state_dict()], [pipe.unet.state_dict()])
+    assert not same([make(folder).unet.double().state_dict()], [pipe.unet.state_dict()])
+    if train == "qkvo":
+        fourth = make(folder)
+        fourth.unet.double().load_attn_procs(str(tmp_path), weight_name=personalize.KV_FILE, _pipeline=fourth)
+        given = dict(encoder_hidden_states=torch.randn(1, 5, 16).double(), timestep=torch.tensor(3))
+        z = torch.randn(1, 4, 16, 16).double()
+        torch.testing.assert_close(
+            fourth.unet.double()(z, **given).sample, pipe.unet(z, **given).sample, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_only_what_is_new_changes_and_closing_takes_it_off(folder):
@@ -408,7 +472,12 @@ def test_bad_input_is_refused(folder):
         (ValueError, "predicts a flow", lambda: Personalize(pipes.sd3()[0])),
         (TypeError, "no conditional U-Net", lambda: Personalize(pipes.dit())),
         (ValueError, "nothing to train", lambda: Personalize(pipe, train="none")),
-        (ValueError, "train='v' is not possible", lambda: Personalize(pipe, train="v")),
+        (ValueError, "train='vk' is not possible", lambda: Personalize(pipe, train="vk")),
+        (
+            ValueError,
+            "train='none' trains nothing",
+            lambda: Personalize(pipe, {"<n>": None}, "none", self_attention=True),
+        ),
         (ValueError, "'cat', which .* knows already", lambda: Personalize(pipe, {"cat": None})),
         (ValueError, "a token is one word", lambda: Personalize(pipe, {"two words": None})),
         (TypeError, "from which word each starts", lambda: Personalize(pipe, "<new1>")),

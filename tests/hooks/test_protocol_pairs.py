@@ -121,6 +121,7 @@ MAKE = {
     "SubjectLatents": None,
     "RealCustom": None,
     "DynamicPrompt": None,
+    "LocatedPrompt": None,
     "TokenUpdate": None,
     "LearntPrompt": None,
     "NullText": None,

@@ -14,7 +14,7 @@ from .diffusion.clear import Clear
 from .diffusion.customcontrast import CustomContrast, MultilevelContrast, SubjectEncoder
 from .diffusion.disendiff import DisenDiff
 from .diffusion.dra_ctrl import DimensionReduction
-from .diffusion.dynamic_prompt import DynamicPrompt, LearntPrompt
+from .diffusion.dynamic_prompt import DynamicPrompt, LearntPrompt, LocatedPrompt
 from .diffusion.edit import PromptToPrompt
 from .diffusion.float_clothing import FlowAttention
 from .diffusion.hidiffusion import HiDiffusion
@@ -93,6 +93,7 @@ __all__ = [
     "DynamicPrompt",
     "FrameTiles",
     "LearntPrompt",
+    "LocatedPrompt",
     "TokenUpdate",
     "HeadDivergence",
     "HeadReinforcement",

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import json
 import os
 import re
@@ -41,7 +42,11 @@ from ...optim import shown
 from ...types import stats_dtype
 from .prompts import Word, context_spans, encoder_of, holds
 
-TRAIN = ("kv", "lora", "none")
+#: Projections that are trained as whole matrices, by their letters.
+PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+TRAIN = (
+    *("".join(some) for n in range(1, 5) for some in itertools.combinations(PROJECTIONS, n)), "lora", "none",
+)  # fmt: skip
 CHANNELS = ("mean", "sum")
 
 #: Files that :meth:`Personalize.save` writes, under the names that loaders of diffusers look for.
@@ -359,14 +364,16 @@ class Personalize:
         pipe: a pipeline with a conditional U-Net, an autoencoder and CLIP text encoders.
         tokens: new tokens, each with the word that it starts from: the mean of the word's rows; ``None`` for the mean
             of all rows.
-        train: of the denoiser ``"kv"``, ``to_k`` and ``to_v`` of cross-attention as whole matrices; ``"lora"``,
-            adapters of PEFT on these; ``"none"``, the new tokens (and what terms train) alone.
+        train: of the denoiser ``"kv"``, ``to_k`` and ``to_v`` of cross-attention as whole matrices, or others of
+            ``"qkvo"``, in that order, ``o`` for ``to_out`` and its bias; ``"lora"``, adapters of PEFT on ``to_k`` and
+            ``to_v``; ``"none"``, the new tokens (and what terms train) alone.
+        self_attention: the same projections of self-attention are trained, too.
         rank, alpha: of the adapters.
-        layers: number or name patterns of the cross-attention that is trained; ``None`` for all.
+        layers: number or name patterns of the attention that is trained; ``None`` for all.
         terms: further terms of the loss; plain functions are taken as :class:`OfMaps`.
         prior_weight: what images of the class count.
-        detach_first: keys and values of the token that begins the text get no gradient; with ``"kv"`` by default, as
-            Custom Diffusion does.
+        detach_first: keys and values of the token that begins the text get no gradient; where whole matrices are
+            trained by default, as Custom Diffusion does.
         channels: of the squared error, see :func:`noise_loss`.
 
     Raises:
@@ -390,11 +397,14 @@ class Personalize:
         prior_weight: float = 1.0,
         detach_first: bool | None = None,
         channels: str = "mean",
+        self_attention: bool = False,
     ):
         check_choice("train", train, TRAIN)
         check_choice("channels", channels, CHANNELS)
         self.prior_weight = check_real("prior_weight", prior_weight, least=0)
-        self.detach_first = train == "kv" if detach_first is None else check_flag("detach_first", detach_first)
+        whole = train not in ("lora", "none")
+        self.detach_first = whole if detach_first is None else check_flag("detach_first", detach_first)
+        self.parts = [PROJECTIONS[letter] for letter in (train if whole else "kv")]
         if isinstance(tokens, str) or (tokens is not None and not isinstance(tokens, Mapping)):
             raise TypeError(f"tokens must say from which word each starts: {{'<new1>': 'cat'}}, got {tokens!r:.60}")
         for token in tokens or {}:
@@ -405,9 +415,11 @@ class Personalize:
         self.plan = _noise_plan(pipe)
         unet = self.unet = pipe.unet
         self.tokens = dict(tokens or {})
-        sites = _cross_sites(unet, layers)
+        sites = _sites(unet, layers, ("self", "cross") if check_flag("self_attention", self_attention) else ("cross",))
         if train != "none" and not sites:
             raise ValueError(f"{type(unet).__name__} has no cross-attention to train")
+        if self_attention and train == "none":
+            raise ValueError("self_attention says what is trained of the denoiser, and train='none' trains nothing")
         if not self.tokens and train == "none" and not any(term.parameters() for term in self.terms):
             raise ValueError("there is nothing to train: give tokens, train='kv' or 'lora', or a term with parameters")
         self.rank = check_int("rank", rank, least=1)
@@ -415,14 +427,15 @@ class Personalize:
         self._undo: list[Callable[[], Any]] = []
         self._kv: dict[str, nn.Parameter] = {}
         self.names = [site.name for site in sites] if train != "none" else []
+        self.reading = [site.name for site in sites if site.kind == "cross"] if train != "none" else []
         self.rows: dict[str, _Rows] = {}
         self.open = True
         self._probes: dict[tuple[Any, ...], Maps] = {}
         self._begun = False
         self._last: list[Seen] = []
         try:
-            if train == "kv":
-                self._train_kv()
+            if whole:
+                self._train_whole()
             elif train == "lora":
                 self._train_lora()
             known: list[Any] = []  # tokenizers that were told
@@ -434,7 +447,7 @@ class Personalize:
                     known.append(words)
                     self._undo += [functools.partial(rows.write, rows.first), rows.close]
             if self.detach_first:
-                for name in self.names:
+                for name in self.reading:
                     for which in ("to_k", "to_v"):
                         handle = unet.get_submodule(f"{name}.{which}").register_forward_hook(_detached_first)
                         self._undo.append(handle.remove)
@@ -445,18 +458,21 @@ class Personalize:
 
     # ---- what is trained
 
-    def _train_kv(self) -> None:
+    def _train_whole(self) -> None:
         for name in self.names:
-            for which in ("to_k", "to_v"):
+            for which in self.parts:
                 path = f"{name}.{which}"
                 linear = self.unet.get_submodule(path)
                 if type(linear) is not nn.Linear:
                     raise ValueError(
-                        f"{path} is a {type(linear).__name__}; train='kv' takes plain linear layers, so unload adapters"
-                        " first or use train='lora'"
+                        f"{path} is a {type(linear).__name__}; train={self.train!r} takes plain linear layers, so "
+                        "unload adapters first or use train='lora'"
                     )
                 own = self._kv[path] = nn.Parameter(_fine(linear.weight.detach()).clone())
-                linear.forward = functools.partial(_linear, linear, own)  # type: ignore[method-assign]
+                bias: Tensor | None = linear.bias
+                if which == PROJECTIONS["o"] and bias is not None:
+                    bias = self._kv[f"{path}.bias"] = nn.Parameter(_fine(bias.detach()).clone())
+                linear.forward = functools.partial(_linear, linear, own, bias)  # type: ignore[method-assign]
                 self._undo.append(functools.partial(linear.__dict__.pop, "forward"))
 
     def _train_lora(self) -> None:
@@ -466,7 +482,7 @@ class Personalize:
                 f"{type(self.unet).__name__} has adapters already ({', '.join(self.unet.peft_config)}); fuse or unload "
                 "them first"
             )
-        targets = [f"{name}.{which}" for name in self.names for which in ("to_k", "to_v")]
+        targets = [f"{name}.{which}" for name in self.names for which in self.parts]
         flags = {id(p): p.requires_grad for p in self.unet.parameters()}
         config = peft.LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets)
         with torch.random.fork_rng(devices=[]):
@@ -829,7 +845,7 @@ class Personalize:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         files = []
-        if self.train == "kv":
+        if self.train not in ("lora", "none"):
             files.append(folder / KV_FILE)
             save_file(self._custom_diffusion(), files[0], metadata={"format": "pt"})
         elif self.train == "lora":
@@ -858,7 +874,8 @@ class Personalize:
     def _custom_diffusion(self) -> dict[str, Tensor]:
         """Weights by processor; processors without any are named by an empty tensor, as the loader wants each."""
         for path in self._kv:
-            if self.unet.get_submodule(path).bias is not None:
+            linear = self.unet.get_submodule(path.removesuffix(".bias"))
+            if linear.bias is not None and not path.removesuffix(".bias").endswith(PROJECTIONS["o"]):
                 raise ValueError(
                     f"{path} has a bias, for which Custom Diffusion's processors of diffusers have no place"
                 )
@@ -868,9 +885,12 @@ class Personalize:
             if name not in self.names:
                 state[processor] = torch.empty(0)
                 continue
-            for which in ("to_k", "to_v"):
-                weight = self._kv[f"{name}.{which}"].detach().clone()
-                state[f"{processor}.{which}_custom_diffusion.weight"] = weight
+            for which in self.parts:
+                head, dot, number = which.partition(".")
+                for path, kind in ((f"{name}.{which}", "weight"), (f"{name}.{which}.bias", "bias")):
+                    if path in self._kv:
+                        theirs = f"{processor}.{head}_custom_diffusion{dot}{number}.{kind}"
+                        state[theirs] = self._kv[path].detach().clone()
         return state
 
     def close(self) -> None:
@@ -887,11 +907,12 @@ class Personalize:
         learnt = {key: rows.rows.detach().clone() for key, rows in self.rows.items()}
         if self.train == "lora":
             self.unet.fuse_lora(adapter_names=[ADAPTER])
-        own = {path: p.detach() for path, p in self._kv.items()} if self.train == "kv" else {}
+        own = {} if self.train == "lora" else {path: p.detach() for path, p in self._kv.items()}
         self.close()
         with torch.no_grad():
             for path, value in own.items():
-                self.unet.get_submodule(path).weight.copy_(value)
+                linear = self.unet.get_submodule(path.removesuffix(".bias"))
+                (linear.bias if path.endswith(".bias") else linear.weight).copy_(value)
         for key, value in learnt.items():
             self.rows[key].write(value)
 
@@ -922,14 +943,15 @@ def load_personalized(pipe: Any, folder: str | Path) -> list[str]:
     if not (folder / INDEX).exists():
         raise ValueError(f"folder={str(folder)!r} holds nothing that Personalize.save() wrote")
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    if index["train"] == "kv":
+    if index["train"] not in ("lora", "none"):
         with torch.no_grad():
             for key, value in load_file(folder / KV_FILE).items():
                 if not value.numel():
                     continue
-                name, _, which = key.removesuffix("_custom_diffusion.weight").rpartition(".processor.")
+                name, _, rest = key.rpartition(".processor.")
+                which, _, kind = rest.replace("_custom_diffusion", "").rpartition(".")
                 try:
-                    weight = pipe.unet.get_submodule(f"{name}.{which}").weight
+                    weight = getattr(pipe.unet.get_submodule(f"{name}.{which}"), kind)
                 except AttributeError as error:
                     raise ValueError(f"folder={str(folder)!r} is of another U-Net: this one has no {name}") from error
                 if weight.shape != value.shape:
@@ -954,8 +976,9 @@ def load_personalized(pipe: Any, folder: str | Path) -> list[str]:
 # ---- pieces
 
 
-def _linear(linear: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
-    return F.linear(x, weight.to(linear.weight.dtype), linear.bias)
+def _linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    dtype = linear.weight.dtype
+    return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def _fine(t: Tensor) -> Tensor:
@@ -996,11 +1019,11 @@ def _masks(examples: Sequence[Example], size: tuple[int, int], device: torch.dev
     return torch.stack(found).to(device)
 
 
-def _cross_sites(unet: nn.Module, layers: Sequence[int | str] | None) -> list[Any]:
+def _sites(unet: nn.Module, layers: Sequence[int | str] | None, kinds: tuple[str, ...]) -> list[Any]:
     from ...hooks.diffusers_adapter import DiffusersAdapter
     from ...hooks.intervention import check_layers
 
-    sites = [site for site in DiffusersAdapter().sites(unet, None) if site.kind == "cross"]
+    sites = [site for site in DiffusersAdapter().sites(unet, None) if site.kind in kinds]
     if layers is None:
         return sites
 
@@ -1008,7 +1031,7 @@ def _cross_sites(unet: nn.Module, layers: Sequence[int | str] | None) -> list[An
         pass
 
     wanted = Trained()
-    wanted.layers, wanted.kinds = list(layers), ("cross",)  # type: ignore[misc]
+    wanted.layers, wanted.kinds = list(layers), kinds  # type: ignore[misc]
     return check_layers(wanted, sites)
 
 
