@@ -16,6 +16,7 @@ from attnlib.steer import RealCustom  # noqa: E402
 from attnlib.steer.diffusion.realcustom import (  # noqa: E402
     AdaptiveScoring,
     CrossScaleProjector,
+    cascaded_guidance,
     guidance_mask,
     keep_best,
 )
@@ -24,6 +25,7 @@ from hooks import pipes  # noqa: E402
 
 PROMPT = "a red circle and a blue square"
 RECORDED = load_file(Path(__file__).parent.parent / "fixtures" / "realcustom-plus-plus.safetensors")
+GUIDED = load_file(Path(__file__).parent.parent / "fixtures" / "realcustom-guidance.safetensors")
 
 
 def part(prefix):
@@ -100,6 +102,40 @@ def test_masks_are_the_authors():
         torch.testing.assert_close(got, truth[:, 0], atol=1e-12, rtol=1e-9, msg=lambda m, mode=mode: f"{mode}: {m}")
         if "threshold" not in words:
             assert ((got != 0).flatten(1).sum(1) == 6).all()  # floor(0.25 * 24)
+
+
+def test_maps_between_places_of_another_size_are_stretched_as_the_authors():
+    maps, between = ([GUIDED[f"{of}/{i}"] for i in (0, 1)] for of in ("cross", "self"))
+    for name, truth in GUIDED.items():
+        if not name.startswith("mask/"):
+            continue
+        words = name.removeprefix("mask/").split("+")
+        how = next((w[8:] for w in words if w.startswith("selfmap")), "mean")
+        got = guidance_mask(
+            maps, (6, 4), 0.25, words[0], binary="binary" in words, between=between, self_maps=how, compat="authors"
+        )
+        torch.testing.assert_close(got, truth, atol=1e-9, rtol=1e-9)
+    with pytest.raises(ValueError, match="weights of 24 places"):
+        guidance_mask(maps, (6, 4), between=between)
+
+
+def test_guidance_by_text_and_references_is_the_authors():
+    u, t, b, mask = (GUIDED[name] for name in ("uncond", "text", "both", "mask"))
+    given = {
+        "none": dict(text=t, text_scale=3.0), "none_direct": {},
+        "naive": dict(text=t, text_scale=3.0, rescale=0.7, mask=mask),
+        "naive_global": dict(text=t, text_scale=3.0, rescale=0.7), "naive_global_direct": dict(rescale=0.7),
+    }  # fmt: skip
+    for mode, settings in given.items():
+        torch.testing.assert_close(
+            cascaded_guidance(u, b, scale=5.0, **settings), GUIDED[f"cascade/{mode}"], atol=1e-12, rtol=1e-12
+        )
+    for wrong, match in (
+        (dict(text=t[:1]), r"text must be \(2, 3, 4, 5\)"), (dict(mask=mask), "text is None"),
+        (dict(text_scale=1.0), "text is None"), (dict(rescale=2.0), "rescale"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            cascaded_guidance(u, b, **wrong)
 
 
 def test_masks_depend_on_the_word_alone_and_keep_so_many_places():

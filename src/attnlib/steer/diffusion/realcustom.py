@@ -62,6 +62,7 @@ def guidance_mask(
     binary: bool = False,
     between: Sequence[Tensor] = (),
     self_maps: str | None = None,
+    compat: str | None = None,
 ) -> Tensor:
     """(..., h, w) mask of a word, from its maps in every layer.
 
@@ -77,6 +78,8 @@ def guidance_mask(
             multiplied with.
         self_maps: how these are scaled before: ``"min_max_per_channel"`` each over [0, 1], ``"max_norm"`` all by their
             maximum, ``"mean"`` not.
+        compat: ``"authors"`` stretches ``between`` of other numbers of places bilinearly to that of the mask, along
+            their numbers; otherwise these are refused.
 
     >>> guidance_mask([torch.arange(8.0).view(1, 2, 4)], (2, 4), binary=True).flatten().tolist()
     [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
@@ -84,6 +87,7 @@ def guidance_mask(
     check_choice("strategy", strategy, STRATEGIES)
     check_choice("keep", keep, KEEP)
     check_choice("self_maps", self_maps, SELF_MAPS)
+    check_choice("compat", compat, (None, "authors"))
     scope = check_real("scope", scope, above=0, most=1)
     if not maps:
         raise ValueError("maps is empty: no layer shows where the word is")
@@ -93,6 +97,8 @@ def guidance_mask(
     found = flat.mean(-2)
     if between:
         places = math.prod(size)
+        if compat == "authors":
+            between = [resized(one, (places, places)) for one in between]
         if any(one.shape[-2:] != (places, places) for one in between):
             raise ValueError(
                 f"between must hold weights of {places} places for a mask of {tuple(size)}, got "
@@ -117,6 +123,53 @@ def guidance_mask(
         best = kept
     found = found.masked_fill(~kept, 0)
     return (found.masked_fill(best, 1) if check_flag("binary", binary) else found).unflatten(-1, tuple(size))
+
+
+def cascaded_guidance(
+    uncond: Tensor,
+    both: Tensor,
+    text: Tensor | None = None,
+    scale: float = 7.5,
+    text_scale: float | None = None,
+    rescale: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Guidance by a text and by references on top of it: ``u + s_t (t - u) + s (b - t)``.
+
+    Args:
+        uncond: (B, C, h, w) prediction u without either.
+        both: b, with text and references.
+        text: t, with the text alone; ``None`` for ``u + s (b - u)``, as RealCustom++ samples.
+        scale: s.
+        text_scale: s_t; s by default.
+        rescale: share r of a factor that brings the deviation of an image back to that of b: times
+            ``r std(b) / std + 1 - r``.
+        mask: (B, 1, h, w) where references are; elsewhere the deviation is brought back to that of t.
+
+    >>> one, two = torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, 2)
+    >>> cascaded_guidance(one, two, scale=3.0).flatten().tolist()
+    [3.0, 3.0]
+    """
+    for name, given in (("both", both), ("text", text)):
+        if given is not None and given.shape != uncond.shape:
+            raise ValueError(f"{name} must be {tuple(uncond.shape)}, as uncond is, got {tuple(given.shape)}")
+    rescale = check_real("rescale", rescale, least=0, most=1)
+    if text is None:
+        if text_scale is not None or mask is not None:
+            raise ValueError("text_scale and mask speak of a prediction of the text alone, and text is None")
+        found = uncond + scale * (both - uncond)
+    else:
+        found = uncond + (scale if text_scale is None else text_scale) * (text - uncond) + scale * (both - text)
+    if not rescale:
+        return found
+    axes = (1, 2, 3)
+    after = found.std(axes, keepdim=True)
+    inside = rescale * both.std(axes, keepdim=True) / after + 1 - rescale
+    if mask is None:
+        return found * inside
+    assert text is not None
+    outside = rescale * text.std(axes, keepdim=True) / after + 1 - rescale
+    return found * mask * inside + found * (1 - mask) * outside
 
 
 # ---- tokens of a reference
