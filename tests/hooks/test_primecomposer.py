@@ -175,6 +175,36 @@ def test_composites_are_the_background_with_the_object_pasted(pipe, paths):
         assert torch.equal(main[:1], truth) and torch.equal(main[1:], reference[-1 - step])
 
 
+def test_blended_noise_is_the_authors_equation(pipe, paths):
+    """``u' + s (c - u) + s (c - c')``, with and without injection, at the injected steps alone."""
+    inner, outer = [], []
+
+    class Kept(attnlib.hooks.Intervention):
+        def __init__(self, seen):
+            self.seen = seen
+
+        def around_denoiser(self, site, inputs, call):
+            out = call(inputs)
+            self.seen.append((site.step, out))
+            return out
+
+    it = composer(paths, blend=True)
+    with attnlib.attach(pipe, Kept(outer), it, Kept(inner)):
+        pipes.sample(pipe, PROMPT, steps=STEPS, latents=it.start(), guidance_scale=2.5)
+    assert [step for step, _ in inner] == [0, 0, 0, 1, 1, 1, 2, 3] and len(outer) == STEPS
+    for step, found in outer:
+        runs = [out for n, out in inner if n == step][-2:]
+        if step > 1:
+            assert torch.equal(found, runs[-1])
+            continue
+        (u, c), (plain_u, plain_c) = runs
+        truth = plain_u + 2.5 * (c - u) + 2.5 * (c - plain_c)
+        torch.testing.assert_close(found[0] + 2.5 * (found[1] - found[0]), truth, atol=1e-5, rtol=1e-5)
+        assert (c - plain_c).abs().max() > 1e-4
+    one = composer(paths, blend=True)
+    assert torch.equal(draw(pipe, one, guidance_scale=1.0), draw(pipe, composer(paths), guidance_scale=1.0))
+
+
 def test_outside_the_box_is_the_background_and_the_object_the_references(pipe, paths):
     background, reference = paths
     steps = []

@@ -105,6 +105,9 @@ class PrimeComposer(Intervention):
         paste: share at which the rest is the background's own (tau_b).
         keep: share at which the object is the reference's own (tau_c).
         refresh: the reference whose keys are read has, from the second step on, the object as it is generated.
+        blend: at injected steps the denoiser runs once more without injection, and what injection changes is amplified
+            as guidance is: ``e_u + s (e_i - e_ui) + s (e_i - e)``, with e and e_u what it predicts without injection,
+            e_i and e_ui with it.
         order: of the solver, which the shares are counted by: up to step ``share steps + 1 - order``; the scheduler's
             own by default.
         layers: numbers or name patterns; ``None`` for all.
@@ -139,6 +142,7 @@ class PrimeComposer(Intervention):
         paste: float = 0.8,
         keep: float = 0.2,
         refresh: bool = True,
+        blend: bool = False,
         order: int | None = None,
         layers: Sequence[int | str] | None = None,
         compat: str | None = None,
@@ -177,6 +181,7 @@ class PrimeComposer(Intervention):
         self.paste = check_real("paste", paste, least=0, most=1)
         self.keep = check_real("keep", keep, least=0, most=1)
         self.refresh = check_flag("refresh", refresh)
+        self.blend = check_flag("blend", blend)
         self.order = None if order is None else check_int("order", order, least=1)
         self.layers, self.compat = layers, compat
 
@@ -260,9 +265,23 @@ class PrimeComposer(Intervention):
         if index and self.inject and step < max(1, self._limit(self.inject, site)):
             notes[self, "logits"] = self._correlate(site, inputs, call, index)
         try:
-            return call(inputs)
+            found = call(inputs)
         finally:
-            notes[self, "logits"] = None
+            blend, notes[self, "logits"] = self.blend and notes[self, "logits"] is not None, None
+        return self._blended(site, found, call(inputs)) if blend else found
+
+    @staticmethod
+    def _blended(site: CallSite, injected: Tensor, plain: Tensor) -> Tensor:
+        """Rows whose guidance by any scale is that of the plain ones plus so much of what injection changed."""
+        assert site.rows is not None
+        cond, free = ([i for i, row in enumerate(site.rows) if row == of] for of in ("cond", "uncond"))
+        if not free:
+            return injected
+        if len(cond) != len(free):
+            raise ValueError(f"blend needs a row without the prompt for each with it, got rows {list(site.rows)}")
+        new = plain.clone()
+        new[cond] = plain[free] + (injected[cond] - injected[free]) + (injected[cond] - plain[cond])
+        return new
 
     def _correlate(
         self, site: CallSite, inputs: dict[str, Any], call: Callable[..., Tensor], index: list[int]
