@@ -1,5 +1,7 @@
 """DisenDiff: the authors' p_losses from a fixture, what each part moves, and a whole training."""
 
+import json
+
 import pytest
 import torch
 
@@ -43,6 +45,47 @@ def test_the_term_is_the_authors(case):
     torch.testing.assert_close(slope, theirs["grad"], atol=1e-9, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("case", "more"), [("several", {}), ("plainseveral", SETTINGS["plain"])])
+def test_layers_of_several_resolutions_are_the_authors(case, more):
+    """The release without attn16: maps of two layers of 6 x 6 and of one of 4 x 4, resized and averaged over layers."""
+    theirs = Fixture("disendiff-sides")
+    ids = torch.tensor(json.loads(theirs.meta["ids"])).tolist()
+    logits = [
+        theirs.tensors[f"logits/{i}"].clone().requires_grad_() for i in range(3)
+    ]  # rows and heads, places, tokens
+    maps = [t.softmax(-1).unflatten(0, (2, 2)).mean(1).transpose(1, 2) for t in logits]
+    maps = {"text@6": ((maps[0] + maps[1]) / 2).unflatten(2, (6, 6)), "text@4": maps[2].unflatten(2, (4, 4))}
+    rows = []
+    for prompt, tokens in zip(("<new1> cat and <new2> dog", "a cat"), ids, strict=True):
+        spans = {f"<new{n}>": [tokens.index(89 + n)] for n in (1, 2) if 89 + n in tokens}
+        spans |= {f"class {n}": [tokens.index(89 + n) + 1] for n in (1, 2) if 89 + n in tokens}
+        rows.append(Example(image(), prompt, spans=spans))
+    term = DisenDiff([("<new1>", "class 1"), ("<new2>", "class 2")], resolution=(6, 4), size=64, **more)
+    assert term.reads == {"text@6": 6, "text@4": 4}
+    loss = term.weight * term(Seen(maps, rows, 0, layers={"text@6": 2, "text@4": 1}))
+    assert loss.item() == pytest.approx(theirs.tensors[f"{case}/loss"].item(), abs=1e-9)
+    for i, slope in enumerate(torch.autograd.grad(loss, logits)):
+        torch.testing.assert_close(slope, theirs.tensors[f"{case}/grad/{i}"], atol=1e-9, rtol=1e-6)
+
+
+def test_maps_of_several_resolutions_reach_the_term(folder):
+    pipe, seen = make(folder), []
+
+    class Looks(DisenDiff):
+        def __call__(self, given):
+            seen.append(given)
+            return super().__call__(given)
+
+    term = Looks(PAIRS, resolution=(16, 8), size=16)
+    with Personalize(pipe, {"<new1>": None, "<new2>": None}, terms=[term]) as learner:
+        losses = learner.fit([Example(image(), "<new1> cat and <new2> dog")], 1)
+    (given,) = seen
+    assert {name: tuple(t.shape[-2:]) for name, t in given.maps.items()} == {"text@16": (16, 16), "text@8": (8, 8)}
+    cross = [n for n in pipe.unet.attn_processors if ".attn2." in n]
+    assert sum(given.layers.values()) == len(cross) and min(given.layers.values()) > 0
+    assert losses[0]["disendiff"] > 0
+
+
 def test_the_blur_is_the_authors():
     point = torch.zeros(1, 5, 5).double()
     point[0, 2, 2] = 1
@@ -81,7 +124,7 @@ def test_descent_binds_and_separates():
 
     def parts():
         maps = logits.softmax(0)
-        pictures = term.pictures(maps, [[1], [3], [2], [4]])
+        pictures = term.pictures([(maps, 1.0)], [[1], [3], [2], [4]])
         classes = pictures[2:].square()
         return binding(pictures[:2], classes).item(), separation(classes).item(), maps
 

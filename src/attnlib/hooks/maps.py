@@ -72,6 +72,8 @@ class Maps(Probe):
         self.kinds = ("cross", "joint") if of == "text" else ("self", "joint")  # type: ignore[misc]
         self.differentiable = gradient
         self.looking = True
+        #: Of how many layers the maps were that :meth:`take` gave last.
+        self.taken = 0
         self.reset()
 
     def reset(self) -> None:
@@ -113,10 +115,10 @@ class Maps(Probe):
                 f"no attention to {'the ' + self.of} was seen at resolution {asked} in the last run of the denoiser; "
                 f"resolutions that passed: {sorted(self._passed) or 'none'}"
             )
-        found = self._sums[wanted] / self._counts[wanted]
+        found, count = self._sums[wanted] / self._counts[wanted], self._counts[wanted]
         run = self._run
         self.reset()
-        self._run = run
+        self._run, self.taken = run, count
         return found
 
     def results(self) -> dict[tuple[int, ...], Tensor]:

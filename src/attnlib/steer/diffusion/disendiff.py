@@ -83,8 +83,9 @@ class DisenDiff(Term):
         apart_weight: what it counts against binding; the authors' ``"product"`` is not multiplied by their weight, so
             that it is 1 / ``weight`` there.
         smoothing: see :func:`soft_iou`; against sums of at most h w it is not nothing where maps are sparse.
-        resolution: of the maps.
-        size: side to which maps are resized first (bicubic), 64 in the release without ``attn16``; ``None`` for none.
+        resolution: of the maps; several of them, with ``size``, for the mean over layers of all, as in the release
+            without ``attn16``.
+        size: side to which maps are resized first (bicubic), 64 in that case; ``None`` for none.
         layers: whose maps, see :class:`attnlib.hooks.Maps`.
 
     The authors take the token behind the modifier for the class.
@@ -106,7 +107,7 @@ class DisenDiff(Term):
         apart: str | None = "iou",
         apart_weight: float = 1.0,
         smoothing: float = 1.0,
-        resolution: int = 16,
+        resolution: int | Sequence[int] = 16,
         size: int | None = None,
         layers: Sequence[int | str] | None = None,
     ):
@@ -121,13 +122,25 @@ class DisenDiff(Term):
         self.size = None if size is None else check_int("size", size, least=3)
         self.apart, self.layers = apart, layers
         self.apart_weight = check_real("apart_weight", apart_weight)
-        self.reads = {"text": resolution}
+        sides = [resolution] if isinstance(resolution, int) else list(resolution)
+        for side in sides:
+            check_int("resolution", side, least=1)
+        if not sides or len(set(sides)) != len(sides):
+            raise ValueError(f"resolution must be one, or several that differ, got {resolution!r}")
+        if len(sides) > 1 and self.size is None:
+            raise ValueError(
+                f"resolution={resolution!r} has maps of several sides; size says to which they are resized"
+            )
+        self.reads = {"text": sides[0]} if len(sides) == 1 else {f"text@{side}": side for side in sides}
 
-    def pictures(self, maps: Tensor, spans: Sequence[Sequence[int]]) -> Tensor:
-        """(M, h, w) of words of one prompt, stretched and blurred, from (T, h, w)."""
-        some = of_spans(maps, spans)
+    def pictures(self, maps: Sequence[tuple[Tensor, float]], spans: Sequence[Sequence[int]]) -> Tensor:
+        """(M, h, w) of words of one prompt, stretched and blurred, from (T, h, w) of each resolution and its weight."""
+        each = [(of_spans(one, spans), weight) for one, weight in maps]
         if self.size is not None:
-            some = resized(some, (self.size, self.size))
+            each = [(resized(one, (self.size, self.size)), weight) for one, weight in each]
+        some = each[0][0]
+        if len(each) > 1:
+            some = torch.stack([one * weight for one, weight in each]).sum(0) / sum(weight for _, weight in each)
         low, high = some.amin((-2, -1), keepdim=True), some.amax((-2, -1), keepdim=True)
         some = (some - low) / (high - low + 1e-8)
         return some if self.sigma is None else smooth(some, self.sigma)
@@ -139,7 +152,8 @@ class DisenDiff(Term):
             there = [(a, b) for a, b in spans if a is not None and b is not None]
             if not there:
                 continue
-            maps = self.pictures(seen.maps["text"][row], [*(a for a, _ in there), *(b for _, b in there)])
+            given = [(seen.maps[name][row], float(seen.layers.get(name, 1))) for name in self.reads]
+            maps = self.pictures(given, [*(a for a, _ in there), *(b for _, b in there)])
             modifiers, classes = maps[: len(there)], maps[len(there) :]
             for _ in range(self.squared):
                 classes = classes.square()
@@ -147,4 +161,4 @@ class DisenDiff(Term):
             if self.apart is not None:
                 loss = loss + self.apart_weight * separation(classes, self.apart, self.smoothing)
             rows.append(loss)
-        return torch.stack(rows).mean() if rows else seen.maps["text"].sum() * 0
+        return torch.stack(rows).mean() if rows else next(iter(seen.maps.values())).sum() * 0

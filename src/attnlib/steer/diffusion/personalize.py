@@ -105,12 +105,14 @@ class Seen:
         examples: of each row.
         step: of the training.
         pipe: the pipeline.
+        layers: of how many layers each of the maps is the mean; 1 where it is not said.
     """
 
     maps: dict[str, Tensor]
     examples: Sequence[Example]
     step: int
     pipe: Any = None
+    layers: Mapping[str, int] = field(default_factory=dict)
 
     def span(self, row: int, word: Word) -> list[int] | None:
         """The tokens of a word in the prompt of a row; ``None`` if it is not in it.
@@ -129,7 +131,8 @@ class Term:
     """A term of the loss, and what it asks of the training. A subclass overrides what it needs.
 
     Attributes:
-        reads: which maps it reads, and at which resolution: ``{"text": 16, "image": 32}``.
+        reads: which maps it reads, and at which resolution: ``{"text": 16, "image": 32}``. Of several resolutions a
+            name behind an ``@`` tells them apart: ``{"text@16": 16, "text@32": 32}``.
         detached: which of them it reads without gradient, which saves what a backward pass would keep.
         layers: whose maps, see :class:`attnlib.hooks.Maps`.
         weight: what it counts.
@@ -586,17 +589,22 @@ class Personalize:
         )[0]
         count = sum(not e.prior for e in examples)
         taken = {key: self._probes[key].take()[:count] for key in wanted}
-        seen = [
-            Seen({of: taken[self._key(term, of)] for of in term.looks(step)}, examples[:count], step, self.pipe)
-            for term in self.terms
-        ]
+        seen = []
+        for term in self.terms:
+            keys = {of: self._key(term, of) for of in term.looks(step)}
+            maps, layers = (
+                {of: taken[k] for of, k in keys.items()},
+                {of: self._probes[k].taken for of, k in keys.items()},
+            )
+            seen.append(Seen(maps, examples[:count], step, self.pipe, layers))
         return out, target, seen
 
     @staticmethod
     def _key(term: Term, of: str) -> tuple[Any, ...]:
         size = term.reads[of]
         layers = None if term.layers is None else tuple(term.layers)
-        return of, tuple(size) if isinstance(size, (list, tuple)) else size, layers, of in term.detached
+        kind = of.partition("@")[0]
+        return kind, tuple(size) if isinstance(size, (list, tuple)) else size, layers, of in term.detached
 
     @contextmanager
     def _training(self) -> Iterator[None]:
@@ -611,7 +619,7 @@ class Personalize:
         for term in self.terms:
             for of in term.reads:
                 key = self._key(term, of)
-                self._probes.setdefault(key, Maps(term.reads[of], of=of, layers=term.layers, gradient=not key[-1]))
+                self._probes.setdefault(key, Maps(term.reads[of], of=key[0], layers=term.layers, gradient=not key[-1]))
         acting = [i for term in self.terms for i in term.interventions()]
         try:
             for p, _ in flags:
