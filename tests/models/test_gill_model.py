@@ -116,6 +116,7 @@ def of_mode(mode, **settings):
         ("swapped/generation", {"head": "linear", "retrieval_head": "transformer"}, {}),
         ("swapped/retrieval", {"head": "linear", "retrieval_head": "transformer"}, {}),
         ("narrow/captioning", {}, {}), ("narrow/generation", {}, {}),
+        ("layers/generation", {"layers": (-1, 1)}, {}), ("layers/retrieval", {"layers": (-1, 1)}, {}),
         *((f"plain/{how}/{what}", {}, {how: True}) for how in ("pairs", "prefix")
           for what in ("captioning", "retrieval", "generation")),
     ],
@@ -139,7 +140,8 @@ def test_heads_pairs_and_prefixes_equal_the_authors(case, heads, options):
     total.backward()
     torch.testing.assert_close(made.image_tokens.grad, MODES[f"{case}/tokens_grad"], **single)
     theirs = {k.removeprefix(f"{case}/dw/"): v for k, v in MODES.items() if k.startswith(f"{case}/dw/")}
-    alone = {"ret_text_hidden_fcs.0.query_embs": torch.zeros(0)} if heads else {}  # tells the converter which head
+    deep = "retrieval_head" in heads
+    alone = {"ret_text_hidden_fcs.0.query_embs": torch.zeros(0)} if deep else {}  # tells the converter which head
     named = GILL.convert_state_dict(alone | theirs, 3)
     assert len(theirs)
     for name, wanted in named.items():
@@ -160,6 +162,10 @@ def test_drawings_are_ranked_and_prompts_are_lengthened():
     wanted = F.cosine_similarity(made.retrieval(states[:, 0]), made.visual_retrieval(features), dim=-1)
     torch.testing.assert_close(cosines, wanted[order])
     assert bool((cosines[1:] <= cosines[:-1]).all()) and sorted(order.tolist()) == [0, 1, 2, 3, 4]
+    both = of_mode("layers", layers=(-1, 1)).eval()
+    written = both.write([torch.tensor([[2, 5, 9]])], 1, scale=1e6)
+    assert written.states.shape == (1, 3, 32) and both.prompt_embeds(written.states).shape == (1, 6, 8)
+    assert both.decide(written.states).shape == (1, 2)
     longer = made.prompt_embeds(states, 9)
     assert longer.shape == (1, 9, 8) and torch.equal(longer[:, :6], made.prompt_embeds(states))
     assert not bool(longer[:, 6:].any())
@@ -286,6 +292,8 @@ def test_bad_input(released):
         (lambda: small(retrieval_head="mlp"), "retrieval_head"), (lambda: small(head="linear", out_dim=7), "count"),
         (lambda: made.losses(ids, PAD, features=torch.randn(3, 12), pairs=True), "even number of captions, got 3"),
         (lambda: made.caption_loss(torch.randn(3, 12), ids, PAD, ids), "prefix"),
+        (lambda: small(layers=(5,)), "layers must be numbers from -3 to 2"), (lambda: small(layers=()), "layers"),
+        (lambda: small(language_model(word_embed_proj_dim=8), layers=(1,)), "have states of 16, its embeddings 8"),
         (lambda: made.likelihood([]), "parts"), (lambda: made.best_of(torch.randn(2, 3, 16), ids), "states"),
         (lambda: made.prompt_embeds(torch.randn(1, 3, 16), 3), "length must be an integer of at least 4"),
         (lambda: made.embed(torch.tensor([[43]])), "43"), (lambda: made.states_at(ids[:, :6]), "once and in order"),

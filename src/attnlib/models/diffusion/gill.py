@@ -24,6 +24,7 @@ touches; generation keeps a cache, and has the states of an image that was writt
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -128,6 +129,8 @@ class GILL(nn.Module):
         visual_tokens: of an image that is read.
         head: of prompts, one of :data:`HEADS`.
         retrieval_head: of queries.
+        layers: whose states are read, by their numbers among the states of the language model; each has heads of its
+            own, whose outputs add up. States of several layers stand side by side in the last axis.
     """
 
     lm: Any
@@ -135,7 +138,7 @@ class GILL(nn.Module):
     def __init__(
         self, lm: Any, tokens: Sequence[int], vision_dim: int = 1024, out_dim: int = 768, num_tokens: int = 77,
         retrieval_dim: int = 256, visual_tokens: int = 4, hidden: int = 512, depth: int = 4, num_heads: int = 4,
-        head: str = "transformer", retrieval_head: str = "linear",
+        head: str = "transformer", retrieval_head: str = "linear", layers: Sequence[int] = (-1,),
     ):  # fmt: skip
         super().__init__()
         check_type("lm", lm, nn.Module)
@@ -161,17 +164,26 @@ class GILL(nn.Module):
         self.image_tokens = nn.Parameter(mean + spread * torch.randn(len(self.tokens), dim).to(mean))
         tied = outputs.weight is table.weight
         self.image_outputs = None if tied else nn.Parameter(self.image_tokens.detach().clone())
-        self.mapper: nn.Module = (
-            GILLMapper(dim, out_dim, num_tokens, hidden, depth, num_heads)
-            if head == "transformer"
-            else LinearMapper(dim, out_dim, num_tokens, len(self.tokens))
-        )
-        self.retrieval_dim = retrieval_dim
-        self.retrieval: nn.Module = (
-            GILLMapper(dim, retrieval_dim, 1, hidden, depth, num_heads)
-            if retrieval_head == "transformer"
-            else nn.Linear(dim, retrieval_dim)
-        )
+        self.layers, count = check_ints("layers", layers), int(lm.config.num_hidden_layers)
+        inner = [n for n in self.layers if n not in (-1, count)]
+        if not self.layers or any(not -count - 1 <= n <= count for n in self.layers):
+            raise ValueError(f"layers must be numbers from {-count - 1} to {count}, got {tuple(layers)}")
+        if inner and getattr(lm.config, "hidden_size", dim) != dim:
+            raise ValueError(f"layers {inner} of lm have states of {lm.config.hidden_size}, its embeddings {dim}")
+
+        def of_prompt() -> nn.Module:
+            if head == "linear":
+                return LinearMapper(dim, out_dim, num_tokens, len(self.tokens))
+            return GILLMapper(dim, out_dim, num_tokens, hidden, depth, num_heads)
+
+        def of_query() -> nn.Module:
+            if retrieval_head == "linear":
+                return nn.Linear(dim, retrieval_dim)
+            return GILLMapper(dim, retrieval_dim, 1, hidden, depth, num_heads)
+
+        self.mapper, self.retrieval, self.retrieval_dim = of_prompt(), of_query(), retrieval_dim
+        self.more_mappers = nn.ModuleList(of_prompt() for _ in self.layers[1:])
+        self.more_retrievals = nn.ModuleList(of_query() for _ in self.layers[1:])
         self.visual = nn.Linear(vision_dim, dim * visual_tokens)
         self.visual_retrieval = nn.Linear(vision_dim, retrieval_dim)
         self.decision = nn.Sequential(nn.Dropout(0.5), nn.Linear(dim, len(DECISIONS)))
@@ -206,9 +218,10 @@ class GILL(nn.Module):
     def _read(self, embeddings: Tensor, **options: Any) -> tuple[Tensor, Tensor, Any]:
         """States and logits, those of the new tokens among them, and the cache."""
         out = self.lm(inputs_embeds=embeddings, output_hidden_states=True, **options)
-        states, logits = out.hidden_states[-1], out.logits
+        last, logits = out.hidden_states[-1], out.logits
+        states = last if self.layers == (-1,) else torch.cat([out.hidden_states[n] for n in self.layers], -1)
         rows = self.image_tokens if self.image_outputs is None else self.image_outputs
-        new = F.linear(states, rows.to(states))
+        new = F.linear(last, rows.to(last))
         more = max(self.tokens) + 1 - logits.shape[-1]
         if more > 0:
             logits = F.pad(logits, (0, more), value=-math.inf)
@@ -244,7 +257,10 @@ class GILL(nn.Module):
             states: of images to draw.
             length: tokens of the prompt, zeros behind those of the mapper.
         """
-        prompt = self.mapper(self._checked(states), self.image_tokens)
+        each = self._checked(states).chunk(len(self.layers), -1)
+        prompt = self.mapper(each[0], self.image_tokens)
+        for mapper, one in zip(self.more_mappers, each[1:], strict=True):
+            prompt = prompt + mapper(one, self.image_tokens)
         if length is None:
             return prompt
         check_int("length", length, least=prompt.shape[1])
@@ -252,15 +268,18 @@ class GILL(nn.Module):
 
     def _checked(self, states: Tensor) -> Tensor:
         check_float("states", states)
-        check_axes("states", states, B=None, r=len(self.tokens), D=self.dim)
+        check_axes("states", states, B=None, r=len(self.tokens), D=self.dim * len(self.layers))
         return states
 
     def query(self, states: Tensor) -> Tensor:
         """(B, r, D) -> (B, retrieval_dim), of length 1."""
-        states = self._checked(states)
-        if isinstance(self.retrieval, GILLMapper):
-            return F.normalize(self.retrieval(states, self.image_tokens)[:, 0], dim=-1)
-        return F.normalize(self.retrieval(states[:, 0]), dim=-1)
+        each = self._checked(states).chunk(len(self.layers), -1)
+        heads = (self.retrieval, *self.more_retrievals)
+        found = [
+            head(one, self.image_tokens)[:, 0] if isinstance(head, GILLMapper) else head(one[:, 0])
+            for head, one in zip(heads, each, strict=True)
+        ]
+        return F.normalize(torch.stack(found).sum(0) if len(found) > 1 else found[0], dim=-1)
 
     def key(self, features: Tensor) -> Tensor:
         """(B, vision_dim) -> (B, retrieval_dim), of length 1."""
@@ -282,13 +301,13 @@ class GILL(nn.Module):
         Returns:
             (M,) their numbers, the likest first, and (M,) their cosines, in that order.
         """
-        check_axes("states", states, B=1, r=len(self.tokens), D=self.dim)
+        check_axes("states", states, B=1, r=len(self.tokens), D=self.dim * len(self.layers))
         found = (self.key(features) @ self.query(states).mT)[:, 0].sort(descending=True)
         return found.indices, found.values
 
     def decide(self, states: Tensor) -> Tensor:
-        """(B, 2) probabilities that an image is better generated, or retrieved."""
-        return self.decision(self._checked(states)[:, 0]).softmax(-1)
+        """(B, 2) probabilities that an image is better generated, or retrieved, by the first of the layers."""
+        return self.decision(self._checked(states)[:, 0, : self.dim]).softmax(-1)
 
     # ---- losses
 
@@ -475,13 +494,26 @@ class GILL(nn.Module):
         held = {k.removeprefix("module.").removeprefix("model."): v for k, v in state_dict.items()}
         theirs = Released(held, "GILLModel")
         theirs.leave(r"(?:lm|visual_model)\..*", because="frozen")
-        retrieval = r"retrieval.model.\1" if "ret_text_hidden_fcs.0.query_embs" in theirs else r"retrieval.\1"
+
+        def place(name: str, match: re.Match[str]) -> str:
+            number = int(match["layer"])
+            return name if not number else f"more_{name}s.{number - 1}"
+
+        deep = "ret_text_hidden_fcs.0.query_embs" in theirs
+
+        def prompt(match: re.Match[str], value: Tensor) -> dict[str, Tensor]:
+            return {f"{place('mapper', match)}.{match['rest']}": value}
+
+        def query(match: re.Match[str], value: Tensor) -> dict[str, Tensor]:
+            rest = match["rest"] if deep else match["rest"].removeprefix("model.")
+            return {f"{place('retrieval', match)}.{rest}": value}
+
+        head = r"_text_hidden_fcs\.(?P<layer>\d+)\.(?P<rest>(?:fc|tfm|model)\..+|query_embs)"
         return theirs.close(
             theirs.renamed(
                 {
-                    r"gen_text_hidden_fcs\.0\.((?:fc|tfm|model)\..+|query_embs)": r"mapper.\1",
-                    r"ret_text_hidden_fcs\.0\.model\.(weight|bias)": retrieval,
-                    r"ret_text_hidden_fcs\.0\.((?:fc|tfm)\..+|query_embs)": r"retrieval.\1",
+                    "gen" + head: prompt,
+                    "ret" + head: query,
                     r"visual_embeddings\.(weight|bias)": r"visual.\1",
                     r"visual_fc\.(weight|bias)": r"visual_retrieval.\1",
                     r"input_embeddings\.weight": lambda match, value: {"image_tokens": value[-count:]},
