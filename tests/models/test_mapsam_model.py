@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity import HERE, by_name
 from safetensors import safe_open
 
 from attnlib.models.multimodal.mapsam import DoRAQKV, MapSAM, convert_state_dict, resized
@@ -248,3 +249,35 @@ def test_compiled_exported_and_in_bfloat16():
         torch.testing.assert_close(a, b)
     half = copy.deepcopy(model).bfloat16()
     assert half(x.bfloat16()).masks.isfinite().all()
+
+
+def test_a_deep_encoder_with_few_changed_blocks_equals_the_authors():
+    """Eighteen blocks, of which two are changed (``dora_layer``) and the first three stored ones have a head."""
+    with safe_open(HERE / "mapsam-deep.safetensors", "pt") as f:
+        held = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        shapes = json.loads(f.metadata()["shapes"])
+    changes = {"vision": {"num_hidden_layers": 18, "global_attn_indexes": [5, 17]}}
+    model = MapSAM(
+        sam_model(**changes), rank=3, hidden=(12, 8), tuned=(3, 17), most=3, compat="authors"
+    ).double()  # fmt: skip
+    assert model.stored == [0, 4, 8] and len(model.heads) == 4
+    # Coarse masks that are part of the image: with these biases.
+    state = {k: by_name(k, v) + 0.35 * k.endswith("hint.6.bias") for k, v in shapes.items()}
+    model.load_state_dict(convert_state_dict(state))
+    out = model(by_name("image", [2, 3, 64, 64]).permute(0, 2, 3, 1))
+    coarse = torch.nn.functional.interpolate(out.coarse[:, None], (16, 16), mode="bilinear")
+    ((out.low * held["w"]).sum() + (coarse * held["wc"]).sum() + out.iou.sum()).backward()
+    assert 0.1 < (out.coarse > 0).double().mean() < 0.9
+    for ours, name in ((out.low, "low"), (out.iou, "iou"), (coarse, "coarse4")):
+        assert (ours - held[name]).abs().max() <= 1e-9 * held[name].abs().max(), name
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    told = {n.removeprefix("grad/"): t for n, t in held.items() if n.startswith("grad/")}
+    assert len(told) == 5
+    for name, theirs in told.items():
+        (mine,) = convert_state_dict({name: theirs})
+        assert theirs.any() and (grads[mine] - theirs).abs().max() <= 1e-7 * theirs.abs().max(), name
+    changed = {n.split(".")[3] for n, p in model.named_parameters() if "vision_encoder" in n and p.requires_grad}
+    assert changed == {"3", "17"}
+    for bad in (dict(tuned=(12,)), dict(most=-1)):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            MapSAM(sam_model(), **bad)

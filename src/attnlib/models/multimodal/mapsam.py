@@ -10,7 +10,7 @@ hidden from them; the decoder makes that mask anew after every layer.
 Differs from the authors' code: they add the mask to weights that went through a softmax and send them through another,
 which leaves all that is kept nearly uniform; here scores are masked once (``compat="authors"`` gives theirs). Where
 nothing is kept, nothing is hidden. The batch is decoded at once, theirs image by image. An encoder of any depth has a
-head per stored depth; theirs has three whatever the depth.
+head per stored depth; theirs has three whatever the depth (``most=3``).
 
 Source: Xia et al., 2024, arXiv 2411.06971; code Xue-Xia/MapSAM.
 """
@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_axes, check_choice, check_float, check_int, check_real, check_type, describe
+from ...checks import check_axes, check_choice, check_float, check_int, check_ints, check_real, check_type, describe
 from ...hooks.hf.names import named_implementation
 from ...ops.points import extreme_points
 from ..detect.plain_detr import focal_loss
@@ -121,7 +122,9 @@ class MapSAM(TaskModel):
         num_classes: K, masks per image. Tokens, maps and quality head of the decoder are new where it has another
             number, as in the release.
         rank: of :class:`DoRAQKV`; 0 leaves the encoder frozen.
+        tuned: blocks of the encoder whose projections are changed, from 0; all by default.
         every: features behind blocks 0, ``every``, ``2 every``, ... but the last, and those at the end, have a head.
+        most: as many of these blocks have one, the first; all by default. The release's models have 3 at any depth.
         hidden: widths of a head.
         points: how many pixels on and as many off the thing prompt.
         dice_weight: of the loss, against focal loss.
@@ -146,6 +149,8 @@ class MapSAM(TaskModel):
         alpha: float = 0.25,
         gamma: float = 2.0,
         compat: str | None = None,
+        tuned: Sequence[int] | None = None,
+        most: int | None = None,
     ):
         super().__init__()
         if not all(hasattr(sam, name) for name in ("vision_encoder", "prompt_encoder", "mask_decoder")):
@@ -163,9 +168,12 @@ class MapSAM(TaskModel):
         self.image_size = int(encoder.config.image_size)
         for p in encoder.parameters():
             p.requires_grad_(False)
-        if rank:
-            for layer in encoder.layers:
-                layer.attn.qkv = DoRAQKV(layer.attn.qkv, rank)
+        count = len(encoder.layers)
+        chosen = range(count) if tuned is None else check_ints("tuned", tuned, least=0, most=count - 1)
+        self.most = None if most is None else check_int("most", most, least=0)
+        for i in chosen if rank else ():
+            layer = encoder.layers[i]
+            layer.attn.qkv = DoRAQKV(layer.attn.qkv, rank)
         if decoder.num_mask_tokens != num_classes:
             self._new_tokens(decoder)
         width, (wide, narrow) = int(encoder.config.output_channels), hidden
@@ -175,7 +183,7 @@ class MapSAM(TaskModel):
     def stored(self) -> list[int]:
         """Blocks behind which features are looked at, beside the end."""
         count = len(self.sam.vision_encoder.layers)
-        return [i for i in range(0, count, self.every) if i + 1 != count]
+        return [i for i in range(0, count, self.every) if i + 1 != count][: self.most]
 
     def _new_tokens(self, decoder: Any) -> None:
         dim, k, like = decoder.hidden_size, self.num_classes, decoder.mask_tokens.weight
