@@ -9,10 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import HERE, Fixture, synthetic
-from whole import Recorded
+from whole import Recorded, Whole, renamer
 
 from attnlib.models.perception import oat
-from attnlib.models.perception.oat import OAT, PatchNet, fit_table, gaussian, gaussian_table, sinusoid_table, table_loss
+from attnlib.models.perception.oat import (
+    OAT,
+    PatchNet,
+    fit_table,
+    gaussian,
+    gaussian_table,
+    sharpened_places,
+    sinusoid_table,
+    table_loss,
+)
 from attnlib.models.perception.scanpaths import (
     behaviour,
     behaviour_gap,
@@ -96,6 +105,65 @@ def test_logits_loss_and_gradients_are_the_authors(case, monkeypatch):
             torch.testing.assert_close(held[name].grad[known], expected[known], rtol=1e-7, atol=1e-10)
             seen += int(known.sum())
     assert seen == sum(len(some) for some in recorded.values())
+
+
+@pytest.mark.parametrize(("case", "kind", "step"), [("shelf", "geometric", 1.0), ("stretched", "linear", 1.6)])
+def test_a_classifier_over_one_shelf_is_the_authors(case, kind, step, monkeypatch):
+    """Their ``CA_version`` 0, with sines of places, of rows 1.6 apart in one of both."""
+    whole = Whole("oat-shelf")
+    monkeypatch.setattr(oat, "_waves", lambda length, dim, device: THEIRS.tensors["waves"][:length])
+    table = whole.tensors[f"{case}/table"].float()  # of whole places, (3, 4, 2, 12)
+    sines = torch.stack([sinusoid_table(4, 4, kind, step=s) for s in (step, 1.0, 1.0)])
+    by_axis = OAT(24, 2, 20, (1, 1), table=sines, compat="authors")
+    rows, columns, flags = torch.meshgrid(torch.arange(3), torch.arange(4), torch.arange(2), indexing="ij")
+    codes = by_axis.codes(torch.stack([rows, columns], -1).float(), flags)
+    torch.testing.assert_close(codes, table, rtol=0, atol=2e-6)  # theirs rounds angles to float32
+    model = OAT(24, 2, 20, (2, 2), levels=2, table=table, compat="authors", classes=6)
+    places = torch.stack([torch.arange(6) // 3, torch.arange(6) % 3], -1).double().expand(2, 6, 2)
+
+    def rule(state):
+        return OAT.convert_state_dict(state, table)
+
+    def call(model, inputs):
+        found = model(inputs["images"], places, torch.tensor([4, 1]), PATH)
+        logits = torch.cat(found, -1)
+        loss = model.loss(found, PATH, compat="authors")["next"]
+        return {"first": logits[0], "second": logits[1, :3], "loss": loss}
+
+    def trained(state):
+        return {name: value for name, value in rule(state).items() if name != "table"}
+
+    whole.holds(case, model, rule, call, renamer(trained, whole.state(case)))
+    found = model.float()(torch.zeros(2, 6, 20, 20, 3), places.float(), torch.tensor([4, 1]), PATH)
+    plain = model.loss(found, PATH)["next"]
+    assert bool(plain < model.loss(found, PATH, compat="authors")["next"])  # padding takes no share
+    with pytest.raises(ValueError, match="6 objects that classes says"):
+        model(torch.zeros(2, 5, 20, 20, 3), places[:, :5].float(), torch.tensor([4, 1]), PATH)
+
+
+def test_codes_are_turned_away_from_the_centre():
+    table = sinusoid_table(5, 6).double()
+    codes = torch.cat([table[:3, None, None].expand(3, 5, 2, 6), table[:5, None].expand(3, 5, 2, 6)], -1)
+    new = sharpened_places(codes, (1, 2), 15)
+    before, after = (torch.cosine_similarity(x, x[1, 2], -1) for x in (codes, new))
+    torch.testing.assert_close(after.square(), before**15)
+    torch.testing.assert_close(new.norm(dim=-1), codes.norm(dim=-1))
+    assert torch.equal(new[1, 2], codes[1, 2]) and not torch.allclose(new[0, 0], codes[0, 0])
+    inside = torch.stack([new[0, 0, 0], codes[0, 0, 0], codes[1, 2, 0]])
+    assert int(torch.linalg.matrix_rank(inside, atol=1e-8)) == 2  # it stays in the plane
+    model = OAT(24, 2, 16, (1, 1), table=new.float())
+    halfway = model.codes(torch.tensor([[0.5, 1.0], [1.0, 2.5], [2.0, 4.0]]), torch.tensor([0, 1, 1]))
+    wanted = torch.stack([(new[0, 1, 0] + new[1, 1, 0]) / 2, (new[1, 2, 1] + new[1, 3, 1]) / 2, new[2, 4, 1]])
+    torch.testing.assert_close(halfway, wanted.float())
+    for arguments, match in (
+        ((codes, (3, 0)), "centre must be a place of 3 x 5"),
+        ((codes, (1, 1, 1)), "centre must be a row and a column"),
+        ((torch.tensor([[[[1.0, 0.0]], [[-1.0, 0.5]]]]), (0, 0), 0.5), "order must be a whole number"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            sharpened_places(*arguments)
+    with pytest.raises(ValueError, match="places must lie between 0 and 2 .rows. and 4 .columns."):
+        model(torch.zeros(1, 1, 20, 20, 3), torch.tensor([[[2.5, 1.0]]]), torch.tensor([0]), PATH[:1, :1])
 
 
 def test_count():

@@ -11,6 +11,8 @@ A place (row, column, flag) is coded by three rows of one table, cut to length; 
 object sought. The table is fitted beforehand so that the cosine of two rows falls off like a Gaussian of their distance
 (:func:`gaussian_table`, :func:`fit_table`).
 
+For one shelf whose objects stand in one order, ``classes`` instead answers by a map of what the decoder gives.
+
 Reference: Fang et al., 2024, "OAT: Object-Level Attention Transformer for Gaze Scanpath Prediction", arXiv 2407.13335;
 ``Seq2SeqTransformer`` and ``positionalEncodingLearned.py`` of HKUST-NISL/oat_eccv24.
 """
@@ -70,7 +72,7 @@ def gaussian_table(count: int, dim: int, sigma: float = 2.0, seed: int = 0) -> T
     return (F.normalize(root @ turn, dim=1) * math.sqrt(dim)).float()
 
 
-def sinusoid_table(count: int, dim: int, kind: str = "geometric", alpha: float = 0.9) -> Tensor:
+def sinusoid_table(count: int, dim: int, kind: str = "geometric", alpha: float = 0.9, step: float = 1.0) -> Tensor:
     """(count, dim) sines and cosines in turn, the codes that the release compares its fitted table with.
 
     Args:
@@ -79,6 +81,7 @@ def sinusoid_table(count: int, dim: int, kind: str = "geometric", alpha: float =
             ``"linear"``: ``alpha j / d``; ``"power"``: ``j ** alpha / d`` ("exp1"); ``"share-power"``:
             ``(j / d) ** alpha`` ("exp2").
         alpha: of the latter three.
+        step: how far apart rows are; the release has 1.6 for the rows of a shelf alone ("changeX").
 
     >>> sinusoid_table(3, 4)[0].tolist()
     [0.0, 1.0, 0.0, 1.0]
@@ -86,13 +89,58 @@ def sinusoid_table(count: int, dim: int, kind: str = "geometric", alpha: float =
     check_choice("kind", kind, ("geometric", "linear", "power", "share-power"))
     check_divides("2 (sines and cosines)", 2, "dim", check_int("dim", dim, least=2))
     check_real("alpha", alpha)
-    at = torch.arange(check_int("count", count, least=1), dtype=torch.float64)[:, None]
+    at = check_real("step", step) * torch.arange(check_int("count", count, least=1), dtype=torch.float64)[:, None]
     j = torch.arange(0, dim, 2, dtype=torch.float64)
     rates = {
         "geometric": 10000 ** (-j / dim), "linear": alpha * j / dim, "power": j**alpha / dim,
         "share-power": (j / dim) ** alpha,
     }[kind]  # fmt: skip
     return torch.stack([(at * rates).sin(), (at * rates).cos()], -1).flatten(1).float()
+
+
+def sharpened_places(places: Tensor, centre: tuple[int, int], order: float = 15.0) -> Tensor:
+    """Codes of whole places, turned away from that of the centre until the square of the cosine is its power.
+
+    With c the cosine of a code and the centre's, both of one flag, the code is turned in the plane of the two, its
+    length kept, to the cosine ``sqrt(c ** order)``; where that power is negative, to 0. There
+    ``(cos ** 2 - c ** order) ** 2`` is least, which the release looks for by BFGS from the code itself
+    ("original_update"); its search in float32 ends where it begins, and leaves codes as they are.
+
+    Args:
+        places: (rows, columns, flags, D).
+        centre: its row and column.
+        order: of the power; odd whole numbers where cosines are negative.
+
+    >>> table = sinusoid_table(5, 6)
+    >>> codes = torch.cat([table[:3, None, None].expand(3, 5, 2, 6), table[:5, None].expand(3, 5, 2, 6)], -1)
+    >>> new = sharpened_places(codes, (1, 2))
+    >>> cosine = lambda x: float(torch.cosine_similarity(x[0, 2, 0], x[1, 2, 0], 0))
+    >>> abs(cosine(new) ** 2 - cosine(codes) ** 15) < 1e-6
+    True
+    """
+    check_float("places", places)
+    check_axes("places", places, rows=None, columns=None, flags=None, D=None)
+    at = check_ints("centre", centre, least=0)
+    if len(at) != 2:
+        raise ValueError(f"centre must be a row and a column, got {centre}")
+    row, column = at
+    if row >= places.shape[0] or column >= places.shape[1]:
+        raise ValueError(f"centre must be a place of {places.shape[0]} x {places.shape[1]}, got {row}, {column}")
+    check_real("order", order, above=0)
+    x = places.double()
+    middle = F.normalize(x[row, column], dim=-1)
+    length = x.norm(dim=-1, keepdim=True)
+    unit = F.normalize(x, dim=-1)
+    cosine = (unit * middle).sum(-1, keepdim=True)
+    power = cosine.clamp(-1, 1) ** order
+    if bool(power.isnan().any()):
+        raise ValueError(f"order must be a whole number, where cosines are negative, got {order}")
+    wanted = power.clamp(min=0).sqrt() * cosine.sign()
+    beside = unit - cosine * middle
+    apart = beside.norm(dim=-1, keepdim=True)
+    turned = wanted * middle + (1 - wanted.square()).clamp(min=0).sqrt() * beside / torch.where(apart > 0, apart, 1)
+    # A code along the centre's has no plane, and its cosine is a power of itself.
+    return torch.where(apart > 1e-12, length * turned, x).to(places.dtype)
 
 
 def table_loss(table: Tensor, sigma: float = 2.0) -> Tensor:
@@ -128,7 +176,8 @@ def fit_table(count: int, dim: int, sigma: float = 2.0, steps: int = 10_000, lr:
 
 
 class Pointed(NamedTuple):
-    """Logits (B, 1 + L, N + 1) of the next object, the last one to stop; and what theirs gives padding."""
+    """Logits (B, 1 + L, N + 1) of the next object, the last one to stop; and what theirs gives padding: one number, or
+    (B, 1 + L, 1) of a model with ``classes``."""
 
     logits: Tensor
     blank: Tensor
@@ -198,9 +247,13 @@ class OAT(TaskModel):
         patch_size: of images of objects; ``None`` takes any, by pooling of ``levels``.
         levels: see :class:`PatchNet`.
         table: (R, W) codes of rows, columns and flags with ``3 W >= dim / 2``; :func:`gaussian_table` by default,
-            :func:`fit_table` or :func:`sinusoid_table`.
+            :func:`fit_table` or :func:`sinusoid_table`. Or (3, R, W): a table for each of the three. Or
+            (rows, columns, 2, W) with ``W >= dim / 2``: codes of whole places, as of :func:`sharpened_places`.
         table_size: R of that default: places lie between 0 and R - 1.
         drop: dropout.
+        classes: instead of pointing, one linear map to the logits of so many objects, of stopping and of padding:
+            for a shelf whose objects always stand in one order (``CA_version`` 0 of the release). Objects are told
+            by their number alone, and images must hold all of them.
         max_steps: fixations of an answer, at most.
         compat: ``"authors"``: places are cut to whole numbers, and a path begins at (rows / 2, columns / 2) cut
             likewise. By default places between rows of the table are interpolated, and it begins in the middle.
@@ -225,7 +278,7 @@ class OAT(TaskModel):
         self, dim: int = 512, num_heads: int = 4, hidden: int = 512, depth: tuple[int, int] = (4, 4),
         pointer_heads: int = 2, scale: float | None = None, patch_size: tuple[int, int] | None = None, levels: int = 2,
         table: Tensor | None = None, table_size: int = 14, drop: float = 0.1, max_steps: int = 32,
-        compat: str | None = None,
+        compat: str | None = None, classes: int | None = None,
     ):  # fmt: skip
         super().__init__()
         check_divides("2 (what is seen, and where)", 2, "dim", check_int("dim", dim, least=2))
@@ -237,9 +290,13 @@ class OAT(TaskModel):
         if table is None:
             table = gaussian_table(check_int("table_size", table_size, least=2), -(-dim // 6))
         check_float("table", table)
-        if table.dim() != 2 or len(table) < 2 or 3 * table.shape[1] < dim // 2:
+        whole = table.dim() == 4
+        least = (2, 2, 2, dim // 2) if whole else (2, -(-(dim // 2) // 3))
+        good = table.dim() == 2 or (table.dim() == 3 and len(table) == 3) or (whole and table.shape[2] == 2)
+        if not good or any(n < m for n, m in zip(table.shape[-len(least) :], least, strict=True)):
             raise ValueError(
-                f"table must be (R, W) with R >= 2 and 3 W >= dim / 2 = {dim // 2}, got {tuple(table.shape)}"
+                f"table must be (R, W) or (3, R, W) with R >= 2 and 3 W >= dim / 2 = {dim // 2}, or (rows, columns, "
+                f"2, W) with at least two of both and W >= {dim // 2}, got {tuple(table.shape)}"
             )
         self.register_buffer("table", table.detach().clone())
         self.patches = PatchNet(dim // 2, patch_size, levels)
@@ -251,8 +308,12 @@ class OAT(TaskModel):
         self.encoder = nn.ModuleList(nn.TransformerEncoderLayer(dim, num_heads, **more) for _ in range(layers[0]))  # type: ignore[arg-type]
         self.decoder = nn.ModuleList(nn.TransformerDecoderLayer(dim, num_heads, **more) for _ in range(layers[1]))  # type: ignore[arg-type]
         self.dropout = nn.Dropout(drop)
-        self.point_from, self.point_at = (nn.Linear(dim, pointer_heads * dim) for _ in range(2))
-        self.mix = nn.Linear(pointer_heads, 1) if pointer_heads > 1 else nn.Identity()
+        self.classes = None if classes is None else check_int("classes", classes, least=1)
+        if classes is None:
+            self.point_from, self.point_at = (nn.Linear(dim, pointer_heads * dim) for _ in range(2))
+            self.mix = nn.Linear(pointer_heads, 1) if pointer_heads > 1 else nn.Identity()
+        else:
+            self.answer = nn.Linear(dim, classes + 2)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -266,15 +327,35 @@ class OAT(TaskModel):
     def codes(self, places: Tensor, flag: Tensor) -> Tensor:
         """(..., 2) rows and columns and (...) flags to (..., dim / 2)."""
         places = places.to(self.table.dtype)
+        whole = self.table.dim() == 4
+        last = torch.tensor(self._reach(), device=places.device)
         if self.compat == "authors":
             low, share = places.long(), torch.zeros_like(places)
         else:
-            low = places.detach().long().clamp(max=len(self.table) - 2)
+            low = torch.minimum(places.detach().long(), last - 1)
             share = places - low
-        near = self.table[low]
-        if self.compat is None:
-            near = near + share.unsqueeze(-1) * (self.table[low + 1] - near)
-        return torch.cat([near.flatten(-2), self.table[flag.long()]], -1)[..., : self.dim // 2]
+        if whole:
+            row, column, flag = low[..., 0], low[..., 1], flag.long()
+            across, down = share[..., 1:], share[..., :1]
+
+            def along(row: Tensor) -> Tensor:
+                near = self.table[row, column, flag]
+                return near if self.compat else near + across * (self.table[row, column + 1, flag] - near)
+
+            near = along(row)
+            return (near if self.compat else near + down * (along(row + 1) - near))[..., : self.dim // 2]
+        rows, columns, flags = self.table if self.table.dim() == 3 else (self.table,) * 3
+
+        def read(table: Tensor, axis: int) -> Tensor:
+            near = table[low[..., axis]]
+            return near if self.compat else near + share[..., axis, None] * (table[low[..., axis] + 1] - near)
+
+        return torch.cat([read(rows, 0), read(columns, 1), flags[flag.long()]], -1)[..., : self.dim // 2]
+
+    def _reach(self) -> tuple[int, int]:
+        """The last row and column that the table holds."""
+        rows, columns = self.table.shape[:2] if self.table.dim() == 4 else (self.table.shape[-2],) * 2
+        return rows - 1, columns - 1
 
     def _check(
         self, images: Tensor, places: Tensor, sought: Tensor, valid: Tensor | None, start: Tensor | None
@@ -289,6 +370,8 @@ class OAT(TaskModel):
         if not count:
             raise ValueError(f"images must hold at least one object, got {tuple(images.shape)}")
         check_within("sought", sought, count, "object")
+        if self.classes is not None and count != self.classes:
+            raise ValueError(f"images must hold the {self.classes} objects that classes says, got {count}")
         check_valid("valid", valid, (batch, count))
         if start is not None:
             check_axes("start", start, B=batch, rc=2)
@@ -301,10 +384,13 @@ class OAT(TaskModel):
                     f"sought must exist by valid, but it does not in sample {there.logical_not().nonzero()[0, 0]}"
                 )
         known = places if valid is None else places.masked_fill(~valid.unsqueeze(-1), 0)
+        reach = self._reach()
+        last = torch.tensor(reach, device=places.device)
         for name, at in (("places", known), ("start", start)):
-            if at is not None and not bool(((at >= 0) & (at <= len(self.table) - 1)).all()):
+            if at is not None and not bool(((at >= 0) & (at <= last)).all()):
+                high = f"{reach[0]}" if reach[0] == reach[1] else f"{reach[0]} (rows) and {reach[1]} (columns)"
                 raise ValueError(
-                    f"{name} must lie between 0 and {len(self.table) - 1}, which the table holds, got "
+                    f"{name} must lie between 0 and {high}, which the table holds, got "
                     f"{float(at.min())} to {float(at.max())}; a larger table_size holds more"
                 )
 
@@ -345,6 +431,9 @@ class OAT(TaskModel):
         future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         for layer in self.decoder if len(x) else ():
             x = layer(x, tokens, tgt_mask=future, memory_key_padding_mask=~there)
+        if self.classes is not None:
+            logits = self.answer(x)
+            return Pointed(logits[..., :-1].masked_fill(~there.unsqueeze(1), float("-inf")), logits[..., -1:])
         q, k = (
             m(t).unflatten(-1, (self.pointer_heads, -1)) for m, t in ((self.point_from, x), (self.point_at, tokens))
         )
@@ -436,9 +525,10 @@ class OAT(TaskModel):
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor], table: Tensor) -> dict[str, Tensor]:
-        """From the authors' ``Seq2SeqTransformer`` with object attention; ``table`` is in a file of its own there."""
+        """From the authors' ``Seq2SeqTransformer``, with object attention or (``CA_version`` 0, ``classes`` here)
+        without; ``table`` is in a file of its own there."""
         theirs = Released(state_dict, "the authors' Seq2SeqTransformer")
-        theirs.leave(r"(?:generator|LinearEmbedding)\..*", because="they are never called")
+        theirs.leave(r"LinearEmbedding\..*", because="it is never called")
         theirs.leave(r"onedpositional_encoding\.pos_embedding", because="it is computed")
         out = theirs.renamed(
             {
@@ -447,6 +537,10 @@ class OAT(TaskModel):
                 r"cnn_embedding\.fc\.(weight|bias)": r"patches.fc.\1",
             }
         )
+        if "readout.weight" not in theirs:
+            out |= theirs.renamed({r"generator\.(weight|bias)": r"answer.\1"})
+            return theirs.close(out | {"table": table.clone()})
+        theirs.leave(r"generator\..*", because="it is never called where objects are pointed at")
         heads = theirs.matching(r"cross_attentions\.(\d+)\.(en|de)code_fc\.(weight|bias)")
         one = max((int(m[1]) for m, _ in heads), default=0) == 0
         for side, name in (("en", "point_at"), ("de", "point_from")):
