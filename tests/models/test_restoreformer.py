@@ -14,10 +14,14 @@ import attnlib
 from attnlib.models.build import counted_params, model_entry
 from attnlib.models.protocol import Optimizers, train_batch
 from attnlib.models.restore.adversarial import (
+    LPIPS,
+    ActNorm2d,
     PartDiscriminator,
     PatchDiscriminator,
     PerceptualLoss,
+    VGGMaps,
     discriminator_loss,
+    generator_loss,
 )
 from attnlib.models.restore.degrade import Degradation, blurred, gaussian_kernel, jpeg
 from attnlib.models.restore.restoreformer import PriorAttention, RestoreFormer, convert, face_parts
@@ -183,6 +187,94 @@ def test_the_discriminator():
     Whole("restoreformer").holds(
         "discriminator", model, rule, lambda m, i: {"y": m(i["x"])}, lambda n: n.replace("main.", "layers.")
     )
+
+
+@pytest.mark.parametrize("case", ["actnorm", "actnorm_training", "features"])
+def test_norms_set_by_the_first_batch_and_judges_that_show_their_maps(case):
+    """Their NLayerDiscriminator with ``use_actnorm``, and their NLayerDiscriminator_v1."""
+    norm = "actnorm" if "actnorm" in case else True
+    model = PatchDiscriminator(3, (8, 16, 32), (2, 2, 1), norm=norm)
+
+    def rule(state):
+        fresh = {k: torch.zeros_like(v) if k.endswith("initialized") else v for k, v in state.items()}
+        return model.convert_state_dict(fresh)
+
+    whole = Whole("restoreformer-losses")
+    given = whole.state(case)
+    whole.holds(case, model, rule, lambda m, i: {"y": m(i["x"])}, renamer(model.convert_state_dict, given))
+    flags = [m.initialized for m in model.modules() if isinstance(m, ActNorm2d)]
+    assert len(flags) == (2 if norm == "actnorm" else 0) and all(bool(f) == (case == "actnorm_training") for f in flags)
+    if case == "actnorm_training":  # it is set once
+        before = copy.deepcopy(model.state_dict())
+        model(drawn("x", (2, 3, 24, 29)) + 5)
+        assert all(v.equal(before[k]) for k, v in model.state_dict().items())
+
+
+def test_norms_need_more_than_one_place():
+    with pytest.raises(ValueError, match="one place per channel"):
+        ActNorm2d(3)(torch.ones(1, 3, 1, 1))
+    assert ActNorm2d(3).eval()(torch.ones(1, 3, 1, 1)).equal(torch.ones(1, 3, 1, 1))
+    with pytest.raises(ValueError, match="norm"):
+        PatchDiscriminator(norm="layer")
+
+
+def test_learned_perceptual_distance_and_style():
+    whole = Whole("restoreformer-losses")
+    dims = (4, 8, 8, 12, 12)
+    loss = LPIPS(VGGMaps(dims), dims, style=1000.0).double()
+    given = whole.state("lpips")
+    loss.load_state_dict(loss.convert_state_dict(given), strict=True)
+    x, target = (drawn(name, (2, 3, 32, 40)).requires_grad_() for name in ("x", "target"))
+    found = loss.terms(x, target)
+    for name, term in found.items():
+        torch.testing.assert_close(term.detach(), whole.tensors[f"lpips/y/{name}"][2], rtol=1e-9, atol=1e-12)
+    (grad,) = torch.autograd.grad((found["distance"] + found["style"]), x)
+    torch.testing.assert_close(told(grad), whole.tensors["lpips/dx/x"], rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(loss(x, target), found["distance"] + found["style"])
+    # The file that is released holds the weights of channels alone.
+    alone = LPIPS(VGGMaps(dims), dims)
+    state = alone.convert_state_dict({k: v for k, v in given.items() if k.startswith("lin")})
+    alone.load_state_dict(state, strict=True)
+    assert alone.channels3.equal(loss.channels3.float()) and "style" not in alone.terms(x.float(), target.float())
+    net = VGGMaps((4, 8), (1, 2))
+    flat = {"features.0": net.groups[0][0], "features.3": net.groups[1][0], "features.5": net.groups[1][1]}
+    theirs = {f"{at}.{k}": v + 1 for at, conv in flat.items() for k, v in conv.state_dict().items()}
+    net.load_state_dict(net.convert_state_dict({**theirs, "classifier.0.bias": torch.zeros(1)}), strict=True)
+    assert net.groups[1][1].bias.equal(theirs["features.5.bias"])
+    with pytest.raises(ValueError, match="does not fit map 0"):
+        LPIPS(VGGMaps(dims), (5, 8, 8, 12, 12))(x.float(), target.float())
+    with pytest.raises(ValueError, match="16 pixels a side"):
+        loss(x[..., :8], target[..., :8])
+    with pytest.raises(ValueError, match="depths must hold one"):
+        VGGMaps((4, 8), (1,))
+
+
+def test_style_has_its_own_weight_and_judges_their_kinds():
+    judge = PatchDiscriminator(3, (4, 8), (2, 1))
+    model = tiny(
+        discriminator=judge, perceptual=LPIPS(VGGMaps((4, 8), (1, 1)), (4, 8), style=3.0), perceptual_weight=0.5,
+        judge_kind="logistic", parts=True, parts_kind="least-squares",
+    )  # fmt: skip
+    x, y = faces(1, 3, 64, 64), faces(1, 3, 64, 64, seed=1)
+    made = model(x)
+    terms, found = model.loss(made, y), model.perceptual.terms(made.image, y)
+    torch.testing.assert_close(terms["perceptual"], 0.5 * found["distance"])
+    torch.testing.assert_close(terms["style"], found["style"])
+    boxes = torch.tensor([[[4, 8, 24, 28], [36, 8, 56, 28], [16, 36, 48, 56]]])
+    turns = {}
+    for step in model.steps({"x": x, "target": (y, boxes)}):
+        turns[step.name] = step.terms()
+    fake, real = face_parts(made.image, boxes), face_parts(y, boxes)
+    for name, first, second, part, kind, weight in (
+        ("discriminator", made.image, y, judge, "logistic", 0.5),
+        ("mouth", fake["mouth"], real["mouth"], model.parts["mouth"], "least-squares", 1.0),
+    ):
+        wanted = weight * discriminator_loss(part(second), part(first.detach()), kind)
+        torch.testing.assert_close(turns[name][name], wanted)
+    scores = [generator_loss(part(fake[name]), "least-squares") for name, part in model.parts.items()]
+    torch.testing.assert_close(turns["generator"]["parts"], sum(scores))
+    with pytest.raises(ValueError, match="judge_kind"):
+        tiny(judge_kind="least-squares")
 
 
 def test_parameters():

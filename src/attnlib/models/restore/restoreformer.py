@@ -48,9 +48,11 @@ from ..build import register_models
 from ..detect.regions import roi_align
 from ..protocol import Step, split_batch, trained
 from .adversarial import (
+    KINDS,
     AdversarialModel,
     PartDiscriminator,
     PatchDiscriminator,
+    PerceptualLoss,
     adaptive_weight,
     discriminator_loss,
     generator_loss,
@@ -264,6 +266,9 @@ class RestoreFormer(AdversarialModel):
             images' difference does, times ``gan_weight``.
         parts: eyes and mouth are judged, each by its own; targets are then (image, boxes) in training.
         parts_weight, parts_style: of what these judges say, and of the distance of Gram matrices of their maps.
+        judge_kind: ``"hinge"`` or ``"logistic"``: the loss of the judge of images; what it says of made ones is their
+            mean score in both, as released.
+        parts_kind: one of ``KINDS``, of the judges of parts.
         compat: ``"authors"``: their weights of the codes' loss, their scales where ``extra_scales`` is above 1, and
             their crops.
 
@@ -281,9 +286,10 @@ class RestoreFormer(AdversarialModel):
         identity_weight: float = 1.0, discriminator: nn.Module | None = None, gan_weight: float = 0.8,
         gan_start: float = 0.0, compat: str | None = None, strides: Sequence[int] | None = None, middle: bool = True,
         z_dim: int | None = None, out_chans: int | None = None, parts: bool = False, parts_weight: float = 1.0,
-        parts_style: float = 0.0,
+        parts_style: float = 0.0, judge_kind: str = "hinge", parts_kind: str = "logistic",
     ):  # fmt: skip
-        super().__init__(discriminator, "hinge", gan_weight, 0.5, gan_start)
+        check_choice("judge_kind", judge_kind, ("hinge", "logistic"))
+        super().__init__(discriminator, "hinge", gan_weight, 0.5, gan_start, judge_kind)
         self.in_chans = check_int("in_chans", in_chans, least=1)
         for name, value in (("dim", dim), ("depth", depth), ("code_dim", code_dim), ("groups", groups)):
             check_int(name, value, least=1)
@@ -326,6 +332,8 @@ class RestoreFormer(AdversarialModel):
         )
         judges = {name: PartDiscriminator(self.out_chans) for name in PARTS} if check_flag("parts", parts) else {}
         self.parts = nn.ModuleDict(judges)
+        check_choice("parts_kind", parts_kind, KINDS)
+        self.parts_kind = parts_kind
         self.perceptual, self.identity = perceptual, identity
         if frozen is None:
             frozen = ("dictionary",) if cross else ()
@@ -370,6 +378,9 @@ class RestoreFormer(AdversarialModel):
     def loss(self, prediction: Restored, target: Tensor | tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """``{"l1", "codes"}``, and ``"perceptual"`` and ``"identity"`` where there are nets for them.
 
+        ``"style"`` is the perceptual net's own, with its own weight, and not part of what the adversarial term is
+        held against.
+
         Args:
             prediction: of :meth:`forward`.
             target: (B, out_chans, H, W), undegraded; or that and boxes, which only :meth:`steps` reads.
@@ -380,7 +391,10 @@ class RestoreFormer(AdversarialModel):
         target = target.to(image.dtype)
         terms = {"l1": self.l1 * F.l1_loss(image, target), "codes": self.codes * prediction.loss}
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual_weight * self.perceptual(image, target)
+            net = self.perceptual
+            found = net.terms(image, target) if isinstance(net, PerceptualLoss) else {"distance": net(image, target)}
+            terms["perceptual"] = self.perceptual_weight * found.pop("distance")
+            terms |= found
         if self.identity is not None:
             with torch.no_grad():
                 right = self.identity(grey_faces(target))
@@ -415,7 +429,8 @@ class RestoreFormer(AdversarialModel):
         fake, real = (face_parts(t, target[1], self.compat) for t in (image, truth))
 
         def judged(judge: Any, name: str, first: Tensor, second: Tensor) -> dict[str, Tensor]:
-            weight, kind = (self.judge_weight, self.gan_kind) if name == "discriminator" else (1.0, "logistic")
+            own = name == "discriminator"
+            weight, kind = (self.judge_weight, self.judge_kind) if own else (1.0, self.parts_kind)
             return {name: weight * discriminator_loss(judge(second), judge(first.detach()), kind)}
 
         def fooled() -> dict[str, Tensor]:
@@ -437,7 +452,7 @@ class RestoreFormer(AdversarialModel):
         scores, styles = [], []
         for name, judge in self.parts.items():
             middle, coarse, score = judge.maps(fake[name])  # type: ignore[operator,union-attr]
-            scores.append(generator_loss(score, "logistic"))
+            scores.append(generator_loss(score, self.parts_kind))
             if self.parts_style:
                 with torch.no_grad():
                     right = judge.maps(real[name])  # type: ignore[operator,union-attr]
