@@ -49,6 +49,25 @@ class BagPrediction(NamedTuple):
     weights: Tensor
 
 
+def check_bags(bags: Tensor, valid: Tensor | None, width: int) -> Tensor:
+    """Bags (B, N, width) with zeros for absent instances.
+
+    Raises:
+        ValueError: another shape, an empty bag.
+    """
+    check_axes("bags", bags, B=None, N=None, C=width)
+    check_float("bags", bags)
+    if not bags.shape[1]:
+        raise ValueError(f"bags must hold at least one instance each, got shape {tuple(bags.shape)}")
+    check_valid("valid", valid, bags.shape[:2])
+    if valid is None:
+        return bags
+    if readable(valid) and not bool(valid.any(1).all()):
+        bare = (~valid.any(1)).nonzero().flatten().tolist()
+        raise ValueError(f"valid leaves the bags {bare[:8]} empty; each must hold at least one instance")
+    return bags.masked_fill(~valid.unsqueeze(-1), 0.0)
+
+
 class ACMIL(TaskModel):
     """Classes of bags of features.
 
@@ -112,16 +131,7 @@ class ACMIL(TaskModel):
         Raises:
             ValueError: another shape, an empty bag, one all of whose instances would be hidden.
         """
-        check_axes("bags", bags, B=None, N=None, C=self.in_chans)
-        check_float("bags", bags)
-        if not bags.shape[1]:
-            raise ValueError(f"bags must hold at least one instance each, got shape {tuple(bags.shape)}")
-        check_valid("valid", valid, bags.shape[:2])
-        if valid is not None:
-            if readable(valid) and not bool(valid.any(1).all()):
-                bare = (~valid.any(1)).nonzero().flatten().tolist()
-                raise ValueError(f"valid leaves the bags {bare[:8]} empty; each must hold at least one instance")
-            bags = bags.masked_fill(~valid.unsqueeze(-1), 0.0)
+        bags = check_bags(bags, valid, self.in_chans)
         found = self.pool.branches(F.relu(self.embed(bags)), valid, noise)
         each = [head(self.drop(found.branches[:, m])) for m, head in enumerate(self.branch_heads)]
         logits = self.head(self.drop(found.bag))
