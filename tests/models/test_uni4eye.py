@@ -10,9 +10,10 @@ from safetensors import safe_open
 
 from attnlib.models.pretrain.masks import random_mask
 from attnlib.models.pretrain.patches import fixed_positions, from_patches, to_patches
-from attnlib.models.pretrain.uni4eye import EyeClassifier, Uni4Eye, convert, fixed_table, sobel
+from attnlib.models.pretrain.uni4eye import EyeClassifier, Uni4Eye, convert, fixed_table, patch_entropy, sobel
 from attnlib.models.protocol import Optimizers, train_batch
 from tests.parity import HERE, synthetic
+from tests.whole import Whole, drawn, renamer
 
 with safe_open(HERE / "pretraining" / "uni4eye.safetensors", "pt") as f:
     RECORDED = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
@@ -63,6 +64,88 @@ def test_stems_encoder_and_decoder_of_the_successor(case):
         torch.testing.assert_close(model.get_parameter(name).grad, wanted[name], **near)
     with pytest.raises(ValueError, match="mine"):
         convert({**weights, "mine": torch.ones(1)})
+
+
+TASKS = dict(img_size=28, patch_size=2, dim=16, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2)
+
+
+@pytest.mark.parametrize("case", ["partial23D", "partial", "imgen"])
+def test_the_successors_head_for_tasks(case):
+    """Their whole classes: what is predicted, and the loss of what the task makes of it; the third judges the former.
+
+    Whose masks hide what has most entropy times noise.
+    """
+    whole = Whole("uni4eye-tasks")
+    model = Uni4Eye(**TASKS, gradient=None, tasks=7, compat="authors").double()
+    noise = (drawn("noise", (2, 196)) + 2) / 4
+    if case == "imgen":
+        noise = noise * (drawn("entropy", (2, 196)) + 2) / 4
+    mask = noise.argsort(1).argsort(1) >= 49
+
+    def rule(state):
+        state = {**state}
+        if case == "partial23D":  # their token of a volume is three slices; ours a cube of 8 x 3 numbers
+            for name in ("weight", "bias"):
+                state[f"decoder_pred3.{name}"] = torch.zeros_like(model.get_parameter(f"decoder.head3.{name}"))
+        return convert(state, model)
+
+    def call(model, inputs):
+        found = model(inputs["x"], mask, None if case == "imgen" else torch.tensor([3, 0]))
+        return {"patches": found.patches, "loss": model.loss(found, inputs["x"])["pixels"]}
+
+    used = {k: v for k, v in whole.state(case).items() if not k.startswith(("decoder_pred3.", "mlp."))}
+    fixed = {"encoder.stem3.weight", "encoder.stem3.bias", "decoder.head3.weight", "decoder.head3.bias"}
+    at = renamer(lambda state: {k: v for k, v in rule(state).items() if k not in fixed}, used)
+
+    def rename(theirs):
+        return at(theirs) if theirs in used else None
+
+    whole.holds(case, model, rule, call, rename)
+
+
+def test_heads_for_tasks_mix_places():
+    model = Uni4Eye(**TASKS, tasks=3).double()
+    assert 0 < float(model.decoder.controller.bias.detach().abs().max()) < (1 + 196 + 3) ** -0.5
+    x, task = draw(2, 3, 28, 28), torch.tensor([0, 2])
+    plain = model(x)
+    found = model(x, plain.mask, task)
+    torch.testing.assert_close(found.patches, plain.patches)
+    assert plain.mixed is None and found.mixed.shape == plain.patches.shape
+    other = model(x, plain.mask, torch.tensor([0, 1])).mixed
+    torch.testing.assert_close(other[0], found.mixed[0])
+    assert not torch.allclose(other[1], found.mixed[1])
+    for bad, match in (
+        (dict(x=draw(2, 3, 30, 28), task=task), "does not fit tasks"),
+        (dict(x=x, task=task[:1]), r"task must be \(2,\)"),
+        (dict(x=x, task=task + 1), "task"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            model(**bad)
+    with pytest.raises(ValueError, match="without tasks"):
+        built()(draw(2, 1, 16, 16), task=task)
+    with pytest.raises(ValueError, match="pictures only"):
+        convert({"patch_embed.proj.weight": torch.zeros(1)})
+
+
+def test_entropy_of_patches_and_masks_that_follow_it():
+    """Numbers of their image_entropy_rgb and image_entropy_3d, of values some of which lie outside."""
+    x = (drawn("pixels", (1, 3, 8, 8)) + 2) * 80 - 10
+    theirs = [3.6810937575622114, 3.8073549220576033, 3.7332241149454535, 3.610665261052398]
+    torch.testing.assert_close(patch_entropy(x, 4, (0, 256))[0], torch.tensor(theirs, dtype=torch.float64))
+    cells = (drawn("cells", (1, 1, 8, 8, 4)) + 2) * 80 - 10
+    theirs = [5.436731930947543, 5.609120057986432, 5.463769511166971, 5.40101764523326]
+    torch.testing.assert_close(patch_entropy(cells, 4, (0, 256))[0], torch.tensor(theirs, dtype=torch.float64))
+    assert not patch_entropy(torch.full((1, 2, 4, 4), 7.0), 2).any()
+    with pytest.raises(ValueError, match="span must go"):
+        patch_entropy(x, 4, (1, 1))
+    model = built(masking="entropy")
+    half = draw(2, 1, 16, 16)
+    half[..., :8] = 0.0  # eight patches of sixteen hold nothing
+    mask = model.draw_mask(half, torch.Generator().manual_seed(0)).view(2, 4, 4)
+    assert bool(mask[..., 2:].all()) and mask.flatten(1).sum(1).tolist() == [12, 12]
+    flat = model.draw_mask(torch.zeros(3, 1, 16, 16), torch.Generator().manual_seed(0))
+    assert flat.sum(1).tolist() == [12] * 3 and not flat[0].equal(flat[1])
+    assert model(half).mask.sum(1).tolist() == [12, 12]
 
 
 # ---- what the card asks

@@ -10,6 +10,10 @@ Transformer for Ophthalmic Image Classification", arXiv 2203.04614. Its code is 
 the decoder of pixels are held to that of its successor (Davidczy/Uni4Eye_pp); the gradients are our reading: whether a
 volume's are those of its slices (``gradient``), their weight, and two decoders. In the successor positions of volumes
 are zeros (``compat="authors"``) and a token of a volume predicts three slices of a square; here it predicts its cube.
+
+Of the successor there are, too, a head that mixes what is predicted for all places, by weights made of these places and
+of which task a picture is from (``tasks``), and masks that hide what holds much (``masking="entropy"``,
+:func:`patch_entropy`).
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from ...checks import (
     describe,
 )
 from ...nn.released import Released
+from ...types import stats_dtype
 from ..protocol import Step, TaskModel, Terms, trained
 from .decoder import AsymmetricDecoder, TokenEncoder, init_like_mae
 from .masks import check_mask, random_mask, take, visible_first
@@ -74,6 +79,42 @@ def _moved(x: Tensor, axis: int, by: int) -> Tensor:
     at = axis + 2
     places = (torch.arange(x.shape[at], device=x.device) + by).clamp(0, x.shape[at] - 1)
     return x.index_select(at, places)
+
+
+def patch_entropy(x: Tensor, size: int, span: tuple[float, float] | None = None, bins: int = 256) -> Tensor:
+    """(B, N) entropy in bits of the values of every patch, the mean over channels.
+
+    Args:
+        x: (B, C, H, W) or (B, C, H, W, D).
+        size: side of patches.
+        span: from which to which value bins reach; values beyond it do not count. By default each sample's own.
+        bins: how many, all equally wide; the last one holds its end, too.
+
+    Raises:
+        ValueError: a span that is empty.
+
+    >>> patch_entropy(torch.tensor([[[[0.0, 1.0, 2.0, 2.0], [2.0, 3.0, 2.0, 2.0]]]]), 2, bins=4).tolist()
+    [[2.0, 0.0]]
+    """
+    _check_input("x", x, x.shape[1] if isinstance(x, Tensor) and x.dim() > 1 else 1)
+    check_int("bins", bins, least=1)
+    rows = to_patches(x, size).unflatten(-1, (-1, x.shape[1])).mT  # (B, N, C, P)
+    rows = rows.to(stats_dtype(rows.dtype))
+    if span is None:
+        flat = x.flatten(1).to(rows.dtype)
+        low, high = (t.view(-1, 1, 1, 1) for t in (flat.amin(1), flat.amax(1)))
+        high = torch.where(high > low, high, low + 1)
+    else:
+        if not span[0] < span[1]:
+            raise ValueError(f"span must go from a value to a larger one, got {span}")
+        low, high = rows.new_tensor(span[0]), rows.new_tensor(span[1])
+    at = ((rows - low) / (high - low) * bins).floor()
+    inside = (rows >= low) & (rows <= high)
+    at = at.clamp(0, bins - 1).long()
+    counts = torch.zeros(*rows.shape[:3], bins, dtype=rows.dtype, device=rows.device)
+    counts = counts.scatter_add(-1, at, inside.to(rows.dtype))
+    share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    return torch.special.entr(share).sum(-1).mean(-1) / math.log(2)
 
 
 class Seen(NamedTuple):
@@ -158,24 +199,57 @@ class PatchDecoder(AsymmetricDecoder):
     Args:
         encoder: whose tokens it reads.
         dim, depth, num_heads, mlp_ratio: of the blocks.
-        compat: as of the encoder.
+        compat: as of the encoder; with ``tasks``, blocks read what is above 0 only, too.
+        tasks: how many, for :meth:`mixed`.
     """
 
     def __init__(
-        self, encoder: UnifiedEncoder, dim: int, depth: int, num_heads: int, mlp_ratio: float, compat: str | None
-    ):
+        self, encoder: UnifiedEncoder, dim: int, depth: int, num_heads: int, mlp_ratio: float, compat: str | None,
+        tasks: int | None = None,
+    ):  # fmt: skip
         super().__init__(encoder.dim, dim, depth, num_heads, mlp_ratio)
         self.grids = encoder.grids
         self.head2 = nn.Linear(dim, encoder.patch_size**2 * encoder.in_chans)
         self.head3 = nn.Linear(dim, encoder.patch_size**3 * encoder.in_chans)
-        self.compat = compat
+        self.compat, self.tasks = compat, tasks
         fixed_table(self, 3)  # refuses widths that are too small for three axes
+        if tasks is not None:
+            total = math.prod(self.grids[2])
+            self.controller = nn.Linear(1 + total + check_int("tasks", tasks, least=1), total * (total + 1))
 
     def patches(self, seen: Seen, mask: Tensor) -> Tensor:
         """(B, N, P C) of every patch."""
+        x = self._places(seen, mask)
+        return self._pixels(x.relu() if self.tasks is not None and self.compat else x, len(seen.grid))
+
+    def mixed(self, seen: Seen, mask: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+        """The patches, and ``W patches + b`` over all places, of weights that places and the task make.
+
+        ``[W, b] = A [mean relu(x), one_hot(task)] + a`` with the mean over channels of every place.
+
+        Args:
+            seen: of the encoder.
+            mask: (B, N) boolean.
+            task: (B,) numbers of tasks.
+        """
+        total = math.prod(self.grids[2])
+        if math.prod(seen.grid) != total:
+            raise ValueError(f"x of {math.prod(seen.grid)} patches does not fit tasks, which are for {total} patches")
+        x = self._places(seen, mask)
+        above = x.relu()
+        which = F.one_hot(task, self.tasks or 1).to(x.dtype)
+        weights = self.controller(torch.cat([above.mean(-1), which], 1))
+        found = self._pixels(above if self.compat else x, len(seen.grid))
+        return found, torch.baddbmm(
+            weights[:, total**2 :, None], weights[:, : total**2].unflatten(1, (total, -1)), found
+        )
+
+    def _places(self, seen: Seen, mask: Tensor) -> Tensor:
         x = self.placed(seen.tokens, mask, prefix=1)
-        x = x + F.pad(_table(self, seen.grid, x), (0, 0, 1, 0))  # the class token has none
-        return (self.head2 if len(seen.grid) == 2 else self.head3)(self(x)[-1][:, 1:])
+        return x + F.pad(_table(self, seen.grid, x), (0, 0, 1, 0))  # the class token has none
+
+    def _pixels(self, x: Tensor, rank: int) -> Tensor:
+        return (self.head2 if rank == 2 else self.head3)(self(x)[-1][:, 1:])
 
 
 class Reconstructed(NamedTuple):
@@ -185,11 +259,13 @@ class Reconstructed(NamedTuple):
         patches: (B, N, P C), pixels of every patch.
         gradients: the same of magnitudes, or ``None`` without that decoder.
         mask: (B, N) boolean, True for those that were hidden.
+        mixed: (B, N, P C), patches as the task mixes them, which the loss judges; ``None`` without a task.
     """
 
     patches: Tensor
     gradients: Tensor | None
     mask: Tensor
+    mixed: Tensor | None = None
 
 
 class Uni4Eye(TaskModel):
@@ -203,7 +279,13 @@ class Uni4Eye(TaskModel):
             second decoder. (unsure)
         gradient_weight: of its error. (unsure) Sobel's sums are 8 times a slope in pictures, 32 times in volumes.
         norm_targets: pixels of a patch are standardized before they are compared.
-        compat: ``"authors"``: positions of volumes are zeros, as in the successor's release.
+        compat: ``"authors"``: positions of volumes are zeros, as in the successor's release, and with ``tasks`` its
+            decoder reads what is above 0 only.
+        tasks: how many tasks pictures are from (7 in the successor): given one, patches are mixed for it. For as many
+            patches as a picture of ``img_size`` has.
+        masking: ``"random"``, or ``"entropy"``: hidden are the patches whose random number times their entropy,
+            brought to [0, 1] in every sample, is highest.
+        entropy_span: of :func:`patch_entropy`; (0, 256) in the successor.
 
     Shape:
         x: (B, in_chans, H, W) or (B, in_chans, H, W, D), of any size. Returns :class:`Reconstructed`.
@@ -218,9 +300,12 @@ class Uni4Eye(TaskModel):
         self, img_size: int = 224, volume_size: Sequence[int] | None = None, patch_size: int = 16, in_chans: int = 3,
         dim: int = 768, depth: int = 12, num_heads: int = 12, decoder_dim: int = 512, decoder_depth: int = 8,
         decoder_heads: int = 16, mlp_ratio: float = 4.0, mask_ratio: float = 0.75, gradient: str | None = "volume",
-        gradient_weight: float = 1.0, norm_targets: bool = False, compat: str | None = None,
+        gradient_weight: float = 1.0, norm_targets: bool = False, compat: str | None = None, tasks: int | None = None,
+        masking: str = "random", entropy_span: tuple[float, float] | None = None,
     ):  # fmt: skip
         super().__init__()
+        check_choice("masking", masking, ("random", "entropy"))
+        self.masking, self.entropy_span, self.tasks = masking, entropy_span, tasks
         check_choice("gradient", gradient, GRADIENTS)
         self.gradient, self.norm_targets = gradient, norm_targets
         self.mask_ratio = check_real("mask_ratio", mask_ratio, above=0, below=1)
@@ -229,9 +314,11 @@ class Uni4Eye(TaskModel):
             img_size, volume_size, patch_size, in_chans, dim, depth, num_heads, mlp_ratio, compat
         )
         more = (decoder_dim, decoder_depth, decoder_heads, mlp_ratio, compat)
-        self.decoder = PatchDecoder(self.encoder, *more)
+        self.decoder = PatchDecoder(self.encoder, *more, tasks)
         self.edges = None if gradient is None else PatchDecoder(self.encoder, *more)
         init_like_mae(self)
+        if tasks is not None:
+            self.decoder.controller.reset_parameters()
 
     def grid_of(self, x: Tensor) -> tuple[int, ...]:
         """Patches along every axis."""
@@ -246,14 +333,22 @@ class Uni4Eye(TaskModel):
         """(B, N) boolean, True for hidden."""
         device = x.device if generator is None else generator.device
         total = math.prod(self.grid_of(x))
+        if self.masking == "entropy":
+            held = patch_entropy(x.detach(), self.encoder.patch_size, self.entropy_span)
+            held = held - held.amin(1, keepdim=True)
+            most = held.amax(1, keepdim=True)
+            held = torch.where(most > 0, held / torch.where(most > 0, most, 1), 1.0)  # all alike: at random
+            noise = torch.rand(held.shape, generator=generator, device=device, dtype=held.dtype).to(x.device) * held
+            return noise.argsort(1).argsort(1) >= total - self.hidden_of(x)
         return random_mask(len(x), total, self.hidden_of(x), generator=generator, device=device).to(x.device)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Reconstructed:
+    def forward(self, x: Tensor, mask: Tensor | None = None, task: Tensor | None = None) -> Reconstructed:
         """Reconstruct pictures or volumes.
 
         Args:
             x: (B, in_chans, H, W) or (B, in_chans, H, W, D).
             mask: (B, N) or (B, *patches) boolean, True for hidden, equally many of every sample; drawn by default.
+            task: (B,) number of the task of every sample, for a model with ``tasks``.
 
         Raises:
             ValueError: other channels or axes, a mask that hides nothing or everything.
@@ -264,7 +359,16 @@ class Uni4Eye(TaskModel):
         mask, hidden = check_mask(mask, len(x), self.grid_of(x), self.hidden_of(x))
         seen = self.encoder(x, mask, hidden)
         edges = None if self.edges is None else self.edges.patches(seen, mask)
-        return Reconstructed(self.decoder.patches(seen, mask), edges, mask)
+        if task is None:
+            return Reconstructed(self.decoder.patches(seen, mask), edges, mask)
+        if self.tasks is None:
+            raise ValueError("task is given, but the model was built without tasks")
+        check_whole("task", task)
+        if task.shape != x.shape[:1]:
+            raise ValueError(f"task must be ({len(x)},) numbers of tasks, got {describe(task)}")
+        check_within("task", task, self.tasks, "task")
+        patches, mixed = self.decoder.mixed(seen, mask, task)
+        return Reconstructed(patches, edges, mask, mixed)
 
     def loss(self, prediction: Reconstructed, target: Tensor) -> Terms:
         """``pixels`` and ``gradients`` of hidden patches.
@@ -275,7 +379,8 @@ class Uni4Eye(TaskModel):
         """
         _check_input("target", target, self.encoder.in_chans)
         size = self.encoder.patch_size
-        terms = {"pixels": patch_error(prediction.patches, target, prediction.mask, size, self.norm_targets)}
+        told = prediction.patches if prediction.mixed is None else prediction.mixed
+        terms = {"pixels": patch_error(told, target, prediction.mask, size, self.norm_targets)}
         if prediction.gradients is not None:
             slopes = sobel(target.detach(), self.gradient == "slices")
             terms["gradients"] = self.gradient_weight * patch_error(prediction.gradients, slopes, prediction.mask, size)
@@ -356,24 +461,37 @@ class EyeClassifier(TaskModel):
         return {"class": F.cross_entropy(prediction, target)}
 
 
-def convert(state_dict: Any) -> dict[str, Tensor]:
-    """From the successor's ``MaskedAutoencoderViT_partial23D``, for a :class:`Uni4Eye` with ``gradient=None``.
+def convert(state_dict: Any, model: Uni4Eye | None = None) -> dict[str, Tensor]:
+    """From the successor's ``MaskedAutoencoderViT_partial23D``, ``_partial`` or ``_partial_imgen``.
 
-    Its tables are fixed and are computed here; its task-conditioned head and two maps that never run are left out. Its
-    prediction of volumes fits where ``3 patch_size^2 == in_chans patch_size^3``, and is refused elsewhere by its shape.
+    For a :class:`Uni4Eye` with ``gradient=None``. Its tables are fixed and are computed here; a map that never runs is
+    left out, and its head for tasks where ``model`` has none. Its prediction of volumes fits where ``3 patch_size^2 ==
+    in_chans patch_size^3``, and is refused elsewhere by its shape. The latter two classes know no volumes: what reads
+    and predicts them stays as ``model`` has it.
     """
     theirs = Released(state_dict, "the authors' MaskedAutoencoderViT_partial23D")
-    theirs.leave(r"(decoder_)?pos_embed[23]", "fixed tables, which are computed")
-    theirs.leave(r"(mlp|controller)\..*", "the successor's head for tasks, and a map that never runs")
-    return theirs.close(
-        theirs.renamed(
-            {
-                r"patch_embed\.proj([23])\.(.*)": r"encoder.stem\1.\2",
-                r"cls_token": lambda match, value: {"encoder.cls_token": value.flatten()},
-                r"(blocks|norm)\.(.*)": r"encoder.body.\1.\2",
-                r"mask_token": lambda match, value: {"decoder.mask_token": value.flatten()},
-                r"decoder_(embed|blocks|norm)\.(.*)": r"decoder.\1.\2",
-                r"decoder_pred([23])\.(.*)": r"decoder.head\1.\2",
-            }
-        )
+    theirs.leave(r"(decoder_)?pos_embed[23]?", "fixed tables, which are computed")
+    theirs.leave(r"mlp\..*", "a map that never runs")
+    if model is None or model.tasks is None:
+        theirs.leave(r"controller\..*", "the successor's head for tasks")
+    flat = "patch_embed.proj.weight" in theirs
+    if flat and model is None:
+        raise ValueError("state_dict knows pictures only; give the model whose parts for volumes are to stay")
+    out = theirs.renamed(
+        {
+            r"patch_embed\.proj([23])\.(.*)": r"encoder.stem\1.\2",
+            r"patch_embed\.proj\.(.*)": r"encoder.stem2.\1",
+            r"cls_token": lambda match, value: {"encoder.cls_token": value.flatten()},
+            r"(blocks|norm)\.(.*)": r"encoder.body.\1.\2",
+            r"mask_token": lambda match, value: {"decoder.mask_token": value.flatten()},
+            r"decoder_(embed|blocks|norm)\.(.*)": r"decoder.\1.\2",
+            r"decoder_pred([23])\.(.*)": r"decoder.head\1.\2",
+            r"decoder_pred\.(.*)": r"decoder.head2.\1",
+            r"controller\.weight": lambda match, value: {"decoder.controller.weight": value.flatten(1)},
+            r"controller\.bias": "decoder.controller.bias",
+        }
     )
+    if flat and model is not None:
+        own = model.state_dict()
+        out |= {k: v for k, v in own.items() if k.startswith(("encoder.stem3.", "decoder.head3."))}
+    return theirs.close(out)
