@@ -13,10 +13,11 @@ import attnlib
 from attnlib.check import Case, check
 from attnlib.models.build import load_pretrained, model_entry
 from attnlib.models.detect.boxes import overlaps
-from attnlib.models.detect.deyolo import DEYOLO, _focused, convert
+from attnlib.models.detect.deyolo import DEYOLO, FocusedBlock, _focused, convert
 from attnlib.nn.multimodal.deyolo import BiFocus, DualEnhancement, Focus, checkerboard, from_checkerboard
 from attnlib.nn.released import Released
 from tests.parity import synthetic
+from tests.whole import Whole, renamer
 
 PATH = Path(__file__).parents[1] / "fixtures" / "models" / "deyolo.safetensors"
 with safe_open(PATH, "pt") as held:
@@ -64,6 +65,35 @@ def gradients_hold(case, prefix, module, convert_names):
 
 
 # ---- the parts
+
+
+@pytest.mark.parametrize("case", ["bifocus", "c2f", "c2f_eval", "dea"])
+def test_parts_of_other_widths_groups_and_sides(case):
+    """Their BiFocus(8, 12), C2f_BiFocus(8, 12, 2, True, 2, .7) and (8, 16, 1, False, 4, .25), DEA of other kernels."""
+    module = {
+        "bifocus": lambda: BiFocus(8, out_dim=12),
+        "c2f": lambda: FocusedBlock(8, 2, True, out_dim=12, groups=2, expansion=0.7),
+        "c2f_eval": lambda: FocusedBlock(8, 1, out_dim=16, groups=4, expansion=0.25),
+        "dea": lambda: DualEnhancement(8, 12, 4, first=(3, 2), sides=(5, 3)),
+    }[case]()
+    for part in module.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.eps, part.momentum = 1e-5, 0.1
+
+    def call(module, inputs):
+        out = module(*(x.permute(0, 2, 3, 1) for x in inputs.values()))
+        y = DualEnhancement.merge(*out) if len(inputs) == 2 else out
+        return {"y": y.permute(0, 3, 1, 2).contiguous()}
+
+    whole, rule = Whole("deyolo-forms"), module.convert_state_dict
+    whole.holds(case, module, rule, call, renamer(rule, whole.state(case)))
+
+
+def test_blocks_need_channels_in_between():
+    with pytest.raises(ValueError, match="leaves no channels"):
+        FocusedBlock(4, expansion=0.1)
+    with pytest.raises(ValueError, match="groups"):
+        FocusedBlock(6, groups=2)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])

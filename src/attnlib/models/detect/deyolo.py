@@ -35,10 +35,25 @@ SIDES = (80, 40, 20)
 
 
 class FocusedBlock(nn.Sequential):
-    """A :class:`CSPBlock`, and a :class:`BiFocus` after it."""
+    """A :class:`CSPBlock`, and a :class:`BiFocus` after it.
 
-    def __init__(self, dim: int, depth: int = 1, shortcut: bool = False):
-        super().__init__(CSPBlock(dim, dim, depth, shortcut, **NORM), BiFocus(dim, **NORM))
+    Args:
+        dim, depth, shortcut, groups, expansion: of the former.
+        out_dim: channels out; ``dim`` by default.
+    """
+
+    def __init__(
+        self, dim: int, depth: int = 1, shortcut: bool = False, out_dim: int | None = None, groups: int = 1,
+        expansion: float = 0.5,
+    ):  # fmt: skip
+        out = dim if out_dim is None else check_int("out_dim", out_dim, least=2)
+        super().__init__(CSPBlock(dim, out, depth, shortcut, groups, expansion, **NORM), BiFocus(out, **NORM))
+
+    @staticmethod
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From the authors' ``C2f_BiFocus``."""
+        theirs = Released({f"block.{k}": v for k, v in state_dict.items()}, "the authors' C2f_BiFocus")
+        return theirs.close(theirs.renamed({**block_rules("block", "0"), **BiFocus.rules(r"block\.bifocus\.", "1.")}))
 
 
 class DEYOLO(AnchorFreeDetector):

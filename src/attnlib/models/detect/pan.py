@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_int, check_ints, describe
+from ...checks import check_divides, check_int, check_ints, check_real, describe
 from ...nn.layers import ConvNorm, resize_map
 from ...nn.multimodal.deyolo import HELD, conv_rules
 from ...nn.released import Rule
@@ -30,11 +30,11 @@ def conv(dim: int, out_dim: int, kernel_size: int = 1, stride: int = 1, **norm: 
 
 
 class Bottleneck(nn.Module):
-    """``conv_3(conv_3(x))``, plus x where there is a shortcut."""
+    """``conv_3(conv_3(x))``, plus x where there is a shortcut; the second convolution may have ``groups``."""
 
-    def __init__(self, dim: int, shortcut: bool, **norm: Any):
+    def __init__(self, dim: int, shortcut: bool, groups: int = 1, **norm: Any):
         super().__init__()
-        self.convs = nn.Sequential(conv(dim, dim, 3, **norm), conv(dim, dim, 3, **norm))
+        self.convs = nn.Sequential(conv(dim, dim, 3, **norm), conv(dim, dim, 3, groups=groups, **norm))
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,23 +46,31 @@ class CSPBlock(nn.Module):
 
     Args:
         dim: channels in.
-        out_dim: channels out; half as many in between.
+        out_dim: channels out.
         depth: bottlenecks.
         shortcut: past each of them.
+        groups: of the second convolution of each.
+        expansion: channels in between, as a share of those out.
         norm: ``eps`` and ``momentum`` of the norms.
 
     >>> CSPBlock(8, 12, 2, True).eval()(torch.randn(1, 5, 6, 8)).shape
     torch.Size([1, 5, 6, 12])
     """
 
-    def __init__(self, dim: int, out_dim: int, depth: int = 1, shortcut: bool = False, **norm: Any):
+    def __init__(
+        self, dim: int, out_dim: int, depth: int = 1, shortcut: bool = False, groups: int = 1, expansion: float = 0.5,
+        **norm: Any,
+    ):  # fmt: skip
         super().__init__()
         check_int("dim", dim, least=1)
         check_int("out_dim", out_dim, least=2)
         check_int("depth", depth, least=0)
-        half = out_dim // 2
+        half = int(out_dim * check_real("expansion", expansion, above=0))
+        if not half:
+            raise ValueError(f"expansion={expansion} of out_dim={out_dim} leaves no channels in between")
+        check_divides("groups", check_int("groups", groups, least=1), "the channels in between", half)
         self.split = conv(dim, 2 * half, **norm)
-        self.blocks = nn.ModuleList(Bottleneck(half, shortcut, **norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(Bottleneck(half, shortcut, groups, **norm) for _ in range(depth))
         self.join = conv((2 + depth) * half, out_dim, **norm)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -344,23 +344,31 @@ class BiFocus(nn.Module):
     Args:
         dim: channels.
         eps, momentum: of the norms.
+        out_dim: channels out; ``dim`` by default.
 
     >>> BiFocus(8).eval()(torch.randn(1, 5, 6, 8)).shape
     torch.Size([1, 5, 6, 8])
     """
 
-    def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1):
+    def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1, out_dim: int | None = None):
         super().__init__()
         self.dim = check_int("dim", dim, least=1)
         settings: dict[str, Any] = dict(activation=nn.SiLU, eps=eps, momentum=momentum)
         self.focus = nn.ModuleList(Focus(dim, axis, **settings) for axis in (2, 1))
         self.depthwise = ConvNorm(3 * dim, 3 * dim, 3, groups=3 * dim, **settings)
-        self.pointwise = ConvNorm(3 * dim, dim, 1, **settings)
+        self.out_dim = dim if out_dim is None else check_int("out_dim", out_dim, least=1)
+        self.pointwise = ConvNorm(3 * dim, self.out_dim, 1, **settings)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, dim) -> the same."""
+        """(B, H, W, dim) -> (B, H, W, out_dim)."""
         check_maps(("x",), (x,), self.dim)
         return self.pointwise(self.depthwise(torch.cat([x, *(focus(x) for focus in self.focus)], -1)))
+
+    @classmethod
+    def convert_state_dict(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From the authors' ``BiFocus``."""
+        theirs = Released(state_dict, "the authors' BiFocus")
+        return theirs.close(theirs.renamed(cls.rules()))
 
     @staticmethod
     def rules(theirs: str = "", ours: str = "") -> dict[str, Rule]:
