@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from parity import HERE, Fixture
 from torch import nn
+from whole import drawn
 
 from attnlib.models.protocol import Optimizers, train_batch
 from attnlib.models.retrieval.subspaces import (
@@ -138,6 +139,32 @@ def test_a_learners_batch_leaves_the_others_rows_alone():
     assert (scores[16:20] == 1).all() and not scores[20:].any() and not scores[:16].any()
     model.score = torch.full((24,), 2.0)
     assert not model.taylor_scores().any() and not model.split()  # nothing stands out: no NaN
+
+
+@pytest.mark.parametrize(
+    ("beta", "value", "by_beta", "norm", "projection"),
+    [
+        ([float(torch.tensor(1.2))], 0.46909925364599503, [0.025], 0.4073434907364559, 0.03181148897713143),
+        ([1.2, 0.9, 1.4], 0.7880833424816136, [0.05, -0.1375, 0.4875], 0.27297987986070194, 0.145617102094467),
+    ],
+    ids=["one border", "a border per class"],
+)
+def test_borders_that_are_trained(beta, value, by_beta, norm, projection):
+    """Numbers of their MarginLoss with ``nu=0.3``, without and with ``class_specific_beta``, in float64."""
+    x = drawn("margin", (9, 5)).requires_grad_()
+    border = torch.tensor(beta, dtype=torch.float64, requires_grad=True)
+    target = torch.arange(9) // 3
+    loss = margin_loss(x / x.norm(dim=1, keepdim=True), target, beta=border, compat="authors", nu=0.3)
+    loss.backward()
+    assert loss.item() == pytest.approx(value, rel=1e-9)
+    torch.testing.assert_close(border.grad, torch.tensor(by_beta, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    assert x.grad.norm().item() == pytest.approx(norm, rel=1e-9)
+    wave = torch.cos(torch.arange(45, dtype=torch.float64) * 0.9).view_as(x)
+    assert (x.grad * wave).sum().item() == pytest.approx(projection, rel=1e-8)
+    with pytest.raises(ValueError, match="class"):
+        margin_loss(x, target, beta=torch.ones(2))
+    with pytest.raises(ValueError, match="beta must be"):
+        margin_loss(x, target, beta=torch.ones(2, 2))
 
 
 def test_without_a_split_it_is_one_margin_loss():

@@ -22,7 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_axes, check_choice, check_flag, check_int, check_real, check_type, check_whole, shaped
+from ...checks import (
+    check_axes,
+    check_choice,
+    check_flag,
+    check_int,
+    check_real,
+    check_type,
+    check_whole,
+    check_within,
+    describe,
+    shaped,
+)
 from ...extras import need
 from ..protocol import TaskModel, Terms
 
@@ -244,10 +255,10 @@ class SubspaceEmbedding(TaskModel):
 
 @shaped(vectors="float (B, D)")
 def margin_loss(
-    vectors: Tensor, target: Tensor, margin: float = 0.2, beta: float = 1.2, cutoff: float = 0.5,
-    compat: str | None = None,
+    vectors: Tensor, target: Tensor, margin: float = 0.2, beta: float | Tensor = 1.2, cutoff: float = 0.5,
+    compat: str | None = None, nu: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """``sum [d(a, p) - beta + m]_+ + [beta - d(a, n) + m]_+`` over pairs, divided by how many are not zero.
+    """``(sum [d(a, p) - beta + m]_+ + [beta - d(a, n) + m]_+ + nu |beta|) / P`` over pairs, P of which are not zero.
 
     Every anchor has its k positives and, drawn by distance, the k nearest negatives that lie at ``cutoff`` or beyond
     (nearer ones where there are not so many).
@@ -256,10 +267,11 @@ def margin_loss(
         vectors: usually of unit length.
         target: (B,) classes.
         margin: m.
-        beta: the border between near and far.
+        beta: the border between near and far: a number, a tensor of one that is trained, or of one for every class.
         cutoff: least distance of a negative, unless there are too few.
         compat: ``"authors"``: all anchors get as many negatives as anchors have positives on average, and lists of
             pairs are cut to the shortest, which joins anchors with positives of others where classes are unequal.
+        nu: of the sum of ``beta`` over anchors that takes part, one summand of every pair; of a single ``beta``, once.
 
     Raises:
         ValueError: no two samples of one class, or none of another.
@@ -271,6 +283,12 @@ def margin_loss(
     if target.shape != vectors.shape[:1]:
         raise ValueError(f"target must be ({len(vectors)},), got {tuple(target.shape)}")
     check_choice("compat", compat, COMPAT)
+    check_real("nu", nu, least=0)
+    if isinstance(beta, Tensor):
+        if beta.dim() > 1 or not beta.is_floating_point() or not beta.numel():
+            raise ValueError(f"beta must be a number, or a tensor of one for every class, got {describe(beta)}")
+        if beta.numel() > 1:
+            check_within("target", target, beta.numel(), "class")
     n = len(vectors)
     with torch.no_grad():
         x = vectors.detach()
@@ -296,9 +314,13 @@ def margin_loss(
             negatives = order[anchors, turn % count[anchors].clamp(min=1)]
     near = ((vectors[partners] - vectors[anchors]).square().sum(1) + 1e-8).sqrt()
     away = ((vectors[negatives] - vectors[anchors]).square().sum(1) + 1e-8).sqrt()
-    pull, push = (near - beta + margin).relu(), (beta - away + margin).relu()
+    border = beta[target[anchors]] if isinstance(beta, Tensor) and beta.numel() > 1 else beta
+    pull, push = (near - border + margin).relu(), (border - away + margin).relu()
     active = ((pull > 0) | (push > 0)).sum()
-    return (pull + push).sum() / active.clamp(min=1)
+    total = (pull + push).sum()
+    if nu:
+        total = total + nu * torch.where(active > 0, torch.as_tensor(border, dtype=total.dtype).abs().sum(), 0.0)
+    return total / active.clamp(min=1)
 
 
 def _as_theirs(pairs: Tensor, drawn: Tensor, each: int) -> tuple[Tensor, Tensor, Tensor]:
