@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from whole import Whole, renamer
+from whole import Whole, drawn, renamer
 
 import attnlib
 from attnlib.models.bags import baselines
@@ -136,6 +136,50 @@ def test_bags_of_a_batch_are_bags_alone(name):
         model.loss(both, target[:2])
     with pytest.raises(ValueError, match="class"):
         model.loss(both, target + 1)
+
+
+@pytest.mark.parametrize("case", ["maxmin", "max", "vector"])
+def test_both_tiers_of_pseudo_bags(case):
+    """One step of the release's training, of instances dealt out in the same order."""
+    whole = Whole("acmil-dtfd")
+    model = baselines.DTFD(12, 3, 16, **whole.cases[case]["note"])
+    noise = drawn("noise", (1, whole.cases[case]["inputs"]["bags"][1]))
+
+    def call(model, inputs):
+        found = model(inputs["bags"], noise=noise)
+        loss = sum(model.loss(found, torch.tensor([2])).values())
+        return {"logits": found.logits, "groups": found.groups, "loss": loss}
+
+    whole.holds(case, model, model.convert_state_dict, call, renamer(model.convert_state_dict, whole.state(case)))
+
+
+def test_pseudo_bags():
+    torch.manual_seed(0)
+    model = attnlib.create_model("dtfd", in_chans=6, num_classes=3, dim=8)
+    assert counted_params(model_entry("dtfd")) == model_entry("dtfd").params
+    x, valid = torch.randn(2, 11, 6), torch.ones(2, 11, dtype=torch.bool)
+    valid[0, 5:] = False
+    x[~valid] = math.nan
+    assert not model(x, valid).logits.equal(model(x, valid).logits)  # dealt out anew
+    model.eval()
+    both = model(x, valid)
+    alone = [model(x[:1, :5]), model(x[1:])]
+    torch.testing.assert_close(both.logits, torch.cat([a.logits for a in alone]))
+    torch.testing.assert_close(both.groups, torch.cat([a.groups for a in alone]))
+    terms = model.loss(both, torch.tensor([0, 2]))
+    terms["bag"].backward()
+    moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert moved == {"pool", "head"}  # nothing reaches the first tier
+    torch.testing.assert_close(model.predict(x, valid).sum(-1), torch.ones(2))
+    assert model(torch.zeros(0, 4, 6)).groups.shape == (0, 4, 3)
+    for bad, match in (
+        (dict(bags=torch.zeros(1, 3, 6)), "must hold 4 instances"),
+        (dict(bags=torch.zeros(1, 5, 6), noise=torch.zeros(1, 4)), "noise must be"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            model(**bad)
+    with pytest.raises(ValueError, match="target"):
+        model.loss(both, torch.tensor([0]))
 
 
 def test_counts_and_checkpoints():

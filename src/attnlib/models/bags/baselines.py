@@ -12,6 +12,8 @@ All read features of instances ``x`` (B, N, C) and which of them exist:
   exchange what they know through a few latent vectors; one more set of these pools.
 - :class:`IBMIL` (Lin et al., 2023, arXiv 2303.06873): gated attention, and what the bag's vector reads of confounders,
   which are vectors of clusters of bags.
+- :class:`DTFD` (Zhang et al., 2022, arXiv 2203.12081): a bag is cut into pseudo-bags at random; what gated attention
+  makes of each tells which of its instances a second gated attention reads.
 - :class:`LBMIL`: the classifier of bags weighs the instances, too, by the exponentials of its scores.
 """
 
@@ -113,20 +115,20 @@ class Bags(TaskModel):
             prediction: of :meth:`forward`.
             target: (B,) classes.
         """
-        self._check_target(prediction, target)
+        _check_classes(prediction.logits, target, self.num_classes)
         return {"bag": F.cross_entropy(prediction.logits, target)}
-
-    def _check_target(self, prediction: BagScores, target: Tensor) -> None:
-        check_tensor("target", target)
-        check_whole("target", target)
-        if target.shape != prediction.logits.shape[:1] or not len(target):
-            count = len(prediction.logits)
-            raise ValueError(f"target must be ({count},) classes of at least one bag, got {describe(target)}")
-        check_within("target", target, self.num_classes, "class")
 
     def predict(self, bags: Tensor, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """(B, classes) probabilities."""
         return self(bags, valid).logits.softmax(-1)
+
+
+def _check_classes(logits: Tensor, target: Tensor, num_classes: int) -> None:
+    check_tensor("target", target)
+    check_whole("target", target)
+    if target.shape != logits.shape[:1] or not len(target):
+        raise ValueError(f"target must be ({len(logits)},) classes of at least one bag, got {describe(target)}")
+    check_within("target", target, num_classes, "class")
 
 
 def _weighed(scores: Tensor, valid: Tensor) -> Tensor:
@@ -234,7 +236,7 @@ class DSMIL(Bags):
         return self._told(self.head(weights @ self.value(bags)).squeeze(-1), bags, weights, each)
 
     def loss(self, prediction: BagScores, target: Tensor) -> Terms:
-        self._check_target(prediction, target)
+        _check_classes(prediction.logits, target, self.num_classes)
         return {
             "bag": 0.5 * F.cross_entropy(prediction.logits, target),
             "instances": 0.5 * F.cross_entropy(prediction.instances.amax(1), target),
@@ -316,7 +318,7 @@ class CLAM(Bags):
 
     def loss(self, prediction: BagScores, target: Tensor) -> Terms:
         """``bag`` and ``instances``, weighed."""
-        self._check_target(prediction, target)
+        _check_classes(prediction.logits, target, self.num_classes)
         found = []
         for weights, h, label in zip(prediction.weights, prediction.features, target.tolist(), strict=True):
             there = (weights > 0).any(0)
@@ -640,6 +642,136 @@ class IBMIL(Bags):
         return theirs.close(out)
 
 
+class TieredScores(NamedTuple):
+    """What both tiers say of bags.
+
+    Args:
+        logits: (B, classes), of the second.
+        groups: (B, G, classes), of the first, of every pseudo-bag.
+    """
+
+    logits: Tensor
+    groups: Tensor
+
+
+class DTFD(TaskModel):
+    """Two tiers of gated attention: pseudo-bags, and instances that they choose.
+
+    An instance's scores are its share of the pseudo-bag's vector times the first head's weights; instances are sorted
+    by the probability of the last class. No gradient goes from the second tier to the first.
+
+    Args:
+        in_chans, num_classes: as of :class:`Bags`.
+        dim: width of instances behind the first map.
+        hidden_dim: of both gates.
+        groups: G, pseudo-bags.
+        instances: how many the second tier reads; ``instances // groups`` of either end of every pseudo-bag.
+        distill: ``"max-min"``: of both ends; ``"max"``: of the first; ``"vector"``: the vectors of pseudo-bags.
+
+    In training instances are dealt out at random. In evaluation they stay in their order, where the release draws
+    again, unless ``noise`` is given.
+
+    >>> DTFD(8, 2, 8)(torch.randn(3, 9, 8)).groups.shape
+    torch.Size([3, 4, 2])
+    """
+
+    head_names = ("head.", "first_head.")
+    input_name = "embed.weight"
+
+    def __init__(
+        self, in_chans: int = 384, num_classes: int = 2, dim: int = 128, hidden_dim: int = 128, groups: int = 4,
+        instances: int = 4, distill: str = "max-min",
+    ):  # fmt: skip
+        super().__init__()
+        self.in_chans = check_int("in_chans", in_chans, least=1)
+        self.num_classes = check_int("num_classes", num_classes, least=1)
+        self.groups = check_int("groups", groups, least=1)
+        self.each = check_int("instances", instances, least=groups) // groups
+        check_choice("distill", distill, ("max-min", "max", "vector"))
+        self.distill = distill
+        self.embed = nn.Linear(in_chans, check_int("dim", dim, least=1), bias=False)
+        self.first, self.pool = (ACMILPool(dim, 1, hidden_dim, top_k=0) for _ in range(2))
+        self.first_head, self.head = nn.Linear(dim, num_classes), nn.Linear(dim, num_classes)
+
+    def forward(self, bags: Tensor, valid: Tensor | None = None, noise: Tensor | None = None) -> TieredScores:
+        """Classes of bags and of their pseudo-bags.
+
+        Args:
+            bags: (B, N, in_chans).
+            valid: (B, N) boolean: which instances exist, G of every bag at least.
+            noise: (B, N) numbers in whose order instances are dealt out.
+
+        Raises:
+            ValueError: another shape, a bag of fewer instances than pseudo-bags.
+        """
+        bags = check_bags(bags, valid, self.in_chans)
+        there = bags.new_ones(bags.shape[:2], dtype=torch.bool) if valid is None else valid
+        if len(bags) and int(there.sum(1).min()) < self.groups:
+            raise ValueError(
+                f"bags must hold {self.groups} instances each, as groups says, got {there.sum(1).tolist()}"
+            )
+        if noise is None and self.training:
+            noise = torch.rand(bags.shape[:2], device=bags.device)
+        if noise is not None and noise.shape != bags.shape[:2]:
+            raise ValueError(f"noise must be {tuple(bags.shape[:2])}, got {describe(noise)}")
+        features, told, chosen = F.relu(self.embed(bags)), [], []
+        for b, h in enumerate(features):
+            at = there[b].nonzero().squeeze(1)
+            at = at if noise is None else at[noise[b, at].argsort()]
+            found = [self._group(h[part]) for part in at.tensor_split(self.groups)]
+            told.append(torch.stack([logits for logits, _ in found]))
+            chosen.append(torch.cat([read for _, read in found]).detach())
+        if not told:
+            return TieredScores(
+                features.new_zeros(0, self.num_classes), features.new_zeros(0, self.groups, self.num_classes)
+            )
+        vectors = torch.cat([self.pool(read.unsqueeze(0)) for read in chosen])
+        return TieredScores(self.head(vectors), torch.stack(told))
+
+    def _group(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (classes,) of a pseudo-bag (N, dim), and what the second tier reads of it."""
+        found = self.first.branches(h.unsqueeze(0))
+        shares = (found.weights.flatten()[:, None] * h) @ self.first_head.weight.mT
+        order = shares.softmax(-1)[:, -1].sort(descending=True).indices
+        read = {
+            "max-min": lambda: h[torch.cat([order[: self.each], order[-self.each :]])],
+            "max": lambda: h[order[: self.each]],
+            "vector": lambda: found.bag,
+        }[self.distill]()
+        return self.first_head(found.bag).squeeze(0), read
+
+    def loss(self, prediction: TieredScores, target: Tensor) -> Terms:
+        """``groups`` and ``bag``: cross entropy of the first tier, the mean over pseudo-bags, and of the second."""
+        logits, groups = prediction
+        _check_classes(logits, target, self.num_classes)
+        return {
+            "groups": F.cross_entropy(groups.flatten(0, 1), target.repeat_interleave(self.groups)),
+            "bag": F.cross_entropy(logits, target),
+        }
+
+    def predict(self, bags: Tensor, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """(B, classes) probabilities."""
+        return self(bags, valid).logits.softmax(-1)
+
+    @staticmethod
+    def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From the release's four modules, named as its script calls them.
+
+        ``dimReduction``, ``attention``, ``classifier``, and ``attCls`` (``UClassifier``) of the second tier.
+        """
+        theirs = Released(state_dict, "the release's modules of DTFD")
+        out = theirs.renamed(
+            {
+                r"dimReduction\.fc1\.weight": "embed.weight",
+                r"classifier\.fc\.(weight|bias)": r"first_head.\1",
+                r"(?:attCls|UClassifier)\.classifier\.fc\.(weight|bias)": r"head.\1",
+            }
+        )
+        out |= theirs.parts(r"attention\.(.*)", "first", ACMILPool.convert_state_dict)
+        out |= theirs.parts(r"(?:attCls|UClassifier)\.attention\.(.*)", "pool", ACMILPool.convert_state_dict)
+        return theirs.close(out)
+
+
 class LBMIL(Bags):
     """Instances are weighed by the exponentials of the classifier's scores, summed over classes.
 
@@ -701,3 +833,4 @@ _register("transmil", TransMIL, 193_298, in_chans=384)
 _register("ilra", ILRA, 3_032_322, in_chans=384)
 _register("ibmil", IBMIL, 82_563, in_chans=384)
 _register("lbmil", LBMIL, 49_410, in_chans=384)
+_register("dtfd", DTFD, 115_974, in_chans=384)
