@@ -16,6 +16,7 @@ from attnlib.models.detect.pan import PAN, CSPBackbone
 from attnlib.models.detect.sdanet import SelectiveAttention, SelectiveNeck
 from attnlib.nn.gates.global_context import GlobalContext
 from tests.parity import synthetic
+from tests.whole import Whole, renamer
 
 PATH = Path(__file__).parents[1] / "fixtures" / "models" / "sdanet-pidray.safetensors"
 with safe_open(PATH, "pt") as held:
@@ -114,6 +115,30 @@ def test_any_number_of_levels_keeps_their_grids(count):
     assert [y.shape[0] for y in neck.eval()([x[:0] for x in maps])] == [0] * count
     one = neck([x[:1] for x in maps])
     torch.testing.assert_close(one, [y[:1] for y in neck(maps)])
+
+
+@pytest.mark.parametrize("case", ["att_both", "avg_mul", "avg_add"])
+def test_contexts_that_multiply_and_plain_means(case):
+    """mmdetection's ContextBlock, of which their neck has attention and addition."""
+    whole = Whole("sdanet-context")
+    note = whole.cases[case]["note"]
+    model, rule = GlobalContext(16, 4, **note), GlobalContext.convert_state_dict
+
+    def call(model, inputs):
+        return {"y": model(inputs["x"].permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()}
+
+    whole.holds(case, model, rule, call, renamer(rule, whole.state(case)))
+    fresh, x = GlobalContext(16, 4, **note), torch.randn(2, 4, 5, 16)
+    gain = 0.5 if "multiply" in note.get("fusion", ()) else 1.0
+    torch.testing.assert_close(fresh(x), gain * x)
+    valid = torch.ones(2, 4, 5, dtype=torch.bool)
+    valid[:, 2:] = False
+    x[:, 2:] = torch.nan
+    trained = model.float()
+    torch.testing.assert_close(trained(x, valid)[:, :2], trained(x[:, :2]))
+    for wrong in ("add", (), ("sum",)):
+        with pytest.raises(ValueError, match="fusion"):
+            GlobalContext(16, fusion=wrong)
 
 
 def test_global_context():
