@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from attnlib.bench.studies.multimodal_models import canvases, clicks, depth, geometry, preferences
+from attnlib.bench.studies.multimodal_models import canvases, clicks, depth, geometry, maps, preferences
 
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS = ROOT / "docs" / "multimodal-models.md", ROOT / "benchmarks" / "results"
@@ -43,6 +43,20 @@ def test_geometry():
     found = held("multimodal-models-geometry")
     for world in geometry.WORLDS:
         assert on_page(f"geometry {world}") == geometry.table(found[world]["rows"])
+
+
+def test_maps_and_their_rates():
+    found = held("multimodal-models-maps")
+    assert on_page("maps") == maps.table(found["rows"])
+    assert [row["name"] for row in found["rows"]] == list(maps.CONTESTANTS)
+    tried = {row["name"]: row["overlap"]["mean"] for row in held("multimodal-models-maps-rates")["rows"]}
+    page = PAGE.read_text(encoding="utf-8")
+    for name in maps.LEARNING:
+        best = max(maps.TRIED, key=lambda rate: tried[f"{name}, {rate:g}"])
+        assert maps.RATES[name] == found["rates"][name] == best
+        cells = [f"{tried[f'{name}, {rate:g}']:.1f}" for rate in maps.TRIED]
+        cells = [f"**{c}**" if rate == best else c for c, rate in zip(cells, maps.TRIED, strict=True)]
+        assert f"| {' | '.join([name, *cells])} |" in page
 
 
 def test_what_anchors_keep():
