@@ -89,7 +89,7 @@ def test_parameters_are_the_authors():
 
 def test_it_starts_as_the_authors_class():
     made = GeoGLIP(16, (1, 1, 1, 1), (1, 2, 2, 2), 4, dim=32)
-    for name, m in made.body.named_modules():
+    for name, m in made.body.model.named_modules():
         if isinstance(m, nn.Linear):
             assert 0.9 * m.in_features**-0.5 < m.weight.abs().max() <= m.in_features**-0.5, name
     for conv in (*made.inner, *made.outer, made.p6, made.p7):
@@ -102,9 +102,11 @@ def test_it_starts_as_the_authors_class():
 def test_what_is_frozen_stays_as_it_is():
     made = small(drop_path_rate=0.5).train()
     fixed = {n for n, p in made.named_parameters() if not p.requires_grad}
-    assert any(n.startswith("body.stem") for n in fixed) and any(n.startswith("body.stages.2.blocks") for n in fixed)
-    assert not any(n.startswith(("body.stages.3.blocks", "norms", "inner", "boundary")) for n in fixed)
-    assert not made.body.stages[2].blocks[0].training and made.body.stages[3].blocks[0].training
+    assert any(n.startswith("body.model.stem") for n in fixed) and any(
+        n.startswith("body.model.stages.2.blocks") for n in fixed
+    )
+    assert not any(n.startswith(("body.model.stages.3.blocks", "body.norms", "inner", "boundary")) for n in fixed)
+    assert not made.body.model.stages[2].blocks[0].training and made.body.model.stages[3].blocks[0].training
     assert all(p.requires_grad for p in small(frozen=-1).parameters())
 
 

@@ -23,12 +23,11 @@ from torch import Tensor, nn
 
 from ...checks import check_divides, check_int, check_real
 from ...nn.layers import head_dim_of, merge_heads, split_heads
-from ...nn.partition.maxvit import PartitionAttention
 from ...nn.released import Released
 from ...ops import attention
 from ...types import stats_dtype
-from ..backbones import hosts
-from ..blocks import Place
+from ..backbones.stages import Stage
+from .swin_maps import SwinMaps
 
 
 class FourierUnit(nn.Module):
@@ -169,22 +168,8 @@ class GeoGLIP(nn.Module):
         self.drop = check_real("drop", drop, least=0, below=1)
         self.frozen = check_int("frozen", frozen, least=-1, most=len(depths) + 1)
 
-        def windows(place: Place) -> nn.Module:
-            return PartitionAttention(
-                place.dim, place.num_heads, window_size, rank=2, pad="zeros", keep_shift=True,
-                shift=window_size // 2 if place.block % 2 else 0,
-            )  # fmt: skip
-
-        self.body = hosts.swin(
-            windows, embed_dim, depths, num_heads, 4.0, drop_path_rate, 3, num_classes=0, img_size=(224, 224),
-            drop_rate=0.0, global_pool="avg",
-        )  # fmt: skip
-        self.body.norm = nn.Identity()
-        for module in self.body.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                module.reset_parameters()  # as the authors' class starts
-        dims = [embed_dim * 2**i for i in range(1, len(depths))]
-        self.norms = nn.ModuleList(nn.LayerNorm(d) for d in dims)
+        self.body = SwinMaps(embed_dim, depths, num_heads, window_size, 1, drop_path_rate)
+        dims = self.body.channels
         self.inner = nn.ModuleList(nn.Conv2d(d, dim, 1) for d in dims)
         self.outer = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in dims)
         self.p6, self.p7 = (nn.Conv2d(dim, dim, 3, 2, 1) for _ in range(2))
@@ -197,12 +182,13 @@ class GeoGLIP(nn.Module):
         self.train(self.training)
 
     def _still(self) -> list[nn.Module]:
-        held: list[nn.Module] = [self.body.stem] if self.frozen >= 0 else []
+        body = self.body.model
+        held: list[nn.Module] = [body.stem] if self.frozen >= 0 else []
         for i in range(max(self.frozen - 1, 0)):
-            stage = cast(hosts.Stage, self.body.stages[i])
+            stage = cast(Stage, body.stages[i])
             held += list(stage.blocks)
             # What ends a stage in the release begins the next one here.
-            after = self.body.stages[i + 1 : i + 2]
+            after = body.stages[i + 1 : i + 2]
             held += [cast(nn.Module, s.downsample) for s in after]
         return held
 
@@ -214,8 +200,7 @@ class GeoGLIP(nn.Module):
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> P3 to P7, finest first, (B, dim, h, w) each."""
-        maps = self.body.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)[1:]
-        fine = [norm(m).permute(0, 3, 1, 2) for norm, m in zip(self.norms, maps, strict=True)]
+        fine = self.body(images)
         levels: list[Tensor] = []
         above: Tensor | None = None
         for i in reversed(range(len(fine))):
@@ -238,9 +223,8 @@ class GeoGLIP(nn.Module):
         """The authors' GLIPVisionTower, alone or as ``glip_vision_tower`` of their merged tower."""
         wrappers = ("glip_vision_tower.", "glip_model.")
         theirs = Released(state_dict, "the authors' GLIPVisionTower", wrappers=wrappers)
-        norms = theirs.renamed(
+        rest = theirs.renamed(
             {
-                r"body\.norm(\d+)\.(weight|bias)": lambda m, value: {f"norms.{int(m[1]) - 1}.{m[2]}": value},
                 r"fpn\.fpn_(inner|layer)(\d+)\.(weight|bias)": lambda m, value: {
                     f"{'inner' if m[1] == 'inner' else 'outer'}.{int(m[2]) - 2}.{m[3]}": value
                 },
@@ -249,7 +233,5 @@ class GeoGLIP(nn.Module):
                 r"bjhead\.((?:ffc|bn1|merge_conv1|merge_bn[12]|merge_trans)\..+)": r"boundary.\1",
             }
         )
-        body = theirs.parts(
-            r"body\.(.+)", "body", lambda held: hosts.convert_swin(held, "GeoGLIP's Swin", hosts.own_attention)
-        )
-        return theirs.close(norms | body)
+        body = theirs.parts(r"body\.(.+)", "body", SwinMaps.convert_state_dict)
+        return theirs.close(rest | body)

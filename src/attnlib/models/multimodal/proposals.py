@@ -129,7 +129,8 @@ class UPN(nn.Module):
         temperature: of the places of the maps.
         groups: of the norms behind the projections of maps.
 
-    Defaults are those of UPN-L, whose backbone is Swin-L (192, 384, 768, 1536 channels).
+    Defaults are those of UPN-L, whose backbone is Swin-L, ``SwinMaps.named("swin_L_384_22k")`` of
+    :mod:`attnlib.models.multimodal.swin_maps`.
     """
 
     def __init__(
