@@ -10,7 +10,7 @@ import attnlib
 SOURCE = Path(attnlib.__file__).parent
 
 FLOORS = [
-    {"checks", "extras", "types", "grids", "masks", "positions", "normalizers"},
+    {"checks", "extras", "files", "types", "grids", "masks", "positions", "normalizers"},
     {"ops", "optim"},
     {"nn"},
     {"models", "hooks"},

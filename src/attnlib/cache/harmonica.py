@@ -22,7 +22,6 @@ Sampling blends nothing: a module runs where ``r > tau`` and otherwise is not ca
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -30,10 +29,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checks import check_axes, check_int, check_ints, check_real, check_type, plain, to_list
+from ..files import read_file
 from ..hooks.attach import attach
 from ..hooks.denoiser import CallSite, with_gradient
 from ..hooks.site import Site
@@ -141,15 +141,14 @@ class Router(nn.ModuleList):
         if Path(path).suffix == ".safetensors":
             from safetensors import safe_open
 
-            state = load_file(str(path))
+            state = read_file(path)
             with safe_open(str(path), "pt") as file:
                 known = json.loads((file.metadata() or {}).get("router", "{}"))
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                found = torch.load(path, map_location="cpu", weights_only=True)
+            found = read_file(path)
             state = found.get("routers", found) if isinstance(found, Mapping) else {}
             known = found.get("args", {}) if isinstance(found, Mapping) else {}
-            if isinstance(known, argparse.Namespace):
+            if not isinstance(known, Mapping):  # the options of their script
                 known = {"threshold": getattr(known, "ste_threshold", None)}
         names = {f"{i}.prob" for i in range(len(state))}
         if not state or set(state) != names or len({value.shape for value in state.values()}) != 1:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_int, check_real, check_type
+from ..files import read_file
 from ..optim import shown
 from . import agreement as agree
 from .agreement import LAYERWISE, Batch, Report
@@ -335,7 +336,9 @@ class Conversion:
     ) -> list[float]:  # fmt: skip
         if checkpoint is None or not Path(checkpoint).exists():
             return []
-        kept = torch.load(checkpoint, weights_only=True)
+        kept = read_file(checkpoint, "checkpoint")
+        if not isinstance(kept, Mapping) or "signature" not in kept:
+            raise ValueError(f"checkpoint={str(checkpoint)!r} was not written by a training of this kind")
         if kept["signature"] != signature:
             raise ValueError(
                 f"checkpoint={str(checkpoint)!r} was written by another training: {kept['signature']}, this one is "

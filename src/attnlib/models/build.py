@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_flag, check_int, check_ints, check_type, checked, describe
 from ..extras import need
+from ..files import read_file, state_dict_in
 from ..nn.registry import shared_acronym
-from ..nn.released import unwrapped
+from ..nn.released import WRAPPERS, unwrapped
 from ..positions import resized
 
 log = logging.getLogger("attnlib")
@@ -215,7 +216,8 @@ def create_model(
     entry = model_entry(name)
     check_flag("features_only", features_only)
     if not isinstance(pretrained, (bool, str, Path)):
-        raise TypeError(f"pretrained must be True, False or a path, got {describe(pretrained)}")
+        other = "; load_pretrained(model, state_dict) takes one" if isinstance(pretrained, Mapping) else ""
+        raise TypeError(f"pretrained must be True, False or a path, got {describe(pretrained)[:80]}{other}")
     if out_indices is not None and not features_only:
         raise ValueError("out_indices was given without features_only=True")
     given: dict[str, Any] = {
@@ -311,39 +313,28 @@ class Loaded:
         resized: tables that were interpolated to this model's size, and kernels of patches that were resampled.
         adapted: first convolutions that were changed to another number of channels.
         dropped: a head of another number of classes, which stays as it was initialised.
+        uncounted: numbers of batches that norms have seen, which old files do not hold; they stay as they were.
+        beside: entries of theirs that stand beside a whole model (of a loss that was trained with it, for example).
     """
 
     resized: list[str] = field(default_factory=list)
     adapted: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
-
-
-def _inside(held: Any) -> Any:
-    """The state dict within a training checkpoint; what is none as it is."""
-    for key in ("state_dict_ema", "model_ema", "params_ema", "state_dict", "model", "params"):
-        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
-            return held[key]
-    return held
+    uncounted: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file: ``.safetensors``, or what ``torch.save`` wrote, also inside a training checkpoint.
 
+    Whatever else a checkpoint holds (settings, an optimizer, a whole module instead of its state dict) does not matter,
+    and none of its code runs. Averaged weights go before others (:data:`attnlib.files.PLACES`).
+
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no state dict in it.
+        ValueError: no state dict in it, several of which nothing says which one is meant, or no such kind of file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"pretrained={str(path)!r} is no file")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    held = _inside(torch.load(path, map_location="cpu", weights_only=True))
-    if not isinstance(held, Mapping) or not all(isinstance(v, Tensor) for v in held.values()):
-        raise ValueError(f"{path} holds no state dict: a mapping from names to tensors was expected")
-    return dict(held)
+    return state_dict_in(read_file(path, "pretrained"), str(path))
 
 
 def load_pretrained(model: Any, source: str | Path | Mapping[str, Tensor] | None = None) -> Loaded:
@@ -361,11 +352,26 @@ def load_pretrained(model: Any, source: str | Path | Mapping[str, Tensor] | None
     entry: ModelEntry = model.entry
     if source is None:
         source = _fetch(entry)
-    state = dict(_inside(source)) if isinstance(source, Mapping) else read_weights(source)
+    if isinstance(source, nn.Module) or not isinstance(source, (Mapping, str, Path)):
+        raise TypeError(f"source must be a path, a state dict or None, got {describe(source)}")
+    state = state_dict_in(source, "source") if isinstance(source, Mapping) else read_weights(source)
     own, head = model.state_dict(), tuple(getattr(model, "head_names", ()))
-    theirs = {key for key in unwrapped(state) if key not in own and not (head and key.startswith(head))}
-    state = entry.convert(state, model) if theirs and entry.convert is not None else unwrapped(state)
     done = Loaded()
+    theirs, done.beside = _without(unwrapped(state), own)
+    if {key for key in theirs if key not in own and not (head and key.startswith(head))} and entry.convert is not None:
+        try:
+            state = entry.convert(state, model)
+        except ValueError:
+            if sum(key in own for key in theirs) <= len(own) // 2:
+                raise
+            state = theirs  # in our names: what is told below is what is amiss
+    else:
+        state = theirs
+    done.uncounted = [key for key in own if key not in state and key.endswith("num_batches_tracked")]
+    if len(done.uncounted) == sum(key.endswith("num_batches_tracked") for key in own):  # a file that counts none
+        state.update({key: own[key] for key in done.uncounted})
+    else:
+        done.uncounted = []
     for key in [k for k in state if k in own and state[k].shape != own[k].shape]:
         value, like = state[key], own[key]
         if key.startswith(head) and head:
@@ -393,12 +399,27 @@ def load_pretrained(model: Any, source: str | Path | Mapping[str, Tensor] | None
     if missing or left or other:
         parts = [f"{what}: {_some(names)}" for what, names in
                  (("missing", missing), ("left over", left), ("of another shape", other)) if names]  # fmt: skip
+        if head and missing and not left and not other and all(key.startswith(head) for key in missing):
+            parts.append("all of that is the head: num_classes=0 loads a file without one")
         raise ValueError(f"these are no weights of {entry.name!r}; {'; '.join(parts)}")
-    model.load_state_dict(state, strict=True)
-    for what, names in (("interpolated", done.resized), ("adapted", done.adapted), ("left new", done.dropped)):
+    if any(t.is_meta for t in own.values()):  # without storage: the file's tensors become the model's
+        model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=True, assign=True)
+    else:
+        model.load_state_dict(state, strict=True)
+    for what, names in (("interpolated", done.resized), ("adapted", done.adapted), ("left new", done.dropped),
+                        ("not counted in the file", done.uncounted), ("beside the model", done.beside)):  # fmt: skip
         if names:
             log.info("%s: %s %s", entry.name, what, ", ".join(names))
     return done
+
+
+def _without(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """A whole model of ours below a wrapper's name, and what stands beside it; everything where there is none."""
+    for wrapper in WRAPPERS:
+        part = unwrapped({key: value for key, value in state.items() if key.startswith(wrapper)})
+        if own.keys() <= part.keys() and not own.keys() <= state.keys():
+            return part, sorted(key for key in state if not key.startswith(wrapper))
+    return state, []
 
 
 def _some(names: Sequence[str]) -> str:

@@ -24,14 +24,19 @@ Rule = str | Callable[[re.Match[str], Tensor], Mapping[str, Tensor]]
 #: What wrappers put before every name: data parallel, ``torch.compile``, a model around its backbone.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 
+#: What tools write beside weights: counted operations (thop), of how many models one is the mean (``torch.optim``).
+_COUNTS = re.compile(r"(.*\.)?(total_ops|total_params)|n_averaged")
+
 
 def unwrapped(state_dict: Mapping[str, Any], more: Sequence[str] = ()) -> dict[str, Any]:
     """The same entries without the names of wrappers (and ``more`` of them) that stand before all of them.
 
+    Counts that tools write beside weights (``total_ops``, ``n_averaged``) are no entries.
+
     >>> unwrapped({"module.q.weight": 1, "module.q.bias": 2})
     {'q.weight': 1, 'q.bias': 2}
     """
-    entries = dict(state_dict)
+    entries = {key: value for key, value in state_dict.items() if not _COUNTS.fullmatch(str(key))}
     while entries:
         wrapper = next((w for w in (*WRAPPERS, *more) if all(str(key).startswith(w) for key in entries)), None)
         if wrapper is None:

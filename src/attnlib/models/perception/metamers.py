@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import check_axes, check_choice, check_int, check_real, check_type, checked
+from ...files import read_file, state_dict_in
 from ...grids import LogPolarWindows
 
 #: Convolutions of VGG-19 between pools, and the widths of their outputs in units of the first.
@@ -160,7 +161,7 @@ class FoveatedTransfer(nn.Module):
                 raise FileNotFoundError(
                     f"no weights at {path}: the authors' script download_models_and_stimuli.sh has them"
                 )
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            found = state_dict_in(read_file(path), str(path))
             part.load_state_dict(released_encoder(found) if part is parts[0] else found)
         return cls(*parts, overlap=overlap).eval()
 

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from ...checks import check_choice, check_flag, check_int, check_ints, check_real, check_type, checked, shaped
 from ...extras import need
+from ...files import read_file
 from ...hooks.attach import attach
 from ...hooks.intervention import Intervention
 from ...hooks.maps import Maps
@@ -810,7 +811,9 @@ class Personalize:
     ) -> list[dict[str, float]]:  # fmt: skip
         if checkpoint is None or not Path(checkpoint).exists():
             return []
-        kept = torch.load(checkpoint, weights_only=True)
+        kept = read_file(checkpoint, "checkpoint")
+        if not isinstance(kept, Mapping) or "signature" not in kept:
+            raise ValueError(f"checkpoint={str(checkpoint)!r} was not written by a training of this kind")
         if kept["signature"] != signature:
             unlike = [key for key in signature if kept["signature"].get(key) != signature[key]]
             raise ValueError(f"checkpoint={str(checkpoint)!r} was written by another training: {', '.join(unlike)}")
