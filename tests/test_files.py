@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
 
 import attnlib
 from attnlib.files import read_file, state_dict_in
@@ -45,12 +47,12 @@ SAVED = {
     "parameters": lambda m, sd: {k: nn.Parameter(v) for k, v in sd.items()},
     "numpy": lambda m, sd: {k: v.numpy() for k, v in sd.items()},
     "numpy inside": lambda m, sd: {"model": {k: v.numpy() for k, v in sd.items()}, "epoch": 3},
-    "namespace": lambda m, sd: {"model": sd, "optimizer": {"state": {}}, "args": argparse.Namespace(lr=0.1, d={"a": 1})},
+    "namespace": lambda m, sd: {"model": sd, "optimizer": {}, "args": argparse.Namespace(lr=0.1, d={"a": 1})},
     "numpy's numbers": lambda m, sd: {"state_dict": sd, "best": np.float64(0.5), "epoch": np.int64(3)},
     "paths": lambda m, sd: {"state_dict": sd, "out": pathlib.Path("run")},
     "settings": lambda m, sd: {"state_dict": sd, "config": Options(lr=0.1, betas=Options(a=1))},
     "function": lambda m, sd: {"state_dict": sd, "act": torch.nn.functional.gelu},
-    "scheduler": lambda m, sd: {"state_dict": sd, "s": torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD(m.parameters()))},
+    "scheduler": lambda m, sd: {"state_dict": sd, "s": LambdaLR(SGD(m.parameters(), 0.1), torch.abs)},
     "module": lambda m, sd: m,
     "module inside": lambda m, sd: {"model": m, "epoch": 3},
     "averaged module first": lambda m, sd: {"model": model(seed=1), "ema": m},

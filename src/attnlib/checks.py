@@ -71,13 +71,14 @@ def check_int(name: str, value: Any, least: int | None = None, most: int | None 
     3
     """
     if type(value) is not int and not isinstance(value, torch.SymInt):
-        if isinstance(value, (bool, Tensor)) or not isinstance(value, SupportsIndex):
+        size = isinstance(value, Tensor) and torch.jit.is_tracing() and value.dim() == 0 and value.dtype == torch.int64
+        if not size and (isinstance(value, (bool, Tensor)) or not isinstance(value, SupportsIndex)):
             wanted = _bounds(least, None, most, None)
             raise TypeError(
                 f"{name} must be an integer{' of ' + wanted if wanted else ''}{' ' + also if also else ''}, "
                 f"got {describe(value)}"
             )
-        value = operator.index(value)  # integers of numpy
+        value = operator.index(value)  # integers of numpy, and the sizes of tensors under torch.jit.trace
     if (least is not None and value < least) or (most is not None and value > most):
         raise ValueError(
             f"{name} must be an integer of {_bounds(least, None, most, None)}{' ' + also if also else ''}, got {value}"

@@ -35,7 +35,8 @@ _KNOWN = {
     ("torch._tensor", "_rebuild_from_type_v2"), ("torch.nn.parameter", "Parameter"), ("torch.nn.parameter", "Buffer"),
     ("collections", "OrderedDict"), ("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype"),
     *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    *(("builtins", name) for name in "set frozenset bytearray complex slice list dict tuple int float bool str".split()),
+    *(("builtins", name) for name in "set frozenset bytearray complex slice list dict tuple".split()),
+    *(("builtins", name) for name in "int float bool str".split()),
 }  # fmt: skip
 
 
@@ -171,8 +172,8 @@ def _found(held: Any, source: str) -> dict[str, Tensor] | None:
     states = {key: state for key, value in held.items() if (state := _tensors(value)) is not None}
     if len(states) > 1:
         raise ValueError(
-            f"{source} holds several state dicts, {', '.join(map(repr, states))}, and none by a usual name; hand one of "
-            "them to load_pretrained"
+            f"{source} holds several state dicts, {', '.join(map(repr, states))}, and none by a usual name; hand one "
+            "of them to load_pretrained"
         )
     return next(iter(states.values()), None)
 

@@ -105,7 +105,7 @@ def _run(call: AttentionCall) -> Tensor:
     q, k, v = call.q, call.k, call.v
     if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:  # or it builds the map
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    grouped = k.shape[1] == v.shape[1] != q.shape[1]
+    grouped = bool(k.shape[1] == v.shape[1] != q.shape[1])  # also under jit.trace, where sizes are tensors
     if not grouped:
         k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
     if call.is_causal and call.bias is None:
