@@ -1,6 +1,7 @@
 """Checkpoints as people have them: whatever stands beside the tensors, and files that are none."""
 
 import argparse
+import math
 import os
 import pathlib
 import pickle
@@ -52,7 +53,7 @@ SAVED = {
     "paths": lambda m, sd: {"state_dict": sd, "out": pathlib.Path("run")},
     "settings": lambda m, sd: {"state_dict": sd, "config": Options(lr=0.1, betas=Options(a=1))},
     "function": lambda m, sd: {"state_dict": sd, "act": torch.nn.functional.gelu},
-    "scheduler": lambda m, sd: {"state_dict": sd, "s": LambdaLR(SGD(m.parameters(), 0.1), torch.abs)},
+    "scheduler": lambda m, sd: {"state_dict": sd, "s": LambdaLR(SGD(m.parameters(), 0.1), math.fabs)},
     "module": lambda m, sd: m,
     "module inside": lambda m, sd: {"model": m, "epoch": 3},
     "averaged module first": lambda m, sd: {"model": model(seed=1), "ema": m},

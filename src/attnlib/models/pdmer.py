@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_axes, check_choice, check_divides, check_float, check_int, check_ints, check_real
-from ..nn.layers import merge_heads, split_heads
+from ..nn.layers import LSTM, merge_heads, split_heads
 from ..nn.released import Released
 from ..ops import attention
 from ..types import stats_dtype
@@ -181,7 +181,7 @@ class PDMER(MetaLearner):
             _Layer(dim, num_heads, hidden, max_distance, relative, drop, nn.GELU if activation == "gelu" else nn.ReLU)
             for _ in range(check_int("depth", depth, least=1))
         )
-        self.rnn = nn.LSTM(dim, dim // 4, batch_first=True, bidirectional=True)
+        self.rnn = LSTM(dim, dim // 4, batch_first=True, bidirectional=True)
         self.fc1, self.fc2, self.dropout = nn.Linear(dim // 2, dim // 4), nn.Linear(dim // 4, 2), nn.Dropout(drop)
 
     def _check(self, mel: Tensor, song: Tensor) -> None:

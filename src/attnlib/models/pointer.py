@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..checks import check_int, checked
 from ..nn.dense.pointer_networks import PointerAttention
-from ..nn.layers import zero_invalid
+from ..nn.layers import LSTM, zero_invalid
 from ..types import check_rank, check_valid, check_width
 
 State = tuple[Tensor, Tensor]
@@ -38,8 +38,8 @@ class PointerNetwork(nn.Module):
         super().__init__()
         input_dim, hidden = check_int("input_dim", input_dim, least=1), check_int("hidden", hidden, least=1)
         self.input_dim, self.hidden = input_dim, hidden
-        self.encoder = nn.LSTM(input_dim, hidden, batch_first=True)
-        self.decoder = nn.LSTM(input_dim, hidden, batch_first=True)
+        self.encoder = LSTM(input_dim, hidden, batch_first=True)
+        self.decoder = LSTM(input_dim, hidden, batch_first=True)
         self.pointer = PointerAttention(hidden)
         self.start = nn.Parameter(torch.empty(input_dim))
         self.stop = nn.Parameter(torch.empty(hidden)) if stop else None

@@ -20,6 +20,7 @@ discriminator, the two halves of a minimax, the stages of a schedule, an inner a
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_real, check_type, describe
+from ..types import stats_dtype
 
 F = TypeVar("F", bound=Callable[..., Any])
 Terms = dict[str, Tensor]
@@ -99,16 +101,50 @@ def answering(method: F) -> F:
     return answer  # type: ignore[return-value]
 
 
+def _wide(value: Any) -> Any:
+    """What a model gave, with float32 in place of half precision."""
+    if isinstance(value, Tensor):
+        return value.to(stats_dtype(value.dtype)) if value.is_floating_point() else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_wide, value))
+    if type(value) in (list, tuple):
+        return type(value)(map(_wide, value))
+    if type(value) is dict:
+        return {key: _wide(held) for key, held in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{f.name: _wide(getattr(value, f.name)) for f in dataclasses.fields(value)})
+    return value
+
+
+def measuring(method: F) -> F:
+    """A loss that is computed in float32, also under autocast: it rounds no product to half precision, in which terms
+    that are nearly equal no longer differ and slopes are not finite. :meth:`TaskModel.loss` is one in every subclass.
+    """
+
+    @functools.wraps(method)
+    def loss(self: nn.Module, prediction: Any, *target: Any, **settings: Any) -> Any:
+        device = next((p.device.type for p in self.parameters()), "cpu")
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return method(self, prediction, *target, **settings)
+        with torch.autocast(device, enabled=False):
+            return method(self, _wide(prediction), *target, **settings)
+
+    return loss  # type: ignore[return-value]
+
+
 class TaskModel(nn.Module):
     """A model of a task.
 
     A subclass has ``forward(...) -> prediction``, :meth:`loss` and, where an answer is more than the prediction,
     :meth:`predict`, which needs no ``no_grad`` and no ``eval``: it is an answer (see :func:`answering`) in every
-    subclass. What trains in turns overrides :meth:`steps`.
+    subclass, and the loss is computed in float32 under autocast (see :func:`measuring`). What trains in turns overrides
+    :meth:`steps`.
     """
 
     def __init_subclass__(cls, **settings: Any):
         super().__init_subclass__(**settings)
+        if "loss" in vars(cls):
+            cls.loss = measuring(vars(cls)["loss"])  # type: ignore[method-assign]
         for owner in cls.__mro__:
             if "predict" in vars(owner):
                 if not issubclass(owner, TaskModel) or owner is cls:  # its own, or that of a class it is mixed with

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from ..checks import check_choice, check_divides, check_int, check_real, to_tuple
 from ..ops import _shards, depthwise
 from ..positions import resized
-from ..types import stats_dtype
+from ..types import exactly, stats_dtype
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -864,6 +865,45 @@ def resize_map(x: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor
     return F.interpolate(x.permute(0, 3, 1, 2), size, mode=mode, **options).permute(0, 2, 3, 1)
 
 
+def mean_pool(x: Tensor, sides: Sequence[int], *settings: Any, **more: Any) -> Tensor:
+    """``F.avg_pool1d``, ``2d`` or ``3d`` of (B, C, *grid), in any precision: on the CPU torch has no means of half ones
+    over three axes.
+
+    >>> mean_pool(torch.ones(1, 1, 2, 2, 2, dtype=torch.bfloat16), (2, 2, 2)).flatten()
+    tensor([1.], dtype=torch.bfloat16)
+    """
+    pool: Callable[..., Tensor] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.dim() - 3]
+    return _widely(x, lambda t: pool(t, tuple(sides), *settings, **more), x.dim() == 5)
+
+
+def smoothed(x: Tensor, sides: Sequence[int], mode: str = "bilinear") -> Tensor:
+    """Images (B, C, H, W) of other sides, corners not aligned, antialiased: in any precision, which torch's filter on
+    the CPU is not.
+
+    >>> smoothed(torch.ones(1, 1, 4, 4, dtype=torch.bfloat16), (2, 2)).flatten()[:1]
+    tensor([1.], dtype=torch.bfloat16)
+    """
+    return _widely(x, lambda t: F.interpolate(t, tuple(sides), mode=mode, align_corners=False, antialias=True))
+
+
+def _widely(x: Tensor, call: Callable[[Tensor], Tensor], here: bool = True) -> Tensor:
+    """``call`` in float32, where the CPU has none for half precision."""
+    wide = stats_dtype(x.dtype)
+    return call(x.to(wide)).to(x.dtype) if here and x.device.type == "cpu" and wide != x.dtype else call(x)
+
+
+class LSTM(nn.LSTM):
+    """torch's, which runs in the precision of its weights on the CPU: under autocast some processors have no kernel."""
+
+    def forward(self, input: Any, hx: tuple[Tensor, Tensor] | None = None) -> Any:
+        held = input.data if isinstance(input, PackedSequence) else input
+        if held.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().forward(input, hx)
+        dtype = self.weight_ih_l0.dtype
+        with exactly(held):
+            return super().forward(input.to(dtype), None if hx is None else (hx[0].to(dtype), hx[1].to(dtype)))
+
+
 def cell_means(x: Tensor, side: int | Sequence[int], valid: Tensor | None = None) -> Tensor:
     """Means of cells of ``side`` tokens per axis over those that exist: (B, H, W, C) -> (B, ceil(H / s), ..., C).
 
@@ -872,12 +912,10 @@ def cell_means(x: Tensor, side: int | Sequence[int], valid: Tensor | None = None
     >>> cell_means(torch.tensor([1.0, 3.0, 7.0]).view(1, 1, 3, 1), 2).flatten().tolist()
     [2.0, 7.0]
     """
-    rank = x.dim() - 2
-    pool: Callable[..., Tensor] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
-    sides = to_tuple("side", side, rank)
+    sides = to_tuple("side", side, x.dim() - 2)
 
     def means(t: Tensor) -> Tensor:
-        return pool(t.movedim(-1, 1), sides, ceil_mode=True).movedim(1, -1)
+        return mean_pool(t.movedim(-1, 1), sides, ceil_mode=True).movedim(1, -1)
 
     out = means(zero_invalid(x, valid))
     if valid is None:

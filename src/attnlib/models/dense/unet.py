@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ...checks import check_choice, check_flag, check_int, check_ints, check_real, describe
 from ...nn.gates.skip import AdditiveSkipGate
+from ...nn.layers import mean_pool
 from ..build import register_models
 from ..losses import dice_loss
 from ..protocol import TaskModel, evaluating
@@ -45,7 +46,6 @@ EPS, MOMENTUM = 1e-3, 0.01
 _TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _TRANSPOSED_LAYER: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _MAX_POOL: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-_AVG_POOL: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 class Block(nn.Module):
@@ -136,7 +136,7 @@ class PlainEncoder(nn.Module):
                 s = self.stride(i, x.shape[2:])
                 x = _MAX_POOL[self.rank](x, s, s, ceil_mode=True)
                 if len(self.images):
-                    image = _AVG_POOL[self.rank](image, s, s, ceil_mode=True, count_include_pad=False)
+                    image = mean_pool(image, s, s, ceil_mode=True, count_include_pad=False)
         return maps
 
 

@@ -36,6 +36,7 @@ from ...checks import (
     extremes,
 )
 from ...nn.gates.co_guidance import CoGuidance, convert_co_guidance
+from ...nn.layers import LSTM
 from ...nn.released import Released, Rule
 from ...types import stats_dtype
 from ..protocol import TaskModel, Terms
@@ -169,8 +170,8 @@ class CACENet(TaskModel):
         self.cell_dim = video_dim if cell_dim is None else check_int("cell_dim", cell_dim, least=1)
         self.video_fc, self.dropout = nn.Linear(self.cell_dim, video_dim), nn.Dropout(0.2)
         self.guidance = CoGuidance(video_dim, audio_dim, gates, beta, psi, guide)
-        self.audio_rnn = nn.LSTM(audio_dim, dim // 2, batch_first=True, bidirectional=True)
-        self.video_rnn = nn.LSTM(video_dim, dim, batch_first=True, bidirectional=True)
+        self.audio_rnn = LSTM(audio_dim, dim // 2, batch_first=True, bidirectional=True)
+        self.video_rnn = LSTM(video_dim, dim, batch_first=True, bidirectional=True)
         self.video_encoder = _Encoder(2 * dim, dim, num_heads, encoder, 2)
         self.audio_encoder = _Encoder(dim, dim, num_heads, encoder, 2)
         self.video_reader = _CrossReader(2 * dim, dim, num_heads, reader)

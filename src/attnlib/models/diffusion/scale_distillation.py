@@ -36,6 +36,7 @@ from ...checks import (
     describe,
     readable,
 )
+from ...nn.layers import smoothed
 from ...types import stats_dtype
 from ..protocol import Step, answering, trained
 from ..restore.adversarial import AdversarialModel
@@ -90,7 +91,7 @@ def resized(x: Tensor, size: tuple[int, ...]) -> Tensor:
     flat = x.unsqueeze(2) if x.dim() == 3 else x
     sides = (1, *size) if x.dim() == 3 else size
     smaller = any(a < b for a, b in zip(sides, flat.shape[2:], strict=True))
-    y = F.interpolate(flat, sides, mode="bicubic", align_corners=False, antialias=smaller)
+    y = smoothed(flat, sides, "bicubic") if smaller else F.interpolate(flat, sides, mode="bicubic", align_corners=False)
     return y.squeeze(2) if x.dim() == 3 else y
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ...checks import check_axes, check_choice, check_float, check_int, check_ints, check_real, check_type, describe
 from ...hooks.hf.names import named_implementation
+from ...nn.layers import smoothed
 from ...ops.points import extreme_points
 from ..detect.plain_detr import focal_loss
 from ..losses import dice_scores
@@ -341,7 +342,7 @@ class MapSAM(TaskModel):
         check_axes("x", x, B=None, H=None, W=None, C=3)
         check_real("threshold", threshold, above=0, below=1)
         side = (self.image_size, self.image_size)
-        small = F.interpolate(x.permute(0, 3, 1, 2), side, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+        small = smoothed(x.permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)
         return F.interpolate(self(small).masks, x.shape[1:3], mode="bilinear").sigmoid() > threshold
 
     def adapter(self) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ from ...checks import (
     readable,
 )
 from ...nn.dense.softmax_attention import SoftmaxAttention
-from ...nn.layers import Mlp
+from ...nn.layers import Mlp, smoothed
 from ...nn.released import PLAIN, Released
 from ...positions import resized
 from ...types import stats_dtype
@@ -466,7 +466,7 @@ def resized_to(x: Tensor, size: int | tuple[int, int]) -> Tensor:
         size = (int(size * height / least), int(size * width / least))
     if tuple(size) == (height, width):
         return x
-    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False, antialias=True)
+    return smoothed(x, size)
 
 
 def _colours(name: str, given: Sequence[float] | None, count: int, default: Sequence[float]) -> tuple[float, ...]:
