@@ -184,7 +184,7 @@ def test_softpag_blend_equals_the_mixed_map_and_is_affine():
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
     plain, weights = dense_attention(q, k, v)
-    outs = {}
+        site = call_site(q, k, causal=False, rows=("uncond", "cond"), q_layout=Layout((("image", (3, 3)),)))
     for u in (0.25, 0.5, 1.0):
         site = call_site(q, k, causal=False, rows=("uncond", "cond"))
         outs[u] = run(SoftPAG(u, heads=[1, 3], rows=("cond",)), site, q, k, v)

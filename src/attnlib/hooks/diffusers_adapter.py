@@ -43,8 +43,11 @@ JOINT_ORDER = {
     "AuraFlowAttnProcessor2_0": ("text", "image"),
     "CogVideoXAttnProcessor2_0": ("text", "image"),
     "CogView4AttnProcessor": ("text", "image"),
+    "Flux2AttnProcessor": ("text", "image"),
+    "Flux2ParallelSelfAttnProcessor": ("text", "image"),
     "FluxAttnProcessor": ("text", "image"),
     "FluxIPAdapterAttnProcessor": ("text", "image"),
+    "FusedAuraFlowAttnProcessor2_0": ("text", "image"),
     "FusedCogVideoXAttnProcessor2_0": ("text", "image"),
     "FusedFluxAttnProcessor2_0": ("text", "image"),
     "FusedJointAttnProcessor2_0": ("image", "text"),
@@ -56,15 +59,21 @@ JOINT_ORDER = {
 
 #: Processors that join the streams without projections of their own for text.
 JOINT_WITHOUT_PROJECTIONS = (
+    "AuraFlowAttnProcessor2_0",
     "CogVideoXAttnProcessor2_0",
     "CogView4AttnProcessor",
+    "Flux2ParallelSelfAttnProcessor",
     "FluxAttnProcessor",
+    "FusedAuraFlowAttnProcessor2_0",
     "FusedCogVideoXAttnProcessor2_0",
     "FusedFluxAttnProcessor2_0",
 )
 
 #: Processors that attend several times per call when there are image conditions: what the keys of each call are.
 BRANCHES = {"WanAttnProcessor": ("image", "text")}
+
+#: Processors of single streams before whose text a model puts tokens of its own.
+TEXT_GROWS = ("AuraFlowAttnProcessor2_0", "FusedAuraFlowAttnProcessor2_0")
 
 #: Processors of U-Nets that lay keys of text before those of the image itself.
 ADDED_KV = ("AttnAddedKVProcessor", "AttnAddedKVProcessor2_0")
@@ -75,10 +84,15 @@ IMAGE_PROMPTS = ("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "FluxIPA
 
 #: Words in the names of modules that attend along something else than the image.
 FOLDED = {"motion_modules": "frames", "temp_attentions": "frames", "temporal": "frames", "transformer_in": "frames",
-          "refiner": "text", "context_embedder": "text"}  # fmt: skip
+          "token_refiner": "text", "context_refiner": "text", "context_embedder": "text"}  # fmt: skip
 
-#: Denoisers of videos whose latents are (B, T, C, H, W); all others take (B, C, T, H, W).
+#: Denoisers of videos whose latents are (B, T, C, H, W), and (B, T, H, W, C); all others take (B, C, T, H, W).
 FRAMES_FIRST = ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
+CHANNELS_LAST = ("Kandinsky5Transformer3DModel", "Kandinsky6Transformer3DModel")
+
+#: Names under which attention modules keep how many heads they have, of queries and of keys.
+HEADS = ("heads", "num_heads", "num_attention_heads", "n_heads")
+KEY_HEADS = ("kv_heads", "num_kv_heads", "num_key_value_heads", "n_kv_heads")
 
 
 def _need() -> Any:
@@ -193,8 +207,17 @@ class ModuleRuntime(Shared):
             raise ValueError(
                 f"{self.where}: {self.processor} concatenates text keys to its own; a description of that is missing"
             )
-        if stages["on_context"] and getattr(self.module, "fused_projections", False):
-            raise ValueError(f"{self.where}: its projections are fused, so on_context is missing there; unfuse them")
+        if stages["on_context"]:
+            if getattr(self.module, "fused_projections", False):
+                raise ValueError(
+                    f"{self.where}: its projections are fused, so on_context is missing there; unfuse them"
+                )
+            missing = [n for n in ("to_k", "to_v") if not isinstance(getattr(self.module, n, None), nn.Module)]
+            if missing and self.processor not in ADDED_KV:
+                raise ValueError(
+                    f"{self.where}: on_context needs separate projections of keys and values; {missing} are missing in "
+                    f"{type(self.module).__name__}"
+                )
         if not (stages.in_attention or stages["around_sublayer"]):
             self.attached = original
             return
@@ -456,7 +479,7 @@ class ModuleRuntime(Shared):
                 f"{len(prompts)} branches of image prompts are known"
             )
         reference, images = prompts[number]
-        grid = (("image", self.grid(n)),)
+        grid = (("image", self.grid(n) or n),)
         beside = grid if self.processor == "SD3IPAdapterJointAttnProcessor2_0" else ()
         tokens = m - n if beside else m
         side_by_side = (images, tokens // images) if images > 1 else tokens
@@ -467,37 +490,58 @@ class ModuleRuntime(Shared):
         )  # fmt: skip
 
     def layouts(self, n: int, m: int, given: dict[str, Any]) -> tuple[Layout | None, Layout | None]:
-        """What queries and keys are, from the shapes of the denoiser's inputs."""
+        """What queries and keys are, from the shapes of the denoiser's inputs; ``None`` where they do not tell."""
         if self.site.kind == "joint":
             context = given.get("encoder_hidden_states")
             order = JOINT_ORDER.get(self.processor)
-            text = context.shape[1] if isinstance(context, Tensor) else self.frame.get("text")
-            if order is None or text is None or n != m or text > n:
+            text = context.shape[1] if isinstance(context, Tensor) else self.beside_image(n)
+            if order is None or text is None or n != m or not 0 < text < n:
                 return None, None
-            sizes = {"text": text, "image": self.grid(n - text)}
+            sizes = {"text": text, "image": self.grid(n - text) or n - text}
             layout = Layout(tuple((name, sizes[name]) for name in order))
             return layout, layout
         folded = next((what for word, what in FOLDED.items() if word in self.site.name), None)
         if folded is not None:
             own = Layout(((folded, n),))
             return (own, own) if self.site.kind == "self" else (own, Layout((("text", m),)))
-        image = Layout((("image", self.grid(n)),))
+        grid = self.grid(n)
+        image = None if grid is None else Layout((("image", grid),))
         if self.processor in ADDED_KV and not self.module.only_cross_attention:
-            return image, Layout((("text", max(0, m - n)), ("image", self.grid(n))))
-        return (image, image) if self.site.kind == "self" else (image, Layout((("text", m),)))
+            return image, None if grid is None else Layout((("text", max(0, m - n)), ("image", grid)))
+        if self.site.kind == "self":
+            return (image, image) if n == m else (image, None)
+        return image, Layout((("text", m),))
 
-    def grid(self, tokens: int) -> int | tuple[int, ...]:
-        """The grid of so many tokens, or their count when they are none.
+    def beside_image(self, n: int) -> int | None:
+        """How many of ``n`` tokens are none of the image, where text was put before it outside of the attention."""
+        if self.processor in TEXT_GROWS:
+            grid = self.frame.get("patches")
+            return None if grid is None else n - math.prod(grid)
+        return self.frame.get("text")
 
-        Videos: the latent's sides over the patch; images: a halving of the latent's sides.
+    def grid(self, tokens: int) -> int | tuple[int, ...] | None:
+        """The grid of so many tokens; ``None`` where it is not known, or there are others beside the image's.
+
+        Videos: the latent's sides over the patch, or the count of one frame at a halving of them; images: a halving of
+        the latent's sides.
         """
         if "video" in self.frame:
             video = self.frame["video"]
-            return video if math.prod(video) == tokens else tokens
-        height, width = self.frame.get("grid", (0, 0))
-        while height and width and height * width > tokens:
-            height, width = -(-height // 2), -(-width // 2)
-        return (height, width) if height and height * width == tokens else tokens
+            if math.prod(video) == tokens:
+                return video  # type: ignore[no-any-return]
+            return tokens if tokens in _halvings(*video[1:]) else None
+        return _halvings(*self.frame.get("grid", (0, 0))).get(tokens)
+
+
+def _halvings(height: int, width: int) -> dict[int, tuple[int, int]]:
+    """Grids by their count of tokens, each half as large as the one before, of odd sides the larger half."""
+    found: dict[int, tuple[int, int]] = {}
+    while height and width:
+        found.setdefault(height * width, (height, width))
+        if height == width == 1:
+            break
+        height, width = -(-height // 2), -(-width // 2)
+    return found
 
 
 def _video_grid(model: Any, given: dict[str, Any], sample: Any) -> tuple[int, int, int] | None:
@@ -508,6 +552,8 @@ def _video_grid(model: Any, given: dict[str, Any], sample: Any) -> tuple[int, in
     if not isinstance(sample, Tensor) or sample.dim() != 5:
         return None
     sizes = list(sample.shape[-3:])
+    if type(model).__name__ in CHANNELS_LAST:
+        sizes = list(sample.shape[1:4])
     if type(model).__name__ in FRAMES_FIRST:
         sizes[0] = sample.shape[1]
     patch = getattr(model.config, "patch_size", 1)
@@ -516,6 +562,12 @@ def _video_grid(model: Any, given: dict[str, Any], sample: Any) -> tuple[int, in
     else:
         steps = [getattr(model.config, "patch_size_t", None) or 1, patch, patch]
     return tuple(-(-size // step) for size, step in zip(sizes, steps, strict=True))  # type: ignore[return-value]
+
+
+def _count(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    """The first attribute of a module that is a number."""
+    found = (getattr(module, name, None) for name in names)
+    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool)), None)
 
 
 class DiffusersAdapter(Adapter):
@@ -532,14 +584,15 @@ class DiffusersAdapter(Adapter):
         root, prefix = part_of(model, part)
         sites: list[Site] = []
         for name, module in root.named_modules():
-            if not (hasattr(module, "processor") and hasattr(module, "set_processor") and hasattr(module, "to_q")):
+            if not (hasattr(module, "processor") and hasattr(module, "set_processor")):
                 continue
-            heads = module.heads
-            if not isinstance(heads, int):
+            heads = _count(module, HEADS)
+            if heads is None:
                 continue
-            kv_dim = module.to_k.out_features if isinstance(module.to_k, nn.Linear) else None
-            q_dim = module.to_q.out_features if isinstance(module.to_q, nn.Linear) else None
-            kv_heads = heads * kv_dim // q_dim if kv_dim and q_dim else heads
+            to_q, to_k = (getattr(module, name, None) for name in ("to_q", "to_k"))
+            kv_dim = to_k.out_features if isinstance(to_k, nn.Linear) else None
+            q_dim = to_q.out_features if isinstance(to_q, nn.Linear) else None
+            kv_heads = heads * kv_dim // q_dim if kv_dim and q_dim else _count(module, KEY_HEADS) or heads
             sites.append(
                 Site(
                     layer=len(sites),
@@ -548,7 +601,7 @@ class DiffusersAdapter(Adapter):
                     kind=self._kind(prefix + name, module),
                     heads=heads,
                     kv_heads=kv_heads,
-                    head_dim=q_dim // heads if q_dim else 0,
+                    head_dim=q_dim // heads if q_dim else _count(module, ("head_dim", "dim_head", "dim_heads")) or 0,
                 )
             )
         if not sites:
@@ -569,9 +622,11 @@ class DiffusersAdapter(Adapter):
             return "joint"
         if processor in ADDED_KV:
             return "cross"
+        last = name.rpartition(".")[2]
+        if "self" in last:  # OmniGen's is made as one of another stream, and reads its own
+            return "self"
         if hasattr(module, "is_cross_attention"):
             return "cross" if module.is_cross_attention else "self"
-        last = name.rpartition(".")[2]
         return "cross" if last.endswith("attn2") or "cross" in last else "self"
 
     def install(self, session: Session, plan: list[tuple[Site, Stages]]) -> None:
@@ -631,7 +686,7 @@ class DiffusersAdapter(Adapter):
             if what is None:
                 layout = runtime.layouts(m, m, {})[1] if site.kind == "joint" else None
             else:
-                layout = Layout(((what, runtime.grid(m) if what == "image" else m),))
+                layout = Layout(((what, (runtime.grid(m) or m) if what == "image" else m),))
             return session.described(site, source.shape[0], n_keys=m, k_layout=layout)
 
         def swap(to_k: nn.Module, to_v: nn.Module, what: str | None) -> None:
@@ -666,6 +721,9 @@ class DiffusersAdapter(Adapter):
                 frame["grid"] = (int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1)
             elif isinstance(sample, Tensor) and sample.dim() == 4:
                 frame["grid"] = tuple(sample.shape[-2:])
+                patch = getattr(model.config, "patch_size", None)
+                if isinstance(patch, int):
+                    frame["patches"] = tuple(-(-size // patch) for size in sample.shape[-2:])
 
         return look
 

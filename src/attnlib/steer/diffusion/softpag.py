@@ -108,7 +108,7 @@ class SoftPAG(Intervention):
         where[:, list(heads)] = True
         if self.rows is not None:
             where = where & site.rows_named(self.rows, q.device).view(-1, 1, 1, 1)
-        if site.kind == "joint":
+        if site.kind == "joint" or site.q_layout is None:
             image = self._image(site, q.device)
             where = where & image.view(1, 1, -1, 1)
             if self.joint == "image":
@@ -123,8 +123,8 @@ class SoftPAG(Intervention):
         """(N,) boolean: image tokens of joint attention."""
         if site.q_layout is None or "image" not in site.q_layout.names:
             raise ValueError(
-                f"SoftPAG: which tokens of the joint attention of layer {site.layer} ({site.name}) are image tokens "
-                "is not known; a description of this processor's order of streams is missing"
+                f"SoftPAG: which tokens of the {site.kind} attention of layer {site.layer} ({site.name}) are image "
+                "tokens is not known; a description of this processor's order of streams is missing"
             )
         start, stop = site.q_layout.span("image")
         slots = torch.arange(len(site.q_layout), device=device)
