@@ -121,7 +121,7 @@ class KVCompression(Intervention):
         self.scorer.prepare(model, sites)
 
     def reset(self) -> None:
-        self._kept: dict[int, tuple[int, Tensor, Tensor]] = {}
+        self._kept: dict[int | str, tuple[int, Tensor, Tensor]] = {}
         self._waiting: dict[int, tuple[CacheView, Tensor, Tensor]] = {}
 
     # ---- the stage
@@ -130,7 +130,7 @@ class KVCompression(Intervention):
         first = site.offset == 0
         last = int(site.q_pos.max()) if first and site.q_pos is not None else site.offset + site.n_queries - 1
         if first:
-            self._kept.pop(site.layer, None)
+            self._kept.pop(self._key(site), None)
         due = first and self.prefill
         if self.every is not None and not first:
             due = site.evicted_at is None or last + 1 - site.evicted_at >= self.every
@@ -218,16 +218,23 @@ class KVCompression(Intervention):
         if bool((counts >= view.k.shape[2]).all()):
             return self._everything(view)
         kept = self.selector.pick(ready, counts)
-        self._kept[view.site.layer] = (seen, view.slots, kept)
+        self._kept[self._key(view.site)] = (seen, view.slots, kept)
         return kept
 
-    def results(self) -> dict[int, dict[str, Any]]:
+    @staticmethod
+    def _key(site: Site) -> int | str:
+        return site.layer if site.branch is None else f"{site.layer} {site.branch}"
+
+    def results(self) -> dict[int | str, dict[str, Any]]:
         """What the last eviction left: ``{layer: {"kept": (B, Hk, K) slots, -1 before shorter rows, "of": N}}``.
 
-        Layers that kept everything are left out.
+        Layers that kept everything are left out. Those of a second branch (contrastive decoding, ``guidance_scale``)
+        stand apart, under ``"LAYER BRANCH"``.
         """
-        shown = {}
-        for layer, (seen, slots, kept) in sorted(self._kept.items()):
+        shown: dict[int | str, dict[str, Any]] = {}
+        for layer, (seen, slots, kept) in sorted(
+            self._kept.items(), key=lambda item: (isinstance(item[0], str), item[0])
+        ):
             there = slots.expand(*kept.shape[:2], -1).gather(-1, kept.clamp(min=0)).masked_fill(kept < 0, -1)
             shown[layer] = {"kept": there, "of": seen}
         return shown

@@ -50,6 +50,7 @@ class Record(Probe):
     "received": (B, h, L), "seen": (B, h, L), "sink": "
     "(sinks,)}}``, rows and keys being slots of the sequence. In a compressed cache ``keys`` holds the slots
     (B, h, M) of the keys, -1 where there is none; otherwise it is (M,). Where tokens were removed, rows are (B, r).
+    What a second branch reads (contrastive decoding, ``guidance_scale``) stands apart, under ``"LAYER BRANCH"``.
 
     Reference: Gu et al., 2024, arXiv 2410.10781 (sink metric, section 2).
 
@@ -170,8 +171,9 @@ class Record(Probe):
         return slots if self.heads is None else slots[:, self.heads]
 
     def _key(self, site: Site) -> int | str:
-        # In encoder-decoder models two attentions carry the same number.
-        return site.layer if len(self._kinds[site.layer]) == 1 else f"{site.layer} {site.kind}"
+        # In encoder-decoder models two attentions carry the same number, and a second branch is another sequence.
+        key = site.layer if len(self._kinds[site.layer]) == 1 else f"{site.layer} {site.kind}"
+        return key if site.branch is None else f"{key} {site.branch}"
 
     # ---- results
 

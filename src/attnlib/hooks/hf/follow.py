@@ -21,6 +21,9 @@ from .names import (
     CANDIDATES,
     DRAFTING,
     PROCESSORS,
+    UNCONDITIONAL,
+    UNCONDITIONAL_CONTEXT,
+    UNCONDITIONAL_IDS,
     cache_in,
     cached_tokens,
     made_cache,
@@ -109,6 +112,14 @@ def _candidates(session: Session) -> Callable[..., Any]:
             )
         generator = original(*args, **kwargs)  # type: ignore[operator]
         scored, asks = session.acting("on_logits"), hasattr(generator, DRAFTING)
+        drafting = getattr(generator, "assistant_model", None)
+        if isinstance(drafting, nn.Module) and any(module in session._touched for module in drafting.modules()):
+            raise ValueError(
+                f"the drafts come from the attached {type(session.model).__name__} itself (assistant_early_exit, or it "
+                "is its own assistant_model), whose calls are then those of two sequences, and what is attached would "
+                "act on drafts, too; possible: another assistant_model, a copy of this one, prompt_lookup_num_tokens, "
+                "or decoding without drafts"
+            )
         if scored and asks:
             raise ValueError(
                 f"{type(scored[0]).__name__} changes scores, and would be asked about those of the model that drafts "
@@ -156,11 +167,42 @@ def _processors(session: Session) -> Callable[..., Any]:
                 after = after.log_softmax(-1)
             return after
 
+        for processor in processors:
+            if callable(getattr(processor, UNCONDITIONAL, None)):
+                setattr(processor, UNCONDITIONAL, _unconditional(session, processor))
         if session.acting("on_logits"):
             processors.insert(0, process)
         return processors
 
     return make
+
+
+#: The branch that ``generate(guidance_scale=...)`` reads beside the prompt.
+GUIDANCE = "unconditional"
+
+
+def _unconditional(session: Session, processor: Any) -> Callable[..., Any]:
+    """What a processor of guidance asks the model, in a branch of its own: it is another sequence, of another prompt.
+
+    Its prompt is the last token, or ``negative_prompt_ids``.
+    """
+    original, given = getattr(processor, UNCONDITIONAL), getattr(processor, UNCONDITIONAL_CONTEXT)[UNCONDITIONAL_IDS]
+    branch = GUIDANCE if session.branch is None else f"{session.branch}, {GUIDANCE}"
+    types = None if session.tracker is None else session.tracker.source
+    if isinstance(types, Tensor):
+        if given is not None:
+            raise ValueError(
+                f"token_types tells of {types.shape[1]} tokens of the prompt, and negative_prompt_ids is another "
+                f"prompt, of {given.shape[1]}; give a rule from ids to types"
+            )
+        types = types[:, -1:]
+
+    @functools.wraps(original)
+    def unconditional(*args: Any, **kwargs: Any) -> Any:
+        with session.at(branch=branch, token_types=types):
+            return original(*args, **kwargs)
+
+    return unconditional
 
 
 class _Follow:

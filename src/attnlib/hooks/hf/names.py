@@ -45,6 +45,10 @@ PROCESSORS = "_get_logits_processor"
 #: Where a source of drafts keeps the arguments of the model that drafts.
 DRAFTING = "assistant_kwargs"
 
+#: What a processor of guidance asks the model in a second sequence, where it keeps that, and its prompt in there.
+UNCONDITIONAL = "get_unconditional_logits"
+UNCONDITIONAL_CONTEXT, UNCONDITIONAL_IDS = "unconditional_context", "input_ids"
+
 #: And for the drafts of assisted decoding.
 CANDIDATES = "_get_candidate_generator"
 
