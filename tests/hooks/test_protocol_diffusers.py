@@ -184,9 +184,9 @@ def test_softpag_blend_equals_the_mixed_map_and_is_affine():
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
     plain, weights = dense_attention(q, k, v)
-        site = call_site(q, k, causal=False, rows=("uncond", "cond"), q_layout=Layout((("image", (3, 3)),)))
+    outs = {}
     for u in (0.25, 0.5, 1.0):
-        site = call_site(q, k, causal=False, rows=("uncond", "cond"))
+        site = call_site(q, k, causal=False, rows=("uncond", "cond"), q_layout=Layout((("image", (3, 3)),)))
         outs[u] = run(SoftPAG(u, heads=[1, 3], rows=("cond",)), site, q, k, v)
         mixed = weights.clone()
         mixed[1, [1, 3]] = (1 - u) * mixed[1, [1, 3]] + u * torch.eye(9)
