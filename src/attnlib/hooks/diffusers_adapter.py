@@ -530,6 +530,8 @@ class ModuleRuntime(Shared):
             if math.prod(video) == tokens:
                 return video  # type: ignore[no-any-return]
             return tokens if tokens in _halvings(*video[1:]) else None
+        if "called" not in self.frame or self.module is self.session.model:
+            return tokens  # an attention that is called by itself
         return _halvings(*self.frame.get("grid", (0, 0))).get(tokens)
 
 
@@ -707,6 +709,7 @@ class DiffusersAdapter(Adapter):
         def look(given: dict[str, Any]) -> None:
             model, frame, now = session.model, session.frame, session._now
             frame.clear()
+            frame["called"] = True
             now.run += 1
             now.timestep = given.get("timestep")
             text = given.get("encoder_hidden_states")
