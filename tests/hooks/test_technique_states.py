@@ -19,6 +19,9 @@ from hooks.test_protocol_pairs import ANSWER, LAYERS, LOOKS, MAKE, TYPES, make  
 NAMES = [name for name, maker in MAKE.items() if maker is not None]
 NEW = 3
 
+#: Techniques for samples that have as many images each, at the settings of the table.
+EVEN = ("DyVTEByAttention", "SceneMagnifier", "ScheduledPruning")
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -200,6 +203,22 @@ def test_drafts_are_served_or_refused(name, model):
     assert torch.equal(got.sequences, want.sequences)
     a, b = (torch.stack(out.scores).nan_to_num(neginf=0.0) for out in (got, want))
     torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [9, 20])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_in_chunks_is_read_as_one_or_refused(name, size, model):
+    """Chunks that end within images, and samples with unequal numbers of those."""
+    inputs = prompt((1, 1) if name in EVEN else (2, 1))
+    with attnlib.attach(model, make(name, model), token_types=TYPES):
+        want = answers(model, inputs)
+        try:
+            got = answers(model, inputs, prefill_chunk_size=size)
+        except ValueError as error:
+            assert any(word in str(error) for word in ("prefill_chunk_size", "in chunks")), str(error)
+            assert torch.equal(answers(model, inputs), want), "the session is not what it was"
+            return
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,13 @@ class OtherPixels(Branch):
             raise ValueError(
                 "the second branch reads other pixels, but the model was not called with input_ids and pixel_values"
             )
+        first = given.get("input_ids")
+        if isinstance(first, Tensor) and first.shape[1] < (prompt.session.notes.prompt_length or 0):
+            raise ValueError(
+                f"the second branch reads other pixels, but of the prompt {first.shape[1]} of "
+                f"{prompt.session.notes.prompt_length} tokens were read in one call, and its images with them; leave "
+                "prefill_chunk_size out"
+            )
         pixels = self.pixels
         if not isinstance(pixels, Tensor):
             seen = own if own is not None else self._seen

@@ -140,6 +140,7 @@ class Intervention:
         adds_keys: it calls the rest with more, fewer or other keys than the model's.
         own_keys: it needs the keys to be the model's own tokens, in their order.
         all_tokens: it needs every token of the prompt in every layer; company that removes some is refused.
+        whole_prompt: what it does to a token of the prompt depends on later ones, so a prompt is read in one call.
         moves_latents: it changes what a pipeline denoises, other than through the prediction; one may, at a time.
         differentiates: it runs the model with gradient.
         reuses_features: it keeps what the model computed at one step for another, so that no gradient passes there.
@@ -164,6 +165,7 @@ class Intervention:
     adds_keys: bool = False
     own_keys: bool = False
     all_tokens: bool = False
+    whole_prompt: bool = False
     moves_latents: bool = False
     differentiates: bool = False
     reuses_features: bool = False

@@ -132,16 +132,24 @@ class TypeTracker:
         self.source = source
         self.types: Tensor | None = None
         self._padded: Tensor | None = None
+        self._read: tuple[Tensor, Tensor] | None = None  # ids of the prompt so far, and their types
         self._asked: tuple[Tensor, int, torch.device, Tensor] | None = None
 
     def anew(self) -> TypeTracker:
         """The same source, nothing seen yet."""
         new = copy.copy(self)
-        new.types = new._padded = new._asked = None
+        new.types = new._padded = new._asked = new._read = None
         return new
 
-    def advance(self, ids: Tensor | None, offset: int, count: int, attention_mask: Any) -> None:
-        """The model is about to read ``count`` tokens after ``offset`` others."""
+    def advance(
+        self, ids: Tensor | None, offset: int, count: int, attention_mask: Any, in_prompt: bool = False
+    ) -> None:
+        """The model is about to read ``count`` tokens after ``offset`` others, of the same prompt or after it.
+
+        Raises:
+            ValueError: types that do not belong to these tokens, or a rule that takes back the types of tokens of the
+                prompt that were read already.
+        """
         total = offset + count
         if isinstance(self.source, Tensor):
             if self.types is None and not offset and count > self.source.shape[1]:
@@ -159,7 +167,9 @@ class TypeTracker:
             new = self.source(ids)
             if not offset or count > 1:
                 self._check_rule(ids, new)
-            if offset and count == 1:
+            if in_prompt:
+                new = self._in_prompt(ids, offset, new)
+            elif offset and count == 1:
                 new = torch.full_like(new, GENERATED)
             if offset:
                 if self.types is None or self.types.shape[1] < offset or self.types.shape[0] != ids.shape[0]:
@@ -176,6 +186,24 @@ class TypeTracker:
                 raise ValueError(self._wrong_rows(types.shape[0], padded.shape[0]))
             types = types.masked_fill(padded.to(types.device), PAD)
         self.types = types
+
+    def _in_prompt(self, ids: Tensor, offset: int, new: Tensor) -> Tensor:
+        """Types of a piece of a prompt, of which the rule is told everything up to there."""
+        assert not isinstance(self.source, Tensor)
+        if offset and self._read is not None:
+            before, types = self._read
+            ids = torch.cat([before, ids], 1)
+            whole = self.source(ids)
+            self._check_rule(ids, whole)
+            if not torch.equal(whole[:, :offset], types):
+                raise ValueError(
+                    f"token_types: the rule {self.source!r:.80} says of tokens of the prompt, once told of later ones, "
+                    "that they are of other types, but they were read already; leave prefill_chunk_size out"
+                )
+            self._read, new = (ids, whole), whole[:, offset:]
+        elif not offset:
+            self._read = (ids, new)
+        return new
 
     def _check_rule(self, ids: Tensor, types: Any) -> None:
         good = isinstance(types, Tensor) and not types.is_floating_point() and types.dtype != torch.bool

@@ -241,6 +241,7 @@ class CMAI(Intervention):
     name: ClassVar[str] = "cmai"
     kinds: ClassVar[tuple[str, ...]] = ("self",)
     needs_types: ClassVar[bool] = True
+    whole_prompt = True
     reads_weights = True
 
     def __init__(

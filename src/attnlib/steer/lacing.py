@@ -58,6 +58,7 @@ class DualAttention(Intervention):
         check_choice("image_mask", image_mask, ("full", "causal"))
         check_choice("compat", compat, (None, "authors"))
         self.image_mask, self.compat = image_mask, compat
+        self.whole_prompt = image_mask == "full"  # of an image, tokens read later ones
         self.layers = to_list("layers", layers)
 
     def conflicts(self, other: Intervention) -> str | None:

@@ -168,6 +168,7 @@ class SceneMagnifier(Intervention):
     name: ClassVar[str] = "scene-magnifier"
     kinds: ClassVar[tuple[str, ...]] = ("self",)
     needs_types: ClassVar[bool] = True
+    whole_prompt = True
     replaces_mask: ClassVar[bool] = True
     splits_softmax: ClassVar[bool] = True
     reads_weights = True

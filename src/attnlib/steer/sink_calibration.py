@@ -161,6 +161,7 @@ class SinkCalibration(Intervention):
 
     name: ClassVar[str] = "sink-calibration"
     kinds: ClassVar[tuple[str, ...]] = ("self",)
+    whole_prompt = True
     whole_map: ClassVar[bool] = True
 
     def __init__(

@@ -136,6 +136,7 @@ class VisualRedistribution(Intervention):
     name: ClassVar[str] = "visual-redistribution"
     kinds: ClassVar[tuple[str, ...]] = ("self",)
     needs_types: ClassVar[bool] = True
+    whole_prompt = True
 
     def __init__(
         self,

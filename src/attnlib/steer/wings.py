@@ -41,6 +41,7 @@ class VisualWings(Intervention):
     name: ClassVar[str] = "wings"
     kinds: ClassVar[tuple[str, ...]] = ("self",)
     needs_types: ClassVar[bool] = True
+    whole_prompt = True
 
     def __init__(self, learners: Mapping[int, LayerWings] | Sequence[LayerWings] | nn.ModuleList):
         self.learners = by_layer("learners", learners, LayerWings)

@@ -223,16 +223,17 @@ class _Follow:
         read = ids if ids is not None else embeds
         self._step(given, cache, offset, read)
         if self.session.tracker is not None:
-            self._types(model, self.session.tracker, given, offset)
+            in_prompt = self.session.notes.reading_prompt(offset)
+            self._types(model, self.session.tracker, given, offset, in_prompt)
         self._announce(cache, offset, read)
 
     @staticmethod
-    def _types(model: nn.Module, tracker: TypeTracker, given: dict[str, Any], offset: int) -> None:
+    def _types(model: nn.Module, tracker: TypeTracker, given: dict[str, Any], offset: int, in_prompt: bool) -> None:
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         read = ids if ids is not None else embeds
         if read is None:
             raise ValueError(f"{type(model).__name__} was called without input_ids or inputs_embeds")
-        tracker.advance(ids, offset, read.shape[1], given.get("attention_mask"))
+        tracker.advance(ids, offset, read.shape[1], given.get("attention_mask"), in_prompt)
         assert tracker.types is not None
         if given.get("pixel_values") is not None and not bool((tracker.types == IMAGE).any()):
             raise ValueError(
@@ -275,6 +276,18 @@ class _Follow:
         elif offset and notes.prompt_length is None and count > 1 and offset == notes.length == notes.total:
             notes.length = offset + count  # the prompt is read in chunks
         notes.total = offset + count
+        self._whole(notes.prompt_length or 0, offset + count)
+
+    def _whole(self, length: int, read: int) -> None:
+        """Refuse a prompt in pieces where something attached acts on it as a whole."""
+        if not 0 < read < length or not self.session.notes.begun:
+            return
+        for i in self.session.interventions:
+            if i.whole_prompt and not i.identity:
+                raise ValueError(
+                    f"{type(i).__name__} acts on a prompt as a whole, but of this one {read} of {length} tokens are "
+                    "read in one call; leave prefill_chunk_size out"
+                )
 
     def _filled_before(self, cache: Any, offset: int, count: int) -> None:
         """Say so where a prompt goes on from a cache that was filled elsewhere: it is never read as a whole here."""
