@@ -49,6 +49,14 @@ def test_windows_equal_the_direct_sums(size, k_min, rho, alpha):
     assert [(w.box, w.density) for w in found] == expected and len(expected) > 2
 
 
+def test_windows_with_no_line_within_a_byte_of_pixels_are_counted_whole():
+    edges = np.ones((300, 900), bool)
+    edges[:20, 400:] = False
+    expected = _direct(edges, 280, 0.9, 1.5, 12)
+    found = information_windows(edges, k_min=280, rho_min=0.9, max_crops=12, boundary=False)
+    assert [(w.box, w.density) for w in found] == expected and len(expected) > 2
+
+
 def test_edge_pixels_are_spent_once_and_every_window_holds_as_many():
     edges = _edges(256, 400)
     windows = information_windows(edges, k_min=32, rho_min=0.1, max_crops=30)

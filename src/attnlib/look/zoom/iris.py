@@ -16,6 +16,7 @@ crops, how crops are ordered and told to the model, and ``tau``. Windows that en
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -139,8 +140,8 @@ def information_windows(
     lines = []
     for axis, n in enumerate((height, width)):
         ends = [np.concatenate([starts[axis], starts[axis] + k]) for k, starts in zip(sides, raster, strict=True)]
-        lines.append(np.unique(np.concatenate([np.array([0, n]), *ends])))
-    left = _between(edges.view(np.uint8), lines[0][:-1], lines[1][:-1])
+        lines.append(np.unique(np.concatenate([np.arange(0, n, _MOST), np.array([n]), *ends])))
+    left = np.add.reduceat(_strips(edges.view(np.uint8), lines[0]), lines[1][:-1], 1, dtype=np.int32)
     found: list[Window] = []
     for k, (ys, xs) in zip(sides, raster, strict=True):
         top, bottom = np.searchsorted(lines[0], ys), np.searchsorted(lines[0], ys + k)
@@ -165,15 +166,26 @@ def _window_sums(
     rows = np.unique(np.concatenate([[0, cells.shape[0]], top, bottom]))
     columns = np.unique(np.concatenate([[0, cells.shape[1]], start, stop]))
     table = np.zeros((len(rows), len(columns)), np.int64)
-    table[1:, 1:] = _between(cells, rows[:-1], columns[:-1]).cumsum(0).cumsum(1)
+    between = np.add.reduceat(np.add.reduceat(cells, rows[:-1], 0), columns[:-1], 1)
+    table[1:, 1:] = between.cumsum(0).cumsum(1)
     above, below = np.searchsorted(rows, top)[:, None], np.searchsorted(rows, bottom)[:, None]
     left, right = np.searchsorted(columns, start), np.searchsorted(columns, stop)
     return table[below, right] - table[above, right] - table[below, left] + table[above, left]
 
 
-def _between(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Sums of the pixels between lines, each from one to the next."""
-    return np.add.reduceat(np.add.reduceat(values, rows, 0, dtype=np.int32), columns, 1)
+#: Pixels of a strip whose sums fit into a byte.
+_MOST = 255
+
+
+def _strips(edges: np.ndarray, lines: np.ndarray) -> np.ndarray:
+    """Sums (len(lines) - 1, W) of rows of zeros and ones between lines at most :data:`_MOST` apart.
+
+    In bytes, which a processor adds dozens at a time; ``reduceat`` converts every one of them.
+    """
+    out = np.empty((len(lines) - 1, edges.shape[1]), np.uint8)
+    for i, (first, last) in enumerate(itertools.pairwise(lines.tolist())):
+        np.add.reduce(edges[first:last], 0, dtype=np.uint8, out=out[i])
+    return out
 
 
 class InformationCrops:
