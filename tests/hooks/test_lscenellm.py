@@ -389,3 +389,26 @@ def test_bad_input_is_refused_by_name(call, says):
         call(model, inputs, detail)
     with pytest.raises(TypeError, match="layers"):
         SceneMagnifier([DetailProjection(32, 2, 8)], detail)
+
+
+def test_rows_left_out_of_a_call_change_nothing():
+    """Alone, only rows that look are attended anew; beside somebody who acts on attention, all rows are."""
+
+    class Around(Intervention):
+        def around_attention(self, site, q, k, v, call):
+            self.rows = q.shape[2]
+            return call(q, k, v)
+
+    model = language_model("llama")
+    layers = magnifier_layers(model, 0)
+    ids = torch.full((2, 14), 5)
+    ids[0, 2:6], ids[1, 3:7] = IMAGE_ID, IMAGE_ID
+    detail, found = torch.randn(2, 4, 3, layers["1"].dim), []
+    for others in ((), (Around(),)):
+        magnifier = SceneMagnifier(layers, detail)
+        with torch.no_grad(), attnlib.attach(model, magnifier, *others, token_types=TokenTypes(image=IMAGE_ID)):
+            found.append(model(input_ids=ids, use_cache=False).logits)
+    assert others[0].rows == 14
+    plain = model(input_ids=ids, use_cache=False).logits.detach()
+    assert torch.equal(found[0][:, :2], plain[:, :2]) and not torch.allclose(found[0], plain, atol=1e-3)
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)

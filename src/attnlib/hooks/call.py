@@ -51,12 +51,12 @@ def score_rows(site: Site, q: Tensor, k: Tensor, rows: Tensor, pair: PairMask) -
     with exactly(q):
         some = _grouped(q.index_select(2, rows).to(dtype), k.shape[1])
         scores = (some @ k.to(dtype).transpose(-2, -1)).reshape(q.shape[0], q.shape[1], len(rows), k.shape[2])
-        scores = scores * site.scale
+        scores = scores.mul_(site.scale)  # nobody else holds them, and new memory costs more than the product
         if weighting.cap is not None:
             scores = torch.tanh(scores / weighting.cap) * weighting.cap
         if bias is not None:
             scores = scores + bias.to(dtype)
-    return (scores if allowed is None else scores.masked_fill(~allowed, float("-inf"))), allowed
+    return (scores if allowed is None else scores.masked_fill_(~allowed, float("-inf"))), allowed
 
 
 def weights_of(site: Site, scores: Tensor, rows: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from .site import Site
 
 def with_keys(
     site: Site, call: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, more_k: Tensor, more_v: Tensor,
-    allowed: Tensor,
+    allowed: Tensor, rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The rest of an attention call over the model's keys and more of them; for ``around_attention``.
 
@@ -26,6 +26,8 @@ def with_keys(
         q, k, v: as ``around_attention`` got them.
         more_k, more_v: (B, Hk, P, D) and (B, Hk, P, Dv).
         allowed: (B or 1, H or 1, N, P) boolean, which rows read which of them.
+        rows: (N,) which queries of the layer's call ``q`` holds; by default all. Only where nothing further in, neither
+            another intervention nor the layer's kernel, tells queries apart by their number.
 
     Returns:
         (B, H, N, Dv).
@@ -41,7 +43,7 @@ def with_keys(
         )
     if site.mask is None:
         raise ValueError(f"layer {site.layer} ({site.name}): its mask is not known, so that no keys can be added")
-    own, bias = site.mask.rows(torch.arange(n, device=q.device))
+    own, bias = site.mask.rows(torch.arange(n, device=q.device) if rows is None else rows)
     if own is None:
         own = torch.ones(1, 1, n, k.shape[2], dtype=torch.bool, device=q.device)
     rows, heads = max(own.shape[0], allowed.shape[0]), max(own.shape[1], allowed.shape[1])

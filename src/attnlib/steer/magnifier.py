@@ -259,12 +259,24 @@ class SceneMagnifier(Intervention):
             return call(q, k, v)
         each = more_k.shape[2] // index.shape[1]
         allowed = (chosen & rows[..., None]).repeat_interleave(each, -1)[:, None]
-        magnified = with_keys(site, call, q, k, v, more_k, more_v, allowed)
-        if alpha == 1 and bool(any_.all()):
+        whole = bool(any_.all())
+        some = None if whole or not self._alone(site) else any_.any(0).nonzero()[:, 0]
+        if some is None:
+            magnified = with_keys(site, call, q, k, v, more_k, more_v, allowed)
+        else:
+            magnified = with_keys(site, call, q[:, :, some], k, v, more_k, more_v, allowed[:, :, some], some)
+        if alpha == 1 and whole:
             return magnified
         own = call(q, k, v)
-        mixed = magnified if alpha == 1 else (1 - alpha) * own + alpha * magnified
-        return torch.where(any_[:, None, :, None], mixed, own)
+        before = own if some is None else own[:, :, some]
+        mixed = magnified if alpha == 1 else (1 - alpha) * before + alpha * magnified
+        mixed = torch.where((any_ if some is None else any_[:, some])[:, None, :, None], mixed, before)
+        return mixed if some is None else own.index_copy(2, some, mixed)
+
+    def _alone(self, site: Site) -> bool:
+        """Whether rows may be left out of a call: nobody further in, nor the kernel, knows them by their number."""
+        others = (i for i in self.session.interventions if i is not self)
+        return site.weighting.plain and not any(implements(i, "around_attention") for i in others)
 
     def _look(self, site: Site, q: Tensor) -> None:
         """Where the coarse tokens are, and which rows of this call magnify."""
