@@ -65,10 +65,35 @@ def test_shared_prompts_give_the_same_scores(parts):
     read = []
     shared = Speaker(*parts, share_prompts=True)
     inner = shared._shared
-    shared._shared = lambda part: read.append(len(part)) or inner(part)
+    shared._shared = lambda part, key: read.append(len(part)) or inner(part, key)
     plain = Speaker(*parts).logits_each(asked, ["Yes", "No"])
     assert torch.allclose(shared.logits_each(asked, ["Yes", "No"]), plain, atol=1e-5)
     assert sorted(read) == [2, 2, 3] and shared.calls["logits"] == 8
+
+
+def test_kept_starts_give_the_same_scores_and_pictures_are_read_once(parts):
+    model, processor = parts
+    words, first = ["Yes", "No"], [(PICTURE, QUESTION), (PICTURE, "is there"), (OTHER, "what")]
+    later = [(PICTURE, "where is it ?"), ([PICTURE, OTHER], "where"), (OTHER, "is there a red circle in it ?")]
+    kept = Speaker(model, processor, share_prompts=True, keep_prompts=2)
+    read, forward = [], model.forward
+
+    def counted(*args, **given):
+        read.append(given.get("pixel_values") is not None)
+        return forward(*args, **given)
+
+    model.forward = counted
+    try:
+        found = [kept.logits_each(asked, words) for asked in (first, later)]
+    finally:
+        del model.forward
+    for asked, scores in zip((first, later), found, strict=True):
+        assert torch.allclose(scores, Speaker(model, processor).logits_each(asked, words), atol=1e-5)
+    assert sum(read) == 3 and len(kept.starts.found) == 2  # two pictures, later both; the older ones went
+    kept.clear()
+    assert not kept.starts.found
+    with pytest.raises(ValueError, match="keep_prompts=2 keeps starts"):
+        Speaker(model, processor, keep_prompts=2)
 
 
 def test_beams_and_other_settings_go_to_generate(parts):

@@ -39,14 +39,14 @@ REAL, DIFFUSION, MULTIMODAL_MODELS, TASKS = FAMILIES.values()
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
 ENGINES = (
     "linear", "segments", "local", "halo", "hyper", "circular", "scan", "sparse", "super-token", "cache", "hooks",
-    "isolation", "enlarged", "references", "transfer", "look", "saliency", "steps", "gpu", *STUDIES, *REAL, *DIFFUSION,
-    *MULTIMODAL_MODELS, *TASKS,
+    "isolation", "enlarged", "references", "transfer", "look", "saliency", "steps", "multimodal-models-speed", "gpu",
+    *STUDIES, *REAL, *DIFFUSION, *MULTIMODAL_MODELS, *TASKS,
 )  # fmt: skip
 
 #: Those that run models of transformers.
 NEEDS_HF = (
     "multimodal", "cache", "hooks", "steps", "enlarged", "references", "conversion", "spans", "finetuning", "look",
-    "choices", "attribution", "rounding", "tasks-sentence", *REAL, *DIFFUSION,
+    "choices", "attribution", "rounding", "multimodal-models-speed", "tasks-sentence", *REAL, *DIFFUSION,
     *(name for name in MULTIMODAL_MODELS if name.split("-")[-1] not in ("judges", "depth", "geometry")),
 )  # fmt: skip
 

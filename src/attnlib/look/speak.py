@@ -10,6 +10,7 @@ picture and text, as long as the weights are the same and nothing is attached.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ..checks import check_flag, check_int, check_real, check_type, describe
 from ..extras import need
-from ..hooks.hf.names import cache_argument, cache_out
+from ..hooks.hf.names import cache_argument, cache_out, parameters_of
 from ..hooks.session import _sessions
 from .pixels import Picture, digest, to_bytes, to_picture, to_pictures
 
@@ -355,6 +356,8 @@ class Speaker(BaseSpeaker):
         cache: answers that are remembered, 0 for none.
         share_prompts: read what prompts on one picture have in common once, and go on from its keys; scores differ by
             rounding. For decoders that read prompts from left to right.
+        keep_prompts: pictures, or sets of pictures, whose keys are kept for later prompts on them, the latest ones;
+            needs ``share_prompts``. It takes the memory of so many caches.
 
     The model is read in evaluation mode and without gradients; nothing is drawn from the global generators. Pictures in
     floating numbers are rounded to bytes, unless the processor says ``takes_floats = True``.
@@ -377,6 +380,7 @@ class Speaker(BaseSpeaker):
         batch_size: int = 8,
         cache: int = 4096,
         share_prompts: bool = False,
+        keep_prompts: int = 0,
     ):
         super().__init__(cache, batch_size)
         self.share_prompts = check_flag("share_prompts", share_prompts)
@@ -396,6 +400,9 @@ class Speaker(BaseSpeaker):
                 f"share_prompts must be False for {type(model).__name__}: it reads prompts in both directions, so that "
                 "their starts differ"
             )
+        if check_int("keep_prompts", keep_prompts, least=0) and not share_prompts:
+            raise ValueError(f"keep_prompts={keep_prompts} keeps starts of prompts that are shared: share_prompts=True")
+        self.starts = Remembered(keep_prompts)
         self.model, self.processor = model, processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.template = template
@@ -542,12 +549,14 @@ class Speaker(BaseSpeaker):
     def _logits(self, asked: list[Any], words: tuple[str, ...]) -> list[Tensor]:
         ids = self.word_ids(words)
         found: dict[int, Tensor] = {}
-        if self.share_prompts and self._state() is not None:  # what is attached expects whole prompts
+        state = self._state() if self.share_prompts else None
+        if state is not None:  # what is attached expects whole prompts
             alike: dict[Hashable, list[int]] = {}
             for i, (images, _) in enumerate(asked):
                 alike.setdefault(tuple(map(digest, images)), []).append(i)
-            for places in alike.values():
-                scores = self._shared([asked[i] for i in places]) if len(places) > 1 else None
+            for pictures, places in alike.items():
+                some = [asked[i] for i in places]
+                scores = self._shared(some, (state, pictures)) if len(places) > 1 or self.starts.size else None
                 found.update(zip(places, [] if scores is None else scores, strict=scores is not None))
         rest = [i for i in range(len(asked)) if i not in found]
         if rest:
@@ -559,34 +568,58 @@ class Speaker(BaseSpeaker):
             found.update(zip(rest, out.logits[0], strict=True))
         return [found[i][ids].float().cpu() for i in range(len(asked))]
 
-    def _shared(self, asked: list[tuple[tuple[Picture, ...], Text]]) -> list[Tensor] | None:
+    def _shared(self, asked: list[tuple[tuple[Picture, ...], Text]], key: Hashable) -> list[Tensor] | None:
         """Scores at the next position after prompts on the same pictures, whose common start is read once.
+
+        Starts that are kept, by ``key``, end with their last picture: any prompt goes on from there.
 
         ``None`` where nothing is saved: no picture, or one after the prompts part.
         """
         config: Any = getattr(self.model, "config", None)
         slot = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
-        rows = [self._inputs([one])["input_ids"][0] for one in asked[1:]]
-        first = self._inputs(asked[:1])
-        rows.insert(0, first["input_ids"][0])
+        if not asked[0][0] or slot is None:
+            return None
+        inputs = [self._inputs([one]) for one in asked]
+        rows = [of["input_ids"][0] for of in inputs]
         common = min(map(len, rows)) - 1
         for row in rows[1:]:
             same = (row[:common] == rows[0][:common]).long().cumprod(0)
             common = int(same.sum())
-        if not asked[0][0] or slot is None or not common or any((row[common:] == slot).any() for row in rows):
+        if not common or any((row[common:] == slot).any() for row in rows):
             return None
-        whole = (1, len(rows[0]))
-        start = {
-            k: v[:, :common] if isinstance(v, Tensor) and tuple(v.shape[:2]) == whole else v for k, v in first.items()
-        }
+        if self.starts.size:
+            common = int((rows[0] == slot).nonzero().max()) + 1
         tails = [row[common:] for row in rows]
         ids = nn.utils.rnn.pad_sequence(tails, batch_first=True)  # nobody reads what is padded behind the last word
         with self._reading():
-            out = self.model(**start, use_cache=True)
-            keys = cache_out(out)
+            keys = self._start(inputs[0], common, key)
             keys.batch_repeat_interleave(len(rows))
             logits = self.model(input_ids=ids, use_cache=True, **cache_argument(self.model, keys)).logits
         return [logits[i, len(tail) - 1] for i, tail in enumerate(tails)]
+
+    def _start(self, inputs: dict[str, Any], common: int, key: Hashable) -> Any:
+        """The cache of the first ``common`` tokens of a prompt (1, N), read or as it was kept."""
+        held = [m for m in self.model.modules() if hasattr(m, "rope_deltas")]  # positions of what was read last
+        begins = inputs["input_ids"][:, :common]
+        kept = self.starts.get(key)
+        if kept is not None and torch.equal(kept[0], begins):
+            for module, deltas in zip(held, kept[2], strict=True):
+                module.rope_deltas = deltas
+            return copy.deepcopy(kept[1])
+        whole = tuple(inputs["input_ids"].shape)
+        start = {
+            k: v[:, :common] if isinstance(v, Tensor) and tuple(v.shape[:2]) == whole else v for k, v in inputs.items()
+        }
+        if "logits_to_keep" in parameters_of(self.model):
+            start["logits_to_keep"] = 1  # nobody asks what comes after words of the start
+        keys = cache_out(self.model(**start, use_cache=True))
+        if self.starts.size:
+            self.starts.put(key, (begins, copy.deepcopy(keys), [module.rope_deltas for module in held]))
+        return keys
+
+    def clear(self) -> None:
+        super().clear()
+        self.starts.found.clear()
 
     def _score(self, images: tuple[Picture, ...], text: Text, answer: str) -> float:
         before = self._inputs([(images, text)])["input_ids"].shape[1]
