@@ -2,7 +2,7 @@
 
 import torch
 
-from hooks.models import SIZES
+from hooks.models import SIZES, image_prompt
 
 IMAGE_ID = 62
 
@@ -23,14 +23,7 @@ def llava(seed=0, **changes):
 
 
 def llava_inputs(model, batch=2, seed=1):
-    torch.manual_seed(seed)
-    ids = torch.randint(3, 60, (batch, 14))
-    ids[:, 3:7] = IMAGE_ID
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(batch, 3, 8, 8),
-    }
+    return image_prompt(IMAGE_ID, 8, batch, seed)
 
 
 def outspoken_llava():

@@ -22,6 +22,18 @@ def release():
     return tuple(int(n) for n in transformers.__version__.split(".")[:2])
 
 
+def image_prompt(image_id, side, batch=2, seed=1):
+    """Inputs of a vision-language model: 14 tokens a row, of which four are those of a picture (3, side, side)."""
+    torch.manual_seed(seed)
+    ids = torch.randint(3, 60, (batch, 14))
+    ids[:, 3:7] = image_id
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(batch, 3, side, side),
+    }
+
+
 def language_model(family="llama", seed=0, **changes):
     import transformers
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +348,20 @@ def heat_maps(
     _write(path, figure)
 
 
+def psnr(made: Tensor, true: Tensor, among: Tensor | None = None) -> float:
+    """Peak signal to noise ratio of all pixels together in decibels, of images in [0, 1].
+
+    Args:
+        made, true: of one shape; ``made`` is cut to [0, 1].
+        among: boolean, of their shape: which pixels count; by default all.
+
+    >>> round(psnr(torch.zeros(2, 2), torch.full((2, 2), 0.1)), 3)
+    20.0
+    """
+    gap = made.clamp(0, 1) - true
+    return float(-10 * (gap if among is None else gap[among]).square().mean().log10())
+
+
 def write_png(figure: Any, path: str | Path, dpi: int, colours: int | None = None) -> None:
     """Write a figure of matplotlib as a PNG, of so many different colours (at most 256), which makes it small."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -359,6 +374,39 @@ def write_png(figure: Any, path: str | Path, dpi: int, colours: int | None = Non
 
     with Image.open(buffer) as full:
         full.convert("RGB").quantize(colours).save(path, "PNG", optimize=True)
+
+
+@contextmanager
+def panels(
+    path: str | Path, rows: Sequence[str], columns: Sequence[str], cell: tuple[float, float] = (1.3, 1.3), dpi: int = 90
+) -> Iterator[Any]:
+    """An array of matplotlib's axes, ``(rows, columns)``, without ticks; written as a small PNG when the block ends.
+
+    Args:
+        path: of the PNG.
+        rows, columns: what stands left and above.
+        cell: width and height of one, in inches.
+        dpi: dots an inch.
+    """
+    figure, axes = _bare(len(rows), len(columns), (cell[0] * len(columns) + 0.3, cell[1] * len(rows) + 0.3))
+    for axis, title in zip(axes[0], columns, strict=True):
+        axis.set_title(title, fontsize=8)
+    for axis, label in zip(axes[:, 0], rows, strict=True):
+        axis.set_ylabel(label, fontsize=7)
+    yield axes
+    write_png(figure, path, dpi, 128)
+
+
+def _bare(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure and its axes (rows, columns) without ticks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    return figure, axes
 
 
 def sheet(
@@ -381,17 +429,12 @@ def sheet(
     """
     import textwrap
 
-    from matplotlib.figure import Figure
-
     if colours is not None:
         check_int("colours", colours, least=2, most=256)
     count = max(len(v) for v in rows.values())
-    figure = Figure(figsize=(zoom * (0.9 * count + 0.9), zoom * (0.95 * len(rows) + 0.6)), layout="constrained")
-    axes = figure.subplots(len(rows), count, squeeze=False)
+    figure, axes = _bare(len(rows), count, (zoom * (0.9 * count + 0.9), zoom * (0.95 * len(rows) + 0.6)))
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for i, axis in enumerate(line):
-            axis.set_xticks([])
-            axis.set_yticks([])
             for side in axis.spines.values():
                 side.set_visible(False)
             if i < len(images):

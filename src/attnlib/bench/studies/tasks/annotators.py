@@ -18,8 +18,7 @@ from ....models.meta import Rated
 from ....models.pdmer import PDMER, scores
 from ...clock import machine
 from ...data.annotators import MEL, WIDTH, Ratings, ratings
-from ...small import Progress, fit, parameters, picture, study, told
-from ._sheet import sheet
+from ...small import Progress, fit, panels, parameters, picture, study, told
 
 QUESTION = "Does meta-learning follow an annotator better after one song than training without it?"
 NAMES = ("no meta-learning", "no meta-learning, as many steps", "PDMER")
@@ -117,7 +116,7 @@ def _draw(path: Path, seed: int, steps: int, held: dict[str, PDMER]) -> None:
     names = (NAMES[0], NAMES[-1])
     answers = {n: follow(held[n] if n in held else trained(n, seed, steps), made, *ADAPT)[1][:, 0, :, 0] for n in names}
     truth = made.values.unflatten(0, (3, -1))[:, 1, :, 0]
-    with sheet(path, ["arousal"], [f"annotator {i + 1}" for i in range(3)], (2.0, 1.6)) as axes:
+    with panels(path, ["arousal"], [f"annotator {i + 1}" for i in range(3)], (2.0, 1.6)) as axes:
         for i, axis in enumerate(axes[0]):
             axis.plot(truth[i].tolist(), color="black", linewidth=1.6, label="said")
             for (name, found), style in zip(answers.items(), ("--", "-"), strict=True):

@@ -16,9 +16,8 @@ from torch import Tensor
 from ....models.bags.acmil import ACMIL
 from ...clock import machine
 from ...data.bags import SIDE, Bags, digit_bags, tissue_bags
-from ...small import Progress, fit, interval, parameters, picture, study, told
+from ...small import Progress, fit, interval, panels, parameters, picture, study, told
 from ...stats import paired_interval
-from ._sheet import sheet
 
 QUESTION = "Does ACMIL look at more of what makes a bag positive than ABMIL, and are bags told apart as well?"
 NAMES = {
@@ -132,7 +131,7 @@ def _draw(path: Path, seed: int, steps: int, bags: int) -> None:
     models = {n: trained("tissue", n, seed, steps, bags) for n in names}
     with torch.no_grad():
         seen = {n: model(made.bags).weights.mean((1, 2)) for n, model in models.items()}
-    with sheet(path, ["", ""], ["tissue", "spots", *names]) as axes:
+    with panels(path, ["", ""], ["tissue", "spots", *names]) as axes:
         for line, i in zip(axes, (1, 3), strict=True):
             line[0].imshow(made.pictures[i].numpy(), interpolation="nearest")
             line[1].imshow(made.truth[i].reshape(SIDE, SIDE).numpy(), cmap="gray")

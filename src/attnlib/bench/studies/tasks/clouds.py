@@ -20,7 +20,7 @@ from ....models.dense.context import ASPP
 from ....models.restore.pmaa import PMAA
 from ...clock import machine
 from ...data.worlds import photo_crops
-from ...small import Progress, fit, parameters, picture, sheet, study, told
+from ...small import Progress, fit, parameters, picture, psnr, sheet, study, told
 
 QUESTION = "Does PMAA take clouds off better than a mean over clear dates, and does its attention add to that?"
 MEDIAN, CLEAR, PLAIN, OURS = "median", "clear dates, told", "without attention", "PMAA"
@@ -62,11 +62,6 @@ def build(name: str, dates: int, dim: int = 8, depth: int = 3) -> PMAA:
         for stage in model.stages:
             stage.attention = nn.Identity()
     return model
-
-
-def psnr(made: Tensor, true: Tensor) -> float:
-    """Peak signal to noise ratio of all images together, in decibels; from 0 to 1."""
-    return float(-10 * (made.clamp(0, 1) - true).square().mean().log10())
 
 
 def measure(
@@ -118,10 +113,9 @@ def measure(
             made, count = torch.cat([model.predict(part * 2 - 1) for part in x.split(32)]) / 2 + 0.5, parameters(model)
         shown.update({f"date {i + 1}": x[:6, i] for i in range(dates)} | {"truth": true[:6], name: made[:6]})
         covered = (clouds > 0.05).all(1).expand_as(true)
-        gap = (made.clamp(0, 1) - true).square()
         return {
-            "psnr": psnr(made, true), "seen": float(-10 * gap[~covered].mean().log10()),
-            "never_seen": float(-10 * gap[covered].mean().log10()), "parameters": count,
+            "psnr": psnr(made, true), "seen": psnr(made, true, ~covered),
+            "never_seen": psnr(made, true, covered), "parameters": count,
         }  # fmt: skip
 
     result = study(NAMES, run, "psnr", PLAIN, seeds, progress, keep, (steps, batch, side, dates, tested, lr))

@@ -16,8 +16,7 @@ from torch import Tensor
 from ....models.detect.cace import CACENet
 from ...clock import machine
 from ...data.events import BANDS, KINDS, Clips, clips
-from ...small import Progress, fit, parameters, picture, study, told
-from ._sheet import sheet
+from ...small import Progress, fit, panels, parameters, picture, study, told
 
 QUESTION = "Are events that must be both seen and heard found more often when sound and sight guide one another?"
 NAMES = {"no guidance": "none", "both guide": "both"}
@@ -101,7 +100,7 @@ def _draw(path: Path, seed: int, steps: int, held: dict[str, CACENet]) -> None:
     length = made.target.shape[1]
     seen = made.video.reshape(2, length, 3, 3, 8, 8).permute(0, 1, 2, 4, 3, 5).reshape(2, length, 24, 24)
     rows = [f"{part} {i + 1}" for i in range(2) for part in ("seen", "heard")] + ["answers"]
-    with sheet(path, rows, [str(t + 1) for t in range(length)], (0.75, 0.75)) as axes:
+    with panels(path, rows, [str(t + 1) for t in range(length)], (0.75, 0.75)) as axes:
         for t in range(length):
             for i in range(2):
                 axes[2 * i][t].imshow(seen[i, t].numpy(), cmap="gray", vmin=0, vmax=1)

@@ -21,7 +21,7 @@ from ....models.restore.degrade import Degradation
 from ....models.restore.restoreformer import RestoreFormer
 from ...clock import machine
 from ...data.files import _packaged, require
-from ...small import Progress, fit, parameters, picture, sheet, study, told
+from ...small import Progress, fit, parameters, picture, psnr, sheet, study, told
 
 QUESTION = "Do faces come back better when a degraded face reads a dictionary than by self-attention on its codes?"
 GIVEN, PLAIN, OURS = "as given", "self-attention", "cross attention"
@@ -140,11 +140,6 @@ def measure(
             rows = {n: shown[n] for n in ("given", "truth", PLAIN, OURS) if n in shown}
             sheet(Path(pictures) / "tasks-faces-predictions.png", rows, zoom=0.7, colours=64)
     return result
-
-
-def psnr(made: Tensor, true: Tensor) -> float:
-    """Peak signal to noise ratio of all faces together, in decibels; from 0 to 1."""
-    return float(-10 * (made.clamp(0, 1) - true).square().mean().log10())
 
 
 def table(found: Mapping[str, Any]) -> str:

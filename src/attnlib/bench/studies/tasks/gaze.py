@@ -19,9 +19,8 @@ from ....models.perception.oat import OAT
 from ....models.perception.scanpaths import behaviour_gap, behaviour_rates, sequence_score
 from ...clock import machine
 from ...data.gaze import Searched, search, shelves
-from ...small import Progress, fit, interval, parameters, picture, study, told
+from ...small import Progress, fit, interval, panels, parameters, picture, study, told
 from ...stats import paired_interval
-from ._sheet import sheet
 
 QUESTION = "Does OAT tell where a searcher looks on shelves of sizes that it never saw?"
 NAMES = ("chain", "chain that sees colours", "learnt places", "OAT", "another searcher")
@@ -182,7 +181,7 @@ def _draw(path: Path, seed: int, steps: int, held: dict[str, Draw]) -> None:
     for name in ("chain", "learnt places", "OAT"):
         draw = held[name] if name in held else sampler(name, seed, steps)[0]
         columns[name] = draw(made, 1, torch.Generator().manual_seed(seed))
-    with sheet(path, ["", ""], list(columns), (1.7, 1.25)) as axes:
+    with panels(path, ["", ""], list(columns), (1.7, 1.25)) as axes:
         for i, line in enumerate(axes):
             shelf = made.images[i, :, 0, 0].reshape(4, 6, 3).numpy()
             for axis, paths in zip(line, columns.values(), strict=True):

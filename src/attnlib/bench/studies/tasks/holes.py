@@ -20,7 +20,7 @@ from ....models.restore.pepsi import PEPSI, ContextAttention
 from ...clock import machine
 from ...data.files import require
 from ...data.worlds import photo_crops
-from ...small import Progress, fit, parameters, picture, sheet, study, told
+from ...small import Progress, fit, parameters, picture, psnr, sheet, study, told
 
 QUESTION = "Does patch attention fill holes better than the same network without it, and than biharmonic inpainting?"
 BIHARMONIC, PLAIN, OURS = "biharmonic", "without patch attention", "PEPSI"
@@ -76,11 +76,6 @@ def biharmonic(images: Tensor, known: Tensor) -> Tensor:
     shown = images.masked_fill(~known, 0.0)
     made = [torch.from_numpy(inpaint(x[0].numpy(), ~k[0].numpy())) for x, k in zip(shown, known, strict=True)]
     return torch.stack(made).float()[:, None]
-
-
-def inside(made: Tensor, true: Tensor, known: Tensor) -> float:
-    """Peak signal to noise ratio of all holes together, in decibels; grey images in [0, 1]."""
-    return float(-10 * (made.clamp(0, 1) - true)[~known].square().mean().log10())
 
 
 def measure(
@@ -143,7 +138,7 @@ def measure(
                 ])  # fmt: skip
                 count = parameters(model)
             shown |= {"input": torch.where(known, test, 1.0)[:4], "truth": test[:4], name: made[:4]}
-            return {"psnr": inside(made, test, known), "parameters": count}
+            return {"psnr": psnr(made, test, ~known), "parameters": count}
 
         found = study(NAMES, run, "psnr", PLAIN, seeds, progress, keep, (world, steps, batch, side, hole, tested, lr))
         result["worlds"][world] = found

@@ -19,9 +19,8 @@ from ....models.bags.biofusionnet import BioFusionNet, Survival
 from ....models.losses import concordance, cox_loss
 from ...clock import machine
 from ...data.patients import Patients, load, patches, sources
-from ...small import Progress, fit, interval, parameters, picture, study, told
+from ...small import Progress, fit, interval, panels, parameters, picture, study, told
 from ...stats import paired_interval
-from ._sheet import sheet
 
 QUESTION = "Does BioFusionNet order patients by risk better than a Cox model that reads the same?"
 NAMES = ("Cox", "Cox with patches", "BioFusionNet")
@@ -184,7 +183,7 @@ def _draw(path: Path, known: Patients, seed: int, steps: int, parts: int, count:
     """How long patients held out went without the event, those of high risk and those of low, by model."""
     seen = patches(known, count, PARTS["telling"], seed)
     names = NAMES
-    with sheet(path, ["without the event"], list(names), (2.2, 1.8)) as axes:
+    with panels(path, ["without the event"], list(names), (2.2, 1.8)) as axes:
         for axis, name in zip(axes[0], names, strict=True):
             high = torch.zeros(len(known.time), dtype=torch.bool)
             for i, test in enumerate(folds(known.event, parts, seed)):
