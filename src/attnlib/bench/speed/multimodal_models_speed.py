@@ -80,7 +80,7 @@ def _llama(width: int, layers: int, head_dim: int = 64, causal: bool = False) ->
 def magnifier(rounds: int, clock: str, small: bool) -> Iterator[Record]:
     """Prompts of 128 coarse tokens with four details each, and decoding behind one."""
     coarse, each, layers = (4, 2, 3) if small else (128, 4, 3)
-    for width, text in ((32, 8),) if small else ((512, 128), (512, 512), (1024, 512)):
+    for width, text in ((32, 8),) if small else ((512, 128), (1024, 512)):
         plain = _llama(width, layers, 16 if small else 64)
         looking = copy.deepcopy(plain, {id(p): p for p in plain.parameters()})
         ids = torch.full((1, coarse + text), 5)
@@ -103,31 +103,29 @@ def magnifier(rounds: int, clock: str, small: bool) -> Iterator[Record]:
                 products=2 * coarse * each * width**2 / (ids.shape[1] * sum(
                     p.numel() for p in plain.layers[0].parameters() if p.dim() == 2)),
             )  # fmt: skip
-            steps = 2 if small else 8
-            if text == 128 or small:
-                found: dict[str, list[float]] = {"plain": [], "ours": []}
-                for _ in range(rounds + 1):
-                    for name, model in (("plain", plain), ("ours", looking)):
-                        found[name].append(_steps(model, ids, steps, clock))
+            if text > 128 or small:
+                bursts = {
+                    "plain": _bursts(plain, ids, 2 if small else 8),
+                    "ours": _bursts(looking, ids, 2 if small else 8),
+                }
+                found = interleave({name: burst.__next__ for name, burst in bursts.items()}, rounds, clock)
                 times = [
                     1 + (o - p) / p * layers / (layers - 1)
-                    for o, p in zip(found["ours"][1:], found["plain"][1:], strict=True)
+                    for o, p in zip(found["ours"].seconds, found["plain"].seconds, strict=True)
                 ]
                 yield _cost(
-                    "magnifier of LSceneLLM, step", f"a layer, {against} read", 1.3,
-                    statistics.median(found["ours"][1:]), statistics.median(found["plain"][1:]),
-                    statistics.median(times),
+                    "magnifier of LSceneLLM, step", f"a layer, {against} read", 1.3, found["ours"].median,
+                    found["plain"].median, statistics.median(times),
                 )  # fmt: skip
 
 
-def _steps(model: Any, ids: Tensor, steps: int, clock: str) -> float:
-    """Seconds per token behind a prompt, which is not timed, nor is the first token."""
-    held, token, start = cache_argument(model, cache_out(model(ids, use_cache=True))), ids[:, -1:], 0.0
-    for done in range(steps + 1):
-        if done == 1:
-            start = now(clock)
-        model(token, **held, use_cache=True)
-    return (now(clock) - start) / steps
+def _bursts(model: Any, ids: Tensor, steps: int) -> Iterator[None]:
+    """Reads so many tokens behind a prompt each time."""
+    held = cache_argument(model, cache_out(model(ids, use_cache=True)))
+    while True:
+        for _ in range(steps):
+            model(ids[:, -1:], **held, use_cache=True)
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,7 +197,7 @@ def _llava(small: bool) -> tuple[Any, Any]:
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         additional_special_tokens=["<image>"],
     )  # fmt: skip
-    side, width, layers = (28, 32, 1) if small else (112, 256, 4)
+    side, width, layers = (28, 32, 1) if small else (224, 256, 2)
     torch.manual_seed(0)
     vision = hf.CLIPVisionConfig(
         hidden_size=width // 2, intermediate_size=width, num_hidden_layers=2, num_attention_heads=2, image_size=side,
@@ -215,7 +213,7 @@ def _llava(small: bool) -> tuple[Any, Any]:
     )  # fmt: skip
     model = hf.LlavaForConditionalGeneration(config).eval()
     with torch.no_grad():  # random models hardly look: what they see is made to count
-        model.get_output_embeddings().weight.mul_(15)
+        model.get_output_embeddings().weight.mul_(3)
         for p in model.model.multi_modal_projector.parameters():
             p.mul_(20)
     reader = hf.CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
@@ -226,9 +224,9 @@ def _llava(small: bool) -> tuple[Any, Any]:
 
 
 def zoom_eye(rounds: int, clock: str, small: bool) -> Iterator[Record]:
-    """The first question about a picture, and a second one about the same thing."""
+    """The first question about a picture of which every box is looked at, and a second one about the same thing."""
     model, processor = _llava(small)
-    side = 28 if small else 112
+    side = 28 if small else 224
     picture = np.random.default_rng(0).integers(0, 255, (4 * side, 4 * side, 3), np.uint8)
     asked = ("What is next to the red circle", "Can the red circle be seen in the image")
     held: dict[str, Any] = {}
@@ -236,7 +234,9 @@ def zoom_eye(rounds: int, clock: str, small: bool) -> Iterator[Record]:
 
     def eye(**settings: Any) -> ZoomEye:
         speaker = Speaker(model, processor, max_new_tokens=4, **settings)
-        return ZoomEye(speaker, "llava", cues=lambda question: ["red circle"], max_depth=2, leaf=side)
+        return ZoomEye(
+            speaker, "llava", cues=lambda question: ["red circle"], max_depth=2, leaf=side, upper=0.95, pops=21
+        )
 
     def ask(who: str, number: int) -> None:
         if not number:  # nothing is known of the picture yet
@@ -247,7 +247,8 @@ def zoom_eye(rounds: int, clock: str, small: bool) -> Iterator[Record]:
     taken = interleave({(who, n): lambda w=who, i=n: ask(w, i) for n, who in order}, rounds, clock)
     for n, name in enumerate(("first question", "second question")):
         ours, plain = said["ours", n], said["plain", n]
-        if (str(ours), ours.boxes) != (str(plain), plain.boxes):
+        opened = [[[node.box for node in search.opened] for search in of.searches] for of in (ours, plain)]
+        if (str(ours), ours.boxes) != (str(plain), plain.boxes) or opened[0] != opened[1]:
             raise AssertionError(
                 f"ZoomEye answers {ours!r} about {ours.boxes}, the plain loop {plain!r}, {plain.boxes}"
             )
@@ -259,7 +260,7 @@ def preferences(rounds: int, clock: str, small: bool) -> Iterator[Record]:
     """A step of rDPO beside one of DPO: collation, policy and frozen reference, loss, gradients."""
     model, _ = _llava(small)
     frozen = copy.deepcopy(model).requires_grad_(False)
-    side, length, count = (28, 4, 2) if small else (112, 32, 4)
+    side, length, count = (28, 4, 2) if small else (224, 32, 4)
     tokens = (side // 14) ** 2
     random = torch.Generator().manual_seed(0)
     pairs = []
