@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from attnlib.bench.speed import multimodal_models_speed
 from attnlib.bench.studies.multimodal_models import canvases, clicks, depth, geometry, maps, preferences
 
 ROOT = Path(__file__).parents[2]
@@ -90,3 +91,9 @@ def test_how_the_small_model_learnt(updates):
     cells = re.search(rf"^\| {updates} \| (.*) \|$", page, re.M).group(1).split(" | ")
     for kind, cell in zip(("presence", "colour", "count", "digit", "position", "content"), cells, strict=True):
         assert abs(100 * row[kind] - int(cell)) <= 0.51, kind
+
+
+def test_speed():
+    found = held("multimodal-models-speed")
+    assert on_page("speed") == multimodal_models_speed.table(found["records"])
+    assert f"({found['machine']['load']:g} programs wanted" in PAGE.read_text(encoding="utf-8")

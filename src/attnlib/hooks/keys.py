@@ -46,8 +46,8 @@ def with_keys(
     own, bias = site.mask.rows(torch.arange(n, device=q.device) if rows is None else rows)
     if own is None:
         own = torch.ones(1, 1, n, k.shape[2], dtype=torch.bool, device=q.device)
-    rows, heads = max(own.shape[0], allowed.shape[0]), max(own.shape[1], allowed.shape[1])
-    mask = torch.cat([t.expand(rows, heads, n, -1) for t in (own, allowed)], -1)
+    several, heads = max(own.shape[0], allowed.shape[0]), max(own.shape[1], allowed.shape[1])
+    mask = torch.cat([t.expand(several, heads, n, -1) for t in (own, allowed)], -1)
     if bias is not None:
         bias = F.pad(bias.expand(*bias.shape[:2], n, k.shape[2]), (0, more_k.shape[2]))
     return call(q, torch.cat([k, more_k.to(k.dtype)], 2), torch.cat([v, more_v.to(v.dtype)], 2), mask=mask, bias=bias)

@@ -18,6 +18,7 @@ import copy
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -244,7 +245,7 @@ def zoom_eye(rounds: int, clock: str, small: bool) -> Iterator[Record]:
         said[who, number] = held[who].answer(picture, asked[number])
 
     order = [(number, who) for number in (0, 1) for who in ("plain", "ours")]
-    taken = interleave({(who, n): lambda w=who, i=n: ask(w, i) for n, who in order}, rounds, clock)
+    taken = interleave({(who, n): partial(ask, who, n) for n, who in order}, rounds, clock)
     for n, name in enumerate(("first question", "second question")):
         ours, plain = said["ours", n], said["plain", n]
         opened = [[[node.box for node in search.opened] for search in of.searches] for of in (ours, plain)]
@@ -342,7 +343,7 @@ def flow(rounds: int, clock: str, small: bool) -> Iterator[Record]:
         model, probe = _llama(32, layers, 8), Flow(heads="mean-max", regulariser="linear")
         with attach(model, probe):
             model(ids, use_cache=False)  # what is made once is made
-            peaks[layers] = peak_bytes(lambda m=model: m(ids, use_cache=False))
+            peaks[layers] = peak_bytes(partial(model, ids, use_cache=False))
     yield _cost(
         "attention flow, bytes", f"a quarter of its {4 * shallow} layers, {n} tokens", 1.1, peaks[4 * shallow],
         peaks[shallow], peaks[4 * shallow] / peaks[shallow], unit="bytes", maps=4 * n * n * 4 * 4 * shallow,
@@ -403,7 +404,12 @@ def mapsam(rounds: int, clock: str, small: bool) -> Iterator[Record]:
     ))  # fmt: skip
     model: Any = MapSAM(sam).eval()
     images, decode, given = torch.rand(count, side, side, 3), model._decode, []
-    model._decode = lambda *tensors: given.append(tensors) or decode(*tensors)
+
+    def kept(*tensors: Tensor) -> Any:
+        given.append(tensors)
+        return decode(*tensors)
+
+    model._decode = kept
     together = model(images).masks
     del model._decode
     parts = [tuple(t if len(t) != count else t[i : i + 1] for t in given[0]) for i in range(count)]
