@@ -7,6 +7,7 @@ import torch
 
 from attnlib.bench.studies.multimodal_models import clicks
 from attnlib.bench.worlds import segmenter
+from attnlib.look.segment.promac import boxes_in
 
 pytest.importorskip("transformers")
 
@@ -66,3 +67,23 @@ def test_no_segmenter_is_said_so(tmp_path):
         segmenter.load(tmp_path)
     with pytest.raises(ValueError, match="world='photos' is not possible"):
         clicks.Contest("photos")
+
+
+def test_a_place_in_words_is_a_box_and_the_same_picture_takes_nothing_away():
+    sight, which = clicks.target("scenes", clicks.numbers("scenes", 1, "dev", 0)[0], "dev")
+    image, name = sight.image.permute(1, 2, 0).contiguous(), sight.names[which]
+    ask = clicks.CellAsk(name)
+    said = ask(image, f"where is {name} ?")
+    (box,) = boxes_in(said.text, image.shape[:2])
+    assert box.tolist() == [16 * v for v in (box / 16).round().tolist()] and (box[2:] - box[:2]).tolist() == [16, 16]
+    assert ask(image, f"where is {name} ?", without=image).text == said.text
+    assert ask(image, "describe it").text == name
+    x1, y1, x2, y2 = box.int().tolist()
+    assert sight.masks[which][y1:y2, x1:x2].sum() > 0.5 * sight.masks[which].sum()
+
+
+def test_what_is_painted_over_has_the_colour_of_the_rest():
+    image = torch.full((4, 4, 3), 0.2)
+    image[1, 1] = 0.9
+    mask = image[..., 0] > 0.5
+    assert torch.equal(clicks._filled(image, mask, [], []), torch.full((4, 4, 3), 0.2))

@@ -4,7 +4,8 @@
 ``multimodal-models-clicks-cpu.json`` and its picture. A small ``SamModel`` (:mod:`attnlib.bench.worlds.segmenter`) must
 first hold its own bars from a true click and a true box. Then one thing per picture is to be cut out by its name: on
 painted pictures by maps of the small CLIP, on scenes by the attention of the small multimodal model while it lists
-what it sees. Beside them a click in the middle, one anywhere, one on the thing, and its true box.
+what it sees, and by where it says that a thing is, alone and in ProMaC. Beside them a click in the middle, one
+anywhere, one on the thing, and its true box.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor
 
 from ....checks import check_choice
+from ....hooks import TokenTypes
 from ....look.flow import Flow
 from ....look.prompts import from_map
-from ....look.segment import VLSAM, FlowReader, GenSAM, Segmenter
+from ....look.segment import VLSAM, FlowReader, GenSAM, ProMaC, Segmenter
+from ....look.segment.promac import Answer, ContrastiveAsk, Questions, boxes_in
 from ....look.segment.segmenter import Predict
 from ....look.surgery import SurgeryMaps
 from ....ops.points import ABSENT
@@ -37,6 +40,8 @@ BARS = {"click on the thing": 0.85, "true box": 0.9}
 CENTRE = "click in the middle"
 CONTROLS = (CENTRE, "click anywhere", *BARS)
 ROUNDS = 4
+#: What the small multimodal model says of a thing's place, and ProMaC with it.
+TOLD = NAMED, PROMAC = "cell that is named", "ProMaC"
 #: Contestants by world.
 PAINTED = (
     *CONTROLS, "CLIP, peak", "CLIP surgery (kk), peak", "CLIP surgery (vv), peak", "CLIP surgery (kk), extremes",
@@ -44,7 +49,7 @@ PAINTED = (
 )  # fmt: skip
 SCENES = (
     *CONTROLS, "flow, peak", "flow of VL-SAM, peak", "flow of VL-SAM, a token before, peak",
-    "flow of VL-SAM, component", "VL-SAM", "VL-SAM, not refined",
+    "flow of VL-SAM, component", "VL-SAM", "VL-SAM, not refined", *TOLD,
 )  # fmt: skip
 CONTESTANTS = {"painted": PAINTED, "scenes": SCENES}
 #: All layers of the small CLIP, chosen on 40 pictures of the part "dev": its peak hits 82 % of them, with three 42.
@@ -106,6 +111,48 @@ def target(world: str, number: int, part: str) -> tuple[Sight, int] | None:
     return (sight, alone[number % len(alone)]) if alone else None
 
 
+class CellAsk:
+    """``ask(image, question, history, without)`` for ProMaC: the small multimodal model says where a thing is.
+
+    It answers with a cell, which is told as a box in shares of the picture; what ProMaC asks beside that is answered
+    with the name itself, as the small model knows no such questions.
+
+    Args:
+        name: of the thing.
+        model: ``(model, tokenizer)``; ``None`` for the repository's own.
+    """
+
+    def __init__(self, name: str, model: tuple[Any, Any] | None = None):
+        speaker, self.tokenizer = scenes.load_model() if model is None else model
+        self.name = name
+        token = self.tokenizer.convert_tokens_to_ids("<image>")
+        self.ask = ContrastiveAsk(speaker, self._inputs, self._box, TokenTypes(image=token), max_new_tokens=5)
+
+    def _inputs(self, image: Tensor, question: str, history: Any) -> dict[str, Any]:
+        ids = torch.tensor([self.tokenizer(scenes.prompt(question))["input_ids"]])
+        pixels = (image.permute(2, 0, 1)[None] - 0.5) * 2
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+    def _box(self, ids: Tensor) -> str:
+        said = [word for word in self.tokenizer.convert_ids_to_tokens(ids.tolist()) if word in scenes.PLACES]
+        if not said:
+            return ""
+        row, column = divmod(scenes.PLACES.index(said[0]), scenes.GRID)
+        box = [column, row, column + 1, row + 1]
+        return str([value / scenes.GRID for value in box])
+
+    def __call__(
+        self, image: Tensor, question: str, history: Sequence[tuple[str, str]] = (), without: Tensor | None = None
+    ) -> Answer:
+        if not question.startswith("where"):
+            return Answer(self.name)
+        return self.ask(image, question, history, without)
+
+
+#: What of ProMaC's questions the small model can answer.
+ASKED = Questions("{key}", "{key}", "{key}", "where is {key} ?", "{key}", "where is {name} ?")
+
+
 class Contest:
     """All contestants of a world on one picture at a time.
 
@@ -124,36 +171,52 @@ class Contest:
         if world == "painted":
             self.maps = {path: clip_maps(path, layers) for path in ("kk", "vv", "qk")}
         else:
-            small = scenes.load_model()
+            self.small = small = scenes.load_model()
             self.readers = {
                 "flow": flow_reader(Flow("mean", 0.5, "none"), small),
                 "flow of VL-SAM": flow_reader(Flow("mean-max", 0.5, "column"), small),
                 "flow of VL-SAM, a token before": flow_reader(Flow("mean-max", 0.5, "column"), small, before=True),
             }
-        self.last: tuple[int, dict[str, tuple[float, float]]] | None = None
+        self.number = -1
+        self.found: dict[str, tuple[float, float]] = {}
 
-    def __call__(self, number: int) -> Mapping[str, tuple[float, float]]:
-        """By contestant: overlap of the mask with the thing, and whether its first click lies on it."""
-        if self.last is None or self.last[0] != number:
-            self.last = (number, self._all(number))
-        return self.last[1]
+    def __call__(self, number: int, name: str) -> tuple[float, float]:
+        """Overlap of a contestant's mask with the thing, and whether its first click lies on it.
 
-    def _all(self, number: int) -> dict[str, tuple[float, float]]:
+        Contestants that share work are done together, and kept until another picture is asked for.
+        """
+        check_choice("name", name, CONTESTANTS[self.world])
+        if self.number != number:
+            self._start(number)
+        if name not in self.found:
+            shown = self.image, self.name, self.predict, self.true
+            if name in CONTROLS:
+                self.found |= self._controls()
+            elif self.world == "painted":
+                self.found |= self._painted(*shown)
+            else:
+                self.found |= self._pointed(*shown) if name in TOLD else self._scenes(*shown)
+        return self.found[name]
+
+    def _start(self, number: int) -> None:
         found = target(self.world, number, self.part)
         if found is None:
             raise ValueError(f"number {number} has no thing whose name is its own")
         sight, which = found
-        image, name, true = sight.image.permute(1, 2, 0).contiguous(), sight.names[which], sight.masks[which]
-        predict, rng, side = self.segmenter(image), np.random.default_rng([number, 31]), true.shape[-1]
-        cells = true.nonzero()
+        self.number, self.found, self.name, self.true = number, {}, sight.names[which], sight.masks[which]
+        self.image = sight.image.permute(1, 2, 0).contiguous()
+        self.predict = self.segmenter(self.image)
+
+    def _controls(self) -> dict[str, tuple[float, float]]:
+        predict, true, rng = self.predict, self.true, np.random.default_rng([self.number, 31])
+        cells, side = true.nonzero(), true.shape[-1]
         on = cells[int(rng.integers(len(cells)))].flip(0).float() + 0.5
-        out = {
+        return {
             CENTRE: _clicked(predict, torch.tensor([side / 2, side / 2]), true),
             "click anywhere": _clicked(predict, torch.from_numpy(rng.random(2) * side).float(), true),
             "click on the thing": _clicked(predict, on, true),
             "true box": (overlap(_best(predict(box=box_of(true))), true), 1.0),
         }
-        return out | (self._painted if self.world == "painted" else self._scenes)(image, name, predict, true)
 
     def _painted(self, image: Tensor, name: str, predict: Predict, true: Tensor) -> dict[str, tuple[float, float]]:
         maps = {path: made(image, [name]) for path, made in self.maps.items()}
@@ -168,7 +231,8 @@ class Contest:
         return out
 
     def _scenes(self, image: Tensor, name: str, predict: Predict, true: Tensor) -> dict[str, tuple[float, float]]:
-        out = dict.fromkeys(SCENES[len(CONTROLS) :], (0.0, 0.0))  # what is not named is not cut out
+        names = [name for name in SCENES if name not in (*CONTROLS, *TOLD)]
+        out = dict.fromkeys(names, (0.0, 0.0))  # what is not named is not cut out
         question = "list the objects"
         seen = {label: dict(reader(image, question)) for label, reader in self.readers.items()}
         mine = seen["flow of VL-SAM"]
@@ -181,6 +245,37 @@ class Contest:
             things = VLSAM(lambda picture: predict, said, (question,), crops=False, refine=refine)(image)
             out[label] = (overlap(things[0].mask, true) if things else 0.0, out["flow of VL-SAM, component"][1])
         return out
+
+    def _pointed(self, image: Tensor, name: str, predict: Predict, true: Tensor) -> dict[str, tuple[float, float]]:
+        ask = CellAsk(name, self.small)
+        cell = _boxed(ask(image, f"where is {name} ?").text, predict, true)
+        reader, grid = self.readers["flow of VL-SAM"], (scenes.SIDE // scenes.PATCH,) * 2
+
+        def maps(picture: Tensor, names: Sequence[str], places: Sequence[str]) -> Tensor:
+            return dict(reader(picture, "list the objects")).get(name, torch.zeros(grid))
+
+        def alike(images: Tensor, said: str) -> Tensor:  # one crop has no other to be weighed against
+            return torch.zeros(len(images))
+
+        found = ProMaC(
+            self.segmenter, maps, ask, alike, _filled, key=name, rounds=2, scales=(1,), questions=ASKED
+        )(image)  # fmt: skip
+        middle = found.steps[found.chosen].box.unflatten(0, (2, 2)).mean(0)[None]
+        return {NAMED: cell, PROMAC: (overlap(found.mask, true), _hit(middle, torch.ones(1), true))}
+
+
+def _filled(image: Tensor, mask: Tensor, names: Sequence[str], places: Sequence[str]) -> Tensor:
+    """The image (H, W, 3) with the mask painted over by the median colour of what is left."""
+    rest = image[~mask].median(0).values
+    return torch.where(mask[..., None], rest, image)
+
+
+def _boxed(text: str, predict: Predict, true: Tensor) -> tuple[float, float]:
+    found = boxes_in(text, true.shape)
+    if not found:
+        return 0.0, 0.0
+    middle = found[0].unflatten(0, (2, 2)).mean(0)[None]
+    return overlap(_best(predict(box=found[0])), true), _hit(middle, torch.ones(1), true)
 
 
 def _best(found: Any) -> Tensor:
@@ -252,7 +347,7 @@ def measure(
         contest = Contest(world, part, model)
 
         def run(name: str, number: int, contest: Contest = contest) -> dict[str, float]:
-            iou, hit = contest(number)[name]
+            iou, hit = contest(number, name)
             return {"overlap": 100 * iou, "hit": 100 * hit}
 
         some = numbers(world, count, part, first)
