@@ -278,6 +278,23 @@ def test_on_models_of_transformers(size):
         assert (step.labels == 1).sum() == (step.labels == 0).sum()
 
 
+def test_what_texts_share_may_be_another_text():
+    """``rdd_str`` of the release."""
+
+    def tokenize(texts):
+        rows = torch.tensor([[3 + ord(c) % 50 for c in text.ljust(6)[:6]] for text in texts])  # the first is pooled
+        return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+
+    clip, image = clip_model(), torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(0))
+    plain, other = (SurgeryMaps(clip, tokenize, 3, templates=("{}",), shared=text) for text in ("", "leaf"))
+    features = surgery_features(clip, other.pixels(image), 3)
+    expected = consensus(surgery_maps(features, other.text(["frog"]), other.text(["leaf"])))[0]
+    assert torch.equal(other(image, ["frog"]).flatten(), expected)
+    assert not torch.allclose(plain(image, ["frog"]).flatten(), expected, atol=1e-3)
+    with pytest.raises(TypeError, match="shared must be"):
+        SurgeryMaps(clip, tokenize, shared=None)
+
+
 def test_the_segmenter_is_the_models_own():
     sam = tiny_sam()
     image = torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(1))

@@ -138,6 +138,7 @@ class SurgeryMaps:
         templates: sentences with ``{}`` in place of the name, whose features are averaged.
         clamp: see :func:`consensus`.
         compat: see :func:`surgery_maps`.
+        shared: what all texts share, the empty string by default.
     """
 
     def __init__(
@@ -149,8 +150,10 @@ class SurgeryMaps:
         templates: Sequence[str] = ("a photo of a {}.", "a photo of the {}.", "there is a {} in the scene."),
         clamp: bool = False,
         compat: str | None = None,
+        shared: str = "",
     ):
         check_choice("path", path, PATHS)
+        check_type("shared", shared, str, "a name")
         check_choice("compat", compat, (None, "authors"))
         templates = (templates,) if isinstance(templates, str) else tuple(templates)
         if not templates:
@@ -162,6 +165,7 @@ class SurgeryMaps:
         self.clip: Any = clip
         self.tokenize, self.layers, self.path = tokenize, layers, path
         self.templates, self.clamp, self.compat = templates, check_flag("clamp", clamp), compat
+        self.shared = shared
         self._texts: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -193,7 +197,7 @@ class SurgeryMaps:
         if not foreground:
             raise ValueError("foreground must hold at least one name, got none")
         features = surgery_features(self.clip, self.pixels(image), self.layers, self.path)
-        empty = self.text([""])
+        empty = self.text([self.shared])
         maps = [
             surgery_maps(features, self.text(n), empty, self.compat) if n else None for n in (foreground, background)
         ]
