@@ -128,6 +128,36 @@ def test_bad_use_is_told(args, words):
     assert result.exit_code != 0 and words in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    "text, says", [("def (:\n", "SyntaxError: invalid syntax"), ("raise RuntimeError('boom')\n", "RuntimeError: boom")]
+)
+def test_a_module_that_cannot_be_imported_is_named(text, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine_broken.py").write_text(text)
+    found = str(invoke("check", "mine_broken:A").exception)
+    assert "target='mine_broken:A': cannot import 'mine_broken'" in found and says in found
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("bench", "sigmoid-attention", "--grid", "16", "--set", "dim=8"),
+        ("bench", "--suite", "sparse"),
+        ("bench", "--model", "smollm2", "--with", "SnapKV,ratio=0.5"),
+        ("convert", "smollm2", "--to", "lolcats"),
+        ("compare", "softmax-attention", "--tasks", "digits"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_told_before_anything_is_measured(args, tmp_path, monkeypatch):
+    (place := tmp_path / "file").write_text("")
+    for module, name in (("bench.beside", "open_model"), ("bench.converting", "open_model")):
+        monkeypatch.setattr(f"attnlib.{module}.{name}", lambda *_: pytest.fail("a model was read"))
+    monkeypatch.setattr("attnlib.bench.speed.operators.bench_mechanism", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("attnlib.bench._engine", lambda *_: pytest.fail("measured"))
+    found = str(invoke(*args, "--out", str(place)).exception)
+    assert f"out={str(place)!r} cannot be written" in found, found
+
+
 def test_parsing():
     assert parse_settings(["dim=3", "gate=none", "causal=True", "rotary=1e4"]) == {
         "dim": 3, "gate": "none", "causal": True, "rotary": 1e4,

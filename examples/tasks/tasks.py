@@ -524,7 +524,7 @@ class SmallDenoiser(torch.nn.Module):
         )
 
     def forward(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        time = (t / 20).to(z.dtype)[:, None, None, None].expand(-1, 1, *z.shape[2:])
+        time = (t.to(z.dtype) / 20)[:, None, None, None].expand(-1, 1, *z.shape[2:])
         return self.net(torch.cat([z, time], 1))
 
 

@@ -231,7 +231,9 @@ def _info_of_paper(name: str, configured: bool, as_json: bool, error: ValueError
         near = difflib.get_close_matches(name.lower(), [*list_mechanisms(), *names], n=3, cutoff=0.6)
         if "unknown" not in str(error) or not near:
             raise error
-        raise ValueError(f"unknown mechanism or paper {name!r}; did you mean {' or '.join(map(repr, near))}?")
+        raise ValueError(
+            f"unknown mechanism or paper {name!r}; did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?"
+        )
     if configured:
         raise ValueError(f"{name!r} is no mechanism that attnlib.create builds, so --set is not possible")
     found: list[dict[str, str]] = []

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..types import check_choice
 from .models import is_here
+from .store import writable
 from .worlds.models import missing_parts
 
 #: Suites that stand in :mod:`attnlib.bench.studies`: every module of it, but for those that are run by hand.
@@ -137,7 +138,9 @@ def run_bench(
     check_workers(workers, ray)
 
     console = Console() if console is None else console
-    folder = None if out is None else Path(out)
+    if not names:
+        check_choice("suite", suite, [*suites(), "all"])
+    folder = None if out is None else writable(out)
 
     def progress(line: str) -> None:
         if not quiet:
@@ -157,10 +160,8 @@ def run_bench(
         if not quiet:
             console.print(table)
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
             (folder / "mechanisms.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         return results
-    check_choice("suite", suite, [*suites(), "all"])
     apart: list[str] = []
     several = {"all": [name for name in suites() if name not in FAMILIES], **FAMILIES}
     chosen = several.get(suite, [suite])
@@ -224,10 +225,10 @@ def run_against(
         if not quiet:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    folder = None if out is None else writable(out)
     result = revisions.measure(against, rows, progress=progress)
-    if out is not None:
-        path = Path(out) / "revisions-cpu.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
+        path = folder / "revisions-cpu.json"
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 

@@ -33,7 +33,7 @@ from .data.files import require
 from .small import Progress, interval
 from .specs import Spec
 from .stats import mean_interval
-from .store import write_json, write_text
+from .store import writable, write_json, write_text
 
 UNTOUCHED = "untouched"
 
@@ -185,7 +185,7 @@ def measure(
         raise ValueError(f"with: every technique once, got {labels[1:]}")
     _leaves_keys(techniques, length)
     if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)  # before minutes of work that could not be kept
+        writable(out)
     data = files.text(None if text is None else Path(text))
     loaded, tokenizer = open_model(model, dtype)
     needs_head(loaded)

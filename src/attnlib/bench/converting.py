@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_int
 from ..extras import need
 from .data import files
+from .store import writable
 
 
 def tokens_of(tokenizer: Any, data: Tensor) -> Tensor:
@@ -163,13 +164,13 @@ def convert_model(
     check_int("batch", batch, least=1)
     check_choice("to", to, tuple(convert.targets.TARGETS))
     check_choice("loss", loss, convert.agreement.LOSSES)
+    files_of = None if out is None else writable(out)
     data = files.text(text)
     model, tokenizer = open_model(name)
     train = batches_of(tokens_of(tokenizer, data.train), length, batch)
     held = batches_of(tokens_of(tokenizer, data.test), length, batch, most=max(8 // batch, 1))
     before = bits_per_byte(model, tokenizer, held)
     conversion = convert.linearize(model, to, layers=layers, **dict(settings or {}))
-    files_of = None if out is None else Path(out)
     if steps and conversion.trained():
         kept = None if files_of is None else files_of / "transfer.pt"
         conversion.fit(train, loss=loss, steps=steps, lr=lr, checkpoint=kept, progress=progress)

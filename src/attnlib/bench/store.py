@@ -26,6 +26,29 @@ class StorageError(OSError):
         self.unsaved = unsaved
 
 
+def writable(out: str | Path, *parts: str) -> Path:
+    """The folder of results, made when missing: asked for before minutes of work that could not be kept.
+
+    Args:
+        out: the folder.
+        parts: folders in it.
+
+    Raises:
+        StorageError: when it cannot be made or written.
+    """
+    folder = Path(out)
+    try:
+        for place in (folder, *(folder / name for name in parts)):
+            place.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(f"out={str(out)!r} cannot be written ({reason}); give a folder that can", []) from error
+    return folder
+
+
 def plain(value: Any) -> Any:
     """``value`` with infinities and not-a-numbers as strings, so that any JSON reader takes it."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -138,16 +161,7 @@ class Store:
     """
 
     def __init__(self, out: str | Path) -> None:
-        self.out = Path(out)
-        try:
-            for name in ("runs", "scaling"):
-                (self.out / name).mkdir(parents=True, exist_ok=True)
-            probe = self.out / f".probe.{os.getpid()}"
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise StorageError(f"out={str(out)!r} cannot be written ({reason}); give a folder that can", []) from error
+        self.out = writable(out, "runs", "scaling")
         self.broken: list[str] = []
 
     def find(self, kind: str, name: str, key: Any) -> dict[str, Any] | None:

@@ -146,8 +146,9 @@ def resolve(target: Any) -> tuple[str, Callable[..., nn.Module]]:
             sys.path.insert(0, os.getcwd())
         try:
             found: Any = importlib.import_module(module_name)
-        except ImportError as error:
-            raise ValueError(f"target={target!r}: cannot import {module_name!r}: {error}") from error
+        except Exception as error:  # whatever the module raises: the file is the user's
+            kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+            raise ValueError(f"target={target!r}: cannot import {module_name!r}: {kind}{error}") from error
         for part in path.split("."):
             if not hasattr(found, part):
                 raise ValueError(f"target={target!r}: {module_name!r} has no {path!r}")

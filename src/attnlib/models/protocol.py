@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_real, check_type, describe
+from ..nn.base import check_weights
 from ..types import stats_dtype
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -77,6 +78,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def naming(model: nn.Module, method: Callable[..., Any], inputs: Any, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Within: what fails on an input in another precision than all parameters have says which input that is."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        if type(error) in (RuntimeError, TypeError):
+            given = {**dict(zip(inspect.signature(method).parameters, inputs, strict=False)), **settings}
+            try:
+                check_weights(model, type(model).__name__, given)
+            except TypeError as found:
+                raise found from error
+        raise
+
+
 def answering(method: F) -> F:
     """A method of a model that runs without a gradient, the model in evaluation meanwhile (see :func:`evaluating`).
 
@@ -95,7 +111,7 @@ def answering(method: F) -> F:
 
     @functools.wraps(method)
     def answer(self: nn.Module, *inputs: Any, **settings: Any) -> Any:
-        with torch.no_grad(), evaluating(self):
+        with torch.no_grad(), evaluating(self), naming(self, method.__get__(self), inputs, settings):
             return method(self, *inputs, **settings)
 
     return answer  # type: ignore[return-value]
@@ -116,13 +132,28 @@ def _wide(value: Any) -> Any:
     return value
 
 
+def _labels(value: Any) -> Any:
+    """A target, with int64 in place of shorter whole numbers, which torch takes for masks or not at all."""
+    if isinstance(value, Tensor):
+        return value.long() if value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_labels, value))
+    if type(value) in (list, tuple):
+        return type(value)(map(_labels, value))
+    return {key: _labels(held) for key, held in value.items()} if type(value) is dict else value
+
+
 def measuring(method: F) -> F:
     """A loss that is computed in float32, also under autocast: it rounds no product to half precision, in which terms
-    that are nearly equal no longer differ and slopes are not finite. :meth:`TaskModel.loss` is one in every subclass.
+    that are nearly equal no longer differ and slopes are not finite. Classes may be whole numbers of any width.
+    :meth:`TaskModel.loss` is one in every subclass.
     """
 
     @functools.wraps(method)
     def loss(self: nn.Module, prediction: Any, *target: Any, **settings: Any) -> Any:
+        target = tuple(map(_labels, target))
+        if "target" in settings:
+            settings["target"] = _labels(settings["target"])
         device = next((p.device.type for p in self.parameters()), "cpu")
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return method(self, prediction, *target, **settings)
@@ -150,6 +181,13 @@ class TaskModel(nn.Module):
                 if not issubclass(owner, TaskModel) or owner is cls:  # its own, or that of a class it is mixed with
                     cls.predict = answering(vars(owner)["predict"])  # type: ignore[method-assign]
                 break
+
+    def __call__(self, *inputs: Any, **settings: Any) -> Any:
+        """``forward`` with its hooks; inputs in another precision than all parameters have are named."""
+        if torch.compiler.is_compiling():
+            return super().__call__(*inputs, **settings)
+        with naming(self, self.forward, inputs, settings):
+            return super().__call__(*inputs, **settings)
 
     def loss(self, prediction: Any, target: Any) -> Terms:
         """Terms of the loss by name, each a number; their sum is trained."""
@@ -195,7 +233,7 @@ def split_batch(model: nn.Module, batch: Any) -> tuple[dict[str, Any], Any]:
         inspect.signature(model.forward).bind(**inputs)
     except TypeError as error:
         raise ValueError(f"batch must hold 'target' and what forward{tuple(taken)} takes: {error}") from None
-    return inputs, batch["target"]
+    return inputs, _labels(batch["target"])
 
 
 def total_loss(terms: Any, where: str = "loss") -> Tensor:

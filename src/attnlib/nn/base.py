@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -216,6 +216,7 @@ class Mechanism(nn.Module):
             ValueError: shapes that do not fit, or an argument this mechanism does not support (the trait is named).
         """
         mask = self._mask_of(mask, x, context, state)
+        x, context = self._of_one_type(x, context)
         self._check_call(x, context, layout, valid, context_valid, mask, plan, state, carry, returns)
         x, context = zero_invalid(x, valid), context if context is None else zero_invalid(context, context_valid)
         grid, exists = x.shape[1:-1], valid
@@ -485,21 +486,45 @@ class Mechanism(nn.Module):
             return as_mask(mask, math.prod(x.shape[1:-1]), math.prod(source.shape[1:-1]))
         return as_mask(mask)
 
+    @staticmethod
+    def _of_one_type(x: Any, context: Any) -> tuple[Any, Any]:
+        """Under autocast a norm gives float32 and a projection half precision: both in the wider of their types."""
+        if isinstance(x, Tensor) and isinstance(context, Tensor) and x.dtype != context.dtype:
+            device = x.device.type
+            on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+            if on and x.is_floating_point() and context.is_floating_point():
+                wide = torch.promote_types(x.dtype, context.dtype)
+                return x.to(wide), context.to(wide)
+        return x, context
+
     def _check_weights(self, x: Tensor) -> None:
-        """Raise unless ``x`` lies where the parameters lie, in a type that one of them has."""
-        first = next(self.parameters(), None) if torch.compiler.is_compiling() else _first_parameter(self)
+        check_weights(self, self._name(), {"x": x})
+
+
+def check_weights(module: nn.Module, name: str, inputs: Mapping[str, Any]) -> None:
+    """Raise unless the tensors among ``inputs`` lie where the parameters lie, in a type that one of them has.
+
+    Args:
+        module: whose parameters they meet.
+        name: of the module.
+        inputs: by their names; integers and what is no tensor may be anything.
+    """
+    first = next(module.parameters(), None) if torch.compiler.is_compiling() else _first_parameter(module)
+    for argument, x in inputs.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            continue
         if first is None or (first.is_meta and not x.is_meta):  # weights that are brought in when they are needed
             return
         if first.device != x.device:
-            check_device(x=x, **{"the parameters": first})
+            check_device(**{argument: x, "the parameters": first})
         if first.dtype == x.dtype:
-            return
+            continue
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            return
-        if all(p.dtype != x.dtype for p in self.parameters()):
+            continue
+        if all(p.dtype != x.dtype for p in module.parameters()):
             raise TypeError(
-                f"x has {x.dtype}, but the parameters of {self._name()} have {first.dtype}; convert one of them, or "
+                f"{argument} has {x.dtype}, but the parameters of {name} have {first.dtype}; convert one of them, or "
                 "use torch.autocast"
             )
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_flag, check_int, check_ints, check_real, check_valid, describe
+from ...nn.base import check_weights
 from ...nn.layers import masked_mean, normed
 from ...nn.recompute import checkpointed
 
@@ -207,6 +208,7 @@ class Backbone(nn.Module):
         if wrong or not x.is_floating_point():
             what = f"images (B, {self.in_chans}, H, W)" if self.rank == 2 else f"clips (B, {self.in_chans}, T, H, W)"
             raise ValueError(f"x must be {what} of floating point, got {describe(x)}")
+        check_weights(self, type(self).__name__, {"x": x})
         if min(x.shape[2:]) < 1:
             raise ValueError(f"x must hold at least one pixel, got shape {tuple(x.shape)}")
         if valid is not None:

@@ -558,5 +558,5 @@ class OAT(TaskModel):
 def _waves(length: int, dim: int, device: torch.device) -> Tensor:
     """(length, dim) sines and cosines of the number of a fixation, in turn."""
     at = torch.arange(length, device=device, dtype=torch.float32)[:, None]
-    rate = torch.exp(-torch.arange(0, dim, 2, device=device) * math.log(10000) / dim)
+    rate = torch.exp(-torch.arange(0, dim, 2, device=device, dtype=torch.float32) * math.log(10000) / dim)
     return torch.stack([(at * rate).sin(), (at * rate).cos()], -1).flatten(1)[:, :dim]

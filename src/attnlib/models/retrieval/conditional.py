@@ -154,7 +154,7 @@ class ConditionalCrossAttention(TaskModel):
         check_axes("tokens", tokens, B=None, N=None, C=self.dim)
         check_valid("valid", valid, tokens.shape[:2])
         numbers = self._conditions(condition, len(tokens), tokens.device)
-        asked = self.queries().to(tokens.dtype)[numbers]
+        asked = self.queries().to(tokens.dtype)[numbers.long()]
         asked = asked.expand(len(tokens), -1, -1) if condition is None else asked.unsqueeze(1)  # (B, 1 or K, dim)
         y = self.attend(asked, self.norm(tokens), context_valid=valid)
         if self.residual == "query":

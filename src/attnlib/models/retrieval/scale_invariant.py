@@ -115,7 +115,7 @@ class MemoryBank(nn.Module):
         """Take features (N, D) of some boxes."""
         self._number(number)
         check_axes("features", features, N=len(number), D=self.values.shape[1])
-        old, new = self.values[number], F.normalize(features.detach().to(self.values), dim=1)
+        old, new = self.values[number.long()], F.normalize(features.detach().to(self.values), dim=1)
         mixed = F.normalize(self.momentum * old + (1 - self.momentum) * new, dim=1)
         # A mixture of opposites is nothing: what is new counts then, as it does where nothing is held yet.
         keep = self.filled[number, None] & (mixed.norm(dim=1, keepdim=True) > 0.5)
@@ -212,7 +212,7 @@ def cluster_contrast(
         raise ValueError(f"labels must be ({len(bank.image)},), one per box of the bank, got {describe(labels)}")
     sums = bank.values.new_zeros(int(labels.max()) + 1, bank.values.shape[1]).index_add(0, labels, bank.values)
     means = F.normalize(sums, dim=1).to(features)
-    return F.cross_entropy(features @ means.mT / temperature, labels[number])
+    return F.cross_entropy(features @ means.mT / temperature, labels[number.long()])
 
 
 def falling(start: float, end: float, share: float) -> float:
