@@ -114,8 +114,9 @@ class MemoryBank(nn.Module):
     def update(self, number: Tensor, features: Tensor) -> None:
         """Take features (N, D) of some boxes."""
         self._number(number)
+        number = number.long()  # short ones would be masks
         check_axes("features", features, N=len(number), D=self.values.shape[1])
-        old, new = self.values[number.long()], F.normalize(features.detach().to(self.values), dim=1)
+        old, new = self.values[number], F.normalize(features.detach().to(self.values), dim=1)
         mixed = F.normalize(self.momentum * old + (1 - self.momentum) * new, dim=1)
         # A mixture of opposites is nothing: what is new counts then, as it does where nothing is held yet.
         keep = self.filled[number, None] & (mixed.norm(dim=1, keepdim=True) > 0.5)
