@@ -367,7 +367,7 @@ def quantize(
         raise ValueError(f"tokens must hold at least one sequence of two tokens, got {tuple(tokens.shape)}")
     if model.training:
         raise ValueError("model must be in evaluation mode: call model.eval()")
-    device = model.get_input_embeddings().weight.device
+    device, tokens = model.get_input_embeddings().weight.device, tokens.long()  # short ones would be masks
     samples = list(tokens.to(device))
     counts = torch.bincount(tokens.flatten())[tokens].to(device)
     states, named = _first_inputs(model, layers[0], samples)

@@ -266,7 +266,7 @@ class CenterHead(nn.Module):
                 keep = keep & ((boxes[:, :3] >= low) & (boxes[:, :3] <= high)).all(1)
             boxes, labels, cell, score = boxes[keep], labels[keep], cell[keep], scores[i][keep]
             if self.rectify is not None:
-                power = boxes.new_tensor(self.rectify)[labels]
+                power = boxes.new_tensor(self.rectify)[labels.long()]
                 overlap = ((maps["iou"].flatten(1, 2)[i, cell, 0] + 1) / 2).clamp(0, 1)
                 score = score ** (1 - power) * overlap**power
             if self.thresholds is not None:

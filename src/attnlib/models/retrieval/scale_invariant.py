@@ -100,7 +100,8 @@ class MemoryBank(nn.Module):
         self.register_buffer("image", where.long())
         self.register_buffer("filled", torch.zeros(count, dtype=torch.bool))
 
-    def _number(self, number: Tensor) -> None:
+    def _number(self, number: Tensor) -> Tensor:
+        """Numbers of boxes; short whole numbers would be masks where they point."""
         check_whole("number", number)
         if number.dim() != 1:
             raise ValueError(f"number must be (N,), got {describe(number)}")
@@ -109,12 +110,12 @@ class MemoryBank(nn.Module):
                 raise ValueError(f"number must lie in [0, {len(self.values) - 1}], got {number.tolist()}")
             if len(number.unique()) < len(number):
                 raise ValueError(f"number names a box twice, got {number.tolist()}")
+        return number.long()
 
     @torch.no_grad()
     def update(self, number: Tensor, features: Tensor) -> None:
         """Take features (N, D) of some boxes."""
-        self._number(number)
-        number = number.long()  # short ones would be masks
+        number = self._number(number)
         check_axes("features", features, N=len(number), D=self.values.shape[1])
         old, new = self.values[number], F.normalize(features.detach().to(self.values), dim=1)
         mixed = F.normalize(self.momentum * old + (1 - self.momentum) * new, dim=1)
@@ -125,6 +126,7 @@ class MemoryBank(nn.Module):
 
     def apart(self, number: Tensor) -> Tensor:
         """(N, count) which pairs cannot be one: two boxes of an image, and what the bank does not hold."""
+        number = number.long()
         same_image = self.image[number][:, None] == self.image[None]
         itself = number[:, None] == torch.arange(len(self.values), device=number.device)[None]
         return (same_image & ~itself) | ~(self.filled[None] | itself)
@@ -134,7 +136,7 @@ class MemoryBank(nn.Module):
 
         Lowering the threshold never takes one away.
         """
-        self._number(number)
+        number = self._number(number)
         check_real("threshold", threshold, least=-1, most=1)
         itself = number[:, None] == torch.arange(len(self.values), device=number.device)[None]
         near = features.detach().to(self.values) @ self.values.mT >= threshold
