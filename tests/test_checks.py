@@ -323,3 +323,12 @@ def test_a_misspelt_name_of_a_long_list_is_guessed():
         assert str(told.value) == f"with={given!r} is not possible; choose one of {names}{near}"
     with pytest.raises(ValueError, match=r"choose one of \['ab', 'b'\]$"):  # a short list says it by itself
         C.check_choice("with", "aB", ["ab", "b"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("causal", [False, True])
+def test_sizes_are_whole_numbers_under_jit_trace_which_holds_them_as_tensors(causal):
+    mixer, x = attnlib.create("softmax-attention", dim=8, num_heads=2, causal=causal).eval(), torch.randn(2, 5, 8)
+    torch.testing.assert_close(torch.jit.trace(mixer, x, check_trace=False)(x), mixer(x))
+    with pytest.raises(TypeError, match="n must be an integer"):
+        C.check_int("n", torch.tensor(3))

@@ -203,3 +203,13 @@ def test_bad_input():
         cluster_contrast(unit(1, 8), torch.tensor([0]), torch.zeros(3, dtype=torch.long), model.bank)
     with pytest.raises(ValueError, match=r"image must be \(4,\)"):
         MemoryBank(4, 8, [0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_numbers_of_boxes_may_be_short_whole_numbers(dtype):
+    values, number = unit(4, 3), torch.tensor([1, 0, 3])
+    ours, short = bank_of(values, torch.tensor([0, 0, 1, 1])), bank_of(values, torch.tensor([0, 0, 1, 1]))
+    ours.update(number, values[:3])
+    short.update(number.to(dtype), values[:3])
+    assert ours.values.equal(short.values) and ours.apart(number).equal(short.apart(number.to(dtype)))
+    assert ours.labels(values[:3], number, 0.5).equal(short.labels(values[:3], number.to(dtype), 0.5))
