@@ -112,7 +112,8 @@ def patch_attention(
     if valid_only and known is not None:
         keys = (_boxes(known.to(high), k, 0) > k * k - 0.5)[:, None, None]
     if similarity == "distance":
-        s = _standard((qq + cc - 2 * products).clamp(min=0), keys, (qq + cc).detach())
+        largest = (qq + cc.amax((-2, -1), keepdim=True)).detach()
+        s = _standard(torch.add(qq + cc, products, alpha=-2).clamp(min=0), keys, largest)
     else:
         s = products * ((qq + 1e-16).rsqrt() * (cc + 1e-16).rsqrt())
     if fuse:
@@ -151,14 +152,13 @@ def _spread(a: Tensor, k: int) -> Tensor:
     half = k // 2
     if k == 1:
         return a
-    parts = []
-    for i in range(k):  # output row r reads the patch at r + half - i, its row i
-        moved = F.pad(a, (0, 0, i, k - 1 - i, 0, 0, half, half))
-        parts.append(moved[:, k - 1 - i : k - 1 - i + height])
-    a, parts = sum(parts[1:], parts[0]), []
-    for i in range(k):
-        moved = F.pad(a, (i, k - 1 - i, 0, 0, half, half))
-        parts.append(moved[:, :, k - 1 - i : k - 1 - i + width])
+    # Row r of the output reads the patch at r + half - i, its row i; columns likewise.
+    high, wide = (n + k - 1 for n in a.shape[3:])
+    a = F.pad(a, (0, 0, k - 1, k - 1, 0, 0, half, half))
+    at = range(k - 1, -1, -1)
+    parts = [a[:, i : i + height, :, i : i + high] for i in at]
+    a = F.pad(sum(parts[1:], parts[0]), (k - 1, k - 1, 0, 0, half, half))
+    parts = [a[:, :, i : i + width, :, i : i + wide] for i in at]
     return sum(parts[1:], parts[0])
 
 
@@ -170,16 +170,15 @@ def _boxes(x: Tensor, k: int, pad: int) -> Tensor:
 def _standard(d: Tensor, keys: Tensor | None, size: Tensor) -> Tensor:
     """``-tanh`` of distances with mean 0 and variance 1 over keys; 0 where their spread is rounding of ``size``."""
     if keys is None:
-        mean = d.mean((-2, -1), keepdim=True)
-        var = (d - mean).square().mean((-2, -1), keepdim=True)
+        var, mean = torch.var_mean(d, (-2, -1), correction=0, keepdim=True)
     else:
         count = keys.sum((-2, -1), keepdim=True).clamp(min=1)
         mean = (d * keys).sum((-2, -1), keepdim=True) / count
         var = ((d - mean).square() * keys).sum((-2, -1), keepdim=True) / count
     least = (8 * torch.finfo(d.dtype).eps * size.amax((-2, -1), keepdim=True)).square()
     flat = var <= least
-    std = torch.where(flat, torch.ones_like(var), var).sqrt()
-    return torch.where(flat, torch.zeros_like(d), -torch.tanh((d - mean) / std))
+    slope = torch.where(flat, torch.ones_like(var), var).rsqrt()
+    return torch.tanh((mean - d) * torch.where(flat, torch.zeros_like(slope), slope))
 
 
 def _diagonal(s: Tensor) -> Tensor:
