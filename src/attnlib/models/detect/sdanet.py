@@ -103,7 +103,7 @@ class SelectiveAttention(nn.Module):
             )
         z = masked_batch_norm(self.norm, self.squeeze(total.mean((1, 2)))[:, None, None], None).relu()
         channel = torch.stack([f(z) for f in self.channel], 1).softmax(1)
-        both = torch.stack([total.mean(-1), total.amax(-1)], 1)
+        both = torch.stack([total.mean(-1), total.max(-1).values], 1)
         place = torch.stack([conv(both).squeeze(1) for conv in self.place], 1).softmax(1)
         return channel, place.unsqueeze(-1)
 
@@ -111,7 +111,7 @@ class SelectiveAttention(nn.Module):
         """The level, refined."""
         gathered = self.gathered(maps)
         channel, place = self.weights(gathered)
-        refined: Tensor = self.context((gathered * channel).sum(1) + (gathered * place).sum(1))
+        refined: Tensor = self.context((gathered * (channel + place)).sum(1))
         return maps[self.level] + refined
 
 
