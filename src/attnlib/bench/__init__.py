@@ -40,8 +40,8 @@ REAL, DIFFUSION, MULTIMODAL_MODELS, TASKS = FAMILIES.values()
 #: Suites with a module of their own; the others stand in :mod:`attnlib.bench.speed.operators`.
 ENGINES = (
     "linear", "segments", "local", "halo", "hyper", "circular", "scan", "sparse", "super-token", "cache", "hooks",
-    "isolation", "enlarged", "references", "transfer", "look", "saliency", "steps", "multimodal-models-speed", "gpu",
-    *STUDIES, *REAL, *DIFFUSION, *MULTIMODAL_MODELS, *TASKS,
+    "isolation", "enlarged", "references", "transfer", "look", "saliency", "steps", "task-parts",
+    "multimodal-models-speed", "gpu", *STUDIES, *REAL, *DIFFUSION, *MULTIMODAL_MODELS, *TASKS,
 )  # fmt: skip
 
 #: Those that run models of transformers.

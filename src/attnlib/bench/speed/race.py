@@ -8,13 +8,15 @@ them over::
     race.write("benchmarks/results/linear-authors-cpu.json")
 
 Runs take turns on one thread. A ratio above 1 says that ours is faster; it is the median over the rounds of a pair of
-neighbouring runs, so that what else the machine does falls on both. What a file holds of other cases stays in it.
+neighbouring runs, so that what else the machine does falls on both. What a file holds of other cases stays in it; each
+case says its rounds.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ class Race:
     >>> layer = nn.Linear(4, 4)
     >>> race = Race("a layer beside itself", rounds=1)
     >>> sorted(race.run("linear", layer, layer, [torch.randn(2, 4, requires_grad=True)]))
-    ['both', 'difference', 'forward']
+    ['both', 'difference', 'forward', 'rounds']
     """
 
     def __init__(self, what: str, rounds: int = 11, tolerance: float = 1e-4):
@@ -88,7 +90,7 @@ class Race:
             if not difference <= self.tolerance:
                 raise ValueError(f"{case}: outputs differ by {difference:.1e} of the largest entry")
             pair = {"ours": ours, "theirs": theirs}
-            record: dict[str, Any] = {"difference": difference}
+            record: dict[str, Any] = {"difference": difference, "rounds": self.rounds}
             for what in ("forward", "both") if backward else ("forward",):
                 jobs = {
                     name: partial(_forward, run, given)
@@ -121,3 +123,22 @@ class Race:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         return found
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """What :meth:`Race.write` writes as rows of a page: how many times as fast ours is, and the geometric means."""
+    rows = found["results"]
+    kinds = {"forward": "forward", "both": "with gradients"}
+    lines = [f"| case | {' | '.join(kinds.values())} |", "|---|---|---|"]
+    for case, row in sorted(rows.items()):
+        lines.append(f"| {case} | {' | '.join(_cell(row, kind) for kind in kinds)} |")
+    means = []
+    for kind in kinds:
+        held = [math.log(row[kind]["speedup"]) for row in rows.values() if kind in row]
+        means.append(f"{math.exp(sum(held) / len(held)):.2f}" if held else "")
+    lines.append(f"| geometric mean | {' | '.join(means)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any], kind: str) -> str:
+    return f"{row[kind]['speedup']:.2f}" if kind in row else ""
