@@ -149,7 +149,7 @@ class GeoGLIP(nn.Module):
 
     >>> encoder = GeoGLIP(8, (1, 1, 1, 1), (1, 1, 2, 2), 4, dim=16).eval()
     >>> [tuple(level.shape) for level in encoder(torch.randn(1, 3, 64, 96))]
-    [(1, 1, 1, 16), (1, 1, 1, 16), (1, 2, 3, 16), (1, 8, 12, 16)]
+    [(1, 1, 1, 16), (1, 1, 2, 16), (1, 2, 3, 16), (1, 8, 12, 16)]
     """
 
     def __init__(
