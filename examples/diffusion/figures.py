@@ -96,6 +96,103 @@ def generators_table(found: dict[str, Any]) -> str:
     return "\n".join([said, "", *lines, "", told, "", "![What the generators draw](diffusion/generators.png)"])
 
 
+def told(held: dict[str, Any], scale: float = 100, digits: int = 1) -> str:
+    """``"98.2 ± 0.4"``; the half interval is left out where there is none."""
+    half = "" if held["half"] is None else f" ± {scale * held['half']:.{digits}f}"
+    return f"{scale * held['mean']:.{digits}f}{half}"
+
+
+def rows_table(rows: list[dict[str, Any]], head: str, columns: dict[str, tuple[str, float, int]], metric: str) -> str:
+    """A row per contestant; by column its title, scale and digits; the last column is what it gains in a metric."""
+    titles = [title for title, _, _ in columns.values()]
+    lines = [
+        f"| {head} | {' | '.join(titles)} | {columns[metric][0]}: difference |",
+        f"|---|{'---|' * len(titles)}---|",
+    ]
+    for row in rows:
+        cells = [told(row[m], scale, digits) for m, (_, scale, digits) in columns.items()]
+        against = (row.get("against") or {}).get(metric)
+        gap = "" if against is None else told(against, *columns[metric][1:])
+        lines.append(
+            f"| {row['name']} | {' | '.join(cells)} | {gap if gap.startswith('-') or not gap else '+' + gap} |"
+        )
+    return "\n".join(lines)
+
+
+SECONDS = {"seconds": ("seconds a picture", 1.0, 2)}
+SHARES = {
+    "right": ("right, %", 100.0, 1), "present": ("shapes there, %", 100.0, 1), "counted": ("exact count, %", 100.0, 1),
+    "recognisable": ("all recognisable, %", 100.0, 1), **SECONDS,
+}  # fmt: skip
+BOUND = {"bound": ("bound, %", 100.0, 1), **SHARES}
+
+
+def titled(parts: dict[str, str], picture: str, what: str) -> str:
+    shown = [f"{title}:\n\n{table}" for title, table in parts.items()]
+    return "\n\n".join([*shown, f"![{what}](diffusion/{picture}.png)"])
+
+
+def binding_table(found: dict[str, Any]) -> str:
+    kinds = {KINDS[k].capitalize(): rows_table(v["rows"], "", BOUND, "bound") for k, v in found["kinds"].items()}
+    return titled(kinds, "binding", "Two things of held-out pairings, with every technique")
+
+
+def editing_table(found: dict[str, Any]) -> str:
+    kept = {"decibels": ("outside, dB", 1.0, 1), "ssim": ("outside, SSIM", 1.0, 3)}
+    right = {"right": ("right, %", 100.0, 1), **kept}
+    columns = {
+        "inversion": ({"error": ("squared error of latents", 1.0, 4)}, "error"), "editing": (right, "right"),
+        "composition": (right, "right"),
+        "free rectangle": ({"free": ("free, %", 100.0, 1), "present": ("shapes there, %", 100.0, 1)}, "free"),
+    }  # fmt: skip
+    lines = {name.capitalize(): rows_table(rows, "", *columns[name]) for name, rows in found["lines"].items()}
+    return titled(lines, "editing", "One word of a prompt changed, by every editor")
+
+
+def sizes_table(found: dict[str, Any]) -> str:
+    parts = {
+        f"{KINDS[kind].capitalize()} on {factor} times the pixels a side": rows_table(v["rows"], "", SHARES, "counted")
+        for factor, kinds in found["factors"].items()
+        for kind, v in kinds.items()
+    }
+    return titled(parts, "sizes", "Pictures of twice as many pixels a side")
+
+
+def caching_table(found: dict[str, Any]) -> str:
+    rows = [
+        {
+            **row,
+            "name": f"{row['name']} ({100 * row['executed']:.0f} %)",
+            "near": row.get("near", {"mean": 0, "half": None}),
+        }
+        for row in found["rows"]
+    ]
+    columns = {**SHARES, "near": ("dB to the full sampling", 1.0, 1)}
+    return titled({"Share of modules that ran in brackets": rows_table(rows, "", columns, "right")}, "caching",
+                  "The same prompts with half of the modules")  # fmt: skip
+
+
+def series_table(found: dict[str, Any]) -> str:
+    columns = {
+        "same": ("reference's colour, %", 100.0, 1), "swapped": ("the other's colour, %", 100.0, 1),
+        "present": ("shapes there, %", 100.0, 1), "followed": ("prompt followed, %", 100.0, 1), **SECONDS,
+    }  # fmt: skip
+    title = f"{found['used']} of {found['series']} series whose reference shows both subjects"
+    return titled({title: rows_table(found["rows"], "", columns, "same")}, "series", "Series of three pictures")
+
+
+def resolutions_table(found: dict[str, Any]) -> str:
+    sizes = found["sizes"]
+    rows = [
+        {**row, "name": f"{row['name']} ({sizes[row['name']]['parameters'] / 1e3:.0f} k parameters, "
+                        f"{sizes[row['name']]['operations'] / 1e6:.0f} M operations)",
+         "against": {found["metric"]: row.get("against")}}
+        for row in found["rows"]
+    ]  # fmt: skip
+    columns = {found["metric"]: ("mean square of noise missed", 1.0, 4)}
+    return rows_table(rows, "", columns, found["metric"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
@@ -104,13 +201,17 @@ def main() -> None:
     folder, page = args.out / "diffusion", args.out / "diffusion.md"
     folder.mkdir(parents=True, exist_ok=True)
     scenes(folder / "scenes.png")
-    for name, table in (("judge", judge_table), ("generators", generators_table)):
+    tables = {
+        "judge": judge_table, "generators": generators_table, "binding": binding_table, "editing": editing_table,
+        "sizes": sizes_table, "caching": caching_table, "series": series_table, "resolutions": resolutions_table,
+    }  # fmt: skip
+    for name, table in tables.items():
         path = args.results / f"diffusion-{name}-cpu.json"
         if path.exists():
             fill(page, name, table(json.loads(path.read_text(encoding="utf-8"))))
-    drawn = args.results / "diffusion-generators-cpu.png"
-    if drawn.exists():
-        shutil.move(drawn, folder / "generators.png")
+        drawn = args.results / f"diffusion-{name}-cpu.png"
+        if drawn.exists():
+            shutil.move(drawn, folder / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ PIPELINES = {
 #: By name, the library and class of every trained part.
 PARTS = {
     "clip": ("transformers", "CLIPModel"), "vae": ("diffusers", "AutoencoderKL"),
-    "unet": ("diffusers", "UNet2DConditionModel"), "dit": ("diffusers", "DiTTransformer2DModel"),
+    "unet": ("diffusers", "UNet2DConditionModel"), "text": ("transformers", "CLIPTextModel"),
+    "dit": ("diffusers", "DiTTransformer2DModel"),
     "sd3": ("diffusers", "SD3Transformer2DModel"), "pixel": ("diffusers", "UNet2DConditionModel"),
 }  # fmt: skip
 
@@ -99,6 +100,8 @@ def build(name: str, **changes: Any) -> nn.Module:
     check_choice("name", name, tuple(PARTS))
     library, cls = PARTS[name]
     made = getattr(need(library, "small generators"), cls)
+    if name == "text":
+        return made(build("clip", **changes).config.text_config)
     if name == "clip":
         tokens = tokenizer()
         tower = dict(hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_attention_heads=4, projection_dim=WIDTH)
@@ -252,7 +255,7 @@ def pipeline(name: str, folder: str | Path | None = None, dtype: torch.dtype = t
     if name == "unet":
         cls = diffusers.StableDiffusionPipeline
         makers: dict[str, Callable[[], Any]] = {
-            "vae": own("vae"), "text_encoder": text, "tokenizer": tokenizer, "unet": own("unet"),
+            "vae": own("vae"), "text_encoder": own("text"), "tokenizer": tokenizer, "unet": own("unet"),
             "safety_checker": nothing, "scheduler": ddim, "feature_extractor": nothing,
             "requires_safety_checker": lambda: False,
         }  # fmt: skip

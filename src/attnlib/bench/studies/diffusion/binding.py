@@ -25,7 +25,7 @@ from ._judged import drawing, judged
 from .generators import SETTINGS
 
 QUESTION = "Do losses on maps, or edited values, bind attributes and save neglected things?"
-PARTS = ("clip", "vae", "unet", "judge")
+PARTS = ("vae", "text", "unet", "judge")
 BASELINE = "plain"
 
 

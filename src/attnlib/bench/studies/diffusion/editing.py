@@ -39,7 +39,7 @@ from ...worlds.prompts import prompts
 from .generators import SETTINGS
 
 QUESTION = "Do editors that copy attention make the wanted change and keep the rest?"
-PARTS = ("clip", "vae", "unet", "judge")
+PARTS = ("vae", "text", "unet", "judge")
 
 #: Rectangle that is to stay free, (top, left, bottom, right).
 REGION = (0.0, 0.0, 0.4, 1.0)

@@ -22,7 +22,7 @@ from ...worlds.prompts import draw, prompts
 from ._judged import judged
 
 QUESTION = "Do the trained generators show what prompts ask for, well enough to measure techniques on them?"
-PARTS = ("clip", "vae", "unet", "sd3", "dit", "pixel", "judge")
+PARTS = ("vae", "text", "unet", "judge")
 
 #: To be chosen on ``"dev"``, once there are trained generators.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -67,7 +67,7 @@ def measure(
     progress: Progress | None = None,
     keep: str | Path | None = None,
     pictures: str | Path | None = None,
-    names: Sequence[str] = ("unet", "sd3", "dit", "pixel"),
+    names: Sequence[str] | None = None,
     kinds: Sequence[str] = ("one", "places", "two", "held-out", "relations", "counts", "three"),
     count: int = 160,
     part: str = "test",
@@ -80,7 +80,7 @@ def measure(
         progress: told of every batch.
         keep: file to go on from.
         pictures: folder for ``diffusion-generators-cpu.png``.
-        names: of :data:`attnlib.bench.worlds.models.PIPELINES`.
+        names: of :data:`attnlib.bench.worlds.models.PIPELINES`; by default those that are trained.
         kinds: of :data:`attnlib.bench.worlds.prompts.KINDS`; the class-conditional generator draws ``"one"`` only.
         count: prompts of every kind.
         part: of prompts and scenes.
@@ -98,6 +98,8 @@ def measure(
         "psnr": found["psnr"]["mean"], "met": found["psnr"]["mean"] >= 28 and found["gap"]["mean"] >= -0.01,
     }  # fmt: skip
     shown: dict[str, torch.Tensor] = {}
+    if names is None:
+        names = [n for n in models.PIPELINES if not models.missing_parts([n], folder)]
     for name in names:
         pipe = models.pipeline(name, folder)
         result["generators"][name] = own = {}

@@ -32,7 +32,7 @@ from ._judged import drawing
 from .generators import SETTINGS
 
 QUESTION = "Do two subjects of a series stay the same with isolation and reposition?"
-PARTS = ("clip", "vae", "unet", "judge")
+PARTS = ("vae", "text", "unet", "judge")
 BASELINE = "plain"
 
 #: By name, from the two shapes to what is attached.

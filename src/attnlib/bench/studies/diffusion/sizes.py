@@ -32,7 +32,7 @@ from ._judged import Draw, judged
 from .generators import SETTINGS
 
 QUESTION = "Are there as many things as asked for in pictures of more pixels than the generator saw?"
-PARTS = ("clip", "vae", "unet", "judge")
+PARTS = ("vae", "text", "unet", "judge")
 BASELINE, ENLARGED = "plain", "drawn small, enlarged"
 #: Times the pixels a side at training.
 FACTORS = (1.5, 2.0)
