@@ -63,13 +63,7 @@ def judge_table(found: dict[str, Any]) -> str:
 
 
 def generators_table(found: dict[str, Any]) -> str:
-    own, copies = found["generators"], found["reconstruction"]
-    decibels = "{mean:.1f} ± {half:.1f} dB".format(**copies["psnr"])
-    said = (
-        f"The autoencoder gives pictures back at {decibels} (bar: 28); the judge finds all of a picture right in "
-        f"{percent(copies['originals'])} % of originals and {percent(copies['copies'])} % of copies (bar: one point "
-        "less)."
-    )
+    own = found["generators"]
     lines = [f"| pictures right, % | {' | '.join(own)} |", f"|---|{'---|' * len(own)}"]
     for kind, what in KINDS.items():
         cells = [percent(own[n][kind]["right"]) if kind in own[n] else "" for n in own]
@@ -85,7 +79,7 @@ def generators_table(found: dict[str, Any]) -> str:
     for name, bars in found["bars"].items():
         if name == "reconstruction":
             if not bars["met"]:
-                missed.append("the autoencoder's copies")
+                missed.append("the autoencoder's copies (see above)")
             continue
         for kind, bar in bars.items():
             if not bar["met"]:
@@ -93,7 +87,7 @@ def generators_table(found: dict[str, Any]) -> str:
                 wanted = f"at least {low}" if bar["bar"][1] == 1 else f"{low} to {high}"
                 missed.append(f"`{name}`, {KINDS[kind]}: {bar['metric']} {100 * bar['share']:.1f} % (bar: {wanted})")
     told = "Every bar is met." if not missed else "Missed bars, on which nothing is claimed: " + "; ".join(missed) + "."
-    return "\n".join([said, "", *lines, "", told, "", "![What the generators draw](diffusion/generators.png)"])
+    return "\n".join([*lines, "", told, "", "![What the generators draw](diffusion/generators.png)"])
 
 
 def told(held: dict[str, Any], scale: float = 100, digits: int = 1) -> str:

@@ -288,7 +288,7 @@ def noised(x: Tensor, g: torch.Generator, schedule: str) -> tuple[Tensor, Tensor
 def unet_loss(pictures: Pictures, held: Tensor) -> Callable[..., Tensor]:
     """First shapes are learnt, then what of them the text says, at last the tower reads for its U-Net alone.
 
-    The CLIP's tower tells colours apart, but circles hardly from squares: a twelfth of the length of its vectors.
+    The CLIP's tower tells colours apart, but circles hardly from squares.
     """
 
     def loss(model: Any, rows: Tensor, epoch: int, g: torch.Generator, share: float) -> Tensor:

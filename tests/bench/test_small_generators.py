@@ -60,7 +60,7 @@ def test_a_part_that_is_not_there_is_named(tmp_path, monkeypatch):
 def test_what_is_given_need_not_be_trained(untrained_generators, tmp_path):
     import shutil
 
-    for name in ("clip", "vae"):
+    for name in ("text", "vae"):
         shutil.copytree(untrained_generators / name, tmp_path / name)
     own = models.build("unet")
     pipe = models.pipeline("unet", tmp_path, unet=own)

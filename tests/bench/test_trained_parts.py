@@ -11,6 +11,7 @@ from attnlib.bench.store import fill
 from attnlib.bench.studies.diffusion.generators import reconstruction
 from attnlib.bench.worlds import judge as judging
 from attnlib.bench.worlds import models, painter
+from attnlib.bench.worlds.prompts import draw, prompts
 
 pytest.importorskip("diffusers")
 ROOT = Path(__file__).parents[2]
@@ -36,6 +37,15 @@ def test_clip_finds_the_picture_of_a_caption_and_the_caption_of_a_picture():
         assert (logits.argmax(1) == torch.arange(32)).float().mean() > 0.6
 
 
+def test_the_unet_draws_what_is_recognised():
+    """It was trained to draw one thing rightly in more than half of its pictures."""
+    asked = prompts("one", 6, "dev")
+    images = draw(models.pipeline("unet", WEIGHTS), asked, num_inference_steps=12, guidance_scale=4.0)
+    said = judging.load(WEIGHTS).judge(images, asked)
+    assert sum(v.recognisable for v in said) >= 5 and sum(v.counted for v in said) >= 4
+    assert sum(v.right for v in said) >= 2
+
+
 def test_figures_of_the_page_are_those_of_the_results():
     pytest.importorskip("matplotlib")
     spec = importlib.util.spec_from_file_location("diffusion_figures", ROOT / "examples" / "diffusion" / "figures.py")
@@ -43,6 +53,7 @@ def test_figures_of_the_page_are_those_of_the_results():
     spec.loader.exec_module(figures)
     text = PAGE.read_text(encoding="utf-8")
     assert figures.judge_table(results("judge")) in text
+    assert figures.generators_table(results("generators")) in text
     held = results("autoencoder")
     psnr, gap = held["reconstruction"]["psnr"], held["reconstruction"]["gap"]
     said = " ".join(text.split())

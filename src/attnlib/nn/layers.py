@@ -899,7 +899,7 @@ class LSTM(nn.LSTM):
         held = input.data if isinstance(input, PackedSequence) else input
         if held.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return super().forward(input, hx)
-        dtype = self.weight_ih_l0.dtype
+        dtype: Any = self.weight_ih_l0.dtype
         with exactly(held):
             return super().forward(input.to(dtype), None if hx is None else (hx[0].to(dtype), hx[1].to(dtype)))
 

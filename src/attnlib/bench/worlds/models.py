@@ -101,7 +101,8 @@ def build(name: str, **changes: Any) -> nn.Module:
     library, cls = PARTS[name]
     made = getattr(need(library, "small generators"), cls)
     if name == "text":
-        return made(build("clip", **changes).config.text_config)
+        clip: Any = build("clip", **changes)
+        return made(clip.config.text_config)
     if name == "clip":
         tokens = tokenizer()
         tower = dict(hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_attention_heads=4, projection_dim=WIDTH)

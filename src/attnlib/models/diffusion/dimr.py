@@ -242,7 +242,7 @@ class BranchAttention(SoftmaxAttention):
         turned, rest = x.split([2 * angles.shape[-1], x.shape[-1] - 2 * angles.shape[-1]], -1)
         return torch.cat([rotate(turned, angles[None], interleaved=True), rest], -1).transpose(1, 2).flatten(2)
 
-    def mix(
+    def mix(  # type: ignore[override]
         self, x: Tensor, context: Tensor | None = None, *, context_valid: Tensor | None = None,
         returns: tuple[str, ...] = (),
     ) -> Output:  # fmt: skip

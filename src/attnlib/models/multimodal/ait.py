@@ -562,7 +562,7 @@ class _Config:
     silog: bool = True
 
 
-_DEPTH = dict(depth=True, tau=0.8)
+_DEPTH: dict[str, Any] = dict(depth=True, tau=0.8)
 _PARALLEL: dict[str, Any] = dict(depth=True, tau=0.8, parallel=True, soft_feed=False)
 CONFIGS: dict[str, _Config] = {
     "swinv2b_480reso_depthonly": _Config(**_DEPTH),
@@ -613,7 +613,7 @@ def released_ait(
             **dict(solver or {}),
         }
     )
-    vaes: dict[str, VQVAE] = {}
+    vaes: dict[str, Any] = {}
     if config.depth:
         kind = dict(num_codes=words.depth_codes, tau=config.tau, ratio=32, ignore_zero=True)
         vaes["depth_vae"] = VQVAE(**{**kind, **dict(depth_vae or {})})

@@ -122,5 +122,5 @@ def measure(
             if pictures is not None:
                 shown[f"{name}: {kind}"] = sketch(asked[:8], range(min(8, count)))
     if pictures is not None and shown:
-        sheet(Path(pictures) / "diffusion-generators-cpu.png", shown)
+        sheet(Path(pictures) / "diffusion-generators-cpu.png", shown, colours=64)
     return {**result, "machine": machine()}

@@ -48,7 +48,8 @@ class Maps(NamedTuple):
 @functools.lru_cache(maxsize=4)
 def drawn(first: int, count: int, part: str) -> Maps:
     """The first maps from a number on that show a vineyard."""
-    images, masks = [], []
+    images: list[Tensor] = []
+    masks: list[Tensor] = []
     while len(images) < count:
         made = make_map(first, part, SIDE)
         first += 1
