@@ -180,7 +180,7 @@ def resolutions_table(found: dict[str, Any]) -> str:
     rows = [
         {**row, "name": f"{row['name']} ({sizes[row['name']]['parameters'] / 1e3:.0f} k parameters, "
                         f"{sizes[row['name']]['operations'] / 1e6:.0f} M operations)",
-         "against": {found["metric"]: row.get("against")}}
+         "against": {found["metric"]: None if row["name"] == found["baseline"] else row.get("against")}}
         for row in found["rows"]
     ]  # fmt: skip
     columns = {found["metric"]: ("mean square of noise missed", 1.0, 4)}

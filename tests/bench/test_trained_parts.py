@@ -54,6 +54,7 @@ def test_figures_of_the_page_are_those_of_the_results():
     text = PAGE.read_text(encoding="utf-8")
     assert figures.judge_table(results("judge")) in text
     assert figures.generators_table(results("generators")) in text
+    assert figures.resolutions_table(results("resolutions")) in text
     held = results("autoencoder")
     psnr, gap = held["reconstruction"]["psnr"], held["reconstruction"]["gap"]
     said = " ".join(text.split())
