@@ -171,3 +171,19 @@ def test_parsing():
 def test_version():
     result = invoke("--version")
     assert result.exit_code == 0 and result.output.strip() == f"attnlib {attnlib.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "near"),
+    [
+        ("models", "maxvit_tinny", "maxvit_tiny"),
+        ("papers", "snapkvv", "snapkv"),
+        ("list", "agent-atention", "agent-attention"),
+    ],
+)
+def test_a_search_that_finds_nothing_says_so(command, text, near):
+    result = invoke(command, text)
+    assert result.exit_code != 0 and f"contains '{text}'; did you mean" in str(result.exception)
+    assert f"'{near}'" in str(result.exception)
+    empty = json.loads(invoke(command, text, "--json").stdout)
+    assert not any(empty.values() if isinstance(empty, dict) else empty)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,6 +115,7 @@ def list_(
     if as_json:
         _print_json({"mechanisms": rows, "fusions": others["fusion"], "pools": others["pool"]})
         return
+    _refuse_nothing([*rows, *others["fusion"], *others["pool"]], "mechanism's name", text, list_mechanisms())
     table = _table("name", "patterns", "grids", "work", "")
     for row in rows:
         flags = ("S" if row["streaming"] else " ") + ("M" if row["mask"] else " ")
@@ -268,6 +270,16 @@ def _told(value: Any) -> str:
     return str(value)
 
 
+def _refuse_nothing(found: Sequence[Any], what: str, text: str, names: Sequence[str]) -> None:
+    """Say that a search found nothing, and what is near."""
+    import difflib
+
+    if not found:
+        near = difflib.get_close_matches(text.lower(), names, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"no {what} contains {text!r}{hint}")
+
+
 def _print_paper(entry: dict[str, Any]) -> None:
     head = f"[bold]{escape(entry['title'])}[/] ({escape(entry['authors'])}, {entry['year']})  {entry['link']}"
     console.print(head, highlight=False)
@@ -293,6 +305,7 @@ def models(
     if as_json:
         _print_json(rows)
         return
+    _refuse_nothing(rows, "model's name", text, list_models())
     table = _table("model", "paper", "parameters", "image", "licence")
     for column in table.columns:  # one line per model: where the terminal is narrow, the paper is cut
         column.no_wrap, column.overflow = column.header != "paper", "ellipsis"
@@ -317,6 +330,7 @@ def papers(
     if as_json:
         _print_json([p.to_dict() for p in found])
         return
+    _refuse_nothing(found, "paper", text, [p.slug for p in find_papers()])
     table = _table("paper", "year", "title", "held to")
     for p in found:
         table.add_row(p.slug, str(p.year), p.title, p.parity)
