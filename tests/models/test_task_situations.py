@@ -76,6 +76,19 @@ def test_default_types_change_nothing(name):
 
 @pytest.mark.parametrize("name", tasks.TASKS)
 @torch.no_grad()
+def test_a_batch_of_none_has_answers_of_none(name):
+    model, batch = made(name)
+    inputs = tasks.inputs_of(batch)
+    size = len(tensors(inputs)[0])
+    none = mapped(lambda t: t[:0] if t.dim() and len(t) == size else t, inputs)
+    none = {k: v[:0] if isinstance(v, (list, tuple)) and len(v) == size else v for k, v in none.items()}
+    found = tensors(model(**none))
+    assert all(t.isfinite().all() for t in found if t.is_floating_point())
+    assert any(t.dim() and not len(t) for t in found)
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+@torch.no_grad()
 def test_an_input_of_another_precision_is_named(name):
     model, batch = made(name)
     inputs = tasks.inputs_of(batch)

@@ -216,7 +216,8 @@ class Mechanism(nn.Module):
             ValueError: shapes that do not fit, or an argument this mechanism does not support (the trait is named).
         """
         mask = self._mask_of(mask, x, context, state)
-        x, context = self._of_one_type(x, context)
+        if context is not None:
+            x, context = self._of_one_type(x, context)
         self._check_call(x, context, layout, valid, context_valid, mask, plan, state, carry, returns)
         x, context = zero_invalid(x, valid), context if context is None else zero_invalid(context, context_valid)
         grid, exists = x.shape[1:-1], valid
@@ -498,7 +499,7 @@ class Mechanism(nn.Module):
         return x, context
 
     def _check_weights(self, x: Tensor) -> None:
-        check_weights(self, self._name(), {"x": x})
+        check_weights(self, getattr(self, "slug", type(self).__name__), {"x": x})
 
 
 def check_weights(module: nn.Module, name: str, inputs: Mapping[str, Any]) -> None:

@@ -396,7 +396,7 @@ class DMMI(TaskModel):
         without = None if erased is None else self._words(x, erased, valid)
         if without is not None and without.shape != words.shape:
             raise ValueError(f"erased must have the shape of text, got {tuple(without.shape)} and {tuple(words.shape)}")
-        absent = None if valid is None or self.compat else ~valid
+        absent = None if valid is None or self.compat or not len(x) else ~valid  # torch takes no mask of no rows
         words, maps = self.backbone(x, words, valid)
         if valid is not None and self.compat is None:
             words = zero_invalid(words, valid)

@@ -164,7 +164,8 @@ class MomentHead(nn.Module):
         k, frames = video.shape[:2]
         place = sincos(torch.arange(frames, device=video.device)[:, None], self.width).to(video.dtype)
         x = torch.cat([asked.unsqueeze(1), self.video(video) + place], 1)
-        absent = None if valid is None else F.pad(~valid, (1, 0), value=False)
+        # torch takes no mask of no rows
+        absent = None if valid is None or not k else F.pad(~valid, (1, 0), value=False)
         for layer in self.encoder:
             x = layer(x, src_key_padding_mask=absent)
         found = self.queries.expand(k, -1, -1) + x[:, :1]
