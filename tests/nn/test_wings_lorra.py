@@ -296,6 +296,8 @@ def test_padding_samples_without_image_and_beams(textual):
         together, _ = scores(model, inputs)
         alone, _ = scores(model, {k: v[:1, 4:] for k, v in inputs.items()})
         torch.testing.assert_close(together[:, :1], alone, rtol=1e-5, atol=1e-5)
+        bare, _ = scores(model, {k: v[1:] for k, v in inputs.items()})
+        torch.testing.assert_close(together[:, 1:], bare, rtol=1e-5, atol=1e-5)
         model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, num_beams=2, do_sample=False)
         static, _ = scores(model, inputs, cache_implementation="static")
     torch.testing.assert_close(static, together, rtol=1e-5, atol=1e-5)

@@ -121,7 +121,7 @@ class Wings(VisualWings):
     """Both learners, weighed per token by a router on the layer's own attention weights.
 
     Text features are the input embeddings of the prompt's text, without the system prompt where token types tell it
-    apart; text reads earlier text only. Where a whole batch has no image, the textual learner acts alone. The router's
+    apart; text reads earlier text only. Where a sample has no image, the textual learner acts alone. The router's
     inputs are attention weights by position, so padding on the left is counted out.
 
     Args:

@@ -279,7 +279,8 @@ class LayerWings(nn.Module):
                 such tokens get the visual learner once instead of twice.
 
         Returns:
-            (B, N, C); samples without an image get the textual learner alone, weighed by the router.
+            (B, N, C); samples without an image get the textual learner alone, and those without text the visual one,
+            not weighed by the router, whatever is in the batch beside them (with ``compat="authors"``: weighed).
         """
         check_width("h", h, self.dim)
         seen = None
@@ -315,6 +316,11 @@ class LayerWings(nn.Module):
             raise ValueError("attended is needed when both learners act: the layer's weights, summed over heads")
         assert self.router is not None
         weigh = self.router(attended).to(h.dtype)
+        if self.compat is None:  # whoever has one kind of features alone is told by its learner alone, in any batch
+            for valid, other in ((image_valid, (0.0, 1.0)), (text_valid, (1.0, 0.0))):
+                if valid is not None:
+                    has = valid.any(-1).view(-1, 1, 1)
+                    weigh = torch.where(has, weigh, torch.tensor(other, dtype=h.dtype, device=h.device))
         seen, read = weigh[..., :1] * seen, weigh[..., 1:] * read
         return (1 + twice) * seen + 2 * read if self.compat == "authors" else seen + read
 
