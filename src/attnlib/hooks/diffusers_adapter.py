@@ -558,11 +558,12 @@ def _video_grid(model: Any, given: dict[str, Any], sample: Any) -> tuple[int, in
         sizes = list(sample.shape[1:4])
     if type(model).__name__ in FRAMES_FIRST:
         sizes[0] = sample.shape[1]
-    patch = getattr(model.config, "patch_size", 1)
+    config = getattr(model, "config", None)  # an attention alone has none
+    patch = getattr(config, "patch_size", 1)
     if isinstance(patch, (tuple, list)):
         steps = list(patch)
     else:
-        steps = [getattr(model.config, "patch_size_t", None) or 1, patch, patch]
+        steps = [getattr(config, "patch_size_t", None) or 1, patch, patch]
     return tuple(-(-size // step) for size, step in zip(sizes, steps, strict=True))  # type: ignore[return-value]
 
 
@@ -724,7 +725,7 @@ class DiffusersAdapter(Adapter):
                 frame["grid"] = (int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1)
             elif isinstance(sample, Tensor) and sample.dim() == 4:
                 frame["grid"] = tuple(sample.shape[-2:])
-                patch = getattr(model.config, "patch_size", None)
+                patch = getattr(getattr(model, "config", None), "patch_size", None)
                 if isinstance(patch, int):
                     frame["patches"] = tuple(-(-size // patch) for size in sample.shape[-2:])
 

@@ -108,7 +108,8 @@ class SoftPAG(Intervention):
         where[:, list(heads)] = True
         if self.rows is not None:
             where = where & site.rows_named(self.rows, q.device).view(-1, 1, 1, 1)
-        if site.kind == "joint" or site.q_layout is None:
+        denoises = any(cls.__module__.startswith("diffusers.") for cls in type(site.module).__mro__)
+        if site.kind == "joint" or (denoises and site.q_layout is None):
             image = self._image(site, q.device)
             where = where & image.view(1, 1, -1, 1)
             if self.joint == "image":
