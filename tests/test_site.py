@@ -140,6 +140,9 @@ def test_the_best_is_chosen_by_the_sign_of_its_metric():
     study = measured.Study("some", {"what": "some", "metric": "bits", "baseline": "a", "rows": rows})
     ((_, _, best, level, _, _),) = which.rows([study])
     assert (best, level) == ("b: 1.00\u00a0±\u00a00.10", "c (1.15\u00a0±\u00a00.10)")
+    once = [{"name": n, "bits": {"mean": m, "half": None, "n": 1}} for n, m in (("a", 2.0), ("b", 1.0))]
+    study = measured.Study("once", {"what": "once", "metric": "bits", "baseline": "a", "rows": once})
+    assert not list(which.rows([study]))  # one seed ranks nothing
 
 
 def test_a_link_of_a_guide_that_leads_nowhere_is_an_error():

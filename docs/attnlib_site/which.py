@@ -53,7 +53,7 @@ def comparisons(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, M
 def _ranked(where: str, block: Mapping[str, Any], study: Study) -> Row | None:
     metric = block["metric"]
     sign = better(metric)
-    rows = [r for r in block["rows"] if isinstance(r.get(metric), Mapping)]
+    rows = [r for r in block["rows"] if isinstance(r.get(metric), Mapping) and r[metric]["half"] is not None]
     if not sign or len(rows) < 2:
         return None
     rows.sort(key=lambda r: -sign * r[metric]["mean"])
