@@ -92,14 +92,9 @@ def magnifier(rounds: int, clock: str, small: bool) -> Iterator[Record]:
             both = {"plain": lambda p=plain, i=ids: p(i, use_cache=False),
                     "ours": lambda p=looking, i=ids: p(i, use_cache=False)}  # fmt: skip
             taken = interleave(both, rounds, clock)
-            # Layer 0 selects and the last one reads: all but one of the layers' worth of either is added.
-            times = [
-                1 + (o - p) / p * layers / (layers - 1)
-                for o, p in zip(taken["ours"].seconds, taken["plain"].seconds, strict=True)
-            ]
             yield _cost(
                 "magnifier of LSceneLLM, prompt", f"a layer, {against}", 1.3, taken["ours"].median,
-                taken["plain"].median, statistics.median(times),
+                taken["plain"].median, _a_layer(taken, layers),
                 # What the projections of details take in multiplications, whoever selects.
                 products=2 * coarse * each * width**2 / (ids.shape[1] * sum(
                     p.numel() for p in plain.layers[0].parameters() if p.dim() == 2)),
@@ -110,14 +105,19 @@ def magnifier(rounds: int, clock: str, small: bool) -> Iterator[Record]:
                     "ours": _bursts(looking, ids, 2 if small else 8),
                 }
                 found = interleave({name: burst.__next__ for name, burst in bursts.items()}, rounds, clock)
-                times = [
-                    1 + (o - p) / p * layers / (layers - 1)
-                    for o, p in zip(found["ours"].seconds, found["plain"].seconds, strict=True)
-                ]
                 yield _cost(
                     "magnifier of LSceneLLM, step", f"a layer, {against} read", 1.3, found["ours"].median,
-                    found["plain"].median, statistics.median(times),
+                    found["plain"].median, _a_layer(found, layers),
                 )  # fmt: skip
+
+
+def _a_layer(taken: Any, layers: int) -> float:
+    """How many times a layer takes that selects and reads, from models of so many layers.
+
+    The first selects and the last reads, so that all but one of the layers' worth of either is added.
+    """
+    pairs = zip(taken["ours"].seconds, taken["plain"].seconds, strict=True)
+    return statistics.median(1 + (ours - plain) / plain * layers / (layers - 1) for ours, plain in pairs)
 
 
 def _bursts(model: Any, ids: Tensor, steps: int) -> Iterator[None]:

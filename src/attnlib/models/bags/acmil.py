@@ -49,6 +49,15 @@ class BagPrediction(NamedTuple):
     weights: Tensor
 
 
+def check_classes(logits: Tensor, target: Tensor, num_classes: int) -> None:
+    """Raise unless ``target`` is a class for each of the bags that ``logits`` (B, classes) are of."""
+    check_tensor("target", target)
+    check_whole("target", target)
+    if target.shape != logits.shape[:1] or not len(target):
+        raise ValueError(f"target must be ({len(logits)},) classes of at least one bag, got {describe(target)}")
+    check_within("target", target, num_classes, "class")
+
+
 def check_bags(bags: Tensor, valid: Tensor | None, width: int) -> Tensor:
     """Bags (B, N, width) with zeros for absent instances.
 
@@ -145,11 +154,7 @@ class ACMIL(TaskModel):
             target: (B,) classes.
         """
         logits, branches, weights = prediction
-        check_tensor("target", target)
-        check_whole("target", target)
-        if target.shape != logits.shape[:1] or not len(target):
-            raise ValueError(f"target must be ({len(logits)},) classes of at least one bag, got {describe(target)}")
-        check_within("target", target, self.num_classes, "class")
+        check_classes(logits, target, self.num_classes)
         terms = {"bag": F.cross_entropy(logits, target)}
         if branches.shape[1]:
             terms["branches"] = F.cross_entropy(

@@ -35,9 +35,6 @@ from ...checks import (
     check_float,
     check_int,
     check_real,
-    check_tensor,
-    check_whole,
-    check_within,
     describe,
 )
 from ...nn.layers import merge_heads, split_heads
@@ -46,7 +43,7 @@ from ...nn.released import Released, Rule
 from ...ops.landmarks import cubic_inverse
 from ..build import register_models
 from ..protocol import TaskModel, Terms
-from .acmil import check_bags
+from .acmil import check_bags, check_classes
 
 ACTS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -115,20 +112,12 @@ class Bags(TaskModel):
             prediction: of :meth:`forward`.
             target: (B,) classes.
         """
-        _check_classes(prediction.logits, target, self.num_classes)
+        check_classes(prediction.logits, target, self.num_classes)
         return {"bag": F.cross_entropy(prediction.logits, target)}
 
     def predict(self, bags: Tensor, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """(B, classes) probabilities."""
         return self(bags, valid).logits.softmax(-1)
-
-
-def _check_classes(logits: Tensor, target: Tensor, num_classes: int) -> None:
-    check_tensor("target", target)
-    check_whole("target", target)
-    if target.shape != logits.shape[:1] or not len(target):
-        raise ValueError(f"target must be ({len(logits)},) classes of at least one bag, got {describe(target)}")
-    check_within("target", target, num_classes, "class")
 
 
 def _weighed(scores: Tensor, valid: Tensor) -> Tensor:
@@ -236,7 +225,7 @@ class DSMIL(Bags):
         return self._told(self.head(weights @ self.value(bags)).squeeze(-1), bags, weights, each)
 
     def loss(self, prediction: BagScores, target: Tensor) -> Terms:
-        _check_classes(prediction.logits, target, self.num_classes)
+        check_classes(prediction.logits, target, self.num_classes)
         return {
             "bag": 0.5 * F.cross_entropy(prediction.logits, target),
             "instances": 0.5 * F.cross_entropy(prediction.instances.amax(1), target),
@@ -318,7 +307,7 @@ class CLAM(Bags):
 
     def loss(self, prediction: BagScores, target: Tensor) -> Terms:
         """``bag`` and ``instances``, weighed."""
-        _check_classes(prediction.logits, target, self.num_classes)
+        check_classes(prediction.logits, target, self.num_classes)
         found = []
         for weights, h, label in zip(prediction.weights, prediction.features, target.tolist(), strict=True):
             there = (weights > 0).any(0)
@@ -654,7 +643,7 @@ class TieredScores(NamedTuple):
     groups: Tensor
 
 
-class DTFD(TaskModel):
+class DTFD(Bags):
     """Two tiers of gated attention: pseudo-bags, and instances that they choose.
 
     An instance's scores are its share of the pseudo-bag's vector times the first head's weights; instances are sorted
@@ -676,15 +665,12 @@ class DTFD(TaskModel):
     """
 
     head_names = ("head.", "first_head.")
-    input_name = "embed.weight"
 
     def __init__(
         self, in_chans: int = 384, num_classes: int = 2, dim: int = 128, hidden_dim: int = 128, groups: int = 4,
         instances: int = 4, distill: str = "max-min",
     ):  # fmt: skip
-        super().__init__()
-        self.in_chans = check_int("in_chans", in_chans, least=1)
-        self.num_classes = check_int("num_classes", num_classes, least=1)
+        super().__init__(in_chans, num_classes)
         self.groups = check_int("groups", groups, least=1)
         self.each = check_int("instances", instances, least=groups) // groups
         check_choice("distill", distill, ("max-min", "max", "vector"))
@@ -693,7 +679,9 @@ class DTFD(TaskModel):
         self.first, self.pool = (ACMILPool(dim, 1, hidden_dim, top_k=0) for _ in range(2))
         self.first_head, self.head = nn.Linear(dim, num_classes), nn.Linear(dim, num_classes)
 
-    def forward(self, bags: Tensor, valid: Tensor | None = None, noise: Tensor | None = None) -> TieredScores:
+    def forward(  # type: ignore[override]
+        self, bags: Tensor, valid: Tensor | None = None, noise: Tensor | None = None
+    ) -> TieredScores:
         """Classes of bags and of their pseudo-bags.
 
         Args:
@@ -740,18 +728,14 @@ class DTFD(TaskModel):
         }[self.distill]()
         return self.first_head(found.bag).squeeze(0), read
 
-    def loss(self, prediction: TieredScores, target: Tensor) -> Terms:
+    def loss(self, prediction: TieredScores, target: Tensor) -> Terms:  # type: ignore[override]
         """``groups`` and ``bag``: cross entropy of the first tier, the mean over pseudo-bags, and of the second."""
         logits, groups = prediction
-        _check_classes(logits, target, self.num_classes)
+        check_classes(logits, target, self.num_classes)
         return {
             "groups": F.cross_entropy(groups.flatten(0, 1), target.repeat_interleave(self.groups)),
             "bag": F.cross_entropy(logits, target),
         }
-
-    def predict(self, bags: Tensor, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """(B, classes) probabilities."""
-        return self(bags, valid).logits.softmax(-1)
 
     @staticmethod
     def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

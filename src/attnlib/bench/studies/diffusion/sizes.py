@@ -8,7 +8,7 @@ it ever was, and one that did not is small or doubled. The sceptic's baseline en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ...worlds import models, painter
 from ...worlds.judge import load
 from ...worlds.painter import Prompt
 from ...worlds.prompts import draw, prompts
-from ._judged import Draw, judged
+from ._judged import Draw, drawing, judged
 from .generators import SETTINGS
 
 QUESTION = "Are there as many things as asked for in pictures of more pixels than the generator saw?"
@@ -53,16 +53,6 @@ def contestants(pipe: Any, side: int, given: dict[str, Any]) -> dict[str, Draw]:
 
     large: dict[str, Any] = {**given, "height": side, "width": side}
 
-    def attached(make: Callable[[], Sequence[Any]]) -> Draw:
-        def sketch(some: Sequence[Prompt], seeds: Sequence[int]) -> Tensor:
-            techniques = make()
-            if not techniques:
-                return draw(pipe, some, seeds, len(some), **large)
-            with attnlib.attach(pipe, *techniques):
-                return draw(pipe, some, seeds, len(some), **large)
-
-        return sketch
-
     def enlarged(some: Sequence[Prompt], seeds: Sequence[int]) -> Tensor:
         small = draw(pipe, some, seeds, len(some), **given)
         return F.interpolate(small, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
@@ -85,11 +75,11 @@ def contestants(pipe: Any, side: int, given: dict[str, Any]) -> dict[str, Draw]:
         return torch.cat(out)
 
     return {
-        BASELINE: attached(lambda: []),
+        BASELINE: drawing(pipe, lambda some: [], **large),
         ENLARGED: enlarged,
-        "scaled queries": attached(lambda: [VariableSizeScale()]),
-        "HiDiffusion": attached(lambda: [HiDiffusion(TABLE)]),
-        "tiles": attached(lambda: [TiledDenoiser()]),
+        "scaled queries": drawing(pipe, lambda some: [VariableSizeScale()], **large),
+        "HiDiffusion": drawing(pipe, lambda some: [HiDiffusion(TABLE)], **large),
+        "tiles": drawing(pipe, lambda some: [TiledDenoiser()], **large),
         "C-Upscale": upscaled,
     }
 
