@@ -47,18 +47,18 @@ def scenes(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def percent(held: dict[str, Any]) -> str:
-    """``"98.2 ± 0.4"``, in per cent."""
-    half = "" if held["half"] is None else f" ± {100 * held['half']:.1f}"
-    return f"{100 * held['mean']:.1f}{half}"
+def told(held: dict[str, Any], scale: float = 100, digits: int = 1) -> str:
+    """``"98.2 ± 0.4"``, in per cent by default; the half interval is left out where there is none."""
+    half = "" if held["half"] is None else f" ± {scale * held['half']:.{digits}f}"
+    return f"{scale * held['mean']:.{digits}f}{half}"
 
 
 def judge_table(found: dict[str, Any]) -> str:
     lines = ["| painted test scenes | % | bar |", "|---|---|---|"]
     for name, what in WHAT.items():
         bar = found["bars"].get(name)
-        told = "" if bar is None else f"{100 * bar['bar']:.0f}{'' if bar['met'] else ', missed'}"
-        lines.append(f"| {what} | {percent(found['found'][name])} | {told} |")
+        shown = "" if bar is None else f"{100 * bar['bar']:.0f}{'' if bar['met'] else ', missed'}"
+        lines.append(f"| {what} | {told(found['found'][name])} | {shown} |")
     return "\n".join(lines)
 
 
@@ -66,13 +66,13 @@ def generators_table(found: dict[str, Any]) -> str:
     own = found["generators"]
     lines = [f"| pictures right, % | {' | '.join(own)} |", f"|---|{'---|' * len(own)}"]
     for kind, what in KINDS.items():
-        cells = [percent(own[n][kind]["right"]) if kind in own[n] else "" for n in own]
+        cells = [told(own[n][kind]["right"]) if kind in own[n] else "" for n in own]
         lines.append(f"| {what} | {' | '.join(cells)} |")
     for metric, kind, what in (
         ("present", "two", "two things: both shapes there"), ("bound", "held-out", "held-out pairings: bound"),
         ("recognisable", "two", "two things: all recognisable"),
     ):  # fmt: skip
-        cells = [percent(own[n][kind][metric]) if kind in own[n] else "" for n in own]
+        cells = [told(own[n][kind][metric]) if kind in own[n] else "" for n in own]
         lines.append(f"| {what} | {' | '.join(cells)} |")
     lines.append(f"| seconds per picture | {' | '.join(f'''{own[n]['one']['seconds']['mean']:.2f}''' for n in own)} |")
     missed = []
@@ -86,14 +86,8 @@ def generators_table(found: dict[str, Any]) -> str:
                 low, high = (f"{100 * v:.0f}" for v in bar["bar"])
                 wanted = f"at least {low}" if bar["bar"][1] == 1 else f"{low} to {high}"
                 missed.append(f"`{name}`, {KINDS[kind]}: {bar['metric']} {100 * bar['share']:.1f} % (bar: {wanted})")
-    told = "Every bar is met." if not missed else "Missed bars, on which nothing is claimed: " + "; ".join(missed) + "."
-    return "\n".join([*lines, "", told, "", "![What the generators draw](diffusion/generators.png)"])
-
-
-def told(held: dict[str, Any], scale: float = 100, digits: int = 1) -> str:
-    """``"98.2 ± 0.4"``; the half interval is left out where there is none."""
-    half = "" if held["half"] is None else f" ± {scale * held['half']:.{digits}f}"
-    return f"{scale * held['mean']:.{digits}f}{half}"
+    said = "Every bar is met." if not missed else "Missed bars, on which nothing is claimed: " + "; ".join(missed) + "."
+    return "\n".join([*lines, "", said, "", "![What the generators draw](diffusion/generators.png)"])
 
 
 def rows_table(rows: list[dict[str, Any]], head: str, columns: dict[str, tuple[str, float, int]], metric: str) -> str:

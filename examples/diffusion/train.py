@@ -5,9 +5,8 @@
 Parts are trained in the order in which they are named: ``clip`` on captions, whose text tower conditions the others;
 ``vae``; on its latents ``unet``, ``sd3`` and the class-conditional ``dit``; ``pixel`` on pictures of 32 x 32 pixels.
 ``scenes`` paints what clip and vae see; the generators see plain scenes, one or two large geometric things without
-texture on paper or slate (``painter.sample(..., plain=True)``), which they can learn in that time. Started again,
-training goes on from the last checkpoint. Trained parts go to ``--out`` in half precision, where
-``attnlib.bench.worlds.models.pipeline`` finds them.
+texture on paper or slate (``painter.sample(..., plain=True)``). Started again, training goes on from the last
+checkpoint. Trained parts go to ``--out`` in half precision, where ``attnlib.bench.worlds.models.pipeline`` finds them.
 """
 
 from __future__ import annotations

@@ -1,3 +1,6 @@
+import importlib.util
+from pathlib import Path
+
 import pytest
 
 
@@ -18,3 +21,14 @@ def untrained_generators(tmp_path_factory):
     (made / "judge").mkdir()
     save_file(Judge(16, 1).state_dict(), str(made / "judge" / "model.safetensors"))
     return made
+
+
+@pytest.fixture(scope="session")
+def diffusion_figures():
+    """What writes the tables of docs/diffusion.md."""
+    pytest.importorskip("matplotlib")
+    path = Path(__file__).parents[2] / "examples" / "diffusion" / "figures.py"
+    spec = importlib.util.spec_from_file_location("diffusion_figures", path)
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    return figures

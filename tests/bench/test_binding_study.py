@@ -9,7 +9,7 @@ from attnlib.bench.worlds.prompts import prompts
 pytest.importorskip("diffusers")
 
 
-def test_every_technique_draws_the_same_prompts(untrained_generators, tmp_path):
+def test_every_technique_draws_the_same_prompts(untrained_generators, diffusion_figures, tmp_path):
     told = []
     assert {"plain", "Attend-and-Excite", "A-STAR", "structured guidance"} <= set(binding.CONTESTANTS)
     found = binding.measure(
@@ -27,6 +27,7 @@ def test_every_technique_draws_the_same_prompts(untrained_generators, tmp_path):
     assert [r["name"] for r in rows] == ["plain", "A-STAR", "structured guidance"] and all(
         r["right"]["n"] == 2 for r in rows
     )
+    assert diffusion_figures.binding_table(found).count("\n| ") == 1 + len(rows)
     assert all(("against" in r) == (r["name"] != "plain") for r in rows) and len(told) == len(rows)
     assert (tmp_path / "diffusion-binding-cpu.png").exists() and "diffusion-binding" in suites()
 

@@ -24,13 +24,14 @@ def test_half_of_a_table():
 
 
 @pytest.mark.parametrize("generator", ["unet", "dit"])
-def test_contestants_do_equal_work(untrained_generators, tmp_path, generator):
+def test_contestants_do_equal_work(untrained_generators, diffusion_figures, tmp_path, generator):
     told = []
     found = caching.measure(
         told.append, tmp_path / "kept.jsonl", tmp_path, generator=generator, count=1, near=1,
         folder=untrained_generators, settings={"num_inference_steps": 4}, training={"epochs": 1}, batch=2,
     )  # fmt: skip
     json.dumps(found)
+    assert "| full (100 %) | " in diffusion_figures.caching_table(found)
     shares = {row["name"]: row["executed"] for row in found["rows"]}
     assert shares.pop("full") == 1.0 and 0.5 < shares.pop("attention broadcast") < 1
     assert 0.5 <= shares.pop("TaylorSeer") <= 0.75

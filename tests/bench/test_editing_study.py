@@ -10,7 +10,7 @@ from attnlib.bench.worlds.prompts import prompts
 pytest.importorskip("diffusers")
 
 
-def test_every_line_is_measured_and_gone_on_from(untrained_generators, tmp_path):
+def test_every_line_is_measured_and_gone_on_from(untrained_generators, diffusion_figures, tmp_path):
     told = []
     given = dict(
         keep=tmp_path / "kept", count=1, folder=untrained_generators, settings={"num_inference_steps": 1},
@@ -18,6 +18,8 @@ def test_every_line_is_measured_and_gone_on_from(untrained_generators, tmp_path)
     )  # fmt: skip
     found = editing.measure(progress=told.append, **given)
     json.dumps(found)
+    shown = diffusion_figures.editing_table(found)
+    assert all(f"| {row['name']} | " in shown for rows in found["lines"].values() for row in rows)
     assert set(found["lines"]) == set(editing.LINES) and len(told) == len(editing.LINES)
     for line, rows in found["lines"].items():
         assert [("against" in r) for r in rows] == [r["name"] != editing.BASELINES[line] for r in rows]

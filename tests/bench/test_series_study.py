@@ -43,7 +43,7 @@ def test_subjects_are_held_against_the_reference():
         assert series.compare(Says([reference, *looks[1:]]), torch.zeros(3, 3, 64, 64), asked) is None
 
 
-def test_every_contestant_draws_the_same_series(untrained_generators, tmp_path, monkeypatch):
+def test_every_contestant_draws_the_same_series(untrained_generators, diffusion_figures, tmp_path, monkeypatch):
     (asked,) = series.series(1)
     shapes = [want.shape for want in asked[0].wants]
     everywhere = [thing(shapes[0], "red"), thing(shapes[1], "blue")]
@@ -55,6 +55,7 @@ def test_every_contestant_draws_the_same_series(untrained_generators, tmp_path, 
     told = []
     found = series.measure(told.append, pictures=tmp_path, **given)
     json.dumps(found)
+    assert diffusion_figures.series_table(found).startswith("1 of 1 series")
     assert [row["name"] for row in found["rows"]] == names and found["used"] == len(told) == 1
     assert all(row["same"]["mean"] == 1.0 for row in found["rows"]) and "against" not in found["rows"][0]
     assert (tmp_path / "diffusion-series-cpu.png").exists()

@@ -9,7 +9,7 @@ from attnlib.bench.studies.diffusion import sizes
 pytest.importorskip("diffusers")
 
 
-def test_everyone_draws_at_the_size_that_is_asked_for(untrained_generators, tmp_path, monkeypatch):
+def test_everyone_draws_at_the_size_that_is_asked_for(untrained_generators, diffusion_figures, tmp_path, monkeypatch):
     monkeypatch.setattr(sizes, "STRENGTH", 1.0)
     told, drawn = [], []
     monkeypatch.setattr(sizes, "smaller", lambda images: drawn.append(images.shape[-2:]) or images[..., :64, :64])
@@ -18,6 +18,7 @@ def test_everyone_draws_at_the_size_that_is_asked_for(untrained_generators, tmp_
         folder=untrained_generators, settings={"num_inference_steps": 3},
     )  # fmt: skip
     json.dumps(found)
+    assert "One thing on 1.5 times the pixels a side" in diffusion_figures.sizes_table(found)
     rows = found["factors"]["1.5"]["one"]["rows"]
     assert [r["name"] for r in rows][:2] == ["plain", "drawn small, enlarged"] and len(rows) == len(told) == 6
     assert set(drawn) == {torch.Size([96, 96])} and (tmp_path / "diffusion-sizes-cpu.png").exists()

@@ -1,6 +1,5 @@
 """The trained parts that the repository holds do what docs/diffusion.md says; its figures are those of the results."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -46,11 +45,8 @@ def test_the_unet_draws_what_is_recognised():
     assert sum(v.right for v in said) >= 2
 
 
-def test_figures_of_the_page_are_those_of_the_results():
-    pytest.importorskip("matplotlib")
-    spec = importlib.util.spec_from_file_location("diffusion_figures", ROOT / "examples" / "diffusion" / "figures.py")
-    figures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(figures)
+def test_figures_of_the_page_are_those_of_the_results(diffusion_figures):
+    figures = diffusion_figures
     text = PAGE.read_text(encoding="utf-8")
     assert figures.judge_table(results("judge")) in text
     assert figures.generators_table(results("generators")) in text

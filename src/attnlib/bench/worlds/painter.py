@@ -253,7 +253,7 @@ def sample(
         geometric: no creatures and no digits where nothing is wanted.
         most: things in a scene, at most.
         plain: large geometric things without texture, two at most, on paper or slate where nothing else is wanted:
-            what a small generator can learn within an hour.
+            what small generators are trained on.
     """
     check_choice("part", part, PARTS)
     geometric, most = geometric or plain, min(most, 2) if plain else most
