@@ -241,12 +241,16 @@ def test_learned_perceptual_distance_and_style():
     theirs = {f"{at}.{k}": v + 1 for at, conv in flat.items() for k, v in conv.state_dict().items()}
     net.load_state_dict(net.convert_state_dict({**theirs, "classifier.0.bias": torch.zeros(1)}), strict=True)
     assert net.groups[1][1].bias.equal(theirs["features.5.bias"])
-    with pytest.raises(ValueError, match="does not fit map 0"):
+    with pytest.raises(
+        ValueError, match=r"dims=\(5, 8, 8, 12, 12\) must be the channels of what features gives, \[4, 8"
+    ):
         LPIPS(VGGMaps(dims), (5, 8, 8, 12, 12))(x.float(), target.float())
     with pytest.raises(ValueError, match="16 pixels a side"):
         loss(x[..., :8], target[..., :8])
     with pytest.raises(ValueError, match="depths must hold one"):
         VGGMaps((4, 8), (1,))
+    with pytest.raises(ValueError, match=r"dims=\(4, 8\) must be the channels"):
+        LPIPS(VGGMaps((4,), (1,)), (4, 8))(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8))
 
 
 def test_style_has_its_own_weight_and_judges_their_kinds():

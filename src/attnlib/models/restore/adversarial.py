@@ -426,10 +426,16 @@ class LPIPS(PerceptualLoss):
         for i, dim in enumerate(self.dims):
             self.register_buffer(f"channels{i}", torch.ones(dim))
 
+    def maps(self, x: Tensor) -> list[Tensor]:
+        found = super().maps(x)
+        if [m.shape[1] for m in found] != list(self.dims):
+            raise ValueError(
+                f"dims={tuple(self.dims)} must be the channels of what features gives, {[m.shape[1] for m in found]}"
+            )
+        return found
+
     def apart(self, index: int, first: Tensor, second: Tensor) -> Tensor:
-        weights = getattr(self, f"channels{index}", None)
-        if weights is None or len(weights) != first.shape[1]:
-            raise ValueError(f"dims={tuple(self.dims)} does not fit map {index} of features, {tuple(first.shape)}")
+        weights: Tensor = getattr(self, f"channels{index}")
         apart = (first - second).square().mean((0, 2, 3))
         return (apart * weights.to(apart.dtype)).sum()
 
